@@ -1,0 +1,45 @@
+"""What the training loop asks of data: batches that depend on (seed, epoch, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A stream of (inputs, targets) batches with named evaluation splits.
+
+    Targets are class indices ``(B,)``, class probabilities ``(B, C)`` (after mixup or cutmix), or token indices
+    ``(B, L)`` in which −100 marks positions that carry no loss. Batches are a pure function of the arguments, so a
+    resumed run sees what an unbroken one would have seen.
+    """
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """Arguments of the model that the data fixes: ``num_classes``, ``in_chans``, ``img_size`` or ``vocab_size``."""
+        ...
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """Names of the evaluation splits; the first carries the headline score."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move what is held in memory to ``device`` and return the source."""
+        ...
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return how many batches of ``batch_size`` make one epoch (the ragged rest is dropped)."""
+        ...
+
+    def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return batch ``step`` of ``epoch`` of the run with ``seed``, augmented, on the source's device."""
+        ...
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every example of ``split`` once, in a fixed order, without augmentation."""
+        ...

@@ -1,0 +1,50 @@
+"""The errors a user can cause: one line each, naming the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class EspalierError(ValueError):
+    """Bad input: the command line prints the one-line message and exits with status 2."""
+
+
+class MissingExtraError(EspalierError, ImportError):
+    """An optional library is needed and not installed; the message names the extra that brings it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> EspalierError:
+    """Return the error for a name that is not known, suggesting the closest ones.
+
+    Args:
+        kind: what is named, in words ("recipe", "arm", "field", "model").
+        name: the name as given.
+        known: every accepted name.
+
+    Returns:
+        An ``EspalierError`` to raise, e.g. ``unknown recipe 'digit_vit': did you mean 'digits_vit'?``
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return EspalierError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, close))}?")
+    return EspalierError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional library, or raise ``MissingExtraError`` naming the extra to install.
+
+    Args:
+        module: dotted name of the module, e.g. ``"kornia.augmentation"``.
+        extra: the extra of this package that brings it, e.g. ``"train"``.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingExtraError(
+            f"{package} is needed here and cannot be imported ({error}): pip install 'espalier[{extra}]'"
+        ) from error
