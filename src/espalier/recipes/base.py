@@ -17,6 +17,7 @@ class Recipe:
     """
 
     name: str
+    """The recipe's name."""
 
     # What is learnt.
     data: str = "digits"
@@ -26,32 +27,45 @@ class Recipe:
     data_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the source: ``train_limit``, or the sizes of a synthetic task."""
     loss: Literal["cross_entropy", "multi_margin", "tempered_cross_entropy"] = "cross_entropy"
+    """What is minimised."""
     loss_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the loss: ``margin``, ``temperature``, ``offset``."""
     label_smoothing: float = 0.0
+    """Share of the probability spread over all classes."""
 
     # The network.
     model: str = "vit"
     """Name of the model (see ``espalier.models.MODELS``)."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the model; they win over those that the data fixes."""
 
     # The structure written into it before training.
     init: str = "default"
     """Name of the initialisation (see ``espalier.recipes.INITS``)."""
     init_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the initialisation."""
     freeze: Literal["", "depthwise"] = ""
     """Parameters that stay at their initial values and leave the optimiser."""
 
     # Optimisation.
     optimizer: Literal["adamw", "adam"] = "adamw"
+    """Adam without or with decoupled weight decay."""
     lr: float = 1e-3
+    """Peak learning rate."""
     weight_decay: float = 0.01
+    """Weight decay, on all parameters but those that the model exempts."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
     eps: float = 1e-8
+    """Adam's denominator offset."""
     schedule: Literal["cosine", "piecewise", "constant"] = "cosine"
     """``cosine`` to zero after the warm-up, or the papers' 0 → lr at 2E/5 → lr/20 at 4E/5 → 0."""
     warmup_epochs: float = 0.0
+    """Epochs of linear warm-up before the cosine."""
     epochs: int = 10
+    """Passes over the training set, or blocks of generated steps."""
     batch_size: int = 128
+    """Examples per optimiser step."""
     accumulate: int = 1
     """Micro-batches per optimiser step; ``batch_size`` counts all of them."""
     clip_norm: float = 0.0
@@ -59,26 +73,37 @@ class Recipe:
     ema_decay: float = 0.0
     """Decay per step of the averaged weights that are then evaluated; 0 keeps none."""
     precision: Literal["32", "bf16"] = "32"
+    """Arithmetic of the forward pass; parameters stay in float32."""
     compile: bool = False
+    """Compile the model with torch.compile."""
     channels_last: bool = False
+    """Keep images and convolutions in the channels-last layout."""
 
     # Augmentation of images, batched on the device.
     crop_padding: int = 0
+    """Pixels of padding before a random crop back to size; 0 does not crop."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Area range of a random resized crop; (1, 1) does not resize."""
     flip: bool = False
+    """Flip images left to right at random."""
     randaugment: tuple[int, int] | None = None
     """(operations, magnitude), e.g. (2, 12)."""
     erasing: float = 0.0
+    """Probability of erasing a random rectangle of an image."""
     mixup: float = 0.0
+    """Beta parameter of mixup; 0 does not mix."""
     cutmix: float = 0.0
+    """Beta parameter of cutmix; 0 does not paste."""
     normalize: Literal["mean_std", "mean", "none"] = "mean_std"
+    """What is done to pixels in [0, 1]: per channel, from the training set."""
 
     # The run.
     seed: int = 0
+    """Seed of the weights, the order of the data and the augmentation."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     eval_batch_size: int = 500
+    """Examples per evaluation batch."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     threads: int = 0
