@@ -1,0 +1,230 @@
+"""The command line: one typed function a command, nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from espalier.errors import EspalierError, require, unknown_name
+from espalier.recipes import Recipe, get_recipe, recipe_functions
+from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
+
+
+def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False) -> None:
+    """Show the whole idea in minutes: structure, training with and without it, a fair comparison, a page.
+
+    Args:
+        out: folder of the runs and the page.
+        workers: processes that train side by side.
+        smallest: one seed, one learning rate, one epoch: checks that everything runs, shows nothing.
+    """
+    from espalier.report import write_report
+    from espalier.study import launch, plan_study, summarise
+    from espalier.study.ready import demo_plans
+
+    folders = []
+    for plan in demo_plans(smallest=smallest):
+        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.recipe.name)
+        launch(study, workers=workers)
+        folders.append(study.path)
+        print(f"\n{plan.title}\n{summarise(study.path).table()}")
+    print(f"\nreport: {write_report(folders, out / 'report.html')}")
+
+
+def train(recipe: Recipe, out: Path, resume: Literal["auto", "never"] = "auto", quiet: bool = False) -> None:
+    """Train one recipe into a run folder; the same command goes on where a stopped one was.
+
+    Args:
+        recipe: the recipe, with any field changed.
+        out: the run folder.
+        resume: go on from the folder's checkpoint, or refuse a folder that has one.
+        quiet: print no progress.
+    """
+    from espalier.train import train as run_training
+
+    run = run_training(recipe, out, resume=resume, progress=False if quiet else None)
+    print(json.dumps(run.result, indent=2))
+
+
+def compare(
+    recipe: Recipe,
+    arms: Sequence[str],
+    out: Path,
+    lrs: Sequence[str] = ("auto",),
+    seeds: int = 3,
+    workers: int = 2,
+    cluster: Literal["local", "slurm"] = "local",
+) -> None:
+    """Train every arm at every learning rate and seed, then print the table and write the page.
+
+    Args:
+        recipe: the recipe that all arms share.
+        arms: the arms; the first is the baseline.
+        out: folder of the study.
+        lrs: learning rates, or "auto" for five around the recipe's own.
+        seeds: how many paired seeds.
+        workers: processes (or Slurm jobs) that share the trials.
+        cluster: where the workers run.
+    """
+    from espalier.report import write_report
+    from espalier.study import launch, plan_study, summarise
+
+    study = plan_study(recipe, list(arms), _rates(lrs), list(range(seeds)), out)
+    launch(study, workers=workers, cluster=cluster)
+    print(summarise(study.path).table())
+    print(f"report: {write_report([study.path], out / 'report.html')}")
+
+
+def audit(model: str, picture: Path | None = None) -> None:
+    """Say how much structure a model's weights carry now, layer by layer.
+
+    Args:
+        model: a run folder, or a model as `espalier structure` takes it.
+        picture: write heat maps of the weights to this HTML file.
+    """
+    from espalier.init import audit as audit_model
+    from espalier.report import write_weight_pictures
+
+    net = _open_model(model)
+    print(audit_model(net))
+    if picture is not None:
+        print(f"pictures: {write_weight_pictures(net, picture)}")
+
+
+def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0) -> None:
+    """Build a model, write structure into it, verify it, and save the weights as safetensors.
+
+    Args:
+        model: `espalier:NAME`, `timm:NAME` or `transformers:FOLDER` (a folder that holds config.json).
+        out: the file to write.
+        seed: seed of the noise.
+    """
+    from espalier.init import structure_
+    from espalier.models.hosts import save_weights
+    from espalier.randomness import derive_generator
+
+    net = _open_model(model)
+    print(structure_(net, generator=derive_generator(seed, "structure")))
+    print(f"weights: {save_weights(net, out)}")
+
+
+def report(folders: Sequence[Path], out: Path = Path("report.html")) -> None:
+    """Write one page over run folders and studies.
+
+    Args:
+        folders: run folders and study folders.
+        out: the HTML file.
+    """
+    from espalier.report import write_report
+
+    print(f"report: {write_report(list(folders), out)}")
+
+
+def recipes() -> None:
+    """List the recipes with the first line of what each one says of itself."""
+    functions = recipe_functions()
+    width = max(map(len, functions))
+    for name, function in sorted(functions.items()):
+        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+
+
+def _open_model(spec: str) -> nn.Module:
+    """Open a run folder's final weights, or a model by host and name."""
+    from espalier.models.hosts import open_host_model
+    from espalier.train import load_run
+
+    return load_run(Path(spec)).model() if Path(spec).is_dir() else open_host_model(spec)
+
+
+def _rates(texts: Sequence[str]) -> list[float] | Literal["auto"]:
+    if list(texts) == ["auto"]:
+        return "auto"
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise EspalierError(f"lrs {' '.join(texts)!r}: write numbers such as 1e-3 3e-3, or auto") from None
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "compare": compare,
+    "audit": audit,
+    "structure": structure,
+    "report": report,
+    "recipes": recipes,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` and return the exit status: 0 done, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except KeyboardInterrupt as stop:
+        print(f"espalier: {stop or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
+        return 130
+    except EspalierError as error:
+        print(f"espalier: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"espalier: {error.filename or ''}: {error.strerror or error}: free some space or name another path",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: espalier COMMAND …   (espalier COMMAND --help says more)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    tyro = require("tyro", "train")
+    if name in ("train", "compare"):
+        _run_with_recipe(tyro, name, rest)
+    else:
+        tyro.cli(COMMANDS[name], prog=f"espalier {name}", args=rest, config=(tyro.conf.PositionalRequiredArgs,))
+
+
+def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
+    # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
+    named = bool(tokens) and not tokens[0].startswith("-")
+    if not named and not {"-h", "--help"} & set(tokens):
+        raise EspalierError(f"espalier {command} needs a recipe: choose one of {', '.join(sorted(recipe_functions()))}")
+    base = get_recipe(tokens[0] if named else "digits_vit")
+    rest, keywords = split_keyword_fields(tokens[1:] if named else tokens)
+    base = merge_keyword_fields(base, keywords)
+    shared = tyro.conf.OmitArgPrefixes[Recipe]
+
+    def train_command(
+        recipe: shared = base, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
+    ) -> None:
+        train(recipe, out or Path("runs") / recipe.name, resume, quiet)
+
+    def compare_command(
+        recipe: shared = base,
+        arms: tuple[str, ...] = ("default", "structured"),
+        out: Path | None = None,
+        lrs: tuple[str, ...] = ("auto",),
+        seeds: int = 3,
+        workers: int = 2,
+        cluster: Literal["local", "slurm"] = "local",
+    ) -> None:
+        compare(recipe, arms, out or Path("runs") / f"compare-{recipe.name}", lrs, seeds, workers, cluster)
+
+    chosen = {"train": train_command, "compare": compare_command}[command]
+    chosen.__doc__ = COMMANDS[command].__doc__
+    chosen.__annotations__["recipe"] = shared
+    tyro.cli(chosen, prog=f"espalier {command} RECIPE", args=rest)

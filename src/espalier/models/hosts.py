@@ -1,0 +1,82 @@
+"""Models from other libraries by name: ``espalier:vit``, ``timm:vit_tiny_patch16_224``, ``transformers:FOLDER``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from espalier.errors import EspalierError, require, unknown_name
+from espalier.models import MODELS, build_model
+
+
+def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.Module:
+    """Build the model that ``HOST:NAME`` names, with the host's own initial weights.
+
+    Args:
+        spec: ``espalier:NAME``, ``timm:NAME`` or ``transformers:FOLDER``; the folder holds a ``config.json``, and its
+            weights are loaded when a safetensors file lies beside it.
+        generator: source of our own models' initial weights; other hosts draw from torch's global state.
+
+    Raises:
+        EspalierError: an unknown host or name, or a folder without a readable ``config.json``.
+        MissingExtraError: the host library is not installed.
+    """
+    host, colon, name = spec.partition(":")
+    if not colon:
+        raise EspalierError(f"model {spec!r} names no host: write espalier:NAME, timm:NAME or transformers:FOLDER")
+    if host == "espalier":
+        if name not in MODELS:
+            raise unknown_name("model", name, MODELS)
+        return build_model(name)
+    if host == "timm":
+        timm = require("timm", "timm")
+        if name not in timm.list_models():
+            raise unknown_name("timm model", name, timm.list_models())
+        return timm.create_model(name, pretrained=False)
+    if host == "transformers":
+        return _open_transformers(Path(name))
+    raise unknown_name("host", host, ("espalier", "timm", "transformers"))
+
+
+def _open_transformers(folder: Path) -> nn.Module:
+    transformers = require("transformers", "transformers")
+    config_file = folder / "config.json"
+    try:
+        architectures = json.loads(config_file.read_text()).get("architectures") or []
+    except (OSError, json.JSONDecodeError) as error:
+        raise EspalierError(
+            f"model {folder}: cannot read {config_file} ({error}): name a folder that has one"
+        ) from None
+    # Only classes that the installed library ships: a folder must not bring code of its own.
+    known = [getattr(transformers, name) for name in architectures if hasattr(transformers, name)]
+    cls = known[0] if known else transformers.AutoModel
+    if any(folder.glob("*.safetensors")):
+        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return cls(config) if known else transformers.AutoModel.from_config(config)
+
+
+def save_weights(model: nn.Module, path: Path) -> Path:
+    """Write a model's ``state_dict`` as safetensors, complete or not at all, and return the path.
+
+    Tensors that share storage (tied weights) are written once each under every name.
+
+    Raises:
+        EspalierError: the folder does not exist.
+    """
+    from safetensors.torch import save_file
+
+    if not path.parent.is_dir():
+        raise EspalierError(f"out {path}: folder {path.parent} does not exist: make it first")
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

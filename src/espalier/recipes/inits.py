@@ -1,0 +1,58 @@
+"""The initialisations that a recipe or an arm can name, each one call of ``structure_`` on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.init import FilterCovariance, Mimetic, StructureReport, structure_
+
+Init = Callable[..., StructureReport | None]
+
+
+def default(model: nn.Module, generator: torch.Generator) -> None:
+    """Leave the model as its constructor drew it: the baseline."""
+
+
+def mimetic(
+    model: nn.Module, generator: torch.Generator, preset: str = "vision", **strengths: Any
+) -> StructureReport | None:
+    """Write mimetic self-attention (arXiv 2305.09828) and leave every other layer alone.
+
+    Args:
+        model: the network, in place.
+        generator: source of the noise.
+        preset: ``"vision"`` or ``"language"``.
+        strengths: arguments of ``Mimetic`` that replace the preset's, e.g. ``qk=(0.7, 0.7)``.
+    """
+    return structure_(model, attention=Mimetic.preset(preset, **strengths), depthwise=None, generator=generator)
+
+
+def covariance(
+    model: nn.Module, generator: torch.Generator, preset: str = "closed-form", **switches: Any
+) -> StructureReport | None:
+    """Draw depthwise filters from the closed-form covariance (arXiv 2210.03651) and leave every other layer alone.
+
+    Args:
+        model: the network, in place.
+        generator: source of the filters.
+        preset: name of a ``FilterCovariance`` preset.
+        switches: arguments of ``FilterCovariance`` that replace the preset's.
+    """
+    return structure_(model, attention=None, depthwise=FilterCovariance(preset, **switches), generator=generator)
+
+
+def structured(model: nn.Module, generator: torch.Generator) -> StructureReport | None:
+    """Write every structure that the model has a place for, with the published defaults."""
+    return structure_(model, generator=generator)
+
+
+INITS: dict[str, Init] = {
+    "default": default,
+    "mimetic": mimetic,
+    "covariance": covariance,
+    "structured": structured,
+}
