@@ -1,0 +1,141 @@
+"""From a recipe to a model with its structure in it, and a record of where that happened."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from espalier import models, recipes
+from espalier.data.source import Source
+from espalier.errors import EspalierError, unknown_name
+from espalier.randomness import derive_generator
+from espalier.recipes.base import Recipe
+
+if TYPE_CHECKING:
+    from espalier.init import StructureReport
+
+_PACKAGES = ("espalier", "torch", "numpy", "safetensors", "lightning-fabric", "kornia", "scikit-learn", "transformers")
+
+
+def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, StructureReport | None]:
+    """Build the model of a run, on the CPU, with its structure written into it.
+
+    The weights come from the stream (seed, "weights") and the structure from (seed, "structure"), so that the arms of
+    one seed share every weight that their structure does not touch.
+
+    Args:
+        recipe: the run.
+        source: its data, which fixes some of the model's arguments; the recipe's own win.
+
+    Returns:
+        The model, and the report of what was written (None for the default initialisation).
+
+    Raises:
+        EspalierError: unknown model, initialisation or argument.
+    """
+    if recipe.init not in recipes.INITS:
+        raise unknown_name("init", recipe.init, recipes.INITS)
+    initialise = recipes.INITS[recipe.init]
+    model = build_bare_model(recipe, resolved_model_args(recipe, source))
+    structure = derive_generator(recipe.seed, "structure")
+    try:
+        inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
+    except TypeError as error:
+        raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
+    return model, initialise(model, generator=structure, **recipe.init_args)
+
+
+def resolved_model_args(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Return the model's arguments: those that the data fixes, overridden by the recipe's."""
+    return {**source.model_args, **recipe.model_args}
+
+
+def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
+    """Build the recipe's model with weights from the stream (seed, "weights") and no structure."""
+    generator = derive_generator(recipe.seed, "weights")
+    # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        model: nn.Module = models.build_model(recipe.model, **model_args)
+    init_weights = getattr(model, "init_weights", None)
+    if init_weights is not None and "generator" in inspect.signature(init_weights).parameters:
+        init_weights(generator=generator)
+    return model
+
+
+def freeze_(model: nn.Module, recipe: Recipe) -> None:
+    """Take the recipe's frozen parameters out of training, in place.
+
+    Raises:
+        EspalierError: the model has nothing of that kind.
+    """
+    if not recipe.freeze:
+        return
+    from espalier.init.depthwise import depthwise_layers
+
+    layers = depthwise_layers(model)
+    if not layers:
+        raise EspalierError(f"freeze {recipe.freeze!r}: model {recipe.model!r} has no depthwise convolution")
+    for layer in layers.values() if isinstance(layers, Mapping) else layers:
+        layer.weight.requires_grad_(False)
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser over the parameters that are trained.
+
+    Weight decay acts on every parameter, as in the papers' recipes, but for those whose names the model itself
+    exempts in ``no_weight_decay()``. Frozen parameters are left out, so that decay cannot shrink them.
+    """
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained if name not in exempt]},
+        {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
+    ]
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
+    return kind(
+        [group for group in groups if group["params"]],
+        lr=recipe.lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run ran on: versions, git commit, machine."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

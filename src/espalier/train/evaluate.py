@@ -1,0 +1,72 @@
+"""Loss and accuracy of a model over the evaluation splits of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from espalier.data.source import Source
+from espalier.train.losses import IGNORED, Loss, target_count
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    source: Source,
+    loss: Loss,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    reduce: Reduce = lambda sums: sums,
+) -> dict[str, float]:
+    """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
+
+    For token targets ``(B, L)`` the accuracy is that of the positions with a target, and ``{split}/string_accuracy``
+    is the share of rows in which every one of them is right.
+
+    Args:
+        model: maps inputs to logits ``(B, C)`` or ``(B, L, C)``.
+        source: its data, on the model's device.
+        loss: the loss as a sum over the batch.
+        batch_size: examples per forward pass.
+        rank: this process among ``world``: each takes every ``world``-th example of a batch.
+        world: number of processes.
+        reduce: adds a tensor up over the processes.
+    """
+    was_training = model.training
+    model.eval()
+    scores: dict[str, float] = {}
+    for split in source.eval_splits:
+        sums: Tensor | None = None
+        tokens = False
+        for inputs, targets in source.eval_batches(split, batch_size):
+            inputs, targets = inputs[rank::world], targets[rank::world]
+            tokens = targets.dim() == 2 and not targets.is_floating_point()
+            if len(inputs):
+                found = _batch_sums(model(inputs), targets, loss)
+                sums = found if sums is None else sums + found
+        if sums is None:
+            sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+        loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
+        scores[f"{split}/loss"] = loss_sum / count
+        scores[f"{split}/accuracy"] = right / count
+        if tokens:
+            scores[f"{split}/string_accuracy"] = strings_right / strings
+    model.train(was_training)
+    return scores
+
+
+def _batch_sums(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    # One small tensor per batch and no .item(): the host never waits for the device within a split.
+    answered = targets != IGNORED
+    right = logits.argmax(-1) == targets
+    rows_right = (right | ~answered).reshape(len(targets), -1).all(-1)
+    rows_asked = answered.reshape(len(targets), -1).any(-1)
+    count = target_count(targets)
+    parts = (loss(logits, targets), count, (right & answered).sum(), (rows_right & rows_asked).sum(), rows_asked.sum())
+    return torch.stack([torch.as_tensor(part, device=logits.device).double() for part in parts])

@@ -1,0 +1,127 @@
+"""The losses that a recipe can name, as sums over the batch, so that micro-batches and ranks add up exactly."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from espalier.errors import EspalierError, unknown_name
+from espalier.recipes.base import Recipe
+
+IGNORED = -100
+"""Target index of the positions that carry no loss."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return −Σ p log softmax(logits), with p the targets mixed with ``label_smoothing`` of the uniform distribution.
+
+    Args:
+        logits: scores ``(N, C)``.
+        targets: class indices ``(N,)``, −100 where there is no loss, or class probabilities ``(N, C)``.
+        label_smoothing: share of the uniform distribution.
+    """
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED)
+
+
+def multi_margin(logits: Tensor, targets: Tensor, *, margin: float = 0.5) -> Tensor:
+    """Return Σ_i 1/C Σ_{j≠y} max(0, margin − f_y + f_j), the loss of the Cayley paper's nets (arXiv 2104.07167).
+
+    Args:
+        logits: scores ``(N, C)``.
+        targets: class indices ``(N,)``, −100 where there is no loss.
+        margin: wanted distance between the right score and every other.
+
+    Raises:
+        EspalierError: the targets are probabilities.
+    """
+    if targets.is_floating_point():
+        raise EspalierError("loss 'multi_margin' needs class indices: turn mixup and cutmix off or use 'cross_entropy'")
+    each = F.multi_margin_loss(logits, targets.clamp_min(0), margin=margin, reduction="none")
+    # Masked, not selected: selecting would make the host wait for the device at every step.
+    return each.masked_fill(targets == IGNORED, 0.0).sum()
+
+
+def tempered_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 0.25,
+    offset: float = math.sqrt(2.0),
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return t·CE((f − offset·y)/t, y): cross-entropy with a wanted margin, for Lipschitz nets (arXiv 2208.03160).
+
+    The offset is taken from the score of the right class, so that a margin below it still costs; a small temperature
+    t makes the loss stop pulling soon after.
+
+    Args:
+        logits: scores ``(N, C)``.
+        targets: class indices ``(N,)``, −100 where there is no loss, or class probabilities ``(N, C)``.
+        temperature: t > 0.
+        offset: margin in units of the scores.
+        label_smoothing: share of the uniform distribution.
+    """
+    if targets.is_floating_point():
+        truth = targets.to(logits.dtype)
+    else:
+        truth = F.one_hot(targets.clamp_min(0), logits.shape[-1]).to(logits.dtype)
+    tempered = (logits - offset * truth) / temperature
+    return temperature * cross_entropy(tempered, targets, label_smoothing=label_smoothing)
+
+
+LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "multi_margin": multi_margin,
+    "tempered_cross_entropy": tempered_cross_entropy,
+}
+
+
+def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
+    """Return the recipe's loss: (logits ``(B, C)`` or ``(B, L, C)``, targets) → the sum over the batch, in float32.
+
+    Args:
+        recipe: gives ``loss``, ``loss_args`` and ``label_smoothing``.
+        smoothing: smooth the labels as the recipe says; evaluation does not.
+
+    Raises:
+        EspalierError: unknown loss or loss argument, or label smoothing with a loss that has none.
+    """
+    if recipe.loss not in LOSSES:
+        raise unknown_name("loss", recipe.loss, LOSSES)
+    function = LOSSES[recipe.loss]
+    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    arguments: dict[str, Any] = dict(recipe.loss_args)
+    for name in arguments:
+        if name not in known or name == "label_smoothing":
+            raise unknown_name(f"argument of loss {recipe.loss!r}:", name, set(known) - {"label_smoothing"} or {"none"})
+    if recipe.label_smoothing:
+        if "label_smoothing" not in known:
+            raise EspalierError(f"label_smoothing {recipe.label_smoothing} has no meaning for {recipe.loss!r}: set 0")
+        if smoothing:
+            arguments["label_smoothing"] = recipe.label_smoothing
+    return partial(_flat, partial(function, **arguments))
+
+
+def _flat(function: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.dim() > 2:
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+    return function(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets)
+
+
+def target_count(targets: Tensor) -> Tensor | int:
+    """Return how many terms the loss sums: the examples, or the positions whose target is not −100.
+
+    The count of token targets stays a tensor, so that the device is not waited for.
+    """
+    if targets.is_floating_point() or targets.dim() == 1:
+        return targets.shape[0]
+    return (targets != IGNORED).sum().clamp_min(1)
