@@ -1,0 +1,107 @@
+"""Views into a module's weights, and the register of functions that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from espalier.errors import EspalierError
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One self-attention layer's projections, as views that share storage with its parameters.
+
+    Every weight acts as ``y = x Wᵀ``: q is (H·k, d), k and v are (H_kv·k, d), out is (d, H·k); hosts that store the
+    transpose hand out transposed views. ``biases`` are those of the four projections that exist.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    num_heads: int
+    num_kv_heads: int
+    biases: tuple[Tensor, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DepthwiseWeights:
+    """One depthwise convolution's filters, (channels, 1, *kernel), as a view."""
+
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that was recognised and must be left alone, and why."""
+
+    kind: str
+    reason: str
+
+
+Weights = AttentionWeights | DepthwiseWeights
+Found = Weights | Skipped
+Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
+    """Teach Espalier where a module class keeps its weights (decorator).
+
+    The function takes a module and returns views of its weights (``AttentionWeights``, ``DepthwiseWeights``),
+    ``Skipped`` with a reason, a mapping of these by the names of its children (for a module that holds several layers),
+    or ``None`` when this instance is none of its business. It serves subclasses too, unless they have their own. A class may be named by its dotted path, so that no library need be imported.
+
+    Args:
+        host: the class, or its dotted path such as ``"transformers.models.vit.modeling_vit.ViTAttention"``.
+    """
+    path = host if isinstance(host, str) else _path(host)
+
+    def register(layout: Layout) -> Layout:
+        _LAYOUTS[path] = layout
+        return layout
+
+    return register
+
+
+def find_layers(model: nn.Module) -> Iterator[tuple[str, str, Found]]:
+    """Yield ``(name, host class, weights)`` for every layer that a layout knows, in module order, each module once.
+
+    Modules inside a recognised one are not looked at again.
+
+    Raises:
+        EspalierError: a module lacks an attribute that its layout reads (another version of the class).
+    """
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        host = next((path for path in map(_path, type(module).__mro__) if path in _LAYOUTS), None)
+        if host is None or any(name.startswith(prefix) for prefix in inside):
+            continue
+        try:
+            found = _LAYOUTS[host](module)
+        except AttributeError as error:
+            raise EspalierError(f"layer {name!r} is a {host}, but {error}: register a layout for this class") from error
+        if found is None:
+            continue
+        prefix = f"{name}." if name else ""
+        inside.append(prefix)
+        layers = found if isinstance(found, Mapping) else {"": found}
+        for child, weights in layers.items():
+            yield (prefix + child if child else name), type(module).__name__, weights
+
+
+def refuse_parametrized(module: nn.Module, kind: str) -> Skipped | None:
+    """Return why a layer cannot be written when any of its weights is computed from others, else ``None``."""
+    if any(parametrize.is_parametrized(part) for part in module.modules()):
+        return Skipped(kind, "its weights are parametrised: remove the parametrisation, write, register it again")
+    return None
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,33 @@
+"""Where ``torch.nn`` keeps self-attention: ``MultiheadAttention``, and the decoder layer's two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_parametrized, register_layout
+
+
+@register_layout(nn.MultiheadAttention)
+def multihead_attention(module: nn.Module) -> Found:
+    """Return views into ``in_proj_weight`` (rows q, k, v) and ``out_proj``."""
+    assert isinstance(module, nn.MultiheadAttention)
+    if refused := refuse_parametrized(module, "attention"):
+        return refused
+    if module.in_proj_weight is None:
+        return Skipped("attention", "keys or values have a width of their own (kdim, vdim): this is cross-attention")
+    q, k, v = module.in_proj_weight.detach().chunk(3)
+    biases = tuple(bias.detach() for bias in (module.in_proj_bias, module.out_proj.bias) if bias is not None)
+    note = "bias_k and bias_v left alone" if module.bias_k is not None else ""
+    return AttentionWeights(q, k, v, module.out_proj.weight.detach(), module.num_heads, module.num_heads, biases, note)
+
+
+@register_layout(nn.TransformerDecoderLayer)
+def decoder_layer(module: nn.Module) -> Mapping[str, Found]:
+    """Return the self-attention; cross-attention compares two sequences, so no identity is meant there."""
+    assert isinstance(module, nn.TransformerDecoderLayer)
+    return {
+        "self_attn": multihead_attention(module.self_attn),
+        "multihead_attn": Skipped("attention", "cross-attention compares two sequences: left alone"),
+    }
