@@ -32,7 +32,9 @@ class BlobSource:
 
     def __post_init__(self) -> None:
         self.model_args = {"num_classes": CLASSES}
-        self.patterns = torch.randn(CLASSES, 3, 6, 6, generator=derive_generator(7, "patterns"))
+        self.patterns = 2 * torch.randn(CLASSES, 3, 1, 1, generator=derive_generator(7, "patterns")).expand(
+            -1, -1, 6, 6
+        )
 
     def to(self, device: torch.device | str) -> Self:
         self.patterns = self.patterns.to(device)
@@ -70,7 +72,7 @@ class BlobSource:
 class EchoSource:
     """Strings of tokens to be repeated; the first half of every string carries no loss, lengths differ."""
 
-    model_args: Mapping[str, Any] = {"vocab_size": 5}  # noqa: RUF012
+    model_args: Mapping[str, Any] = {"vocab_size": 5}
     eval_splits = ("test",)
 
     def to(self, device: torch.device | str) -> Self:
@@ -131,3 +133,7 @@ def recipe(**changes: Any) -> Recipe:
     """Return a run of four epochs of five steps on blobs."""
     values: dict[str, Any] = {"name": "blobs", "model": "tiny", "batch_size": 8, "epochs": 4, "lr": 0.02, "threads": 1}
     return Recipe(**{**values, **changes})
+
+
+def build_source(recipe: Recipe) -> Any:
+    return EchoSource() if recipe.data == "echo" else BlobSource(**recipe.data_args)

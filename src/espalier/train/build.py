@@ -95,7 +95,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     Weight decay acts on every parameter, as in the papers' recipes, but for those whose names the model itself
     exempts in ``no_weight_decay()``. Frozen parameters are left out, so that decay cannot shrink them.
     """
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    exempt = set(no_weight_decay()) if no_weight_decay is not None else set()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trained if name not in exempt]},

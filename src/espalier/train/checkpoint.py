@@ -43,7 +43,8 @@ class Counters:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through a temporary sibling and a rename; on failure nothing is left of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # One name per file, so that whoever writes it again also clears what a kill left behind.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import statistics
@@ -106,6 +107,7 @@ def train(
     """
     recipe, out = resolve_recipe(recipe), Path(out)
     if check_folder(out, recipe, resume) == "finished":
+        drop_checkpoint(out)  # what a kill just after the result may have left
         return load_run(out)
     with _own_threads(recipe.threads), _one_line_errors(out):
         fabric = _make_fabric(recipe)
@@ -125,7 +127,8 @@ def _make_fabric(recipe: Recipe) -> Any:
         return fabric
     # A trial is one process; the plain environment keeps Fabric from taking a Slurm job's shape for its own.
     alone = require("lightning_fabric.plugins.environments", "train").LightningEnvironment()
-    return fabric_class(devices=1, precision=precision, plugins=[alone])
+    with _quiet(logging.getLogger("lightning_fabric")):
+        return fabric_class(devices=1, precision=precision, plugins=[alone])
 
 
 def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
@@ -142,7 +145,9 @@ def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
         settle(out)
     fabric.barrier()
     load_weights(model, out / START)
-    model.to(fabric.device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    model.to(fabric.device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe)
     module, stepper = fabric.setup(torch.compile(model) if recipe.compile else model, optimizer)
     averages = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -297,6 +302,16 @@ def _finish(s: _Session, *, diverged: bool) -> None:
     }
     write_json(s.out / RESULT, result)
     drop_checkpoint(s.out)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standins
+import torch
+from safetensors.torch import load_file
+from standins import BlobSource, TinyNet, recipe
+
+from espalier import data, recipes
+from espalier.errors import EspalierError
+from espalier.train import RunInterrupted, load_run, train
+from espalier.train.build import build_bare_model, build_optimizer, freeze_
+from espalier.train.schedule import learning_rate
+from reference.plain_training import plain_training
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
+PLAIN = {"model_args": {"dropout": 0.0}, "clip_norm": 0.5, "ema_decay": 0.9, "weight_decay": 0.3, "eps": 1e-4}
+
+
+def test_the_loop_agrees_with_the_plain_one(tmp_path: Path) -> None:
+    run = train(recipe(**PLAIN, schedule="piecewise"), tmp_path / "run")
+    model = TinyNet(standins.CLASSES, dropout=0.0)
+    model.load_state_dict(load_file(run.path / "start.safetensors"))
+    rates = [learning_rate(run.recipe, t, 5) for t in range(20)]
+    weights, averages, losses = plain_training(model, BlobSource(), run.recipe, rates)
+    final = load_file(run.path / "final.safetensors")
+    for name, average in averages.items():
+        torch.testing.assert_close(final[name], average, rtol=1e-4, atol=1e-6)
+    assert (final["stem.weight"] - weights["stem.weight"]).abs().max() > 1e-3  # the average is not the last weight
+    for epoch, row in enumerate(run.rows[1:]):
+        assert row["train_loss"] == pytest.approx(sum(losses[5 * epoch : 5 * epoch + 5]) / 5, rel=1e-4)
+        assert row["lr"] == rates[5 * epoch + 4]
+    assert max(losses) - min(losses) > 0.3
+
+
+def test_rows_and_result(tmp_path: Path) -> None:
+    run = train(recipe(eval_every=3), tmp_path / "run")
+    assert [row["epoch"] for row in run.rows] == [0, 3, 4]
+    assert [row["step"] for row in run.rows] == [0, 15, 20]
+    assert run.rows[0]["train_loss"] is None
+    assert run.rows[0]["seconds"] == 0
+    assert 0 < run.rows[1]["step_seconds"] <= run.rows[1]["seconds"] <= run.rows[2]["seconds"]
+    assert run.result is not None
+    assert run.result["score"] == run.rows[-1]["test/accuracy"] > run.rows[0]["test/accuracy"]
+    assert (run.result["metric"], run.result["epochs"], run.result["steps"]) == ("test/accuracy", 4, 20)
+    # The headline score is that of the weights that were saved.
+    inputs, labels = next(iter(BlobSource().eval_batches("test", 100)))
+    with torch.no_grad():
+        accuracy = (run.model()(inputs).argmax(1) == labels).double().mean().item()
+    assert accuracy == run.result["score"]
+    assert not torch.equal(run.model("start").stem.weight, run.model().stem.weight)
+    names = {"recipe.json", "environment.json", "model.json", "start.safetensors", "metrics.jsonl"}
+    assert {path.name for path in run.path.iterdir()} == names | {"final.safetensors", "result.json"}
+    assert json.loads((run.path / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("kind", ["blobs", "soft", "echo"])
+def test_accumulation_equals_the_big_batch(tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"eps": 1e-3, "clip_norm": 1.0}
+    if kind == "echo":  # micro-batches here have different numbers of targets
+        changes |= {"data": "echo", "model": "tied"}
+    else:
+        changes |= {"data_args": {"soft": kind == "soft"}, "model_args": {"dropout": 0.0, "norm": False}}
+    whole = train(recipe(**changes), tmp_path / "whole")
+    parts = train(recipe(**changes, accumulate=4), tmp_path / "parts")
+    start, left, right = (
+        load_file(folder / f"{name}.safetensors")
+        for folder, name in ((whole.path, "start"), (whole.path, "final"), (parts.path, "final"))
+    )
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+    assert any((left[name] - start[name]).abs().max() > 1e-2 for name in left)
+    assert whole.rows[-1]["train_loss"] == pytest.approx(parts.rows[-1]["train_loss"], rel=1e-4)
+
+
+def test_token_scores(tmp_path: Path) -> None:
+    run = train(recipe(data="echo", model="tied", epochs=1), tmp_path / "run")
+    tokens, targets = next(iter(standins.EchoSource().eval_batches("test", 8)))
+    with torch.no_grad():
+        answers = run.model()(tokens).argmax(-1)
+    right = total = strings = 0
+    for answer, target in zip(answers.tolist(), targets.tolist(), strict=True):
+        asked = [(a, t) for a, t in zip(answer, target, strict=True) if t != -100]
+        right += sum(a == t for a, t in asked)
+        total += len(asked)
+        strings += all(a == t for a, t in asked)
+    assert run.rows[-1]["test/accuracy"] == pytest.approx(right / total)
+    assert run.rows[-1]["test/string_accuracy"] == pytest.approx(strings / 8)
+    model = run.model()
+    assert model.head.weight is model.embed.weight
+
+
+def test_mixed_precision_and_channels_last_stay_close(tmp_path: Path) -> None:
+    plain = train(recipe(**PLAIN), tmp_path / "plain")
+    last = train(recipe(**PLAIN, channels_last=True), tmp_path / "last")
+    half = train(recipe(**PLAIN, precision="bf16"), tmp_path / "half")
+    losses = [run.rows[-1]["test/loss"] for run in (plain, last, half)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=0.1)
+    assert losses[2] != losses[0]
+    assert load_file(half.path / "final.safetensors")["stem.weight"].dtype == torch.float32
+
+
+def test_the_same_recipe_gives_the_same_bits_whatever_the_global_stream(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = train(recipe(), tmp_path / "first")
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    second = train(recipe(), tmp_path / "second")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    other = train(recipe(seed=1), tmp_path / "other")
+    bits = [(run.path / "final.safetensors").read_bytes() for run in (first, second, other)]
+    assert bits[0] == bits[1] != bits[2]
+
+
+def test_frozen_filters_stay_and_leave_the_optimiser(tmp_path: Path) -> None:
+    run = train(recipe(freeze="depthwise", weight_decay=1.0), tmp_path / "run")
+    start, final = (load_file(run.path / f"{name}.safetensors") for name in ("start", "final"))
+    assert torch.equal(start["depthwise.weight"], final["depthwise.weight"])
+    assert not torch.equal(start["depthwise.bias"], final["depthwise.bias"])
+    model = build_bare_model(run.recipe, {"num_classes": 4})
+    freeze_(model, run.recipe)
+    optimizer = build_optimizer(model, run.recipe)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in model.named_parameters() if name != "depthwise.weight"}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay[id(model.norm.weight)] == 0.0
+    assert decay[id(model.stem.bias)] == 1.0
+
+
+def test_arms_of_a_seed_share_what_the_structure_does_not_touch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def centred(model: TinyNet, generator: torch.Generator, gain: float = 1.0) -> None:
+        torch.nn.init.normal_(model.depthwise.weight, std=gain, generator=generator)
+
+    monkeypatch.setitem(recipes.INITS, "centred", centred)
+    default = train(recipe(epochs=1), tmp_path / "default")
+    arm = train(recipe(epochs=1, init="centred", init_args={"gain": 2.0}), tmp_path / "arm")
+    one, two = (load_file(run.path / "start.safetensors") for run in (default, arm))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == ["depthwise.weight"]
+    with pytest.raises(EspalierError, match="init_args"):
+        train(recipe(init="centred", init_args={"gian": 2.0}), tmp_path / "bad")
+    with pytest.raises(EspalierError, match="did you mean 'centred'"):
+        train(recipe(init="centerd"), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_finished_run_is_returned_untouched(tmp_path: Path) -> None:
+    run = train(recipe(), tmp_path / "run")
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.iterdir()}
+    again = train(recipe(), tmp_path / "run", resume="never")
+    assert again.result == run.result
+    assert again.rows == run.rows
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.iterdir()} == before
+
+
+def test_foreign_folders_are_refused(tmp_path: Path) -> None:
+    train(recipe(epochs=1), tmp_path / "run")
+    with pytest.raises(EspalierError, match=r"another recipe: lr is 0\.02 there and 0\.5 here"):
+        train(recipe(epochs=1, lr=0.5), tmp_path / "run")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(EspalierError, match="not a run folder"):
+        train(recipe(), tmp_path / "thesis")
+    with pytest.raises(EspalierError, match="not a run folder"):
+        load_run(tmp_path / "nowhere")
+    with pytest.raises(EspalierError, match="larger than the training set"):
+        train(recipe(batch_size=64), tmp_path / "big")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "thesis"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(recipe(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "build_source", lambda _: BlobSource(interrupt_at=(2, 3)))
+        with pytest.raises(RunInterrupted, match="run the same command again"):
+            train(recipe(), tmp_path / "cut")
+    unfinished = load_run(tmp_path / "cut")
+    assert unfinished.result is None
+    assert len(unfinished.rows) == 3
+    with pytest.raises(EspalierError, match="is not finished"):
+        unfinished.model()
+    with pytest.raises(EspalierError, match="unfinished run"):
+        train(recipe(), tmp_path / "cut", resume="never")
+    train(recipe(), tmp_path / "cut")
+    assert (tmp_path / "cut/final.safetensors").read_bytes() == (whole.path / "final.safetensors").read_bytes()
+
+
+def test_a_diverged_run_is_finished_and_says_so(tmp_path: Path) -> None:
+    run = train(recipe(data_args={"poison_at": (2, 1)}), tmp_path / "run")
+    assert run.result is not None
+    assert run.result["diverged"] is True
+    assert run.result["score"] is None
+    assert run.result["epochs"] == 3
+    assert run.rows[-1]["train_loss"] is None
+    assert not (run.path / "final.safetensors").exists()
+    with pytest.raises(EspalierError, match="diverged"):
+        run.model()
+    healthy = train(recipe(), tmp_path / "healthy")
+    assert healthy.result is not None
+    assert healthy.result["diverged"] is False
+
+
+@pytest.mark.parametrize("writes", [2, 9, 12, 14])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    whole = train(recipe(), tmp_path / "whole")
+    write, done = Path.write_bytes, 0
+
+    def write_until_full(path: Path, content: bytes) -> int:
+        nonlocal done
+        done += 1
+        if done > writes:
+            write(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_until_full)
+        with pytest.raises(EspalierError, match="disk is full") as caught:
+            train(recipe(), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    leftovers = [path.name for path in tmp_path.rglob("*") if path.name.startswith(".") or "partial" in path.name]
+    assert leftovers == []
+    assert train(recipe(), tmp_path / "run").result == {
+        **(whole.result or {}),
+        **{key: pytest.approx(value, abs=10) for key, value in (whole.result or {}).items() if "seconds" in key},
+    }
+
+
+def test_checkpoint_files_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "build_source", lambda _: BlobSource(interrupt_at=(1, 0)))
+    with pytest.raises(RunInterrupted):
+        train(recipe(ema_decay=0.9), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint"
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state["counters"]["step"] == 5
+    assert set(state["ema"]) >= {"stem.weight", "norm.running_mean"}
+    assert set(load_file(folder / "model.safetensors")) == set(TinyNet(4).state_dict())
+    (folder / "state.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(EspalierError, match="is damaged"):
+        train(recipe(ema_decay=0.9), tmp_path / "run")
+
+
+def test_the_bar_is_shown_only_when_wanted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(recipe(epochs=1, precision="bf16"), tmp_path / "quiet")
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+    assert caplog.records == []
+    train(replace(recipe(epochs=1), name="watched"), tmp_path / "loud", progress=True)
+    shown = capfd.readouterr().err
+    assert "watched" in shown
+    assert "5/5" in shown
+    assert "steps/s" in shown
+    assert "accuracy" in shown
