@@ -1,0 +1,44 @@
+"""Small readable models with timm's contract, by class and by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from espalier.errors import unknown_name
+from espalier.models.convmixer import ConvMixer
+from espalier.models.vit import VisionTransformer
+
+__all__ = ["MODELS", "ConvMixer", "VisionTransformer", "build_model"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "convmixer": ConvMixer,
+    "vit": VisionTransformer,
+}
+
+
+def build_model(name: str, **arguments: Any) -> nn.Module:
+    """Build the model called ``name``.
+
+    Args:
+        name: a key of ``MODELS``.
+        arguments: of its constructor. What the data fixes (``img_size``, ``in_chans``, ``num_classes``,
+            ``vocab_size``) is dropped when the constructor has no such argument.
+
+    Raises:
+        EspalierError: an unknown model or argument; the message suggests the closest ones.
+    """
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
+    constructor = MODELS[name]
+    known = inspect.signature(constructor).parameters
+    for argument in list(arguments):
+        if argument not in known:
+            if argument in ("img_size", "in_chans", "num_classes", "vocab_size"):
+                del arguments[argument]
+            else:
+                raise unknown_name(f"argument of model {name!r}", argument, known)
+    return constructor(**arguments)

@@ -1,0 +1,122 @@
+"""The families of layers that carry structure: how each is written, measured and judged. A new one is one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.init.attention import Mimetic, expected_diagonal, measure_attention, mimetic_attention_
+from espalier.init.depthwise import FilterCovariance
+from espalier.init.layouts import AttentionWeights, DepthwiseWeights
+
+# Index of a layer and number of layers, within its family.
+Place = tuple[int, int]
+
+# An attention product counts as structured when its diagonal is this many standard errors from zero: with independent
+# weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
+_PRESENT_Z = 8.0
+# How far a verified diagonal may be from the one asked for, beside the sampling error of its noise.
+_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of layer.
+
+    Attributes:
+        kind: the keyword of ``structure_`` and the word in reports.
+        weights: the class of views that its layouts return.
+        write: ``(weights, spec, place, generator)`` writes and returns in words what was asked.
+        measure: weights to figures.
+        present: whether the figures show structure.
+        contradiction: what the figures contradict in what was asked, in words, or the empty string.
+    """
+
+    kind: str
+    weights: type
+    write: Callable[[Any, Any, Place, torch.Generator], str]
+    measure: Callable[[Any], dict[str, float]]
+    present: Callable[[Mapping[str, float]], bool]
+    contradiction: Callable[[Any, Any, Place, Mapping[str, float]], str]
+
+    def device(self, weights: Any) -> torch.device:
+        """Return where the weights live."""
+        return _first(weights).device
+
+    def on_meta(self, weights: Any) -> bool:
+        """Return whether the weights have no storage yet."""
+        return _first(weights).is_meta
+
+    def note(self, weights: Any) -> str:
+        """Return what the layout had to say of this layer."""
+        return getattr(weights, "note", "")
+
+
+def _first(weights: Any) -> Tensor:
+    return next(value for value in vars(weights).values() if isinstance(value, Tensor))
+
+
+def _write_attention(weights: AttentionWeights, spec: Mimetic, place: Place, generator: torch.Generator) -> str:
+    mimetic_attention_(
+        weights.q, weights.k, weights.v, weights.out, weights.num_heads, num_kv_heads=weights.num_kv_heads,
+        qk=spec.qk, vo=spec.vo, noise=spec.noise, method=spec.method, generator=generator,
+    )  # fmt: skip
+    for bias in weights.biases:
+        bias.zero_()
+    pairs = (("qk", spec.qk), ("vo", spec.vo))
+    return ", ".join(f"{name} {pair[0]:g}·Z {pair[1]:+g}·I" for name, pair in pairs if pair is not None)
+
+
+def _measure_attention(weights: AttentionWeights) -> dict[str, float]:
+    return measure_attention(
+        weights.q, weights.k, weights.v, weights.out, weights.num_heads, weights.num_kv_heads
+    )  # fmt: skip
+
+
+def _attention_present(measured: Mapping[str, float]) -> bool:
+    return max(abs(measured["qk_z"]), abs(measured["vo_z"])) >= _PRESENT_Z
+
+
+def _attention_contradiction(
+    weights: AttentionWeights, spec: Mimetic, place: Place, measured: Mapping[str, float]
+) -> str:
+    dim = weights.q.shape[1]
+    head_share = weights.q.shape[0] / weights.num_heads / dim
+    rank_share = min(weights.v.shape[0] / dim, 1.0)
+    # With grouped queries only one query head in a group has the best approximation; the others keep less of it.
+    slack = _TOLERANCE if weights.num_heads == weights.num_kv_heads else 1.0
+    for name, pair, share in (("qk", spec.qk, head_share), ("vo", spec.vo, rank_share)):
+        if pair is None:
+            continue
+        asked = expected_diagonal(*pair, round(share, 4))
+        error = abs(measured[f"{name}_diagonal"] - asked)
+        scatter = (abs(pair[0]) + abs(pair[1])) / dim**0.5
+        if not error <= slack * abs(asked) + 6 * scatter / (weights.num_heads if name == "qk" else dim) ** 0.5:
+            return f"{name} diagonal is {measured[f'{name}_diagonal']:.3g} where {asked:.3g} was written"
+    return ""
+
+
+def _write_depthwise(
+    weights: DepthwiseWeights, spec: FilterCovariance, place: Place, generator: torch.Generator
+) -> str:
+    depth = spec.depth_of(*place)
+    spec.fill_(weights.weight, depth, generator)
+    if spec.statistics is not None:
+        return f"measured covariance at depth {depth:.2f}"
+    return f"closed form, σ {spec.sigma_at(depth):.3g}"
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "attention",
+        AttentionWeights,
+        _write_attention,
+        _measure_attention,
+        _attention_present,
+        _attention_contradiction,
+    ),  # fmt: skip
+)

@@ -1,0 +1,61 @@
+"""The report of ``structure_`` and ``audit``: one row a layer, what was asked and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["written", "present", "absent", "lost", "skipped"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: where it is, what was asked of it, what its weights show now.
+
+    ``status`` is ``written`` (by this call, and verified), ``present`` or ``absent`` (an audit), ``lost`` (it was there
+    in the report that the audit was held against) or ``skipped`` (left alone; the note says why).
+    """
+
+    layer: str
+    kind: str
+    host: str
+    status: Status
+    asked: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """Every layer that a layout recognised, in module order; prints as a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no layer lost its structure."""
+        return all(row.status != "lost" for row in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and dictionaries for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StructureReport:
+        """Return the report that ``to_dict`` gave."""
+        return cls(tuple(LayerReport(**row) for row in data["layers"]))
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "host", "status", "asked", "measured")
+        rows = [header] + [
+            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, _measured(row)) for row in self.layers
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def _measured(row: LayerReport) -> str:
+    shown = ", ".join(f"{name} {value:+.3g}" for name, value in row.measured.items() if not name.endswith("_z"))
+    return "; ".join(part for part in (shown, row.note) if part)

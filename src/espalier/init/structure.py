@@ -1,0 +1,148 @@
+"""``structure_`` and ``audit``: find the layers of a model, write structure into them, measure what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from espalier.errors import EspalierError
+from espalier.init.attention import Mimetic
+from espalier.init.depthwise import FilterCovariance
+from espalier.init.families import FAMILIES, Family, Place
+from espalier.init.layouts import Skipped, find_layers
+from espalier.init.layouts.registry import Weights
+from espalier.init.report import LayerReport, StructureReport
+
+
+class VerificationError(RuntimeError):
+    """A layer's weights do not show what was just written: something shares or computes them."""
+
+
+@torch.no_grad()
+def structure_(
+    model: nn.Module,
+    *,
+    attention: Mimetic | None = Mimetic(),  # noqa: B008 (frozen)
+    depthwise: FilterCovariance | None = FilterCovariance(),  # noqa: B008 (frozen)
+    generator: torch.Generator | None = None,
+) -> StructureReport:
+    """Write structure into every layer that a layout recognises, in place, then measure it and report.
+
+    Self-attention gets mimetic products, depthwise convolutions get covariance-structured filters. On the meta device
+    nothing is written and the rows say so: call it again after ``to_empty()``. Call it **last**, after anything that
+    draws weights of its own (``post_init``, ``reset_parameters``), and ``audit`` after anything that touches weights.
+
+    Args:
+        model: any module; the library it comes from need not be known as long as a layout covers its classes.
+        attention: strengths for self-attention, or ``None`` to leave it alone.
+        depthwise: covariance for depthwise filters, or ``None`` to leave them alone.
+        generator: source of all noise; each layer draws from a stream of its own.
+
+    Returns:
+        One row a layer; ``print`` shows it as a table.
+
+    Raises:
+        EspalierError: the model holds nothing that was asked for.
+        VerificationError: a layer does not show what was written into it.
+    """
+    asked = {"attention": attention, "depthwise": depthwise}
+    layers = [found for found in _layers(model) if asked[found[2].kind] is not None]
+    if not any(not isinstance(weights, Skipped) for _, _, _, weights, _ in layers):
+        wanted = " or ".join(kind for kind, spec in asked.items() if spec is not None) or "anything"
+        reasons = "".join(f"; {name}: {w.reason}" for name, _, _, w, _ in layers[:3] if isinstance(w, Skipped))
+        raise EspalierError(
+            f"model {type(model).__name__} has no {wanted} layer to structure{reasons}: "
+            "register a layout for its classes (espalier.init.register_layout)"
+        )
+    # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
+    seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in layers]
+    written: list[LayerReport] = []
+    for (name, host, family, weights, place), seed in zip(layers, seeds, strict=True):
+        if isinstance(weights, Skipped):
+            written.append(LayerReport(name, family.kind, host, "skipped", note=weights.reason))
+            continue
+        if family.on_meta(weights):
+            written.append(LayerReport(name, family.kind, host, "skipped", note="on the meta device: run again later"))
+            continue
+        stream = torch.Generator(device=family.device(weights)).manual_seed(seed)
+        text = family.write(weights, asked[family.kind], place, stream)
+        written.append(LayerReport(name, family.kind, host, "written", asked=text, note=family.note(weights)))
+    return _verify(model, StructureReport(tuple(written)), asked)
+
+
+@torch.no_grad()
+def audit(model: nn.Module, against: StructureReport | None = None) -> StructureReport:
+    """Measure how much structure a model's weights carry now, layer by layer.
+
+    Args:
+        model: any module, before or after wrapping, sharding, loading or training.
+        against: an earlier report; layers that carried structure in it and do not now are called ``lost``, also when
+            the layer itself is gone.
+
+    Returns:
+        One row a layer: ``present`` when the structure stands out from chance, else ``absent`` or ``lost``.
+
+    Raises:
+        EspalierError: no layer of the model is recognised.
+    """
+    before = {} if against is None else {_plain(row.layer): row for row in against.layers}
+    rows = []
+    for name, host, family, weights, _ in _layers(model):
+        earlier = before.pop(_plain(name), None)
+        if isinstance(weights, Skipped) or family.on_meta(weights):
+            note = weights.reason if isinstance(weights, Skipped) else "on the meta device"
+            rows.append(LayerReport(name, family.kind, host, "skipped", note=note))
+            continue
+        measured = family.measure(weights)
+        row = LayerReport(name, family.kind, host, "present", measured=measured, note=family.note(weights))
+        if not family.present(measured):
+            had = earlier is not None and earlier.status in ("written", "present")
+            row = replace(row, status="lost" if had else "absent")
+        rows.append(row if earlier is None else replace(row, asked=earlier.asked))
+    gone = [row for row in before.values() if row.status in ("written", "present")]
+    rows += [replace(row, status="lost", measured={}, note="the layer is gone") for row in gone]
+    if not rows:
+        raise EspalierError(
+            f"model {type(model).__name__} has no layer that carries structure: register a layout for its classes"
+        )
+    return StructureReport(tuple(rows))
+
+
+def _verify(model: nn.Module, written: StructureReport, asked: dict[str, object]) -> StructureReport:
+    """Measure every written layer through fresh views, and raise at the first that shows something else."""
+    rows = {row.layer: row for row in written.layers}
+    for name, _, family, weights, place in _layers(model):
+        row = rows.get(name)
+        if row is None or row.status != "written" or isinstance(weights, Skipped):
+            continue
+        measured = family.measure(weights)
+        wrong = family.contradiction(weights, asked[family.kind], place, measured)
+        if wrong:
+            raise VerificationError(f"layer {name!r}: {wrong}: is its weight shared with another layer?")
+        rows[name] = replace(row, measured=measured)
+    return StructureReport(tuple(rows.values()))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, str, Family, Weights | Skipped, Place]]:
+    """Yield every recognised layer with its family and its place (index, count) among the layers of that family."""
+    found = [(name, host, next(f for f in FAMILIES if f.kind == _kind(w)), w) for name, host, w in find_layers(model)]
+    counts = {family.kind: sum(f is family for _, _, f, _ in found) for family in FAMILIES}
+    seen = dict.fromkeys(counts, 0)
+    for name, host, family, weights in found:
+        yield name, host, family, weights, (seen[family.kind], counts[family.kind])
+        seen[family.kind] += 1
+
+
+def _kind(weights: Weights | Skipped) -> str:
+    if isinstance(weights, Skipped):
+        return weights.kind
+    return next(family.kind for family in FAMILIES if isinstance(weights, family.weights))
+
+
+def _plain(name: str) -> str:
+    """Return a layer's name without what wrappers put into it (DDP, torch.compile, Fabric)."""
+    wrappers = {"module", "_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -1,0 +1,206 @@
+"""A vision transformer, small and readable, with timm's model contract."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from espalier.errors import EspalierError
+from espalier.models.positions import sincos_positions
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: ``softmax(Q Kᵀ / √k) V`` per head, then the output projection.
+
+    ``qkv`` holds the rows of queries, keys and values in this order.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise EspalierError(f"embed_dim {dim} is not divisible by num_heads {num_heads}: choose a divisor")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, H, L, k)."""
+        b, length, _ = x_BLD.shape
+        q, k, v = self.qkv(x_BLD).reshape(b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def maps(self, x_BLD: Tensor) -> Tensor:
+        """Return the attention maps (B, H, L, L); each row sums to one."""
+        q, k, _ = self.split_heads(x_BLD)
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Mix the tokens: (B, L, D) to (B, L, D)."""
+        mixed_BHLK = F.scaled_dot_product_attention(*self.split_heads(x_BLD))
+        return self.proj(mixed_BHLK.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: ``x + Attention(LN(x))``, then ``x + MLP(LN(x))``."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Transform the tokens: (B, L, D) to (B, L, D)."""
+        x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
+        return x_BLD + self.mlp(self.norm2(x_BLD))
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer with fixed sine-cosine positions and average pooling, as mimetic initialisation expects.
+
+    Args:
+        img_size: side of the square images, in pixels.
+        patch_size: side of a patch; divides ``img_size``.
+        in_chans: channels of the images.
+        num_classes: classes; 0 leaves the head out.
+        embed_dim: width of the tokens, a multiple of 4 and of ``num_heads``.
+        depth: number of blocks.
+        num_heads: heads of every block.
+        mlp_ratio: hidden width of the MLP over ``embed_dim``.
+        positions: ``"sincos"`` fixed, or ``"learned"`` starting from the same values.
+        pool: ``"avg"`` over the patches, or ``"cls"``, a class token.
+        qkv_bias: whether queries, keys and values have biases.
+
+    Raises:
+        EspalierError: sizes that do not divide, or unknown options.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        positions: Literal["sincos", "learned"] = "sincos",
+        pool: Literal["avg", "cls"] = "avg",
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if img_size % patch_size:
+            raise EspalierError(f"img_size {img_size} is not divisible by patch_size {patch_size}: choose a divisor")
+        for name, value, known in (("positions", positions, ("sincos", "learned")), ("pool", pool, ("avg", "cls"))):
+            if value not in known:
+                raise EspalierError(f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
+        self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
+        self.grid, self.pool, self.grad_checkpointing = img_size // patch_size, pool, False
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "cls" else None
+        values = sincos_positions(self.grid, self.grid, embed_dim)[None]
+        if positions == "learned":
+            self.pos_embed: Tensor = nn.Parameter(values)
+        else:
+            self.register_buffer("pos_embed", values, persistent=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every parameter and restore every buffer; callable again, also after ``to_empty()``.
+
+        | parameter | distribution |
+        |---|---|
+        | weights of linear layers and of the patch embedding | normal, deviation 0.02, cut at ±2 (timm's default) |
+        | biases | 0 |
+        | norms | 1 and 0 |
+        | class token | normal, deviation 1e-6 |
+        | position embedding | the sine-cosine values |
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        self.pos_embed.copy_(sincos_positions(self.grid, self.grid, self.embed_dim)[None])
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+
+    def _tokens(self, x_BCHW: Tensor) -> Tensor:
+        x_BLD = self.patch_embed(x_BCHW).flatten(2).transpose(1, 2)
+        if x_BLD.shape[1] != self.pos_embed.shape[1]:
+            size = self.grid * self.patch_embed.stride[0]
+            raise EspalierError(f"images of {tuple(x_BCHW.shape[-2:])} pixels: this model takes {size} × {size}")
+        x_BLD = x_BLD + self.pos_embed
+        if self.cls_token is not None:
+            x_BLD = torch.cat([self.cls_token.expand(len(x_BLD), -1, -1), x_BLD], dim=1)
+        return x_BLD
+
+    def forward_features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the normalised tokens (B, L, D); with a class token it comes first."""
+        x_BLD = self._tokens(x_BCHW)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD)
+        return self.norm(x_BLD)
+
+    def forward_head(self, x_BLD: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens and classify: (B, L, D) to (B, classes), or (B, D) with ``pre_logits``."""
+        pooled = x_BLD.mean(1) if self.pool == "avg" else x_BLD[:, 0]
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Classify images: (B, C, H, W) to logits (B, classes)."""
+        return self.forward_head(self.forward_features(x_BCHW))
+
+    @torch.no_grad()
+    def attention_maps(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Return the attention maps of every block, each (B, H, L, L)."""
+        x_BLD, maps = self._tokens(x_BCHW), []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            maps.append(block.attn.maps(block.norm1(x_BLD)))
+            x_BLD = block(x_BLD)
+        return maps
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        self.head.to(self.pos_embed.device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass to save memory."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns that group parameters by layer."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that timm's optimiser factory exempts from weight decay."""
+        return {"pos_embed", "cls_token"}
