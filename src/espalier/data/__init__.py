@@ -1,0 +1,34 @@
+"""Data: sources of batches by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source, folder_source
+from espalier.data.source import Source
+from espalier.errors import unknown_name
+
+if TYPE_CHECKING:
+    from espalier.recipes.base import Recipe
+
+__all__ = ["SOURCES", "ImageSource", "Source", "build_source"]
+
+SOURCES: dict[str, Callable[[Recipe], Source]] = {
+    "cifar10": cifar10_source,
+    "digits": digits_source,
+    "fashion_mnist": fashion_mnist_source,
+    "folder": folder_source,
+}
+"""Factories by the name that a recipe's ``data`` gives; add your own."""
+
+
+def build_source(recipe: Recipe) -> Source:
+    """Return the recipe's data, on the CPU, as its fields from ``data`` to ``normalize`` describe it.
+
+    Raises:
+        EspalierError: unknown data or argument, missing or damaged files, a field out of its range.
+    """
+    if recipe.data not in SOURCES:
+        raise unknown_name("data", recipe.data, SOURCES)
+    return SOURCES[recipe.data](recipe)

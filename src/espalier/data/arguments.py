@@ -1,0 +1,58 @@
+"""What a source reads from the recipe: its keyword arguments and the place of its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.errors import EspalierError, unknown_name
+
+if TYPE_CHECKING:
+    from espalier.recipes.base import Recipe
+
+
+def read_arguments(recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``defaults`` overlaid with ``recipe.data_args``.
+
+    Raises:
+        EspalierError: an argument that the source does not know; the message suggests the closest ones.
+    """
+    for name in recipe.data_args:
+        if name not in defaults:
+            if not defaults:
+                raise EspalierError(f"data {recipe.data!r} takes no arguments: remove {name!r}")
+            raise unknown_name(f"argument of data {recipe.data!r}", name, defaults)
+    return {**defaults, **recipe.data_args}
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return ``value`` if it is an integer above 0.
+
+    Raises:
+        EspalierError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise EspalierError(f"{name} is {value!r}: give a whole number from 1")
+    return value
+
+
+def find_data(recipe: Recipe, subfolder: str) -> Path:
+    """Return the file or folder of the recipe's data: ``data_path``, else ``$ESPALIER_DATA/subfolder``.
+
+    Raises:
+        EspalierError: neither is given, or the path does not exist; the message says where it looked.
+    """
+    shared = os.environ.get("ESPALIER_DATA")
+    if recipe.data_path is not None:
+        path = Path(recipe.data_path).expanduser()
+    elif shared:
+        path = Path(shared).expanduser() / subfolder
+    else:
+        raise EspalierError(
+            f"data {recipe.data!r} is not bundled: give --data-path, or set ESPALIER_DATA to the folder of {subfolder}"
+        )
+    if not path.exists():
+        raise EspalierError(f"no data {recipe.data!r} at {path}: give its place with --data-path")
+    return path

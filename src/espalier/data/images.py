@@ -1,0 +1,198 @@
+"""Images as a source of batches: the whole set as one uint8 tensor on the device, augmented there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.data.augment import to_unit
+from espalier.data.augmentation import Augmentation
+from espalier.data.cifar import read_cifar10
+from espalier.data.digits import read_digits
+from espalier.data.folder import read_folder
+from espalier.data.idx import read_fashion_mnist
+from espalier.data.labelled import ImageData, LabelledImages
+from espalier.errors import EspalierError, unknown_name
+from espalier.nn.normalize import Normalize
+from espalier.randomness import derive_generator
+
+if TYPE_CHECKING:
+    from espalier.recipes.base import Recipe
+
+NORMALIZATIONS = ("mean_std", "mean", "none")
+_LIMITS: Mapping[str, Any] = {"train_limit": None, "test_limit": None}
+
+
+class ImageSource:
+    """A ``Source`` of image batches: a pure function of (seed, epoch, step).
+
+    Batches of both kinds come normalised, ready for the network; ``images`` gives pixels in [0, 1], for which the
+    network is ``nn.Sequential(source.normalizer, model)``.
+
+    Args:
+        data: the images.
+        augmentation: what is done to training batches.
+        normalize: ``mean_std``, ``mean`` or ``none``: per channel, measured on the training set as it is used.
+
+    Raises:
+        EspalierError: unknown ``normalize``, or a padding that the images are too small for.
+    """
+
+    def __init__(self, data: ImageData, augmentation: Augmentation | None = None, normalize: str = "mean_std") -> None:
+        if normalize not in NORMALIZATIONS:
+            raise unknown_name("normalize", normalize, NORMALIZATIONS)
+        self.augmentation = augmentation or Augmentation()
+        side = min(data.train.images_NCHW.shape[-2:])
+        if self.augmentation.crop_padding >= side:
+            raise EspalierError(f"crop_padding is {self.augmentation.crop_padding}, the images' side {side}: lower it")
+        self.class_names = data.class_names
+        self.normalizer = build_normalizer(data.train.images_NCHW, normalize)
+        self._splits = {"train": data.train, "test": data.test}
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """Number of classes, channels and side of the images."""
+        _, channels, height, width = self._splits["train"].images_NCHW.shape
+        return {
+            "num_classes": len(self.class_names),
+            "in_chans": channels,
+            "img_size": height if height == width else (height, width),
+        }
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """The test set alone."""
+        return ("test",)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move images, labels and the normaliser to ``device`` and return the source."""
+        self._splits = {
+            name: LabelledImages(split.images_NCHW.to(device), split.labels_N.to(device))
+            for name, split in self._splits.items()
+        }
+        self.normalizer = self.normalizer.to(device)
+        return self
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return the number of whole batches in the training set."""
+        return len(self._splits["train"]) // batch_size
+
+    def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return batch ``step`` of ``epoch``: augmented, normalised images and their targets.
+
+        Raises:
+            IndexError: the epoch has no such step.
+        """
+        if not 0 <= step < self.steps_per_epoch(batch_size):
+            raise IndexError(f"step {step} of {self.steps_per_epoch(batch_size)} with batch_size {batch_size}")
+        train = self._splits["train"]
+        device = train.labels_N.device
+        chosen_B = self._epoch_order(seed, epoch)[step * batch_size : (step + 1) * batch_size].to(device)
+        batch = train.take(chosen_B)
+        images_BCHW, targets = self.augmentation(
+            batch.images_NCHW,
+            batch.labels_N,
+            len(self.class_names),
+            generator=derive_generator(seed, "augment", epoch, step, device=device),
+        )
+        return self.normalizer(images_BCHW), targets
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the normalised images and labels of ``split`` in their stored order.
+
+        Raises:
+            EspalierError: unknown split.
+        """
+        chosen = self._split(split)
+        for pixels_BCHW, labels_B in zip(
+            chosen.images_NCHW.split(batch_size), chosen.labels_N.split(batch_size), strict=True
+        ):
+            yield self.normalizer(to_unit(pixels_BCHW)), labels_B
+
+    def images(self, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first ``limit`` images of ``train`` or ``test`` (None: all) in [0, 1], and their labels.
+
+        Raises:
+            EspalierError: unknown split, or a limit below 1.
+        """
+        chosen = self._split(split)
+        count = len(chosen) if limit is None else positive_int("limit", limit)
+        return to_unit(chosen.images_NCHW[:count]), chosen.labels_N[:count]
+
+    def _split(self, name: str) -> LabelledImages:
+        if name not in self._splits:
+            raise unknown_name("split", name, self._splits)
+        return self._splits[name]
+
+    def _epoch_order(self, seed: int, epoch: int) -> Tensor:
+        # One permutation is kept, so that a step does not cost a pass over the indices; its key makes it safe.
+        if self._order is None or self._order[0] != (seed, epoch):
+            generator = derive_generator(seed, "order", epoch)
+            self._order = ((seed, epoch), torch.randperm(len(self._splits["train"]), generator=generator))
+        return self._order[1]
+
+
+def build_normalizer(images_NCHW: Tensor, normalize: str) -> nn.Module:
+    """Return the module that normalises pixels in [0, 1] by the statistics of uint8 ``images_NCHW``.
+
+    Args:
+        images_NCHW: the training images.
+        normalize: ``mean_std`` (a constant channel is only centred), ``mean`` (which leaves Lipschitz constants as
+            they are) or ``none`` (an ``nn.Identity``).
+    """
+    if normalize == "none":
+        return nn.Identity()
+    mean_C, std_C = channel_statistics(images_NCHW)
+    if normalize == "mean":
+        return Normalize(mean_C.tolist())
+    return Normalize(mean_C.tolist(), torch.where(std_C > 0, std_C, 1.0).tolist())
+
+
+def channel_statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation ``(C,)`` over all pixels of each channel, as shares of 255, in float64.
+
+    Computed from the 256-bin histogram: exact, and without a float copy of the set.
+    """
+    counts_CV = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)]).double()
+    values_V = torch.arange(256, dtype=torch.float64, device=images_NCHW.device) / 255
+    share_CV = counts_CV / counts_CV.sum(1, keepdim=True)
+    mean_C = share_CV @ values_V
+    deviation_CV = values_V - mean_C[:, None]
+    return mean_C, (share_CV * deviation_CV.square()).sum(1).sqrt()
+
+
+def digits_source(recipe: Recipe) -> ImageSource:
+    """Return scikit-learn's 8×8 digits (arguments: ``train_limit``, ``test_limit``)."""
+    arguments = read_arguments(recipe, _LIMITS)
+    return _source(recipe, read_digits().limited(**arguments))
+
+
+def cifar10_source(recipe: Recipe) -> ImageSource:
+    """Return CIFAR-10 from ``data_path`` or ``$ESPALIER_DATA/cifar10`` (arguments: ``train_limit``, ``test_limit``)."""
+    arguments = read_arguments(recipe, _LIMITS)
+    return _source(recipe, read_cifar10(find_data(recipe, "cifar10")).limited(**arguments))
+
+
+def fashion_mnist_source(recipe: Recipe) -> ImageSource:
+    """Return Fashion-MNIST from ``data_path`` or ``$ESPALIER_DATA/fashion-mnist`` (arguments as for CIFAR-10)."""
+    arguments = read_arguments(recipe, _LIMITS)
+    return _source(recipe, read_fashion_mnist(find_data(recipe, "fashion-mnist")).limited(**arguments))
+
+
+def folder_source(recipe: Recipe) -> ImageSource:
+    """Return a folder of images by class (arguments: ``size``, ``test_share``, ``train_limit``, ``test_limit``)."""
+    arguments = read_arguments(recipe, {**_LIMITS, "size": 64, "test_share": 0.2})
+    size, share = positive_int("size", arguments.pop("size")), arguments.pop("test_share")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise EspalierError(f"test_share is {share!r}: give a share between 0 and 1")
+    data = read_folder(find_data(recipe, "folder"), size=size, test_share=share)
+    return _source(recipe, data.limited(**arguments))
+
+
+def _source(recipe: Recipe, data: ImageData) -> ImageSource:
+    return ImageSource(data, Augmentation.from_recipe(recipe), recipe.normalize)

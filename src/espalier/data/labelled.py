@@ -1,0 +1,77 @@
+"""Labelled images as uint8 tensors, and the stratified order behind every fixed split and limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.data.arguments import positive_int
+from espalier.errors import EspalierError
+from espalier.randomness import derive_generator
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images ``(N, C, H, W)`` in uint8 with class indices ``(N,)`` in int64."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def take(self, indices_M: Tensor) -> LabelledImages:
+        """Return the examples at ``indices_M``, in that order."""
+        return LabelledImages(self.images_NCHW[indices_M], self.labels_N[indices_M])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training set, a test set and the names of the classes that their labels index."""
+
+    train: LabelledImages
+    test: LabelledImages
+    class_names: tuple[str, ...]
+
+    def limited(self, train_limit: Any = None, test_limit: Any = None) -> ImageData:
+        """Return the first ``train_limit`` and ``test_limit`` examples of a fixed stratified order (None: all).
+
+        Raises:
+            EspalierError: a limit that is no positive whole number, or larger than the set.
+        """
+        return replace(
+            self,
+            train=_limited(self.train, "train_limit", train_limit),
+            test=_limited(self.test, "test_limit", test_limit),
+        )
+
+
+def stratified_order(labels_N: Tensor, *keys: int | str) -> Tensor:
+    """Return a fixed permutation of ``range(N)`` every prefix of which has the class shares of the whole.
+
+    Within a class of n examples the order is random; the r-th of them gets the key (r + ½)/n, and all are sorted by
+    key. A prefix up to key t then holds round(t·n) examples of each class.
+
+    Args:
+        labels_N: class indices.
+        keys: what the permutation is for; equal keys give equal permutations.
+    """
+    key_N = torch.empty(len(labels_N), dtype=torch.float64)
+    for label in labels_N.unique().tolist():
+        members_M = (labels_N == label).nonzero().squeeze(1)
+        count = len(members_M)
+        shuffle_M = torch.randperm(count, generator=derive_generator(0, "stratified", *keys, label))
+        key_N[members_M[shuffle_M]] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    # Ties between classes of one size fall in the order of the examples: stable, hence the same everywhere.
+    return key_N.argsort(stable=True)
+
+
+def _limited(split: LabelledImages, name: str, limit: Any) -> LabelledImages:
+    if limit is None:
+        return split
+    if positive_int(name, limit) > len(split):
+        raise EspalierError(f"{name} is {limit}, and there are {len(split)} images: lower it")
+    return split.take(stratified_order(split.labels_N, "limit")[:limit])
