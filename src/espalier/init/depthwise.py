@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeGuard, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from espalier.errors import EspalierError, unknown_name
 
 if TYPE_CHECKING:
     from espalier.init.filter_statistics import FilterStatistics
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 VARIANTS = ("clip", "abs", "psd")
 MASKS = ("x", "y")
@@ -259,16 +261,16 @@ def depthwise_kernel(weight: Tensor) -> tuple[int, ...]:
     return tuple(weight.shape[2:])
 
 
-def is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> TypeGuard[Convolution]:
     """Return whether a module is a convolution with groups = input = output channels > 1 and more than one tap."""
     return (
-        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        isinstance(module, Convolution)
         and module.groups == module.in_channels == module.out_channels > 1
         and max(module.kernel_size) > 1
     )
 
 
-def depthwise_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def depthwise_layers(model: nn.Module) -> list[tuple[str, Convolution]]:
     """Return the name and module of every depthwise convolution of a model, in the order of registration."""
     return [(name, module) for name, module in model.named_modules() if is_depthwise(module)]
 

@@ -114,7 +114,7 @@ class FilterStatistics:
         for net, shape in zip(nets, shapes, strict=True):
             if shape != shapes[0]:
                 raise EspalierError(
-                    f"model {type(net).__name__} differs from the first in depth or kernel sizes: pool networks of one shape"
+                    f"model {type(net).__name__} differs from the first in depth or kernels: pool networks of one shape"
                 )
         measured = []
         for same in zip(*found, strict=True):
