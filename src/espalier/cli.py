@@ -206,15 +206,14 @@ def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
     base = get_recipe(tokens[0] if named else "digits_vit")
     rest, keywords = split_keyword_fields(tokens[1:] if named else tokens)
     base = merge_keyword_fields(base, keywords)
-    shared = tyro.conf.OmitArgPrefixes[Recipe]
 
     def train_command(
-        recipe: shared = base, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
+        recipe: Recipe = base, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
     ) -> None:
         train(recipe, out or Path("runs") / recipe.name, resume, quiet)
 
     def compare_command(
-        recipe: shared = base,
+        recipe: Recipe = base,
         arms: tuple[str, ...] = ("default", "structured"),
         out: Path | None = None,
         lrs: tuple[str, ...] = ("auto",),
@@ -224,7 +223,8 @@ def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
     ) -> None:
         compare(recipe, arms, out or Path("runs") / f"compare-{recipe.name}", lrs, seeds, workers, cluster)
 
-    chosen = {"train": train_command, "compare": compare_command}[command]
+    chosen: Callable[..., None] = train_command if command == "train" else compare_command
     chosen.__doc__ = COMMANDS[command].__doc__
-    chosen.__annotations__["recipe"] = shared
+    # Its fields become flags of the command itself (--lr), not of an argument (--recipe.lr).
+    chosen.__annotations__["recipe"] = tyro.conf.OmitArgPrefixes[Recipe]
     tyro.cli(chosen, prog=f"espalier {command} RECIPE", args=rest)

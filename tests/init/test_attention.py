@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.attention_reference import head_products, off_diagonal_std, value_output_product
 
 from espalier.errors import EspalierError
 from espalier.init.attention import Mimetic, expected_diagonal, measure_attention, mimetic_attention_
+from reference.attention_reference import head_products, off_diagonal_std, value_output_product
 
 
 def weights(dim: int, heads: int, groups: int | None = None, width: int | None = None) -> list[torch.Tensor]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.attention_reference import best_approximation
 
 from espalier.errors import EspalierError
 from espalier.init.near_identity import near_identity, near_identity_factors, split_square
+from reference.attention_reference import best_approximation
 
 
 def seeded(seed: int) -> torch.Generator:

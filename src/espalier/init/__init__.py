@@ -1,0 +1,40 @@
+"""Closed forms: structured weights on tensors, and on whole models."""
+
+from espalier.init.attention import Mimetic, measure_attention, mimetic_attention_
+from espalier.init.depthwise import (
+    FilterCovariance,
+    depthwise_covariance_,
+    depthwise_layers,
+    filter_covariance,
+    sample_filters,
+)
+from espalier.init.filter_fit import covariance_fit
+from espalier.init.filter_statistics import FilterStatistics
+from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, register_layout
+from espalier.init.near_identity import near_identity, near_identity_factors
+from espalier.init.report import LayerReport, StructureReport
+from espalier.init.structure import VerificationError, audit, structure_
+
+__all__ = [
+    "AttentionWeights",
+    "DepthwiseWeights",
+    "FilterCovariance",
+    "FilterStatistics",
+    "LayerReport",
+    "Mimetic",
+    "Skipped",
+    "StructureReport",
+    "VerificationError",
+    "audit",
+    "covariance_fit",
+    "depthwise_covariance_",
+    "depthwise_layers",
+    "filter_covariance",
+    "measure_attention",
+    "mimetic_attention_",
+    "near_identity",
+    "near_identity_factors",
+    "register_layout",
+    "sample_filters",
+    "structure_",
+]

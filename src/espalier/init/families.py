@@ -11,6 +11,7 @@ from torch import Tensor
 
 from espalier.init.attention import Mimetic, expected_diagonal, measure_attention, mimetic_attention_
 from espalier.init.depthwise import FilterCovariance
+from espalier.init.filter_fit import FilterFit, covariance_fit
 from espalier.init.layouts import AttentionWeights, DepthwiseWeights
 
 # Index of a layer and number of layers, within its family.
@@ -103,11 +104,23 @@ def _attention_contradiction(
 def _write_depthwise(
     weights: DepthwiseWeights, spec: FilterCovariance, place: Place, generator: torch.Generator
 ) -> str:
-    depth = spec.depth_of(*place)
-    spec.fill_(weights.weight, depth, generator)
-    if spec.statistics is not None:
-        return f"measured covariance at depth {depth:.2f}"
-    return f"closed form, σ {spec.sigma_at(depth):.3g}"
+    return spec.write_(weights.weight, spec.depth_of(*place), generator=generator)
+
+
+def _measure_depthwise(weights: DepthwiseWeights) -> dict[str, float]:
+    return covariance_fit(weights.weight)._asdict()
+
+
+def _depthwise_present(measured: Mapping[str, float]) -> bool:
+    return FilterFit(**measured).structured
+
+
+def _depthwise_contradiction(
+    weights: DepthwiseWeights, spec: FilterCovariance, place: Place, measured: Mapping[str, float]
+) -> str:
+    # The covariance of a layer's few filters says too little to hold a particular σ against them; a layer that another
+    # one overwrote is found by its figures, which are no longer those measured after writing.
+    return ""
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -118,5 +131,13 @@ FAMILIES: tuple[Family, ...] = (
         _measure_attention,
         _attention_present,
         _attention_contradiction,
-    ),  # fmt: skip
+    ),
+    Family(
+        "depthwise",
+        DepthwiseWeights,
+        _write_depthwise,
+        _measure_depthwise,
+        _depthwise_present,
+        _depthwise_contradiction,
+    ),
 )

@@ -69,7 +69,8 @@ def structure_(
             continue
         stream = torch.Generator(device=family.device(weights)).manual_seed(seed)
         text = family.write(weights, asked[family.kind], place, stream)
-        written.append(LayerReport(name, family.kind, host, "written", asked=text, note=family.note(weights)))
+        measured, note = family.measure(weights), family.note(weights)
+        written.append(LayerReport(name, family.kind, host, "written", text, measured, note))
     return _verify(model, StructureReport(tuple(written)), asked)
 
 
@@ -112,18 +113,17 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
 
 
 def _verify(model: nn.Module, written: StructureReport, asked: dict[str, object]) -> StructureReport:
-    """Measure every written layer through fresh views, and raise at the first that shows something else."""
+    """Measure every written layer again through fresh views, and raise at the first that shows something else."""
     rows = {row.layer: row for row in written.layers}
     for name, _, family, weights, place in _layers(model):
         row = rows.get(name)
         if row is None or row.status != "written" or isinstance(weights, Skipped):
             continue
-        measured = family.measure(weights)
-        wrong = family.contradiction(weights, asked[family.kind], place, measured)
-        if wrong:
-            raise VerificationError(f"layer {name!r}: {wrong}: is its weight shared with another layer?")
-        rows[name] = replace(row, measured=measured)
-    return StructureReport(tuple(rows.values()))
+        if family.measure(weights) != row.measured:
+            raise VerificationError(f"layer {name!r} changed after it was written: it shares its weight with another")
+        if wrong := family.contradiction(weights, asked[family.kind], place, row.measured):
+            raise VerificationError(f"layer {name!r}: {wrong}")
+    return written
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, str, Family, Weights | Skipped, Place]]:

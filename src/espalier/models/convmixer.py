@@ -31,7 +31,7 @@ class ConvMixer(nn.Module):
     """ConvMixer-h/d: ``Conv(p, stride p) → GELU → BN``, then d × ``[x + BN(GELU(DW_k(x))); BN(GELU(Conv 1))]``.
 
     Takes images of any size. Even kernels are allowed: "same" padding puts the extra pixel last, so the centre tap is
-    number ⌊k/2⌋ of the kernel minus one, (k − 1)//2 (0-based).
+    number (k − 1)//2 (0-based).
 
     Args:
         dim: h, the width.

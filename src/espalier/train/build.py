@@ -85,7 +85,7 @@ def freeze_(model: nn.Module, recipe: Recipe) -> None:
     layers = depthwise_layers(model)
     if not layers:
         raise EspalierError(f"freeze {recipe.freeze!r}: model {recipe.model!r} has no depthwise convolution")
-    for layer in layers.values() if isinstance(layers, Mapping) else layers:
+    for _, layer in layers:
         layer.weight.requires_grad_(False)
 
 

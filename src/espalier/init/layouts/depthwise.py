@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from espalier.init.depthwise import depthwise_layers
+from espalier.init.depthwise import is_depthwise
 from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped, refuse_parametrized, register_layout
 
 
@@ -14,7 +14,7 @@ from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped, ref
 def depthwise_convolution(module: nn.Module) -> Found | None:
     """Return a view of the filters, (channels, 1, *kernel), of a depthwise convolution; other ones are left alone."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if not depthwise_layers(module):
+    if not is_depthwise(module):
         return None
     if max(module.kernel_size) < 3 or 2 in module.kernel_size:
         return Skipped("depthwise", f"kernel {tuple(module.kernel_size)} has fewer than 3 taps along an axis")

@@ -56,7 +56,8 @@ def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
 
     The function takes a module and returns views of its weights (``AttentionWeights``, ``DepthwiseWeights``),
     ``Skipped`` with a reason, a mapping of these by the names of its children (for a module that holds several layers),
-    or ``None`` when this instance is none of its business. It serves subclasses too, unless they have their own. A class may be named by its dotted path, so that no library need be imported.
+    or ``None`` when this instance is none of its business. It serves subclasses too, unless they have their own. A
+    class may be named by its dotted path, so that no library need be imported.
 
     Args:
         host: the class, or its dotted path such as ``"transformers.models.vit.modeling_vit.ViTAttention"``.
