@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.init.near_identity import Method, near_identity, near_identity_factors, split
+from espalier.init.near_identity import (
+    Method,
+    near_identity,
+    near_identity_factors,
+    near_identity_heads,
+    random_frame,
+    split,
+)
 
 Strength = tuple[float, float]
 
@@ -122,8 +129,7 @@ def _write_queries_and_keys(
     dim, width = q.shape[1], q.shape[0] // num_heads
     rank, shared = min(width, dim), num_heads // groups
     noise_options = {key: options[key] for key in ("noise", "generator", "device")}
-    for group in range(groups):
-        left, right = near_identity_factors(dim, rank, *strength, **options)
+    for group, (left, right) in enumerate(near_identity_heads(groups, dim, rank, *strength, **options)):
         _write_rows(k, group, width, right)
         for member in range(shared):
             if member:
@@ -147,9 +153,7 @@ def _write_values_and_output(
     left, right = near_identity_factors(dim, min(inner, dim), *strength, **options)
     if inner > dim:
         # More value dimensions than rank: spread both factors over all heads by W with W Wᵀ = I.
-        frame = torch.linalg.qr(
-            torch.randn(inner, dim, generator=options["generator"], device=v.device)
-        ).Q  # (inner, dim), orthonormal columns
+        frame = random_frame(inner, dim, generator=options["generator"], device=v.device)
         left, right = left @ frame.mT, right @ frame.mT
     v.copy_(left.mT)
     width, shared = inner // groups, num_heads // groups

@@ -52,6 +52,10 @@ class Family:
         """Return whether the weights have no storage yet."""
         return _first(weights).is_meta
 
+    def fingerprint(self, weights: Any) -> tuple[float, ...]:
+        """Return the sum of every view: enough to see that another layer has written to the same storage."""
+        return tuple(float(value.sum()) for value in vars(weights).values() if isinstance(value, Tensor))
+
     def note(self, weights: Any) -> str:
         """Return what the layout had to say of this layer."""
         return getattr(weights, "note", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -24,6 +25,13 @@ _OVERSAMPLING = 1.5
 _DEGREE_PER_ROOT_WIDTH = 1.5
 _CUT_SLACK = 1.2
 _PILOT = 256
+
+# Note [Turned copies]
+# Gaussian noise has no preferred axes: O Z Oᵀ has the law of Z for every orthogonal O, and O I Oᵀ = I. So for a uniformly
+# random O, O A Oᵀ is another draw of αZ + βI, with the same singular values turned to fresh directions, and its top
+# triplets are those of A times O: no second decomposition. O acts on the 2k columns of [L R] = Q R alone, where O Q is
+# simply a uniformly random orthonormal frame. Each copy has exactly the law of a fresh draw; together they share one
+# spectrum, which hardly varies from draw to draw at the widths where this is used.
 
 
 def near_identity(
@@ -136,13 +144,63 @@ def near_identity_factors(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     matrix = near_identity(dim, alpha, beta, noise=noise, generator=generator, device=device)
-    fast = method == "fast" or (method == "auto" and dim >= 256 and 4 * rank <= dim)
+    fast = _is_fast(dim, rank, method)
     width = min(-(-int(_OVERSAMPLING * rank) // 32) * 32, dim)
     if rank == dim:
         return split_square(matrix)
     if not fast or width >= dim:
         return split(matrix, rank)
     return _split_by_filter(matrix, rank, width, _cut(alpha, beta, min(_CUT_SLACK * width / dim, 1.0)), generator)
+
+
+def near_identity_heads(
+    count: int,
+    dim: int,
+    rank: int,
+    alpha: float,
+    beta: float,
+    *,
+    noise: str = "normal",
+    method: Method = "auto",
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the factors of ``count`` draws of ``αZ + βI``, one a head, each as ``near_identity_factors`` returns them.
+
+    Where the fast way is taken and the noise is normal, one draw is decomposed and the others are random rotations of
+    it, ``O A Oᵀ``: each has the law of a fresh draw, at a tenth of the cost; see Note [Turned copies].
+
+    Args:
+        count: how many draws; one d × d matrix at most is held at a time.
+        dim, rank, alpha, beta, noise, method, generator, device: as in ``near_identity_factors``.
+    """
+    left, right = near_identity_factors(
+        dim, rank, alpha, beta, noise=noise, method=method, generator=generator, device=device
+    )
+    yield left, right
+    if not (noise == "normal" and _is_fast(dim, rank, method)):
+        for _ in range(count - 1):
+            yield near_identity_factors(
+                dim, rank, alpha, beta, noise=noise, method=method, generator=generator, device=device
+            )
+        return
+    triangle = torch.linalg.qr(torch.cat([left, right], 1)).R
+    for _ in range(count - 1):
+        turned = random_frame(dim, len(triangle), generator=generator, device=device) @ triangle
+        yield turned[:, :rank], turned[:, rank:]
+
+
+def random_frame(
+    dim: int, count: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw ``count`` ≤ d orthonormal columns, uniformly: shape (d, count), float32."""
+    q, r = torch.linalg.qr(torch.randn(dim, count, generator=generator, device=device))
+    # The signs of R's diagonal are the library's choice; with them taken out Q is uniform.
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _is_fast(dim: int, rank: int, method: Method) -> bool:
+    return method == "fast" or (method == "auto" and dim >= 256 and 4 * rank <= dim)
 
 
 def _split_by_filter(

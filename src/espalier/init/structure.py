@@ -60,6 +60,7 @@ def structure_(
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
     seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in layers]
     written: list[LayerReport] = []
+    marks: dict[str, tuple[float, ...]] = {}
     for (name, host, family, weights, place), seed in zip(layers, seeds, strict=True):
         if isinstance(weights, Skipped):
             written.append(LayerReport(name, family.kind, host, "skipped", note=weights.reason))
@@ -69,9 +70,9 @@ def structure_(
             continue
         stream = torch.Generator(device=family.device(weights)).manual_seed(seed)
         text = family.write(weights, asked[family.kind], place, stream)
-        measured, note = family.measure(weights), family.note(weights)
-        written.append(LayerReport(name, family.kind, host, "written", text, measured, note))
-    return _verify(model, StructureReport(tuple(written)), asked)
+        marks[name] = family.fingerprint(weights)
+        written.append(LayerReport(name, family.kind, host, "written", text, note=family.note(weights)))
+    return _verify(model, written, marks, asked)
 
 
 @torch.no_grad()
@@ -112,18 +113,21 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
     return StructureReport(tuple(rows))
 
 
-def _verify(model: nn.Module, written: StructureReport, asked: dict[str, object]) -> StructureReport:
-    """Measure every written layer again through fresh views, and raise at the first that shows something else."""
-    rows = {row.layer: row for row in written.layers}
+def _verify(
+    model: nn.Module, written: list[LayerReport], marks: dict[str, tuple[float, ...]], asked: dict[str, object]
+) -> StructureReport:
+    """Measure every written layer through fresh views, and raise at the first that shows something else."""
+    rows = {row.layer: row for row in written}
     for name, _, family, weights, place in _layers(model):
-        row = rows.get(name)
-        if row is None or row.status != "written" or isinstance(weights, Skipped):
+        if name not in marks or isinstance(weights, Skipped):
             continue
-        if family.measure(weights) != row.measured:
+        if family.fingerprint(weights) != marks[name]:
             raise VerificationError(f"layer {name!r} changed after it was written: it shares its weight with another")
-        if wrong := family.contradiction(weights, asked[family.kind], place, row.measured):
+        measured = family.measure(weights)
+        if wrong := family.contradiction(weights, asked[family.kind], place, measured):
             raise VerificationError(f"layer {name!r}: {wrong}")
-    return written
+        rows[name] = replace(rows[name], measured=measured)
+    return StructureReport(tuple(rows.values()))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, str, Family, Weights | Skipped, Place]]:
