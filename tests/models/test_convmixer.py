@@ -85,7 +85,9 @@ def test_init_weights_restores_everything_under_the_generator() -> None:
     for (name, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     # torch's default: uniform on ±1/√fan_in, so variance 1/(3 fan_in) and never beyond the bound.
-    weight = ConvMixer(64, 1, kernel_size=5, patch_size=1).blocks[0][0].fn[0].weight
+    wide = ConvMixer(64, 1, kernel_size=5, patch_size=1)
+    wide.init_weights(seeded(4))
+    weight = wide.blocks[0][0].fn[0].weight.detach()
     assert float(weight.abs().max()) <= 0.2
     assert float(weight.var()) == pytest.approx(1 / 75, rel=0.2)
 
