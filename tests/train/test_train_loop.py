@@ -22,7 +22,7 @@ from reference.plain_training import plain_training
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
-PLAIN = {"model_args": {"dropout": 0.0}, "clip_norm": 0.5, "ema_decay": 0.9, "weight_decay": 0.3, "eps": 1e-4}
+PLAIN = {"model_args": {"dropout": 0.0}, "clip_norm": 0.5, "ema_decay": 0.6, "weight_decay": 0.3, "eps": 1e-4}
 
 
 def test_the_loop_agrees_with_the_plain_one(tmp_path: Path) -> None:
@@ -177,7 +177,10 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "nowhere")
     with pytest.raises(EspalierError, match="larger than the training set"):
         train(recipe(batch_size=64), tmp_path / "big")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "thesis"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EspalierError, match="choose another folder"):
+        train(recipe(), tmp_path / "file" / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run", "thesis"]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

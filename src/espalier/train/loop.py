@@ -339,4 +339,6 @@ def _one_line_errors(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"the disk is full ({out}): free some space and run the same command again to go on"
             raise EspalierError(message) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+            raise EspalierError(f"{error.strerror}: {error.filename}: choose another folder for the run") from error
         raise
