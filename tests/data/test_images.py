@@ -85,6 +85,13 @@ def test_a_batch_is_the_same_whatever_was_asked_before() -> None:
     assert len(distinct) == len(asked)
 
 
+def test_every_step_epoch_and_seed_draws_its_own_augmentation() -> None:
+    alike = LabelledImages(torch.full((8, 1, 6, 6), 9, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    source = ImageSource(ImageData(alike, alike, ("a",)), Augmentation(erasing=1.0), "none")
+    keys = [(seed, epoch, step) for seed in (0, 1) for epoch in (0, 1) for step in (0, 1)]
+    assert len({source.train_batch(*key, 4)[0].numpy().tobytes() for key in keys}) == len(keys)
+
+
 def test_a_batch_can_be_changed_in_place_without_harm() -> None:
     source = numbered_source()
     images, labels = source.train_batch(0, 0, 0, 5)
