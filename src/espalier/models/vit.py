@@ -121,17 +121,22 @@ class VisionTransformer(nn.Module):
 
         | parameter | distribution |
         |---|---|
-        | weights of linear layers and of the patch embedding | normal, deviation 0.02, cut at ±2 (timm's default) |
-        | biases | 0 |
+        | weights of linear layers | normal, deviation 0.02, cut at ±2 (timm's default) |
+        | biases of linear layers | 0 |
+        | weights and biases of the patch embedding | uniform on ±1/√fan_in (torch's default, which timm keeps) |
         | norms | 1 and 0 |
         | class token | normal, deviation 1e-6 |
         | position embedding | the sine-cosine values |
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                bound = module.weight[0].numel() ** -0.5
+                for parameter in (module.weight, module.bias):
+                    nn.init.uniform_(parameter, -bound, bound, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         self.pos_embed.copy_(sincos_positions(self.grid, self.grid, self.embed_dim)[None])

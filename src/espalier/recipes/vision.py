@@ -15,14 +15,13 @@ def digits_vit() -> Recipe:
         name="digits_vit",
         data="digits",
         model="vit",
-        model_args={"patch_size": 1, "embed_dim": 48, "depth": 4, "num_heads": 3},
+        model_args={"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 3},
         epochs=10,
         batch_size=64,
-        lr=1e-3,
+        lr=3e-3,
         weight_decay=0.01,
         warmup_epochs=1,
         clip_norm=3.0,
-        eps=1e-3,
     )
 
 
@@ -63,7 +62,6 @@ def fashion_vit() -> Recipe:
         weight_decay=0.01,
         warmup_epochs=1,
         clip_norm=3.0,
-        eps=1e-3,
         crop_padding=2,
         flip=True,
     )
