@@ -1,0 +1,174 @@
+"""The compiled C++ kernels as torch operators, so that autograd, ``torch.compile`` and export see through them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.nn.kernels.build import KernelBuildError, build
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+# Enough pieces of work for any number of threads, fixed so that results do not depend on it.
+_WORK_ITEMS = 32
+
+
+def load() -> Path:
+    """Compile if need be, load, and return the library's path.
+
+    Raises:
+        KernelBuildError: it cannot be compiled or loaded; the message says why.
+    """
+    return _library()[0]
+
+
+@cache
+def _library() -> tuple[Path, ctypes.CDLL]:
+    path = build()
+    try:
+        return path, ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelBuildError(f"cannot load {path}: {error}") from error
+
+
+def _call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> None:
+    function = getattr(_library()[1], f"{name}_{_SUFFIX[dtype]}")
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    function(*pointers, (ctypes.c_int64 * len(shape))(*shape), ctypes.c_int(torch.get_num_threads()))
+
+
+def _width(dtype: torch.dtype) -> int:
+    return 16 if dtype == torch.float32 else 8
+
+
+def _scan_shape(x_BLE: Tensor, states: int) -> tuple[int, int, int, int, int, int]:
+    """Return (B, L, E, N, steps per piece, groups of channel blocks)."""
+    batch, length, channels = x_BLE.shape
+    piece = min(length, max(8, min(64, 512 // states)))
+    blocks = -(-channels // _width(x_BLE.dtype))
+    return batch, length, channels, states, piece, min(blocks, -(-_WORK_ITEMS // batch))
+
+
+@torch.library.custom_op("espalier::selective_scan", mutates_args=())
+def selective_scan_cpu(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, initial: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, final state, states at the start of each piece, which the backward pass needs when ``keep``)."""
+    x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
+    d, initial = (None if t is None else t.contiguous() for t in (d, initial))
+    batch, length, channels, states, piece, groups = shape = _scan_shape(x, a.shape[1])
+    width = _width(x.dtype)
+    kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
+    y, final, starts = torch.empty_like(x), x.new_empty(batch, channels, states), x.new_empty(kept)
+    _call("scan_forward", x.dtype, (x, delta, a, b, c, d, initial, y, final, starts if keep else None), shape)
+    return y, final, starts
+
+
+@selective_scan_cpu.register_fake
+def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, initial: Any, keep: bool) -> Any:
+    batch, length, channels, states, piece, _ = _scan_shape(x, a.shape[1])
+    width = _width(x.dtype)
+    kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
+    return x.new_empty(x.shape), x.new_empty(batch, channels, states), x.new_empty(kept)
+
+
+@torch.library.custom_op("espalier::selective_scan_backward", mutates_args=())
+def selective_scan_backward_cpu(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, starts: Tensor, dy: Tensor, df: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (x, delta, a, b, c, d, initial state)."""
+    x, delta, a, b, c, dy, df = (t.contiguous() for t in (x, delta, a, b, c, dy, df))
+    d = None if d is None else d.contiguous()
+    batch, length, channels, states, _, groups = shape = _scan_shape(x, a.shape[1])
+    dx, ddelta = torch.empty_like(x), torch.empty_like(x)
+    da, dinitial = x.new_empty(batch, channels, states), x.new_empty(batch, channels, states)
+    db, dc = (x.new_empty(batch, groups, length, states) for _ in range(2))
+    dd = x.new_zeros(batch, channels)
+    _call(
+        "scan_backward",
+        x.dtype,
+        (x, delta, a, b, c, d, starts, dy, df, dx, ddelta, da, db, dc, dd, dinitial),
+        shape,
+    )
+    return dx, ddelta, da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dinitial
+
+
+@selective_scan_backward_cpu.register_fake
+def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, starts: Any, dy: Any, df: Tensor) -> Any:
+    new = [t.new_empty(t.shape) for t in (x, delta, a, b, c)]
+    return (*new, x.new_empty(x.shape[2]), df.new_empty(df.shape))
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, delta, a, b, c, d, initial, _ = inputs
+    ctx.save_for_backward(x, delta, a, b, c, d, output[2])
+    ctx.has_initial = initial is not None
+
+
+def _scan_backward(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, d, starts = ctx.saved_tensors
+    *grads, dd, dinitial = selective_scan_backward_cpu(*saved, d, starts, dy, dfinal)
+    return (*grads, None if d is None else dd, dinitial if ctx.has_initial else None, None)
+
+
+selective_scan_cpu.register_autograd(_scan_backward, setup_context=_scan_setup)
+
+
+def _conv_shape(x_BLC: Tensor, taps: int) -> tuple[int, int, int, int, int]:
+    return (*x_BLC.shape, taps, x_BLC.stride(1))
+
+
+def _rows(x_BLC: Tensor) -> Tensor:
+    """Return x with rows that lie evenly apart over batch and time, without copying a slice of a wider tensor."""
+    batch_step, row_step, step = x_BLC.stride()
+    even = step == 1 and (x_BLC.shape[0] == 1 or batch_step == x_BLC.shape[1] * row_step)
+    return x_BLC if even and row_step >= x_BLC.shape[2] else x_BLC.contiguous()
+
+
+@torch.library.custom_op("espalier::causal_conv_silu", mutates_args=())
+def causal_conv_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return SiLU of the causal depthwise convolution of x (B, L, C) with ``weight`` (C, K), the newest tap last."""
+    x, weight = _rows(x), weight.contiguous()
+    y = x.new_empty(x.shape)
+    _call("conv_forward", x.dtype, (x, weight, bias, y), _conv_shape(x, weight.shape[1]))
+    return y
+
+
+@causal_conv_silu_cpu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("espalier::causal_conv_silu_backward", mutates_args=())
+def causal_conv_silu_backward_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of (x, weight, bias)."""
+    x, weight, dy = _rows(x), weight.contiguous(), dy.contiguous()
+    batch, _, channels = x.shape
+    dx = x.new_empty(x.shape)
+    dweight, dbias = x.new_empty(batch, channels, weight.shape[1]), x.new_empty(batch, channels)
+    _call("conv_backward", x.dtype, (x, weight, bias, dy, dx, dweight, dbias), _conv_shape(x, weight.shape[1]))
+    return dx, dweight.sum(0), dbias.sum(0)
+
+
+@causal_conv_silu_backward_cpu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, dy: Any) -> Any:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape[2])
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = causal_conv_silu_backward_cpu(x, weight, bias, dy)
+    return dx, dweight, None if bias is None else dbias
+
+
+causal_conv_silu_cpu.register_autograd(_conv_backward, setup_context=_conv_setup)

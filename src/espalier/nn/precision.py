@@ -1,0 +1,28 @@
+"""Arithmetic that must not lose digits: recurrences and decays run in float32 or better under any autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def exact(*tensors: Tensor | None) -> list[Any]:
+    """Return the tensors in one dtype that keeps digits: float64 if any of them has it, else float32; None stays."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if double else torch.float32
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``function(ctx, tensor, ...)`` with autocast off on the tensor's device: matrix products keep their dtype."""
+
+    @functools.wraps(function)
+    def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *rest)
+
+    return run

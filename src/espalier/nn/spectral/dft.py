@@ -1,0 +1,151 @@
+"""The real discrete Fourier transform of images as matrix products, in planes, over one to three axes.
+
+Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as (2, *S', N): the two planes
+first, the last spatial axis cut to its first half plus one. Both directions are real-linear maps, so the backward pass
+of each is the transpose, which is the other one with other weights.
+
+Note [DFT as GEMM]: for the 8 to 64 points of these images, one product with a cosine and a sine matrix is faster than
+an FFT and the permutations around it, and it reads a channels-first image without copying it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.nn.spectral.planes import product
+
+
+class Tables(NamedTuple):
+    """The matrices of one transform: the half-spectrum ones of the last axis, the complex ones of the others."""
+
+    last: Tensor
+    """(2, W//2 + 1, W): cosine and minus sine, weighted."""
+    others: tuple[Tensor, ...]
+    """(2n, 2n) for every axis but the last: the real form of e^(−iθ), weighted."""
+
+
+def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool) -> Tables:
+    """Return the matrices for images of ``size``, those of the inverse transform if asked.
+
+    They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
+    """
+    build = _build_tables if torch.compiler.is_compiling() else _kept_tables
+    return build(tuple(size), dtype, device, inverse)
+
+
+def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
+    *lead, width = size
+    cos, sin = _angles(width // 2 + 1, width)
+    last = torch.stack((cos, -sin))
+    if inverse:
+        # Frequencies that stand for themselves and their mirror image count twice.
+        counts = [1.0 if 2 * w % width == 0 else 2.0 for w in range(width // 2 + 1)]
+        last = last * (torch.tensor(counts, dtype=torch.float64)[:, None] / width)
+    others = []
+    for n in lead:
+        cos, sin = _angles(n, n)
+        real_form = torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
+        others.append((real_form / n if inverse else real_form).to(device, dtype))
+    return Tables(last.to(device, dtype), tuple(others))
+
+
+_kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
+
+
+def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
+    turns = torch.outer(torch.arange(rows), torch.arange(n)) % n  # reduced as integers: exact at any size
+    theta = turns.double() * (2 * math.pi / n)
+    return theta.cos(), theta.sin()
+
+
+def analyse(x: Tensor, matrices: Tables) -> Tensor:
+    """Return the weighted transform (2, *S', N) of x (*S, N)."""
+    *lead, width, columns = x.shape
+    half = matrices.last.shape[1]
+    rows = x.reshape(-1, width, columns)
+    if torch.compiler.is_compiling():
+        spectrum = torch.matmul(matrices.last[:, None], rows)
+    else:
+        spectrum = rows.new_empty(2, rows.shape[0], half, columns)
+        for plane in range(2):
+            torch.bmm(matrices.last[plane].expand(rows.shape[0], half, width), rows, out=spectrum[plane])
+    for axis in reversed(range(len(lead))):
+        spectrum = _mix(spectrum, lead, axis, matrices.others[axis])
+    return spectrum.reshape(2, *lead, half, columns)
+
+
+def synthesise(spectrum: Tensor, matrices: Tables) -> Tensor:
+    """Return the transpose of ``analyse``: (2, *S', N) → (*S, N)."""
+    _, *lead, half, columns = spectrum.shape
+    width = matrices.last.shape[2]
+    for axis in range(len(lead)):
+        spectrum = _mix(spectrum, lead, axis, matrices.others[axis].mT)
+    real, imag = spectrum.reshape(2, -1, half, columns).unbind()
+    last_r, last_i = (m.mT.expand(real.shape[0], width, half) for m in matrices.last)
+    return torch.baddbmm(torch.bmm(last_r, real), last_i, imag).reshape(*lead, width, columns)
+
+
+def _mix(spectrum: Tensor, lead: Sequence[int], axis: int, matrix: Tensor) -> Tensor:
+    """Multiply one complex axis by a (2n, 2n) real form."""
+    n, before = lead[axis], math.prod(lead[:axis])
+    if before == 1:
+        return (matrix @ spectrum.reshape(2 * n, -1)).view(2, n, -1)
+    real, imag = spectrum.reshape(2, before, n, -1).unbind()
+    parts = (matrix[:n, :n].expand(before, n, n), matrix[n:, :n].expand(before, n, n))
+    re, im = product(parts, (real, imag))
+    assert im is not None  # both factors have two planes
+    return torch.stack((re, im))
+
+
+class Analyse(torch.autograd.Function):
+    """``analyse`` with its transpose as the backward pass: nothing but the matrices is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, last: Tensor, *others: Tensor) -> Tensor:
+        """See ``analyse``."""
+        ctx.tables = Tables(last, others)
+        return analyse(x, ctx.tables)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the images."""
+        return Synthesise.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
+
+
+class Synthesise(torch.autograd.Function):
+    """``synthesise`` with its transpose as the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, spectrum: Tensor, last: Tensor, *others: Tensor) -> Tensor:
+        """See ``synthesise``."""
+        ctx.tables = Tables(last, others)
+        return synthesise(spectrum, ctx.tables)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the spectra."""
+        return Analyse.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
+
+
+def _flat(matrices: Tables) -> tuple[Tensor, ...]:
+    return matrices.last, *matrices.others
+
+
+def to_spectrum(x: Tensor, matrices: Tables) -> Tensor:
+    """Return ``analyse(x, matrices)``, differentiable."""
+    return analyse(x, matrices) if torch.compiler.is_compiling() else Analyse.apply(x, *_flat(matrices))
+
+
+def to_images(spectrum: Tensor, matrices: Tables) -> Tensor:
+    """Return ``synthesise(spectrum, matrices)``, differentiable."""
+    return (
+        synthesise(spectrum, matrices)
+        if torch.compiler.is_compiling()
+        else Synthesise.apply(spectrum, *_flat(matrices))
+    )

@@ -1,0 +1,195 @@
+"""Apply an orthogonal spectrum to a batch without forming it, with a hand-written backward pass.
+
+Per frequency f with angles θ_f,t of the taps, Ŵ = Σ_t w_t e^(iθ_f,t); wide matrices go through the transpose. With U
+the top square block of Ŵ, V the rest, N = I + U − Uᴴ + VᴴV and z the solution of the system:
+
+    square  N z = x                y = 2z − x
+    tall    N z = x                y = [2z − x; −2Vz]
+    wide    Nᵀz = x₁ − Vᵀx₂        y = 2z − x₁
+
+(arXiv 2104.07167, section 4, with Q = 2N⁻¹ − I in place of N⁻¹(I − A): one product fewer and less rounding.) Batches
+are rows here, so N z = x reads z·Nᵀ = x. Gradients are those of real planes: G = ∂ℓ/∂re + i·∂ℓ/∂im.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.nn.spectral.factor import factor_, solve
+from espalier.nn.spectral.planes import Planes, add_gram_, invert_, product, transpose
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
+    """Return the planes of N (F·G, n, n) and, unless square, of V (F·G, m, n).
+
+    Args:
+        taps: scaled kernel (T, G, rows, n) with rows ≥ n, already transposed if the operator is wide.
+        angles: of every tap; the matrices of the G groups of one frequency follow each other.
+    """
+    count, _, rows, n = taps.shape
+    top = taps[:, :, :n]
+    frequencies = angles.cos.shape[0]
+
+    def emit(table: Tensor, matrices: Tensor) -> Tensor:
+        return (table @ matrices.reshape(count, -1)).view(-1, matrices.shape[2], n)
+
+    # U − Uᴴ is linear in the taps: antisymmetric real part, symmetric imaginary part, one product each.
+    n_planes = emit(angles.cos, top - top.mT), emit(angles.sin, top + top.mT)
+    n_planes[0].diagonal(dim1=1, dim2=2).add_(1)
+    assert n_planes[0].shape[0] == frequencies * taps.shape[1]
+    if rows == n:
+        return n_planes, None
+    v = emit(angles.cos, taps[:, :, n:]), emit(angles.sin, taps[:, :, n:])
+    add_gram_(n_planes, v)
+    return n_planes, v
+
+
+def spectrum(taps: Tensor, angles: Angles, *, wide: bool) -> tuple[Tensor, Tensor]:
+    """Return the planes of Qᵀ, (F·G, cin, cout), ready to multiply rows: what evaluation caches.
+
+    Args:
+        taps: as for ``system``.
+        angles: as for ``system``.
+        wide: whether the taps were transposed.
+    """
+    n_planes, v = system(taps, angles)
+    size = n_planes[0].shape[-1]
+    inverse = invert_(n_planes)
+    below = None if v is None else product(v, inverse, alpha=-2.0)
+    q_r, q_i = inverse[0].mul_(2), inverse[1].mul_(2) if inverse[1] is not None else None
+    q_r.diagonal(dim1=1, dim2=2).sub_(1)
+    assert q_i is not None
+    if below is not None and below[1] is not None:
+        q_r, q_i = torch.cat((q_r, below[0]), 1), torch.cat((q_i, below[1]), 1)
+    assert q_r.shape[-1] == size
+    if wide:  # Q is the transpose of what was built, so Qᵀ is it
+        return q_r, q_i
+    return q_r.mT.contiguous(), q_i.mT.contiguous()
+
+
+class ApplyCayley(torch.autograd.Function):
+    """Planes of the images (F·G, B, cin) and the taps in, planes of the outputs (F·G, B, cout) out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, cos: Tensor, sin: Tensor, wide: bool) -> Tensor:
+        """Return y (2, F·G, B, cout) for x (2, F·G, B, cin); the formulas stand at the top of the file."""
+        angles = Angles(cos, sin)
+        n_planes, v = system(taps, angles)
+        n = n_planes[0].shape[-1]
+        factor = factor_(n_planes)
+        planes = (x[0], x[1])
+        x2: Planes | None = None
+        if wide and v is not None:
+            x2 = x[0, :, :, n:], x[1, :, :, n:]
+            planes = x[0, :, :, :n].contiguous(), x[1, :, :, :n].contiguous()
+            right = planes[0].clone(), planes[1].clone()
+            product(x2, v, into=right, alpha=-1)
+            z = solve(right, factor)
+        else:
+            z = solve(planes, factor, transposed=not wide)
+        y = x.new_empty(*x.shape[:3], taps.shape[2] if not wide else n)
+        for out, part, minus in zip(y, _both(z), planes, strict=True):
+            torch.sub(part, minus, alpha=0.5, out=out[:, :, :n]).mul_(2)
+        if v is not None and not wide:
+            low = product(z, transpose(v), alpha=-2)
+            for out, part in zip(y, _both(low), strict=True):
+                out[:, :, n:].copy_(part)
+        ctx.wide, ctx.angles, ctx.shape = wide, angles, taps.shape
+        ctx.save_for_backward(*_both(factor), *_both(z), *(_both(v) if v else ()), *(_both(x2) if x2 else ()))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the images and of the taps."""
+        saved = ctx.saved_tensors
+        factor, z, v, x2 = (saved[i : i + 2] or None for i in (0, 2, 4, 6))
+        n = factor[0].shape[-1]
+        steps = _backward_wide if ctx.wide else _backward_tall
+        need_taps = ctx.needs_input_grad[1]
+        grad_x, grad_n, grad_v = steps((grad[0], grad[1]), factor, z, v, x2, n, need_taps)
+        grad_taps = _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape) if need_taps else None
+        return grad_x, grad_taps, None, None, None
+
+
+def _both(a: Planes) -> tuple[Tensor, Tensor]:
+    assert a[1] is not None
+    return a[0], a[1]
+
+
+def _backward_tall(
+    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: None, n: int, need_taps: bool
+) -> tuple[Tensor, Planes | None, Planes | None]:
+    """Nᴴu = 2g₁ − 2Vᴴg₂, ∂x = u − g₁, ∂N = −uzᴴ, ∂V = −2g₂zᴴ."""
+    head = grad if v is None else (grad[0][:, :, :n].contiguous(), grad[1][:, :, :n].contiguous())
+    low = (grad[0][:, :, n:], grad[1][:, :, n:])
+    right = head[0] * 2, head[1] * 2
+    if v is not None:
+        product(low, v, conj_b=True, into=right, alpha=-2)
+    u = solve(right, factor, conj=True)
+    grad_x = grad[0].new_empty(2, *head[0].shape)
+    for out, part, minus in zip(grad_x, _both(u), head, strict=True):
+        torch.sub(part, minus, out=out)
+    if not need_taps:
+        return grad_x, None, None
+    # G = −uzᴴ: rows are batches, so it is −(rows of u)ᵀ·conj(rows of z).
+    grad_n = product(transpose(u), z, conj_b=True, alpha=-1)
+    grad_v = None if v is None else product(transpose(low), z, conj_b=True, alpha=-2)
+    return grad_x, grad_n, grad_v
+
+
+def _backward_wide(
+    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, x2: Planes | None, n: int, need_taps: bool
+) -> tuple[Tensor, Planes | None, Planes | None]:
+    """conj(N)s = 2g, ∂x₁ = s − g, ∂x₂ = −conj(V)s, ∂N = −conj(z)sᵀ, ∂V = −conj(x₂)sᵀ."""
+    assert v is not None
+    assert x2 is not None
+    s = solve((grad[0] * 2, grad[1] * 2), factor, transposed=True, conj=True)
+    low = _both(product(s, transpose(v), conj_b=True, alpha=-1))
+    grad_x = grad[0].new_empty(2, *grad[0].shape[:2], n + low[0].shape[-1])
+    for out, part, minus, rest in zip(grad_x, _both(s), grad, low, strict=True):
+        torch.sub(part, minus, out=out[:, :, :n])
+        out[:, :, n:].copy_(rest)
+    if not need_taps:
+        return grad_x, None, None
+    grad_n = product(transpose(z), s, conj_a=True, alpha=-1)
+    grad_v = product(transpose(x2), s, conj_a=True, alpha=-1)
+    return grad_x, grad_n, grad_v
+
+
+def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles, shape: tuple[int, ...]) -> Tensor:
+    """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
+    count, groups, rows, n = shape
+    real, imag = _both(grad_n)
+
+    def gather(table: Tensor, planes: Tensor) -> Tensor:
+        return (table.mT @ planes.reshape(table.shape[0], -1)).view(count, groups, -1, n)
+
+    skew, symmetric = gather(angles.cos, real), gather(angles.sin, imag)
+    top = (skew - skew.mT).add_(symmetric).add_(symmetric.mT)
+    if grad_v is None or v is None:
+        return top
+    hermitian = real + real.mT, imag - imag.mT
+    product(v, hermitian, into=grad_v)
+    v_r, v_i = _both(grad_v)
+    return torch.cat((top, gather(angles.cos, v_r) + gather(angles.sin, v_i)), dim=2)
+
+
+@torch.compiler.disable
+def apply_cayley(x: Tensor, taps: Tensor, angles: Angles, *, wide: bool) -> Tensor:
+    """Return the orthogonal operator of ``taps`` applied to ``x``; see ``ApplyCayley``.
+
+    Kept out of compiled graphs: in-place planes and small LAPACK leaves gain nothing from a compiler.
+    """
+    result: Tensor = ApplyCayley.apply(x, taps, angles.cos, angles.sin, wide)
+    return result

@@ -1,0 +1,242 @@
+"""The Mamba-1 recurrence against a plain loop, in every implementation that runs here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.selective_scan_reference import selective_scan_loop
+from torch import Tensor
+from torch.nn import functional as F
+
+from espalier.errors import EspalierError
+from espalier.nn import backend, selective_scan, use_backend
+from espalier.nn.causal_conv import causal_conv_silu
+from espalier.nn.kernels import build, cuda
+from espalier.nn.selective_scan import selective_step
+
+IMPLEMENTATIONS = ["compiled", "torch"]
+
+
+def draw(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    """Return (x, delta, a, b, c, d, initial state) with gradients asked for."""
+    batch, length, channels, states = shape
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *s: torch.randn(*s, dtype=dtype, generator=g)  # noqa: E731
+    delta = torch.rand(batch, length, channels, dtype=dtype, generator=g)
+    a = -2 * torch.rand(channels, states, dtype=dtype, generator=g)
+    x, b, c = normal(batch, length, channels), normal(batch, length, states), normal(batch, length, states)
+    tensors = (x, delta, a, b, c, normal(channels), normal(batch, channels, states))
+    return tuple(t.requires_grad_() for t in tensors)
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(99)
+    weights = [torch.randn(o.shape, dtype=torch.float64, generator=g).to(o.dtype) for o in outputs]
+    return torch.autograd.grad(outputs, inputs, weights)
+
+
+def assert_all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        assert mine.shape == other.shape
+        assert (mine - other).abs().max().item() <= tolerance * scale
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=15)
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 300), channels=st.integers(1, 40), states=st.sampled_from([1, 5, 16])
+)
+def test_equals_the_loop_in_float64(implementation: str, batch: int, length: int, channels: int, states: int) -> None:
+    inputs = draw((batch, length, channels, states), torch.float64, seed=length)
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(length)) > 0.2
+    theirs = selective_scan_loop(*inputs, mask_BL=mask)
+    with use_backend(implementation):
+        ours = selective_scan(*inputs[:6], initial_state=inputs[6], mask=mask, return_state=True)
+    assert_all_close(ours, theirs, 1e-10)
+    assert_all_close(gradients(ours, inputs), gradients(theirs, inputs), 1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float32_stays_within_1e_4_of_float64(implementation: str) -> None:
+    inputs = draw((2, 300, 48, 16), torch.float64)
+    singles = tuple(t.detach().float().requires_grad_() for t in inputs)
+    theirs = selective_scan_loop(*inputs)
+    with use_backend(implementation):
+        ours = selective_scan(*singles[:6], initial_state=singles[6], return_state=True)
+    assert_all_close(ours, tuple(t.float() for t in theirs), 1e-4)
+    expected = tuple(t.float() for t in gradients(theirs, inputs))
+    assert_all_close(gradients(ours, singles), expected, 1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_long_strong_and_growing_exponents_stay_exact(implementation: str) -> None:
+    # Decays from e^-60 a step to growth by e^3: the polynomial exponential must hold over its whole range.
+    a = torch.tensor([[-60.0, -20.0, -1e-3, 3.0]])
+    x, delta = torch.ones(1, 8, 1), torch.full((1, 8, 1), 1.0)
+    b = c = torch.ones(1, 8, 4)
+    with use_backend(implementation):
+        y, state = selective_scan(x, delta, a, b, c, return_state=True)
+    expected, last = selective_scan_loop(*(t.double() for t in (x, delta, a, b, c)))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state.double(), last, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_does_not_touch_decays_or_states(implementation: str) -> None:
+    inputs = [t.detach() for t in draw((2, 64, 8, 4), torch.float32)]
+    with use_backend(implementation):
+        plain = selective_scan(*inputs[:6])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = selective_scan(*inputs[:6])
+            half = selective_scan(inputs[0].bfloat16(), *inputs[1:6])
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_steps_equal_the_scan() -> None:
+    x, delta, a, b, c, d, state = (t.detach() for t in draw((2, 12, 6, 4), torch.float64))
+    whole, last = selective_scan(x, delta, a, b, c, d, initial_state=state, return_state=True)
+    for t in range(12):
+        y, state = selective_step(x[:, t], delta[:, t], a, b[:, t], c[:, t], d, state)
+        torch.testing.assert_close(y, whole[:, t])
+    torch.testing.assert_close(state, last)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    inputs = draw((1, 100, 70, 16), torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = selective_scan(*inputs[:6])
+            results.append((y, *gradients((y,), inputs[:5])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
+    x, delta, a, b, c, _, _ = draw((2, 5, 3, 4), torch.float32)
+    with pytest.raises(EspalierError, match=r"give \(B, L, E\)"):
+        selective_scan(x, delta[:, :4], a, b, c)
+    with pytest.raises(EspalierError, match=r"give both as \(B, L, N\)"):
+        selective_scan(x, delta, a, b[..., :2], c)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=15)
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 150), channels=st.integers(1, 80), taps=st.integers(1, 5),
+    bias=st.booleans(),
+)  # fmt: skip
+def test_convolution_equals_conv1d(
+    implementation: str, batch: int, length: int, channels: int, taps: int, bias: bool
+) -> None:
+    g = torch.Generator().manual_seed(length)
+    wide = torch.randn(batch, length, channels + 7, dtype=torch.float64, generator=g).requires_grad_()
+    weight = torch.randn(channels, taps, dtype=torch.float64, generator=g).requires_grad_()
+    offset = torch.randn(channels, dtype=torch.float64, generator=g).requires_grad_() if bias else None
+    x = wide[..., 3 : 3 + channels]
+    padded = F.pad(x.mT, (taps - 1, 0))
+    theirs = F.silu(F.conv1d(padded, weight[:, None], offset, groups=channels)).mT
+    with use_backend(implementation):
+        ours = causal_conv_silu(x, weight, offset)
+    inputs = (wide, weight) if offset is None else (wide, weight, offset)
+    assert_all_close((ours,), (theirs,), 1e-10)
+    assert_all_close(gradients((ours,), inputs), gradients((theirs,), inputs), 1e-10)
+
+
+def test_compiled_operators_pass_torchs_own_checks() -> None:
+    from espalier.nn.kernels import cpu
+
+    if backend().name != "compiled":
+        pytest.skip("no C++ compiler here")
+    x, delta, a, b, c, d, state = draw((2, 9, 5, 3), torch.float64)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(cpu.selective_scan_cpu, (x, delta, a, b, c, d, state, True), test_utils=checks)
+    torch.library.opcheck(cpu.causal_conv_silu_cpu, (x, a[:, :2], d), test_utils=checks)
+
+
+PROBE = """
+import warnings
+from espalier.nn import backend
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    backend(); print(backend().name, "|", backend().reason, "|", len(seen))
+"""
+
+
+def probe(**environment: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    return [part.strip() for part in run.stdout.split("|")]
+
+
+def test_without_a_compiler_the_fallback_is_announced_once(tmp_path: Path) -> None:
+    name, reason, warnings = probe(PATH=str(tmp_path), ESPALIER_CACHE=str(tmp_path))
+    assert (name, warnings) == ("torch", "1")
+    assert "no C++ compiler" in reason
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: broken" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    cache = tmp_path / "cache"
+    name, reason, _ = probe(PATH=str(tmp_path), CXX=str(compiler), ESPALIER_CACHE=str(cache))
+    assert name == "torch"
+    assert "error: broken" in reason
+    assert list(cache.iterdir()) == []
+
+
+def test_demanding_what_cannot_run_is_refused() -> None:
+    with pytest.raises(EspalierError, match="cannot run on cpu"), use_backend("mamba_ssm"):
+        pass
+    with pytest.raises(EspalierError, match="unknown backend 'tritn'"), use_backend("tritn"):
+        pass
+
+
+@pytest.mark.slow()
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    if backend().name != "compiled":
+        pytest.skip("no C++ compiler here")
+    code = "from espalier.nn.kernels.build import build; print(build())"
+    import os
+
+    env = {**os.environ, "ESPALIER_CACHE": str(tmp_path)}
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    paths = {run.communicate(timeout=200)[0].strip() for run in runs}
+    assert all(run.returncode == 0 for run in runs)
+    assert {str(path) for path in tmp_path.iterdir()} == paths
+    assert len(paths) == 1
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ESPALIER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "espalier"
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "own"))
+    assert build.cache_folder() == tmp_path / "own"
+
+
+def test_adapter_speaks_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in with the published signature of selective_scan_fn: u, delta (B, D, L), B, C (B, N, L).
+    class StandIn:
+        @staticmethod
+        def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):  # type: ignore[no-untyped-def]  # noqa: E501
+            y, state = selective_scan_loop(u.mT, delta.mT, A, B.mT, C.mT, D)
+            return (y.mT, state) if return_last_state else y.mT
+
+    monkeypatch.setattr(cuda, "require", lambda module, extra: StandIn)
+    inputs = draw((2, 7, 3, 4), torch.float64)[:6]
+    assert_all_close(cuda.selective_scan_mamba_ssm(*inputs), selective_scan_loop(*inputs), 1e-12)

@@ -1,0 +1,129 @@
+"""The Mamba-2 recurrence against a plain loop over time and heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.ssd_reference import ssd_loop
+from torch import Tensor
+
+import espalier.nn.ssd as ssd_module
+from espalier.errors import EspalierError
+from espalier.nn import ssd
+from espalier.nn.kernels import cuda
+from espalier.nn.ssd import ssd_step
+
+
+def draw(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype, seed: int = 0):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Return (x, delta, a, b, c, d, initial state) with gradients asked for."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *s: torch.randn(*s, dtype=dtype, generator=g)  # noqa: E731
+    delta = torch.rand(batch, length, heads, dtype=dtype, generator=g)
+    a = -2 * torch.rand(heads, dtype=dtype, generator=g)
+    b, c = normal(batch, length, groups, states), normal(batch, length, groups, states)
+    tensors = (normal(batch, length, heads, width), delta, a, b, c, normal(heads), normal(batch, heads, states, width))
+    return tuple(t.requires_grad_() for t in tensors)
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(99)
+    weights = [torch.randn(o.shape, dtype=torch.float64, generator=g).to(o.dtype) for o in outputs]
+    return torch.autograd.grad(outputs, inputs, weights)
+
+
+def assert_all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        assert mine.shape == other.shape
+        assert (mine - other).abs().max().item() <= tolerance * scale
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    batch=st.integers(1, 2), length=st.integers(1, 300), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    width=st.integers(1, 5), states=st.integers(1, 6), chunk=st.sampled_from([1, 7, 64, 1000]),
+    together=st.sampled_from([1, 3, 1000]), bare=st.booleans(),
+)  # fmt: skip
+def test_equals_the_loop_in_float64(
+    batch: int, length: int, heads: tuple[int, int], width: int, states: int, chunk: int, together: int, bare: bool
+) -> None:
+    inputs = draw(batch, length, heads[0], width, heads[1], states, torch.float64, seed=length)
+    size = batch * heads[0] * min(chunk, length) ** 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd_module, "_SEGMENT_NUMBERS", together * size)  # one, a few or all chunks at once
+        if bare:
+            inputs = inputs[:5]
+            theirs, ours = ssd_loop(*inputs)[:1], (ssd(*inputs, chunk_size=chunk),)
+        else:
+            mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(length)) > 0.2
+            theirs = ssd_loop(*inputs, mask_BL=mask)
+            ours = ssd(*inputs[:6], initial_state=inputs[6], mask=mask, return_state=True, chunk_size=chunk)
+        assert_all_close(ours, theirs, 1e-10)
+        assert_all_close(gradients(ours, inputs), gradients(theirs, inputs), 1e-10)
+
+
+def test_float32_stays_within_1e_4_of_float64() -> None:
+    inputs = draw(2, 300, 4, 16, 2, 16, torch.float64)
+    singles = tuple(t.detach().float().requires_grad_() for t in inputs)
+    theirs = ssd_loop(*inputs)
+    ours = ssd(*singles[:6], initial_state=singles[6], return_state=True)
+    assert_all_close(ours, tuple(t.float() for t in theirs), 1e-4)
+    assert_all_close(gradients(ours, singles), tuple(t.float() for t in gradients(theirs, inputs)), 1e-4)
+
+
+def test_strong_decays_neither_overflow_nor_lose_the_gradient() -> None:
+    # exp of minus the cumulated decay would overflow: the two factors must never be taken apart.
+    inputs = draw(1, 200, 2, 3, 1, 4, torch.float32)
+    strong = (*inputs[:2], torch.tensor([-50.0, -0.01]).requires_grad_(), *inputs[3:5])
+    ours, theirs = (ssd(*strong),), ssd_loop(*strong)[:1]
+    assert_all_close(ours, theirs, 1e-5)
+    assert_all_close(gradients(ours, strong), gradients(theirs, strong), 1e-4)
+
+
+def test_autocast_does_not_touch_decays_or_states() -> None:
+    inputs = draw(2, 100, 4, 8, 1, 8, torch.float32)
+    plain = ssd(*inputs[:6])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = ssd(*inputs[:6])
+        half = ssd(inputs[0].bfloat16(), *inputs[1:6])
+        expected = gradients((plain,), inputs[:6])
+        assert_all_close(gradients((cast,), inputs[:6]), expected, 0)
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_steps_equal_the_chunks() -> None:
+    x, delta, a, b, c, d, state = (t.detach() for t in draw(2, 12, 4, 3, 2, 5, torch.float64))
+    whole, last = ssd(x, delta, a, b, c, d, initial_state=state, return_state=True, chunk_size=5)
+    for t in range(12):
+        y, state = ssd_step(x[:, t], delta[:, t], a, b[:, t], c[:, t], d, state)
+        torch.testing.assert_close(y, whole[:, t])
+    torch.testing.assert_close(state, last)
+
+
+def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
+    x, delta, a, b, c, _, _ = draw(1, 5, 4, 2, 2, 3, torch.float32)
+    with pytest.raises(EspalierError, match=r"give \(B, L, H, P\)"):
+        ssd(x, delta[..., :3], a, b, c)
+    with pytest.raises(EspalierError, match=r"give both as \(B, L, G, N\)"):
+        ssd(x, delta, a, b, c[..., :2])
+    with pytest.raises(EspalierError, match="4 heads do not share 3 groups"):
+        ssd(x, delta, a, b[:, :, :1].repeat(1, 1, 3, 1), c[:, :, :1].repeat(1, 1, 3, 1))
+    with pytest.raises(EspalierError, match="chunk_size is 0"):
+        ssd(x, delta, a, b, c, chunk_size=0)
+
+
+def test_adapter_speaks_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in with the published signature of mamba_chunk_scan_combined, whose states are (B, H, P, N).
+    class StandIn:
+        @staticmethod
+        def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):  # type: ignore[no-untyped-def]  # noqa: E501
+            y, state = ssd_loop(x, dt, A, B, C, D, initial_states.mT)
+            return (y, state.mT) if return_final_states else y
+
+    monkeypatch.setattr(cuda, "require", lambda module, extra: StandIn)
+    inputs = draw(2, 7, 4, 3, 2, 5, torch.float64)
+    assert_all_close(cuda.ssd_mamba_ssm(*inputs, 64), ssd_loop(*inputs), 1e-12)
