@@ -1,0 +1,186 @@
+"""The statistics of a comparison: pure functions on a few numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from espalier.errors import EspalierError, require
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of ``n`` values and its confidence interval; both ends are NaN where n < 2."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def defined(self) -> bool:
+        """Whether there is an interval at all."""
+        return not math.isnan(self.low)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside; False where there is no interval."""
+        return self.defined and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Arm minus baseline over shared seeds, with both intervals; the t interval decides."""
+
+    t: Interval
+    bootstrap: Interval
+
+    @property
+    def shown(self) -> bool:
+        """Whether the t interval excludes zero; otherwise the study shows no difference."""
+        return self.t.excludes_zero
+
+
+@dataclass(frozen=True)
+class Window:
+    """The learning rates that serve almost as well as the best, without a gap: from ``low`` to ``high``.
+
+    An end is open where the outermost rate that was tried is still inside: the true window may be wider.
+    """
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the largest rate is than the smallest."""
+        return self.high / self.low
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean and Student's interval ``mean ± t_{n−1, (1+level)/2} · s/√n``.
+
+    Assumes independent values that scatter normally. Its coverage is right at any n when they do; with one value
+    there is no interval.
+
+    Raises:
+        EspalierError: no value, or a level outside (0, 1).
+    """
+    mean = _mean(values, level)
+    n = len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(require("scipy.stats", "train").t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, *, resamples: int = 10_000, generator: torch.Generator
+) -> Interval:
+    """Return the mean and its percentile bootstrap interval.
+
+    Resampled means are drawn with replacement and their ``(1 ± level)/2`` quantiles taken; no correction (BCa needs
+    more values than a study has seeds to estimate its two constants). With few values it is too narrow: the 95 %
+    interval of three is their range, which holds the mean of a symmetric law in 75 % of cases. So it stands beside the
+    t interval, as a look at the scatter without the normal law, and does not decide.
+
+    Raises:
+        EspalierError: no value, or a level outside (0, 1).
+    """
+    mean = _mean(values, level)
+    n = len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    picks_RN = torch.randint(n, (resamples, n), generator=generator)
+    means_R = torch.tensor(values, dtype=torch.float64)[picks_RN].mean(1)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(means_R, tails).tolist()
+    return Interval(mean, low, high, n)
+
+
+def paired_difference(
+    arm: Mapping[int, float],
+    baseline: Mapping[int, float],
+    level: float = 0.95,
+    *,
+    resamples: int = 10_000,
+    generator: torch.Generator,
+) -> PairedDifference | None:
+    """Return the mean difference over the seeds that both have, with both intervals; None where they share none.
+
+    Seeds of both arms start from the same base weights and see the same batches, so the differences scatter less than
+    the scores.
+
+    Args:
+        arm: score by seed.
+        baseline: score by seed.
+        level: confidence level.
+        resamples: bootstrap resamples.
+        generator: source of the resamples.
+    """
+    differences = [arm[seed] - baseline[seed] for seed in sorted(arm.keys() & baseline.keys())]
+    if not differences:
+        return None
+    bootstrap = bootstrap_interval(differences, level, resamples=resamples, generator=generator)
+    return PairedDifference(t_interval(differences, level), bootstrap)
+
+
+def best_rate(means: Mapping[float, float]) -> float | None:
+    """Return the rate with the highest mean score (the smaller of equal ones), None where there is none.
+
+    The scores that choose the rate are those that are then reported, so the chosen one's mean is biased upwards, more
+    so the more rates are tried and the fewer seeds they have. Every arm gets the same rates and so the same chance.
+    """
+    return min(means, key=lambda lr: (-means[lr], lr)) if means else None
+
+
+def rate_window(means: Mapping[float, float], tried: Sequence[float], tolerance: float) -> Window | None:
+    """Return the unbroken range of rates around the best whose mean score is within ``tolerance`` of the best.
+
+    Args:
+        means: mean score by rate, of the rates that may count (no diverged run).
+        tried: every rate of the arm; one without a mean ends the window.
+        tolerance: in units of the score.
+    """
+    best = best_rate(means)
+    if best is None:
+        return None
+    rates = sorted(tried)
+    floor = means[best] - tolerance
+    low = high = rates.index(best)
+    while low > 0 and means.get(rates[low - 1], -math.inf) >= floor:
+        low -= 1
+    while high < len(rates) - 1 and means.get(rates[high + 1], -math.inf) >= floor:
+        high += 1
+    return Window(rates[low], rates[high], open_low=low == 0, open_high=high == len(rates) - 1)
+
+
+def first_crossing(places: Sequence[float], values: Sequence[float], target: float) -> float:
+    """Return the first place at which the line through the points reaches ``target`` from below, NaN if it never does.
+
+    Args:
+        places: increasing, e.g. epochs or steps.
+        values: one a place.
+        target: the value to reach.
+    """
+    for index, value in enumerate(values):
+        if value >= target:
+            if index == 0:
+                return float(places[0])
+            share = (target - values[index - 1]) / (value - values[index - 1])
+            return places[index - 1] + share * (places[index] - places[index - 1])
+    return math.nan
+
+
+def _mean(values: Sequence[float], level: float) -> float:
+    if not values:
+        raise EspalierError("values is empty: there is no mean of nothing")
+    if not 0 < level < 1:
+        raise EspalierError(f"level {level} must lie in (0, 1), e.g. 0.95")
+    return math.fsum(values) / len(values)

@@ -1,0 +1,159 @@
+"""A summary in words and as a table: the same cells as plain text, Markdown and HTML."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from espalier.study.statistics import Interval
+
+if TYPE_CHECKING:
+    from espalier.study.summary import ArmSummary, Summary
+
+HEADER = (
+    "arm",
+    "best lr",
+    "lr window",
+    "score",
+    "difference to baseline",
+    "bootstrap",
+    "epochs to baseline",
+    "time per step",
+    "runs",
+)
+
+
+def cells(summary: Summary) -> list[tuple[str, ...]]:
+    """Return one row of text an arm, in the order of ``HEADER``."""
+    return [_row(arm, summary) for arm in summary.arms]
+
+
+def sentences(summary: Summary) -> list[str]:
+    """Return what may be said of every arm against the baseline, one sentence each."""
+    return [sentence(arm, summary) for arm in summary.arms[1:]]
+
+
+def sentence(arm: ArmSummary, summary: Summary) -> str:
+    """Return what may be said of one arm: a difference only where the interval excludes zero."""
+    base = summary.arms[0].arm
+    if arm.difference is None:
+        return f"{arm.arm} against {base}: no paired runs to compare yet"
+    t, points = arm.difference.t, _is_share(summary)
+    size = _number(t.mean, points, sign=True) + (" points" if points else "")
+    if not t.defined:
+        return f"{arm.arm} against {base}: {size} on one paired seed, no difference shown (n = 1 has no interval)"
+    low, high = (_number(value, points, sign=True) for value in (t.low, t.high))
+    span = f"[{low}, {high}], {t.n} paired seeds"
+    if not arm.difference.shown:
+        return f"{arm.arm} against {base}: no difference shown, {size} {span}"
+    return f"{arm.arm} is {size} {'over' if t.mean > 0 else 'under'} {base}, {span}"
+
+
+def counts(arm: ArmSummary) -> str:
+    """Return how many runs stand behind an arm's numbers, and what became of the others."""
+    missing = arm.planned - arm.finished - arm.failed
+    parts = [f"{arm.finished} of {arm.planned}" if arm.finished != arm.planned else str(arm.planned)]
+    parts += [f"{number} {word}" for number, word in ((arm.diverged, "diverged"), (arm.failed, "failed")) if number]
+    return ", ".join(parts + ([f"{missing} unfinished"] if missing else []))
+
+
+def assumptions(summary: Summary) -> list[str]:
+    """Return what the numbers rest on, in a few sentences."""
+    points = _is_share(summary)
+    tolerance = f"{100 * summary.tolerance:g} points" if points else f"{summary.tolerance:g}"
+    base = summary.arms[0].arm
+    return [
+        f"Score: {summary.metric}{' in %' if points else ''} after the last epoch, mean over seeds at each arm's own "
+        f"best learning rate; brackets hold {100 * summary.level:g} % intervals.",
+        "Differences are paired by seed (same base weights, same batches) and judged by Student's t interval, which "
+        "assumes independent seeds with normal scatter and is not adjusted for the number of arms; the percentile "
+        "bootstrap stands beside it and is too narrow for few seeds. An interval that covers zero shows no difference.",
+        "The best learning rate is chosen on the scores that are reported, for every arm alike, so scores are "
+        "slightly optimistic. A rate at which any seed diverged cannot be the best.",
+        f"The window is the ratio of the largest to the smallest rate, without a gap around the best, whose mean "
+        f"score is within {tolerance} of the best; ≥ says that it reaches the edge of the rates that were tried.",
+        f"Epochs to baseline: where the arm's mean curve, linear between evaluations, first reaches the final mean "
+        f"score of {base}. Time per step: median over runs, which may have shared the machine.",
+    ]
+
+
+def text_table(summary: Summary) -> str:
+    """Return the summary as plain text for a terminal."""
+    rows = [HEADER, *cells(summary)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = "  ".join("─" * width for width in widths)
+    failures = [f"failed: {trial}: {first_line(text)}" for trial, text in summary.failures]
+    return "\n".join([lines[0], rule, *lines[1:], "", *sentences(summary), *failures])
+
+
+def markdown_table(summary: Summary) -> str:
+    """Return the summary as Markdown for a page of results."""
+    rows = [HEADER, ("---",) * len(HEADER), *(tuple(map(_escaped, row)) for row in cells(summary))]
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    said = [f"- {_escaped(text)}" for text in sentences(summary)]
+    failures = [f"- failed: {trial}: {_escaped(first_line(text))}" for trial, text in summary.failures]
+    notes = [f"- {text}" for text in assumptions(summary)]
+    return "\n".join([*table, "", *said, *failures, "", "What the numbers rest on:", "", *notes, ""])
+
+
+def first_line(text: str) -> str:
+    """Return the first line of an error's text."""
+    return text.strip().partition("\n")[0]
+
+
+def mean_and_interval(interval: Interval | None, *, percent: bool) -> str:
+    """Return ``mean ± half width``; ``n = 1`` where there is no interval, a dash where there is nothing."""
+    if interval is None:
+        return "–"
+    mean = _number(interval.mean, percent)
+    return f"{mean} ± {_number(interval.high - interval.mean, percent)}" if interval.defined else f"{mean} (n = 1)"
+
+
+def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
+    percent, difference = _is_share(summary), arm.difference
+    return (
+        arm.arm,
+        "–" if arm.best_lr is None else f"{arm.best_lr:g}",
+        _window(arm),
+        mean_and_interval(arm.score, percent=percent),
+        "baseline" if arm is summary.arms[0] else _bracketed(difference.t if difference else None, percent),
+        _bracketed(difference.bootstrap if difference else None, percent, mean=False),
+        "not reached" if math.isnan(arm.epochs_to_baseline) else f"{arm.epochs_to_baseline:.3g} of {arm.epochs}",
+        "–" if math.isnan(arm.step_seconds) else f"{1e3 * arm.step_seconds:.3g} ms (× {arm.step_ratio:.2f})",
+        counts(arm),
+    )
+
+
+def _window(arm: ArmSummary) -> str:
+    if arm.window is None:
+        return "–"
+    if len(arm.rates) == 1:
+        return "one rate"
+    edge = "≥ " if arm.window.open_low or arm.window.open_high else ""
+    return f"{edge}× {arm.window.ratio:.3g}"
+
+
+def _bracketed(interval: Interval | None, percent: bool, *, mean: bool = True) -> str:
+    if interval is None:
+        return "–"
+    centre = _number(interval.mean, percent, sign=True)
+    if not interval.defined:
+        return f"{centre} (n = 1)" if mean else "–"
+    span = f"[{_number(interval.low, percent, sign=True)}, {_number(interval.high, percent, sign=True)}]"
+    return f"{centre} {span}" if mean else span
+
+
+def _number(value: float, percent: bool, *, sign: bool = False) -> str:
+    # Adding zero turns −0.0 into 0.0.
+    text = f"{round(100 * value, 1) + 0.0:+.1f}" if percent else f"{value + 0.0:+.3g}"
+    # A minus sign as wide as the plus, and no plus on plain scores.
+    return (text if sign else text.removeprefix("+")).replace("-", "−")
+
+
+def _is_share(summary: Summary) -> bool:
+    return summary.metric.endswith("accuracy")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

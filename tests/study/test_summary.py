@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+from espalier.recipes import Recipe
+from espalier.study import Summary, launch, plan_study, summarise
+from fabricated_runs import fabricate, fabricate_usual, usual_score
+
+RECIPE = Recipe(name="r", epochs=4)
+LRS = [1e-4, 1e-3, 1e-2]
+
+
+@pytest.fixture
+def usual(tmp_path: Path) -> Summary:
+    study = plan_study(RECIPE, ["default", "mimetic"], LRS, [0, 1, 2], tmp_path)
+    launch(study, workers=0, run=fabricate_usual)
+    return summarise(tmp_path, tolerance=0.02)
+
+
+def test_usual_study_against_hand_computed_numbers(usual: Summary) -> None:
+    default, mimetic = usual.arms
+    assert usual.metric == "test/accuracy"
+    assert (default.best_lr, mimetic.best_lr) == (1e-3, 1e-3)
+    # Seeds score 0.79, 0.80, 0.81: s = 0.01, so ± 4.302653 · 0.01 / √3.
+    assert default.score.mean == pytest.approx(0.80)
+    assert default.score.high - default.score.mean == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
+    assert (default.window.low, default.window.high) == (1e-3, 1e-3)  # 4 points are lost a factor of ten away
+    assert default.difference is None
+    assert mimetic.difference.t.mean == pytest.approx(0.03)
+    assert mimetic.difference.shown
+    # From 0.1 to 0.83 in four epochs; 0.80 is passed at 4 · 0.70 / 0.73, after 20 steps an epoch.
+    assert mimetic.epochs_to_baseline == pytest.approx(4 * 0.70 / 0.73)
+    assert mimetic.steps_to_baseline == pytest.approx(80 * 0.70 / 0.73)
+    assert default.epochs_to_baseline == pytest.approx(4)
+    assert mimetic.step_ratio == 1
+    assert (default.planned, default.finished, default.diverged, default.failed) == (9, 9, 0, 0)
+    assert [point.score.n for point in default.curve] == [3] * 5
+    assert default.curve[0].score.mean == pytest.approx(0.1)
+
+
+def test_wider_tolerance_opens_the_window(usual: Summary) -> None:
+    wide = summarise(usual.study.path, tolerance=0.05).arms[0].window
+    assert (wide.low, wide.high, wide.open_low, wide.open_high) == (1e-4, 1e-2, True, True)
+
+
+def test_difference_pairs_seeds_at_each_arms_own_rate(tmp_path: Path) -> None:
+    scores = {
+        ("default", 1e-4): [0.70, 0.74, 0.66],
+        ("default", 1e-3): [0.60, 0.61, 0.62],
+        ("mimetic", 1e-4): [0.50, 0.51, 0.52],
+        ("mimetic", 1e-3): [0.71, 0.76, 0.68],
+    }
+    study = plan_study(RECIPE, ["default", "mimetic"], [1e-4, 1e-3], [0, 1, 2], tmp_path)
+    for trial in study.trials():
+        fabricate(
+            trial.recipe, trial.path, scores[trial.arm, trial.lr][trial.seed], step_seconds=0.01 * (trial.seed + 1)
+        )
+    mimetic = summarise(tmp_path).arms[1]
+    theirs = scipy.stats.ttest_rel(scores["mimetic", 1e-3], scores["default", 1e-4]).confidence_interval(0.95)
+    assert (mimetic.difference.t.low, mimetic.difference.t.high) == pytest.approx((theirs.low, theirs.high))
+    assert mimetic.step_seconds == pytest.approx(0.02)
+
+
+def test_a_rate_that_diverged_for_one_seed_cannot_win(tmp_path: Path) -> None:
+    study = plan_study(RECIPE, ["default"], LRS, [0, 1], tmp_path)
+    for trial in study.trials():
+        best = trial.lr == 1e-2
+        fabricate(
+            trial.recipe, trial.path, None if best and trial.seed else 0.99 if best else usual_score(trial.recipe)
+        )
+    (arm,) = summarise(tmp_path).arms
+    assert arm.best_lr == 1e-3
+    assert arm.window.high == 1e-3
+    assert arm.diverged == 1
+    assert "1 diverged" in summarise(tmp_path).table()
+
+
+def test_nothing_is_hidden_in_an_unfinished_study(tmp_path: Path) -> None:
+    def run(recipe: Recipe, path: Path) -> None:
+        if recipe.init == "mimetic" and recipe.seed == 1:
+            raise ValueError("no | such\nthing")
+        fabricate_usual(recipe, path)
+
+    study = plan_study(RECIPE, ["default", "mimetic"], [1e-3], [0, 1], tmp_path)
+    launch(study, workers=0, run=run)
+    plan_study(replace(RECIPE), ["default", "mimetic"], [1e-3], [2], tmp_path)
+    summary = summarise(tmp_path)
+    mimetic = summary.arms[1]
+    assert (mimetic.planned, mimetic.finished, mimetic.failed) == (3, 1, 1)
+    text = summary.table()
+    assert "1 of 3, 1 failed, 1 unfinished" in text
+    assert "2 of 3, 1 unfinished" in text
+    assert "failed: mimetic lr=0.001 seed=1: ValueError: no | such thing" in text
+    assert "mimetic against default: +3.0 points on one paired seed, no difference shown (n = 1" in text
+    assert r"ValueError: no \| such thing" in summary.markdown()
+
+
+def test_an_empty_study_has_a_table_of_dashes(tmp_path: Path) -> None:
+    plan_study(RECIPE, ["default", "mimetic"], LRS, [0], tmp_path)
+    summary = summarise(tmp_path)
+    assert summary.arms[0].best_lr is None
+    assert "0 of 3, 3 unfinished" in summary.table()
+    assert "no paired runs to compare yet" in summary.table()
+
+
+def test_words_of_the_table(usual: Summary) -> None:
+    text = usual.table()
+    assert "mimetic is +3.0 points over default, [+3.0, +3.0], 3 paired seeds" in text
+    assert "80.0 ± 2.5" in text
+    assert "× 1 " in text  # the window holds one of three rates
+    assert "3.84 of 4" in text
+    lines = usual.markdown().splitlines()
+    assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
+    assert any("chosen on the scores that are reported" in line for line in lines)
+
+
+def test_no_difference_is_called_that(tmp_path: Path) -> None:
+    study = plan_study(RECIPE, ["default", "mimetic", "covariance"], [1e-3], [0, 1, 2], tmp_path)
+    worse = {"default": [0.80, 0.80, 0.80], "mimetic": [0.80, 0.85, 0.78], "covariance": [0.70, 0.71, 0.70]}
+    for trial in study.trials():
+        fabricate(trial.recipe, trial.path, worse[trial.arm][trial.seed])
+    text = summarise(tmp_path).table()
+    assert "mimetic against default: no difference shown, +1.0 points [−" in text
+    assert "covariance is −9.7 points under default, [−11.1, −8.2], 3 paired seeds" in text
+    assert "not reached" in text
