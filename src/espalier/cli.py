@@ -204,6 +204,8 @@ def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
     if not named and not {"-h", "--help"} & set(tokens):
         raise EspalierError(f"espalier {command} needs a recipe: choose one of {', '.join(sorted(recipe_functions()))}")
     base = get_recipe(tokens[0] if named else "digits_vit")
+    # --data is short for --data-path: the place of the data is what is typed most.
+    tokens = ["--data-path" if token == "--data" else token for token in tokens]
     rest, keywords = split_keyword_fields(tokens[1:] if named else tokens)
     base = merge_keyword_fields(base, keywords)
 

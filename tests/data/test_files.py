@@ -105,7 +105,7 @@ def test_one_flipped_bit_in_any_cifar_file_is_found(tmp_path: Path) -> None:
 def test_a_missing_cifar_file_is_named(tmp_path: Path) -> None:
     md5 = write_cifar(tmp_path)
     (tmp_path / "test_batch").unlink()
-    with pytest.raises(EspalierError, match="--data-path") as caught:
+    with pytest.raises(EspalierError, match="--data") as caught:
         read_cifar10(tmp_path, md5)
     assert str(tmp_path / "test_batch") in one_line(caught)
 

@@ -189,7 +189,7 @@ def test_real_data_through_the_front_door(name: str, monkeypatch: pytest.MonkeyP
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}")
     monkeypatch.setenv("ESPALIER_DATA", str(SHARED))
-    source = build_source(recipe(data=name, crop_padding=4, flip=True))
+    source = build_source(recipe(dataset=name, crop_padding=4, flip=True))
     assert isinstance(source.normalizer, nn.Module)
     # The statistics everybody quotes.
     mean, std = {
@@ -210,30 +210,30 @@ def test_a_folder_through_the_front_door(tmp_path: Path, monkeypatch: pytest.Mon
             (tmp_path / "pets" / name).mkdir(parents=True, exist_ok=True)
             Image.new("L", (9, 7), 50 * number).save(tmp_path / "pets" / name / f"{number}.png")
     arguments = {"size": 6, "test_share": 0.25}
-    source = build_source(recipe(data="folder", data_path=str(tmp_path / "pets"), data_args=arguments))
+    source = build_source(recipe(dataset="folder", data_path=str(tmp_path / "pets"), data_args=arguments))
     assert dict(source.model_args) == {"num_classes": 2, "in_chans": 3, "img_size": 6}
     assert source.steps_per_epoch(1) == 6
     for wrong in ({"size": 0}, {"size": "big"}, {"test_share": 1.0}, {"test_share": "half"}):
         with pytest.raises(EspalierError, match=f"^{next(iter(wrong))} is "):
-            build_source(recipe(data="folder", data_path=str(tmp_path / "pets"), data_args=wrong))
+            build_source(recipe(dataset="folder", data_path=str(tmp_path / "pets"), data_args=wrong))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "cifar"}, "unknown data 'cifar': did you mean 'cifar10'"),
+        ({"dataset": "cifar"}, "unknown dataset 'cifar': did you mean 'cifar10'"),
         (
             {"data_args": {"train_limt": 5}},
             "unknown argument of data 'digits' 'train_limt': did you mean 'train_limit'",
         ),
         ({"data_args": {"train_limit": 5000}}, "train_limit is 5000, and there are 1437 images"),
-        ({"data": "cifar10"}, "give --data-path, or set ESPALIER_DATA"),
+        ({"dataset": "cifar10"}, "give --data, or set ESPALIER_DATA"),
         (
-            {"data": "cifar10", "data_path": "/nowhere"},
-            "no data 'cifar10' at /nowhere: give its place with --data-path",
+            {"dataset": "cifar10", "data_path": "/nowhere"},
+            "no dataset 'cifar10' at /nowhere: give its place with --data",
         ),
-        ({"data": "fashion_mnist", "data_path": "/"}, "cannot read /train-images-idx3-ubyte.gz"),
-        ({"data": "folder", "data_path": __file__}, "is not a folder"),
+        ({"dataset": "fashion_mnist", "data_path": "/"}, "cannot read /train-images-idx3-ubyte.gz"),
+        ({"dataset": "folder", "data_path": __file__}, "is not a folder"),
         ({"crop_padding": 8}, "crop_padding is 8, the images' side 8"),
         ({"normalize": "std"}, "unknown normalize 'std'"),
         ({"erasing": 2.0}, "erasing is 2.0"),
@@ -249,8 +249,8 @@ def test_bad_input_is_one_line(changes: dict[str, Any], message: str, monkeypatc
 
 def test_the_environment_names_a_place_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_DATA", str(tmp_path))
-    with pytest.raises(EspalierError, match="no data 'cifar10' at") as caught:
-        build_source(recipe(data="cifar10"))
+    with pytest.raises(EspalierError, match="no dataset 'cifar10' at") as caught:
+        build_source(recipe(dataset="cifar10"))
     assert str(tmp_path / "cifar10") in str(caught.value)
 
 

@@ -16,4 +16,4 @@ models.build_model = standins.build_model
 folder = Path(sys.argv[1])
 images = {"model_args": {"dropout": 0.0, "norm": False}, "accumulate": 2, "ema_decay": 0.9}
 train(standins.recipe(eps=1e-3, clip_norm=0.5, **images), folder / "images")
-train(standins.recipe(eps=1e-3, data="echo", model="tied"), folder / "tokens")
+train(standins.recipe(eps=1e-3, dataset="echo", model="tied"), folder / "tokens")

@@ -136,4 +136,4 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def build_source(recipe: Recipe) -> Any:
-    return EchoSource() if recipe.data == "echo" else BlobSource(**recipe.data_args)
+    return EchoSource() if recipe.dataset == "echo" else BlobSource(**recipe.data_args)

@@ -66,7 +66,7 @@ def test_rows_and_result(tmp_path: Path) -> None:
 def test_accumulation_equals_the_big_batch(tmp_path: Path, kind: str) -> None:
     changes: dict[str, Any] = {"eps": 1e-3, "clip_norm": 1.0}
     if kind == "echo":  # micro-batches here have different numbers of targets
-        changes |= {"data": "echo", "model": "tied"}
+        changes |= {"dataset": "echo", "model": "tied"}
     else:
         changes |= {"data_args": {"soft": kind == "soft"}, "model_args": {"dropout": 0.0, "norm": False}}
     whole = train(recipe(**changes), tmp_path / "whole")
@@ -82,7 +82,7 @@ def test_accumulation_equals_the_big_batch(tmp_path: Path, kind: str) -> None:
 
 
 def test_token_scores(tmp_path: Path) -> None:
-    run = train(recipe(data="echo", model="tied", epochs=1), tmp_path / "run")
+    run = train(recipe(dataset="echo", model="tied", epochs=1), tmp_path / "run")
     tokens, targets = next(iter(standins.EchoSource().eval_batches("test", 8)))
     with torch.no_grad():
         answers = run.model()(tokens).argmax(-1)

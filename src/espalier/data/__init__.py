@@ -29,6 +29,6 @@ def build_source(recipe: Recipe) -> Source:
     Raises:
         EspalierError: unknown data or argument, missing or damaged files, a field out of its range.
     """
-    if recipe.data not in SOURCES:
-        raise unknown_name("data", recipe.data, SOURCES)
-    return SOURCES[recipe.data](recipe)
+    if recipe.dataset not in SOURCES:
+        raise unknown_name("dataset", recipe.dataset, SOURCES)
+    return SOURCES[recipe.dataset](recipe)

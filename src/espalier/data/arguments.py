@@ -22,8 +22,8 @@ def read_arguments(recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Any
     for name in recipe.data_args:
         if name not in defaults:
             if not defaults:
-                raise EspalierError(f"data {recipe.data!r} takes no arguments: remove {name!r}")
-            raise unknown_name(f"argument of data {recipe.data!r}", name, defaults)
+                raise EspalierError(f"dataset {recipe.dataset!r} takes no arguments: remove {name!r}")
+            raise unknown_name(f"argument of dataset {recipe.dataset!r}", name, defaults)
     return {**defaults, **recipe.data_args}
 
 
@@ -51,8 +51,8 @@ def find_data(recipe: Recipe, subfolder: str) -> Path:
         path = Path(shared).expanduser() / subfolder
     else:
         raise EspalierError(
-            f"data {recipe.data!r} is not bundled: give --data-path, or set ESPALIER_DATA to the folder of {subfolder}"
+            f"dataset {recipe.dataset!r} is not bundled: give --data, or set ESPALIER_DATA to the folder of {subfolder}"
         )
     if not path.exists():
-        raise EspalierError(f"no data {recipe.data!r} at {path}: give its place with --data-path")
+        raise EspalierError(f"no dataset {recipe.dataset!r} at {path}: give its place with --data")
     return path

@@ -32,4 +32,4 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data-path") from error
+        raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error

@@ -40,7 +40,7 @@ def read_folder(root: Path, *, size: int = 64, test_share: float = 0.2) -> Image
         MissingExtraError: Pillow is not installed.
     """
     if not root.is_dir():
-        raise EspalierError(f"{root} is not a folder: give one with a subfolder per class as --data-path")
+        raise EspalierError(f"{root} is not a folder: give one with a subfolder per class as --data")
     split = (root / "train").is_dir() and (root / "test").is_dir()
     train = _list_classes(root / "train" if split else root)
     class_names = tuple(train)

@@ -20,10 +20,10 @@ class Recipe:
     """The recipe's name."""
 
     # What is learnt.
-    data: str = "digits"
+    dataset: str = "digits"
     """Name of the data source (see ``espalier.data.SOURCES``)."""
     data_path: str | None = None
-    """File or folder of the data, for sources that are not bundled."""
+    """File or folder of the data, for sources that are not bundled; ``--data`` for short."""
     data_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the source: ``train_limit``, or the sizes of a synthetic task."""
     loss: Literal["cross_entropy", "multi_margin", "tempered_cross_entropy"] = "cross_entropy"

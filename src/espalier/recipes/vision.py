@@ -13,7 +13,7 @@ def digits_vit() -> Recipe:
     """
     return Recipe(
         name="digits_vit",
-        data="digits",
+        dataset="digits",
         model="vit",
         model_args={"patch_size": 2, "embed_dim": 48, "depth": 4, "num_heads": 3},
         epochs=10,
@@ -33,7 +33,7 @@ def digits_convmixer() -> Recipe:
     """
     return Recipe(
         name="digits_convmixer",
-        data="digits",
+        dataset="digits",
         model="convmixer",
         model_args={"dim": 48, "depth": 4, "kernel_size": 7, "patch_size": 1},
         epochs=6,
@@ -49,11 +49,11 @@ def digits_convmixer() -> Recipe:
 def fashion_vit() -> Recipe:
     """Return a small ViT on Fashion-MNIST: test accuracy, minutes on a CPU.
 
-    ``espalier train fashion_vit --data-path ../shared/data/fashion-mnist``.
+    ``espalier train fashion_vit --data ../shared/data/fashion-mnist``.
     """
     return Recipe(
         name="fashion_vit",
-        data="fashion_mnist",
+        dataset="fashion_mnist",
         model="vit",
         model_args={"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
         epochs=10,
@@ -71,12 +71,12 @@ def fashion_vit() -> Recipe:
 def cifar10_vit() -> Recipe:
     """Return ViT-Tiny on CIFAR-10 with the setting of the independent re-runs of mimetic initialisation.
 
-    Test accuracy; 200 epochs, hours on one GPU: ``espalier train cifar10_vit --data-path DIR``. Cut ``--epochs`` and
+    Test accuracy; 200 epochs, hours on one GPU: ``espalier train cifar10_vit --data DIR``. Cut ``--epochs`` and
     ``--model-args`` for a CPU. Not yet run here at full length.
     """
     return Recipe(
         name="cifar10_vit",
-        data="cifar10",
+        dataset="cifar10",
         model="vit",
         model_args={"patch_size": 2, "embed_dim": 192, "depth": 12, "num_heads": 3},
         epochs=200,
@@ -96,12 +96,12 @@ def cifar10_vit() -> Recipe:
 def convmixer_cifar10() -> Recipe:
     """Return ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10 with the published script's 25-epoch setting.
 
-    Test accuracy; minutes on one GPU: ``espalier train convmixer_cifar10 --data-path DIR``. Not yet run here at full
+    Test accuracy; minutes on one GPU: ``espalier train convmixer_cifar10 --data DIR``. Not yet run here at full
     length.
     """
     return Recipe(
         name="convmixer_cifar10",
-        data="cifar10",
+        dataset="cifar10",
         model="convmixer",
         model_args={"dim": 256, "depth": 8, "kernel_size": 5, "patch_size": 2},
         epochs=25,
