@@ -48,7 +48,7 @@ def structure_(
         EspalierError: the model holds nothing that was asked for.
         VerificationError: a layer does not show what was written into it.
     """
-    asked = {"attention": attention, "depthwise": depthwise}
+    asked: dict[str, object] = {"attention": attention, "depthwise": depthwise}
     layers = [found for found in _layers(model) if asked[found[2].kind] is not None]
     if not any(not isinstance(weights, Skipped) for _, _, _, weights, _ in layers):
         wanted = " or ".join(kind for kind, spec in asked.items() if spec is not None) or "anything"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -47,11 +48,12 @@ class Skipped:
 Weights = AttentionWeights | DepthwiseWeights
 Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 _LAYOUTS: dict[str, Layout] = {}
 
 
-def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
+def register_layout(host: str | type[nn.Module]) -> Callable[[AnyLayout], AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
     The function takes a module and returns views of its weights (``AttentionWeights``, ``DepthwiseWeights``),
@@ -64,7 +66,7 @@ def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
     """
     path = host if isinstance(host, str) else _path(host)
 
-    def register(layout: Layout) -> Layout:
+    def register(layout: AnyLayout) -> AnyLayout:
         _LAYOUTS[path] = layout
         return layout
 
