@@ -5,33 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.errors import EspalierError
 from espalier.init.layouts import AttentionWeights
 from espalier.models import VisionTransformer
-from espalier.report.raster import Panel, Row, photograph, picture_table, shrink
+from espalier.report.raster import Panel, photograph, picture_table, shrink
 from espalier.report.section import Section, paragraph
-from espalier.report.views import HEADS, LAYERS, View, layers_of, left_out, spread
+from espalier.report.views import HEADS, LAYERS, View, lay_out, layers_of, left_out, runs_behind, spread
 
-_PIXELS = 96
+# Side of the largest picture, and pixels of all pictures of one kind together: a page holds a few megabytes.
+_SIDE, _PIXELS = 96, 1_500_000
 
 
-def query_key_product(weights: AttentionWeights, head: int) -> Tensor:
-    """Return ``W_Q W_Kᵀ`` of one query head, (d, d) in float32: token x scores token y by x · A · yᵀ."""
+def query_key_factors(weights: AttentionWeights, head: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of ``W_Q W_Kᵀ = leftᵀ right`` of one query head, (k, d) each, in float32."""
     width = weights.q.shape[0] // weights.num_heads
     group = head // (weights.num_heads // weights.num_kv_heads)
-    q_KD = weights.q[head * width : (head + 1) * width].float()
-    k_KD = weights.k[group * width : (group + 1) * width].float()
-    return q_KD.mT @ k_KD
+    q_KD = weights.q[head * width : (head + 1) * width]
+    return q_KD.float(), weights.k[group * width : (group + 1) * width].float()
 
 
-def value_output_product(weights: AttentionWeights) -> Tensor:
-    """Return ``Σ_h W_V,h W_proj,h``, (d, d) in float32: what a layer adds to a token that looks at itself alone."""
+def value_output_factors(weights: AttentionWeights) -> tuple[Tensor, Tensor]:
+    """Return the factors of ``Σ_h W_V,h W_proj,h = leftᵀ right``, (H·k, d) each, in float32."""
     groups, dim = weights.num_kv_heads, weights.v.shape[1]
     v_GKD = weights.v.float().reshape(groups, -1, dim)
     v_HKD = v_GKD.repeat_interleave(weights.num_heads // groups, 0)
-    return v_HKD.reshape(-1, dim).mT @ weights.out.float().mT
+    return v_HKD.reshape(-1, dim), weights.out.float().mT
+
+
+def product_picture(left_KD: Tensor, right_KD: Tensor, side: int = _SIDE) -> Tensor:
+    """Return ``leftᵀ right`` as at most ``side`` × ``side`` means over equal blocks.
+
+    The mean over a block of a product is the product of the factors' means, so the d × d matrix is never held.
+    """
+    side = min(side, left_KD.shape[1])
+    return F.adaptive_avg_pool1d(left_KD[None], side)[0].mT @ F.adaptive_avg_pool1d(right_KD[None], side)[0]
 
 
 @torch.no_grad()
@@ -41,25 +51,30 @@ def attention_products(views: Sequence[View]) -> Section | None:
     if not found:
         return None
     layers = found[0][1]
-    shown = spread(len(layers), LAYERS)
-    columns = [layers[index][0] for index in shown]
-    qk_rows = [Row(view.label, [_query_key_panels(*mine[index]) for index in shown]) for view, mine in found]
-    vo_rows = [Row(view.label, [[_value_output_panel(*mine[index])] for index in shown]) for view, mine in found]
-    layers_words = left_out(len(layers), LAYERS, "layers")
-    heads_words = left_out(layers[0][1].num_heads, HEADS, "heads")
-    dim = layers[0][1].q.shape[1]
-    block = f" Pixels are means over blocks of about {dim / _PIXELS:.3g} × {dim / _PIXELS:.3g} entries." * (
-        dim > _PIXELS
-    )
+    heads, dim = layers[0][1].num_heads, layers[0][1].q.shape[1]
+    alone = len(found) == 1
+    shown_heads = heads if alone else min(heads, HEADS)
+    count = (len(layers) if alone else len(found) * min(len(layers), LAYERS)) * shown_heads
+    side = max(32, min(_SIDE, int((_PIXELS / count) ** 0.5)))
+
+    def query_key(name: str, weights: AttentionWeights) -> list[Panel]:
+        picked = spread(weights.num_heads, shown_heads)
+        return [_panel(f"{name} head {head}", *query_key_factors(weights, head), side) for head in picked]
+
+    def value_output(name: str, weights: AttentionWeights) -> list[Panel]:
+        return [_panel(name, *value_output_factors(weights), side)]
+
+    words = "" if alone else left_out(len(layers), LAYERS, "layers")
+    words += f" A pixel is the mean over about {dim / side:.3g} × {dim / side:.3g} entries." if dim > side else ""
+    words += runs_behind([view for view, _ in found])
     qk = picture_table(
-        columns, qk_rows, scale="diverging", shared=True,
-        caption=f"W_Q W_Kᵀ of every head{heads_words} of every layer{layers_words}: a red diagonal says that tokens "
-        f"look at tokens like themselves.{block}",
+        "W_Q W_Kᵀ of every head", *lay_out(found, query_key), scale="diverging", shared=True,
+        caption="A red diagonal says that tokens look at tokens like themselves."
+        f"{left_out(heads, shown_heads, 'heads')}{words}",
     )  # fmt: skip
     vo = picture_table(
-        columns, vo_rows, scale="diverging", shared=True, width=560,
-        caption=f"W_V W_proj of every layer{layers_words}: a blue diagonal says that a layer takes away part of what "
-        f"it looks at.{block}",
+        "W_V W_proj of every layer", *lay_out(found, value_output), scale="diverging", shared=True,
+        caption=f"A blue diagonal says that a layer takes away part of what it looks at.{words}",
     )  # fmt: skip
     return Section("Products of attention weights", (qk, vo))
 
@@ -67,53 +82,43 @@ def attention_products(views: Sequence[View]) -> Section | None:
 @torch.no_grad()
 def attention_maps(views: Sequence[View]) -> Section | None:
     """Draw where the tokens of one test image look, for our own vision transformers."""
-    found = [(view, view.net) for view in views if isinstance(view.net, VisionTransformer) and view.run is not None]
-    if not found:
+    nets = [(view, view.net) for view in views if isinstance(view.net, VisionTransformer)]
+    run = next((view.run for view, _ in nets if view.run is not None), None)
+    if run is None:
         return None
-    run = found[0][0].run
-    assert run is not None
     try:
         source = run.source()
         image_1CHW = next(iter(source.eval_batches(source.eval_splits[0], 1)))[0]
     except (EspalierError, OSError) as error:
         return Section("Attention maps", (paragraph(f"No attention maps: {error}", "note"),))
-    rows, shown, depth = [], [], 0
-    for view, net in found:
-        maps = [map_1HLL[0] for map_1HLL in net.attention_maps(image_1CHW)]
-        depth, shown = len(maps), spread(len(maps), LAYERS)
-        rows.append(Row(view.label, [_map_panels(f"blocks.{index}", maps[index]) for index in shown]))
+    found = []
+    for view, net in nets:
+        maps = [(f"blocks.{index}", map_1HLL[0]) for index, map_1HLL in enumerate(net.attention_maps(image_1CHW))]
+        found.append((view, maps))
     table = picture_table(
-        [f"blocks.{index}" for index in shown], rows, scale="sequential", shared=True,
-        caption="Row i of a panel shows where patch i of the image looks, one panel a head, rows summing to one: a "
-        "diagonal is a patch that looks at itself, lines beside it are its neighbours. First image of the test "
-        f"set.{left_out(depth, LAYERS, 'layers')}",
+        "Attention of every head", *lay_out(found, _map_panels), scale="sequential", shared=True,
+        caption="Row i of a panel shows where patch i of the image looks, and sums to one: a diagonal is a patch that "
+        f"looks at itself, lines beside it are its neighbours.{left_out(len(found[0][1]), LAYERS, 'layers')}"
+        f"{left_out(len(found[0][1][0][1]), HEADS, 'heads')}{runs_behind(views)}",
     )  # fmt: skip
-    return Section("Attention maps", (photograph(image_1CHW[0], "The image that the tokens come from."), table))
+    return Section("Attention maps", (photograph(image_1CHW[0], "The first image of the test set."), table))
 
 
-def _query_key_panels(name: str, weights: AttentionWeights) -> list[Panel]:
-    panels = []
-    for head in spread(weights.num_heads, HEADS):
-        product_DD = query_key_product(weights, head)
-        panels.append(Panel(shrink(product_DD, _PIXELS), f"{name} head {head}: {_diagonal(product_DD)}"))
-    return panels
-
-
-def _value_output_panel(name: str, weights: AttentionWeights) -> Panel:
-    product_DD = value_output_product(weights)
-    return Panel(shrink(product_DD, _PIXELS), f"{name}: {_diagonal(product_DD)}")
+def _panel(name: str, left_KD: Tensor, right_KD: Tensor, side: int) -> Panel:
+    # The size of the product off its diagonal, again without holding it: ‖LᵀR‖² = ⟨L Lᵀ, R Rᵀ⟩.
+    diagonal_D = (left_KD * right_KD).sum(0)
+    total = ((left_KD @ left_KD.mT) * (right_KD @ right_KD.mT)).sum()
+    pairs = max(len(diagonal_D) * (len(diagonal_D) - 1), 1)
+    rest = float(((total - diagonal_D.square().sum()).clamp_min(0) / pairs).sqrt())
+    words = f"{name}: diagonal {float(diagonal_D.mean()):+.3g} on average, the other entries ± {rest:.2g}"
+    return Panel(product_picture(left_KD, right_KD, side), words)
 
 
 def _map_panels(name: str, map_HLL: Tensor) -> list[Panel]:
     panels = []
     for head in spread(len(map_HLL), HEADS):
         own = float(map_HLL[head].diagonal().mean())
-        panels.append(Panel(shrink(map_HLL[head], _PIXELS), f"{name} head {head}: {own:.2f} of attention on itself"))
+        panels.append(
+            Panel(shrink(map_HLL[head], _SIDE), f"{name} head {head}: {own:.0%} of a patch's look is at itself")
+        )
     return panels
-
-
-def _diagonal(product_DD: Tensor) -> str:
-    diagonal_D = product_DD.diagonal()
-    rest = product_DD - torch.diag(diagonal_D)
-    size = float(rest.square().mean().sqrt())
-    return f"mean of the diagonal {float(diagonal_D.mean()):+.3g}, size of the rest {size:.2g}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from espalier.errors import require
 from espalier.report.section import Context, Plot, Section, arm_colours
+from espalier.study.statistics import Interval
 from espalier.study.summary import ArmSummary, Summary
 from espalier.study.table import is_share
 from espalier.train import Run
@@ -27,7 +27,10 @@ def learning_curves(summary: Summary, context: Context) -> Section | None:
         f"over seeds as bands. Look at how early the curves part, and whether their bands still overlap at the end. "
         f"Runs behind each curve: {behind}."
     )
-    return Section("Learning curves", (Plot(_figure(traces, "epoch", _axis_name(summary)), caption),))
+    ends = [factor * end for arm in arms for point in arm.curve for end in _ends(point.score)]
+    figure = _figure(traces, "epoch", _axis_name(summary))
+    figure.update_yaxes(range=_axis_range(ends, share=is_share(summary)))
+    return Section("Learning curves", (Plot(figure, caption),))
 
 
 def score_over_rate(summary: Summary, context: Context) -> Section | None:
@@ -62,7 +65,8 @@ def run_curves(run: Run, context: Context) -> Section | None:
     for group, axis in ((losses, "loss"), ([name for name in names if name not in losses], "score")):
         colours = arm_colours(group)
         if group:
-            figure = _figure([_record(run, name, colours[name]) for name in group], "epoch", axis)
+            traces = [_record(run, name, colours[name]) for name in group]
+            figure = _figure(traces, "epoch", group[0] if len(group) == 1 else axis)
             plots.append(Plot(figure, f"{', '.join(group)} over the epochs of this one run."))
     return Section("Curves", tuple(plots)) if plots else None
 
@@ -105,7 +109,7 @@ def _rate_traces(arm: ArmSummary, colour: str, factor: float, floor: float) -> l
     ring = {"size": 14, "symbol": "circle-open", "color": colour, "line": {"width": 2.5}}
     cross = {"size": 9, "symbol": "x-thin", "line": {"width": 2, "color": colour}}
     return [
-        _scatter(dots, dot_words, name, mode="markers", marker={"color": colour, "size": 7, "opacity": 0.45}),
+        _scatter(dots, dot_words, name, mode="markers", marker={"color": colour, "size": 7, "opacity": 0.55}),
         _scatter(crosses, cross_words, name, mode="markers", marker=cross),
         of_means(list(means), mode="lines", line={"color": colour, "width": 1.5}, showlegend=True),
         of_means(inside, mode="lines", line={"color": colour, "width": 5}),
@@ -135,8 +139,8 @@ def _figure(traces: Sequence[Any], across: str, up: str) -> Any:
     figure = graph.Figure(traces)
     # Colours of text and grid come from the page's style, so that they follow light and dark.
     figure.update_layout(
-        template="none", height=380, margin={"l": 64, "r": 16, "t": 12, "b": 48}, hovermode="closest",
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"family": "inherit", "size": 13},
+        template="none", height=360, margin={"l": 64, "r": 16, "t": 36, "b": 48}, hovermode="closest",
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"size": 13},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, showlegend=True,
     )  # fmt: skip
     axis = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "linecolor": "rgba(128,128,128,0.6)"}
@@ -145,12 +149,23 @@ def _figure(traces: Sequence[Any], across: str, up: str) -> Any:
     return figure
 
 
+def _ends(score: Interval) -> tuple[float, ...]:
+    return (score.low, score.high) if score.defined else (score.mean,)
+
+
+def _axis_range(ends: Sequence[float], *, share: bool) -> list[float]:
+    margin = 0.04 * max(max(ends) - min(ends), 1e-3)
+    low, high = min(ends) - margin, max(ends) + margin
+    # No score lies outside 0 and 100 %, even where an interval of few runs does.
+    return [max(low, -2.0), min(high, 102.0)] if share else [low, high]
+
+
 def _axis_name(summary: Summary) -> str:
     return f"{summary.metric}, %" if is_share(summary) else summary.metric
 
 
-def _interval(score: Any, factor: float) -> str:
-    if math.isnan(score.low):
+def _interval(score: Interval, factor: float) -> str:
+    if not score.defined:
         return f"{factor * score.mean:.4g}"
     return f"{factor * score.mean:.4g} [{factor * score.low:.4g}, {factor * score.high:.4g}]"
 

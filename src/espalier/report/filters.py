@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from espalier.init.filter_fit import pooled_covariance
 from espalier.init.layouts import DepthwiseWeights
-from espalier.report.raster import Panel, Row, mosaic, picture_table, shrink
-from espalier.report.section import Markup, Section
-from espalier.report.views import LAYERS, View, layers_of, left_out, spread
+from espalier.report.raster import Panel, mosaic, picture_table, shrink
+from espalier.report.section import Section
+from espalier.report.views import LAYERS, View, lay_out, layers_of, left_out, runs_behind
 
-_FILTERS, _EIGEN_FILTERS, _ACROSS = 36, 8, 4
-_PIXELS = 225
+_FILTERS, _EIGEN_FILTERS, _ACROSS = 36, 12, 6
+# Up to 15 × 15 taps in full.
+_SIDE = 225
 
 
 def eigen_filters(covariance_KK: Tensor, count: int = _EIGEN_FILTERS) -> tuple[Tensor, Tensor]:
@@ -36,46 +37,44 @@ def depthwise_filters(views: Sequence[View]) -> Section | None:
     found = [(view, layers) for view in views if (layers := layers_of(view, DepthwiseWeights))]
     if not found:
         return None
-    layers = found[0][1]
-    shown = spread(len(layers), LAYERS)
-    words = left_out(len(layers), LAYERS, "layers")
+    words = "" if len(found) == 1 else left_out(len(found[0][1]), LAYERS, "layers")
+    words += runs_behind([view for view, _ in found])
+    kinds: tuple[tuple[str, Callable[[str, DepthwiseWeights], Sequence[Panel]], str], ...] = (
+        ("The filters", _filter_panels, f"Up to {_FILTERS} filters a layer, in the order of its channels."),
+        (
+            "Covariance of the taps",
+            _covariance_panels,
+            "Tap against tap, in row-major order, so that rows of a filter make blocks: bands and blocks beside the "
+            "diagonal say that neighbouring taps rise and fall together; a diagonal alone is white noise.",
+        ),
+        (
+            "Leading eigenvectors of the covariance, as filters",
+            _eigen_panels,
+            f"The first {_EIGEN_FILTERS}, row by row: smooth ones say that filters vary smoothly. Hover for their "
+            "shares of the variance.",
+        ),
+    )
     parts = []
-    for draw, caption, columns in (
-        (_filters_panel, f"The first {_FILTERS} filters of every layer{words}.", "filters"),
-        (
-            _covariance_panel,
-            f"Covariance of the filters' taps (k² × k², taps in row-major order){words}: bands beside the diagonal say "
-            "that neighbouring taps rise and fall together; an empty picture but for the diagonal is white noise.",
-            "covariance",
-        ),
-        (
-            _eigen_panel,
-            f"The {_EIGEN_FILTERS} leading eigenvectors of that covariance, as filters{words}: smooth ones, the "
-            "first without a change of sign, say that the filters vary smoothly; hover for shares of the variance.",
-            "eigen-filters",
-        ),
-    ):
-        rows = [Row(view.label, [[draw(*mine[index])] for index in shown]) for view, mine in found]
-        headings = [f"{layers[index][0]} {columns}" for index in shown]
-        parts.append(picture_table(headings, rows, scale="diverging", shared=False, width=600, caption=caption))
-    return Section("Depthwise filters", tuple[Markup, ...](parts))
+    for title, draw, caption in kinds:
+        columns, rows = lay_out(found, draw)
+        parts.append(picture_table(title, columns, rows, scale="diverging", shared=False, caption=caption + words))
+    return Section("Depthwise filters", tuple(parts))
 
 
-def _filters_panel(name: str, weights: DepthwiseWeights) -> Panel:
-    return Panel(_tiles(weights.weight[:_FILTERS, 0].float(), weights, 6), f"{name}: filters")
+def _filter_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:
+    return [Panel(_tiles(weights.weight[:_FILTERS, 0].float(), weights, _ACROSS), f"{name}: filters")]
 
 
-def _covariance_panel(name: str, weights: DepthwiseWeights) -> Panel:
+def _covariance_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:
     covariance_KK, _ = pooled_covariance([weights.weight.flatten(1)])
-    words = f"{name}: covariance of {len(weights.weight)} filters"
-    return Panel(shrink(covariance_KK, _PIXELS), words)
+    return [Panel(shrink(covariance_KK, _SIDE), f"{name}: covariance over {len(weights.weight)} filters")]
 
 
-def _eigen_panel(name: str, weights: DepthwiseWeights) -> Panel:
+def _eigen_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:
     covariance_KK, _ = pooled_covariance([weights.weight.flatten(1)])
     filters_NK, shares_N = eigen_filters(covariance_KK)
-    shares = " ".join(f"{share:.0%}" for share in shares_N.tolist())
-    return Panel(_tiles(filters_NK, weights, _ACROSS), f"{name}: shares of the variance {shares}")
+    shares = ", ".join(f"{share:.0%}" for share in shares_N.tolist())
+    return [Panel(_tiles(filters_NK, weights, _ACROSS), f"{name}: shares of the variance {shares}")]
 
 
 def _tiles(filters_NK: Tensor, weights: DepthwiseWeights, columns: int) -> Tensor:

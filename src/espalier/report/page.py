@@ -19,7 +19,7 @@ from espalier.report.study_sections import STUDY_SECTIONS, pictures, trials
 from espalier.report.style import STYLE
 from espalier.report.views import View
 from espalier.study import Summary, summarise
-from espalier.study.trial import STUDY
+from espalier.study.trial import STUDY, TRIALS
 from espalier.train import Run, load_run
 from espalier.train.checkpoint import write_bytes
 from espalier.train.run import RECIPE
@@ -75,7 +75,7 @@ def write_weight_pictures(net: nn.Module, out: Path) -> Path:
     name = type(net).__name__
     if any(parameter.is_meta for parameter in net.parameters()):
         raise EspalierError(f"model {name} is on the meta device: give its weights values before drawing them")
-    sections = [section for make in PICTURES if (section := make([View("", net)])) is not None]
+    sections = [section for make in PICTURES if (section := make([View(net)])) is not None]
     if not sections:
         raise EspalierError(f"model {name} has no layer to draw: register a layout for its classes")
     return _write(Path(out), f"Weights of {name}", [Chapter(name, "", sections)])
@@ -95,7 +95,13 @@ def _chapter(item: Summary | Run, context: Context) -> Chapter:
         sections += [*pictures(item, context), trials(item, context)]
         return Chapter(f"Study {item.study.path.resolve().name}", " against ".join(item.study.arms), sections)
     sections = [section for make in RUN_SECTIONS if (section := make(item, context)) is not None]
-    return Chapter(f"Run {item.path.resolve().name}", "", [*sections, *picture_sections({"": item})])
+    return Chapter(f"Run {_short(item.path.resolve())}", "", [*sections, *picture_sections({"": item})])
+
+
+def _short(path: Path) -> str:
+    # A trial's own folder is called after its seed alone.
+    parts = path.parts
+    return "/".join(parts[parts.index(TRIALS) + 1 :]) if TRIALS in parts else path.name
 
 
 def _write(out: Path, title: str, chapters: Sequence[Chapter]) -> Path:

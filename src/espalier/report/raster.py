@@ -80,22 +80,22 @@ def png_address(values_HW: Tensor, low: float, high: float, scale: Scale) -> str
 
 
 def picture_table(
-    columns: Sequence[str], rows: Sequence[Row], *, scale: Scale, shared: bool, caption: str, width: int = 900
+    title: str, columns: Sequence[str], rows: Sequence[Row], *, scale: Scale, shared: bool, caption: str
 ) -> Markup:
-    """Return rows of panels as a table with a colour scale and a caption.
+    """Return rows of panels as a table with a title, a colour scale and a caption.
 
     Args:
+        title: plain text over the table.
         columns: a heading for every cell of a row.
         rows: the panels.
         scale: ``diverging`` around zero, or ``sequential`` from zero.
         shared: one range of values for all panels (they can be compared), else every panel has its own.
         caption: plain text under the table.
-        width: of all columns together, in CSS pixels.
     """
     everything = [panel.values for row in rows for cell in row.cells for panel in cell]
     top = value_limit(everything)
     widest = max(sum(len(cell) for cell in row.cells) for row in rows)
-    side = max(36, min(150, width // max(widest, 1) - 6))
+    side = max(36, min(140, 900 // max(widest, 1) - 6))
     body = []
     for row in rows:
         cells = "".join(f"<td>{_cell(cell, top if shared else None, scale, side)}</td>" for cell in row.cells)
@@ -104,7 +104,7 @@ def picture_table(
     table = f'<table class="pictures"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     words = _scale_words(top if shared else None, scale)
     return Markup(
-        f'<figure><div class="scroll">{table}</div><div class="scale">{words}</div>'
+        f'<figure><h4>{escape(title)}</h4><div class="scroll">{table}</div><div class="scale">{words}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

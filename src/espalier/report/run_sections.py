@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from espalier.init import StructureReport
+from espalier.init.report import measured_in_words
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.report.curves import run_curves
 from espalier.report.section import Context, Markup, Section, folded, paragraph, table
@@ -40,8 +41,11 @@ def structure(run: Run, context: Context) -> Section | None:
     content = _read(run.path / STRUCTURE)
     if content is None:
         return None
+    # JSON has no NaN: what could not be measured is null there.
+    for row in content["layers"]:
+        row["measured"] = {name: value for name, value in row["measured"].items() if value is not None}
     rows = [
-        (row.layer or "(model)", row.kind, row.host, row.status, row.asked, _figures(row.measured) or row.note)
+        (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
         for row in StructureReport.from_dict(content).layers
     ]
     header = ("layer", "kind", "host", "status", "asked", "measured at the start")
@@ -68,10 +72,6 @@ def environment(run: Run, context: Context) -> Section | None:
     rows = [(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
             for key, value in content.items()]  # fmt: skip
     return Section("Environment", (folded("Versions and machine", table((), rows)),))
-
-
-def _figures(measured: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{name} {value:+.3g}" for name, value in measured.items() if value is not None)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -25,7 +25,9 @@ def headline(summary: Summary, context: Context) -> Section:
     )
     changes = [[arm, ", ".join(f"{key} = {value!r}" for key, value in made.items()) or "nothing"]
                for arm, made in study.arms.items()]  # fmt: skip
-    parts = [paragraph(setting), bullets(sentences(summary), "verdicts"), table(HEADER, cells(summary), "numbers")]
+    found = sentences(summary)
+    verdicts = [bullets(found, "verdicts")] if found else []
+    parts = [paragraph(setting), *verdicts, table(HEADER, cells(summary), "numbers")]
     if summary.failures:
         lines = [f"{trial} failed: {first_line(text)}" for trial, text in summary.failures]
         parts.append(bullets(lines, "failures"))
@@ -51,7 +53,9 @@ def trials(summary: Summary, context: Context) -> Section:
     """List every trial with its score, what became of it, and a link to its folder."""
     rows = [_trial_row(trial, summary, context) for trial in summary.study.trials()]
     header = ("arm", "lr", "seed", "score", "state", "ms per step", "folder")
-    return Section("All runs", (folded(f"{len(rows)} runs", table(header, rows, "numbers")),))
+    return Section(
+        "All runs", (folded(f"{len(rows)} runs, with links to their folders", table(header, rows, "numbers")),)
+    )
 
 
 def _trial_row(trial: Trial, summary: Summary, context: Context) -> list[str | Markup]:

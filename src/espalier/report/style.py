@@ -3,14 +3,16 @@
 STYLE = """
 :root{--ink:#1c2024;--soft:#5c656e;--line:#d9dee3;--page:#fff;--card:#f6f7f9;--link:#0b5cad;--bad:#a3271c}
 @media (prefers-color-scheme:dark){
-:root{--ink:#e3e6e9;--soft:#9aa4ae;--line:#363c43;--page:#16191c;--card:#1e2226;--link:#74b3f0;--bad:#f08a7d}}
+:root{--ink:#e3e6e9;--soft:#9aa4ae;--line:#363c43;--page:#16191c;--card:#1e2226;--link:#74b3f0;--bad:#f08a7d}
+.plot .scatterlayer,.plot .legend .layers{filter:brightness(1.45)}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1100px;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{font-size:1.7rem;margin:0 0 1rem}
 h2{font-size:1.35rem;margin:3rem 0 .2rem;padding-top:1rem;border-top:1px solid var(--line)}
 article:first-of-type h2{margin-top:1rem}
-h3{font-size:1.05rem;margin:2.2rem 0 .6rem}
+h3{font-size:1.1rem;margin:2.2rem 0 .6rem}
+h4{font-size:.95rem;margin:0 0 .3rem}
 .subtitle,figcaption,.note{color:var(--soft)}
 .subtitle{margin:0}
 figcaption,.note{font-size:.9rem}
@@ -27,8 +29,8 @@ thead th{color:var(--soft);font-weight:600}
 details{margin:.6rem 0}
 summary{cursor:pointer;color:var(--link)}
 figure{margin:1rem 0 1.8rem}
-.plot .plotly-graph-div{min-height:380px}
-.plot svg text{fill:var(--ink)!important}
+.plot .plotly-graph-div{min-height:360px}
+.plot svg text{fill:var(--ink)!important;font-family:inherit!important}
 .pictures th,.pictures td{border:0;padding:.15rem .7rem .15rem 0;vertical-align:middle}
 .pictures tbody th{font-weight:400;white-space:nowrap}
 .panels{display:flex;gap:4px}
