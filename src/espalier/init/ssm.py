@@ -43,7 +43,7 @@ class MimeticSSM:
         correlate: ρ between the rows of W_C and W_B.
         convolution: whether the short convolution starts as the identity.
         decay_rule: ``"constant"``, or ``"scaled"`` for rates ``exp(−c·A_log₀)`` with the reference's A_log₀.
-        gain: the diagonal of ``W_Cᵀ W_B`` over ρ; ``None`` keeps W_B as it is.
+        gain: the diagonal of ``W_Cᵀ W_B`` over ρ; ``None`` keeps W_B as it is, see Note [Scale of the product].
         delta_weight: size of the step's input weights over the default's; 0 makes steps independent of the input.
         layers: which of the model's state-space layers, counted in module order from 0 (negative: from the end).
 
@@ -58,7 +58,7 @@ class MimeticSSM:
     correlate: float | None = 1.0
     convolution: bool = False
     decay_rule: DecayRule = "constant"
-    gain: float | None = 1.0
+    gain: float | None = None
     delta_weight: float | None = None
     layers: Literal["all"] | int | Sequence[int] = "all"
 
@@ -140,17 +140,17 @@ def mimetic_ssm_(
 
     With ``h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t``, ``y_t = C_t·h_t`` and ``Δ_t = softplus(W_Δ u_t + b_Δ)``:
 
-    ============== =====================================================================================
+    ============== =======================================================================================
     decay          ``a_log = −c``, so Ā = exp(Δ A) is near 1; see Note [Two readings of the decay]
     delta          ``b_Δ = softplus⁻¹(Δ)``
-    correlate      ``W_C = ρ W_B + √(1 − ρ²) W′``; W_B and W′ normal of variance gain/N, so that
-                   ``W_Cᵀ W_B`` is ``gain·ρ·I`` plus noise of deviation gain/√N
+    correlate      ``W_C = ρ W_B + √(1 − ρ²) W′``, W′ normal with the mean square of W_B
+    gain           first draws W_B from the normal of variance gain/N, so that ``W_Cᵀ W_B`` is ``gain·ρ·I``
+                   plus noise of deviation gain/√N
     convolution    the newest tap 1, the others and the bias 0
     delta_weight   W_Δ uniform on ±f/√fan-in, the default's law times f
-    ============== =====================================================================================
+    ============== =======================================================================================
 
-    Then ``y_t = Σ_{s≤t} (C_t·B_s) x_s``: causal linear attention with queries C and keys B. Only with ``gain=None`` does
-    anything written depend on the values that were there.
+    Then ``y_t = Σ_{s≤t} (C_t·B_s) x_s``: causal linear attention with queries C and keys B.
 
     Args:
         w_b: W_B, (G·N, width of u); G groups of N rows each.
@@ -167,7 +167,7 @@ def mimetic_ssm_(
     Raises:
         EspalierError: shapes that do not fit together, or an argument out of range.
 
-    Source: arXiv 2410.11135. The law of W′, the gain and the constant rule are ours.
+    Source: arXiv 2410.11135. The law of W′, its scale and the constant rule are ours.
     """
     spec = MimeticSSM(**parts)
     _check_shapes(w_b, w_c, groups)
@@ -204,11 +204,16 @@ def _write_rates(a_log: Tensor, decay: float, rule: DecayRule, generator: torch.
     a_log.copy_((-decay * rates.log()).clamp_min(_LOWEST_LOG_RATE).expand_as(a_log))
 
 
+# Note [Scale of the product]
+# W_Cᵀ W_B is near I when W_B has entries of variance 1/N; torch's default has 1/3D, and gives (N/3D)·I. Nothing
+# normalises the output of Mamba-1's recurrence, which without decay also grows with the length: with gain 1 its
+# output is some tens of times its input after a few hundred tokens, and the residual stream is drowned. With W_B kept
+# it stays below the input, and the form of the product is the same. Mamba-2 normalises, and hardly minds.
 def _correlate(
     w_b: Tensor, w_c: Tensor, rho: float, state_size: int, gain: float | None, generator: torch.Generator | None
 ) -> None:
     if gain is None:
-        deviation = float(w_b.float().std(correction=0))
+        deviation = float(w_b.float().square().mean().sqrt())
     else:
         deviation = (gain / state_size) ** 0.5
         w_b.copy_(deviation * torch.randn(w_b.shape, generator=generator, device=w_b.device))

@@ -22,11 +22,10 @@ def mamba1(module: nn.Module) -> Found:
     maps, steps = _linear(module, "x_proj"), _linear(module, "dt_proj")
     size, rank = rates.shape[1], steps.in_features
     _, w_b, w_c = maps.weight.detach().split([rank, size, size])
-    normed = any(hasattr(module, name) for name in ("b_layernorm", "rms_eps"))
     return SSMWeights(
         "mamba1", w_b, w_c, steps.weight.detach(), steps.bias.detach(), rates, taps, conv_bias,
         map_biases=() if maps.bias is None else (maps.bias.detach()[rank:],),
-        note="B, C and the step are normalised after their maps: their scale is the norm's" if normed else "",
+        note="B, C and the step are normalised after their maps" if hasattr(module, "b_layernorm") else "",
     )  # fmt: skip
 
 
