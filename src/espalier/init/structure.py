@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -52,7 +52,7 @@ def structure_(
         EspalierError: the model holds nothing that was asked for.
         VerificationError: a layer does not show what was written into it.
     """
-    asked = {"attention": attention, "ssm": ssm, "depthwise": depthwise}
+    asked: dict[str, object] = {"attention": attention, "ssm": ssm, "depthwise": depthwise}
     layers = [found for found in _layers(model) if asked[found[2].kind] is not None]
     if not any(not isinstance(weights, Skipped) for _, _, _, weights, _ in layers):
         wanted = " or ".join(kind for kind, spec in asked.items() if spec is not None) or "anything"
@@ -134,7 +134,7 @@ def _judge(row: LayerReport, family: Family, earlier: LayerReport | None) -> Lay
 
 
 def _verify(
-    model: nn.Module, written: list[LayerReport], marks: dict[str, tuple[float, ...]], asked: Mapping[str, object]
+    model: nn.Module, written: list[LayerReport], marks: dict[str, tuple[float, ...]], asked: dict[str, object]
 ) -> StructureReport:
     """Measure every written layer through fresh views, and raise at the first that shows something else."""
     rows = {row.layer: row for row in written}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -72,11 +72,12 @@ class Skipped:
 Weights = AttentionWeights | DepthwiseWeights | SSMWeights
 Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 _LAYOUTS: dict[str, Layout] = {}
 
 
-def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
+def register_layout(host: str | type[nn.Module]) -> Callable[[AnyLayout], AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
     The function takes a module and returns views of its weights (``AttentionWeights``, ``SSMWeights``,
@@ -89,7 +90,7 @@ def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
     """
     path = host if isinstance(host, str) else _path(host)
 
-    def register(layout: Layout) -> Layout:
+    def register(layout: AnyLayout) -> AnyLayout:
         _LAYOUTS[path] = layout
         return layout
 
