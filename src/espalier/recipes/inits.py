@@ -28,7 +28,9 @@ def mimetic(
         preset: ``"vision"`` or ``"language"``.
         strengths: arguments of ``Mimetic`` that replace the preset's, e.g. ``qk=(0.7, 0.7)``.
     """
-    return structure_(model, attention=Mimetic.preset(preset, **strengths), depthwise=None, generator=generator)
+    return structure_(
+        model, attention=Mimetic.preset(preset, **strengths), ssm=None, depthwise=None, generator=generator
+    )
 
 
 def covariance(
@@ -42,7 +44,8 @@ def covariance(
         preset: name of a ``FilterCovariance`` preset.
         switches: arguments of ``FilterCovariance`` that replace the preset's.
     """
-    return structure_(model, attention=None, depthwise=FilterCovariance(preset, **switches), generator=generator)
+    filters = FilterCovariance(preset, **switches)
+    return structure_(model, attention=None, ssm=None, depthwise=filters, generator=generator)
 
 
 def structured(model: nn.Module, generator: torch.Generator) -> StructureReport | None:
