@@ -197,7 +197,7 @@ def test_checkpointing_gives_equal_gradients() -> None:
 
 def test_mimetic_attention_reaches_its_attention_blocks() -> None:
     net = SequenceModel(11, 32, "mamba2 attention*2", head_dim=16)
-    report = structure_(net, attention=Mimetic(), depthwise=None, generator=seeded())
+    report = structure_(net, attention=Mimetic(), ssm=None, depthwise=None, generator=seeded())
     written = [row.layer for row in report.layers if row.status == "written"]
     assert written == ["layers.1.mixer", "layers.2.mixer"]
 
