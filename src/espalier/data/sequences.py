@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -65,8 +66,8 @@ class GeneratedSource:
 
     @property
     def eval_splits(self) -> tuple[str, ...]:
-        """One, two and four times the training length."""
-        return tuple(FACTORS)
+        """One, two and four times the training length, unless ``at_lengths`` says otherwise."""
+        return tuple(self._splits)
 
     def to(self, device: torch.device | str) -> Self:
         """Draw on ``device`` from now on, move the evaluation examples there and return the source."""
@@ -102,6 +103,16 @@ class GeneratedSource:
             raise unknown_name("split", split, self._splits)
         inputs_BL, targets_BL = self._splits[split]
         yield from zip(inputs_BL.split(batch_size), targets_BL.split(batch_size), strict=True)
+
+    def at_lengths(self, lengths: Sequence[int], count: int) -> Self:
+        """Return a copy whose evaluation splits are ``length_N`` for every N of ``lengths``, of ``count`` examples.
+
+        Raises:
+            EspalierError: a length that the task cannot have.
+        """
+        other = copy(self)
+        other._splits = {f"length_{length}": self.examples(length, count) for length in lengths}
+        return other
 
     def examples(self, length: int, count: int) -> tuple[Tensor, Tensor]:
         """Return ``count`` evaluation examples of exactly ``length``, the same ones at every call.

@@ -209,8 +209,9 @@ class SequenceModel(nn.Module):
         for name, size in (("vocab_size", vocab_size), ("dim", dim)):
             if size < 1:
                 raise EspalierError(f"{name} is {size}: give at least 1")
-        state = {} if state_size is None else {"state_size": state_size}
-        sizes = {"expand": expand, "conv_size": conv_size, **state}
+        sizes: dict[str, Any] = {"expand": expand, "conv_size": conv_size}
+        if state_size is not None:
+            sizes["state_size"] = state_size
         layers = []
         for block in parse_pattern(pattern):
             if block == "attention":
