@@ -24,7 +24,7 @@ def ssm_part_arms() -> dict[str, Mapping[str, Any]]:
 
     The sixteenth, which writes none, is ``default``; ``ssm-decay+delta+correlate`` is ``mimetic-ssm``.
     """
-    arms = {}
+    arms: dict[str, Mapping[str, Any]] = {}
     for chosen in list(product((False, True), repeat=len(SSM_PARTS)))[1:]:
         name = "ssm-" + "+".join(part for part, written in zip(SSM_PARTS, chosen, strict=True) if written)
         parts = {part: SSM_PARTS[part][written] for part, written in zip(SSM_PARTS, chosen, strict=True)}
