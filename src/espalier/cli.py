@@ -83,6 +83,35 @@ def compare(
     print(f"report: {write_report([study.path], out / 'report.html')}")
 
 
+def study(
+    name: str, out: Path | None = None, workers: int = 2, scale: Literal["cpu", "gpu"] = "cpu", smallest: bool = False
+) -> None:
+    """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
+
+    Args:
+        name: lr-window, which-part, state-capacity, layers or control.
+        out: folder of its studies; runs/NAME if none is given.
+        workers: processes that train side by side.
+        scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
+        smallest: one seed, one learning rate, a few steps: checks that everything runs, shows nothing.
+    """
+    from espalier.report import write_report
+    from espalier.study import launch, plan_study, summarise
+    from espalier.study.capacity import capacity_of_studies
+    from espalier.study.ready import ready_plans, smallest_plan
+
+    out, folders = out or Path("runs") / name, []
+    for plan in ready_plans(name, scale):
+        plan = smallest_plan(plan) if smallest else plan
+        planned = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
+        launch(planned, workers=workers)
+        folders.append(planned.path)
+        print(f"\n{plan.title}\n{summarise(planned.path).table()}", flush=True)
+    if name == "state-capacity":
+        print(f"\n{capacity_of_studies(folders)}")
+    print(f"\nreport: {write_report(folders, out / 'report.html')}")
+
+
 def audit(model: str, picture: Path | None = None) -> None:
     """Say how much structure a model's weights carry now, layer by layer.
 
@@ -157,6 +186,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "study": study,
     "audit": audit,
     "structure": structure,
     "report": report,

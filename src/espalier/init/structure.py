@@ -15,6 +15,7 @@ from espalier.init.families import FAMILIES, Family, Place
 from espalier.init.layouts import Skipped, find_layers
 from espalier.init.layouts.registry import Weights
 from espalier.init.report import LayerReport, StructureReport
+from espalier.init.ssm import MimeticSSM
 
 
 class VerificationError(RuntimeError):
@@ -26,18 +27,21 @@ def structure_(
     model: nn.Module,
     *,
     attention: Mimetic | None = Mimetic(),  # noqa: B008 (frozen)
+    ssm: MimeticSSM | None = MimeticSSM(),  # noqa: B008 (frozen)
     depthwise: FilterCovariance | None = FilterCovariance(),  # noqa: B008 (frozen)
     generator: torch.Generator | None = None,
 ) -> StructureReport:
     """Write structure into every layer that a layout recognises, in place, then measure it and report.
 
-    Self-attention gets mimetic products, depthwise convolutions get covariance-structured filters. On the meta device
-    nothing is written and the rows say so: call it again after ``to_empty()``. Call it **last**, after anything that
-    draws weights of its own (``post_init``, ``reset_parameters``), and ``audit`` after anything that touches weights.
+    Self-attention gets mimetic products, state-space layers start as causal linear attention, depthwise convolutions
+    get covariance-structured filters. On the meta device nothing is written and the rows say so: call it again after
+    ``to_empty()``. Call it **last**, after anything that draws weights of its own (``post_init``,
+    ``reset_parameters``), and ``audit`` after anything that touches weights.
 
     Args:
         model: any module; the library it comes from need not be known as long as a layout covers its classes.
         attention: strengths for self-attention, or ``None`` to leave it alone.
+        ssm: what to write into state-space layers, or ``None`` to leave them alone.
         depthwise: covariance for depthwise filters, or ``None`` to leave them alone.
         generator: source of all noise; each layer draws from a stream of its own.
 
@@ -48,7 +52,7 @@ def structure_(
         EspalierError: the model holds nothing that was asked for.
         VerificationError: a layer does not show what was written into it.
     """
-    asked: dict[str, object] = {"attention": attention, "depthwise": depthwise}
+    asked: dict[str, object] = {"attention": attention, "ssm": ssm, "depthwise": depthwise}
     layers = [found for found in _layers(model) if asked[found[2].kind] is not None]
     if not any(not isinstance(weights, Skipped) for _, _, _, weights, _ in layers):
         wanted = " or ".join(kind for kind, spec in asked.items() if spec is not None) or "anything"
@@ -62,11 +66,9 @@ def structure_(
     written: list[LayerReport] = []
     marks: dict[str, tuple[float, ...]] = {}
     for (name, host, family, weights, place), seed in zip(layers, seeds, strict=True):
-        if isinstance(weights, Skipped):
-            written.append(LayerReport(name, family.kind, host, "skipped", note=weights.reason))
-            continue
-        if family.on_meta(weights):
-            written.append(LayerReport(name, family.kind, host, "skipped", note="on the meta device: run again later"))
+        if isinstance(weights, Skipped) or (why := _left_alone(family, weights, asked[family.kind], place)):
+            note = weights.reason if isinstance(weights, Skipped) else why
+            written.append(LayerReport(name, family.kind, host, "skipped", note=note))
             continue
         stream = torch.Generator(device=family.device(weights)).manual_seed(seed)
         text = family.write(weights, asked[family.kind], place, stream)
@@ -85,7 +87,8 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
             the layer itself is gone.
 
     Returns:
-        One row a layer: ``present`` when the structure stands out from chance, else ``absent`` or ``lost``.
+        One row a layer: ``present`` when the structure stands out from chance, else ``absent`` or ``lost``. A layer
+        that lost one of several parts is ``lost``, and its note names them.
 
     Raises:
         EspalierError: no layer of the model is recognised.
@@ -100,10 +103,7 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
             continue
         measured = family.measure(weights)
         row = LayerReport(name, family.kind, host, "present", measured=measured, note=family.note(weights))
-        if not family.present(measured):
-            had = earlier is not None and earlier.status in ("written", "present")
-            row = replace(row, status="lost" if had else "absent")
-        rows.append(row if earlier is None else replace(row, asked=earlier.asked))
+        rows.append(_judge(row, family, earlier))
     gone = [row for row in before.values() if row.status in ("written", "present")]
     rows += [replace(row, status="lost", measured={}, note="the layer is gone") for row in gone]
     if not rows:
@@ -111,6 +111,26 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
             f"model {type(model).__name__} has no layer that carries structure: register a layout for its classes"
         )
     return StructureReport(tuple(rows))
+
+
+def _left_alone(family: Family, weights: Weights, spec: object, place: Place) -> str:
+    """Return why a layer that could be written is not, or the empty string."""
+    if not family.chooses(spec, place):
+        return "not among the layers asked for"
+    return "on the meta device: run again later" if family.on_meta(weights) else ""
+
+
+def _judge(row: LayerReport, family: Family, earlier: LayerReport | None) -> LayerReport:
+    """Return the row of a measured layer with its status, given what an earlier report says of it."""
+    parts = family.parts(row.measured)
+    if earlier is None or earlier.status not in ("written", "present"):
+        row = row if parts else replace(row, status="absent")
+    elif gone := (family.parts(earlier.measured) if earlier.measured else frozenset()) - parts:
+        note = f"lost: {', '.join(sorted(gone))}"
+        row = replace(row, status="lost", note="; ".join(filter(None, (row.note, note))) if parts else row.note)
+    elif not parts:
+        row = replace(row, status="lost")
+    return row if earlier is None else replace(row, asked=earlier.asked)
 
 
 def _verify(

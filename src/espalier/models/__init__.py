@@ -10,12 +10,14 @@ from torch import nn
 
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
+from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
 
-__all__ = ["MODELS", "ConvMixer", "VisionTransformer", "build_model"]
+__all__ = ["MODELS", "ConvMixer", "SequenceModel", "VisionTransformer", "build_model"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convmixer": ConvMixer,
+    "sequence": SequenceModel,
     "vit": VisionTransformer,
 }
 
