@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,9 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import espalier
 from espalier.models import ConvMixer, FeatureNet, register_with_timm
+from espalier.models.convmixer_checkpoints import convert_state, load_model
 from espalier.models.convmixer_family import CONVMIXERS
+from reference.convmixer_original import original_convmixer
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -97,3 +101,17 @@ def test_features_only_through_timm_equals_ours() -> None:
     assert ours.feature_info.module_name() == theirs.feature_info.module_name()
     for a, b in zip(ours(x), theirs(x), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_checkpoints_go_both_ways_between_timm_and_the_original(tmp_path: Path) -> None:
+    theirs = TimmConvMixer(12, 2, kernel_size=5, patch_size=2, num_classes=4)
+    x = torch.randn(4, 3, 8, 8, generator=seeded())
+    theirs(x)  # moves the running statistics
+    theirs.eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "timm.pth.tar")
+    torch.testing.assert_close(load_model(tmp_path / "timm.pth.tar")(x), theirs(x))
+    original = original_convmixer(12, 2, 5, 2, 4).eval()
+    original.load_state_dict(convert_state(theirs.state_dict(), "original"), strict=True)
+    torch.testing.assert_close(original(x), theirs(x))
+    back = convert_state(original.state_dict(), "timm")
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())

@@ -166,7 +166,7 @@ class ConvMixer(nn.Module):
             EspalierError: no such block.
         """
         chosen = block_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max(chosen) + 1]
+        self.blocks = nn.Sequential(*list(self.blocks)[: max(chosen) + 1])
         if prune_head:
             self.reset_classifier(0, "")
         return chosen
