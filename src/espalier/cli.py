@@ -157,6 +157,38 @@ def report(folders: Sequence[Path], out: Path = Path("report.html")) -> None:
     print(f"report: {write_report(list(folders), out)}")
 
 
+def convert(checkpoint: Path, to: Literal["timm", "original", "espalier"] = "timm", out: Path | None = None) -> None:
+    """Rename the weights of a ConvMixer checkpoint for timm, for the paper's nn.Sequential or for this library.
+
+    Args:
+        checkpoint: safetensors or torch file in any of the three layouts; no code in it is run.
+        to: the layout to write.
+        out: safetensors file to write; by default beside the checkpoint, with the layout in its name.
+    """
+    from espalier.models.convmixer_checkpoints import convert_state, load_checkpoint_file
+    from espalier.models.hosts import save_tensors
+
+    state = convert_state(load_checkpoint_file(checkpoint), to)
+    name = checkpoint.name.removesuffix(".safetensors").removesuffix(".tar").removesuffix(".pth")
+    print(f"weights: {save_tensors(state, out or checkpoint.with_name(f'{name}.{to}.safetensors'))}")
+
+
+def statistics(models: Sequence[str], out: Path = Path("statistics.safetensors")) -> None:
+    """Measure the covariance of a trained network's depthwise filters, layer by layer, for `--init transferred`.
+
+    Args:
+        models: run folders of one shape (other seeds, other widths), pooled; or models as `espalier structure` takes
+            them.
+        out: the file to write.
+    """
+    from espalier.init import FilterStatistics
+
+    measured = FilterStatistics.from_model([_open_model(model) for model in models])
+    for layer in measured.layers:
+        print(f"{layer.name}: kernel {'×'.join(map(str, layer.kernel_size))}, {layer.filters} filters")
+    print(f"statistics: {measured.save(out)}")
+
+
 def recipes() -> None:
     """List the recipes with the first line of what each one says of itself."""
     functions = recipe_functions()
@@ -189,6 +221,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
     "audit": audit,
     "structure": structure,
+    "convert": convert,
+    "statistics": statistics,
     "report": report,
     "recipes": recipes,
 }

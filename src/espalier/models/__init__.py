@@ -10,13 +10,24 @@ from torch import nn
 
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
+from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
+from espalier.models.features import FeatureNet
 from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
 
-__all__ = ["MODELS", "ConvMixer", "SequenceModel", "VisionTransformer", "build_model"]
+__all__ = [
+    "MODELS",
+    "ConvMixer",
+    "FeatureNet",
+    "SequenceModel",
+    "VisionTransformer",
+    "build_model",
+    "register_with_timm",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convmixer": ConvMixer,
+    **CONVMIXERS,
     "sequence": SequenceModel,
     "vit": VisionTransformer,
 }
