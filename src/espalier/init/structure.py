@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,11 @@ from espalier.init.families import FAMILIES, Family, Place
 from espalier.init.layouts import Skipped, find_layers
 from espalier.init.layouts.registry import Weights
 from espalier.init.report import LayerReport, StructureReport
+from espalier.init.sharded import agree, reshard
+
+
+# Statuses of layers that carried structure when their report was made.
+_CARRIED = ("written", "present", "changed")
 
 
 class VerificationError(RuntimeError):
@@ -28,18 +33,23 @@ def structure_(
     attention: Mimetic | None = Mimetic(),  # noqa: B008 (frozen)
     depthwise: FilterCovariance | None = FilterCovariance(),  # noqa: B008 (frozen)
     generator: torch.Generator | None = None,
+    guard: bool = False,
 ) -> StructureReport:
     """Write structure into every layer that a layout recognises, in place, then measure it and report.
 
     Self-attention gets mimetic products, depthwise convolutions get covariance-structured filters. On the meta device
     nothing is written and the rows say so: call it again after ``to_empty()``. Call it **last**, after anything that
     draws weights of its own (``post_init``, ``reset_parameters``), and ``audit`` after anything that touches weights.
+    On a sharded model (FSDP2, DTensor) every rank calls it: one layer at a time is gathered, written and sharded again,
+    and the weights are those of a single process with the same generator.
 
     Args:
         model: any module; the library it comes from need not be known as long as a layout covers its classes.
         attention: strengths for self-attention, or ``None`` to leave it alone.
         depthwise: covariance for depthwise filters, or ``None`` to leave them alone.
         generator: source of all noise; each layer draws from a stream of its own.
+        guard: keep a fingerprint of every written layer's bits in the report, so that ``audit(model, against=report)``
+            tells weights that were touched from weights that were not. Nothing is left in the model.
 
     Returns:
         One row a layer; ``print`` shows it as a table.
@@ -49,7 +59,8 @@ def structure_(
         VerificationError: a layer does not show what was written into it.
     """
     asked = {"attention": attention, "depthwise": depthwise}
-    layers = [found for found in _layers(model) if asked[found[2].kind] is not None]
+    reshard(model)
+    layers = [found for found in _layers(model, shapes=True) if asked[found[2].kind] is not None]
     if not any(not isinstance(weights, Skipped) for _, _, _, weights, _ in layers):
         wanted = " or ".join(kind for kind, spec in asked.items() if spec is not None) or "anything"
         reasons = "".join(f"; {name}: {w.reason}" for name, _, _, w, _ in layers[:3] if isinstance(w, Skipped))
@@ -58,10 +69,11 @@ def structure_(
             "register a layout for its classes (espalier.init.register_layout)"
         )
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
-    seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in layers]
+    seeds = agree([int(torch.randint(2**62, (), generator=generator)) for _ in layers], model)
+    opened = (found for found in _layers(model) if asked[found[2].kind] is not None)
     written: list[LayerReport] = []
     marks: dict[str, tuple[float, ...]] = {}
-    for (name, host, family, weights, place), seed in zip(layers, seeds, strict=True):
+    for (name, host, family, weights, place), seed in zip(opened, seeds, strict=True):
         if isinstance(weights, Skipped):
             written.append(LayerReport(name, family.kind, host, "skipped", note=weights.reason))
             continue
@@ -72,7 +84,7 @@ def structure_(
         text = family.write(weights, asked[family.kind], place, stream)
         marks[name] = family.fingerprint(weights)
         written.append(LayerReport(name, family.kind, host, "written", text, note=family.note(weights)))
-    return _verify(model, written, marks, asked)
+    return _verify(model, written, marks, asked, guard)
 
 
 @torch.no_grad()
@@ -85,11 +97,13 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
             the layer itself is gone.
 
     Returns:
-        One row a layer: ``present`` when the structure stands out from chance, else ``absent`` or ``lost``.
+        One row a layer: ``present`` when the structure stands out from chance, else ``absent`` or ``lost``;
+        ``changed`` when it stands out and the bits are not those that ``guard=True`` recorded.
 
     Raises:
         EspalierError: no layer of the model is recognised.
     """
+    reshard(model)
     before = {} if against is None else {_plain(row.layer): row for row in against.layers}
     rows = []
     for name, host, family, weights, _ in _layers(model):
@@ -101,10 +115,12 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
         measured = family.measure(weights)
         row = LayerReport(name, family.kind, host, "present", measured=measured, note=family.note(weights))
         if not family.present(measured):
-            had = earlier is not None and earlier.status in ("written", "present")
+            had = earlier is not None and earlier.status in _CARRIED
             row = replace(row, status="lost" if had else "absent")
-        rows.append(row if earlier is None else replace(row, asked=earlier.asked))
-    gone = [row for row in before.values() if row.status in ("written", "present")]
+        elif earlier is not None and earlier.mark and earlier.mark != family.bits(weights):
+            row = replace(row, status="changed")
+        rows.append(row if earlier is None else replace(row, asked=earlier.asked, mark=earlier.mark))
+    gone = [row for row in before.values() if row.status in _CARRIED]
     rows += [replace(row, status="lost", measured={}, note="the layer is gone") for row in gone]
     if not rows:
         raise EspalierError(
@@ -114,7 +130,11 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
 
 
 def _verify(
-    model: nn.Module, written: list[LayerReport], marks: dict[str, tuple[float, ...]], asked: dict[str, object]
+    model: nn.Module,
+    written: list[LayerReport],
+    marks: dict[str, tuple[float, ...]],
+    asked: Mapping[str, object],
+    guard: bool,
 ) -> StructureReport:
     """Measure every written layer through fresh views, and raise at the first that shows something else."""
     rows = {row.layer: row for row in written}
@@ -126,18 +146,19 @@ def _verify(
         measured = family.measure(weights)
         if wrong := family.contradiction(weights, asked[family.kind], place, measured):
             raise VerificationError(f"layer {name!r}: {wrong}")
-        rows[name] = replace(rows[name], measured=measured)
+        rows[name] = replace(rows[name], measured=measured, mark=family.bits(weights) if guard else "")
     return StructureReport(tuple(rows.values()))
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, str, Family, Weights | Skipped, Place]]:
+def _layers(model: nn.Module, *, shapes: bool = False) -> Iterator[tuple[str, str, Family, Weights | Skipped, Place]]:
     """Yield every recognised layer with its family and its place (index, count) among the layers of that family."""
-    found = [(name, host, next(f for f in FAMILIES if f.kind == _kind(w)), w) for name, host, w in find_layers(model)]
-    counts = {family.kind: sum(f is family for _, _, f, _ in found) for family in FAMILIES}
-    seen = dict.fromkeys(counts, 0)
-    for name, host, family, weights in found:
-        yield name, host, family, weights, (seen[family.kind], counts[family.kind])
-        seen[family.kind] += 1
+    kinds = [_kind(weights) for _, _, weights in find_layers(model, shapes=True)]
+    seen = dict.fromkeys(kinds, 0)
+    for name, host, weights in find_layers(model, shapes=shapes):
+        kind = _kind(weights)
+        family = next(family for family in FAMILIES if family.kind == kind)
+        yield name, host, family, weights, (seen[kind], kinds.count(kind))
+        seen[kind] += 1
 
 
 def _kind(weights: Weights | Skipped) -> str:
