@@ -97,7 +97,7 @@ def _gather(shard: DTensor, shapes: bool) -> nn.Parameter:
     if shapes or shard.device.type == "meta":
         tensor = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
     else:
-        tensor = shard.detach().full_tensor()
+        tensor = shard.full_tensor().detach()
     return nn.Parameter(tensor, requires_grad=False)
 
 

@@ -17,7 +17,6 @@ from espalier.init.layouts.registry import Weights
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
 
-
 # Statuses of layers that carried structure when their report was made.
 _CARRIED = ("written", "present", "changed")
 

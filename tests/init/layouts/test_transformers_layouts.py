@@ -177,7 +177,9 @@ WHOLE = {
     "GPT2Model:GPT2Config": (
         {"n_embd": 24, "n_head": 3, "n_layer": 2, "vocab_size": 50, "add_cross_attention": True}, 2, 2
     ),
-    "SwinModel:SwinConfig": ({"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3], "image_size": 32, "window_size": 2}, 2, 0),
+    "SwinModel:SwinConfig": (
+        {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3], "image_size": 32, "window_size": 2}, 2, 0
+    ),
     "LlamaForCausalLM:LlamaConfig": ({**BERT, "num_key_value_heads": 1}, 2, 0),
 }  # fmt: skip
 

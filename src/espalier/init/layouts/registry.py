@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -50,6 +51,7 @@ class Skipped:
 Weights = AttentionWeights | DepthwiseWeights
 Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
+_AnyLayout = TypeVar("_AnyLayout", bound=Layout)
 
 _LAYOUTS: dict[str, Layout] = {}
 _GUESSES: list[Layout] = []
@@ -58,7 +60,7 @@ _GUESSES: list[Layout] = []
 _CROSS = re.compile(r"(^|\.)(cross_?att\w*|encoder_attn|enc_?dec_?att\w*)$", re.IGNORECASE)
 
 
-def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
+def register_layout(host: str | type[nn.Module]) -> Callable[[_AnyLayout], _AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
     The function takes a module and returns views of its weights (``AttentionWeights``, ``DepthwiseWeights``),
@@ -71,14 +73,14 @@ def register_layout(host: str | type[nn.Module]) -> Callable[[Layout], Layout]:
     """
     path = host if isinstance(host, str) else _path(host)
 
-    def register(layout: Layout) -> Layout:
+    def register(layout: _AnyLayout) -> _AnyLayout:
         _LAYOUTS[path] = layout
         return layout
 
     return register
 
 
-def register_guess(layout: Layout) -> Layout:
+def register_guess(layout: _AnyLayout) -> _AnyLayout:
     """Ask this layout about modules of classes that nobody registered (decorator); its note says that it guessed."""
     _GUESSES.append(layout)
     return layout
