@@ -12,6 +12,7 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
 ROTARY = "rotary positions: the QK product holds at distance zero"
 _NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k", "logit_scale"}
+_OUTPUT_NORMS = ("norm", "g_norm", "o_norm", "inner_attn_ln")
 
 
 def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> Found:
@@ -139,6 +140,8 @@ def _remarks(module: nn.Module) -> str:
     remarks = []
     if inside & _NORMS:
         remarks.append("queries and keys are normalised: their product holds up to scale")
+    if any(not isinstance(getattr(module, name, nn.Identity()), nn.Identity) for name in _OUTPUT_NORMS):
+        remarks.append("a norm stands before the output projection: the VO product holds up to scale")
     if {"gate", "g_proj"} & inside:
         remarks.append("gated: the VO product holds before the gate")
     return "; ".join(remarks)
