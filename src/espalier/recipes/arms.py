@@ -16,6 +16,13 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "covariance": {"init": "covariance", "init_args": {}, "freeze": ""},
     "covariance-frozen": {"init": "covariance", "init_args": {}, "freeze": "depthwise"},
     "structured": {"init": "structured", "init_args": {}, "freeze": ""},
+    "truncated-normal": {"init": "truncated_normal", "init_args": {}, "freeze": ""},
+    "uniform-values": {"init": "uniform_values", "init_args": {}, "freeze": ""},
+    "zero-output": {"init": "zero_output", "init_args": {}, "freeze": ""},
+    "identity-vo": {"init": "mimetic", "init_args": {"preset": "language"}, "freeze": ""},
+    "semi-orthogonal": {"init": "semi_orthogonal", "init_args": {}, "freeze": ""},
+    "impulse": {"init": "impulse", "init_args": {}, "freeze": ""},
+    "mlp-mean-shift": {"init": "mlp_mean_shift", "init_args": {}, "freeze": ""},
 }
 
 
