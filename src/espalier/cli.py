@@ -67,7 +67,7 @@ def compare(
 
     Args:
         recipe: the recipe that all arms share.
-        arms: the arms; the first is the baseline.
+        arms: the arms, or "all" that apply to the model; the first is the baseline.
         out: folder of the study.
         lrs: learning rates, or "auto" for five around the recipe's own.
         seeds: how many paired seeds.
@@ -75,9 +75,10 @@ def compare(
         cluster: where the workers run.
     """
     from espalier.report import write_report
-    from espalier.study import launch, plan_study, summarise
+    from espalier.study import applicable_arms, launch, plan_study, summarise
 
-    study = plan_study(recipe, list(arms), _rates(lrs), list(range(seeds)), out)
+    named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
+    study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
     launch(study, workers=workers, cluster=cluster)
     print(summarise(study.path).table())
     print(f"report: {write_report([study.path], out / 'report.html')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,16 @@ class Family:
         """Return the sum of every view: enough to see that another layer has written to the same storage."""
         return tuple(float(value.sum()) for value in vars(weights).values() if isinstance(value, Tensor))
 
+    def bits(self, weights: Any) -> str:
+        """Return a digest of every view's exact values and type."""
+        digest = hashlib.blake2b(digest_size=16)
+        for value in vars(weights).values():
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+                    digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def note(self, weights: Any) -> str:
         """Return what the layout had to say of this layer."""
         return getattr(weights, "note", "")
@@ -101,9 +112,9 @@ def _attention_parts(measured: Mapping[str, float]) -> frozenset[str]:
 def _attention_contradiction(
     weights: AttentionWeights, spec: Mimetic, place: Place, measured: Mapping[str, float]
 ) -> str:
-    dim = weights.q.shape[1]
-    head_share = weights.q.shape[0] / weights.num_heads / dim
-    rank_share = min(weights.v.shape[0] / dim, 1.0)
+    dim = weights.q.shape[-1]
+    head_share = weights.q.numel() / weights.num_heads / dim**2
+    rank_share = min(weights.v.numel() / dim**2, 1.0)
     # With grouped queries only one query head in a group has the best approximation; the others keep less of it.
     slack = _TOLERANCE if weights.num_heads == weights.num_kv_heads else 1.0
     for name, pair, share in (("qk", spec.qk, head_share), ("vo", spec.vo, rank_share)):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["written", "present", "absent", "lost", "skipped"]
+Status = Literal["written", "present", "changed", "absent", "lost", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class LayerReport:
     """One layer: where it is, what was asked of it, what its weights show now.
 
     ``status`` is ``written`` (by this call, and verified), ``present`` or ``absent`` (an audit), ``lost`` (it was there
-    in the report that the audit was held against) or ``skipped`` (left alone; the note says why).
+    in the report that the audit was held against), ``changed`` (it still is, in other bits than those of ``mark``, the
+    fingerprint that ``structure_(guard=True)`` takes) or ``skipped`` (left alone; the note says why).
     """
 
     layer: str
@@ -24,6 +25,7 @@ class LayerReport:
     asked: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True)

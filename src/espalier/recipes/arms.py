@@ -43,6 +43,13 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "mimetic-ssm-last": {"init": "mimetic_ssm", "init_args": {"layers": -1}, "freeze": ""},
     **ssm_part_arms(),
     "structured": {"init": "structured", "init_args": {}, "freeze": ""},
+    "truncated-normal": {"init": "truncated_normal", "init_args": {}, "freeze": ""},
+    "uniform-values": {"init": "uniform_values", "init_args": {}, "freeze": ""},
+    "zero-output": {"init": "zero_output", "init_args": {}, "freeze": ""},
+    "identity-vo": {"init": "mimetic", "init_args": {"preset": "language"}, "freeze": ""},
+    "semi-orthogonal": {"init": "semi_orthogonal", "init_args": {}, "freeze": ""},
+    "impulse": {"init": "impulse", "init_args": {}, "freeze": ""},
+    "mlp-mean-shift": {"init": "mlp_mean_shift", "init_args": {}, "freeze": ""},
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
 from espalier.errors import unknown_name
-from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, structure_
+from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, attention_arms, structure_
 
 Init = Callable[..., StructureReport | None]
 
@@ -73,10 +74,26 @@ def structured(model: nn.Module, generator: torch.Generator) -> StructureReport 
     return structure_(model, generator=generator)
 
 
+def _peer(write: Callable[..., None]) -> Init:
+    """Return a peer of mimetic initialisation as an initialisation that a recipe can name."""
+
+    @wraps(write)
+    def initialise(model: nn.Module, generator: torch.Generator, **arguments: Any) -> None:
+        write(model, generator=generator, **arguments)
+
+    return initialise
+
+
 INITS: dict[str, Init] = {
     "default": default,
     "mimetic": mimetic,
     "mimetic_ssm": mimetic_ssm,
     "covariance": covariance,
     "structured": structured,
+    "truncated_normal": _peer(attention_arms.truncated_normal_),
+    "uniform_values": _peer(attention_arms.uniform_values_),
+    "zero_output": _peer(attention_arms.zero_output_),
+    "semi_orthogonal": _peer(attention_arms.semi_orthogonal_),
+    "impulse": _peer(attention_arms.impulse_),
+    "mlp_mean_shift": _peer(attention_arms.mlp_mean_shift_),
 }
