@@ -19,11 +19,11 @@ from espalier.nn.lipschitz import MaxMin
 def linear_net(classes: int = 4, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
     """Return a linear classifier, images near grey that it gets right, their labels and their exact radii."""
     generator = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, classes))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(75, classes))
     with torch.no_grad():
-        net[1].weight.copy_(torch.randn(classes, 48, generator=generator))
+        net[1].weight.copy_(torch.randn(classes, 75, generator=generator))
         net[1].bias.copy_(-net[1].weight.sum(1) / 2)
-    images = 0.5 + 0.02 * torch.randn(40, 3, 4, 4, generator=generator)
+    images = 0.5 + 0.02 * torch.randn(40, 3, 5, 5, generator=generator)
     labels = net(images).argmax(1)
     return net, images, labels, torch.tensor(certify(net, images, labels).radii)
 
@@ -31,9 +31,9 @@ def linear_net(classes: int = 4, seed: int = 0) -> tuple[nn.Sequential, Tensor, 
 def test_pgd_crosses_a_border_just_inside_its_reach_and_not_one_just_outside() -> None:
     net, images, labels, radii = linear_net()
     generator = torch.Generator().manual_seed(0)
-    inside = pgd_l2(net, images, labels, 0.999 * radii, generator=generator)
+    inside = pgd_l2(net, images, labels, 0.999 * radii, restarts=4, generator=generator)
     assert not fooled(net, inside, labels).any()
-    outside = pgd_l2(net, images, labels, 1.01 * radii, generator=generator)
+    outside = pgd_l2(net, images, labels, 1.01 * radii, restarts=4, generator=generator)
     assert fooled(net, outside, labels).all()
     assert (distance(images, outside) <= 1.01 * radii).all()
     assert (distance(images, outside) >= radii * 0.9999).all()
@@ -62,21 +62,23 @@ def test_autoattack_finds_what_exists_within_eps_and_leaves_the_random_state_alo
     fell = fooled(net, found, labels[:10])
     assert torch.equal(fell, radii[:10] < eps)
     assert (distance(images[:10], found) <= eps * 1.001).all()
-    with pytest.raises(EspalierError, match="at least 4 classes"):
-        autoattack_l2(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), images, labels, 0.1)
+    with pytest.raises(EspalierError, match="here are 3"):
+        autoattack_l2(nn.Sequential(nn.Flatten(), nn.Linear(75, 3)), images, labels, 0.1)
 
 
 def test_a_sound_certificate_survives_and_its_distances_are_no_smaller() -> None:
     net, images, labels, radii = linear_net()
     certificate = certify(net, images, labels)
     eps = (radii.min().item() / 2, radii.median().item())
-    report = challenge(net, images, labels, certificate, eps, generator=torch.Generator().manual_seed(0))
+    report = challenge(net, images, labels, certificate, eps, restarts=4, generator=torch.Generator().manual_seed(0))
     report.check()
     assert report.broken == ()
     assert report.attacked == 40
     assert report.accuracy[0] == 1.0
-    assert report.accuracy[1] == pytest.approx((radii > eps[1]).double().mean().item(), abs=1 / 40)
-    assert all(found is not None and found >= radius for found, radius in zip(report.distances, certificate.radii))
+    assert report.accuracy[1] == pytest.approx((radii > eps[1]).double().mean().item())
+    assert all(
+        found is not None and found >= radius for found, radius in zip(report.distances, certificate.radii, strict=True)
+    )
     assert 0.99 < report.tightness <= 1.0
 
 
@@ -85,11 +87,13 @@ def test_a_false_certificate_is_broken(autoattack: bool) -> None:
     net, images, labels, radii = linear_net()
     images, labels, radii = images[:8], labels[:8], radii[:8]
     honest = certify(net, images, labels)
-    # Two radii that claim too much: one by a factor, one by a hair's breadth more than rounding.
+    # Two radii that claim too much: one by a factor, one by little.
     claimed = list(honest.radii)
-    claimed[2], claimed[5] = 2 * claimed[2], 1.02 * claimed[5]
+    claimed[2], claimed[5] = 2 * claimed[2], 1.04 * claimed[5]
     false = dataclasses.replace(honest, radii=tuple(claimed))
-    report = challenge(net, images, labels, false, (0.1,), steps=1 if autoattack else 40, autoattack=autoattack)
+    report = challenge(
+        net, images, labels, false, (0.1,), steps=1 if autoattack else 40, restarts=4, autoattack=autoattack
+    )
     assert report.broken == (2, 5)
     with pytest.raises(CertificateBrokenError, match="2 of 8"):
         report.check()

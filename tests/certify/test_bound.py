@@ -130,7 +130,8 @@ def test_overlapping_max_pooling_reaches_its_constant() -> None:
     "pad",
     [
         nn.ReflectionPad2d(2), nn.ReflectionPad2d((2, 0, 0, 1)), nn.ReplicationPad2d(2),
-        nn.ReplicationPad2d((0, 3, 1, 0)), nn.CircularPad2d(2), nn.CircularPad2d((1, 0, 0, 0)), nn.ZeroPad2d(2), nn.ReflectionPad1d((1, 2)),
+        nn.ReplicationPad2d((0, 3, 1, 0)), nn.CircularPad2d(2), nn.CircularPad2d((1, 0, 0, 0)),
+        nn.ZeroPad2d(2), nn.ReflectionPad1d((1, 2)),
     ],
     ids=str,
 )  # fmt: skip

@@ -30,7 +30,9 @@ def pgd_l2(
     """Return the worst images that projected gradient ascent finds, each within ``radius`` of its own image.
 
     Ascends max_{j≠y} f_j − f_y along the normalised gradient with step r·½(1 + cos(πt/T)), from a random point of the
-    ball, projecting onto the ball and onto [0, 1] after every step, and keeps the worst point of all steps.
+    ball, projecting onto the ball and onto [0, 1] after every step, and keeps the worst point of all steps. Every
+    restart after the first ascends f_j − f_y for one class j, the next best at the image, so that it is not drawn to
+    the class that happens to lead at its start.
 
     Args:
         net: the network; its parameters gather no gradient.
@@ -38,7 +40,7 @@ def pgd_l2(
         labels: (B,) right classes.
         radius: r, one for all images or (B,).
         steps: T, gradient steps per restart.
-        restarts: random starts; the worst point of all of them is kept.
+        restarts: random starts.
         generator: source of the starts, on the images' device.
 
     Returns:
@@ -53,13 +55,15 @@ def pgd_l2(
         raise EspalierError(f"steps {steps}, restarts {restarts}: choose at least 1 of each")
     limits = torch.as_tensor(radius, dtype=images.dtype, device=images.device).expand(len(images)) * _INSIDE
     worst, height = images.clone(), _excess(net, images, labels).detach()
-    for _ in range(restarts):
+    targets = _runners_up(net, images, labels)
+    for restart in range(restarts):
+        target = targets[:, (restart - 1) % targets.shape[1]] if restart else None
         noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
         share = torch.rand(len(images), dtype=images.dtype, device=images.device, generator=generator)
         point = _project(images + _scaled(noise, limits * share), images, limits)
         for step in range(steps + 1):
             point.requires_grad_(True)
-            excess = _excess(net, point, labels)
+            excess = _excess(net, point, labels, target)
             (gradient,) = torch.autograd.grad(excess.sum(), point)
             point, excess = point.detach(), excess.detach()
             better = excess > height
@@ -72,7 +76,7 @@ def pgd_l2(
 def autoattack_l2(net: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0) -> Tensor:
     """Return the images that AutoAttack leaves, each within ``eps`` (up to rounding) of its own image.
 
-    The standard ensemble, APGD-CE, APGD-T, FAB-T and Square, of the library torchattacks, for at least four classes.
+    The standard ensemble, APGD-CE, APGD-T, FAB-T and Square, of the library torchattacks.
 
     Args:
         net: the network, with parameters.
@@ -83,15 +87,17 @@ def autoattack_l2(net: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
 
     Raises:
         MissingExtraError: torchattacks is not installed.
-        EspalierError: fewer than four classes, for which its targeted losses are not defined.
+        EspalierError: fewer than four classes or a side below five pixels, for which parts of it are not defined.
 
     Source: Croce & Hein, arXiv 2003.01690.
     """
     attacks = require("torchattacks", "attack")
     with torch.no_grad():
         classes = net(images[:1]).shape[1]
-    if classes < 4:
-        raise EspalierError(f"AutoAttack needs at least 4 classes, the network has {classes}: use PGD alone")
+    if classes < 4 or min(images.shape[-2:]) < 5:
+        raise EspalierError(
+            f"AutoAttack needs 4 classes and 5 pixels a side, here are {classes} and {min(images.shape[-2:])}: use PGD"
+        )
     # It seeds torch's global generators.
     with torch.random.fork_rng():
         ensemble = attacks.AutoAttack(net, norm="L2", eps=float(eps), n_classes=classes, seed=seed)
@@ -132,9 +138,17 @@ def distance(images: Tensor, others: Tensor) -> Tensor:
     return torch.linalg.vector_norm((images.double() - others.double()).flatten(1), dim=1)
 
 
-def _excess(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return max_{j≠y} f_j − f_y: positive where the network is wrong."""
+@torch.no_grad()
+def _runners_up(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return (B, C − 1): the other classes, best first."""
+    return net(images).scatter(1, labels[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
+
+
+def _excess(net: nn.Module, images: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
+    """Return max_{j≠y} f_j − f_y, positive where the network is wrong, or f_j − f_y of one class j per image."""
     scores = net(images)
+    if target is not None:
+        return (scores.gather(1, target[:, None]) - scores.gather(1, labels[:, None]))[:, 0]
     others = scores.scatter(1, labels[:, None], -math.inf)
     return others.amax(1) - scores.gather(1, labels[:, None])[:, 0]
 

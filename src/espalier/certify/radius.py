@@ -60,8 +60,10 @@ def certify(net: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int =
         UncertifiableError: a module without a known Lipschitz constant.
     """
     check_pixels(images, labels)
-    scores_NC, difference = exact_scores(net, images, batch_size)
-    bound = score_bound(net, scores_NC.shape[1])
+    # The bound is that of the float64 copy: both halves of the quotient speak of one and the same map.
+    twin = copy.deepcopy(net).double()
+    scores_NC, difference = exact_scores(net, twin, images, batch_size)
+    bound = score_bound(twin, scores_NC.shape[1])
     if labels.max() >= scores_NC.shape[1]:
         raise EspalierError(f"labels go up to {int(labels.max())}, the network has {scores_NC.shape[1]} scores")
     predictions_N = scores_NC.argmax(1)
@@ -123,11 +125,12 @@ def score_bound(net: nn.Module, classes: int) -> ScoreBound:
 
 
 @torch.no_grad()
-def exact_scores(net: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
+def exact_scores(net: nn.Module, twin: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
     """Return the scores of a float64 copy of ``net`` and the largest difference to those that ``net`` computes.
 
     Args:
         net: the network.
+        twin: its copy in float64.
         images: floating; each network sees them in its own precision and on its own device.
         batch_size: images per forward pass.
 
@@ -135,7 +138,6 @@ def exact_scores(net: nn.Module, images: Tensor, batch_size: int) -> tuple[Tenso
         (N, C) in float64 on the CPU, and the largest difference over all finite scores.
     """
     like = next(net.parameters(), torch.empty(0))
-    twin = copy.deepcopy(net).double()
     scores, difference = [], 0.0
     for batch in images.to(like.dtype).split(batch_size):
         exact = twin(batch.to(like.device).double()).cpu()

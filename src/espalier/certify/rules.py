@@ -1,9 +1,10 @@
-"""The ℓ2 Lipschitz constants of torch's own layers, each sound for every input size.
+"""The ℓ2 Lipschitz constants of layers, each sound for every input size.
 
 | layer | constant |
 |---|---|
+| CayleyLinear, CayleyConv | 1 |
 | Linear | spectral norm, from float64 |
-| Conv1d/2d/3d | per group min(Σ_t ‖W_t‖₂, √c·‖W as (cout, cin·taps)‖₂), times that of the padding |
+| Conv1d/2d/3d | ``kernel_norm``, times the constant of the padding |
 | BatchNorm (evaluation) | max |γ| / √(var + ε) |
 | AvgPool, MaxPool | √(c·K)/divisor and √c |
 | reflect, replicate, circular padding | √(how often one pixel can appear in the padded image) |
@@ -23,7 +24,9 @@ import torch
 from torch import nn
 
 from espalier.certify.bound import UncertifiableError, register_lipschitz
-from espalier.nn.lipschitz import spectral_norm, spectral_norms
+from espalier.nn.cayley_conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
+from espalier.nn.cayley_linear import CayleyLinear
+from espalier.nn.lipschitz import kernel_norm, spectral_norm
 
 
 @register_lipschitz(
@@ -34,6 +37,12 @@ from espalier.nn.lipschitz import spectral_norm, spectral_norms
 )  # fmt: skip
 def nonexpansive(module: nn.Module) -> float:
     """Return 1: isometries, and functions of one variable whose slope lies in [−1, 1]."""
+    return 1.0
+
+
+@register_lipschitz(CayleyLinear, CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d)
+def orthogonal(module: nn.Module) -> float:
+    """Return 1: (semi-)orthogonal for every value of the parameters; zero padding then cropping only contracts."""
     return 1.0
 
 
@@ -91,23 +100,15 @@ def batch_norm(module: nn.BatchNorm2d) -> float:
 
 @register_lipschitz(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: nn.Conv2d) -> float:
-    """Return a bound for every image size, from the norms of the taps and of the flattened kernel.
-
-    With W_t the matrix of tap t, y = Σ_t W_t·(a shift), and every shift drops or permutes pixels: L ≤ Σ_t ‖W_t‖. With
-    W flattened, y_p = W·(patch p), and a pixel lies in at most c patches: L ≤ √c·‖W‖, exact for patches that do not
-    overlap.
+    """Return a bound for every image size; see ``kernel_norm``.
 
     Raises:
         UncertifiableError: circular padding wider than the kernel reaches.
     """
-    matrices = module.weight.detach().unflatten(0, (module.groups, -1)).flatten(3)
-    shifts_G = spectral_norms(matrices.movedim(3, 1)).sum(1)
-    patches_G = spectral_norms(matrices.flatten(2))
     # Around the border of a torus whose side the stride does not divide, a pixel can lie in as many patches as taps.
     plain = set(module.dilation) == {1} and (module.padding_mode != "circular" or set(module.stride) == {1})
-    cover = _cover(module.kernel_size, module.stride) if plain else math.prod(module.kernel_size)
-    largest = torch.minimum(shifts_G, math.sqrt(cover) * patches_G).max().item()
-    return largest * _padding_of_convolution(module) * (1 + 1e-14)
+    cover = _cover(module.kernel_size, module.stride) if plain else None
+    return kernel_norm(module.weight, module.groups, cover) * _padding_of_convolution(module)
 
 
 @register_lipschitz(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)

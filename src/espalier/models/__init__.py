@@ -10,12 +10,26 @@ from torch import nn
 
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
+from espalier.models.lipschitz import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer
 from espalier.models.vit import VisionTransformer
 
-__all__ = ["MODELS", "ConvMixer", "VisionTransformer", "build_model"]
+__all__ = [
+    "MODELS",
+    "ConvMixer",
+    "KWLarge",
+    "LipschitzResNet9",
+    "LipschitzWideResNet",
+    "OrthogonalConvMixer",
+    "VisionTransformer",
+    "build_model",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convmixer": ConvMixer,
+    "kwlarge": KWLarge,
+    "lipschitz_resnet9": LipschitzResNet9,
+    "lipschitz_wide_resnet": LipschitzWideResNet,
+    "orthogonal_convmixer": OrthogonalConvMixer,
     "vit": VisionTransformer,
 }
 

@@ -7,6 +7,7 @@ that of the exact map of the stored parameters: rounding of the forward pass is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -113,8 +114,14 @@ class ConvexSum(nn.Module):
         super().__init__()
         if not 0 < coefficient < 1:
             raise EspalierError(f"coefficient {coefficient} of a convex sum: choose a number strictly between 0 and 1")
-        self.fn = fn
-        self.logit = nn.Parameter(torch.logit(torch.tensor(float(coefficient))))
+        self.fn, self.coefficient = fn, float(coefficient)
+        self.logit = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set c back to its start; nothing is drawn."""
+        self.logit.fill_(math.log(self.coefficient / (1 - self.coefficient)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the combination of x and f(x)."""
@@ -209,6 +216,14 @@ class NormalizedLinear(nn.Linear):
         """Return the scores."""
         return F.linear(x, self.classifier_weight(), self.bias)
 
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights and bias uniformly from ±1/√in_features, torch's default."""
+        bound = self.in_features**-0.5
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
     def classifier_weight(self) -> Tensor:
         """Return the matrix that is applied: the rows of ``weight`` at unit norm."""
         return F.normalize(self.weight, dim=1)
@@ -236,6 +251,35 @@ def spectral_norms(matrices: Tensor) -> Tensor:
 def spectral_norm(matrix: Tensor) -> float:
     """Return an upper bound on the largest singular value of one matrix (m, n); see ``spectral_norms``."""
     return spectral_norms(matrix).item()
+
+
+def kernel_norm(weight: Tensor, groups: int = 1, cover: int | None = None) -> float:
+    """Return an upper bound on the norm of a convolution with this kernel, on zero-padded images and on any torus.
+
+    The least of three, per group, with W_t the matrix of tap t and G = W⋆W the taps of its Gram kernel:
+
+        Σ_t ‖W_t‖          every shift drops or permutes pixels
+        √(Σ_t ‖G_t‖)       the same for x ↦ WᵀWx: close to 1 if the kernel is orthogonal on every torus
+        √cover·‖[W_t]_t‖   a pixel lies in at most ``cover`` patches: exact if patches do not overlap
+
+    Args:
+        weight: (outputs, inputs/groups, *taps); any stride and dilation.
+        groups: independent parts.
+        cover: how many patches one pixel can lie in; all taps if None.
+    """
+    kernel = weight.detach().double().unflatten(0, (groups, -1))
+    axes = tuple(range(3, kernel.ndim))
+    taps_GTOI = kernel.flatten(3).movedim(3, 1)
+    shifts_G = spectral_norms(taps_GTOI).sum(1)
+    patches_G = spectral_norms(kernel.flatten(2)) * math.sqrt(taps_GTOI.shape[1] if cover is None else cover)
+    # A full-size transform, so that the Gram kernel's 2k − 1 taps do not wrap around.
+    spectrum = torch.fft.fftn(kernel, s=[2 * n - 1 for n in kernel.shape[3:]], dim=axes)
+    if kernel.shape[1] < kernel.shape[2]:
+        spectrum = spectrum.transpose(1, 2)
+    gram = torch.fft.ifftn(torch.einsum("goi...,goj...->gij...", spectrum.conj(), spectrum), dim=axes).real
+    grams_G = spectral_norms(gram.flatten(3).movedim(3, 1)).sum(1).sqrt()
+    bounds_G = torch.minimum(torch.minimum(shifts_G, grams_G), patches_G)
+    return bounds_G.max().item() * (1.0 + 1e-12)
 
 
 def _groups(x: Tensor, size: int) -> Tensor:
