@@ -59,10 +59,10 @@ def attention_products(views: Sequence[View]) -> Section | None:
 
     def query_key(name: str, weights: AttentionWeights) -> list[Panel]:
         picked = spread(weights.num_heads, shown_heads)
-        return [_panel(f"{name} head {head}", *query_key_factors(weights, head), side) for head in picked]
+        return [product_panel(f"{name} head {head}", *query_key_factors(weights, head), side) for head in picked]
 
     def value_output(name: str, weights: AttentionWeights) -> list[Panel]:
-        return [_panel(name, *value_output_factors(weights), side)]
+        return [product_panel(name, *value_output_factors(weights), side)]
 
     words = "" if alone else left_out(len(layers), LAYERS, "layers")
     words += f" A pixel is the mean over about {dim / side:.3g} × {dim / side:.3g} entries." if dim > side else ""
@@ -104,7 +104,8 @@ def attention_maps(views: Sequence[View]) -> Section | None:
     return Section("Attention maps", (photograph(image_1CHW[0], "The first image of the test set."), table))
 
 
-def _panel(name: str, left_KD: Tensor, right_KD: Tensor, side: int) -> Panel:
+def product_panel(name: str, left_KD: Tensor, right_KD: Tensor, side: int) -> Panel:
+    """Return the picture of ``leftᵀ right`` with the means of its diagonal and of the rest in words."""
     # The size of the product off its diagonal, again without holding it: ‖LᵀR‖² = ⟨L Lᵀ, R Rᵀ⟩.
     diagonal_D = (left_KD * right_KD).sum(0)
     total = ((left_KD @ left_KD.mT) * (right_KD @ right_KD.mT)).sum()
