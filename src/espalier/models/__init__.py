@@ -11,10 +11,11 @@ from torch import nn
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
+from espalier.models.convmixer_fused import fuse
 from espalier.models.features import FeatureNet
 from espalier.models.vit import VisionTransformer
 
-__all__ = ["MODELS", "ConvMixer", "FeatureNet", "VisionTransformer", "build_model", "register_with_timm"]
+__all__ = ["MODELS", "ConvMixer", "FeatureNet", "VisionTransformer", "build_model", "fuse", "register_with_timm"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convmixer": ConvMixer,

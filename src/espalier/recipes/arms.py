@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from espalier.errors import unknown_name
+from espalier.recipes.arms_filters import FILTER_ARMS
 from espalier.recipes.base import Recipe
 
 ARMS: dict[str, Mapping[str, Any]] = {
@@ -16,6 +17,7 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "covariance": {"init": "covariance", "init_args": {}, "freeze": ""},
     "covariance-frozen": {"init": "covariance", "init_args": {}, "freeze": "depthwise"},
     "structured": {"init": "structured", "init_args": {}, "freeze": ""},
+    **FILTER_ARMS,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.init import FilterCovariance, Mimetic, StructureReport, structure_
+from espalier.init import FilterCovariance, FilterStatistics, Mimetic, StructureReport, structure_
 
 Init = Callable[..., StructureReport | None]
 
@@ -45,6 +45,27 @@ def covariance(
     return structure_(model, attention=None, depthwise=FilterCovariance(preset, **switches), generator=generator)
 
 
+def transferred(
+    model: nn.Module, generator: torch.Generator, statistics: str, shrink: str | float = "auto"
+) -> StructureReport | None:
+    """Draw depthwise filters from the covariances of another network's and leave every other layer alone.
+
+    The other network may have another depth, width, patch and kernel (arXiv 2210.03651, section 3).
+
+    Args:
+        model: the network, in place.
+        generator: source of the filters.
+        statistics: file that ``espalier statistics`` wrote.
+        shrink: share of the closed form mixed into each covariance: a number in [0, 1], or ``"auto"`` for the one that
+            the sampling error of the measured filters asks for.
+
+    Raises:
+        EspalierError: the file cannot be read, its kernels have another number of axes, or a bad ``shrink``.
+    """
+    measured = FilterStatistics.load(statistics).shrink(strength=shrink)
+    return structure_(model, attention=None, depthwise=FilterCovariance(statistics=measured), generator=generator)
+
+
 def structured(model: nn.Module, generator: torch.Generator) -> StructureReport | None:
     """Write every structure that the model has a place for, with the published defaults."""
     return structure_(model, generator=generator)
@@ -54,5 +75,6 @@ INITS: dict[str, Init] = {
     "default": default,
     "mimetic": mimetic,
     "covariance": covariance,
+    "transferred": transferred,
     "structured": structured,
 }
