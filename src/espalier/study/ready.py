@@ -173,6 +173,7 @@ def _copying(name: str, scale: Scale) -> Recipe:
     """Return a copying recipe at a scale: sized so that all studies together take about an hour on two cores."""
     recipe = get_recipe(name)
     if scale == "cpu":
-        return replace(recipe, epochs=6)
+        short = {**recipe.data_args, "vocab_size": 12, "length": 12, "eval_examples": 256}
+        return replace(recipe, epochs=6, batch_size=32, data_args=short, threads=1)
     data_args = {**recipe.data_args, "vocab_size": 29, "length": 50, "eval_examples": 512}
     return replace(recipe, epochs=100, eval_every=10, checkpoint_every=10, data_args=data_args)
