@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INTEROP ?= .venv-interop
 export PYTHONHASHSEED := 0
 
 .PHONY: env demo test check bench docs interop lock clean
@@ -18,10 +19,12 @@ bench: env                       ## side-by-side ratios, one file a question
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 docs: env                        ## the guide as a static site in site/
 	$(BIN)/mkdocs build --strict
+interop: $(INTEROP)/.installed   ## layouts against timm and torchvision, in an environment of their own
+	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop --override-ini addopts=-ra
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:
-	rm -rf $(VENV) site build dist
+	rm -rf $(VENV) $(INTEROP) site build dist
 
 # The lock lists every package, so pip resolves nothing (--no-deps): torch comes as the pinned CPU build, and
 # torchattacks cannot drag in a torchvision that does not import beside it.
@@ -30,4 +33,9 @@ $(VENV)/.installed: requirements/dev.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps torch==$$(sed -n 's/^torch==//p' requirements/dev.lock)
 	$(BIN)/pip install --quiet --no-deps -r requirements/dev.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(INTEROP)/.installed: requirements/interop.lock
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet --no-deps -r requirements/interop.lock
 	touch $@

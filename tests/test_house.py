@@ -30,6 +30,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 PUBLIC = {
     "FilterCovariance",
     "Mimetic",
+    "MimeticSSM",
     "StructureReport",
     "audit",
     "certify",

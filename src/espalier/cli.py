@@ -67,7 +67,7 @@ def compare(
 
     Args:
         recipe: the recipe that all arms share.
-        arms: the arms; the first is the baseline.
+        arms: the arms, or "all" that apply to the model; the first is the baseline.
         out: folder of the study.
         lrs: learning rates, or "auto" for five around the recipe's own.
         seeds: how many paired seeds.
@@ -75,12 +75,43 @@ def compare(
         cluster: where the workers run.
     """
     from espalier.report import write_report
-    from espalier.study import launch, plan_study, summarise
+    from espalier.study import applicable_arms, launch, plan_study, summarise
 
-    study = plan_study(recipe, list(arms), _rates(lrs), list(range(seeds)), out)
+    named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
+    study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
     launch(study, workers=workers, cluster=cluster)
     print(summarise(study.path).table())
     print(f"report: {write_report([study.path], out / 'report.html')}")
+
+
+def study(
+    name: str, out: Path | None = None, workers: int = 2, scale: Literal["cpu", "gpu"] = "cpu", smallest: bool = False
+) -> None:
+    """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
+
+    Args:
+        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
+            filter-worth.
+        out: folder of its studies; runs/NAME if none is given.
+        workers: processes that train side by side.
+        scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
+        smallest: one seed, one learning rate, a few steps: checks that everything runs, shows nothing.
+    """
+    from espalier.report import write_report
+    from espalier.study import launch, plan_study, summarise
+    from espalier.study.capacity import capacity_of_studies
+    from espalier.study.ready import ready_plans, smallest_plan
+
+    out, folders = out or Path("runs") / name, []
+    for plan in ready_plans(name, scale):
+        plan = smallest_plan(plan) if smallest else plan
+        planned = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
+        launch(planned, workers=workers)
+        folders.append(planned.path)
+        print(f"\n{plan.title}\n{summarise(planned.path).table()}", flush=True)
+    if name == "state-capacity":
+        print(f"\n{capacity_of_studies(folders)}")
+    print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
 def audit(model: str, picture: Path | None = None) -> None:
@@ -189,6 +220,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "study": study,
     "audit": audit,
     "structure": structure,
     "convert": convert,

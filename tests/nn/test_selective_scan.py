@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.selective_scan_reference import selective_scan_loop
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from espalier.nn import backend, selective_scan, use_backend
 from espalier.nn.causal_conv import causal_conv_silu
 from espalier.nn.kernels import build, cuda
 from espalier.nn.selective_scan import selective_step
+from reference.selective_scan_reference import selective_scan_loop
 
 IMPLEMENTATIONS = ["compiled", "torch"]
 
@@ -206,7 +206,7 @@ def test_demanding_what_cannot_run_is_refused() -> None:
         pass
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     if backend().name != "compiled":
         pytest.skip("no C++ compiler here")
@@ -233,7 +233,9 @@ def test_adapter_speaks_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) -> No
     # A stand-in with the published signature of selective_scan_fn: u, delta (B, D, L), B, C (B, N, L).
     class StandIn:
         @staticmethod
-        def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):  # type: ignore[no-untyped-def]  # noqa: E501
+        def selective_scan_fn(
+            u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+        ):  # type: ignore[no-untyped-def]
             y, state = selective_scan_loop(u.mT, delta.mT, A, B.mT, C.mT, D)
             return (y.mT, state) if return_last_state else y.mT
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.ssd_reference import ssd_loop
 from torch import Tensor
 
 import espalier.nn.ssd as ssd_module
@@ -14,9 +13,10 @@ from espalier.errors import EspalierError
 from espalier.nn import ssd
 from espalier.nn.kernels import cuda
 from espalier.nn.ssd import ssd_step
+from reference.ssd_reference import ssd_loop
 
 
-def draw(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype, seed: int = 0):  # type: ignore[no-untyped-def]  # noqa: E501
+def draw(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype, seed: int = 0):  # type: ignore[no-untyped-def]
     """Return (x, delta, a, b, c, d, initial state) with gradients asked for."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *s: torch.randn(*s, dtype=dtype, generator=g)  # noqa: E731
@@ -120,7 +120,23 @@ def test_adapter_speaks_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) -> No
     # A stand-in with the published signature of mamba_chunk_scan_combined, whose states are (B, H, P, N).
     class StandIn:
         @staticmethod
-        def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):  # type: ignore[no-untyped-def]  # noqa: E501
+        def mamba_chunk_scan_combined(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D=None,
+            z=None,
+            dt_bias=None,
+            initial_states=None,
+            seq_idx=None,
+            cu_seqlens=None,
+            dt_softplus=False,
+            dt_limit=(0.0, float("inf")),
+            return_final_states=False,
+        ):  # type: ignore[no-untyped-def]
             y, state = ssd_loop(x, dt, A, B, C, D, initial_states.mT)
             return (y, state.mT) if return_final_states else y
 

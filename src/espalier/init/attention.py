@@ -94,9 +94,9 @@ def mimetic_attention_(
     turn queries against keys, and QK-norm rescales both: there the product holds at distance zero, up to scale.
 
     Args:
-        q: query weight, (H·k, d).
-        k: key weight, (H_kv·k, d).
-        v: value weight, (H_kv·k, d).
+        q: query weight, (H·k, d), or (H, k, d) where the rows of different heads are apart.
+        k: key weight, (H_kv·k, d) or (H_kv, k, d).
+        v: value weight, (H_kv·k, d) or (H_kv, k, d).
         out: output projection weight, (d, H·k).
         num_heads: H.
         num_kv_heads: H_kv; H when left out.
@@ -112,51 +112,53 @@ def mimetic_attention_(
     Source: arXiv 2305.09828, section 3; the treatment of grouped queries is ours.
     """
     groups = num_kv_heads or num_heads
-    _check_shapes(q, k, v, out, num_heads, groups)
+    _check_shapes(q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), out, num_heads, groups)
     if q.is_meta or q.numel() == 0:
         return
+    q_HKD, k_GKD, v_GKD = (
+        part if part.ndim == 3 else part.unflatten(0, (count, -1))
+        for part, count in ((q, num_heads), (k, groups), (v, groups))
+    )
     options: dict[str, Any] = {"noise": noise, "method": method, "generator": generator, "device": q.device}
     if qk is not None:
-        _write_queries_and_keys(q, k, num_heads, groups, qk, options)
+        _write_queries_and_keys(q_HKD, k_GKD, qk, options)
     if vo is not None:
-        _write_values_and_output(v, out, num_heads, groups, vo, options)
+        _write_values_and_output(v_GKD, out, num_heads, vo, options)
 
 
-def _write_queries_and_keys(
-    q: Tensor, k: Tensor, num_heads: int, groups: int, strength: Strength, options: Mapping[str, Any]
-) -> None:
+def _write_queries_and_keys(q_HKD: Tensor, k_GKD: Tensor, strength: Strength, options: Mapping[str, Any]) -> None:
     # One head at a time: a wide model's d × d target is the only large thing ever held.
-    dim, width = q.shape[1], q.shape[0] // num_heads
-    rank, shared = min(width, dim), num_heads // groups
+    _, width, dim = q_HKD.shape
+    groups, rank, shared = len(k_GKD), min(width, dim), len(q_HKD) // len(k_GKD)
     noise_options = {key: options[key] for key in ("noise", "generator", "device")}
     for group, (left, right) in enumerate(near_identity_heads(groups, dim, rank, *strength, **options)):
-        _write_rows(k, group, width, right)
+        _write_rows(k_GKD[group], right)
         for member in range(shared):
             if member:
                 target = near_identity(dim, *strength, **noise_options)
                 # right = V S^½, so V S^-½ is its pseudo-inverse transposed: left rightᵀ = target V Vᵀ.
                 left = target @ (right / right.square().sum(0))
-            _write_rows(q, group * shared + member, width, left)
+            _write_rows(q_HKD[group * shared + member], left)
 
 
-def _write_rows(weight: Tensor, head: int, width: int, factor_DR: Tensor) -> None:
-    rows = weight[head * width : (head + 1) * width]
+def _write_rows(rows_KD: Tensor, factor_DR: Tensor) -> None:
     # A head wider than the model has rows beyond the rank; they stay zero.
-    rows.zero_()
-    rows[: factor_DR.shape[1]].copy_(factor_DR.mT)
+    rows_KD.zero_()
+    rows_KD[: factor_DR.shape[1]].copy_(factor_DR.mT)
 
 
 def _write_values_and_output(
-    v: Tensor, out: Tensor, num_heads: int, groups: int, strength: Strength, options: Mapping[str, Any]
+    v_GKD: Tensor, out: Tensor, num_heads: int, strength: Strength, options: Mapping[str, Any]
 ) -> None:
-    dim, inner = v.shape[1], v.shape[0]
+    groups, width, dim = v_GKD.shape
+    inner = groups * width
     left, right = near_identity_factors(dim, min(inner, dim), *strength, **options)
     if inner > dim:
         # More value dimensions than rank: spread both factors over all heads by W with W Wᵀ = I.
-        frame = random_frame(inner, dim, generator=options["generator"], device=v.device)
+        frame = random_frame(inner, dim, generator=options["generator"], device=v_GKD.device)
         left, right = left @ frame.mT, right @ frame.mT
-    v.copy_(left.mT)
-    width, shared = inner // groups, num_heads // groups
+    v_GKD.copy_(left.mT.unflatten(0, (groups, width)))
+    shared = num_heads // groups
     parts = right.reshape(dim, groups, 1, width).expand(dim, groups, shared, width) / shared
     out.copy_(parts.reshape(dim, num_heads * width))
 
@@ -189,7 +191,7 @@ def measure_attention(
         standard errors from zero, as independent entries would scatter. Least squares of a product on βI gives its
         diagonal mean, so these are also the fitted β, and ``off · √d`` the fitted α.
     """
-    groups, dim = num_kv_heads or num_heads, q.shape[1]
+    groups, dim = num_kv_heads or num_heads, q.shape[-1]
     shared = num_heads // groups
     q_HKD = q.float().reshape(num_heads, -1, dim)
     k_GKD = k.float().reshape(groups, -1, dim)

@@ -30,8 +30,8 @@ _PILOT = 256
 # Gaussian noise has no preferred axes: O Z Oᵀ has the law of Z for every orthogonal O, and O I Oᵀ = I. So for a random
 # O, uniformly drawn, O A Oᵀ is another draw of αZ + βI, with the same singular values turned to fresh directions, and
 # its top triplets are those of A times O: no second decomposition. O acts on the 2k columns of [L R] = Q R alone, and
-# O Q is simply a uniformly random orthonormal frame. Each copy has exactly the law of a fresh draw; together they share one
-# spectrum, which hardly varies from draw to draw at the widths where this is used.
+# O Q is simply a uniformly random orthonormal frame. Each copy has exactly the law of a fresh draw; together they share
+# one spectrum, which hardly varies from draw to draw at the widths where this is used.
 
 
 def near_identity(

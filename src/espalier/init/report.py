@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["written", "present", "absent", "lost", "skipped"]
+Status = Literal["written", "present", "changed", "absent", "lost", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class LayerReport:
     """One layer: where it is, what was asked of it, what its weights show now.
 
     ``status`` is ``written`` (by this call, and verified), ``present`` or ``absent`` (an audit), ``lost`` (it was there
-    in the report that the audit was held against) or ``skipped`` (left alone; the note says why).
+    in the report that the audit was held against), ``changed`` (it still is, in other bits than those of ``mark``, the
+    fingerprint that ``structure_(guard=True)`` takes) or ``skipped`` (left alone; the note says why).
     """
 
     layer: str
@@ -24,6 +25,7 @@ class LayerReport:
     asked: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ class StructureReport:
     def __str__(self) -> str:
         header = ("layer", "kind", "host", "status", "asked", "measured")
         rows = [header] + [
-            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, _measured(row)) for row in self.layers
+            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
+            for row in self.layers
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
 
 
-def _measured(row: LayerReport) -> str:
+def measured_in_words(row: LayerReport) -> str:
+    """Return what was measured of a layer, and the note on it; standard scores are left out."""
     shown = ", ".join(f"{name} {value:+.3g}" for name, value in row.measured.items() if not name.endswith("_z"))
     return "; ".join(part for part in (shown, row.note) if part)

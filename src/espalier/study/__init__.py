@@ -1,7 +1,8 @@
 """Studies: arms × learning rates × seeds as trials, launched together, summarised with their uncertainty."""
 
+from espalier.study.applicable import applicable_arms
 from espalier.study.launch import launch
 from espalier.study.summary import Summary, summarise
 from espalier.study.trial import Study, Trial, load_study, plan_study
 
-__all__ = ["Study", "Summary", "Trial", "launch", "load_study", "plan_study", "summarise"]
+__all__ = ["Study", "Summary", "Trial", "applicable_arms", "launch", "load_study", "plan_study", "summarise"]

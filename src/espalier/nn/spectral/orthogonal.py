@@ -13,20 +13,14 @@ are rows here, so N z = x reads z·Nᵀ = x. Gradients are those of real planes:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from espalier.nn.spectral.dft import Angles
 from espalier.nn.spectral.factor import factor_, solve
-from espalier.nn.spectral.planes import Planes, add_gram_, invert_, product, transpose
-
-
-class Angles(NamedTuple):
-    """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
-
-    cos: Tensor
-    sin: Tensor
+from espalier.nn.spectral.planes import Planes, add_gram_, product, transpose
 
 
 def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
@@ -52,29 +46,6 @@ def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
     v = emit(angles.cos, taps[:, :, n:]), emit(angles.sin, taps[:, :, n:])
     add_gram_(n_planes, v)
     return n_planes, v
-
-
-def spectrum(taps: Tensor, angles: Angles, *, wide: bool) -> tuple[Tensor, Tensor]:
-    """Return the planes of Qᵀ, (F·G, cin, cout), ready to multiply rows: what evaluation caches.
-
-    Args:
-        taps: as for ``system``.
-        angles: as for ``system``.
-        wide: whether the taps were transposed.
-    """
-    n_planes, v = system(taps, angles)
-    size = n_planes[0].shape[-1]
-    inverse = invert_(n_planes)
-    below = None if v is None else product(v, inverse, alpha=-2.0)
-    q_r, q_i = inverse[0].mul_(2), inverse[1].mul_(2) if inverse[1] is not None else None
-    q_r.diagonal(dim1=1, dim2=2).sub_(1)
-    assert q_i is not None
-    if below is not None and below[1] is not None:
-        q_r, q_i = torch.cat((q_r, below[0]), 1), torch.cat((q_i, below[1]), 1)
-    assert q_r.shape[-1] == size
-    if wide:  # Q is the transpose of what was built, so Qᵀ is it
-        return q_r, q_i
-    return q_r.mT.contiguous(), q_i.mT.contiguous()
 
 
 class ApplyCayley(torch.autograd.Function):
@@ -169,7 +140,7 @@ def _backward_wide(
 
 def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles, shape: tuple[int, ...]) -> Tensor:
     """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
-    count, groups, rows, n = shape
+    count, groups, _, n = shape
     real, imag = _both(grad_n)
 
     def gather(table: Tensor, planes: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""From the names of a module's linear layers to views of its attention weights: what every host's layout is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_parametrized
+
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
+ROTARY = "rotary positions: the QK product holds at distance zero"
+_NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k", "logit_scale"}
+_OUTPUT_NORMS = ("norm", "g_norm", "o_norm", "inner_attn_ln")
+
+
+def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> Found:
+    """Return the weights of self-attention with four linear layers.
+
+    Args:
+        module: the attention module.
+        q, k, v, out: dotted names of the linear layers inside it.
+        note: what a reader of the report should know of this host.
+
+    Returns:
+        Views, or ``Skipped`` with the reason: parametrised, adapted (LoRA), quantised, missing or cross-attention.
+    """
+    parts = _matrices(module, (q, k, v, out))
+    if isinstance(parts, Skipped):
+        return parts
+    return _assemble(module, parts, _count_heads(module, len(parts[0])), (q, k, v, out), note)
+
+
+def paired(module: nn.Module, q: str, kv: str, out: str, *, note: str = "") -> Found:
+    """Return the weights of self-attention whose keys and values come from one linear layer, keys first."""
+    parts = _matrices(module, (q, kv, out))
+    if isinstance(parts, Skipped):
+        return parts
+    keys, values = parts[1].chunk(2)
+    return _assemble(
+        module, [parts[0], keys, values, parts[2]], _count_heads(module, len(parts[0])), (q, kv, out), note
+    )
+
+
+def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "") -> Found:
+    """Return the weights of self-attention whose queries, keys and values come from one linear layer.
+
+    Args:
+        module: the attention module.
+        qkv, out: dotted names of the linear layers inside it.
+        by_head: rows go (q, k, v) within each head, as in GPT-NeoX and BLOOM; otherwise all queries, all keys, all
+            values, the latter two fewer with grouped queries.
+        note: what a reader of the report should know of this host.
+    """
+    parts = _matrices(module, (qkv, out))
+    if isinstance(parts, Skipped):
+        return parts
+    rows_RD, out_DR = parts
+    heads = _count_heads(module, out_DR.shape[1])
+    if not heads or out_DR.shape[1] % heads or (len(rows_RD) - out_DR.shape[1]) % 2:
+        return Skipped("attention", _unknown_heads(heads))
+    if by_head:
+        if len(rows_RD) != 3 * out_DR.shape[1]:
+            return Skipped("attention", "its fused rows are not three a head: register a layout for its class")
+        # Rows of one head are not evenly spaced over heads, so these views are three-dimensional.
+        q, k, v = rows_RD.unflatten(0, (heads, 3, -1)).unbind(1)
+    else:
+        shared = (len(rows_RD) - out_DR.shape[1]) // 2
+        q, k, v = rows_RD.split([out_DR.shape[1], shared, shared])
+    return _assemble(module, [q, k, v, out_DR], heads, (qkv, out), note)
+
+
+def _assemble(module: nn.Module, weights: Sequence[Tensor], heads: int, names: Sequence[str], note: str) -> Found:
+    q, k, v, out = weights
+    dim, rows = q.shape[-1], q.numel() // q.shape[-1]
+    if not heads or rows % heads:
+        return Skipped("attention", _unknown_heads(heads))
+    if k.shape[-1] != dim or v.shape[-1] != dim or len(out) != dim:
+        return Skipped("attention", "queries, keys and outputs have different widths: this is cross-attention")
+    groups, rest = divmod(k.numel() // dim, rows // heads)
+    fits = not rest and groups and not heads % groups and not v.numel() // dim % groups
+    if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
+        return Skipped("attention", "its weights' shapes do not fit together: register a layout for its class")
+    if len({part.data_ptr() for part in weights}) < 4 and not q.is_meta:
+        return Skipped("attention", "two of its projections are tied to one weight: their products cannot both be set")
+    biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
+    biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
+    found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
+    return AttentionWeights(q, k, v, out, heads, groups, found, "; ".join(filter(None, (note, _remarks(module)))))
+
+
+def _matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor] | Skipped:
+    if refused := refuse_parametrized(module, "attention"):
+        return refused
+    parts = [_matrix(module, name) for name in names]
+    refusals = [part for part in parts if isinstance(part, Skipped)]
+    return refusals[0] if refusals else [part for part in parts if isinstance(part, Tensor)]
+
+
+def _matrix(module: nn.Module, name: str) -> Tensor | Skipped:
+    """Return a linear layer's weight as (out, in), or why it cannot be written."""
+    layer = module.get_submodule(name)
+    if isinstance(layer, nn.Identity):
+        return Skipped("attention", f"{name} is missing (an identity): there is no product to set")
+    if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
+        return Skipped("attention", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        return Skipped("attention", f"{name} is quantised: write the full-precision model, then quantise it")
+    if weight.ndim != 2:
+        return Skipped("attention", f"{name} holds no matrix but shape {tuple(weight.shape)}: write before wrapping")
+    # GPT-2's Conv1D stores (in, out); it is known by its number of features, nf.
+    return weight.detach().mT if hasattr(layer, "nf") else weight.detach()
+
+
+def _count_heads(module: nn.Module, rows: int) -> int:
+    """Return the number of query heads that the module states, or 0."""
+    for owner in (module, getattr(module, "self", None)):
+        if heads := _stated(owner, HEADS):
+            return heads
+        if width := _stated(owner, WIDTHS):
+            return rows // width if rows % width == 0 else 0
+    return _stated(getattr(module, "config", None), HEADS)
+
+
+def _stated(owner: object, names: Sequence[str]) -> int:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
+
+def _unknown_heads(heads: int) -> str:
+    stated = f"{heads} heads do not divide its rows" if heads else "its number of heads is not stated"
+    return f"{stated}: register a layout for its class"
+
+
+def _remarks(module: nn.Module) -> str:
+    inside = {name.rpartition(".")[2] for name, part in module.named_modules() if not isinstance(part, nn.Identity)}
+    inside |= {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+    remarks = []
+    if inside & _NORMS:
+        remarks.append("queries and keys are normalised: their product holds up to scale")
+    if any(not isinstance(getattr(module, name, nn.Identity()), nn.Identity) for name in _OUTPUT_NORMS):
+        remarks.append("a norm stands before the output projection: the VO product holds up to scale")
+    if {"gate", "g_proj"} & inside:
+        remarks.append("gated: the VO product holds before the gate")
+    return "; ".join(remarks)

@@ -1,0 +1,165 @@
+"""Attention of classes that nobody registered: guessed from names and shapes, checked by forward passes, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import espalier
+from espalier.init.layouts import Skipped, find_layers
+from reference.attention_probe import check_attention, views_of
+
+DIM = 24
+
+
+class Plain(nn.Module):
+    """Self-attention written by hand over linear layers of any names; ``order`` says how the projections are stored."""
+
+    def __init__(self, names: tuple[str, ...], heads: int = 3, groups: int | None = None, stated: str = "num_heads"):
+        super().__init__()
+        self.names, self.h, self.g = names, heads, groups or heads
+        setattr(self, stated, heads if "head" in stated and "dim" not in stated else DIM // heads)
+        rows = [DIM, DIM // heads * self.g, DIM // heads * self.g]
+        widths = {4: rows, 3: [rows[0], 2 * rows[1]], 2: [sum(rows)]}[len(names)]
+        for name, width in zip(names, [*widths, None], strict=True):
+            self.add_module(name, nn.Linear(DIM, width) if width else nn.Linear(DIM, DIM))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([self.get_submodule(name)(x) for name in self.names[:-1]], -1)
+        width, shared = DIM // self.h, self.h // self.g
+        q, k, v = joined.split([DIM, width * self.g, width * self.g], -1)
+        q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in (q, k, v))
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        maps = (q @ k.mT / width**0.5).softmax(-1)
+        return self.get_submodule(self.names[-1])((maps @ v).transpose(1, 2).flatten(2)), maps
+
+
+@pytest.mark.parametrize(
+    ("names", "stated"),
+    [
+        (("q_proj", "k_proj", "v_proj", "o_proj"), "head_dim"),
+        (("q_proj", "k_proj", "v_proj", "out_proj"), "num_heads"),
+        (("query", "key", "value", "dense"), "num_attention_heads"),
+        (("wq", "wk", "wv", "wo"), "n_heads"),
+        (("to_q", "to_k", "to_v", "to_out"), "heads"),
+        (("to_q", "to_kv", "to_out"), "heads"),
+        (("c_attn", "c_proj"), "n_head"),
+        (("to_qkv", "to_out"), "heads"),
+        (("Wqkv", "Wo"), "num_heads"),
+    ],
+)
+@pytest.mark.parametrize("groups", [6, 2])
+def test_known_names_are_recognised_as_a_guess(names: tuple[str, ...], stated: str, groups: int) -> None:
+    module = Plain(names, 6, groups, stated).double()
+    assert "guessed" in views_of(module).note
+    check_attention(module, module, DIM, 6, groups)
+
+
+def test_output_inside_a_sequence_and_bert_s_two_modules() -> None:
+    module = Plain(("to_qkv", "to_out"), stated="heads").double()
+    inner = module.to_out
+    module.to_out = nn.Sequential(inner, nn.Dropout(0.0))
+    check_attention(module, module, DIM, 3)
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(DIM, DIM)
+
+    class Bert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Plain(("query", "key", "value", "spare"))
+            self.attention.spare = nn.Identity()
+            self.output = Output()
+            self.num_heads = 3
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mixed, maps = self.attention(x)
+            return self.output.dense(mixed), maps
+
+    bert = Bert().double()
+    check_attention(bert, bert, DIM, 3)
+
+
+def reason(module: nn.Module) -> str:
+    [(_, _, found)] = find_layers(module)
+    assert isinstance(found, Skipped), found
+    before = [p.clone() for p in module.parameters()]
+    holder = nn.ModuleList([module, Plain(("wq", "wk", "wv", "wo"))])
+    assert [row.status for row in espalier.structure_(holder).layers] == ["skipped", "written"]
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    return found.reason
+
+
+class Lora(nn.Module):
+    """What an adapter library leaves in place of a linear layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A = base, nn.ModuleDict({"default": nn.Linear(DIM, 2, bias=False)})
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+
+class Packed(nn.Module):
+    """A quantised linear layer: whole numbers and a scale."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(DIM, DIM, dtype=dtype))
+
+
+FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_adapters_and_quantised_weights_are_refused() -> None:
+    module = Plain(FOUR)
+    module.q_proj = Lora(module.q_proj)
+    assert "adapter (LoRA)" in reason(module)
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
+        module = Plain(FOUR)
+        module.v_proj = Packed(dtype)
+        assert "v_proj is quantised" in reason(module)
+
+
+def test_parametrised_weights_are_refused() -> None:
+    module = Plain(FOUR)
+    nn.utils.parametrizations.weight_norm(module.k_proj)
+    assert "parametrised" in reason(module)
+
+
+def test_missing_and_tied_projections_are_refused() -> None:
+    module = Plain(FOUR)
+    module.o_proj = nn.Identity()
+    assert "o_proj is missing" in reason(module)
+    module = Plain(FOUR)
+    del module.o_proj
+    assert "no output projection" in reason(module)
+    module = Plain(FOUR)
+    module.k_proj.weight = module.q_proj.weight
+    assert "tied" in reason(module)
+
+
+def test_cross_attention_is_told_by_name_and_by_width() -> None:
+    model = nn.ModuleDict({"self_attn": Plain(FOUR), "cross_attn": Plain(FOUR), "encoder_attn": Plain(FOUR)})
+    statuses = {row.layer: row.status for row in espalier.structure_(model).layers}
+    assert statuses == {"self_attn": "written", "cross_attn": "skipped", "encoder_attn": "skipped"}
+    module = Plain(FOUR)
+    module.k_proj, module.v_proj = nn.Linear(16, DIM), nn.Linear(16, DIM)
+    assert "cross-attention" in reason(module)
+
+
+def test_what_cannot_be_known_is_not_guessed() -> None:
+    module = Plain(FOUR)
+    del module.num_heads
+    assert "number of heads is not stated" in reason(module)
+    module = Plain(("query_key_value", "dense"))
+    assert "order of rows" in reason(module)
+    module = Plain(FOUR)
+    module.num_heads = 5
+    assert "5 heads do not divide" in reason(module)
+    assert list(find_layers(nn.Sequential(nn.Linear(3, 3)))) == []
