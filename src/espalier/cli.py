@@ -90,7 +90,8 @@ def study(
     """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
 
     Args:
-        name: lr-window, which-part, state-capacity, layers or control.
+        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
+            filter-worth.
         out: folder of its studies; runs/NAME if none is given.
         workers: processes that train side by side.
         scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.

@@ -14,7 +14,8 @@ from espalier.errors import EspalierError
 from espalier.recipes import ARMS, apply_arm, get_recipe
 from espalier.recipes.arms import SSM_PARTS, ssm_part_arms
 from espalier.study import load_study, plan_study
-from espalier.study.ready import READY, SCALES, STATE_SIZES, demo_plans, ready_plans, smallest_plan
+from espalier.study.plan import SCALES, smallest_plan
+from espalier.study.ready import READY, STATE_SIZES, demo_plans, ready_plans
 from espalier.train.build import build_run_model
 
 LAYER_PARTS = {

@@ -43,9 +43,7 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
     for name, tensor in state_dict.items():
         new = re.sub(r"^embeddings\.", "embedding.", name.removeprefix("backbone."))
         if not _KNOWN.fullmatch(new):
-            raise EspalierError(
-                f"checkpoint names {name!r}: give a mamba_ssm or transformers Mamba model's"
-            )
+            raise EspalierError(f"checkpoint names {name!r}: give a mamba_ssm or transformers Mamba model's")
         if new in converted:
             raise EspalierError(f"checkpoint names {new!r} twice, with and without a prefix: keep one of them")
         converted[new] = tensor
