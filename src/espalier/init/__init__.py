@@ -10,12 +10,14 @@ from espalier.init.depthwise import (
 )
 from espalier.init.filter_fit import covariance_fit
 from espalier.init.filter_statistics import FilterStatistics
+from espalier.init.fit import AttentionFit, StructureFit, fit
 from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, register_layout
 from espalier.init.near_identity import near_identity, near_identity_factors
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.structure import VerificationError, audit, structure_
 
 __all__ = [
+    "AttentionFit",
     "AttentionWeights",
     "DepthwiseWeights",
     "FilterCovariance",
@@ -23,6 +25,7 @@ __all__ = [
     "LayerReport",
     "Mimetic",
     "Skipped",
+    "StructureFit",
     "StructureReport",
     "VerificationError",
     "audit",
@@ -30,6 +33,7 @@ __all__ = [
     "depthwise_covariance_",
     "depthwise_layers",
     "filter_covariance",
+    "fit",
     "measure_attention",
     "mimetic_attention_",
     "near_identity",
