@@ -88,5 +88,5 @@ def test_what_is_no_mamba_checkpoint_is_refused() -> None:
     with pytest.raises(EspalierError, match="twice"):
         convert_mamba_state_dict({"embedding.weight": weight, "backbone.embeddings.weight": weight})
     # Attention blocks of a hybrid are refused by their names, not loaded in part.
-    with pytest.raises(EspalierError, match="mixer.Wqkv"):
+    with pytest.raises(EspalierError, match=r"mixer\.Wqkv"):
         convert_mamba_state_dict({"embedding.weight": weight, "backbone.layers.0.mixer.Wqkv.weight": weight})
