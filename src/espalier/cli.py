@@ -90,7 +90,8 @@ def study(
     """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
 
     Args:
-        name: lr-window, which-part, state-capacity, layers or control.
+        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
+            filter-worth.
         out: folder of its studies; runs/NAME if none is given.
         workers: processes that train side by side.
         scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
@@ -99,7 +100,8 @@ def study(
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise
     from espalier.study.capacity import capacity_of_studies
-    from espalier.study.ready import ready_plans, smallest_plan
+    from espalier.study.plan import smallest_plan
+    from espalier.study.ready import ready_plans
 
     out, folders = out or Path("runs") / name, []
     for plan in ready_plans(name, scale):

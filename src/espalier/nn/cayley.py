@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
+from espalier.nn.precision import outside_graphs
 from espalier.nn.spectral.planes import Planes, add_gram_, block, contiguous, invert_, product, transpose
 
 
@@ -37,9 +38,7 @@ def cayley(matrix: Tensor) -> Tensor:
         raise EspalierError(f"matrix of {matrix.dtype} has no Cayley transform: convert it to floating point")
     if matrix.is_complex():
         return torch.complex(*cayley_planes(matrix.real, matrix.imag))
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    with torch.autocast(matrix.device.type, enabled=False):
-        q: Tensor = _Cayley.apply(wide, None)[0]
+    q: Tensor = _transform(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), None)[0]
     return q.to(matrix.dtype)
 
 
@@ -50,9 +49,14 @@ def cayley_planes(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
         real: real parts (..., rows, columns), float32 or float64.
         imag: imaginary parts.
     """
-    with torch.autocast(real.device.type, enabled=False):
-        q: tuple[Tensor, Tensor] = _Cayley.apply(real, imag)
+    q: tuple[Tensor, Tensor] = _transform(real, imag)
     return q
+
+
+@outside_graphs
+def _transform(real: Tensor, imag: Tensor | None) -> Any:
+    with torch.autocast(real.device.type, enabled=False):
+        return _Cayley.apply(real, imag)
 
 
 class _Cayley(torch.autograd.Function):

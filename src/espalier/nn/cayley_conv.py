@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.nn.cayley_linear import draw_, orthogonal_matrix, scaled
-from espalier.nn.precision import exact, without_autocast
+from espalier.nn.precision import exact, outside_graphs, without_autocast
 from espalier.nn.shuffle import channels_first, channels_last, depth_to_space, space_to_depth
 from espalier.nn.spectral.cache import OperatorCache
 from espalier.nn.spectral.convolution import Taps, apply_spectrum, convolve, spectrum
@@ -104,6 +104,7 @@ class _CayleyConv(nn.Module):
                 y = y.narrow(axis, low, n)
         return channels_first(y)
 
+    @outside_graphs
     def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
         if self.training:
             return convolve(x, self._taps(weight, alpha))

@@ -59,8 +59,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 def write_weight_pictures(net: nn.Module, out: Path) -> Path:
     """Write a page with pictures of a network's structured layers as they are now.
 
-    Attention shows ``W_Q W_Kᵀ`` a head and ``W_V W_proj`` a layer; depthwise convolutions show their filters, the
-    covariance of their taps and its leading eigenvectors.
+    Attention shows ``W_Q W_Kᵀ`` a head and ``W_V W_proj`` a layer; state-space layers show ``W_Cᵀ W_B`` and how they
+    mix a repeated sequence; depthwise convolutions show their filters, the covariance of their taps and its leading
+    eigenvectors.
 
     Args:
         net: any module whose layers a layout knows.

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 
 from espalier.report.attention import attention_maps, attention_products
 from espalier.report.filters import depthwise_filters
+from espalier.report.mixing import mixing_matrices
 from espalier.report.section import Section, bullets
 from espalier.report.state_space import state_space_products
 from espalier.report.views import PictureMaker, views_of
 from espalier.train import Run
 
-PICTURES: tuple[PictureMaker, ...] = (attention_maps, attention_products, state_space_products, depthwise_filters)
+PICTURES: tuple[PictureMaker, ...] = (
+    attention_maps,
+    attention_products,
+    mixing_matrices,
+    state_space_products,
+    depthwise_filters,
+)
 """In the order of the page; a new kind of layer adds its own."""
 
 

@@ -53,6 +53,14 @@ def _scan_shape(x_BLE: Tensor, states: int) -> tuple[int, int, int, int, int, in
     return batch, length, channels, states, piece, min(blocks, -(-_WORK_ITEMS // batch))
 
 
+def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for (y, final state, states at the start of each piece if they are kept)."""
+    batch, length, channels, states, piece, _ = _scan_shape(x_BLE, a_EN.shape[1])
+    width = _width(x_BLE.dtype)
+    kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
+    return x_BLE.new_empty(x_BLE.shape), x_BLE.new_empty(batch, channels, states), x_BLE.new_empty(kept)
+
+
 @torch.library.custom_op("espalier::selective_scan", mutates_args=())
 def selective_scan_cpu(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, initial: Tensor | None, keep: bool
@@ -60,20 +68,15 @@ def selective_scan_cpu(
     """Return (y, final state, states at the start of each piece, which the backward pass needs when ``keep``)."""
     x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
     d, initial = (None if t is None else t.contiguous() for t in (d, initial))
-    batch, length, channels, states, piece, groups = shape = _scan_shape(x, a.shape[1])
-    width = _width(x.dtype)
-    kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
-    y, final, starts = torch.empty_like(x), x.new_empty(batch, channels, states), x.new_empty(kept)
+    shape = _scan_shape(x, a.shape[1])
+    y, final, starts = _scan_outputs(x, a, keep)
     _call("scan_forward", x.dtype, (x, delta, a, b, c, d, initial, y, final, starts if keep else None), shape)
     return y, final, starts
 
 
 @selective_scan_cpu.register_fake
 def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, initial: Any, keep: bool) -> Any:
-    batch, length, channels, states, piece, _ = _scan_shape(x, a.shape[1])
-    width = _width(x.dtype)
-    kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
-    return x.new_empty(x.shape), x.new_empty(batch, channels, states), x.new_empty(kept)
+    return _scan_outputs(x, a, keep)
 
 
 @torch.library.custom_op("espalier::selective_scan_backward", mutates_args=())
@@ -133,6 +136,7 @@ def _rows(x_BLC: Tensor) -> Tensor:
 def causal_conv_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return SiLU of the causal depthwise convolution of x (B, L, C) with ``weight`` (C, K), the newest tap last."""
     x, weight = _rows(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape)
     _call("conv_forward", x.dtype, (x, weight, bias, y), _conv_shape(x, weight.shape[1]))
     return y
@@ -149,6 +153,7 @@ def causal_conv_silu_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of (x, weight, bias)."""
     x, weight, dy = _rows(x), weight.contiguous(), dy.contiguous()
+    bias = None if bias is None else bias.contiguous()
     batch, _, channels = x.shape
     dx = x.new_empty(x.shape)
     dweight, dbias = x.new_empty(batch, channels, weight.shape[1]), x.new_empty(batch, channels)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from espalier.nn.precision import outside_graphs
+
 # Note [Contents, not versions]
 # A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.
 # The certificate of a net stands or falls with its weights, so the cache compares their contents. That reads the
@@ -29,6 +31,7 @@ class OperatorCache:
         self._contents: list[Tensor] = []
         self._entries: dict[Hashable, Tensor] = {}
 
+    @outside_graphs
     def get(self, key: Hashable, parameters: Sequence[Tensor], build: Build, dtype: torch.dtype) -> Tensor:
         """Return ``build(*parameters)``, made in float64 and rounded once, differentiable in the parameters.
 

@@ -83,13 +83,12 @@ class ApplyCayley(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
-        saved = ctx.saved_tensors
-        factor, z, v, x2 = (saved[i : i + 2] or None for i in (0, 2, 4, 6))
+        factor, z, *rest = zip(ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True)
+        v, x2 = rest[0] if rest else None, rest[1] if len(rest) > 1 else None
         n = factor[0].shape[-1]
         steps = _backward_wide if ctx.wide else _backward_tall
-        need_taps = ctx.needs_input_grad[1]
-        grad_x, grad_n, grad_v = steps((grad[0], grad[1]), factor, z, v, x2, n, need_taps)
-        grad_taps = _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape) if need_taps else None
+        grad_x, grad_n, grad_v = steps((grad[0], grad[1]), factor, z, v, x2, n, ctx.needs_input_grad[1])
+        grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape)
         return grad_x, grad_taps, None, None, None
 
 
@@ -156,11 +155,7 @@ def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: An
     return torch.cat((top, gather(angles.cos, v_r) + gather(angles.sin, v_i)), dim=2)
 
 
-@torch.compiler.disable
 def apply_cayley(x: Tensor, taps: Tensor, angles: Angles, *, wide: bool) -> Tensor:
-    """Return the orthogonal operator of ``taps`` applied to ``x``; see ``ApplyCayley``.
-
-    Kept out of compiled graphs: in-place planes and small LAPACK leaves gain nothing from a compiler.
-    """
+    """Return the orthogonal operator of ``taps`` applied to ``x``; see ``ApplyCayley``."""
     result: Tensor = ApplyCayley.apply(x, taps, angles.cos, angles.sin, wide)
     return result
