@@ -99,7 +99,8 @@ def study(
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise
     from espalier.study.capacity import capacity_of_studies
-    from espalier.study.ready import ready_plans, smallest_plan
+    from espalier.study.plan import smallest_plan
+    from espalier.study.ready import ready_plans
 
     out, folders = out or Path("runs") / name, []
     for plan in ready_plans(name, scale):

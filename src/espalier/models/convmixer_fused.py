@@ -16,9 +16,9 @@ from espalier.models.convmixer import ConvMixer
 # - The norm after the depthwise convolution is followed by the residual sum and the pointwise convolution W, c alone:
 #   W(x + s·u + t) + c = W(x + s·u) + (W t + c). The shift moves into the bias; the scale stays, inside the sum.
 # - The norm after the pointwise convolution (and that of the stem) is followed by a depthwise convolution that pads
-#   with zeros. Padding is not s·u + t of anything the convolution sees, so a shift moved into its bias would be wrong at
-#   every border, by t times the taps that fall outside. The scale could move, but the residual sum needs it too. Both
-#   stay.
+#   with zeros. Padding is not s·u + t of anything the convolution sees, so a shift moved into its bias would be wrong
+#   at every border, by t times the taps that fall outside. The scale could move, but the residual sum needs it too.
+#   Both stay.
 
 
 class Affine(nn.Module):

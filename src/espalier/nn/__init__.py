@@ -11,12 +11,18 @@ from espalier.nn.ssd import ssd
 
 __all__ = [
     "Backend",
+    "CayleyConv1d",
+    "CayleyConv2d",
+    "CayleyConv3d",
+    "CayleyConvTranspose2d",
+    "CayleyLinear",
     "GatedRMSNorm",
     "Mamba1",
     "Mamba2",
     "MambaState",
     "backend",
     "causal_conv_silu",
+    "cayley",
     "selective_scan",
     "ssd",
     "use_backend",

@@ -39,7 +39,7 @@ def convmixer_filters() -> Recipe:
 def convmixer_cifar10_100() -> Recipe:
     """Return ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10: the published script's setting for 100 epochs.
 
-    Test accuracy; four times ``convmixer_cifar10``, under an hour on one GPU of that kind at the script's speed:
+    Test accuracy; four times the steps of ``convmixer_cifar10``, for a GPU:
     ``espalier train convmixer_cifar10_100 --data DIR``. Not yet run here at full length.
     """
     return replace(convmixer_cifar10(), name="convmixer_cifar10_100", epochs=100)
