@@ -15,6 +15,8 @@ from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
 if TYPE_CHECKING:
     from torch import nn
 
+    from espalier.init import StructureFit
+
 # Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
 
 
@@ -90,7 +92,8 @@ def study(
     """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
 
     Args:
-        name: lr-window, which-part, state-capacity, layers or control.
+        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
+            filter-worth.
         out: folder of its studies; runs/NAME if none is given.
         workers: processes that train side by side.
         scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
@@ -114,36 +117,59 @@ def study(
     print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
-def audit(model: str, picture: Path | None = None) -> None:
+def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:
     """Say how much structure a model's weights carry now, layer by layer.
 
     Args:
-        model: a run folder, or a model as `espalier structure` takes it.
+        model: a run folder, a checkpoint (.safetensors, or weights that torch saved), a folder with config.json, or a
+            model as `espalier structure` takes it.
         picture: write heat maps of the weights to this HTML file.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
     """
     from espalier.init import audit as audit_model
-    from espalier.report import write_weight_pictures
 
-    net = _open_model(model)
+    net = _open_model(model, heads)
     print(audit_model(net))
     if picture is not None:
+        from espalier.report import write_weight_pictures
+
         print(f"pictures: {write_weight_pictures(net, picture)}")
 
 
-def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0) -> None:
+def fit(model: str, out: Path | None = None, heads: int | None = None) -> None:
+    """Read a trained model's strengths off its attention: what to ask for, to start another model like it.
+
+    Args:
+        model: as `espalier audit` takes it.
+        out: write the fit to this JSON file; `espalier structure MODEL --like FILE` starts a model from it.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
+    """
+    from espalier.init import fit as fit_model
+    from espalier.train.checkpoint import write_json
+
+    found = fit_model(_open_model(model, heads))
+    print(found)
+    if out is not None:
+        write_json(out, found.to_dict())
+        print(f"fit: {out}")
+
+
+def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0, like: Path | None = None) -> None:
     """Build a model, write structure into it, verify it, and save the weights as safetensors.
 
     Args:
         model: `espalier:NAME`, `timm:NAME` or `transformers:FOLDER` (a folder that holds config.json).
         out: the file to write.
         seed: seed of the noise.
+        like: a file that `espalier fit` wrote: attention gets its strengths.
     """
-    from espalier.init import structure_
+    from espalier.init import Mimetic, structure_
     from espalier.models.hosts import save_weights
     from espalier.randomness import derive_generator
 
     net = _open_model(model)
-    print(structure_(net, generator=derive_generator(seed, "structure")))
+    attention = Mimetic() if like is None else _read_fit(like).mimetic()
+    print(structure_(net, attention=attention, generator=derive_generator(seed, "structure")))
     print(f"weights: {save_weights(net, out)}")
 
 
@@ -199,12 +225,26 @@ def recipes() -> None:
         print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
 
 
-def _open_model(spec: str) -> nn.Module:
-    """Open a run folder's final weights, or a model by host and name."""
-    from espalier.models.hosts import open_host_model
+def _open_model(spec: str, heads: int | None = None) -> nn.Module:
+    """Open a run folder's final weights, a checkpoint, a folder with config.json, or a model by host and name."""
+    from espalier.models.hosts import open_checkpoint, open_host_model
     from espalier.train import load_run
 
-    return load_run(Path(spec)).model() if Path(spec).is_dir() else open_host_model(spec)
+    path = Path(spec)
+    if path.is_file():
+        return open_checkpoint(path, heads)
+    if (path / "config.json").is_file():
+        return open_host_model(f"transformers:{spec}")
+    return load_run(path).model() if path.is_dir() else open_host_model(spec)
+
+
+def _read_fit(path: Path) -> StructureFit:
+    from espalier.init import StructureFit
+
+    try:
+        return StructureFit.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EspalierError(f"like {path}: is not a fit ({error!r}): name a file that espalier fit wrote") from None
 
 
 def _rates(texts: Sequence[str]) -> list[float] | Literal["auto"]:
@@ -222,6 +262,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "study": study,
     "audit": audit,
+    "fit": fit,
     "structure": structure,
     "convert": convert,
     "statistics": statistics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,11 @@ class Mamba1(nn.Module):
         """Return the state before the first token."""
         history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.inner)
         return MambaState(history, exact(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}dt_bias" in state_dict:
+            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-2: load it into a model of Mamba2 blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (Δ, B, C) of the convolved inputs."""
@@ -271,6 +276,11 @@ class Mamba2(nn.Module):
         scan = self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim)
         return MambaState(history, exact(scan)[0])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}x_proj.weight" in state_dict:
+            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-1: load it into a model of Mamba1 blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return projected.split([self.inner, self.conv_dim, self.num_heads], dim=-1)
 
@@ -297,6 +307,10 @@ def _steps(projected: Tensor, bias: Tensor) -> Tensor:
     """Return Δ = softplus(projection + bias) in float32 or better: bfloat16 would round small steps away."""
     projected, bias = exact(projected, bias)
     return F.softplus(projected + bias)
+
+
+def _named(prefix: str) -> str:
+    return repr(prefix.rstrip(".")) if prefix else "the mixer"
 
 
 def _check_input(x: Tensor, dim: int, mask: Tensor | None, state: MambaState | None) -> None:

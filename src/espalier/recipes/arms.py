@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from espalier.errors import unknown_name
-from espalier.recipes.arms_filters import FILTER_ARMS
+from espalier.recipes.arms_filters import SWITCH_ARMS, TRANSFER_ARMS
 from espalier.recipes.base import Recipe
 
 # The parts of mimetic state-space initialisation as MimeticSSM takes them: (left alone, written).
@@ -53,7 +53,8 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "semi-orthogonal": {"init": "semi_orthogonal", "init_args": {}, "freeze": ""},
     "impulse": {"init": "impulse", "init_args": {}, "freeze": ""},
     "mlp-mean-shift": {"init": "mlp_mean_shift", "init_args": {}, "freeze": ""},
-    **FILTER_ARMS,
+    **TRANSFER_ARMS,
+    **SWITCH_ARMS,
 }
 
 

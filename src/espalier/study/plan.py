@@ -9,6 +9,7 @@ from typing import Literal
 from espalier.recipes import Recipe
 
 Scale = Literal["cpu", "gpu"]
+SCALES = ("cpu", "gpu")
 SEEDS = (0, 1, 2)
 
 
@@ -29,6 +30,6 @@ def smallest_plan(plan: Plan) -> Plan:
     """Return the plan with one seed, one rate and one epoch: everything runs, nothing is shown."""
     data_args = dict(plan.recipe.data_args)
     if "steps_per_epoch" in data_args:
-        data_args["steps_per_epoch"] = 5
+        data_args |= {"steps_per_epoch": 5, "eval_examples": 8}
     recipe = replace(plan.recipe, epochs=1, data_args=data_args)
     return replace(plan, recipe=recipe, lrs=plan.lrs[:1], seeds=plan.seeds[:1])

@@ -9,12 +9,10 @@ from typing import Any
 from espalier.errors import unknown_name
 from espalier.recipes import Recipe, get_recipe
 from espalier.recipes.arms import ssm_part_arms
-from espalier.study.plan import Plan, Scale, smallest_plan
-from espalier.study.ready_filters import filters_headline_plan, filters_plan
+from espalier.study.plan import SCALES, Plan, Scale, smallest_plan
+from espalier.study.ready_filters import FILTER_STUDIES
 
-SCALES = ("cpu", "gpu")
-
-# A factor of 100 in eight steps: METHODS-style sweeps ask for as much of every arm.
+# A factor of 100 in eight steps, for every arm: a default Mamba is known to need the right rate (arXiv 2508.19029).
 EIGHT_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 6e-3, 1e-2)
 STATE_SIZES: Mapping[str, Sequence[int]] = {"cpu": (8, 16, 32, 64, 128), "gpu": (16, 32, 64, 128, 256, 512)}
 
@@ -153,26 +151,22 @@ def control(scale: Scale) -> list[Plan]:
     ]
 
 
-def filters(scale: Scale) -> list[Plan]:
-    """Return the studies of filter covariances: the switches by frozen and by trained accuracy, and what they gain."""
-    return [filters_plan(scale), filters_plan(scale, frozen=False), filters_headline_plan(scale)]
-
-
 READY: Mapping[str, Callable[[Scale], list[Plan]]] = {
     "lr-window": lr_window,
     "which-part": which_part,
     "state-capacity": state_capacity,
     "layers": layers,
     "control": control,
-    "filters": filters,
+    **FILTER_STUDIES,
 }
-"""Studies by name."""
+"""Studies of state-space recall, and of filters, by name."""
 
 
 def _copying(name: str, scale: Scale) -> Recipe:
     """Return a copying recipe at a scale: sized so that all studies together take about an hour on two cores."""
     recipe = get_recipe(name)
     if scale == "cpu":
-        return replace(recipe, epochs=6)
+        short = {**recipe.data_args, "vocab_size": 12, "length": 12, "eval_examples": 256}
+        return replace(recipe, epochs=6, batch_size=32, data_args=short, threads=1)
     data_args = {**recipe.data_args, "vocab_size": 29, "length": 50, "eval_examples": 512}
     return replace(recipe, epochs=100, eval_every=10, checkpoint_every=10, data_args=data_args)
