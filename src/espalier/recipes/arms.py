@@ -40,6 +40,8 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "covariance": {"init": "covariance", "init_args": {}, "freeze": ""},
     "covariance-frozen": {"init": "covariance", "init_args": {}, "freeze": "depthwise"},
     "mimetic-ssm": {"init": "mimetic_ssm", "init_args": {}, "freeze": ""},
+    "mimetic-ssm-scaled": {"init": "mimetic_ssm", "init_args": {"decay_rule": "scaled"}, "freeze": ""},
+    "mimetic-ssm-gain": {"init": "mimetic_ssm", "init_args": {"gain": 1.0}, "freeze": ""},
     "mimetic-ssm-one": {"init": "mimetic_ssm", "init_args": {"layers": 0}, "freeze": ""},
     "mimetic-ssm-last": {"init": "mimetic_ssm", "init_args": {"layers": -1}, "freeze": ""},
     **ssm_part_arms(),
