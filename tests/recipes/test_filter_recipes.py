@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from espalier import models
+from espalier.cli import main
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, FilterStatistics, depthwise_layers, filter_covariance
 from espalier.models import ConvMixer
@@ -20,7 +21,7 @@ from espalier.study import plan_study
 from espalier.study.plan import Scale
 from espalier.study.ready import ready_plans
 from espalier.study.ready_filters import FILTER_STUDIES
-from espalier.train import train
+from espalier.train import load_run, train
 from espalier.train.config import resolve_recipe
 
 
@@ -152,10 +153,32 @@ def test_studies_can_be_planned(name: str, scale: Scale, tmp_path: Path) -> None
         assert {bool(ARMS[arm]["freeze"]) for arm in plan.arms} == {name == "filter-switches"}
 
 
+def test_the_command_measures_runs_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = replace(get_recipe("digits_convmixer"), epochs=1, data_args={"train_limit": 128, "test_limit": 50})
+    runs = [train(replace(base, seed=seed), tmp_path / str(seed), progress=False) for seed in (0, 1)]
+    out = tmp_path / "stats.safetensors"
+    assert main(["statistics", *(str(run.path) for run in runs), "--out", str(out)]) == 0
+    assert "blocks.0.0.fn.0: kernel 7×7, 96 filters" in capsys.readouterr().out
+    expected = FilterStatistics.from_model([run.model() for run in runs])
+    for ours, theirs in zip(FilterStatistics.load(out).layers, expected.layers, strict=True):
+        assert torch.equal(ours.covariance, theirs.covariance)
+    # What it wrote starts another network through the same command line that trains it.
+    assert main(["train", "digits_convmixer", "--init", str(out), "--freeze", "depthwise", "--epochs", "1",
+                 "--data-args.train-limit", "128", "--model-args.dim", "32", "--model-args.depth", "3",
+                 "--model-args.kernel-size", "5", "--out", str(tmp_path / "moved"), "--quiet"]) == 0  # fmt: skip
+    assert load_run(tmp_path / "moved").recipe.init == "transferred"
+    assert main(["statistics", str(tmp_path / "0"), "--out", str(tmp_path / "no" / "s.safetensors")]) == 2
+
+
 @pytest.mark.parametrize("arm", ["covariance-psd-frozen", "transferred-frozen"])
 def test_frozen_filters_stay_what_they_were_drawn_as(arm: str, tmp_path: Path) -> None:
     path = FilterStatistics.from_model(net()).save(tmp_path / "s.safetensors")
-    base: Recipe = replace(get_recipe("digits_convmixer"), epochs=1, init_args={"statistics": str(path)})
+    base: Recipe = replace(
+        get_recipe("digits_convmixer"),
+        epochs=1,
+        init_args={"statistics": str(path)},
+        data_args={"train_limit": 128, "test_limit": 50},
+    )
     run = train(apply_arm(base, arm), tmp_path / "run", progress=False)
     start, final = run.model("start"), run.model("final")
     for (_, a), (_, b) in zip(depthwise_layers(start), depthwise_layers(final), strict=True):
