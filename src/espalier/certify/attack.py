@@ -52,7 +52,7 @@ def pgd_l2(
         raise EspalierError(f"steps {steps}, restarts {restarts}: choose at least 1 of each")
     limits = torch.as_tensor(radius, dtype=images.dtype, device=images.device).expand(len(images))
     # Adding a perturbation rounds every pixel: a ball smaller by that keeps the sum inside the real one.
-    limits = (limits - torch.finfo(images.dtype).eps * images[0].numel() ** 0.5).clamp_min(0)
+    limits = (limits - torch.finfo(images.dtype).eps * math.sqrt(math.prod(images.shape[1:]))).clamp_min(0)
     worst, height = images.clone(), _excess(net, images, labels).detach()
     targets = _runners_up(net, images, labels)
     for restart in range(restarts):
