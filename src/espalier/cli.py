@@ -217,6 +217,63 @@ def statistics(models: Sequence[str], out: Path = Path("statistics.safetensors")
     print(f"statistics: {measured.save(out)}")
 
 
+def certify(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        out: the file of the certificate; RUN-certificate.json beside the run folder by default.
+    """
+    from espalier.certify.runs import certificate_path, certify_run, parse_eps
+    from espalier.train import load_run
+
+    radii = parse_eps(eps)
+    certificate = certify_run(load_run(run), limit)
+    print(certificate.table(radii))
+    print(f"certificate: {certificate.save(out or certificate_path(run))}")
+
+
+def attack(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    steps: int = 40,
+    restarts: int = 1,
+    autoattack: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD.
+        autoattack: also try AutoAttack on what PGD leaves.
+        out: the file of the report; RUN-attack.json beside the run folder by default.
+    """
+    from espalier.certify import CertificateBrokenError
+    from espalier.certify.runs import attack_path, attack_run, parse_eps
+    from espalier.train import load_run
+
+    report = attack_run(load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, eps=parse_eps(eps))
+    print(report)
+    print(f"report: {report.save(out or attack_path(run))}")
+    try:
+        report.check()
+    except CertificateBrokenError as error:
+        print(f"espalier: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def recipes() -> None:
     """List the recipes with the first line of what each one says of itself."""
     functions = recipe_functions()
@@ -266,6 +323,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "structure": structure,
     "convert": convert,
     "statistics": statistics,
+    "certify": certify,
+    "attack": attack,
     "report": report,
     "recipes": recipes,
 }

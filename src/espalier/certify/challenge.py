@@ -175,7 +175,7 @@ class _Hunt:
     ) -> None:
         """Try PGD on the chosen images that stand within their radius."""
         indices = (chosen_N & (self.distances_N > radius_N)).nonzero()[:, 0]
-        for some in indices.split(self.batch_size):
+        for some in indices.split(self.batch_size) if len(indices) else ():
             images, labels = self.images[some], self.labels[some]
             radius = radius_N[some].to(images.dtype)
             found = pgd_l2(self.net, images, labels, radius, steps=steps, restarts=restarts, generator=generator)
@@ -184,7 +184,7 @@ class _Hunt:
     def auto(self, indices: Tensor, eps: float) -> None:
         """Try AutoAttack on those of the images that stand within ``eps``."""
         indices = indices[self.distances_N[indices] > eps]
-        for some in indices.split(self.batch_size):
+        for some in indices.split(self.batch_size) if len(indices) else ():
             self._note(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps))
 
     def _note(self, indices: Tensor, found: Tensor) -> None:
