@@ -6,6 +6,7 @@ from espalier.nn.cayley import cayley
 from espalier.nn.cayley_conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.cayley_linear import CayleyLinear
 from espalier.nn.mamba import GatedRMSNorm, Mamba1, Mamba2, MambaState
+from espalier.nn.mixing import mixing_matrix
 from espalier.nn.selective_scan import selective_scan
 from espalier.nn.ssd import ssd
 
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "causal_conv_silu",
     "cayley",
+    "mixing_matrix",
     "selective_scan",
     "ssd",
     "use_backend",

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.nn import Mamba1, Mamba2
-from espalier.nn.mixing import mixing_matrix
+from espalier.nn import Mamba1, Mamba2, mixing_matrix
 from espalier.report.raster import Panel, picture_table, shrink
 from espalier.report.section import Section, paragraph
 from espalier.report.views import HEADS, LAYERS, View, lay_out, left_out, runs_behind, spread
