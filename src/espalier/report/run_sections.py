@@ -32,7 +32,7 @@ def outcome(run: Run, context: Context) -> Section:
             f"{result['seconds']:.3g} s of training."
         )
     setting = f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, init {recipe.init}, seed {recipe.seed}."
-    link = Markup(f"<p>Folder: {context.link(run.path, str(run.path))}</p>")
+    link = Markup(f"<p>Folder: {context.link(run.path)}</p>")
     return Section("What was found", (paragraph(text), paragraph(setting), link))
 
 

@@ -44,11 +44,12 @@ class Context:
     folder: Path
     colours: Mapping[str, str]
 
-    def link(self, path: Path, text: str) -> str:
-        """Return a link to a file or folder, relative to the page; plain text where nothing is there."""
+    def link(self, path: Path, text: str = "") -> str:
+        """Return a link to a file or folder, relative to the page and called so; plain text where nothing is there."""
+        target = os.path.relpath(path.resolve(), self.folder.resolve())
+        text = text or target
         if not path.exists():
             return escape(text)
-        target = os.path.relpath(path.resolve(), self.folder.resolve())
         return f'<a href="{escape(quote(target))}">{escape(text)}</a>'
 
 
