@@ -58,6 +58,11 @@ def arm_colours(arms: Sequence[str]) -> dict[str, str]:
     return {arm: _COLOURS[index % len(_COLOURS)] for index, arm in enumerate(dict.fromkeys(arms))}
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 run``, ``2 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def paragraph(text: str, kind: str = "") -> Markup:
     """Return a paragraph of plain text."""
     return Markup(f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>")
