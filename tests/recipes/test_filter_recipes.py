@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from espalier import models
-from espalier.cli import main
+from espalier.command_line import main
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, FilterStatistics, depthwise_layers, filter_covariance
 from espalier.models import ConvMixer

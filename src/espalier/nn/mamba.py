@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.causal_conv import causal_conv_silu
+from espalier.nn.gated_norm import GatedRMSNorm
 from espalier.nn.precision import exact
 from espalier.nn.selective_scan import selective_scan, selective_step
 from espalier.nn.ssd import ssd, ssd_step
@@ -141,25 +142,9 @@ class Mamba1(nn.Module):
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (Δ, B, C) of the convolved inputs."""
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        return _steps(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias), b, c
-
-
-class GatedRMSNorm(nn.Module):
-    """``weight · v / √(mean(v²) + eps)`` with v = y · SiLU(z), the mean over each group of channels."""
-
-    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.groups, self.eps = groups, eps
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Normalise y gated by z in float32 or better, and return it in the dtype of y."""
-        dtype = y.dtype
-        y, z = exact(y, z)
-        gated = y * F.silu(z)
-        grouped = gated.unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
-        return self.weight * normed.to(dtype)
+        with torch.autocast(u.device.type, enabled=False):  # small steps would round away
+            delta = F.softplus(F.linear(*exact(rank, self.dt_proj.weight, self.dt_proj.bias)))
+        return delta, b, c
 
 
 class Mamba2(nn.Module):
