@@ -1,4 +1,4 @@
-"""The Cayley transform of matrices against the original's formula, and its promises: orthogonal, exact, never hanging."""
+"""The Cayley transform of matrices against the original's formula: orthogonal, exact, never hanging."""
 
 from __future__ import annotations
 
