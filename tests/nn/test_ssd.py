@@ -49,15 +49,17 @@ def assert_all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], toler
 @given(
     batch=st.integers(1, 2), length=st.integers(1, 300), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
     width=st.integers(1, 5), states=st.integers(1, 6), chunk=st.sampled_from([1, 7, 64, 1000]),
-    together=st.sampled_from([1, 3, 1000]), bare=st.booleans(),
+    together=st.sampled_from([1, 3, 1000]), bare=st.booleans(), keep=st.booleans(),
 )  # fmt: skip
 def test_equals_the_loop_in_float64(
-    batch: int, length: int, heads: tuple[int, int], width: int, states: int, chunk: int, together: int, bare: bool
-) -> None:
+    batch: int, length: int, heads: tuple[int, int], width: int, states: int, chunk: int, together: int, bare: bool,
+    keep: bool,
+) -> None:  # fmt: skip
     inputs = draw(batch, length, heads[0], width, heads[1], states, torch.float64, seed=length)
     size = batch * heads[0] * min(chunk, length) ** 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssd_module, "_SEGMENT_NUMBERS", together * size)  # one, a few or all chunks at once
+        patch.setattr(ssd_module, "_KEPT_NUMBERS", 1 << 40 if keep else 0)  # what the forward pass made, or made again
         if bare:
             inputs = inputs[:5]
             theirs, ours = ssd_loop(*inputs)[:1], (ssd(*inputs, chunk_size=chunk),)

@@ -18,8 +18,10 @@ from espalier.nn.precision import exact, without_autocast
 # Within a chunk of Q tokens the recurrence is a Q×Q matrix per head; between chunks only the state travels. Doing all
 # chunks at once needs B·H·L·Q numbers several times over, which leave the cache and the memory bar; doing one chunk at
 # a time makes many small calls. So several chunks, a segment, are done at once, as many as keep the Q×Q matrices near
-# the cache size, and the backward pass recomputes them from the state at the segment's start.
+# the cache size. The backward pass of a short batch reuses what the forward pass made of a segment; that of a long one,
+# where it would have left the cache and filled the memory, recomputes it from the state at the segment's start.
 _SEGMENT_NUMBERS = 1 << 18
+_KEPT_NUMBERS = 1 << 23
 
 # Note [No gradient of the Q×Q decays]
 # With c the cumulated log-decay in a chunk, ∂c_i collects Σ_j over the rows minus the columns of (∂M ∘ M). Row sums are
@@ -171,14 +173,29 @@ class _Segment(NamedTuple):
     states_BnNHP: Tensor | None  # state before each chunk; None when it is zero
     after_BNHP: Tensor | None
 
+    def made(self) -> tuple[Any, ...]:
+        """Return all that is not a part of the inputs."""
+        return tuple(self)[-_MADE:]
 
-def _prepare(tensors: tuple[Tensor, ...], place: tuple[int, int, int], state: Tensor | None, go_on: bool) -> _Segment:
+
+_MADE = len(_Segment._fields) - 4
+
+
+def _inputs(tensors: tuple[Tensor, ...], place: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    """Return one segment's share of (x, delta, b, c), by chunks."""
+    start, n, q = place
+    x, delta, b, c = (t[:, start : start + n * q].unflatten(1, (n, q)) for t in tensors)
+    return x, delta, b.reshape(x.shape[0] * n, q, -1), c.reshape(x.shape[0] * n, q, -1)
+
+
+def _prepare(
+    tensors: tuple[Tensor, ...], alpha_BLH: Tensor, place: tuple[int, int, int], state: Tensor | None, go_on: bool
+) -> _Segment:
     """Compute decays, scores and the states before each chunk of one segment."""
     start, n, q = place
-    x, delta, alpha, b, c = (t[:, start : start + n * q].unflatten(1, (n, q)) for t in tensors)
+    x, delta, b, c = _inputs(tensors, place)
     batch, _, _, heads, width = x.shape
-    b, c = b.reshape(batch * n, q, -1), c.reshape(batch * n, q, -1)
-    cum = alpha.cumsum(2)
+    cum = alpha_BLH[:, start : start + n * q].unflatten(1, (n, q)).cumsum(2)
     cum_BnHQ = cum.transpose(2, 3).contiguous()
     # Above the diagonal the exponent would be positive and could overflow: cut it at 0, the scores are 0 there.
     decay = (cum_BnHQ[..., :, None] - cum_BnHQ[..., None, :]).clamp_max_(0).exp_()
@@ -226,18 +243,22 @@ class _Chunked(torch.autograd.Function):
         batch, length, heads, width = x_BLHP.shape
         y = torch.empty_like(x_BLHP, memory_format=torch.contiguous_format)
         state, states = initial_BNHP, []
+        inputs = (x_BLHP, delta_BLH, b_BLN, c_BLN)
+        kept: list[Tensor | None] = []
         places = list(_segments(batch, length, heads, chunk))
+        keep = batch * length * heads * chunk <= _KEPT_NUMBERS and any(ctx.needs_input_grad)
         for place in places:
             states.append(state)
             go_on = need_state or place is not places[-1]
-            seg = _prepare((x_BLHP, delta_BLH, alpha_BLH, b_BLN, c_BLN), place, state, go_on)
+            seg = _prepare(inputs, alpha_BLH, place, state, go_on)
             state = seg.after_BNHP
+            kept += seg.made() if keep else ()
             _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d_GH)
         if state is None or not need_state:
             final = x_BLHP.new_zeros(batch, b_BLN.shape[-1], heads, width)
         else:
             final = state if state is not initial_BNHP else state.clone()
-        ctx.save_for_backward(x_BLHP, delta_BLH, alpha_BLH, b_BLN, c_BLN, d_GH, y, *states)
+        ctx.save_for_backward(*inputs, alpha_BLH, d_GH, y, *states, *kept)
         ctx.places, ctx.need_state = places, need_state
         if not need_state:
             ctx.mark_non_differentiable(final)
@@ -248,12 +269,17 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dfinal = gradients
-        x, delta, alpha, b, c, d, y, *states = ctx.saved_tensors
+        x, delta, b, c, alpha, d, y, *rest = ctx.saved_tensors
+        inputs, states, kept = (x, delta, b, c), rest[: len(ctx.places)], rest[len(ctx.places) :]
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, alpha, b, c))
         dstate = dfinal if ctx.need_state else None
         dd_BH = None if d is None else x.new_zeros(x.shape[0], x.shape[2])
         for place, state in zip(reversed(ctx.places), reversed(states), strict=True):
-            seg = _prepare((x, delta, alpha, b, c), place, state, dstate is not None)
+            if kept:
+                made, kept = kept[-_MADE:], kept[:-_MADE]
+                seg = _Segment(*_inputs(inputs, place), *made)
+            else:
+                seg = _prepare(inputs, alpha, place, state, dstate is not None)
             span = slice(place[0], place[0] + place[1] * place[2])
             parts = (dy[:, span].unflatten(1, place[1:]), y[:, span].unflatten(1, place[1:]))
             results, dstate, skip = _segment_backward(seg, parts, d, dstate)
@@ -269,7 +295,7 @@ def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
     """Write y = (decayed scores) Δx + decay · C S + D x into one segment of the output."""
     batch, n, q, heads, width = seg.x_BnQHP.shape
     values = _heads_first(seg.x_BnQHP * seg.delta_BnQH[..., None])
-    mixing = (seg.decay_BnHQQ.mul_(seg.scores_BnQQ[:, :, None])).view(-1, q, q)
+    mixing = (seg.decay_BnHQQ * seg.scores_BnQQ[:, :, None]).view(-1, q, q)
     y = torch.bmm(mixing, values).view(batch, n, heads, q, width).transpose(2, 3)
     if seg.states_BnNHP is not None:
         past = torch.bmm(seg.c_mQN, seg.states_BnNHP.view(batch * n, -1, heads * width)).view(batch, n, q, heads, width)
@@ -291,7 +317,7 @@ def _segment_backward(
     # The part inside chunks.
     dmixing = torch.bmm(dy_h, values_h.mT).view(batch, n, heads, q, q).mul_(seg.decay_BnHQQ)
     dscores = dmixing.sum(2).tril_().view(-1, q, q)
-    mixing = seg.decay_BnHQQ.mul_(seg.scores_BnQQ[:, :, None]).view(-1, q, q)
+    mixing = (seg.decay_BnHQQ * seg.scores_BnQQ[:, :, None]).view(-1, q, q)
     dvalues = torch.bmm(mixing.mT, dy_h).view(batch, n, heads, q, width).transpose(2, 3)
     dc, db = torch.bmm(dscores, seg.b_mQN), torch.bmm(dscores.mT, seg.c_mQN)
     # The part through the states.
@@ -301,10 +327,10 @@ def _segment_backward(
     if seg.states_BnNHP is not None or dafter is not None:
         from_BnQHP = dy * seg.cum_BnQH.exp()[..., None]
         through = torch.bmm(seg.c_mQN.mT, from_BnQHP.reshape(flat)).view(batch, n, -1, heads, width)
-        dends = torch.zeros_like(through)
+        dends = torch.empty_like(through)
         for k in reversed(range(n)):
+            dends[:, k] = 0 if dbefore is None else dbefore
             if dbefore is not None:
-                dends[:, k] = dbefore
                 dbefore = torch.addcmul(through[:, k], whole_BnH[:, k, None, :, None], dbefore)
             else:
                 dbefore = through[:, k]
