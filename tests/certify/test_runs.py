@@ -10,7 +10,7 @@ import pytest
 
 from espalier.certify import Certificate, runs
 from espalier.certify.runs import attack_path, certificate_path, demo_certificate, parse_eps
-from espalier.cli import main
+from espalier.command_line import main
 from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
 from espalier.train import load_run, train

@@ -11,6 +11,7 @@ from torch import nn
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
+from espalier.models.convmixer_fused import fuse
 from espalier.models.features import FeatureNet
 from espalier.models.lipschitz import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer
 from espalier.models.sequence import SequenceModel
@@ -27,6 +28,7 @@ __all__ = [
     "SequenceModel",
     "VisionTransformer",
     "build_model",
+    "fuse",
     "register_with_timm",
 ]
 

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from espalier.errors import unknown_name
-from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, attention_arms, structure_
+from espalier.init import (
+    FilterCovariance,
+    FilterStatistics,
+    Mimetic,
+    MimeticSSM,
+    StructureReport,
+    attention_arms,
+    structure_,
+)
 
 Init = Callable[..., StructureReport | None]
 
@@ -69,6 +77,28 @@ def mimetic_ssm(model: nn.Module, generator: torch.Generator, **parts: Any) -> S
     return structure_(model, attention=None, depthwise=None, ssm=MimeticSSM(**parts), generator=generator)
 
 
+def transferred(
+    model: nn.Module, generator: torch.Generator, statistics: str, shrink: str | float = "auto"
+) -> StructureReport | None:
+    """Draw depthwise filters from the covariances of another network's and leave every other layer alone.
+
+    The other network may have another depth, width, patch and kernel (arXiv 2210.03651, section 3).
+
+    Args:
+        model: the network, in place.
+        generator: source of the filters.
+        statistics: file that ``espalier statistics`` wrote.
+        shrink: share of the closed form mixed into each covariance: a number in [0, 1], or ``"auto"`` for the one that
+            the sampling error of the measured filters asks for.
+
+    Raises:
+        EspalierError: the file cannot be read, its kernels have another number of axes, or a bad ``shrink``.
+    """
+    measured = FilterStatistics.load(statistics).shrink(strength=shrink)
+    filters = FilterCovariance(statistics=measured)
+    return structure_(model, attention=None, ssm=None, depthwise=filters, generator=generator)
+
+
 def structured(model: nn.Module, generator: torch.Generator) -> StructureReport | None:
     """Write every structure that the model has a place for, with the published defaults."""
     return structure_(model, generator=generator)
@@ -89,6 +119,7 @@ INITS: dict[str, Init] = {
     "mimetic": mimetic,
     "mimetic_ssm": mimetic_ssm,
     "covariance": covariance,
+    "transferred": transferred,
     "structured": structured,
     "truncated_normal": _peer(attention_arms.truncated_normal_),
     "uniform_values": _peer(attention_arms.uniform_values_),

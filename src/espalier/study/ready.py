@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from espalier.errors import unknown_name
 from espalier.recipes import Recipe, get_recipe
 from espalier.recipes.arms import ssm_part_arms
+from espalier.study.plan import SCALES, Plan, Scale, smallest_plan
+from espalier.study.ready_filters import FILTER_STUDIES
 
-Scale = Literal["cpu", "gpu"]
-SCALES = ("cpu", "gpu")
-
-# A factor of 100 in eight steps: METHODS-style sweeps ask for as much of every arm.
+# A factor of 100 in eight steps, for every arm: a default Mamba is known to need the right rate (arXiv 2508.19029).
 EIGHT_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 6e-3, 1e-2)
 STATE_SIZES: Mapping[str, Sequence[int]] = {"cpu": (8, 16, 32, 64, 128), "gpu": (16, 32, 64, 128, 256, 512)}
-SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One question and the trials that answer it; the first arm is the baseline."""
-
-    name: str
-    """Name of the study's folder."""
-    title: str
-    recipe: Recipe
-    arms: Sequence[str]
-    lrs: Sequence[float]
-    seeds: Sequence[int] = SEEDS
 
 
 def demo_plans(*, smallest: bool = False) -> list[Plan]:
@@ -172,23 +157,16 @@ READY: Mapping[str, Callable[[Scale], list[Plan]]] = {
     "state-capacity": state_capacity,
     "layers": layers,
     "control": control,
+    **FILTER_STUDIES,
 }
-"""Studies of state-space recall by name."""
-
-
-def smallest_plan(plan: Plan) -> Plan:
-    """Return the plan with one seed, one rate and one epoch: everything runs, nothing is shown."""
-    data_args = dict(plan.recipe.data_args)
-    if "steps_per_epoch" in data_args:
-        data_args["steps_per_epoch"] = 5
-    recipe = replace(plan.recipe, epochs=1, data_args=data_args)
-    return replace(plan, recipe=recipe, lrs=plan.lrs[:1], seeds=plan.seeds[:1])
+"""Studies of state-space recall, and of filters, by name."""
 
 
 def _copying(name: str, scale: Scale) -> Recipe:
     """Return a copying recipe at a scale: sized so that all studies together take about an hour on two cores."""
     recipe = get_recipe(name)
     if scale == "cpu":
-        return replace(recipe, epochs=6)
+        short = {**recipe.data_args, "vocab_size": 12, "length": 12, "eval_examples": 256}
+        return replace(recipe, epochs=6, batch_size=32, data_args=short, threads=1)
     data_args = {**recipe.data_args, "vocab_size": 29, "length": 50, "eval_examples": 512}
     return replace(recipe, epochs=100, eval_every=10, checkpoint_every=10, data_args=data_args)
