@@ -246,6 +246,7 @@ def attack(
     steps: int = 40,
     restarts: int = 1,
     autoattack: bool = False,
+    queries: int = 5000,
     out: Path | None = None,
 ) -> None:
     """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
@@ -257,13 +258,16 @@ def attack(
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
         autoattack: also try AutoAttack on what PGD leaves.
+        queries: of AutoAttack's Square, most of the time; 5,000 is the standard.
         out: the file of the report; RUN-attack.json beside the run folder by default.
     """
     from espalier.certify import CertificateBrokenError
     from espalier.certify.runs import attack_path, attack_run, parse_eps
     from espalier.train import load_run
 
-    report = attack_run(load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, eps=parse_eps(eps))
+    report = attack_run(
+        load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, eps=parse_eps(eps)
+    )
     print(report)
     print(f"report: {report.save(out or attack_path(run))}")
     try:

@@ -100,6 +100,7 @@ def challenge(
     steps: int = 40,
     restarts: int = 1,
     autoattack: bool = False,
+    queries: int = 5000,
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> AttackReport:
@@ -116,6 +117,7 @@ def challenge(
         autoattack: try AutoAttack on what PGD leaves. It takes one radius for many images, so a certified point is
             attacked at the smallest radius of a group, at least 95 % of its own, and what it left
             standing there is not tried again at a smaller one.
+        queries: of AutoAttack's Square; 5,000 is the standard.
         batch_size: images per forward pass.
         generator: source of PGD's starts, on the images' device.
 
@@ -136,7 +138,7 @@ def challenge(
     ]:
         hunt.pgd(radius_N, chosen_N, steps, restarts, generator)
     if autoattack:
-        hunt.autoattack(radii_N, certified_N, clean, eps)
+        hunt.autoattack(radii_N, certified_N, clean, eps, queries)
     fell_N = hunt.distances_N < radii_N
     ratios = (radii_N / hunt.distances_N)[certified_N & torch.isfinite(hunt.distances_N)]
     return AttackReport(
@@ -148,7 +150,7 @@ def challenge(
         broken=tuple(fell_N.nonzero()[:, 0].tolist()),
         distances=tuple(value if math.isfinite(value) else None for value in hunt.distances_N.tolist()),
         tightness=ratios.median().item() if len(ratios) else None,
-        attacks=_in_words(steps, restarts, autoattack),
+        attacks=_in_words(steps, restarts, queries if autoattack else None),
     )
 
 
@@ -184,18 +186,20 @@ class _Hunt:
             found = pgd_l2(self.net, images, labels, radius, steps=steps, restarts=restarts, generator=generator)
             self._note(some, found)
 
-    def autoattack(self, radii_N: Tensor, certified_N: Tensor, clean_N: Tensor, eps: Sequence[float]) -> None:
+    def autoattack(
+        self, radii_N: Tensor, certified_N: Tensor, clean_N: Tensor, eps: Sequence[float], queries: int
+    ) -> None:
         """Try AutoAttack on certified images at (nearly) their own radius, then on all that were right at every ε."""
         for indices, value in _groups(radii_N, certified_N, self.batch_size):
-            self._auto(indices, value)
+            self._auto(indices, value, queries)
         for value in sorted(eps, reverse=True):
-            self._auto(clean_N.nonzero()[:, 0], value)
+            self._auto(clean_N.nonzero()[:, 0], value, queries)
 
-    def _auto(self, indices: Tensor, eps: float) -> None:
+    def _auto(self, indices: Tensor, eps: float, queries: int) -> None:
         """Try AutoAttack on those of the images that stand within ``eps`` and did not withstand it in a larger ball."""
         indices = indices[(self.distances_N[indices] > eps) & (self.withstood_N[indices] < eps)]
         for some in indices.split(self.batch_size) if len(indices) else ():
-            self._note(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps))
+            self._note(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps, queries=queries))
             self.withstood_N[some] = eps
 
     def _note(self, indices: Tensor, found: Tensor) -> None:
@@ -220,14 +224,14 @@ def _groups(radii_N: Tensor, certified_N: Tensor, largest: int) -> Iterator[tupl
         start += count
 
 
-def _in_words(steps: int, restarts: int, autoattack: bool) -> tuple[str, ...]:
+def _in_words(steps: int, restarts: int, queries: int | None) -> tuple[str, ...]:
     multiples = ", ".join(f"{growth:g}" for growth in _GROWTH)
     pgd = f"PGD in ℓ2, {steps} steps, {restarts} random start(s), at every ε and at {multiples} times the own radius"
     auto = (
-        f"AutoAttack in ℓ2 (APGD-CE, APGD-T, FAB-T, Square) on what PGD left, at every ε and, in groups, at "
-        f"{100 * _SPREAD:g} to 100 % of the own radius"
+        f"AutoAttack in ℓ2 (APGD-CE, APGD-T, FAB-T, Square with {queries} queries) on what PGD left, at every ε and, "
+        f"in groups, at {100 * _SPREAD:g} to 100 % of the own radius"
     )
-    return (pgd, auto) if autoattack else (pgd,)
+    return (pgd,) if queries is None else (pgd, auto)
 
 
 def _percent(share: float) -> str:

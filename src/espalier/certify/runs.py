@@ -49,6 +49,7 @@ def attack_run(
     steps: int = 40,
     restarts: int = 1,
     autoattack: bool = False,
+    queries: int = 5000,
     eps: tuple[float, ...] = EPSILONS,
 ) -> AttackReport:
     """Certify the final network of a run on its test images and attack it; see ``challenge``.
@@ -61,6 +62,7 @@ def attack_run(
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
         autoattack: also try AutoAttack.
+        queries: of AutoAttack's Square; 5,000 is the standard.
         eps: radii at which the accuracy under attack is wanted.
 
     Raises:
@@ -70,7 +72,7 @@ def attack_run(
     generator = derive_generator(run.recipe.seed, "attack")
     return challenge(
         net, images, labels, certify(net, images, labels), eps,
-        steps=steps, restarts=restarts, autoattack=autoattack, generator=generator,
+        steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, generator=generator,
     )  # fmt: skip
 
 
