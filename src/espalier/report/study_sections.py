@@ -21,7 +21,8 @@ def headline(summary: Summary, context: Context) -> Section:
     setting = (
         f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, {counted(recipe.epochs, 'epoch')} of "
         f"batches of {recipe.batch_size}; {counted(len(study.arms), 'arm')} × "
-        f"{counted(len(study.lrs), 'learning rate')} × {counted(len(study.seeds), 'seed')}, {len(summary.runs)} of {len(study.trials())} runs finished."
+        f"{counted(len(study.lrs), 'learning rate')} × {counted(len(study.seeds), 'seed')}, "
+        f"{len(summary.runs)} of {len(study.trials())} runs finished."
     )
     changes = [[arm, ", ".join(f"{key} = {value!r}" for key, value in made.items()) or "nothing"]
                for arm, made in study.arms.items()]  # fmt: skip
