@@ -8,7 +8,7 @@ Note [No pivoting]: every matrix inverted here is N = I + K + G with K skew-Herm
 Its Hermitian part is at least I, so is that of every Schur complement, so no pivot can vanish and ‖N⁻¹‖ ≤ 1.
 
 Note [LAPACK hang]: batched LU, inverse and solve of CPU torch hang above size ~144 with two threads
-(pytorch#141358). LAPACK is only ever asked for leaves of at most ``_LEAF`` rows here; the rest is matrix products.
+(pytorch#141358). LAPACK is only ever asked for leaves of at most 64 rows here; the rest is matrix products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 
 Planes = tuple[Tensor, Tensor | None]
 
-_LEAF = 8
+# Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by one
+# and a product all at once, but every product is a call.
+_SMALL_LEAF, _LARGE_LEAF, _MANY = 8, 64, 16
 
 
 def product(
@@ -100,9 +102,10 @@ def invert(a: Planes) -> Planes:
         Fresh contiguous planes. See Note [No pivoting] and Note [LAPACK hang].
     """
     n = a[0].shape[-1]
-    if n <= _LEAF:
+    leaf = _SMALL_LEAF if a[0].shape[0] >= _MANY else _LARGE_LEAF
+    if n <= leaf:
         return _invert_leaf(a)
-    half = -(-n // (2 * _LEAF)) * _LEAF
+    half = -(-n // (2 * leaf)) * leaf
     first, last = slice(half), slice(half, n)
     top = invert(block(a, first, first))
     x = product(top, block(a, first, last))
