@@ -3,8 +3,8 @@
     python benchmarks/structure_7b.py [--layers 2] [--dim 4096] [--heads 32]
 
 A few layers are measured, verification included, and the time is multiplied up to 32 layers and said so (the work is
-the same for each). The memory is the growth of the process's peak while the layers are written. The diagonals of the last
-layer's products are then held against what the best approximation of their targets has.
+the same for each). The memory is the growth of the process's peak while the layers are written. The diagonals of the
+last layer's products are then held against what the best approximation of their targets has.
 """
 
 from __future__ import annotations
