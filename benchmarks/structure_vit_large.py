@@ -2,9 +2,9 @@
 
     python benchmarks/structure_vit_large.py [--layers 24] [--obvious-heads 4]
 
-The obvious way decomposes a full d × d matrix for every head and for every value-output pair. It is timed on a few heads
-of one layer and multiplied by the number of heads and layers (the work is the same for each); ours is timed whole, its
-verification included.
+The obvious way decomposes a full d × d matrix for every head and for every value-output pair. It is timed on a few
+heads of one layer and multiplied by the number of heads and layers (the work is the same for each); ours is timed
+whole, its verification included.
 """
 
 from __future__ import annotations

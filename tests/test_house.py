@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Floors of the house, the ground last: a file imports its own floor's room or floors below.
 FLOORS = [
+    {"command_line"},
     {"cli"},
     {"study", "report", "certify"},
     {"train"},
@@ -30,6 +31,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 PUBLIC = {
     "FilterCovariance",
     "Mimetic",
+    "MimeticSSM",
     "StructureReport",
     "audit",
     "certify",

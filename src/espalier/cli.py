@@ -1,4 +1,4 @@
-"""The command line: one typed function a command, nothing else."""
+"""The commands: one typed function each, nothing else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from espalier.errors import EspalierError, require, unknown_name
-from espalier.recipes import Recipe, get_recipe, recipe_functions
-from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
+from espalier.errors import EspalierError
+from espalier.recipes import Recipe, recipe_functions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +85,37 @@ def compare(
     print(f"report: {write_report([study.path], out / 'report.html')}")
 
 
+def study(
+    name: str, out: Path | None = None, workers: int = 2, scale: Literal["cpu", "gpu"] = "cpu", smallest: bool = False
+) -> None:
+    """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
+
+    Args:
+        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
+            filter-worth.
+        out: folder of its studies; runs/NAME if none is given.
+        workers: processes that train side by side.
+        scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
+        smallest: one seed, one learning rate, a few steps: checks that everything runs, shows nothing.
+    """
+    from espalier.report import write_report
+    from espalier.study import launch, plan_study, summarise
+    from espalier.study.capacity import capacity_of_studies
+    from espalier.study.plan import smallest_plan
+    from espalier.study.ready import ready_plans
+
+    out, folders = out or Path("runs") / name, []
+    for plan in ready_plans(name, scale):
+        plan = smallest_plan(plan) if smallest else plan
+        planned = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
+        launch(planned, workers=workers)
+        folders.append(planned.path)
+        print(f"\n{plan.title}\n{summarise(planned.path).table()}", flush=True)
+    if name == "state-capacity":
+        print(f"\n{capacity_of_studies(folders)}")
+    print(f"\nreport: {write_report(folders, out / 'report.html')}")
+
+
 def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:
     """Say how much structure a model's weights carry now, layer by layer.
 
@@ -154,6 +184,95 @@ def report(folders: Sequence[Path], out: Path = Path("report.html")) -> None:
     print(f"report: {write_report(list(folders), out)}")
 
 
+def convert(checkpoint: Path, to: Literal["timm", "original", "espalier"] = "timm", out: Path | None = None) -> None:
+    """Rename the weights of a ConvMixer checkpoint for timm, for the paper's nn.Sequential or for this library.
+
+    Args:
+        checkpoint: safetensors or torch file in any of the three layouts; no code in it is run.
+        to: the layout to write.
+        out: safetensors file to write; by default beside the checkpoint, with the layout in its name.
+    """
+    from espalier.models.convmixer_checkpoints import convert_state, load_checkpoint_file
+    from espalier.models.hosts import save_tensors
+
+    state = convert_state(load_checkpoint_file(checkpoint), to)
+    name = checkpoint.name.removesuffix(".safetensors").removesuffix(".tar").removesuffix(".pth")
+    print(f"weights: {save_tensors(state, out or checkpoint.with_name(f'{name}.{to}.safetensors'))}")
+
+
+def statistics(models: Sequence[str], out: Path = Path("statistics.safetensors")) -> None:
+    """Measure the covariance of a trained network's depthwise filters, layer by layer, for `--init transferred`.
+
+    Args:
+        models: run folders of one shape (other seeds, other widths), pooled; or models as `espalier structure` takes
+            them.
+        out: the file to write.
+    """
+    from espalier.init import FilterStatistics
+
+    measured = FilterStatistics.from_model([_open_model(model) for model in models])
+    for layer in measured.layers:
+        print(f"{layer.name}: kernel {'×'.join(map(str, layer.kernel_size))}, {layer.filters} filters")
+    print(f"statistics: {measured.save(out)}")
+
+
+def certify(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        out: the file of the certificate; RUN-certificate.json beside the run folder by default.
+    """
+    from espalier.certify.runs import certificate_path, certify_run, parse_eps
+    from espalier.train import load_run
+
+    radii = parse_eps(eps)
+    certificate = certify_run(load_run(run), limit)
+    print(certificate.table(radii))
+    print(f"certificate: {certificate.save(out or certificate_path(run))}")
+
+
+def attack(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    steps: int = 40,
+    restarts: int = 1,
+    autoattack: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD.
+        autoattack: also try AutoAttack on what PGD leaves.
+        out: the file of the report; RUN-attack.json beside the run folder by default.
+    """
+    from espalier.certify import CertificateBrokenError
+    from espalier.certify.runs import attack_path, attack_run, parse_eps
+    from espalier.train import load_run
+
+    report = attack_run(load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, eps=parse_eps(eps))
+    print(report)
+    print(f"report: {report.save(out or attack_path(run))}")
+    try:
+        report.check()
+    except CertificateBrokenError as error:
+        print(f"espalier: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def recipes() -> None:
     """List the recipes with the first line of what each one says of itself."""
     functions = recipe_functions()
@@ -197,77 +316,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "study": study,
     "audit": audit,
     "fit": fit,
     "structure": structure,
+    "convert": convert,
+    "statistics": statistics,
+    "certify": certify,
+    "attack": attack,
     "report": report,
     "recipes": recipes,
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` and return the exit status: 0 done, 2 bad input, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _dispatch(arguments)
-    except KeyboardInterrupt as stop:
-        print(f"espalier: {stop or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
-        return 130
-    except EspalierError as error:
-        print(f"espalier: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"espalier: {error.filename or ''}: {error.strerror or error}: free some space or name another path",
-              file=sys.stderr)  # fmt: skip
-        return 2
-    return 0
-
-
-def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: espalier COMMAND …   (espalier COMMAND --help says more)\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
-        return
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        raise unknown_name("command", name, COMMANDS)
-    tyro = require("tyro", "train")
-    if name in ("train", "compare"):
-        _run_with_recipe(tyro, name, rest)
-    else:
-        tyro.cli(COMMANDS[name], prog=f"espalier {name}", args=rest, config=(tyro.conf.PositionalRequiredArgs,))
-
-
-def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
-    # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
-    named = bool(tokens) and not tokens[0].startswith("-")
-    if not named and not {"-h", "--help"} & set(tokens):
-        raise EspalierError(f"espalier {command} needs a recipe: choose one of {', '.join(sorted(recipe_functions()))}")
-    base = get_recipe(tokens[0] if named else "digits_vit")
-    # --data is short for --data-path: the place of the data is what is typed most.
-    tokens = ["--data-path" if token == "--data" else token for token in tokens]
-    rest, keywords = split_keyword_fields(tokens[1:] if named else tokens)
-    base = merge_keyword_fields(base, keywords)
-
-    def train_command(
-        recipe: Recipe = base, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
-    ) -> None:
-        train(recipe, out or Path("runs") / recipe.name, resume, quiet)
-
-    def compare_command(
-        recipe: Recipe = base,
-        arms: tuple[str, ...] = ("default", "structured"),
-        out: Path | None = None,
-        lrs: tuple[str, ...] = ("auto",),
-        seeds: int = 3,
-        workers: int = 2,
-        cluster: Literal["local", "slurm"] = "local",
-    ) -> None:
-        compare(recipe, arms, out or Path("runs") / f"compare-{recipe.name}", lrs, seeds, workers, cluster)
-
-    chosen: Callable[..., None] = train_command if command == "train" else compare_command
-    chosen.__doc__ = COMMANDS[command].__doc__
-    # Its fields become flags of the command itself (--lr), not of an argument (--recipe.lr).
-    chosen.__annotations__["recipe"] = tyro.conf.OmitArgPrefixes[Recipe]
-    tyro.cli(chosen, prog=f"espalier {command} RECIPE", args=rest)

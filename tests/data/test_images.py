@@ -224,7 +224,7 @@ def test_a_folder_through_the_front_door(tmp_path: Path, monkeypatch: pytest.Mon
         ({"dataset": "cifar"}, "unknown dataset 'cifar': did you mean 'cifar10'"),
         (
             {"data_args": {"train_limt": 5}},
-            "unknown argument of data 'digits' 'train_limt': did you mean 'train_limit'",
+            "unknown argument of dataset 'digits' 'train_limt': did you mean 'train_limit'",
         ),
         ({"data_args": {"train_limit": 5000}}, "train_limit is 5000, and there are 1437 images"),
         ({"dataset": "cifar10"}, "give --data, or set ESPALIER_DATA"),

@@ -354,7 +354,8 @@ def test_structured_filters_are_told_from_default_ones(k: int, width: int, sigma
     assert present.structured
     assert not absent.structured
     assert abs(absent.concentration) < 6 / math.sqrt(width * k * k)
-    assert present.concentration > absent.concentration - 0.1
+    if sigma <= (k - 1) / 4:  # a wider bell is flat over the kernel, and a few filters say nothing of its shape
+        assert present.concentration > absent.concentration
 
 
 @pytest.mark.parametrize(("width", "tolerance"), [(64, 0.3), (1024, 0.1)])

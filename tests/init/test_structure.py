@@ -172,10 +172,10 @@ def test_cross_attention_and_parametrised_weights_are_left_alone_and_said_so() -
 
 
 def test_a_model_without_a_place_for_structure_is_refused_in_one_line() -> None:
-    with pytest.raises(EspalierError, match="Sequential has no attention or depthwise layer") as caught:
+    with pytest.raises(EspalierError, match="Sequential has no attention or ssm or depthwise layer") as caught:
         espalier.structure_(nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, 3)))
     assert "\n" not in str(caught.value)
-    with pytest.raises(EspalierError, match="no attention layer"):
+    with pytest.raises(EspalierError, match="no attention or ssm layer"):
         espalier.structure_(ConvMixer(8, 1, 3, 2), depthwise=None)
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.selective_scan_reference import selective_scan_loop
 from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn import backend, selective_scan, use_backend
 from espalier.nn.causal_conv import causal_conv_silu
-from espalier.nn.kernels import build, cuda
 from espalier.nn.selective_scan import selective_step
+from reference.selective_scan_reference import selective_scan_loop
 
 IMPLEMENTATIONS = ["compiled", "torch"]
 
@@ -130,6 +125,10 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         selective_scan(x, delta[:, :4], a, b, c)
     with pytest.raises(EspalierError, match=r"give both as \(B, L, N\)"):
         selective_scan(x, delta, a, b[..., :2], c)
+    with pytest.raises(EspalierError, match="x is empty"):
+        selective_scan(x[:0], delta[:0], a, b[:0], c[:0])
+    with pytest.raises(EspalierError, match=r"initial_state is \(2, 4, 3\): give it the shape \(2, 3, 4\)"):
+        selective_scan(x, delta, a, b, c, initial_state=torch.zeros(2, 4, 3))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -164,79 +163,3 @@ def test_compiled_operators_pass_torchs_own_checks() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(cpu.selective_scan_cpu, (x, delta, a, b, c, d, state, True), test_utils=checks)
     torch.library.opcheck(cpu.causal_conv_silu_cpu, (x, a[:, :2], d), test_utils=checks)
-
-
-PROBE = """
-import warnings
-from espalier.nn import backend
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    backend(); print(backend().name, "|", backend().reason, "|", len(seen))
-"""
-
-
-def probe(**environment: str) -> list[str]:
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
-    return [part.strip() for part in run.stdout.split("|")]
-
-
-def test_without_a_compiler_the_fallback_is_announced_once(tmp_path: Path) -> None:
-    name, reason, warnings = probe(PATH=str(tmp_path), ESPALIER_CACHE=str(tmp_path))
-    assert (name, warnings) == ("torch", "1")
-    assert "no C++ compiler" in reason
-
-
-def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: broken" >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    cache = tmp_path / "cache"
-    name, reason, _ = probe(PATH=str(tmp_path), CXX=str(compiler), ESPALIER_CACHE=str(cache))
-    assert name == "torch"
-    assert "error: broken" in reason
-    assert list(cache.iterdir()) == []
-
-
-def test_demanding_what_cannot_run_is_refused() -> None:
-    with pytest.raises(EspalierError, match="cannot run on cpu"), use_backend("mamba_ssm"):
-        pass
-    with pytest.raises(EspalierError, match="unknown backend 'tritn'"), use_backend("tritn"):
-        pass
-
-
-@pytest.mark.slow()
-def test_two_processes_build_at_once(tmp_path: Path) -> None:
-    if backend().name != "compiled":
-        pytest.skip("no C++ compiler here")
-    code = "from espalier.nn.kernels.build import build; print(build())"
-    import os
-
-    env = {**os.environ, "ESPALIER_CACHE": str(tmp_path)}
-    runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    paths = {run.communicate(timeout=200)[0].strip() for run in runs}
-    assert all(run.returncode == 0 for run in runs)
-    assert {str(path) for path in tmp_path.iterdir()} == paths
-    assert len(paths) == 1
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("ESPALIER_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "espalier"
-    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "own"))
-    assert build.cache_folder() == tmp_path / "own"
-
-
-def test_adapter_speaks_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A stand-in with the published signature of selective_scan_fn: u, delta (B, D, L), B, C (B, N, L).
-    class StandIn:
-        @staticmethod
-        def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):  # type: ignore[no-untyped-def]  # noqa: E501
-            y, state = selective_scan_loop(u.mT, delta.mT, A, B.mT, C.mT, D)
-            return (y.mT, state) if return_last_state else y.mT
-
-    monkeypatch.setattr(cuda, "require", lambda module, extra: StandIn)
-    inputs = draw((2, 7, 3, 4), torch.float64)[:6]
-    assert_all_close(cuda.selective_scan_mamba_ssm(*inputs), selective_scan_loop(*inputs), 1e-12)

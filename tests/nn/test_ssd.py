@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.ssd_reference import ssd_loop
 from torch import Tensor
 
-import espalier.nn.ssd as ssd_module
 from espalier.errors import EspalierError
 from espalier.nn import ssd
-from espalier.nn.kernels import cuda
 from espalier.nn.ssd import ssd_step
+from reference.ssd_reference import ssd_loop
+
+# The module: ``espalier.nn.ssd`` is the function of that name.
+ssd_module = importlib.import_module("espalier.nn.ssd")
 
 
-def draw(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype, seed: int = 0):  # type: ignore[no-untyped-def]  # noqa: E501
+def draw(
+    batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, ...]:
     """Return (x, delta, a, b, c, d, initial state) with gradients asked for."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *s: torch.randn(*s, dtype=dtype, generator=g)  # noqa: E731
@@ -112,18 +117,9 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         ssd(x, delta, a, b, c[..., :2])
     with pytest.raises(EspalierError, match="4 heads do not share 3 groups"):
         ssd(x, delta, a, b[:, :, :1].repeat(1, 1, 3, 1), c[:, :, :1].repeat(1, 1, 3, 1))
+    with pytest.raises(EspalierError, match="x is empty"):
+        ssd(x[:, :0], delta[:, :0], a, b[:, :0], c[:, :0])
+    with pytest.raises(EspalierError, match=r"mask is \(5,\): give it the shape \(1, 5\)"):
+        ssd(x, delta, a, b, c, mask=torch.ones(5))
     with pytest.raises(EspalierError, match="chunk_size is 0"):
         ssd(x, delta, a, b, c, chunk_size=0)
-
-
-def test_adapter_speaks_mamba_ssms_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A stand-in with the published signature of mamba_chunk_scan_combined, whose states are (B, H, P, N).
-    class StandIn:
-        @staticmethod
-        def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):  # type: ignore[no-untyped-def]  # noqa: E501
-            y, state = ssd_loop(x, dt, A, B, C, D, initial_states.mT)
-            return (y, state.mT) if return_final_states else y
-
-    monkeypatch.setattr(cuda, "require", lambda module, extra: StandIn)
-    inputs = draw(2, 7, 4, 3, 2, 5, torch.float64)
-    assert_all_close(cuda.ssd_mamba_ssm(*inputs, 64), ssd_loop(*inputs), 1e-12)

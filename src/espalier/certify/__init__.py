@@ -1,0 +1,23 @@
+"""What can be proved about a trained network: Lipschitz bounds, certified radii, and attacks that try to break them."""
+
+from espalier.certify import rules as _rules  # registers torch's own layers
+from espalier.certify.attack import autoattack_l2, pgd_l2
+from espalier.certify.bound import UncertifiableError, lipschitz_bound, register_lipschitz
+from espalier.certify.certificate import Certificate
+from espalier.certify.challenge import AttackReport, CertificateBrokenError, challenge
+from espalier.certify.radius import certify
+
+__all__ = [
+    "AttackReport",
+    "Certificate",
+    "CertificateBrokenError",
+    "UncertifiableError",
+    "autoattack_l2",
+    "certify",
+    "challenge",
+    "lipschitz_bound",
+    "pgd_l2",
+    "register_lipschitz",
+]
+
+del _rules

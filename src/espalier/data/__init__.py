@@ -6,19 +6,33 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source, folder_source
+from espalier.data.sequences import (
+    GeneratedSource,
+    copying_source,
+    mqar_source,
+    ngram_lookup_source,
+    sorting_source,
+)
 from espalier.data.source import Source
+from espalier.data.text import TextSource, text_source
 from espalier.errors import unknown_name
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
-__all__ = ["SOURCES", "ImageSource", "Source", "build_source"]
+__all__ = ["SOURCES", "GeneratedSource", "ImageSource", "Source", "TextSource", "build_source"]
 
 SOURCES: dict[str, Callable[[Recipe], Source]] = {
     "cifar10": cifar10_source,
+    "copying": copying_source,
     "digits": digits_source,
     "fashion_mnist": fashion_mnist_source,
     "folder": folder_source,
+    "mqar": mqar_source,
+    "ngram_lookup": ngram_lookup_source,
+    "sorting": sorting_source,
+    "text": text_source,
+    "tinyshakespeare": text_source,
 }
 """Factories by the name that a recipe's ``data`` gives; add your own."""
 

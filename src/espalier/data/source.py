@@ -8,6 +8,9 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Target index of the positions that carry no loss."""
+
 
 @runtime_checkable
 class Source(Protocol):

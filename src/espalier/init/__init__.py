@@ -11,9 +11,10 @@ from espalier.init.depthwise import (
 from espalier.init.filter_fit import covariance_fit
 from espalier.init.filter_statistics import FilterStatistics
 from espalier.init.fit import AttentionFit, StructureFit, fit
-from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, register_layout
+from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, SSMWeights, register_layout
 from espalier.init.near_identity import near_identity, near_identity_factors
 from espalier.init.report import LayerReport, StructureReport
+from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_, token_memory
 from espalier.init.structure import VerificationError, audit, structure_
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "FilterStatistics",
     "LayerReport",
     "Mimetic",
+    "MimeticSSM",
+    "SSMWeights",
     "Skipped",
     "StructureFit",
     "StructureReport",
@@ -35,10 +38,13 @@ __all__ = [
     "filter_covariance",
     "fit",
     "measure_attention",
+    "measure_ssm",
     "mimetic_attention_",
+    "mimetic_ssm_",
     "near_identity",
     "near_identity_factors",
     "register_layout",
     "sample_filters",
     "structure_",
+    "token_memory",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor
 from espalier.init.attention import Mimetic, expected_diagonal, measure_attention, mimetic_attention_
 from espalier.init.depthwise import FilterCovariance
 from espalier.init.filter_fit import FilterFit, covariance_fit
-from espalier.init.layouts import AttentionWeights, DepthwiseWeights
+from espalier.init.layouts import AttentionWeights, DepthwiseWeights, SSMWeights
+from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_
 
 # Index of a layer and number of layers, within its family.
 Place = tuple[int, int]
@@ -21,6 +22,11 @@ Place = tuple[int, int]
 # An attention product counts as structured when its diagonal is this many standard errors from zero: with independent
 # weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
 _PRESENT_Z = 8.0
+# What a state-space layer must show for a part to count as there. The reference's random start is far from each: its
+# rates are at least 1, its steps at most 0.1, and its taps are 1.15 from a delta.
+_PRESENT_RATE = 0.5
+_PRESENT_STEP = 0.3
+_PRESENT_TAPS = 0.5
 # How far a verified diagonal may be from the one asked for, beside the sampling error of its noise.
 _TOLERANCE = 0.1
 
@@ -34,16 +40,18 @@ class Family:
         weights: the class of views that its layouts return.
         write: ``(weights, spec, place, generator)`` writes and returns in words what was asked.
         measure: weights to figures.
-        present: whether the figures show structure.
+        parts: which of its structures the figures show, by name; none of them is a layer without structure.
         contradiction: what the figures contradict in what was asked, in words, or the empty string.
+        chooses: ``(spec, place)`` to whether the layer is one of those asked for.
     """
 
     kind: str
     weights: type
     write: Callable[[Any, Any, Place, torch.Generator], str]
     measure: Callable[[Any], dict[str, float]]
-    present: Callable[[Mapping[str, float]], bool]
+    parts: Callable[[Mapping[str, float]], frozenset[str]]
     contradiction: Callable[[Any, Any, Place, Mapping[str, float]], str]
+    chooses: Callable[[Any, Place], bool] = lambda spec, place: True
 
     def device(self, weights: Any) -> torch.device:
         """Return where the weights live."""
@@ -76,6 +84,10 @@ def _first(weights: Any) -> Tensor:
     return next(value for value in vars(weights).values() if isinstance(value, Tensor))
 
 
+def _named(**shown: bool) -> frozenset[str]:
+    return frozenset(name for name, there in shown.items() if there)
+
+
 def _write_attention(weights: AttentionWeights, spec: Mimetic, place: Place, generator: torch.Generator) -> str:
     spec = spec.at(*place)
     mimetic_attention_(
@@ -94,8 +106,8 @@ def _measure_attention(weights: AttentionWeights) -> dict[str, float]:
     )  # fmt: skip
 
 
-def _attention_present(measured: Mapping[str, float]) -> bool:
-    return max(abs(measured["qk_z"]), abs(measured["vo_z"])) >= _PRESENT_Z
+def _attention_parts(measured: Mapping[str, float]) -> frozenset[str]:
+    return _named(products=max(abs(measured["qk_z"]), abs(measured["vo_z"])) >= _PRESENT_Z)
 
 
 def _attention_contradiction(
@@ -128,8 +140,8 @@ def _measure_depthwise(weights: DepthwiseWeights) -> dict[str, float]:
     return covariance_fit(weights.weight)._asdict()
 
 
-def _depthwise_present(measured: Mapping[str, float]) -> bool:
-    return FilterFit(**measured).structured
+def _depthwise_parts(measured: Mapping[str, float]) -> frozenset[str]:
+    return _named(covariance=FilterFit(**measured).structured)
 
 
 def _depthwise_contradiction(
@@ -140,21 +152,71 @@ def _depthwise_contradiction(
     return ""
 
 
+def _write_ssm(weights: SSMWeights, spec: MimeticSSM, place: Place, generator: torch.Generator) -> str:
+    mimetic_ssm_(
+        weights.w_b, weights.w_c, weights.a_log, weights.delta_bias, w_delta=weights.w_delta,
+        conv_weight=weights.conv_weight, conv_bias=weights.conv_bias, groups=weights.groups,
+        generator=generator, **spec.parts,
+    )  # fmt: skip
+    # A host's further biases would shift what was just written.
+    for bias in weights.map_biases if spec.correlate is not None else ():
+        bias.zero_()
+    for bias in weights.delta_shifts if spec.delta is not None else ():
+        bias.zero_()
+    return spec.in_words()
+
+
+def _measure_ssm(weights: SSMWeights) -> dict[str, float]:
+    delta_bias = sum(weights.delta_shifts, weights.delta_bias)
+    return measure_ssm(weights.w_b, weights.w_c, weights.a_log, delta_bias, weights.conv_weight, weights.groups)
+
+
+def _ssm_parts(measured: Mapping[str, float]) -> frozenset[str]:
+    return _named(
+        decay=measured["rate"] <= _PRESENT_RATE,
+        delta=measured["delta"] >= _PRESENT_STEP,
+        correlate=abs(measured["correlation_z"]) >= _PRESENT_Z,
+        convolution=measured.get("convolution", 1.0) <= _PRESENT_TAPS,
+    )
+
+
+def _ssm_contradiction(weights: SSMWeights, spec: MimeticSSM, place: Place, measured: Mapping[str, float]) -> str:
+    rho = 0.0 if spec.correlate is None else spec.correlate
+    for name, asked, slack in (
+        # Slack: rounding of the bias to bfloat16; the scatter of a sum of N·D independent products.
+        ("delta", spec.delta, 0.02 * (spec.delta or 0.0)),
+        ("correlation", spec.correlate, 0.01 + 6 * (1 - rho**2) / weights.w_b.numel() ** 0.5),
+        ("convolution", 0.0 if spec.convolution else None, 0.0),
+    ):
+        if asked is not None and not abs(measured[name] - asked) <= slack:
+            return f"{name} is {measured[name]:.3g} where {asked:.3g} was written"
+    return ""
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "attention",
         AttentionWeights,
         _write_attention,
         _measure_attention,
-        _attention_present,
+        _attention_parts,
         _attention_contradiction,
+    ),
+    Family(
+        "ssm",
+        SSMWeights,
+        _write_ssm,
+        _measure_ssm,
+        _ssm_parts,
+        _ssm_contradiction,
+        lambda spec, place: spec.chooses(*place),
     ),
     Family(
         "depthwise",
         DepthwiseWeights,
         _write_depthwise,
         _measure_depthwise,
-        _depthwise_present,
+        _depthwise_parts,
         _depthwise_contradiction,
     ),
 )

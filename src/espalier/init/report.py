@@ -51,13 +51,15 @@ class StructureReport:
     def __str__(self) -> str:
         header = ("layer", "kind", "host", "status", "asked", "measured")
         rows = [header] + [
-            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, _measured(row)) for row in self.layers
+            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
+            for row in self.layers
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
 
 
-def _measured(row: LayerReport) -> str:
+def measured_in_words(row: LayerReport) -> str:
+    """Return what was measured of a layer, and the note on it; standard scores are left out."""
     shown = ", ".join(f"{name} {value:+.3g}" for name, value in row.measured.items() if not name.endswith("_z"))
     return "; ".join(part for part in (shown, row.note) if part)

@@ -10,12 +10,36 @@ from torch import nn
 
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
+from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
+from espalier.models.convmixer_fused import fuse
+from espalier.models.features import FeatureNet
+from espalier.models.lipschitz import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer
+from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
 
-__all__ = ["MODELS", "ConvMixer", "VisionTransformer", "build_model"]
+__all__ = [
+    "MODELS",
+    "ConvMixer",
+    "FeatureNet",
+    "KWLarge",
+    "LipschitzResNet9",
+    "LipschitzWideResNet",
+    "OrthogonalConvMixer",
+    "SequenceModel",
+    "VisionTransformer",
+    "build_model",
+    "fuse",
+    "register_with_timm",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convmixer": ConvMixer,
+    **CONVMIXERS,
+    "sequence": SequenceModel,
+    "kwlarge": KWLarge,
+    "lipschitz_resnet9": LipschitzResNet9,
+    "lipschitz_wide_resnet": LipschitzWideResNet,
+    "orthogonal_convmixer": OrthogonalConvMixer,
     "vit": VisionTransformer,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.models.features import block_indices
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+POOLS = ("avg", "")
 
 
 class Residual(nn.Module):
@@ -31,7 +34,7 @@ class ConvMixer(nn.Module):
     """ConvMixer-h/d: ``Conv(p, stride p) → GELU → BN``, then d × ``[x + BN(GELU(DW_k(x))); BN(GELU(Conv 1))]``.
 
     Takes images of any size. Even kernels are allowed: "same" padding puts the extra pixel last, so the centre tap is
-    number (k − 1)//2 (0-based).
+    number (k − 1)//2 (0-based). Parameters bear the names that timm gives them.
 
     Args:
         dim: h, the width.
@@ -42,6 +45,8 @@ class ConvMixer(nn.Module):
         num_classes: classes; 0 leaves the head out.
         activation: ``"gelu"``, or ``"relu"`` as in ConvMixer-768/32.
         spatial_dims: 1, 2 or 3 axes.
+        global_pool: ``"avg"``, or ``""`` to classify nothing and return the map.
+        drop_rate: dropout before the head.
 
     Raises:
         EspalierError: a kernel below 2, or unknown options.
@@ -59,6 +64,8 @@ class ConvMixer(nn.Module):
         num_classes: int = 1000,
         activation: str = "gelu",
         spatial_dims: int = 2,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if kernel_size < 2:
@@ -67,8 +74,11 @@ class ConvMixer(nn.Module):
             raise unknown_name("activation", activation, ACTIVATIONS)
         if spatial_dims not in CONVOLUTIONS:
             raise EspalierError(f"spatial_dims {spatial_dims} is not supported: choose 1, 2 or 3")
+        if global_pool not in POOLS:
+            raise unknown_name("global_pool", global_pool, POOLS)
         conv, norm, act = CONVOLUTIONS[spatial_dims], NORMS[spatial_dims], ACTIVATIONS[activation]
-        self.num_classes, self.num_features, self.embed_dim = num_classes, dim, dim
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.num_features = self.embed_dim = self.head_hidden_size = dim
         self.patch_size, self.spatial_dims, self.grad_checkpointing = patch_size, spatial_dims, False
         self.stem = nn.Sequential(conv(in_chans, dim, patch_size, patch_size), act(), norm(dim))
         self.blocks = nn.Sequential(
@@ -82,7 +92,16 @@ class ConvMixer(nn.Module):
                 for _ in range(depth)
             )
         )
+        self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, reduction and module of the map that each block returns, as timm lists them."""
+        return [
+            {"num_chs": self.num_features, "reduction": self.patch_size, "module": f"blocks.{index}"}
+            for index in range(len(self.blocks))
+        ]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -102,19 +121,64 @@ class ConvMixer(nn.Module):
             elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 module.reset_parameters()
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last feature map and those of some blocks, or only the latter.
+
+        Args:
+            x: images (B, C, *size).
+            indices: blocks; a number n means the last n, None all, negative ones count from the end.
+            norm: timm's argument; there is no final norm to apply.
+            stop_early: leave out the blocks after the last one asked for.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: return the list alone.
+
+        Raises:
+            EspalierError: no such block, or another format.
+        """
+        if output_fmt != "NCHW":
+            raise unknown_name("output_fmt", output_fmt, ["NCHW"])
+        chosen = block_indices(len(self.blocks), indices)
+        maps, x = [], self.stem(x)
+        for index, block in enumerate(self.blocks):
+            if stop_early and index > max(chosen):
+                break
+            # A graph is kept only where gradients will flow, so recomputing saves nothing without them.
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if index in chosen:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the blocks after the last of ``indices``, and the head; return the indices as positive numbers.
+
+        Raises:
+            EspalierError: no such block.
+        """
+        chosen = block_indices(len(self.blocks), indices)
+        self.blocks = nn.Sequential(*list(self.blocks)[: max(chosen) + 1])
+        if prune_head:
+            self.reset_classifier(0, "")
+        return chosen
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the feature map (B, h, *size/p)."""
-        x = self.stem(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+        features, _ = self.forward_intermediates(x, indices=1)
+        return features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map and classify: to (B, classes), or (B, h) with ``pre_logits``."""
-        pooled = x.flatten(2).mean(-1)
+        pooled = self.head_drop(x.flatten(2).mean(-1) if self.global_pool else x)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,12 +189,20 @@ class ConvMixer(nn.Module):
         """Return the head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one for ``num_classes`` classes (0 removes it), and the pooling if given.
+
+        Raises:
+            EspalierError: unknown pooling.
+        """
+        if global_pool is not None and global_pool not in POOLS:
+            raise unknown_name("global_pool", global_pool, POOLS)
         self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
         like = self.stem[0].weight
         assert isinstance(like, Tensor)
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass to save memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def _stated_heads(config_file: Path) -> int | None:
 def save_weights(model: nn.Module, path: Path) -> Path:
     """Write a model's ``state_dict`` as safetensors, complete or not at all, and return the path.
 
+    Raises:
+        EspalierError: the folder does not exist.
+    """
+    return save_tensors(model.state_dict(), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> Path:
+    """Write tensors as safetensors, complete or not at all, and return the path.
+
     Tensors that share storage (tied weights) are written once each under every name.
 
     Raises:
@@ -113,10 +123,10 @@ def save_weights(model: nn.Module, path: Path) -> Path:
 
     if not path.parent.is_dir():
         raise EspalierError(f"out {path}: folder {path.parent} does not exist: make it first")
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    apart = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part)
+        save_file(apart, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -135,6 +135,7 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
                 bound = module.weight[0].numel() ** -0.5
+                assert module.bias is not None
                 for parameter in (module.weight, module.bias):
                     nn.init.uniform_(parameter, -bound, bound, generator=generator)
             elif isinstance(module, nn.LayerNorm):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from espalier.errors import EspalierError, unknown_name
 
 BACKENDS = ("auto", "compiled", "mamba_ssm", "torch")
+_OPERATIONS = {"compiled": ("selective_scan", "causal_conv", "gated_norm"), "mamba_ssm": ("selective_scan", "ssd")}
 _forced: ContextVar[str | None] = ContextVar("espalier_backend", default=None)
 
 
@@ -32,7 +32,7 @@ class Backend:
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
-    """Return what runs ``selective_scan`` and the causal convolution on ``device``, and why.
+    """Return what runs ``selective_scan``, the causal convolution and the gated norm on ``device``, and why.
 
     The choice is automatic; ``use_backend`` or the environment variable ``ESPALIER_BACKEND`` (``compiled``,
     ``mamba_ssm``, ``torch``) overrides it. ``ssd`` is matrix products in torch on every CPU.
@@ -65,14 +65,15 @@ def use_backend(name: str) -> Iterator[Backend]:
         _forced.reset(token)
 
 
-def choose(operation: str, tensor: Tensor) -> Backend:
-    """Return what runs ``operation`` ("selective_scan", "causal_conv", "ssd") on the device of ``tensor``."""
-    found = backend(tensor.device)
-    has = {
-        "compiled": ("selective_scan", "causal_conv"),
-        "mamba_ssm": ("selective_scan", "ssd"),
-    }.get(found.name, ())
-    return found if operation in has else Backend("torch", f"{found.name} has no {operation}")
+def choose(operation: str, kind: str) -> str:
+    """Return the name of what runs ``operation``, a name of ``_OPERATIONS``, on a kind of device."""
+    found = backend(kind).name
+    return found if operation in _OPERATIONS.get(found, ()) else "torch"
+
+
+# ``torch.compile`` asks once, while it traces, instead of tracing into the choice. The public way to set this mark,
+# torch.compiler.assume_constant_result, imports the whole compiler for it.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -83,13 +84,20 @@ def _compiled() -> Backend:
     try:
         return Backend("compiled", f"C++ kernels from {load()}")
     except KernelBuildError as error:
-        reason = f"no C++ kernels: {error}"
-        warnings.warn(f"espalier runs Mamba-1 in plain torch, several times slower: {reason}", stacklevel=3)
-        return Backend("torch", reason)
+        return _fall_back(f"no C++ kernels: {error}")
 
 
 @cache
 def _mamba_ssm() -> Backend:
-    if importlib.util.find_spec("mamba_ssm") is None:
-        return Backend("torch", "mamba_ssm is not installed: pip install mamba-ssm for its CUDA kernels")
-    return Backend("mamba_ssm", "mamba_ssm is installed")
+    try:
+        module = importlib.import_module("mamba_ssm")
+        importlib.import_module("espalier.nn.kernels.cuda")
+    except ImportError as error:
+        return _fall_back(f"mamba_ssm's kernels cannot be imported ({error}): pip install mamba-ssm")
+    return Backend("mamba_ssm", f"mamba_ssm {getattr(module, '__version__', '')} is installed")
+
+
+def _fall_back(reason: str) -> Backend:
+    """Warn, once as the callers are cached, that the slower implementation runs."""
+    warnings.warn(f"espalier runs Mamba in plain torch, several times slower: {reason}", stacklevel=2)
+    return Backend("torch", reason)

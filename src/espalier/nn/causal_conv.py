@@ -30,7 +30,7 @@ def causal_conv_silu(
     x, weight, bias = exact(x_BLC, weight_CK, bias_C)
     if history is not None:
         x = torch.cat([history.to(x.dtype), x], dim=1)
-    if choose("causal_conv", x).name == "compiled":
+    if choose("causal_conv", x.device.type) == "compiled":
         from espalier.nn.kernels.cpu import causal_conv_silu_cpu
 
         y = causal_conv_silu_cpu(x, weight, bias)
@@ -58,8 +58,8 @@ class _Shifted(torch.autograd.Function):
         return F.silu(_convolve(x, weight, bias), inplace=True)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         taps = weight.shape[1]

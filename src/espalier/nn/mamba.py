@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.causal_conv import causal_conv_silu
+from espalier.nn.gated_norm import GatedRMSNorm
+from espalier.nn.precision import exact
 from espalier.nn.selective_scan import selective_scan, selective_step
 from espalier.nn.ssd import ssd, ssd_step
 
@@ -92,10 +94,12 @@ class Mamba1(nn.Module):
 
         Args:
             x_BLD: inputs, (batch, length, D).
-            mask: (B, L), true at real tokens; padding, on either side, changes nothing and gives 0.
+            mask: (B, L), true at real tokens; padding, on either side, changes nothing and gives 0. Where a state is
+                given, padding comes after the tokens: the convolution's window takes in what it is given.
             state: what earlier calls left; the sequence's start if none is given.
             return_state: also return the state after the last real token.
         """
+        _check_input(x_BLD, self.dim, mask, state)
         inner_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
         inner_BLE = _masked(inner_BLE, mask)
         history = None if state is None else state.conv_BKC
@@ -104,7 +108,7 @@ class Mamba1(nn.Module):
         y_BLE, scan = selective_scan(
             u_BLE,
             delta_BLE,
-            -self.A_log.float().exp(),
+            _rates(self.A_log),
             b_BLN,
             c_BLN,
             self.D,
@@ -122,34 +126,25 @@ class Mamba1(nn.Module):
         inner_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
         u_BE, conv = _conv_step(self.conv1d, inner_BE, state.conv_BKC)
         delta_BE, b_BN, c_BN = self._maps(u_BE)
-        y_BE, scan = selective_step(u_BE, delta_BE, -self.A_log.float().exp(), b_BN, c_BN, self.D, state.scan)
+        y_BE, scan = selective_step(u_BE, delta_BE, _rates(self.A_log), b_BN, c_BN, self.D, state.scan)
         return self.out_proj(y_BE * F.silu(z_BE)), MambaState(conv, scan)
 
     def empty_state(self, batch: int) -> MambaState:
         """Return the state before the first token."""
         history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.inner)
-        return MambaState(history, self.A_log.new_zeros(batch, self.inner, self.state_size))
+        return MambaState(history, exact(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}dt_bias" in state_dict:
+            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-2: load it into a model of Mamba2 blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (Δ, B, C) of the convolved inputs."""
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        return F.softplus(self.dt_proj(rank)), b, c
-
-
-class GatedRMSNorm(nn.Module):
-    """``weight · v / √(mean(v²) + eps)`` with v = y · SiLU(z), the mean over each group of channels."""
-
-    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.groups, self.eps = groups, eps
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Normalise y gated by z in float32, and return it in the dtype of y."""
-        gated = y.float() * F.silu(z.float())
-        grouped = gated.unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
-        return self.weight * normed.to(y.dtype)
+        with torch.autocast(u.device.type, enabled=False):  # small steps would round away
+            delta = F.softplus(F.linear(*exact(rank, self.dt_proj.weight, self.dt_proj.bias)))
+        return delta, b, c
 
 
 class Mamba2(nn.Module):
@@ -227,6 +222,7 @@ class Mamba2(nn.Module):
         self, x_BLD: Tensor, *, mask: Tensor | None = None, state: MambaState | None = None, return_state: bool = False
     ) -> Tensor | tuple[Tensor, MambaState]:
         """Mix a sequence; arguments as in ``Mamba1.forward``."""
+        _check_input(x_BLD, self.dim, mask, state)
         z_BLE, inner_BLC, delta_BLH = self._split(self.in_proj(x_BLD))
         inner_BLC = _masked(inner_BLC, mask)
         history = None if state is None else state.conv_BKC
@@ -234,8 +230,8 @@ class Mamba2(nn.Module):
         x_BLHP, b_BLGN, c_BLGN = self._maps(u_BLC)
         result = ssd(
             x_BLHP,
-            F.softplus(delta_BLH.float() + self.dt_bias),
-            -self.A_log.float().exp(),
+            _steps(delta_BLH, self.dt_bias),
+            _rates(self.A_log),
             b_BLGN,
             c_BLGN,
             self.D,
@@ -244,7 +240,7 @@ class Mamba2(nn.Module):
             return_state=return_state,
             chunk_size=self.chunk_size,
         )
-        y_BLHP, scan = result if return_state else (result, None)
+        y_BLHP, scan = result if isinstance(result, tuple) else (result, None)
         out_BLD = self.out_proj(self.norm(y_BLHP.flatten(-2), z_BLE))
         if scan is None:
             return out_BLD
@@ -255,14 +251,20 @@ class Mamba2(nn.Module):
         z_BE, inner_BC, delta_BH = self._split(self.in_proj(x_BD))
         u_BC, conv = _conv_step(self.conv1d, inner_BC, state.conv_BKC)
         x_BHP, b_BGN, c_BGN = self._maps(u_BC)
-        delta_BH = F.softplus(delta_BH.float() + self.dt_bias)
-        y_BHP, scan = ssd_step(x_BHP, delta_BH, -self.A_log.float().exp(), b_BGN, c_BGN, self.D, state.scan)
+        delta_BH = _steps(delta_BH, self.dt_bias)
+        y_BHP, scan = ssd_step(x_BHP, delta_BH, _rates(self.A_log), b_BGN, c_BGN, self.D, state.scan)
         return self.out_proj(self.norm(y_BHP.flatten(-2), z_BE)), MambaState(conv, scan)
 
     def empty_state(self, batch: int) -> MambaState:
         """Return the state before the first token."""
         history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.conv_dim)
-        return MambaState(history, self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim))
+        scan = self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim)
+        return MambaState(history, exact(scan)[0])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}x_proj.weight" in state_dict:
+            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-1: load it into a model of Mamba1 blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return projected.split([self.inner, self.conv_dim, self.num_heads], dim=-1)
@@ -279,6 +281,30 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise EspalierError(f"{name} is {size}: give at least 1")
+
+
+def _rates(log_rates: Tensor) -> Tensor:
+    """Return A = −exp(A_log) in float32 or better."""
+    return -exact(log_rates)[0].exp()
+
+
+def _steps(projected: Tensor, bias: Tensor) -> Tensor:
+    """Return Δ = softplus(projection + bias) in float32 or better: bfloat16 would round small steps away."""
+    projected, bias = exact(projected, bias)
+    return F.softplus(projected + bias)
+
+
+def _named(prefix: str) -> str:
+    return repr(prefix.rstrip(".")) if prefix else "the mixer"
+
+
+def _check_input(x: Tensor, dim: int, mask: Tensor | None, state: MambaState | None) -> None:
+    if x.ndim != 3 or x.shape[2] != dim or not x.numel():
+        raise EspalierError(f"the input is {tuple(x.shape)}: give (batch, length, {dim}), neither of them 0")
+    if mask is not None and mask.shape != x.shape[:2]:
+        raise EspalierError(f"mask is {tuple(mask.shape)}: give it the shape {tuple(x.shape[:2])}")
+    if state is not None and state.conv_BKC.shape[0] != x.shape[0]:
+        raise EspalierError(f"the state is for {state.conv_BKC.shape[0]} sequences: give {x.shape[0]}, or no state")
 
 
 def _reset(layer: nn.Linear | nn.Conv1d, generator: torch.Generator | None) -> None:
@@ -314,7 +340,8 @@ def _last_inputs(inputs_BLC: Tensor, history: Tensor | None, mask_BL: Tensor | N
 
 def _conv_step(conv: nn.Conv1d, inputs_BC: Tensor, history_BKC: Tensor) -> tuple[Tensor, Tensor]:
     window_BKC = torch.cat([history_BKC.to(inputs_BC.dtype), inputs_BC[:, None]], dim=1)
-    mixed_BC = (window_BKC.float() * conv.weight.squeeze(1).mT).sum(1)
-    if conv.bias is not None:
-        mixed_BC = mixed_BC + conv.bias
+    window, weight_CK, bias_C = exact(window_BKC, conv.weight.squeeze(1), conv.bias)
+    mixed_BC = (window * weight_CK.mT).sum(1)
+    if bias_C is not None:
+        mixed_BC = mixed_BC + bias_C
     return F.silu(mixed_BC).to(inputs_BC.dtype), window_BKC[:, 1:]

@@ -1,4 +1,4 @@
-"""Arithmetic that must not lose digits: recurrences and decays run in float32 or better under any autocast."""
+"""Arithmetic that must not lose digits: recurrences, decays and inverses run in float32 or better."""
 
 from __future__ import annotations
 
@@ -24,5 +24,21 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
         with torch.autocast(tensor.device.type, enabled=False):
             return function(ctx, tensor, *rest)
+
+    return run
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``function`` out of graphs that ``torch.compile`` makes; ``torch.export`` still sees through it.
+
+    For work that gains nothing from a compiler and loses its in-place updates. ``torch.compiler.disable`` as a
+    decorator would import the compiler with this library, which takes longer than all else in it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return run

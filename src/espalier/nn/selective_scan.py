@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
 from espalier.nn.backend import choose
+from espalier.nn.optional_inputs import check_rest
 from espalier.nn.precision import exact, without_autocast
 
 # Note [Pieces of time in torch]
@@ -56,11 +57,12 @@ def selective_scan(
     Source: arXiv 2312.00752, section 3.
     """
     _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN)
+    check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
     dtype = x_BLE.dtype
     x, delta, a, b, c, d, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
-    name = choose("selective_scan", x).name
+    name = choose("selective_scan", x.device.type)
     if name == "compiled":
         from espalier.nn.kernels.cpu import selective_scan_cpu
 
@@ -102,8 +104,8 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         raise EspalierError(
             f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, N) = {(*x.shape[:2], a.shape[1])}"
         )
-    if not x.shape[1]:
-        raise EspalierError("x has length 0: give at least one token")
+    if not x.numel():
+        raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
 
 
 def _advance(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,7 @@ class _Pieces(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        batch, length, channels = x.shape
+        batch, length, _ = x.shape
         steps = max(1, min(length, _PIECE_NUMBERS // (batch * a.numel())))
         state = x.new_zeros(batch, *a.shape) if initial is None else initial
         y, starts = torch.empty_like(x, memory_format=torch.contiguous_format), []
@@ -143,8 +145,8 @@ class _Pieces(torch.autograd.Function):
         return y, state
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, a, b, c, *starts = ctx.saved_tensors
         dx, ddelta, db, dc = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, b, c))

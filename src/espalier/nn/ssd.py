@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
 from espalier.nn.backend import choose
+from espalier.nn.optional_inputs import check_rest
 from espalier.nn.precision import exact, without_autocast
 
 # Note [Segments]
@@ -18,7 +19,7 @@ from espalier.nn.precision import exact, without_autocast
 # chunks at once needs B·H·L·Q numbers several times over, which leave the cache and the memory bar; doing one chunk at
 # a time makes many small calls. So several chunks, a segment, are done at once, as many as keep the Q×Q matrices near
 # the cache size, and the backward pass recomputes them from the state at the segment's start.
-_SEGMENT_NUMBERS = 1 << 20
+_SEGMENT_NUMBERS = 1 << 18
 
 # Note [No gradient of the Q×Q decays]
 # With c the cumulated log-decay in a chunk, ∂c_i collects Σ_j over the rows minus the columns of (∂M ∘ M). Row sums are
@@ -66,11 +67,13 @@ def ssd(
     Source: arXiv 2405.21060, sections 6 and 7.
     """
     _check(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, chunk_size)
+    batch, length, heads, width = x_BLHP.shape
+    check_rest(d_H, initial_state, mask, (batch, length, heads), (batch, heads, b_BLGN.shape[3], width))
     dtype = x_BLHP.dtype
     x, delta, a, b, c, d, state = exact(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
-    if choose("ssd", x).name == "mamba_ssm":
+    if choose("ssd", x.device.type) == "mamba_ssm":
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
         y, final = ssd_mamba_ssm(x, delta, a, b, c, d, state, chunk_size)
@@ -106,8 +109,8 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size
         raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, G, N)")
     if x.shape[2] % b.shape[2]:
         raise EspalierError(f"{x.shape[2]} heads do not share {b.shape[2]} groups evenly: make heads a multiple of it")
-    if not x.shape[1]:
-        raise EspalierError("x has length 0: give at least one token")
+    if not x.numel():
+        raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
     if chunk_size < 1:
         raise EspalierError(f"chunk_size is {chunk_size}: give at least 1")
 
@@ -241,8 +244,8 @@ class _Chunked(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dfinal = gradients
         x, delta, alpha, b, c, d, y, *states = ctx.saved_tensors

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
-from espalier.init import FilterCovariance, Mimetic, StructureReport, attention_arms, structure_
+from espalier.errors import unknown_name
+from espalier.init import (
+    FilterCovariance,
+    FilterStatistics,
+    Mimetic,
+    MimeticSSM,
+    StructureReport,
+    attention_arms,
+    structure_,
+)
 
 Init = Callable[..., StructureReport | None]
 
@@ -29,7 +39,9 @@ def mimetic(
         preset: ``"vision"`` or ``"language"``.
         strengths: arguments of ``Mimetic`` that replace the preset's, e.g. ``qk=(0.7, 0.7)``.
     """
-    return structure_(model, attention=Mimetic.preset(preset, **strengths), depthwise=None, generator=generator)
+    return structure_(
+        model, attention=Mimetic.preset(preset, **strengths), ssm=None, depthwise=None, generator=generator
+    )
 
 
 def covariance(
@@ -43,7 +55,48 @@ def covariance(
         preset: name of a ``FilterCovariance`` preset.
         switches: arguments of ``FilterCovariance`` that replace the preset's.
     """
-    return structure_(model, attention=None, depthwise=FilterCovariance(preset, **switches), generator=generator)
+    filters = FilterCovariance(preset, **switches)
+    return structure_(model, attention=None, ssm=None, depthwise=filters, generator=generator)
+
+
+def mimetic_ssm(model: nn.Module, generator: torch.Generator, **parts: Any) -> StructureReport | None:
+    """Write mimetic state-space structure (arXiv 2410.11135) and leave every other layer alone.
+
+    Args:
+        model: the network, in place.
+        generator: source of the weights.
+        parts: arguments of ``MimeticSSM``, e.g. ``correlate=0.9`` or ``layers=0``.
+
+    Raises:
+        EspalierError: a part that ``MimeticSSM`` does not have, or a value that it refuses.
+    """
+    known = [field.name for field in fields(MimeticSSM)]
+    for name in parts:
+        if name not in known:
+            raise unknown_name("argument of init 'mimetic_ssm'", name, known)
+    return structure_(model, attention=None, depthwise=None, ssm=MimeticSSM(**parts), generator=generator)
+
+
+def transferred(
+    model: nn.Module, generator: torch.Generator, statistics: str, shrink: str | float = "auto"
+) -> StructureReport | None:
+    """Draw depthwise filters from the covariances of another network's and leave every other layer alone.
+
+    The other network may have another depth, width, patch and kernel (arXiv 2210.03651, section 3).
+
+    Args:
+        model: the network, in place.
+        generator: source of the filters.
+        statistics: file that ``espalier statistics`` wrote.
+        shrink: share of the closed form mixed into each covariance: a number in [0, 1], or ``"auto"`` for the one that
+            the sampling error of the measured filters asks for.
+
+    Raises:
+        EspalierError: the file cannot be read, its kernels have another number of axes, or a bad ``shrink``.
+    """
+    measured = FilterStatistics.load(statistics).shrink(strength=shrink)
+    filters = FilterCovariance(statistics=measured)
+    return structure_(model, attention=None, ssm=None, depthwise=filters, generator=generator)
 
 
 def structured(model: nn.Module, generator: torch.Generator) -> StructureReport | None:
@@ -64,7 +117,9 @@ def _peer(write: Callable[..., None]) -> Init:
 INITS: dict[str, Init] = {
     "default": default,
     "mimetic": mimetic,
+    "mimetic_ssm": mimetic_ssm,
     "covariance": covariance,
+    "transferred": transferred,
     "structured": structured,
     "truncated_normal": _peer(attention_arms.truncated_normal_),
     "uniform_values": _peer(attention_arms.uniform_values_),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError, unknown_name
@@ -16,7 +17,8 @@ KEYWORD_FIELDS = ("data_args", "init_args", "loss_args", "model_args")
 def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Take ``--FIELD.KEY VALUE`` pairs out of ``tokens``; values are JSON where they parse as such, else text.
 
-    These fields are open dictionaries (their keys belong to the model or the data), so no fixed parser knows them.
+    ``--init FILE.safetensors`` is short for ``--init transferred --init-args.statistics FILE.safetensors``. These
+    fields are open dictionaries (their keys belong to the model or the data), so no fixed parser knows them.
 
     Args:
         tokens: command-line arguments.
@@ -29,7 +31,7 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
     """
     rest: list[str] = []
     found: dict[str, dict[str, Any]] = {}
-    stream = iter(tokens)
+    stream = iter(_named_statistics(tokens))
     for token in stream:
         head, dot, tail = token.partition(".")
         if not (head.startswith("--") and dot and head[2:].replace("-", "").replace("_", "").isalpha()):
@@ -52,6 +54,19 @@ def merge_keyword_fields(recipe: Recipe, found: dict[str, dict[str, Any]]) -> Re
     """Return ``recipe`` with the keyword fields of ``found`` laid over its own."""
     changes: dict[str, Any] = {field: {**getattr(recipe, field), **values} for field, values in found.items()}
     return replace(recipe, **changes)
+
+
+def _named_statistics(tokens: Sequence[str]) -> list[str]:
+    spelt: list[str] = []
+    for token in tokens:
+        flag, _, value = token.partition("=") if token.startswith("--init=") else ("", "", token)
+        if value.endswith(".safetensors") and (flag or spelt[-1:] == ["--init"]):
+            spelt = spelt if flag else spelt[:-1]
+            # Absolute: the recipe that is saved beside the run must mean the same file from anywhere.
+            spelt += ["--init", "transferred", "--init-args.statistics", str(Path(value).expanduser().resolve())]
+        else:
+            spelt.append(token)
+    return spelt
 
 
 def _json_or_text(text: str) -> Any:

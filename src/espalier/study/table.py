@@ -38,11 +38,11 @@ def sentence(arm: ArmSummary, summary: Summary) -> str:
     base = summary.arms[0].arm
     if arm.difference is None:
         return f"{arm.arm} against {base}: no paired runs to compare yet"
-    t, points = arm.difference.t, _is_share(summary)
-    size = _number(t.mean, points, sign=True) + (" points" if points else "")
+    t, points = arm.difference.t, is_share(summary)
+    size = number(t.mean, points, sign=True) + (" points" if points else "")
     if not t.defined:
         return f"{arm.arm} against {base}: {size} on one paired seed, no difference shown (n = 1 has no interval)"
-    low, high = (_number(value, points, sign=True) for value in (t.low, t.high))
+    low, high = (number(value, points, sign=True) for value in (t.low, t.high))
     span = f"[{low}, {high}], {t.n} paired seeds"
     if not arm.difference.shown:
         return f"{arm.arm} against {base}: no difference shown, {size} {span}"
@@ -53,13 +53,13 @@ def counts(arm: ArmSummary) -> str:
     """Return how many runs stand behind an arm's numbers, and what became of the others."""
     missing = arm.planned - arm.finished - arm.failed
     parts = [f"{arm.finished} of {arm.planned}" if arm.finished != arm.planned else str(arm.planned)]
-    parts += [f"{number} {word}" for number, word in ((arm.diverged, "diverged"), (arm.failed, "failed")) if number]
+    parts += [f"{count} {word}" for count, word in ((arm.diverged, "diverged"), (arm.failed, "failed")) if count]
     return ", ".join(parts + ([f"{missing} unfinished"] if missing else []))
 
 
 def assumptions(summary: Summary) -> list[str]:
     """Return what the numbers rest on, in a few sentences."""
-    points = _is_share(summary)
+    points = is_share(summary)
     tolerance = f"{100 * summary.tolerance:g} points" if points else f"{summary.tolerance:g}"
     base = summary.arms[0].arm
     return [
@@ -106,12 +106,12 @@ def mean_and_interval(interval: Interval | None, *, percent: bool) -> str:
     """Return ``mean ± half width``; ``n = 1`` where there is no interval, a dash where there is nothing."""
     if interval is None:
         return "–"
-    mean = _number(interval.mean, percent)
-    return f"{mean} ± {_number(interval.high - interval.mean, percent)}" if interval.defined else f"{mean} (n = 1)"
+    mean = number(interval.mean, percent)
+    return f"{mean} ± {number(interval.high - interval.mean, percent)}" if interval.defined else f"{mean} (n = 1)"
 
 
 def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
-    percent, difference = _is_share(summary), arm.difference
+    percent, difference = is_share(summary), arm.difference
     return (
         arm.arm,
         "–" if arm.best_lr is None else f"{arm.best_lr:g}",
@@ -137,21 +137,23 @@ def _window(arm: ArmSummary) -> str:
 def _bracketed(interval: Interval | None, percent: bool, *, mean: bool = True) -> str:
     if interval is None:
         return "–"
-    centre = _number(interval.mean, percent, sign=True)
+    centre = number(interval.mean, percent, sign=True)
     if not interval.defined:
         return f"{centre} (n = 1)" if mean else "–"
-    span = f"[{_number(interval.low, percent, sign=True)}, {_number(interval.high, percent, sign=True)}]"
+    span = f"[{number(interval.low, percent, sign=True)}, {number(interval.high, percent, sign=True)}]"
     return f"{centre} {span}" if mean else span
 
 
-def _number(value: float, percent: bool, *, sign: bool = False) -> str:
+def number(value: float, percent: bool, *, sign: bool = False) -> str:
+    """Return a score as text: in percent with one decimal, or with three digits."""
     # Adding zero turns −0.0 into 0.0.
     text = f"{round(100 * value, 1) + 0.0:+.1f}" if percent else f"{value + 0.0:+.3g}"
     # A minus sign as wide as the plus, and no plus on plain scores.
     return (text if sign else text.removeprefix("+")).replace("-", "−")
 
 
-def _is_share(summary: Summary) -> bool:
+def is_share(summary: Summary) -> bool:
+    """Return whether scores are shares of one, which read better in percent."""
     return summary.metric.endswith("accuracy")
 
 

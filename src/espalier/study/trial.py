@@ -14,7 +14,7 @@ from espalier.recipes import Recipe, apply_arm
 from espalier.train.checkpoint import write_json
 from espalier.train.config import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
 
-STUDY, FAILURE, RESULT = "study.json", "failure.txt", "result.json"
+STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
 
 # Steps of √10 around the recipe's own rate: a factor of 100 in all, fine enough to see where a window ends.
 _AUTO_STEPS = (-2, -1, 0, 1, 2)
@@ -67,7 +67,7 @@ class Study:
     def trial(self, arm: str, lr: float, seed: int) -> Trial:
         """Return one trial."""
         recipe = recipe_from_dict({**recipe_to_dict(self.recipe), **self.arms[arm], "lr": lr, "seed": seed})
-        return Trial(recipe, arm, lr, seed, self.path / "trials" / arm / f"lr={lr:g}" / f"seed={seed}")
+        return Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}")
 
 
 def plan_study(

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from espalier.data.source import IGNORED
 from espalier.errors import EspalierError, unknown_name
 from espalier.recipes.base import Recipe
-
-IGNORED = -100
-"""Target index of the positions that carry no loss."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

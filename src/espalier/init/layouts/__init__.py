@@ -3,6 +3,7 @@
 from espalier.init.layouts import (
     by_name,
     depthwise,
+    mamba,
     qkv_proj,
     torch_attention,
     transformers,
@@ -11,11 +12,20 @@ from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
     Skipped,
+    SSMWeights,
     find_layers,
     register_guess,
     register_layout,
 )
 
-__all__ = ["AttentionWeights", "DepthwiseWeights", "Skipped", "find_layers", "register_guess", "register_layout"]
+__all__ = [
+    "AttentionWeights",
+    "DepthwiseWeights",
+    "SSMWeights",
+    "Skipped",
+    "find_layers",
+    "register_guess",
+    "register_layout",
+]
 
-del by_name, depthwise, qkv_proj, torch_attention, transformers
+del by_name, depthwise, mamba, qkv_proj, torch_attention, transformers

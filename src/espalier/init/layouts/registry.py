@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -41,6 +41,30 @@ class DepthwiseWeights:
 
 
 @dataclass(frozen=True)
+class SSMWeights:
+    """One state-space layer's selection parameters, as views that share storage with its parameters.
+
+    Maps act as ``y = x Wᵀ``. ``w_b`` and ``w_c`` are (G·N, width) with N the state size and G ``groups``; ``w_delta``
+    is (channels or heads, its fan-in); ``a_log`` is (channels, N) in Mamba-1 and (heads,) in Mamba-2; ``conv_weight``
+    is (channels, 1, K) with the newest tap last. ``map_biases`` are biases of W_B and W_C, ``delta_shifts`` what is
+    added to Δ beside ``delta_bias``: both hosts that have them and those that do not start at zero there.
+    """
+
+    family: Literal["mamba1", "mamba2"]
+    w_b: Tensor
+    w_c: Tensor
+    w_delta: Tensor
+    delta_bias: Tensor
+    a_log: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None = None
+    groups: int = 1
+    map_biases: tuple[Tensor, ...] = ()
+    delta_shifts: tuple[Tensor, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A layer that was recognised and must be left alone, and why."""
 
@@ -48,10 +72,10 @@ class Skipped:
     reason: str
 
 
-Weights = AttentionWeights | DepthwiseWeights
+Weights = AttentionWeights | DepthwiseWeights | SSMWeights
 Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
-_AnyLayout = TypeVar("_AnyLayout", bound=Layout)
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 _LAYOUTS: dict[str, Layout] = {}
 _GUESSES: list[Layout] = []
@@ -60,27 +84,27 @@ _GUESSES: list[Layout] = []
 _CROSS = re.compile(r"(^|\.)(cross_?att\w*|encoder_attn|enc_?dec_?att\w*)$", re.IGNORECASE)
 
 
-def register_layout(host: str | type[nn.Module]) -> Callable[[_AnyLayout], _AnyLayout]:
+def register_layout(host: str | type[nn.Module]) -> Callable[[AnyLayout], AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
-    The function takes a module and returns views of its weights (``AttentionWeights``, ``DepthwiseWeights``),
-    ``Skipped`` with a reason, a mapping of these by the names of its children (for a module that holds several layers),
-    or ``None`` when this instance is none of its business. It serves subclasses too, unless they have their own. A
-    class may be named by its dotted path, so that no library need be imported.
+    The function takes a module and returns views of its weights (``AttentionWeights``, ``SSMWeights``,
+    ``DepthwiseWeights``), ``Skipped`` with a reason, a mapping of these by the names of its children (for a module that
+    holds several layers), or ``None`` when this instance is none of its business. It serves subclasses too, unless they
+    have their own. A class may be named by its dotted path, so that no library need be imported.
 
     Args:
         host: the class, or its dotted path such as ``"transformers.models.vit.modeling_vit.ViTAttention"``.
     """
     path = host if isinstance(host, str) else _path(host)
 
-    def register(layout: _AnyLayout) -> _AnyLayout:
+    def register(layout: AnyLayout) -> AnyLayout:
         _LAYOUTS[path] = layout
         return layout
 
     return register
 
 
-def register_guess(layout: _AnyLayout) -> _AnyLayout:
+def register_guess(layout: AnyLayout) -> AnyLayout:
     """Ask this layout about modules of classes that nobody registered (decorator); its note says that it guessed."""
     _GUESSES.append(layout)
     return layout

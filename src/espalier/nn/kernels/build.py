@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,15 +31,16 @@ def build() -> Path:
     Raises:
         KernelBuildError: no C++ compiler, no writable cache folder, or the compilation failed.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if not compiler or not shutil.which(compiler):
-        raise KernelBuildError("no C++ compiler found (g++, clang++ or $CXX)")
+    named = shlex.split(os.environ.get("CXX", ""))
+    compiler = named or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
+    if not compiler or not shutil.which(compiler[0]):
+        raise KernelBuildError(f"no C++ compiler found ({' '.join(named) or 'g++, clang++ or $CXX'})")
     flags = [*_FLAGS, *_processor_flags()]
-    key = "\n".join([SOURCE.read_text(), compiler, _version(compiler), *flags, _processor(), torch.__version__])
+    key = "\n".join([SOURCE.read_text(), *compiler, _version(compiler), *flags, _processor(), torch.__version__])
     target = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            return target
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
             part = Path(scratch) / target.name
@@ -57,19 +59,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "espalier"
 
 
-def _compile(compiler: str, flags: list[str], out: Path) -> None:
+def _compile(compiler: list[str], flags: list[str], out: Path) -> None:
     """Compile with threads if that works, else without; raise with the compiler's first complaint."""
     complaint = ""
     for threads in (["-fopenmp", *_torch_openmp()], ["-fopenmp"], []):
-        command = [compiler, *flags, str(SOURCE), "-o", str(out), *threads]
+        command = [*compiler, *flags, str(SOURCE), "-o", str(out), *threads]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelBuildError(f"{compiler} did not run: {error}") from error
+            raise KernelBuildError(f"{compiler[0]} did not run: {error}") from error
         if done.returncode == 0:
             return
         complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-    raise KernelBuildError(f"{compiler} failed: {complaint}")
+    raise KernelBuildError(f"{compiler[0]} failed: {complaint}")
 
 
 def _torch_openmp() -> list[str]:
@@ -92,8 +94,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _version(compiler: str) -> str:
+def _version(compiler: list[str]) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise KernelBuildError(f"{compiler} --version failed: {error}") from error
+        raise KernelBuildError(f"{compiler[0]} --version failed: {error}") from error

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import torch
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
-
-from espalier.errors import require
 
 
 def selective_scan_mamba_ssm(
     x_BLE: Tensor, delta_BLE: Tensor, a_EN: Tensor, b_BLN: Tensor, c_BLN: Tensor, d_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run ``selective_scan_fn``, whose tensors are channel-first, and return (y, final state)."""
-    scan = require("mamba_ssm.ops.selective_scan_interface", "peers").selective_scan_fn
     x, delta, b, c = (t.transpose(1, 2).contiguous() for t in (x_BLE, delta_BLE, b_BLN, c_BLN))
-    y, state = scan(x, delta, a_EN, b, c, d_E, return_last_state=True)
+    y, state = selective_scan_fn(x, delta, a_EN, b, c, d_E, return_last_state=True)
     return y.transpose(1, 2), state
 
 
@@ -29,10 +28,9 @@ def ssd_mamba_ssm(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Run ``mamba_chunk_scan_combined``, whose states are (B, H, P, N), and return (y, final state)."""
-    scan = require("mamba_ssm.ops.triton.ssd_combined", "peers").mamba_chunk_scan_combined
     initial = None if initial_BHNP is None else initial_BHNP.mT.contiguous()
     with torch.autocast(x_BLHP.device.type, enabled=False):
-        y, state = scan(
+        y, state = mamba_chunk_scan_combined(
             *(t.contiguous() for t in (x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN)),
             chunk_size,
             D=d_H,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.nn.precision import without_autocast
 from espalier.nn.spectral.planes import product
 
 
@@ -56,6 +57,43 @@ def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 _kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def tap_angles(
+    size: Sequence[int], offsets: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+) -> Angles:
+    """Return the angles of a correlation's taps: tap o turns by ``2π Σ_a f_a o_a / n_a`` at the frequency f.
+
+    Args:
+        size: of the images, (n_a). Frequencies are those of ``analyse``, in its order.
+        offsets: per axis, where its taps lie relative to the output pixel.
+        dtype: of the result, which is computed in float64 and kept for later calls.
+        device: of the result.
+    """
+    build = _build_angles if torch.compiler.is_compiling() else _kept_angles
+    return build(tuple(size), tuple(tuple(o) for o in offsets), dtype, device)
+
+
+def _build_angles(
+    size: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
+) -> Angles:
+    theta = torch.zeros(1, 1, dtype=torch.float64)
+    for axis, (n, taps) in enumerate(zip(size, offsets, strict=True)):
+        count = n // 2 + 1 if axis == len(size) - 1 else n
+        turns = torch.outer(torch.arange(count), torch.tensor(taps)) % n
+        here = turns.double() * (2 * math.pi / n)
+        theta = (theta[:, None, :, None] + here[None, :, None, :]).reshape(theta.shape[0] * count, -1)
+    return Angles(theta.cos().to(device, dtype), theta.sin().to(device, dtype))
+
+
+_kept_angles = functools.lru_cache(maxsize=64)(_build_angles)
 
 
 def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
@@ -113,6 +151,7 @@ class Analyse(torch.autograd.Function):
         return analyse(x, ctx.tables)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the images."""
         return Synthesise.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
@@ -128,6 +167,7 @@ class Synthesise(torch.autograd.Function):
         return synthesise(spectrum, ctx.tables)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the spectra."""
         return Analyse.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))

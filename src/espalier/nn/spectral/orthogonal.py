@@ -13,20 +13,16 @@ are rows here, so N z = x reads z·Nᵀ = x. Gradients are those of real planes:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from espalier.nn.precision import without_autocast
+from espalier.nn.spectral.dft import Angles
 from espalier.nn.spectral.factor import factor_, solve
-from espalier.nn.spectral.planes import Planes, add_gram_, invert_, product, transpose
-
-
-class Angles(NamedTuple):
-    """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
-
-    cos: Tensor
-    sin: Tensor
+from espalier.nn.spectral.planes import Planes, add_gram_, product, transpose
 
 
 def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
@@ -52,29 +48,6 @@ def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
     v = emit(angles.cos, taps[:, :, n:]), emit(angles.sin, taps[:, :, n:])
     add_gram_(n_planes, v)
     return n_planes, v
-
-
-def spectrum(taps: Tensor, angles: Angles, *, wide: bool) -> tuple[Tensor, Tensor]:
-    """Return the planes of Qᵀ, (F·G, cin, cout), ready to multiply rows: what evaluation caches.
-
-    Args:
-        taps: as for ``system``.
-        angles: as for ``system``.
-        wide: whether the taps were transposed.
-    """
-    n_planes, v = system(taps, angles)
-    size = n_planes[0].shape[-1]
-    inverse = invert_(n_planes)
-    below = None if v is None else product(v, inverse, alpha=-2.0)
-    q_r, q_i = inverse[0].mul_(2), inverse[1].mul_(2) if inverse[1] is not None else None
-    q_r.diagonal(dim1=1, dim2=2).sub_(1)
-    assert q_i is not None
-    if below is not None and below[1] is not None:
-        q_r, q_i = torch.cat((q_r, below[0]), 1), torch.cat((q_i, below[1]), 1)
-    assert q_r.shape[-1] == size
-    if wide:  # Q is the transpose of what was built, so Qᵀ is it
-        return q_r, q_i
-    return q_r.mT.contiguous(), q_i.mT.contiguous()
 
 
 class ApplyCayley(torch.autograd.Function):
@@ -109,16 +82,16 @@ class ApplyCayley(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
-        saved = ctx.saved_tensors
-        factor, z, v, x2 = (saved[i : i + 2] or None for i in (0, 2, 4, 6))
+        factor, z, *rest = zip(ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True)
+        v, x2 = rest[0] if rest else None, rest[1] if len(rest) > 1 else None
         n = factor[0].shape[-1]
         steps = _backward_wide if ctx.wide else _backward_tall
-        need_taps = ctx.needs_input_grad[1]
-        grad_x, grad_n, grad_v = steps((grad[0], grad[1]), factor, z, v, x2, n, need_taps)
-        grad_taps = _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape) if need_taps else None
+        grad_x, grad_n, grad_v = steps((grad[0], grad[1]), factor, z, v, x2, n, ctx.needs_input_grad[1])
+        grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape)
         return grad_x, grad_taps, None, None, None
 
 
@@ -128,7 +101,7 @@ def _both(a: Planes) -> tuple[Tensor, Tensor]:
 
 
 def _backward_tall(
-    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: None, n: int, need_taps: bool
+    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: Planes | None, n: int, need_taps: bool
 ) -> tuple[Tensor, Planes | None, Planes | None]:
     """Nᴴu = 2g₁ − 2Vᴴg₂, ∂x = u − g₁, ∂N = −uzᴴ, ∂V = −2g₂zᴴ."""
     head = grad if v is None else (grad[0][:, :, :n].contiguous(), grad[1][:, :, :n].contiguous())
@@ -169,7 +142,7 @@ def _backward_wide(
 
 def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles, shape: tuple[int, ...]) -> Tensor:
     """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
-    count, groups, rows, n = shape
+    count, groups, _, n = shape
     real, imag = _both(grad_n)
 
     def gather(table: Tensor, planes: Tensor) -> Tensor:
@@ -185,11 +158,7 @@ def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: An
     return torch.cat((top, gather(angles.cos, v_r) + gather(angles.sin, v_i)), dim=2)
 
 
-@torch.compiler.disable
 def apply_cayley(x: Tensor, taps: Tensor, angles: Angles, *, wide: bool) -> Tensor:
-    """Return the orthogonal operator of ``taps`` applied to ``x``; see ``ApplyCayley``.
-
-    Kept out of compiled graphs: in-place planes and small LAPACK leaves gain nothing from a compiler.
-    """
+    """Return the orthogonal operator of ``taps`` applied to ``x``; see ``ApplyCayley``."""
     result: Tensor = ApplyCayley.apply(x, taps, angles.cos, angles.sin, wide)
     return result

@@ -1,0 +1,152 @@
+"""How fast is our ConvMixer beside the paper's definition and timm's class, by memory layout, precision and compiler?
+
+    python benchmarks/convmixer.py [--shapes 256/8-k5-p2 …] [--rounds 5] [--threads 1] [--device cpu] [--compile]
+
+Every way takes the same batch of one shape; ways alternate within a round, so that a drift of the machine's speed
+touches all. Medians over the rounds, and ratios to the paper's definition in the contiguous layout: above 1 is faster.
+The weights are equal; what differs is the memory layout, the class and, for inference, the folded norms of ``fuse``.
+``--blocks`` cuts the depth: every block costs the same, so ratios hardly move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.models import ConvMixer, fuse
+from espalier.models.convmixer_checkpoints import convert_state
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reference.convmixer_original import original_convmixer
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One network and the batch it is timed on."""
+
+    dim: int
+    depth: int
+    kernel: int
+    patch: int
+    pixels: int
+    batch: int
+
+
+SHAPES = {
+    "256/8-k5-p2": Shape(256, 8, 5, 2, 32, 16),
+    "256/8-k9-p1": Shape(256, 8, 9, 1, 32, 4),
+    "768/32-k7-p7": Shape(768, 32, 7, 7, 224, 2),
+}
+
+
+def networks(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield every way: its name, its network and the layout of its input."""
+    arguments = (shape.dim, shape.depth, shape.kernel, shape.patch)
+    ours = ConvMixer(*arguments, num_classes=10)
+    plain = original_convmixer(*arguments, 10)
+    plain.load_state_dict(convert_state(ours.state_dict(), "original"))
+    ways: dict[str, nn.Module] = {"plain": plain, "ours": ours, "ours, fused": fuse(ours)}
+    try:
+        from timm.models.convmixer import ConvMixer as TimmConvMixer
+    except ImportError:
+        print("timm cannot be imported: its class is left out")
+    else:
+        ways["timm"] = TimmConvMixer(*arguments, num_classes=10)
+        ways["timm"].load_state_dict(ours.state_dict())
+    for name, net in ways.items():
+        for layout, memory_format in LAYOUTS.items():
+            placed = copy.deepcopy(net).to(device).to(memory_format=memory_format)
+            yield f"{name}, {layout}", placed, layout
+            if compiled:
+                yield f"{name}, {layout}, compiled", torch.compile(copy.deepcopy(placed)), layout
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Return how long one call takes, the device's queue included."""
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def training_step(net: nn.Module, x: Tensor, autocast: Callable[[], Any]) -> None:
+    """Take one forward and backward pass."""
+    net.train()
+    net.zero_grad(set_to_none=True)
+    with autocast():
+        loss = net(x).float().square().mean()
+    loss.backward()
+
+
+def inference(net: nn.Module, x: Tensor, autocast: Callable[[], Any]) -> None:
+    """Take one forward pass without a graph."""
+    net.eval()
+    with torch.no_grad(), autocast():
+        net(x)
+
+
+def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the median seconds of every way, for training and for inference."""
+    device = options.device
+
+    def autocast() -> Any:
+        return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    x = torch.randn(shape.batch, 3, shape.pixels, shape.pixels, device=device)
+    times: dict[str, dict[str, list[float]]] = {"training step": {}, "inference": {}}
+    ways = list(networks(shape, device, options.compile))
+    for round_number in range(options.rounds + 1):
+        for name, net, layout in ways:
+            inputs = x.contiguous(memory_format=LAYOUTS[layout])
+            for kind, run in (("training step", training_step), ("inference", inference)):
+                if kind == "training step" and "fused" in name:
+                    continue
+                taken = seconds(lambda net=net, inputs=inputs, run=run: run(net, inputs, autocast), device)
+                if round_number:  # the first one warms up and compiles
+                    times[kind].setdefault(name, []).append(taken)
+    return {kind: {name: statistics.median(t) for name, t in rows.items()} for kind, rows in times.items()}
+
+
+def main() -> None:
+    """Print the medians and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
+    parser.add_argument("--precisions", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=2, help="depth to time; 0 for the network's own")
+    parser.add_argument("--batch", type=int, default=0, help="0 for the shape's own")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {where}, medians of {options.rounds} rounds")
+    for name in options.shapes:
+        shape = SHAPES[name]
+        shape = replace(shape, depth=options.blocks or shape.depth, batch=options.batch or shape.batch)
+        for precision in options.precisions:
+            for kind, medians in measure(shape, precision, options).items():
+                base = medians["plain, contiguous"]
+                print(f"\n{name}, {shape.depth} blocks, batch {shape.batch}, {precision}, {kind}")
+                for way, median in medians.items():
+                    print(f"  {way:<36} {median * 1e3:9.1f} ms  {base / median:5.2f}×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A certificate: what was proved about a network on some images, to read, to print and to keep."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Self
+
+from espalier.errors import EspalierError
+from espalier.train.checkpoint import write_json
+
+EPSILONS = (36 / 255, 72 / 255, 108 / 255)
+"""The radii of the literature, in [0, 1] pixel units."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Radii within which the predictions on some images cannot change; made by ``espalier.certify.certify``."""
+
+    radii: tuple[float, ...] = field(repr=False)
+    """ℓ2 radius of every image in [0, 1] pixel units; 0 where the prediction is wrong or nothing is proved."""
+    labels: tuple[int, ...] = field(repr=False)
+    """Class of every image."""
+    predictions: tuple[int, ...] = field(repr=False)
+    """Class that the network gives it."""
+    lipschitz: float
+    """Constant of the network below its last layer if ``last_layer``, else of the whole network."""
+    last_layer: bool
+    """Whether the rows of the last layer were used pair by pair."""
+    rounding: float
+    """Largest difference between a score in float64 and as the network computes it."""
+    assumptions: tuple[str, ...] = field(repr=False)
+    """What the certificate rests on, in words."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.radii)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of the images that are classified correctly, unperturbed."""
+        return sum(y == p for y, p in zip(self.labels, self.predictions, strict=True)) / len(self)
+
+    def certified(self, eps: float) -> list[bool]:
+        """Return for every image whether its prediction is right and provably stays so within ``eps``."""
+        if not eps >= 0:
+            raise EspalierError(f"eps {eps}: give a radius from 0, in [0, 1] pixel units")
+        return [radius > eps for radius in self.radii]
+
+    def certified_accuracy(self, eps: float) -> float:
+        """Return the share of the images whose prediction is right and provably stays so within ``eps``."""
+        return sum(self.certified(eps)) / len(self)
+
+    def table(self, eps: Sequence[float] = EPSILONS) -> str:
+        """Return clean and certified accuracy as plain text, and what they rest on."""
+        rows = [("ε", "certified accuracy"), ("0 (clean)", f"{100 * self.clean_accuracy:.2f} %")]
+        rows += [(in_255(value), f"{100 * self.certified_accuracy(value):.2f} %") for value in eps]
+        width = max(len(left) for left, _ in rows)
+        lines = [f"{left:<{width}}  {right:>18}" for left, right in rows]
+        lines.insert(1, f"{'─' * width}  {'─' * 18}")
+        median = sorted(self.radii)[len(self) // 2]
+        summary = f"{len(self)} images; median radius {median:.4g}; Lipschitz constant {self.lipschitz:.6g}"
+        return "\n".join([*lines, "", summary, *(f"- {text}" for text in self.assumptions)])
+
+    def __str__(self) -> str:
+        """Return the table at the radii of the literature."""
+        return self.table()
+
+    def save(self, path: Path | str) -> Path:
+        """Write the certificate as JSON, whole or not at all, and return the path."""
+        path = Path(path)
+        values = asdict(self)
+        values["radii"] = [radius if math.isfinite(radius) else None for radius in self.radii]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a certificate that ``save`` wrote.
+
+        Raises:
+            EspalierError: missing file, not JSON, or not a certificate.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise EspalierError(f"cannot read certificate {path}: {error}") from error
+        names = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise EspalierError(f"{path} is not a certificate: its fields must be {', '.join(sorted(names))}")
+        return cls(**{name: _frozen(value) for name, value in values.items()})
+
+
+def in_255(eps: float) -> str:
+    """Return a radius as text, as k/255 where it is that."""
+    share = Fraction(eps * 255).limit_denominator(100)
+    whole = share.denominator == 1 and share.numerator > 0 and math.isclose(eps * 255, share.numerator, rel_tol=1e-9)
+    return f"{share.numerator}/255" if whole else f"{eps:g}"
+
+
+def _frozen(value: Any) -> Any:
+    # Only radii hold None: an infinite radius, for which JSON has no number.
+    return tuple(math.inf if item is None else item for item in value) if isinstance(value, list) else value

@@ -1,0 +1,126 @@
+"""Text, one token a character, as a source of windows: the control on which recall is not the point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.errors import EspalierError, unknown_name
+from espalier.randomness import derive_generator
+
+if TYPE_CHECKING:
+    from espalier.recipes.base import Recipe
+
+
+class TextSource:
+    """A ``Source`` of windows of a text; the target of every character is the next one.
+
+    The vocabulary is the set of characters of the whole text, in the order of their code points. The first nine tenths
+    train, at places drawn at random; the rest is the test, in windows side by side (a ragged rest is dropped).
+
+    Args:
+        text: the text.
+        length: characters of a window.
+        steps_per_epoch: batches called an epoch; as many as the training text has windows for if none is given.
+        eval_examples: windows of the test, spread evenly over it; all if none is given.
+
+    Raises:
+        EspalierError: a text too short for one window in either part.
+    """
+
+    def __init__(
+        self, text: str, length: int = 256, *, steps_per_epoch: int | None = None, eval_examples: int | None = None
+    ) -> None:
+        self.length = positive_int("length", length)
+        self._steps = None if steps_per_epoch is None else positive_int("steps_per_epoch", steps_per_epoch)
+        codes_N = torch.tensor([ord(character) for character in text], dtype=torch.long)
+        points_V, tokens_N = codes_N.unique(return_inverse=True)
+        self.characters = "".join(map(chr, points_V.tolist()))
+        cut = len(text) * 9 // 10
+        windows = (len(text) - cut - 1) // length
+        if windows < 1:
+            raise EspalierError(
+                f"length {length} is too long for a text of {len(text)} characters, a tenth of which is the test: "
+                f"give at most {max(0, len(text) - cut - 1)}, or a longer text"
+            )
+        self._train_N = tokens_N[:cut]
+        self._test_WL = tokens_N[cut : cut + windows * length].view(windows, length)
+        self._next_WL = tokens_N[cut + 1 : cut + windows * length + 1].view(windows, length)
+        if eval_examples is not None:
+            kept_E = torch.linspace(0, windows - 1, min(positive_int("eval_examples", eval_examples), windows)).long()
+            self._test_WL, self._next_WL = self._test_WL[kept_E], self._next_WL[kept_E]
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """The number of different characters."""
+        return {"vocab_size": len(self.characters)}
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """The last tenth of the text alone."""
+        return ("test",)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the text to ``device`` and return the source."""
+        self._train_N, self._test_WL, self._next_WL = (
+            tokens.to(device) for tokens in (self._train_N, self._test_WL, self._next_WL)
+        )
+        return self
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return the number of batches called an epoch."""
+        return self._steps or len(self._train_N) // (batch_size * self.length)
+
+    def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return batch ``step`` of ``epoch``: windows (B, L) at random places and the characters that follow each.
+
+        Raises:
+            IndexError: the epoch has no such step.
+        """
+        if not 0 <= step < self.steps_per_epoch(batch_size):
+            raise IndexError(f"step {step} of {self.steps_per_epoch(batch_size)} with batch_size {batch_size}")
+        device = self._train_N.device
+        generator = derive_generator(seed, "train", epoch, step, device=device)
+        starts_B = torch.randint(len(self._train_N) - self.length, (batch_size,), generator=generator, device=device)
+        window_BL = self._train_N[starts_B[:, None] + torch.arange(self.length + 1, device=device)]
+        return window_BL[:, :-1], window_BL[:, 1:]
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test windows in the order of the text.
+
+        Raises:
+            EspalierError: unknown split.
+        """
+        if split not in self.eval_splits:
+            raise unknown_name("split", split, self.eval_splits)
+        yield from zip(self._test_WL.split(batch_size), self._next_WL.split(batch_size), strict=True)
+
+
+def text_source(recipe: Recipe) -> TextSource:
+    """Return a text file, or the ``input.txt`` of a folder (arguments: ``length``, and the counts).
+
+    ``steps_per_epoch`` and ``eval_examples`` default to the whole text. The file is ``data_path``, else what
+    ``$ESPALIER_DATA`` holds under the name of the dataset.
+    """
+    defaults = {"length": 256, "steps_per_epoch": None, "eval_examples": None}
+    return TextSource(read_text(find_data(recipe, recipe.dataset)), **read_arguments(recipe, defaults))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file, or the ``input.txt`` of a folder.
+
+    Raises:
+        EspalierError: there is none, or it is not UTF-8 text.
+    """
+    file = path / "input.txt" if path.is_dir() else path
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise EspalierError(f"{path} holds no input.txt: name the text file itself with --data") from None
+    except UnicodeDecodeError as error:
+        raise EspalierError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None

@@ -1,0 +1,84 @@
+"""Where Mamba mixers keep B, C, Δ, A and the convolution: every library kept the reference implementation's names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from espalier.init.layouts.registry import Found, Skipped, SSMWeights, refuse_parametrized, register_layout
+
+_TRANSFORMERS = "transformers.models."
+
+
+@register_layout("espalier.nn.mamba.Mamba1")
+@register_layout("mamba_ssm.modules.mamba_simple.Mamba")
+@register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer")
+@register_layout(_TRANSFORMERS + "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer")
+@register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer")
+def mamba1(module: nn.Module) -> Found:
+    """Return views into ``x_proj`` (rows Δ-rank, B, C), ``dt_proj``, ``A_log`` and ``conv1d``."""
+    if refused := refuse_parametrized(module, "ssm"):
+        return refused
+    rates, taps, conv_bias = _common(module)
+    maps, steps = _linear(module, "x_proj"), _linear(module, "dt_proj")
+    size, rank = rates.shape[1], steps.in_features
+    _, w_b, w_c = maps.weight.detach().split([rank, size, size])
+    return SSMWeights(
+        "mamba1", w_b, w_c, steps.weight.detach(), steps.bias.detach(), rates, taps, conv_bias,
+        map_biases=() if maps.bias is None else (maps.bias.detach()[rank:],),
+        note="B, C and the step are normalised after their maps" if hasattr(module, "b_layernorm") else "",
+    )  # fmt: skip
+
+
+@register_layout("espalier.nn.mamba.Mamba2")
+@register_layout("mamba_ssm.modules.mamba2.Mamba2")
+@register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer")
+@register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer")
+@register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer")
+@register_layout(_TRANSFORMERS + "zamba2.modeling_zamba2.Zamba2MambaMixer")
+@register_layout(_TRANSFORMERS + "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer")
+@register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
+def mamba2(module: nn.Module) -> Found:
+    """Return views into ``in_proj``, whose last rows are B, C and Δ, and ``dt_bias``, ``A_log`` and ``conv1d``."""
+    if refused := refuse_parametrized(module, "ssm"):
+        return refused
+    rates, taps, conv_bias = _common(module)
+    groups = _first_of(module, "groups", "n_groups", "ngroups")
+    share = groups * _first_of(module, "state_size", "ssm_state_size", "d_state")
+    maps, heads = _linear(module, "in_proj"), len(rates)
+    # From the end: a mamba_ssm mixer may have an MLP's rows before z.
+    parts = [maps.out_features - 2 * share - heads, share, share, heads]
+    _, w_b, w_c, w_delta = maps.weight.detach().split(parts)
+    biases: list[Tensor] = [] if maps.bias is None else list(maps.bias.detach().split(parts))
+    return SSMWeights(
+        "mamba2", w_b, w_c, w_delta, module.get_parameter("dt_bias").detach(), rates, taps, conv_bias, groups,
+        map_biases=tuple(biases[1:3]), delta_shifts=tuple(biases[3:]),
+        note="B, C and the step are multiplied by fixed factors" if hasattr(module, "mup_vector") else "",
+    )  # fmt: skip
+
+
+@register_layout(_TRANSFORMERS + "zamba.modeling_zamba.ZambaMambaMixer")
+def zamba(module: nn.Module) -> Found:
+    """Leave it alone: it keeps one set of maps a head in bare tensors."""
+    return Skipped("ssm", "Zamba keeps a set of maps a head: no layout yet")
+
+
+def _common(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return ``A_log`` and the convolution's taps and bias."""
+    conv = module.get_submodule("conv1d")
+    assert isinstance(conv, nn.Conv1d)
+    bias = None if conv.bias is None else conv.bias.detach()
+    return module.get_parameter("A_log").detach(), conv.weight.detach(), bias
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _first_of(module: nn.Module, *names: str) -> int:
+    """Return the number that libraries call by different names."""
+    for name in names:
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise AttributeError(f"it has none of {', '.join(names)}")

@@ -1,0 +1,278 @@
+"""Networks that are 1-Lipschitz by construction, from orthogonal convolutions: what ``espalier.certify`` is for."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+from espalier.errors import EspalierError, unknown_name
+from espalier.models.orthogonal_layers import orthogonal_conv
+from espalier.nn.cayley_conv import CayleyConv2d
+from espalier.nn.cayley_linear import CayleyLinear
+from espalier.nn.lipschitz import ConvexSum, InvertibleDownsampling, MaxMin, NormalizedLinear, ScaledAvgPool2d
+
+HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
+
+
+class LipschitzNet(nn.Sequential):
+    """A feature extractor and a head, run one after the other, with timm's contract.
+
+    It is a plain ``nn.Sequential`` of ``features`` and ``head``, which is why a certificate can walk it.
+
+    Args:
+        features: 1-Lipschitz modules, the last of which returns (B, num_features).
+        num_features: width of the features.
+        num_classes: classes; 0 leaves the head out.
+        head: ``"orthogonal"`` (Cayley, orthonormal rows) or ``"normalized"`` (rows of unit norm).
+
+    Raises:
+        EspalierError: an unknown head.
+    """
+
+    def __init__(self, features: Iterable[nn.Module], num_features: int, num_classes: int, head: str) -> None:
+        if head not in HEADS:
+            raise unknown_name("head", head, HEADS)
+        super().__init__(OrderedDict(features=nn.Sequential(*features), head=nn.Identity()))
+        self.num_features, self.embed_dim, self.head_kind = num_features, num_features, head
+        self.grad_checkpointing = False
+        self.reset_classifier(num_classes)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every parameter; callable again, also after ``to_empty()``. Layers of other libraries are left alone.
+
+        | parameter | distribution |
+        |---|---|
+        | Cayley weights and biases, normalised head | uniform on ±1/√fan-in; α is the norm of the weights |
+        | coefficients of convex sums | their starting value, no draw |
+        """
+        for module in self.modules():
+            if isinstance(module, CayleyConv2d | CayleyLinear | NormalizedLinear | ConvexSum):
+                module.reset_parameters(generator)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the features (B, num_features)."""
+        features: nn.Sequential = self.features  # type: ignore[assignment]
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            kept: Tensor = checkpoint_sequential(features, math.isqrt(len(features)), x, use_reentrant=False)
+            return kept
+        return features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Classify features; return them as they are with ``pre_logits``."""
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
+        self.num_classes = num_classes
+        fresh = HEADS[self.head_kind](self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = fresh.to(next(self.parameters()))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in the backward pass of ``forward_features`` to save memory."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns that group parameters by layer."""
+        return {"stem": r"^features\.0\.", "blocks": r"^features\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters exempt from weight decay: scales and mixing coefficients."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("alpha", "logit"))}
+
+
+class KWLarge(LipschitzNet):
+    """The network of the Cayley paper's main table: four convolutions and three linear layers, with MaxMin between.
+
+    conv(w, 3) → conv(w, stride 2) → conv(2w, 3) → conv(2w, stride 2) → linear(16w) → linear(512) → head. The strided
+    layers have one coarse tap: a matrix on blocks of 2×2 pixels, as the original's turn out to be.
+
+    Args:
+        width: w, 32 in the paper.
+        hidden: outputs of the first linear layer; 16·width if None.
+        img_size: side of the images, or (height, width), divisible by 4.
+        in_chans: channels of the images.
+        num_classes: classes; 0 leaves the head out.
+        layer: ``"cayley"``, or a convolution of the library orthogonium: ``"aoc"`` or ``"soc"``.
+        head: see ``LipschitzNet``.
+
+    Source: arXiv 2104.07167, section 5, after Wong & Kolter's large net (arXiv 1805.12514).
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        hidden: int | None = None,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        layer: str = "cayley",
+        head: str = "orthogonal",
+    ) -> None:
+        rows, columns = _sides(img_size, 4)
+        hidden = 16 * width if hidden is None else hidden
+        features = [
+            *_conv(layer, in_chans, width, 3),
+            *_conv(layer, width, width, 1, stride=2),
+            *_conv(layer, width, 2 * width, 3),
+            *_conv(layer, 2 * width, 2 * width, 1, stride=2),
+            nn.Flatten(),
+            CayleyLinear(2 * width * rows * columns // 16, hidden),
+            MaxMin(),
+            CayleyLinear(hidden, hidden),
+            MaxMin(),
+        ]
+        super().__init__(features, hidden, num_classes, head)
+
+
+class LipschitzResNet9(LipschitzNet):
+    """ResNet-9 of orthogonal convolutions: convex sums in place of residuals, no norms, scaled pooling.
+
+    conv(w) → conv(2w, stride 2) → [2w, 2w] → conv(4w, stride 2) → conv(8w, stride 2) → [8w, 8w] → pool → head, with
+    MaxMin after every convolution; [ ] is (1 − c)·x + c·f(x).
+
+    Args:
+        width: w.
+        img_size: side of the images, or (height, width), divisible by 8.
+        in_chans: channels of the images.
+        num_classes: classes; 0 leaves the head out.
+        layer: see ``KWLarge``.
+        head: see ``LipschitzNet``.
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        layer: str = "cayley",
+        head: str = "orthogonal",
+    ) -> None:
+        _sides(img_size, 8)
+        features = [
+            *_conv(layer, in_chans, width, 3),
+            *_conv(layer, width, 2 * width, 3, stride=2),
+            _convex(layer, 2 * width),
+            *_conv(layer, 2 * width, 4 * width, 3, stride=2),
+            *_conv(layer, 4 * width, 8 * width, 3, stride=2),
+            _convex(layer, 8 * width),
+            ScaledAvgPool2d(),
+            nn.Flatten(),
+        ]
+        super().__init__(features, 8 * width, num_classes, head)
+
+
+class LipschitzWideResNet(LipschitzNet):
+    """Wide ResNet of orthogonal convolutions: three stages of ``blocks`` convex sums of two convolutions.
+
+    conv(16) → [16w]·n → conv(32w, stride 2) → [32w]·n → conv(64w, stride 2) → [64w]·n → pool → head.
+
+    Args:
+        widen: w, the factor of the widths.
+        blocks: n, convex sums per stage.
+        img_size: side of the images, or (height, width), divisible by 4.
+        in_chans: channels of the images.
+        num_classes: classes; 0 leaves the head out.
+        layer: see ``KWLarge``.
+        head: see ``LipschitzNet``.
+    """
+
+    def __init__(
+        self,
+        widen: int = 4,
+        blocks: int = 1,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        layer: str = "cayley",
+        head: str = "orthogonal",
+    ) -> None:
+        _sides(img_size, 4)
+        features: list[nn.Module] = [*_conv(layer, in_chans, 16, 3), *_conv(layer, 16, 16 * widen, 3)]
+        for stage in range(3):
+            dim = 16 * widen * 2**stage
+            if stage:
+                features += _conv(layer, dim // 2, dim, 1, stride=2)
+            features += [_convex(layer, dim) for _ in range(blocks)]
+        super().__init__([*features, ScaledAvgPool2d(), nn.Flatten()], 64 * widen, num_classes, head)
+
+
+class OrthogonalConvMixer(LipschitzNet):
+    """ConvMixer without residuals and norms, every layer an isometry: patches, then mixing of pixels and of channels.
+
+    Pixels are moved into channels in blocks of p × p and widened to ``dim`` by an orthonormal matrix; then ``depth``
+    times an orthogonal k × k convolution and an orthogonal matrix across channels, MaxMin after each; then pooling by
+    blocks, an orthogonal layer to ``hidden`` features, and the head. Gradients keep their norm, so depth needs no
+    shortcuts, and one resolution throughout lets every layer share the cheap spectrum of a small image.
+
+    Args:
+        dim: width.
+        depth: number of blocks.
+        kernel_size: k.
+        patch_size: p, side of a patch in pixels.
+        pool: side of the blocks that are averaged at the end.
+        hidden: features of the last hidden layer.
+        groups: groups of the k × k convolutions; ``dim`` makes them depthwise.
+        img_size: side of the images, or (height, width), divisible by p·pool.
+        in_chans: channels of the images.
+        num_classes: classes; 0 leaves the head out.
+        layer: see ``KWLarge``; ``groups`` above 1 needs ``"cayley"``.
+        head: see ``LipschitzNet``.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        depth: int = 4,
+        kernel_size: int = 3,
+        patch_size: int = 2,
+        pool: int = 2,
+        hidden: int = 512,
+        groups: int = 1,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        layer: str = "cayley",
+        head: str = "orthogonal",
+    ) -> None:
+        rows, columns = _sides(img_size, patch_size * pool)
+        blocks = [
+            [*_conv(layer, dim, dim, kernel_size, groups=groups), *_conv(layer, dim, dim, 1)] for _ in range(depth)
+        ]
+        features = [
+            InvertibleDownsampling(patch_size),
+            *_conv(layer, in_chans * patch_size**2, dim, 1),
+            *(module for block in blocks for module in block),
+            ScaledAvgPool2d(pool),
+            nn.Flatten(),
+            CayleyLinear(dim * rows * columns // (patch_size * pool) ** 2, hidden),
+            MaxMin(),
+        ]
+        super().__init__(features, hidden, num_classes, head)
+
+
+def _conv(
+    layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, nn.Module]:
+    return orthogonal_conv(layer, inputs, outputs, kernel_size, stride, groups), MaxMin()
+
+
+def _convex(layer: str, dim: int) -> ConvexSum:
+    return ConvexSum(nn.Sequential(*_conv(layer, dim, dim, 3), *_conv(layer, dim, dim, 3)))
+
+
+def _sides(img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+    rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if min(rows, columns) < 1 or rows % multiple or columns % multiple:
+        raise EspalierError(f"img_size {img_size}: sides must be multiples of {multiple}")
+    return rows, columns

@@ -1,0 +1,80 @@
+"""The convolutions that a Lipschitz net can be built from: ours, and those of the library orthogonium as peers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError, require, unknown_name
+from espalier.nn.cayley_conv import CayleyConv2d
+from espalier.nn.lipschitz import kernel_norm
+
+PEERS = {"aoc": ("AOC", "AdaptiveOrthoConv2d"), "soc": ("adaptiveSOC", "AdaptiveSOCConv2d")}
+
+
+def orthogonal_conv(
+    layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Module:
+    """Return an orthogonal convolution with circular padding and a bias.
+
+    Args:
+        layer: ``"cayley"``, ``"aoc"`` or ``"soc"``.
+        inputs: channels in.
+        outputs: channels out.
+        kernel_size: taps along each axis on the coarse grid: one tap of a layer with stride s covers s pixels.
+        stride: s.
+        groups: independent parts.
+
+    Raises:
+        EspalierError: an unknown layer, or groups with a peer.
+        MissingExtraError: a peer is wanted and orthogonium is not installed.
+    """
+    if layer == "cayley":
+        return CayleyConv2d(inputs, outputs, kernel_size, stride=stride, groups=groups)
+    if layer not in PEERS:
+        raise unknown_name("layer", layer, ("cayley", *PEERS))
+    if groups != 1:
+        raise EspalierError(f"groups {groups} with layer {layer!r}: only 'cayley' takes groups here")
+    return PeerConv2d(layer, inputs, outputs, kernel_size * stride, stride)
+
+
+class PeerConv2d(nn.Module):
+    """An orthogonal convolution of orthogonium with circular padding: AOC (arXiv 2501.07930) or SOC (2105.11417).
+
+    Their kernels are explicit but orthogonal only up to the convergence of an iteration, so the constant is not taken
+    for 1: it is bounded from the kernel (``kernel_norm``).
+
+    Args:
+        layer: ``"aoc"`` or ``"soc"``.
+        inputs: channels in.
+        outputs: channels out.
+        kernel_size: taps along each axis, in pixels.
+        stride: s, at most the kernel's size.
+
+    Shapes: (B, inputs, H, W) → (B, outputs, ⌈H/s⌉, ⌈W/s⌉).
+
+    Raises:
+        MissingExtraError: orthogonium is not installed.
+    """
+
+    def __init__(self, layer: str, inputs: int, outputs: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        package, factory = PEERS[layer]
+        module = require(f"orthogonium.layers.conv.{package}", "peers")
+        self.conv = getattr(module, factory)(
+            inputs, outputs, kernel_size, stride=stride, padding=0, padding_mode="circular", bias=True
+        )
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad around the torus by the kernel's reach and apply the kernel."""
+        weight = self.conv.weight
+        reach = max(0, weight.shape[-1] - self.stride)
+        low = reach // 2
+        padded = F.pad(x, (low, reach - low, low, reach - low), mode="circular")
+        return F.conv2d(padded, weight, self.conv.bias, self.stride)
+
+    def lipschitz_constant(self) -> float:
+        """Return the bound of the kernel as it is now."""
+        taps = self.conv.weight.shape[-1]
+        return kernel_norm(self.conv.weight, cover=1 if taps == self.stride else None)

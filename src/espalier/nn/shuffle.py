@@ -1,0 +1,59 @@
+"""Invertible downsampling: blocks of pixels become channels and back, an isometry in any number of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from espalier.errors import EspalierError
+
+
+def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Move every block of ``stride`` pixels into channels, in the order of ``F.pixel_unshuffle``.
+
+    Args:
+        x: (B, C, *S).
+        stride: block size along each of the spatial axes S.
+
+    Returns:
+        (B, C·∏stride, *S/stride): channel c becomes the channels c·∏stride … (c + 1)·∏stride − 1. The storage is
+        ordered (*S/stride, B, C·∏stride), which the layers of this room read fastest.
+
+    Raises:
+        EspalierError: a size that its stride does not divide.
+    """
+    if all(s == 1 for s in stride):
+        return x
+    batch, channels, *size = x.shape
+    if any(n % s for n, s in zip(size, stride, strict=True)):
+        raise EspalierError(f"image size {tuple(size)} is no multiple of the stride {tuple(stride)}: pad or crop it")
+    cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
+    axes = range(len(size))
+    blocks = x.reshape(batch, channels, *cut)
+    moved = blocks.permute(*(2 + 2 * a for a in axes), 0, 1, *(3 + 2 * a for a in axes))
+    coarse = moved.shape[: len(size)]
+    return channels_first(moved.reshape(*coarse, batch, -1))
+
+
+def depth_to_space(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Undo ``space_to_depth``: (B, C·∏stride, *S) → (B, C, *S·stride)."""
+    if all(s == 1 for s in stride):
+        return x
+    batch, _, *size = x.shape
+    axes = range(len(size))
+    blocks = channels_last(x).reshape(*size, batch, -1, *stride)
+    inner = len(size) + 2
+    moved = blocks.permute(*(axis for a in axes for axis in (a, inner + a)), len(size), len(size) + 1)
+    fine = [n * s for n, s in zip(size, stride, strict=True)]
+    return channels_first(moved.reshape(*fine, batch, -1))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """View (B, C, *S) as (*S, B, C)."""
+    return x.permute(*range(2, x.ndim), 0, 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """View (*S, B, C) as (B, C, *S)."""
+    return x.permute(-2, -1, *range(x.ndim - 2))

@@ -1,0 +1,84 @@
+"""What a page says of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from espalier.init import StructureReport
+from espalier.init.report import measured_in_words
+from espalier.recipes import Recipe, get_recipe, recipe_functions
+from espalier.report.curves import run_curves
+from espalier.report.robustness import robustness
+from espalier.report.section import Context, Markup, Section, counted, folded, paragraph, table
+from espalier.train import Run
+from espalier.train.run import ENVIRONMENT, STRUCTURE
+
+RunSection = Callable[[Run, Context], Section | None]
+
+
+def outcome(run: Run, context: Context) -> Section:
+    """Say how the run ended and where its folder is."""
+    recipe, result = run.recipe, run.result
+    if result is None:
+        text = f"Unfinished after {max((row['epoch'] for row in run.rows), default=0)} of {recipe.epochs} epochs."
+    elif result.get("diverged"):
+        reached = counted(result["epochs"], "epoch")
+        text = f"Diverged: its loss or its weights stopped being finite; no score. It went through {reached}."
+    else:
+        text = (
+            f"{result['metric']} {result['score']:.4g} after {counted(result['epochs'], 'epoch')} and "
+            f"{counted(result['steps'], 'step')}, {result['seconds']:.3g} s of training."
+        )
+    setting = f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, init {recipe.init}, seed {recipe.seed}."
+    link = Markup(f"<p>Folder: {context.link(run.path)}</p>")
+    return Section("What was found", (paragraph(text), paragraph(setting), link))
+
+
+def structure(run: Run, context: Context) -> Section | None:
+    """List what was written into the network before training and what was measured of it there."""
+    content = _read(run.path / STRUCTURE)
+    if content is None:
+        return None
+    # JSON has no NaN: what could not be measured is null there.
+    for row in content["layers"]:
+        row["measured"] = {name: value for name, value in row["measured"].items() if value is not None}
+    rows = [
+        (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
+        for row in StructureReport.from_dict(content).layers
+    ]
+    header = ("layer", "kind", "host", "status", "asked", "measured at the start")
+    return Section("Structure written", (table(header, rows),))
+
+
+def recipe(run: Run, context: Context) -> Section:
+    """List the fields that differ from the recipe of this name, and fold the whole recipe away."""
+    name, known = run.recipe.name, run.recipe.name in recipe_functions()
+    base = get_recipe(name) if known else Recipe(name=name)
+    values = {field.name: (getattr(run.recipe, field.name), getattr(base, field.name)) for field in fields(Recipe)}
+    changed = [(key, repr(mine), repr(theirs)) for key, (mine, theirs) in values.items() if mine != theirs]
+    there = f"in recipe {name}" if known else "by default"
+    everything = folded("The whole recipe", table(("field", "value"), [(k, repr(v)) for k, (v, _) in values.items()]))
+    first = table(("field", "here", there), changed) if changed else paragraph(f"As {there}, unchanged.")
+    return Section("Recipe", (first, everything))
+
+
+def environment(run: Run, context: Context) -> Section | None:
+    """List what the run ran on."""
+    content = _read(run.path / ENVIRONMENT)
+    if content is None:
+        return None
+    rows = [(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+            for key, value in content.items()]  # fmt: skip
+    return Section("Environment", (folded("Versions and machine", table((), rows)),))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+RUN_SECTIONS: tuple[RunSection, ...] = (outcome, run_curves, robustness, structure, recipe, environment)
+"""In the order of the page; the pictures follow the curves' end. A room that measures runs adds its own."""
