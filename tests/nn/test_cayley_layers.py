@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.cayley_original import OriginalCayleyConv, OriginalCayleyLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espalier.errors import EspalierError
 from espalier.nn import CayleyConv2d, CayleyLinear, cayley, load_original_state_dict, parametrize_cayley
+from reference.cayley_original import OriginalCayleyConv, OriginalCayleyLinear
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 Planes = tuple[Tensor, Tensor | None]
 
-# Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by one
-# and a product all at once, but every product is a call.
+# Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by
+# one and a product all at once, but every product is a call.
 _SMALL_LEAF, _LARGE_LEAF, _MANY = 8, 64, 16
 
 
