@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from espalier.cli import COMMANDS, main
+from espalier.cli import COMMANDS
+from espalier.command_line import main
 from espalier.models import VisionTransformer
 from espalier.train import load_run
 

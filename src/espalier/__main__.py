@@ -1,5 +1,5 @@
 """``python -m espalier`` is the ``espalier`` command."""
 
-from espalier.cli import main
+from espalier.command_line import main
 
 raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The command line: one typed function a command, nothing else."""
+"""The commands: one typed function each, nothing else."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from espalier.errors import EspalierError, require, unknown_name
-from espalier.recipes import Recipe, get_recipe, recipe_functions
-from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
+from espalier.errors import EspalierError
+from espalier.recipes import Recipe, recipe_functions
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from espalier.init import StructureFit
 
 # Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
 
@@ -26,16 +27,20 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
         workers: processes that train side by side.
         smallest: one seed, one learning rate, one epoch: checks that everything runs, shows nothing.
     """
+    from espalier.certify.runs import demo_certificate
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise
     from espalier.study.ready import demo_plans
 
     folders = []
     for plan in demo_plans(smallest=smallest):
-        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.recipe.name)
+        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
         launch(study, workers=workers)
         folders.append(study.path)
-        print(f"\n{plan.title}\n{summarise(study.path).table()}")
+        print(f"\n{plan.title}\n{summarise(study.path).table()}", flush=True)
+    run, table = demo_certificate(out, smallest=smallest)
+    folders.append(run)
+    print(f"\nA net of orthogonal layers on digits: what is proved about it\n{table}", flush=True)
     print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
@@ -90,7 +95,8 @@ def study(
     """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
 
     Args:
-        name: lr-window, which-part, state-capacity, layers or control.
+        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
+            filter-worth.
         out: folder of its studies; runs/NAME if none is given.
         workers: processes that train side by side.
         scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
@@ -114,36 +120,59 @@ def study(
     print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
-def audit(model: str, picture: Path | None = None) -> None:
+def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:
     """Say how much structure a model's weights carry now, layer by layer.
 
     Args:
-        model: a run folder, or a model as `espalier structure` takes it.
+        model: a run folder, a checkpoint (.safetensors, or weights that torch saved), a folder with config.json, or a
+            model as `espalier structure` takes it.
         picture: write heat maps of the weights to this HTML file.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
     """
     from espalier.init import audit as audit_model
-    from espalier.report import write_weight_pictures
 
-    net = _open_model(model)
+    net = _open_model(model, heads)
     print(audit_model(net))
     if picture is not None:
+        from espalier.report import write_weight_pictures
+
         print(f"pictures: {write_weight_pictures(net, picture)}")
 
 
-def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0) -> None:
+def fit(model: str, out: Path | None = None, heads: int | None = None) -> None:
+    """Read a trained model's strengths off its attention: what to ask for, to start another model like it.
+
+    Args:
+        model: as `espalier audit` takes it.
+        out: write the fit to this JSON file; `espalier structure MODEL --like FILE` starts a model from it.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
+    """
+    from espalier.init import fit as fit_model
+    from espalier.train.checkpoint import write_json
+
+    found = fit_model(_open_model(model, heads))
+    print(found)
+    if out is not None:
+        write_json(out, found.to_dict())
+        print(f"fit: {out}")
+
+
+def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0, like: Path | None = None) -> None:
     """Build a model, write structure into it, verify it, and save the weights as safetensors.
 
     Args:
         model: `espalier:NAME`, `timm:NAME` or `transformers:FOLDER` (a folder that holds config.json).
         out: the file to write.
         seed: seed of the noise.
+        like: a file that `espalier fit` wrote: attention gets its strengths.
     """
-    from espalier.init import structure_
+    from espalier.init import Mimetic, structure_
     from espalier.models.hosts import save_weights
     from espalier.randomness import derive_generator
 
     net = _open_model(model)
-    print(structure_(net, generator=derive_generator(seed, "structure")))
+    attention = Mimetic() if like is None else _read_fit(like).mimetic()
+    print(structure_(net, attention=attention, generator=derive_generator(seed, "structure")))
     print(f"weights: {save_weights(net, out)}")
 
 
@@ -191,6 +220,63 @@ def statistics(models: Sequence[str], out: Path = Path("statistics.safetensors")
     print(f"statistics: {measured.save(out)}")
 
 
+def certify(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        out: the file of the certificate; RUN-certificate.json beside the run folder by default.
+    """
+    from espalier.certify.runs import certificate_path, certify_run, parse_eps
+    from espalier.train import load_run
+
+    radii = parse_eps(eps)
+    certificate = certify_run(load_run(run), limit)
+    print(certificate.table(radii))
+    print(f"certificate: {certificate.save(out or certificate_path(run))}")
+
+
+def attack(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    steps: int = 40,
+    restarts: int = 1,
+    autoattack: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD.
+        autoattack: also try AutoAttack on what PGD leaves.
+        out: the file of the report; RUN-attack.json beside the run folder by default.
+    """
+    from espalier.certify import CertificateBrokenError
+    from espalier.certify.runs import attack_path, attack_run, parse_eps
+    from espalier.train import load_run
+
+    report = attack_run(load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, eps=parse_eps(eps))
+    print(report)
+    print(f"report: {report.save(out or attack_path(run))}")
+    try:
+        report.check()
+    except CertificateBrokenError as error:
+        print(f"espalier: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def recipes() -> None:
     """List the recipes with the first line of what each one says of itself."""
     functions = recipe_functions()
@@ -199,12 +285,26 @@ def recipes() -> None:
         print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
 
 
-def _open_model(spec: str) -> nn.Module:
-    """Open a run folder's final weights, or a model by host and name."""
-    from espalier.models.hosts import open_host_model
+def _open_model(spec: str, heads: int | None = None) -> nn.Module:
+    """Open a run folder's final weights, a checkpoint, a folder with config.json, or a model by host and name."""
+    from espalier.models.hosts import open_checkpoint, open_host_model
     from espalier.train import load_run
 
-    return load_run(Path(spec)).model() if Path(spec).is_dir() else open_host_model(spec)
+    path = Path(spec)
+    if path.is_file():
+        return open_checkpoint(path, heads)
+    if (path / "config.json").is_file():
+        return open_host_model(f"transformers:{spec}")
+    return load_run(path).model() if path.is_dir() else open_host_model(spec)
+
+
+def _read_fit(path: Path) -> StructureFit:
+    from espalier.init import StructureFit
+
+    try:
+        return StructureFit.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EspalierError(f"like {path}: is not a fit ({error!r}): name a file that espalier fit wrote") from None
 
 
 def _rates(texts: Sequence[str]) -> list[float] | Literal["auto"]:
@@ -222,77 +322,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "study": study,
     "audit": audit,
+    "fit": fit,
     "structure": structure,
     "convert": convert,
     "statistics": statistics,
+    "certify": certify,
+    "attack": attack,
     "report": report,
     "recipes": recipes,
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` and return the exit status: 0 done, 2 bad input, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _dispatch(arguments)
-    except KeyboardInterrupt as stop:
-        print(f"espalier: {stop or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
-        return 130
-    except EspalierError as error:
-        print(f"espalier: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"espalier: {error.filename or ''}: {error.strerror or error}: free some space or name another path",
-              file=sys.stderr)  # fmt: skip
-        return 2
-    return 0
-
-
-def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: espalier COMMAND …   (espalier COMMAND --help says more)\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
-        return
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        raise unknown_name("command", name, COMMANDS)
-    tyro = require("tyro", "train")
-    if name in ("train", "compare"):
-        _run_with_recipe(tyro, name, rest)
-    else:
-        tyro.cli(COMMANDS[name], prog=f"espalier {name}", args=rest, config=(tyro.conf.PositionalRequiredArgs,))
-
-
-def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
-    # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
-    named = bool(tokens) and not tokens[0].startswith("-")
-    if not named and not {"-h", "--help"} & set(tokens):
-        raise EspalierError(f"espalier {command} needs a recipe: choose one of {', '.join(sorted(recipe_functions()))}")
-    base = get_recipe(tokens[0] if named else "digits_vit")
-    # --data is short for --data-path: the place of the data is what is typed most.
-    tokens = ["--data-path" if token == "--data" else token for token in tokens]
-    rest, keywords = split_keyword_fields(tokens[1:] if named else tokens)
-    base = merge_keyword_fields(base, keywords)
-
-    def train_command(
-        recipe: Recipe = base, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
-    ) -> None:
-        train(recipe, out or Path("runs") / recipe.name, resume, quiet)
-
-    def compare_command(
-        recipe: Recipe = base,
-        arms: tuple[str, ...] = ("default", "structured"),
-        out: Path | None = None,
-        lrs: tuple[str, ...] = ("auto",),
-        seeds: int = 3,
-        workers: int = 2,
-        cluster: Literal["local", "slurm"] = "local",
-    ) -> None:
-        compare(recipe, arms, out or Path("runs") / f"compare-{recipe.name}", lrs, seeds, workers, cluster)
-
-    chosen: Callable[..., None] = train_command if command == "train" else compare_command
-    chosen.__doc__ = COMMANDS[command].__doc__
-    # Its fields become flags of the command itself (--lr), not of an argument (--recipe.lr).
-    chosen.__annotations__["recipe"] = tyro.conf.OmitArgPrefixes[Recipe]
-    tyro.cli(chosen, prog=f"espalier {command} RECIPE", args=rest)

@@ -36,6 +36,7 @@ HOSTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mamba2": ("mamba2", "Mamba2Mixer", "Mamba2Config",
                {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "bamba": ("bamba", "BambaMixer", "BambaConfig", MAMBA2_SIZES),
+    "falcon-h1": ("falcon_h1", "FalconH1Mixer", "FalconH1Config", MAMBA2_SIZES | {"mamba_d_ssm": 64}),
     "zamba2": ("zamba2", "Zamba2MambaMixer", "Zamba2Config",
                {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 2,
                 "layers_block_type": ["mamba"]}),
@@ -55,7 +56,7 @@ def transformers_mixer(host: str, **changes: Any) -> nn.Module:
     layers = {} if host == "nemotron" else {"num_hidden_layers": 1}
     made = getattr(transformers, config)(**({"hidden_size": 32} | layers | sizes | changes))
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    later = {} if host == "jamba" else {"initialize_mixer_weights": False}
+    later = {} if host in ("jamba", "falcon-h1") else {"initialize_mixer_weights": False}
     mixer = getattr(module, cls)(made, 0, **later).eval()
     for parameter in mixer.parameters():
         nn.init.uniform_(parameter, 0.5, 1, generator=seeded())
@@ -284,6 +285,16 @@ def test_parametrised_mixers_and_meta_are_left_alone_and_said_so() -> None:
     report = espalier.structure_(empty)
     assert statuses(report) == ["skipped"]
     assert "meta" in report.layers[0].note
+
+
+def test_a_layer_without_a_layout_keeps_its_convolution() -> None:
+    from transformers import ZambaConfig
+    from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
+
+    sizes = {"hidden_size": 32, "mamba_d_state": 8, "n_mamba_heads": 2}
+    mixer = ZambaMambaMixer(ZambaConfig(**sizes, num_hidden_layers=1, layers_block_type=["mamba"]), 0)
+    with pytest.raises(EspalierError, match="Zamba keeps a set of maps a head"):
+        espalier.structure_(mixer)
 
 
 def test_another_version_of_a_class_is_refused_by_name() -> None:

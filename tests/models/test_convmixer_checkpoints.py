@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from espalier.cli import main
+from espalier.command_line import main
 from espalier.errors import EspalierError
 from espalier.models import ConvMixer
 from espalier.models.convmixer_checkpoints import convert_state, load_checkpoint_file, load_model, model_arguments

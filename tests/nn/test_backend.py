@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from espalier.errors import EspalierError
-from espalier.nn import backend, use_backend
+from espalier.nn import Mamba1, backend, use_backend
 from espalier.nn.kernels import build
 
 PROBE = """
@@ -44,6 +45,32 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert name == "torch"
     assert "error: broken" in reason
     assert list(cache.iterdir()) == []
+
+
+def test_an_unwritable_cache_is_announced_and_the_fallback_computes_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    script = (
+        PROBE
+        + """
+import torch, sys
+from espalier.nn import Mamba1
+torch.manual_seed(0)
+x = torch.randn(2, 9, 8)
+torch.save(Mamba1(8, 4, generator=torch.Generator().manual_seed(0))(x).detach(), sys.argv[1])
+"""
+    )
+    saved = tmp_path / "out.pt"
+    env = {**os.environ, "ESPALIER_CACHE": str(tmp_path / "file" / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(saved)], env=env, capture_output=True, text=True, check=True, timeout=200
+    )
+    name, reason, warnings = (part.strip() for part in run.stdout.split("|"))
+    assert (name, warnings) == ("torch", "1")
+    assert "cannot write" in reason
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 8)
+    here = Mamba1(8, 4, generator=torch.Generator().manual_seed(0))(x)
+    torch.testing.assert_close(torch.load(saved, weights_only=True), here.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_demanding_what_cannot_run_is_refused() -> None:

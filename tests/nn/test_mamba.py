@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -84,9 +86,11 @@ def test_padding_changes_nothing(family: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_mode_equals_the_parallel_one(family: str) -> None:
+@pytest.mark.parametrize("implementation", ["compiled", "torch"])
+def test_step_mode_equals_the_parallel_one(family: str, implementation: str) -> None:
     mixer, x = ours(family), tokens(20)
-    whole, last = mixer(x, return_state=True)
+    with use_backend(implementation):
+        whole, last = mixer(x, return_state=True)
     state = mixer.empty_state(2)
     for t in range(20):
         out, state = mixer.step(x[:, t], state)
@@ -113,6 +117,8 @@ def test_under_autocast_the_state_stays_float32(family: str) -> None:
         out, state = mixer(tokens(), return_state=True)
     assert out.dtype == torch.bfloat16
     assert state.scan.dtype == torch.float32
+    assert mixer.bfloat16().empty_state(2).scan.dtype == torch.float32
+    mixer = ours(family)
     assert (out.float() - mixer(tokens())).abs().max() < 0.02
 
 
@@ -128,6 +134,63 @@ def test_initial_weights_come_from_the_generator_alone(family: str) -> None:
     assert 1e-3 * 0.99 < steps.min() <= steps.max() < 1e-1 * 1.01
     rates = one.A_log.exp()
     assert 0.99 < rates.min() <= rates.max() < 16.01
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "torch"])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_every_gradient_in_float64_equals_finite_differences(family: str, implementation: str) -> None:
+    mixer = Mamba1(4, 2) if family == "mamba1" else Mamba2(4, 2, head_dim=4, groups=2, chunk_size=3)
+    mixer = mixer.double()
+    mixer.init_weights(torch.Generator().manual_seed(0))
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    g = torch.Generator().manual_seed(1)
+    empty = mixer.empty_state(2)
+    inputs = [torch.randn(t.shape, dtype=torch.float64, generator=g) for t in (torch.empty(2, 4, 4), *empty)]
+
+    def run(x: Tensor, conv: Tensor, scan: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        options = {"state": MambaState(conv, scan), "return_state": True}
+        out, state = torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x,), options)
+        return out, *state
+
+    with use_backend(implementation):
+        arguments = [t.requires_grad_() for t in inputs] + [p.detach().clone().requires_grad_() for p in parameters]
+        assert torch.autograd.gradcheck(run, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "torch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_used_twice_in_part_strided_and_copied(family: str, implementation: str) -> None:
+    mixer, x = ours(family), tokens(9)
+    with use_backend(implementation):
+        y = mixer(x)
+        assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(mixer)))(x), y)
+        strided = torch.randn(32, 9, 2).permute(2, 1, 0).copy_(x)
+        torch.testing.assert_close(mixer(strided), y, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            assert not mixer(x).requires_grad
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+        names, parameters = zip(*mixer.named_parameters(), strict=True)
+        once = torch.autograd.grad(y, parameters, weight)
+        twice = torch.autograd.grad(mixer(x) + mixer(x), parameters, weight)
+        for name, parameter, one, two in zip(names, parameters, once, twice, strict=True):
+            torch.testing.assert_close(two, 2 * one, rtol=1e-4, atol=1e-5)
+            # Alone: all other weights frozen, and no gradient asked of the input.
+            mixer.requires_grad_(False)
+            parameter.requires_grad_(True)
+            (alone,) = torch.autograd.grad(mixer(x), parameter, weight)
+            torch.testing.assert_close(alone, one, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bad_inputs_are_refused_in_one_line(family: str) -> None:
+    mixer, x = ours(family), tokens(5)
+    for wrong in (x[:0], x[:, :0], x[..., :3], x[0]):
+        with pytest.raises(EspalierError, match=r"the input is .* give \(batch, length, 32\)"):
+            mixer(wrong)
+    with pytest.raises(EspalierError, match=r"mask is \(2, 4\)"):
+        mixer(x, mask=torch.ones(2, 4))
+    with pytest.raises(EspalierError, match="the state is for 3 sequences: give 2"):
+        mixer(x, state=mixer.empty_state(3))
 
 
 def test_compile_traces_through_the_mixers() -> None:

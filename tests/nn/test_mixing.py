@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.nn import Mamba1, Mamba2
-from espalier.nn.mixing import mixing_matrix, recurrence_of
+from espalier.nn import Mamba1, Mamba2, mixing_matrix
+from espalier.nn.mixing import recurrence_of
 from reference.selective_scan_reference import selective_scan_loop
 from reference.ssd_reference import ssd_loop
 

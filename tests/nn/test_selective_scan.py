@@ -125,6 +125,10 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         selective_scan(x, delta[:, :4], a, b, c)
     with pytest.raises(EspalierError, match=r"give both as \(B, L, N\)"):
         selective_scan(x, delta, a, b[..., :2], c)
+    with pytest.raises(EspalierError, match="x is empty"):
+        selective_scan(x[:0], delta[:0], a, b[:0], c[:0])
+    with pytest.raises(EspalierError, match=r"initial_state is \(2, 4, 3\): give it the shape \(2, 3, 4\)"):
+        selective_scan(x, delta, a, b, c, initial_state=torch.zeros(2, 4, 3))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 from espalier import models
+from espalier.command_line import main
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, FilterStatistics, depthwise_layers, filter_covariance
 from espalier.models import ConvMixer
 from espalier.recipes import ARMS, INITS, Recipe, apply_arm, get_recipe
-from espalier.recipes.arms_filters import FILTER_ARMS, FILTER_SWITCHES
+from espalier.recipes.arms_filters import FILTER_SWITCHES, SWITCH_ARMS, TRANSFER_ARMS
 from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
 from espalier.study import plan_study
-from espalier.study.ready_filters import filters_headline_plan, filters_plan
-from espalier.train import train
+from espalier.study.plan import Scale
+from espalier.study.ready import ready_plans
+from espalier.study.ready_filters import FILTER_STUDIES
+from espalier.train import load_run, train
 from espalier.train.config import resolve_recipe
 
 
@@ -78,7 +81,7 @@ def test_every_switch_has_a_trained_and_a_frozen_arm_and_departs_in_that_alone()
         INITS["covariance"](reference, generator=seeded(1))
         pairs = zip(depthwise_layers(model), depthwise_layers(reference), strict=True)
         assert any(not torch.equal(a.weight, b.weight) for (_, a), (_, b) in pairs), name
-    assert FILTER_ARMS.items() <= ARMS.items()
+    assert {**SWITCH_ARMS, **TRANSFER_ARMS}.items() <= ARMS.items()
 
 
 def test_transferred_filters_follow_another_network_s_statistics(tmp_path: Path) -> None:
@@ -134,20 +137,48 @@ def test_a_file_as_init_means_transferred(tokens: list[str], tmp_path: Path, mon
     assert apply_arm(recipe, "covariance").init_args == {}
 
 
-def test_plans_can_be_planned(tmp_path: Path) -> None:
-    plans = [filters_plan(), filters_plan(frozen=False), filters_headline_plan(str(tmp_path / "s.safetensors"))]
-    for number, plan in enumerate(plans):
-        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, tmp_path / str(number))
-        assert len(study.trials()) == len(plan.arms) * len(plan.lrs) * len(plan.seeds)
-    assert len(plans[0].arms) == len(FILTER_SWITCHES) + 2
-    assert all(ARMS[arm]["freeze"] for arm in plans[0].arms)
-    assert not any(ARMS[arm]["freeze"] for arm in plans[1].arms)
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", FILTER_STUDIES)
+def test_studies_can_be_planned(name: str, scale: Scale, tmp_path: Path) -> None:
+    plans = ready_plans(name, scale)
+    assert len({plan.name for plan in plans}) == len(plans)
+    for plan in plans:
+        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, tmp_path / plan.name)
+        assert len(study.trials()) == len(plan.arms) * len(plan.lrs) * 3
+        if scale == "gpu":
+            assert (plan.recipe.model_args["dim"], plan.recipe.model_args["depth"]) == (256, 8)
+    if name != "filter-worth":
+        [plan] = plans
+        assert len(plan.arms) == len(FILTER_SWITCHES) + 2
+        assert {bool(ARMS[arm]["freeze"]) for arm in plan.arms} == {name == "filter-switches"}
+
+
+def test_the_command_measures_runs_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = replace(get_recipe("digits_convmixer"), epochs=1, data_args={"train_limit": 128, "test_limit": 50})
+    runs = [train(replace(base, seed=seed), tmp_path / str(seed), progress=False) for seed in (0, 1)]
+    out = tmp_path / "stats.safetensors"
+    assert main(["statistics", *(str(run.path) for run in runs), "--out", str(out)]) == 0
+    assert "blocks.0.0.fn.0: kernel 7×7, 96 filters" in capsys.readouterr().out
+    expected = FilterStatistics.from_model([run.model() for run in runs])
+    for ours, theirs in zip(FilterStatistics.load(out).layers, expected.layers, strict=True):
+        assert torch.equal(ours.covariance, theirs.covariance)
+    # What it wrote starts another network through the same command line that trains it.
+    assert main(["train", "digits_convmixer", "--init", str(out), "--freeze", "depthwise", "--epochs", "1",
+                 "--data-args.train-limit", "128", "--model-args.dim", "32", "--model-args.depth", "3",
+                 "--model-args.kernel-size", "5", "--out", str(tmp_path / "moved"), "--quiet"]) == 0  # fmt: skip
+    assert load_run(tmp_path / "moved").recipe.init == "transferred"
+    assert main(["statistics", str(tmp_path / "0"), "--out", str(tmp_path / "no" / "s.safetensors")]) == 2
 
 
 @pytest.mark.parametrize("arm", ["covariance-psd-frozen", "transferred-frozen"])
 def test_frozen_filters_stay_what_they_were_drawn_as(arm: str, tmp_path: Path) -> None:
     path = FilterStatistics.from_model(net()).save(tmp_path / "s.safetensors")
-    base: Recipe = replace(get_recipe("digits_convmixer"), epochs=1, init_args={"statistics": str(path)})
+    base: Recipe = replace(
+        get_recipe("digits_convmixer"),
+        epochs=1,
+        init_args={"statistics": str(path)},
+        data_args={"train_limit": 128, "test_limit": 50},
+    )
     run = train(apply_arm(base, arm), tmp_path / "run", progress=False)
     start, final = run.model("start"), run.model("final")
     for (_, a), (_, b) in zip(depthwise_layers(start), depthwise_layers(final), strict=True):

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from espalier.errors import EspalierError
 from espalier.init import AttentionWeights, DepthwiseWeights
 from espalier.init.layouts import find_layers
-from espalier.models import ConvMixer, VisionTransformer
+from espalier.init.layouts.registry import SSMWeights
+from espalier.models import ConvMixer, SequenceModel, VisionTransformer
 from espalier.report import write_weight_pictures
-from espalier.report.attention import product_picture, query_key_factors, value_output_factors
+from espalier.report.attention import query_key_factors, value_output_factors
 from espalier.report.filters import eigen_filters
+from espalier.report.products import product_panel, product_picture
 from espalier.report.raster import mosaic, png_address, shrink, value_limit
 from espalier.report.views import spread
 from reference.attention_reference import head_products, value_output_product
@@ -69,6 +71,42 @@ def test_query_heads_that_share_keys_and_values_meet_their_own_group() -> None:
         torch.testing.assert_close(product_picture(*query_key_factors(weights, head)), q[mine].T @ k[shared])
         total += v[shared].T @ out[:, mine].T
     torch.testing.assert_close(product_picture(*value_output_factors(weights)), total)
+
+
+def test_heads_kept_apart_make_the_same_pictures() -> None:
+    flat = [torch.randn(12, 10, generator=seeded(seed)) for seed in range(3)]
+    out = torch.randn(10, 12, generator=seeded(3))
+    rows = AttentionWeights(*flat, out, num_heads=4, num_kv_heads=4)
+    apart = AttentionWeights(*(weight.reshape(4, 3, 10) for weight in flat), out, num_heads=4, num_kv_heads=4)
+    for head in range(4):
+        assert torch.equal(query_key_factors(apart, head)[0], query_key_factors(rows, head)[0])
+        assert torch.equal(query_key_factors(apart, head)[1], query_key_factors(rows, head)[1])
+    assert torch.equal(value_output_factors(apart)[0], value_output_factors(rows)[0])
+
+
+def test_words_under_a_product_are_its_diagonal_and_the_rest() -> None:
+    left, right = torch.randn(3, 8, generator=seeded()), torch.randn(3, 8, generator=seeded(1))
+    product = left.double().T @ right.double()
+    off = product[~torch.eye(8, dtype=torch.bool)]
+    panel = product_panel("x", left, right, 8)
+    expected = (
+        f"diagonal {product.diagonal().mean():+.3g} on average, the other entries ± {off.square().mean().sqrt():.2g}"
+    )
+    assert panel.words == f"x: {expected}"
+
+
+def test_page_of_a_sequence_model_shows_what_is_written_and_read(tmp_path: Path) -> None:
+    net = SequenceModel(vocab_size=8, dim=16, pattern="mamba1 mamba2 attention", state_size=8, head_dim=8)
+    text = write_weight_pictures(net, tmp_path / "weights.html").read_text()
+    for name, _, weights in find_layers(net):
+        if isinstance(weights, SSMWeights):
+            limit = value_limit([expected := weights.w_c.T @ weights.w_b])
+            (address,) = re.findall(rf'<img src="([^"]+)" alt="{re.escape(name)} group 0', text)
+            drawn = pixels(address).astype(int)
+            plain = pixels(png_address(expected, -limit, limit, "diverging")).astype(int)
+            # Rounding may move a value to the neighbouring colour.
+            assert np.abs(drawn - plain).max() <= 4
+    assert text.count("W_Cᵀ W_B") == 1
 
 
 def test_shrink_takes_block_means_and_leaves_small_pictures_alone() -> None:

@@ -34,7 +34,7 @@ def open_page(page: Path, profile: Path, *options: str) -> tuple[str, str]:
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={profile}", "--enable-logging=stderr",
          "--window-size=1200,2000", "--virtual-time-budget=10000", *options, page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
     return done.stdout, done.stderr
 

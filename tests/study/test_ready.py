@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from espalier.cli import main
+from espalier.command_line import main
 from espalier.data import build_source
 from espalier.errors import EspalierError
 from espalier.recipes import ARMS, apply_arm, get_recipe
 from espalier.recipes.arms import SSM_PARTS, ssm_part_arms
 from espalier.study import load_study, plan_study
-from espalier.study.plan import smallest_plan
-from espalier.study.ready import SCALES, STATE_SIZES, demo_plans, ready_plans
+from espalier.study.plan import SCALES, smallest_plan
+from espalier.study.ready import READY, STATE_SIZES, demo_plans, ready_plans
 from espalier.train.build import build_run_model
 
-RECALL_STUDIES = ("lr-window", "which-part", "state-capacity", "layers", "control")
 LAYER_PARTS = {
     "decay": ("A_log",),
     "delta": ("dt_proj.bias",),
@@ -57,12 +56,13 @@ def test_arms_of_single_layers() -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", RECALL_STUDIES)
+@pytest.mark.parametrize("name", READY)
 def test_plans_can_be_planned(name: str, scale: str, tmp_path: Path) -> None:
     plans = ready_plans(name, scale)  # type: ignore[arg-type]
     assert len({plan.name for plan in plans}) == len(plans)
     for plan in plans:
-        assert plan.arms[0] == "default"
+        baseline = "covariance" if name.startswith("filter-switches") else "default"
+        assert plan.arms[0].removesuffix("-frozen") == baseline
         assert len(plan.seeds) >= 3
         study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, tmp_path / plan.name)
         assert len(study.trials()) == len(plan.arms) * len(plan.lrs) * len(plan.seeds)

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require
 
-# Adding a perturbation to pixels rounds each of them: a ball this much smaller keeps the sum inside the real one.
-_INSIDE = 1.0 - 1e-5
-
 
 def pgd_l2(
     net: nn.Module,
@@ -53,7 +50,9 @@ def pgd_l2(
     """
     if steps < 1 or restarts < 1:
         raise EspalierError(f"steps {steps}, restarts {restarts}: choose at least 1 of each")
-    limits = torch.as_tensor(radius, dtype=images.dtype, device=images.device).expand(len(images)) * _INSIDE
+    limits = torch.as_tensor(radius, dtype=images.dtype, device=images.device).expand(len(images))
+    # Adding a perturbation rounds every pixel: a ball smaller by that keeps the sum inside the real one.
+    limits = (limits - torch.finfo(images.dtype).eps * math.sqrt(math.prod(images.shape[1:]))).clamp_min(0)
     worst, height = images.clone(), _excess(net, images, labels).detach()
     targets = _runners_up(net, images, labels)
     for restart in range(restarts):

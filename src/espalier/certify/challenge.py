@@ -19,7 +19,7 @@ from espalier.train.checkpoint import write_json
 _GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
 """Certified points are attacked at these multiples of their radius: at it, and beyond it for the distance."""
 
-_SPREAD = 0.98
+_SPREAD = 0.95
 """AutoAttack takes one radius for many images: groups are formed whose smallest radius is this share of the largest."""
 
 
@@ -114,7 +114,8 @@ def challenge(
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
         autoattack: try AutoAttack on what PGD leaves. It takes one radius for many images, so a certified point is
-            attacked at the smallest radius of a group, at least 98 % of its own.
+            attacked at the smallest radius of a group, at least 95 % of its own, and what it left
+            standing there is not tried again at a smaller one.
         batch_size: images per forward pass.
         generator: source of PGD's starts, on the images' device.
 
@@ -129,15 +130,13 @@ def challenge(
     clean = hunt.standing()
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
-    # Every search looks at points that stand so far within its radius; what it finds counts for all radii.
     for radius_N, chosen_N in [
         *((radii_N * growth, certified_N) for growth in _GROWTH),
         *((torch.full_like(radii_N, value), clean) for value in eps),
     ]:
         hunt.pgd(radius_N, chosen_N, steps, restarts, generator)
     if autoattack:
-        for chosen, value in [*_groups(radii_N, certified_N, batch_size), *((clean.nonzero()[:, 0], e) for e in eps)]:
-            hunt.auto(chosen, value)
+        hunt.autoattack(radii_N, certified_N, clean, eps)
     fell_N = hunt.distances_N < radii_N
     ratios = (radii_N / hunt.distances_N)[certified_N & torch.isfinite(hunt.distances_N)]
     return AttackReport(
@@ -154,7 +153,10 @@ def challenge(
 
 
 class _Hunt:
-    """The nearest wrong image found so far for every image, as a distance (0 where the network is wrong anyway)."""
+    """The nearest wrong image found so far for every image, as a distance (0 where the network is wrong anyway).
+
+    Every search looks at images that stand so far within its radius; what it finds counts for all radii.
+    """
 
     def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
         self.net, self.images, self.labels, self.batch_size = net, images, labels, batch_size
@@ -165,6 +167,7 @@ class _Hunt:
             ]
         )
         self.distances_N = torch.where(wrong_N, 0.0, math.inf).double()
+        self.withstood_N = torch.zeros_like(self.distances_N)
 
     def standing(self) -> Tensor:
         """Return (N,) whether no wrong image was found at all."""
@@ -175,17 +178,25 @@ class _Hunt:
     ) -> None:
         """Try PGD on the chosen images that stand within their radius."""
         indices = (chosen_N & (self.distances_N > radius_N)).nonzero()[:, 0]
-        for some in indices.split(self.batch_size):
+        for some in indices.split(self.batch_size) if len(indices) else ():
             images, labels = self.images[some], self.labels[some]
             radius = radius_N[some].to(images.dtype)
             found = pgd_l2(self.net, images, labels, radius, steps=steps, restarts=restarts, generator=generator)
             self._note(some, found)
 
-    def auto(self, indices: Tensor, eps: float) -> None:
-        """Try AutoAttack on those of the images that stand within ``eps``."""
-        indices = indices[self.distances_N[indices] > eps]
-        for some in indices.split(self.batch_size):
+    def autoattack(self, radii_N: Tensor, certified_N: Tensor, clean_N: Tensor, eps: Sequence[float]) -> None:
+        """Try AutoAttack on certified images at (nearly) their own radius, then on all that were right at every ε."""
+        for indices, value in _groups(radii_N, certified_N, self.batch_size):
+            self._auto(indices, value)
+        for value in sorted(eps, reverse=True):
+            self._auto(clean_N.nonzero()[:, 0], value)
+
+    def _auto(self, indices: Tensor, eps: float) -> None:
+        """Try AutoAttack on those of the images that stand within ``eps`` and did not withstand it in a larger ball."""
+        indices = indices[(self.distances_N[indices] > eps) & (self.withstood_N[indices] < eps)]
+        for some in indices.split(self.batch_size) if len(indices) else ():
             self._note(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps))
+            self.withstood_N[some] = eps
 
     def _note(self, indices: Tensor, found: Tensor) -> None:
         fell = fooled(self.net, found, self.labels[indices])

@@ -10,6 +10,7 @@ from espalier.init.depthwise import (
 )
 from espalier.init.filter_fit import covariance_fit
 from espalier.init.filter_statistics import FilterStatistics
+from espalier.init.fit import AttentionFit, StructureFit, fit
 from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, SSMWeights, register_layout
 from espalier.init.near_identity import near_identity, near_identity_factors
 from espalier.init.report import LayerReport, StructureReport
@@ -17,6 +18,7 @@ from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_, token_memor
 from espalier.init.structure import VerificationError, audit, structure_
 
 __all__ = [
+    "AttentionFit",
     "AttentionWeights",
     "DepthwiseWeights",
     "FilterCovariance",
@@ -26,6 +28,7 @@ __all__ = [
     "MimeticSSM",
     "SSMWeights",
     "Skipped",
+    "StructureFit",
     "StructureReport",
     "VerificationError",
     "audit",
@@ -33,6 +36,7 @@ __all__ = [
     "depthwise_covariance_",
     "depthwise_layers",
     "filter_covariance",
+    "fit",
     "measure_attention",
     "measure_ssm",
     "mimetic_attention_",

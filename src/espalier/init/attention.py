@@ -32,6 +32,8 @@ class Mimetic:
         vo: strengths for W_V W_proj, one draw a layer; ``None`` leaves values and the output projection alone.
         noise: law of Z, ``"normal"`` or ``"uniform"``.
         method: how factors are found, ``"auto"``, ``"exact"`` or ``"fast"``.
+        layers: pairs (qk, vo) from the first attention layer to the last, in place of the two above; a model of another
+            depth takes strengths between them, at the same fraction of its depth. ``espalier.init.fit`` makes them.
 
     Source: arXiv 2305.09828, section 3, for the default strengths.
     """
@@ -40,6 +42,17 @@ class Mimetic:
     vo: Strength | None = (0.4, -0.4)
     noise: str = "normal"
     method: Method = "auto"
+    layers: tuple[tuple[Strength, Strength], ...] | None = None
+
+    def at(self, index: int, count: int) -> Mimetic:
+        """Return the strengths of layer ``index`` of ``count``, as a spec without ``layers``."""
+        if not self.layers:
+            return self
+        place = index / max(count - 1, 1) * (len(self.layers) - 1)
+        low, share = int(place), place % 1
+        ends = torch.tensor([self.layers[low], self.layers[min(low + 1, len(self.layers) - 1)]], dtype=torch.float64)
+        qk, vo = torch.lerp(ends[0], ends[1], share).tolist()
+        return replace(self, qk=tuple(qk), vo=tuple(vo), layers=None)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Mimetic:
@@ -53,7 +66,7 @@ class Mimetic:
         """
         if name not in PRESETS:
             raise unknown_name("mimetic preset", name, PRESETS)
-        return replace(PRESETS[name], **{key: _strength(key, value) for key, value in changes.items()})
+        return replace(PRESETS[name], **{key: as_tuples(value) for key, value in changes.items()})
 
 
 PRESETS: Mapping[str, Mimetic] = {
@@ -62,9 +75,9 @@ PRESETS: Mapping[str, Mimetic] = {
 }
 
 
-def _strength(key: str, value: Any) -> Any:
-    """Return a list that came from JSON as the tuple that the field holds."""
-    return tuple(value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Return lists that came from JSON as the tuples that fields hold."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 @torch.no_grad()

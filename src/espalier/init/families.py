@@ -89,6 +89,7 @@ def _named(**shown: bool) -> frozenset[str]:
 
 
 def _write_attention(weights: AttentionWeights, spec: Mimetic, place: Place, generator: torch.Generator) -> str:
+    spec = spec.at(*place)
     mimetic_attention_(
         weights.q, weights.k, weights.v, weights.out, weights.num_heads, num_kv_heads=weights.num_kv_heads,
         qk=spec.qk, vo=spec.vo, noise=spec.noise, method=spec.method, generator=generator,
@@ -96,7 +97,7 @@ def _write_attention(weights: AttentionWeights, spec: Mimetic, place: Place, gen
     for bias in weights.biases:
         bias.zero_()
     pairs = (("qk", spec.qk), ("vo", spec.vo))
-    return ", ".join(f"{name} {pair[0]:g}·Z {pair[1]:+g}·I" for name, pair in pairs if pair is not None)
+    return ", ".join(f"{name} {pair[0]:.4g}·Z {pair[1]:+.4g}·I" for name, pair in pairs if pair is not None)
 
 
 def _measure_attention(weights: AttentionWeights) -> dict[str, float]:
@@ -117,6 +118,7 @@ def _attention_contradiction(
     rank_share = min(weights.v.numel() / dim**2, 1.0)
     # With grouped queries only one query head in a group has the best approximation; the others keep less of it.
     slack = _TOLERANCE if weights.num_heads == weights.num_kv_heads else 1.0
+    spec = spec.at(*place)
     for name, pair, share in (("qk", spec.qk, head_share), ("vo", spec.vo, rank_share)):
         if pair is None:
             continue

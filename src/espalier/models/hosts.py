@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require, unknown_name
+from espalier.init.checkpoint_views import skeleton
+from espalier.init.layouts.linears import HEADS
 from espalier.models import MODELS, build_model
 
 
@@ -59,6 +62,44 @@ def _open_transformers(folder: Path) -> nn.Module:
         return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return cls(config) if known else transformers.AutoModel.from_config(config)
+
+
+def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
+    """Return modules that hold a checkpoint's weights: enough to audit and fit, not to run.
+
+    Args:
+        path: a ``.safetensors`` file, or one that ``torch.save`` wrote (read with ``weights_only=True``).
+        num_heads: query heads of every attention layer; a ``config.json`` beside the file says it otherwise.
+
+    Raises:
+        EspalierError: the file cannot be read safely, or holds no tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EspalierError(f"checkpoint {path}: cannot be read ({reason}): name a file of weights") from None
+    for key in ("state_dict", "model", "model_state_dict", "module"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise EspalierError(f"checkpoint {path}: holds no tensors by name: name a file of weights")
+    return skeleton(tensors, num_heads or _stated_heads(path.with_name("config.json")))
+
+
+def _stated_heads(config_file: Path) -> int | None:
+    try:
+        config = json.loads(config_file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    found = [config.get(name) for name in HEADS]
+    return next((heads for heads in found if isinstance(heads, int)), None)
 
 
 def save_weights(model: nn.Module, path: Path) -> Path:

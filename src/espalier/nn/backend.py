@@ -16,7 +16,7 @@ import torch
 from espalier.errors import EspalierError, unknown_name
 
 BACKENDS = ("auto", "compiled", "mamba_ssm", "torch")
-_OPERATIONS = {"compiled": ("selective_scan", "causal_conv"), "mamba_ssm": ("selective_scan", "ssd")}
+_OPERATIONS = {"compiled": ("selective_scan", "causal_conv", "gated_norm"), "mamba_ssm": ("selective_scan", "ssd")}
 _forced: ContextVar[str | None] = ContextVar("espalier_backend", default=None)
 
 
@@ -32,7 +32,7 @@ class Backend:
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
-    """Return what runs ``selective_scan`` and the causal convolution on ``device``, and why.
+    """Return what runs ``selective_scan``, the causal convolution and the gated norm on ``device``, and why.
 
     The choice is automatic; ``use_backend`` or the environment variable ``ESPALIER_BACKEND`` (``compiled``,
     ``mamba_ssm``, ``torch``) overrides it. ``ssd`` is matrix products in torch on every CPU.
@@ -66,7 +66,7 @@ def use_backend(name: str) -> Iterator[Backend]:
 
 
 def choose(operation: str, kind: str) -> str:
-    """Return the name of what runs ``operation`` ("selective_scan", "causal_conv", "ssd") on a kind of device."""
+    """Return the name of what runs ``operation``, a name of ``_OPERATIONS``, on a kind of device."""
     found = backend(kind).name
     return found if operation in _OPERATIONS.get(found, ()) else "torch"
 

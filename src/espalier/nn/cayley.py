@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import outside_graphs
-from espalier.nn.spectral.planes import Planes, add_gram_, block, contiguous, invert_, product, transpose
+from espalier.nn.precision import outside_graphs, without_autocast
+from espalier.nn.spectral.planes import Planes, add_gram_, block, contiguous, invert, product, transpose
 
 
 def cayley(matrix: Tensor) -> Tensor:
@@ -73,13 +73,14 @@ class _Cayley(torch.autograd.Function):
             n[1].add_(u[1].mT)
         if v is not None:
             add_gram_(n, v)
-        inverse = invert_(n)
+        inverse = invert(n)
         ctx.wide = wide
         ctx.save_for_backward(*inverse, *(v or (None, None)))
         return _as_given(_assemble(inverse, v), wide, real.shape)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_r: Tensor, grad_i: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """∂N = −2N⁻ᴴ(G₁ − VᴴG₂)N⁻ᴴ, ∂U = ∂N − ∂Nᴴ, ∂V = −2G₂N⁻ᴴ + V(∂N + ∂Nᴴ), for G = [G₁; G₂]."""
         inverse, v = ctx.saved_tensors[:2], ctx.saved_tensors[2:]

@@ -97,8 +97,8 @@ def draw_(weight: Tensor, alpha: Tensor, bias: Tensor | None, generator: torch.G
 
 
 def scaled(weight: Tensor, alpha: Tensor) -> Tensor:
-    """Return ``α·w/‖w‖``, and zeros for a weight of zeros."""
-    return weight * (alpha / torch.linalg.vector_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny))
+    """Return ``α·w/‖w‖``, and zeros with finite gradients for a weight of zeros."""
+    return weight * (alpha / torch.linalg.vector_norm(weight).clamp_min(torch.finfo(weight.dtype).eps))
 
 
 def orthogonal_matrix(layer: _Scaled, groups: int, dtype: torch.dtype) -> Tensor:

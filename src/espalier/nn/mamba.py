@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.causal_conv import causal_conv_silu
+from espalier.nn.gated_norm import GatedRMSNorm
 from espalier.nn.precision import exact
 from espalier.nn.selective_scan import selective_scan, selective_step
 from espalier.nn.ssd import ssd, ssd_step
@@ -133,28 +134,17 @@ class Mamba1(nn.Module):
         history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.inner)
         return MambaState(history, exact(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}dt_bias" in state_dict:
+            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-2: load it into a model of Mamba2 blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (Δ, B, C) of the convolved inputs."""
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        return _steps(F.linear(rank, self.dt_proj.weight), self.dt_proj.bias), b, c
-
-
-class GatedRMSNorm(nn.Module):
-    """``weight · v / √(mean(v²) + eps)`` with v = y · SiLU(z), the mean over each group of channels."""
-
-    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.groups, self.eps = groups, eps
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Normalise y gated by z in float32 or better, and return it in the dtype of y."""
-        dtype = y.dtype
-        y, z = exact(y, z)
-        gated = y * F.silu(z)
-        grouped = gated.unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
-        return self.weight * normed.to(dtype)
+        with torch.autocast(u.device.type, enabled=False):  # small steps would round away
+            delta = F.softplus(F.linear(*exact(rank, self.dt_proj.weight, self.dt_proj.bias)))
+        return delta, b, c
 
 
 class Mamba2(nn.Module):
@@ -271,6 +261,11 @@ class Mamba2(nn.Module):
         scan = self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim)
         return MambaState(history, exact(scan)[0])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}x_proj.weight" in state_dict:
+            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-1: load it into a model of Mamba1 blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return projected.split([self.inner, self.conv_dim, self.num_heads], dim=-1)
 
@@ -297,6 +292,10 @@ def _steps(projected: Tensor, bias: Tensor) -> Tensor:
     """Return Δ = softplus(projection + bias) in float32 or better: bfloat16 would round small steps away."""
     projected, bias = exact(projected, bias)
     return F.softplus(projected + bias)
+
+
+def _named(prefix: str) -> str:
+    return repr(prefix.rstrip(".")) if prefix else "the mixer"
 
 
 def _check_input(x: Tensor, dim: int, mask: Tensor | None, state: MambaState | None) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from espalier.errors import unknown_name
-from espalier.recipes.arms_filters import FILTER_ARMS
+from espalier.recipes.arms_filters import SWITCH_ARMS, TRANSFER_ARMS
 from espalier.recipes.base import Recipe
 
 # The parts of mimetic state-space initialisation as MimeticSSM takes them: (left alone, written).
@@ -40,6 +40,8 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "covariance": {"init": "covariance", "init_args": {}, "freeze": ""},
     "covariance-frozen": {"init": "covariance", "init_args": {}, "freeze": "depthwise"},
     "mimetic-ssm": {"init": "mimetic_ssm", "init_args": {}, "freeze": ""},
+    "mimetic-ssm-scaled": {"init": "mimetic_ssm", "init_args": {"decay_rule": "scaled"}, "freeze": ""},
+    "mimetic-ssm-gain": {"init": "mimetic_ssm", "init_args": {"gain": 1.0}, "freeze": ""},
     "mimetic-ssm-one": {"init": "mimetic_ssm", "init_args": {"layers": 0}, "freeze": ""},
     "mimetic-ssm-last": {"init": "mimetic_ssm", "init_args": {"layers": -1}, "freeze": ""},
     **ssm_part_arms(),
@@ -51,7 +53,8 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "semi-orthogonal": {"init": "semi_orthogonal", "init_args": {}, "freeze": ""},
     "impulse": {"init": "impulse", "init_args": {}, "freeze": ""},
     "mlp-mean-shift": {"init": "mlp_mean_shift", "init_args": {}, "freeze": ""},
-    **FILTER_ARMS,
+    **TRANSFER_ARMS,
+    **SWITCH_ARMS,
 }
 
 

@@ -24,16 +24,16 @@ FILTER_SWITCHES: dict[str, Mapping[str, Any]] = {
 """Arguments of ``FilterCovariance`` by the name of their arm."""
 
 
-def _arms() -> dict[str, Mapping[str, Any]]:
-    arms: dict[str, Mapping[str, Any]] = {}
-    for name, switches in FILTER_SWITCHES.items():
-        for suffix, freeze in (("", ""), ("-frozen", "depthwise")):
-            arms[f"covariance-{name}{suffix}"] = {"init": "covariance", "init_args": dict(switches), "freeze": freeze}
-    # Its statistics stay those of the recipe: --init STATISTICS.safetensors.
-    arms["transferred"] = {"init": "transferred", "freeze": ""}
-    arms["transferred-frozen"] = {"init": "transferred", "freeze": "depthwise"}
-    return arms
+SWITCH_ARMS: dict[str, Mapping[str, Any]] = {
+    f"covariance-{name}{suffix}": {"init": "covariance", "init_args": dict(switches), "freeze": freeze}
+    for name, switches in FILTER_SWITCHES.items()
+    for suffix, freeze in (("", ""), ("-frozen", "depthwise"))
+}
+"""Every switch with trained and with frozen filters."""
 
-
-FILTER_ARMS = _arms()
-"""Every switch with trained and with frozen filters, and filters of another network's statistics."""
+TRANSFER_ARMS: dict[str, Mapping[str, Any]] = {
+    # The statistics stay those of the recipe: --init STATISTICS.safetensors.
+    "transferred": {"init": "transferred", "freeze": ""},
+    "transferred-frozen": {"init": "transferred", "freeze": "depthwise"},
+}
+"""Filters of another network's statistics, trained and frozen."""

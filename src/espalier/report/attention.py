@@ -5,43 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.errors import EspalierError
 from espalier.init.layouts import AttentionWeights
 from espalier.models import VisionTransformer
+from espalier.report.products import SIDE, product_panel
 from espalier.report.raster import Panel, photograph, picture_table, shrink
 from espalier.report.section import Section, paragraph
 from espalier.report.views import HEADS, LAYERS, View, lay_out, layers_of, left_out, runs_behind, spread
 
-# Side of the largest picture, and pixels of all pictures of one kind together: a page holds a few megabytes.
-_SIDE, _PIXELS = 96, 1_500_000
+# Pixels of all pictures of one kind together: a page holds a few megabytes.
+_PIXELS = 1_500_000
 
 
 def query_key_factors(weights: AttentionWeights, head: int) -> tuple[Tensor, Tensor]:
     """Return the factors of ``W_Q W_Kᵀ = leftᵀ right`` of one query head, (k, d) each, in float32."""
-    width = weights.q.shape[0] // weights.num_heads
-    group = head // (weights.num_heads // weights.num_kv_heads)
-    q_KD = weights.q[head * width : (head + 1) * width]
-    return q_KD.float(), weights.k[group * width : (group + 1) * width].float()
+    heads, groups, dim = weights.num_heads, weights.num_kv_heads, weights.q.shape[-1]
+    q_HKD, k_GKD = weights.q.reshape(heads, -1, dim), weights.k.reshape(groups, -1, dim)
+    return q_HKD[head].float(), k_GKD[head // (heads // groups)].float()
 
 
 def value_output_factors(weights: AttentionWeights) -> tuple[Tensor, Tensor]:
     """Return the factors of ``Σ_h W_V,h W_proj,h = leftᵀ right``, (H·k, d) each, in float32."""
-    groups, dim = weights.num_kv_heads, weights.v.shape[1]
+    groups, dim = weights.num_kv_heads, weights.v.shape[-1]
     v_GKD = weights.v.float().reshape(groups, -1, dim)
     v_HKD = v_GKD.repeat_interleave(weights.num_heads // groups, 0)
     return v_HKD.reshape(-1, dim), weights.out.float().mT
-
-
-def product_picture(left_KD: Tensor, right_KD: Tensor, side: int = _SIDE) -> Tensor:
-    """Return ``leftᵀ right`` as at most ``side`` × ``side`` means over equal blocks.
-
-    The mean over a block of a product is the product of the factors' means, so the d × d matrix is never held.
-    """
-    side = min(side, left_KD.shape[1])
-    return F.adaptive_avg_pool1d(left_KD[None], side)[0].mT @ F.adaptive_avg_pool1d(right_KD[None], side)[0]
 
 
 @torch.no_grad()
@@ -51,11 +41,11 @@ def attention_products(views: Sequence[View]) -> Section | None:
     if not found:
         return None
     layers = found[0][1]
-    heads, dim = layers[0][1].num_heads, layers[0][1].q.shape[1]
+    heads, dim = layers[0][1].num_heads, layers[0][1].q.shape[-1]
     alone = len(found) == 1
     shown_heads = heads if alone else min(heads, HEADS)
     count = (len(layers) if alone else len(found) * min(len(layers), LAYERS)) * shown_heads
-    side = max(32, min(_SIDE, int((_PIXELS / count) ** 0.5)))
+    side = max(32, min(SIDE, int((_PIXELS / count) ** 0.5)))
 
     def query_key(name: str, weights: AttentionWeights) -> list[Panel]:
         picked = spread(weights.num_heads, shown_heads)
@@ -104,22 +94,11 @@ def attention_maps(views: Sequence[View]) -> Section | None:
     return Section("Attention maps", (photograph(image_1CHW[0], "The first image of the test set."), table))
 
 
-def product_panel(name: str, left_KD: Tensor, right_KD: Tensor, side: int) -> Panel:
-    """Return the picture of ``leftᵀ right`` with the means of its diagonal and of the rest in words."""
-    # The size of the product off its diagonal, again without holding it: ‖LᵀR‖² = ⟨L Lᵀ, R Rᵀ⟩.
-    diagonal_D = (left_KD * right_KD).sum(0)
-    total = ((left_KD @ left_KD.mT) * (right_KD @ right_KD.mT)).sum()
-    pairs = max(len(diagonal_D) * (len(diagonal_D) - 1), 1)
-    rest = float(((total - diagonal_D.square().sum()).clamp_min(0) / pairs).sqrt())
-    words = f"{name}: diagonal {float(diagonal_D.mean()):+.3g} on average, the other entries ± {rest:.2g}"
-    return Panel(product_picture(left_KD, right_KD, side), words)
-
-
 def _map_panels(name: str, map_HLL: Tensor) -> list[Panel]:
     panels = []
     for head in spread(len(map_HLL), HEADS):
         own = float(map_HLL[head].diagonal().mean())
         panels.append(
-            Panel(shrink(map_HLL[head], _SIDE), f"{name} head {head}: {own:.0%} of a patch's look is at itself")
+            Panel(shrink(map_HLL[head], SIDE), f"{name} head {head}: {own:.0%} of a patch's look is at itself")
         )
     return panels

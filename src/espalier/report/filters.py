@@ -9,7 +9,7 @@ from torch import Tensor
 
 from espalier.init.filter_fit import pooled_covariance
 from espalier.init.layouts import DepthwiseWeights
-from espalier.report.raster import Panel, mosaic, picture_table, shrink
+from espalier.report.raster import Panel, Row, mosaic, picture_table, shrink
 from espalier.report.section import Section
 from espalier.report.views import LAYERS, View, lay_out, layers_of, left_out, runs_behind
 
@@ -48,17 +48,23 @@ def depthwise_filters(views: Sequence[View]) -> Section | None:
             "diagonal say that neighbouring taps rise and fall together; a diagonal alone is white noise.",
         ),
         (
-            "Leading eigenvectors of the covariance, as filters",
+            "Its leading eigenvectors",
             _eigen_panels,
-            f"The first {_EIGEN_FILTERS}, row by row: smooth ones say that filters vary smoothly. Hover for their "
-            "shares of the variance.",
+            f"Up to {_EIGEN_FILTERS}, as filters, row by row: smooth ones say that filters vary smoothly. "
+            "Hover for their shares of the variance.",
         ),
     )
-    parts = []
-    for title, draw, caption in kinds:
+    if len(found) == 1:
+        rows = [Row(name, [draw(name, weights) for _, draw, _ in kinds]) for name, weights in found[0][1]]
+        caption = " ".join(f"{title}: {text}" for title, _, text in kinds) + words
+        titles = [title for title, _, _ in kinds]
+        whole = picture_table("", titles, rows, scale="diverging", shared=False, caption=caption)
+        return Section("Depthwise filters", (whole,))
+    tables = []
+    for title, draw, text in kinds:
         columns, rows = lay_out(found, draw)
-        parts.append(picture_table(title, columns, rows, scale="diverging", shared=False, caption=caption + words))
-    return Section("Depthwise filters", tuple(parts))
+        tables.append(picture_table(title, columns, rows, scale="diverging", shared=False, caption=text + words))
+    return Section("Depthwise filters", tuple(tables))
 
 
 def _filter_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:

@@ -1,4 +1,4 @@
-"""Pictures of state-space layers: how they mix tokens, and the product that mimetic initialisation shapes."""
+"""Pictures of how state-space layers mix tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.init.layouts import SSMWeights
-from espalier.nn import Mamba1, Mamba2
-from espalier.nn.mixing import mixing_matrix
-from espalier.report.attention import product_panel
+from espalier.nn import Mamba1, Mamba2, mixing_matrix
 from espalier.report.raster import Panel, picture_table, shrink
 from espalier.report.section import Section, paragraph
-from espalier.report.views import HEADS, LAYERS, View, lay_out, layers_of, left_out, runs_behind, spread
+from espalier.report.views import HEADS, LAYERS, View, lay_out, left_out, runs_behind, spread
 
 # Side of the largest picture; tokens of the longest sequence that is mixed; tokens of the sequence that is repeated.
 _SIDE, _LENGTH, _REPEATED = 96, 128, 24
@@ -84,23 +81,6 @@ def mixing_matrices(views: Sequence[View]) -> Section | None:
     return Section(title, (table,))
 
 
-@torch.no_grad()
-def state_space_products(views: Sequence[View]) -> Section | None:
-    """Draw ``W_Cᵀ W_B`` of every state-space layer, of any library that a layout knows."""
-    found = [(view, layers) for view in views if (layers := layers_of(view, SSMWeights))]
-    if not found:
-        return None
-    dim = found[0][1][0][1].w_b.shape[1]
-    words = "" if len(found) == 1 else left_out(len(found[0][1]), LAYERS, "layers")
-    words += f" A pixel is the mean over about {dim / _SIDE:.3g} × {dim / _SIDE:.3g} entries." if dim > _SIDE else ""
-    table = picture_table(
-        "W_Cᵀ W_B of every group", *lay_out(found, _product_panels), scale="diverging", shared=False,
-        caption="What a query takes from a key, before the convolution's nonlinearity: a red diagonal says that tokens "
-        f"recall tokens like themselves.{words}{runs_behind([view for view, _ in found])}",
-    )  # fmt: skip
-    return Section("Products of state-space weights", (table,))
-
-
 def _mixers(net: nn.Module) -> dict[str, Mamba1 | Mamba2]:
     return {name: module for name, module in net.named_modules() if isinstance(module, Mamba1 | Mamba2)}
 
@@ -120,9 +100,3 @@ def _mixing_panels(name: str, matrices_HLL: Tensor) -> list[Panel]:
         words = f"{name or '(model)'} head {head}: {own:.0%} of its weight is on the token itself"
         panels.append(Panel(shrink(matrix_LL, _SIDE), words))
     return panels
-
-
-def _product_panels(name: str, weights: SSMWeights) -> list[Panel]:
-    pairs = zip(weights.w_c.float().chunk(weights.groups), weights.w_b.float().chunk(weights.groups), strict=True)
-    groups = list(pairs)
-    return [product_panel(f"{name} group {group}", *groups[group], _SIDE) for group in spread(len(groups), HEADS)]

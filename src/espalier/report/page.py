@@ -79,7 +79,7 @@ def write_weight_pictures(net: nn.Module, out: Path) -> Path:
     sections = [section for make in PICTURES if (section := make([View(net)])) is not None]
     if not sections:
         raise EspalierError(f"model {name} has no layer to draw: register a layout for its classes")
-    return _write(Path(out), f"Weights of {name}", [Chapter(name, "", sections)])
+    return _write(Path(out), f"Weights of {name}", [Chapter("", "", sections)])
 
 
 def _open(folder: Path) -> Summary | Run:
@@ -128,13 +128,14 @@ def _html(title: str, chapters: Sequence[Chapter]) -> str:
 
 
 def _chapter_html(index: int, chapter: Chapter, numbers: Any) -> str:
+    heading = f"<h2>{escape(chapter.title)}</h2>" if chapter.title else ""
     subtitle = f'<p class="subtitle">{escape(chapter.subtitle)}</p>' if chapter.subtitle else ""
     sections = "".join(
         f"<section><h3>{escape(section.title)}</h3>{''.join(_part_html(part, numbers) for part in section.parts)}"
         "</section>\n"
         for section in chapter.sections
     )
-    return f'<article id="c{index}"><h2>{escape(chapter.title)}</h2>{subtitle}{sections}</article>\n'
+    return f'<article id="c{index}">{heading}{subtitle}{sections}</article>\n'
 
 
 def _part_html(part: Markup | Plot, numbers: Any) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from espalier.report.attention import attention_maps, attention_products
 from espalier.report.filters import depthwise_filters
-from espalier.report.mixing import mixing_matrices, state_space_products
+from espalier.report.mixing import mixing_matrices
 from espalier.report.section import Section, bullets
+from espalier.report.state_space import state_space_products
 from espalier.report.views import PictureMaker, views_of
 from espalier.train import Run
 

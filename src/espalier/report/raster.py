@@ -85,7 +85,7 @@ def picture_table(
     """Return rows of panels as a table with a title, a colour scale and a caption.
 
     Args:
-        title: plain text over the table.
+        title: plain text over the table; empty where the section's title says it.
         columns: a heading for every cell of a row.
         rows: the panels.
         scale: ``diverging`` around zero, or ``sequential`` from zero.
@@ -102,9 +102,10 @@ def picture_table(
         body.append(f"<tr><th>{escape(row.label)}</th>{cells}</tr>")
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     table = f'<table class="pictures"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    heading = f"<h4>{escape(title)}</h4>" if title else ""
     words = _scale_words(top if shared else None, scale)
     return Markup(
-        f'<figure><h4>{escape(title)}</h4><div class="scroll">{table}</div><div class="scale">{words}</div>'
+        f'<figure>{heading}<div class="scroll">{table}</div><div class="scale">{words}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

@@ -12,7 +12,8 @@ from espalier.init import StructureReport
 from espalier.init.report import measured_in_words
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.report.curves import run_curves
-from espalier.report.section import Context, Markup, Section, folded, paragraph, table
+from espalier.report.robustness import robustness
+from espalier.report.section import Context, Markup, Section, counted, folded, paragraph, table
 from espalier.train import Run
 from espalier.train.run import ENVIRONMENT, STRUCTURE
 
@@ -25,14 +26,15 @@ def outcome(run: Run, context: Context) -> Section:
     if result is None:
         text = f"Unfinished after {max((row['epoch'] for row in run.rows), default=0)} of {recipe.epochs} epochs."
     elif result.get("diverged"):
-        text = f"Diverged: its loss or its weights stopped being finite; no score. {result['epochs']} epochs."
+        reached = counted(result["epochs"], "epoch")
+        text = f"Diverged: its loss or its weights stopped being finite; no score. It went through {reached}."
     else:
         text = (
-            f"{result['metric']} {result['score']:.4g} after {result['epochs']} epochs and {result['steps']} steps, "
-            f"{result['seconds']:.3g} s of training."
+            f"{result['metric']} {result['score']:.4g} after {counted(result['epochs'], 'epoch')} and "
+            f"{counted(result['steps'], 'step')}, {result['seconds']:.3g} s of training."
         )
     setting = f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, init {recipe.init}, seed {recipe.seed}."
-    link = Markup(f"<p>Folder: {context.link(run.path, str(run.path))}</p>")
+    link = Markup(f"<p>Folder: {context.link(run.path)}</p>")
     return Section("What was found", (paragraph(text), paragraph(setting), link))
 
 
@@ -78,5 +80,5 @@ def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-RUN_SECTIONS: tuple[RunSection, ...] = (outcome, run_curves, structure, recipe, environment)
+RUN_SECTIONS: tuple[RunSection, ...] = (outcome, run_curves, robustness, structure, recipe, environment)
 """In the order of the page; the pictures follow the curves' end. A room that measures runs adds its own."""

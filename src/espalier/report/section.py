@@ -44,17 +44,23 @@ class Context:
     folder: Path
     colours: Mapping[str, str]
 
-    def link(self, path: Path, text: str) -> str:
-        """Return a link to a file or folder, relative to the page; plain text where nothing is there."""
+    def link(self, path: Path, text: str = "") -> str:
+        """Return a link to a file or folder, relative to the page and called so; plain text where nothing is there."""
+        target = os.path.relpath(path.resolve(), self.folder.resolve())
+        text = text or target
         if not path.exists():
             return escape(text)
-        target = os.path.relpath(path.resolve(), self.folder.resolve())
         return f'<a href="{escape(quote(target))}">{escape(text)}</a>'
 
 
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:
     """Return one colour an arm, in order of first appearance; the seventh arm after another one shares its colour."""
     return {arm: _COLOURS[index % len(_COLOURS)] for index, arm in enumerate(dict.fromkeys(arms))}
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 run``, ``2 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def paragraph(text: str, kind: str = "") -> Markup:

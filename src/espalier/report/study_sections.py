@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from espalier.report.curves import learning_curves, score_over_rate
 from espalier.report.pictures import picture_sections
-from espalier.report.section import Context, Markup, Section, bullets, folded, paragraph, table
+from espalier.report.section import Context, Markup, Section, bullets, counted, folded, paragraph, table
 from espalier.study import Trial
 from espalier.study.summary import ArmSummary, Summary
 from espalier.study.table import HEADER, assumptions, cells, first_line, is_share, number, sentences
@@ -19,8 +19,9 @@ def headline(summary: Summary, context: Context) -> Section:
     """Say what was found: one sentence an arm, the table, what it rests on, and what failed."""
     recipe, study = summary.study.recipe, summary.study
     setting = (
-        f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, {recipe.epochs} epochs of batches of "
-        f"{recipe.batch_size}; {len(study.arms)} arms × {len(study.lrs)} learning rates × {len(study.seeds)} seeds, "
+        f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, {counted(recipe.epochs, 'epoch')} of "
+        f"batches of {recipe.batch_size}; {counted(len(study.arms), 'arm')} × "
+        f"{counted(len(study.lrs), 'learning rate')} × {counted(len(study.seeds), 'seed')}, "
         f"{len(summary.runs)} of {len(study.trials())} runs finished."
     )
     changes = [[arm, ", ".join(f"{key} = {value!r}" for key, value in made.items()) or "nothing"]
@@ -54,7 +55,8 @@ def trials(summary: Summary, context: Context) -> Section:
     rows = [_trial_row(trial, summary, context) for trial in summary.study.trials()]
     header = ("arm", "lr", "seed", "score", "state", "ms per step", "folder")
     return Section(
-        "All runs", (folded(f"{len(rows)} runs, with links to their folders", table(header, rows, "numbers")),)
+        "All runs",
+        (folded(f"{counted(len(rows), 'run')}, with links to their folders", table(header, rows, "numbers")),),
     )
 
 

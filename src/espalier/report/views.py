@@ -74,7 +74,11 @@ def lay_out(
     if len(found) == 1:
         return [""], [Row(name, [draw(name, weights)]) for name, weights in found[0][1]]
     shown = spread(len(found[0][1]), LAYERS)
-    rows = [Row(view.label, [draw(*layers[index]) for index in shown]) for view, layers in found]
+    # A network with fewer layers than the first has gaps.
+    rows = [
+        Row(view.label, [draw(*layers[index]) if index < len(layers) else () for index in shown])
+        for view, layers in found
+    ]
     return [found[0][1][index][0] for index in shown], rows
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from espalier.recipes import Recipe
 
 Scale = Literal["cpu", "gpu"]
+SCALES = ("cpu", "gpu")
 SEEDS = (0, 1, 2)
 
 

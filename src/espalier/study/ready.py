@@ -9,10 +9,8 @@ from typing import Any
 from espalier.errors import unknown_name
 from espalier.recipes import Recipe, get_recipe
 from espalier.recipes.arms import ssm_part_arms
-from espalier.study.plan import Plan, Scale, smallest_plan
-from espalier.study.ready_filters import filters_headline_plan, filters_plan
-
-SCALES = ("cpu", "gpu")
+from espalier.study.plan import SCALES, Plan, Scale, smallest_plan
+from espalier.study.ready_filters import FILTER_STUDIES
 
 # A factor of 100 in eight steps, for every arm: a default Mamba is known to need the right rate (arXiv 2508.19029).
 EIGHT_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 6e-3, 1e-2)
@@ -153,20 +151,15 @@ def control(scale: Scale) -> list[Plan]:
     ]
 
 
-def filters(scale: Scale) -> list[Plan]:
-    """Return the studies of filter covariances: the switches by frozen and by trained accuracy, and what they gain."""
-    return [filters_plan(scale), filters_plan(scale, frozen=False), filters_headline_plan(scale)]
-
-
 READY: Mapping[str, Callable[[Scale], list[Plan]]] = {
     "lr-window": lr_window,
     "which-part": which_part,
     "state-capacity": state_capacity,
     "layers": layers,
     "control": control,
-    "filters": filters,
+    **FILTER_STUDIES,
 }
-"""Studies by name."""
+"""Studies of state-space recall, and of filters, by name."""
 
 
 def _copying(name: str, scale: Scale) -> Recipe:

@@ -145,6 +145,17 @@ def test_rows_interleaved_by_head() -> None:
     check_attention(bloom, run, DIM, HEADS)
 
 
+def test_opt_whisper_and_modernbert() -> None:
+    opt = build("opt.modeling_opt.OPTAttention", config("OPTConfig", hidden_size=DIM, num_attention_heads=HEADS))
+    whisper = build(
+        "whisper.modeling_whisper.WhisperAttention", DIM, HEADS, config=config("WhisperConfig", d_model=DIM)
+    )
+    for module in (opt, whisper):
+        check_attention(module, lambda x, module=module: module(x)[:2], DIM, HEADS)
+    modern = build("modernbert.modeling_modernbert.ModernBertAttention", encoder("ModernBertConfig"), layer_idx=0)
+    check_attention(modern, lambda x: modern(x, unturned(x, 8))[:2], DIM, HEADS)
+
+
 def test_t5_does_not_divide_its_logits() -> None:
     t5 = build("t5.modeling_t5.T5Attention", config("T5Config", d_model=DIM, num_heads=HEADS, d_kv=8))
     check_attention(
@@ -180,6 +191,19 @@ WHOLE = {
     "SwinModel:SwinConfig": (
         {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3], "image_size": 32, "window_size": 2}, 2, 0
     ),
+    "Swinv2Model:Swinv2Config": (
+        {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3], "image_size": 32, "window_size": 2}, 2, 0
+    ),
+    "WhisperModel:WhisperConfig": ({**BART, "num_mel_bins": 8, "max_source_positions": 16, "pad_token_id": 0}, 2, 1),
+    "OPTModel:OPTConfig": ({**BERT, "ffn_dim": 32, "word_embed_proj_dim": 24}, 2, 0),
+    "GPTNeoModel:GPTNeoConfig": (
+        {"hidden_size": 24, "num_heads": 3, "num_layers": 2, "attention_types": [[["global"], 2]], "vocab_size": 50},
+        2, 0,
+    ),
+    "GPTJModel:GPTJConfig": ({"n_embd": 24, "n_head": 3, "n_layer": 2, "vocab_size": 50, "rotary_dim": 4}, 2, 0),
+    "Gemma2Model:Gemma2Config": ({**BERT, "num_key_value_heads": 1, "head_dim": 8}, 2, 0),
+    "Gemma3TextModel:Gemma3TextConfig": ({**BERT, "num_key_value_heads": 1, "head_dim": 8}, 2, 0),
+    "ModernBertModel:ModernBertConfig": ({**BERT, "pad_token_id": 0}, 2, 0),
     "LlamaForCausalLM:LlamaConfig": ({**BERT, "num_key_value_heads": 1}, 2, 0),
 }  # fmt: skip
 

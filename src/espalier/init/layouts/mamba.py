@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import Found, SSMWeights, refuse_parametrized, register_layout
+from espalier.init.layouts.registry import Found, Skipped, SSMWeights, refuse_parametrized, register_layout
 
 _TRANSFORMERS = "transformers.models."
 
@@ -33,6 +33,7 @@ def mamba1(module: nn.Module) -> Found:
 @register_layout("mamba_ssm.modules.mamba2.Mamba2")
 @register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer")
 @register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer")
+@register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer")
 @register_layout(_TRANSFORMERS + "zamba2.modeling_zamba2.Zamba2MambaMixer")
 @register_layout(_TRANSFORMERS + "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer")
 @register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
@@ -51,7 +52,14 @@ def mamba2(module: nn.Module) -> Found:
     return SSMWeights(
         "mamba2", w_b, w_c, w_delta, module.get_parameter("dt_bias").detach(), rates, taps, conv_bias, groups,
         map_biases=tuple(biases[1:3]), delta_shifts=tuple(biases[3:]),
+        note="B, C and the step are multiplied by fixed factors" if hasattr(module, "mup_vector") else "",
     )  # fmt: skip
+
+
+@register_layout(_TRANSFORMERS + "zamba.modeling_zamba.ZambaMambaMixer")
+def zamba(module: nn.Module) -> Found:
+    """Leave it alone: it keeps one set of maps a head in bare tensors."""
+    return Skipped("ssm", "Zamba keeps a set of maps a head: no layout yet")
 
 
 def _common(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from espalier.nn.kernels.build import KernelBuildError, build
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Enough pieces of work for any number of threads, fixed so that results do not depend on it.
-_WORK_ITEMS = 32
+WORK_ITEMS = 32
 
 
 def load() -> Path:
@@ -35,7 +35,8 @@ def _library() -> tuple[Path, ctypes.CDLL]:
         raise KernelBuildError(f"cannot load {path}: {error}") from error
 
 
-def _call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> None:
+def call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> None:
+    """Run a kernel of the library on the tensors' memory; the caller has made contiguous what must be so."""
     function = getattr(_library()[1], f"{name}_{_SUFFIX[dtype]}")
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     function(*pointers, (ctypes.c_int64 * len(shape))(*shape), ctypes.c_int(torch.get_num_threads()))
@@ -50,7 +51,7 @@ def _scan_shape(x_BLE: Tensor, states: int) -> tuple[int, int, int, int, int, in
     batch, length, channels = x_BLE.shape
     piece = min(length, max(8, min(64, 512 // states)))
     blocks = -(-channels // _width(x_BLE.dtype))
-    return batch, length, channels, states, piece, min(blocks, -(-_WORK_ITEMS // batch))
+    return batch, length, channels, states, piece, min(blocks, -(-WORK_ITEMS // batch))
 
 
 def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +71,7 @@ def selective_scan_cpu(
     d, initial = (None if t is None else t.contiguous() for t in (d, initial))
     shape = _scan_shape(x, a.shape[1])
     y, final, starts = _scan_outputs(x, a, keep)
-    _call("scan_forward", x.dtype, (x, delta, a, b, c, d, initial, y, final, starts if keep else None), shape)
+    call("scan_forward", x.dtype, (x, delta, a, b, c, d, initial, y, final, starts if keep else None), shape)
     return y, final, starts
 
 
@@ -91,7 +92,7 @@ def selective_scan_backward_cpu(
     da, dinitial = x.new_empty(batch, channels, states), x.new_empty(batch, channels, states)
     db, dc = (x.new_empty(batch, groups, length, states) for _ in range(2))
     dd = x.new_zeros(batch, channels)
-    _call(
+    call(
         "scan_backward",
         x.dtype,
         (x, delta, a, b, c, d, starts, dy, df, dx, ddelta, da, db, dc, dd, dinitial),
@@ -125,7 +126,7 @@ def _conv_shape(x_BLC: Tensor, taps: int) -> tuple[int, int, int, int, int]:
     return (*x_BLC.shape, taps, x_BLC.stride(1))
 
 
-def _rows(x_BLC: Tensor) -> Tensor:
+def rows(x_BLC: Tensor) -> Tensor:
     """Return x with rows that lie evenly apart over batch and time, without copying a slice of a wider tensor."""
     batch_step, row_step, step = x_BLC.stride()
     even = step == 1 and (x_BLC.shape[0] == 1 or batch_step == x_BLC.shape[1] * row_step)
@@ -135,10 +136,10 @@ def _rows(x_BLC: Tensor) -> Tensor:
 @torch.library.custom_op("espalier::causal_conv_silu", mutates_args=())
 def causal_conv_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return SiLU of the causal depthwise convolution of x (B, L, C) with ``weight`` (C, K), the newest tap last."""
-    x, weight = _rows(x), weight.contiguous()
+    x, weight = rows(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape)
-    _call("conv_forward", x.dtype, (x, weight, bias, y), _conv_shape(x, weight.shape[1]))
+    call("conv_forward", x.dtype, (x, weight, bias, y), _conv_shape(x, weight.shape[1]))
     return y
 
 
@@ -152,12 +153,12 @@ def causal_conv_silu_backward_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of (x, weight, bias)."""
-    x, weight, dy = _rows(x), weight.contiguous(), dy.contiguous()
+    x, weight, dy = rows(x), weight.contiguous(), dy.contiguous()
     bias = None if bias is None else bias.contiguous()
     batch, _, channels = x.shape
     dx = x.new_empty(x.shape)
     dweight, dbias = x.new_empty(batch, channels, weight.shape[1]), x.new_empty(batch, channels)
-    _call("conv_backward", x.dtype, (x, weight, bias, dy, dx, dweight, dbias), _conv_shape(x, weight.shape[1]))
+    call("conv_backward", x.dtype, (x, weight, bias, dy, dx, dweight, dbias), _conv_shape(x, weight.shape[1]))
     return dx, dweight.sum(0), dbias.sum(0)
 
 

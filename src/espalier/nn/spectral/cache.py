@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from espalier.nn.precision import outside_graphs
+from espalier.nn.precision import outside_graphs, without_autocast
 
 # Note [Contents, not versions]
 # A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.
@@ -90,6 +90,7 @@ class _Reattach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the parameters."""
         with torch.enable_grad():

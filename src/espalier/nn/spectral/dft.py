@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.nn.precision import without_autocast
 from espalier.nn.spectral.planes import product
 
 
@@ -150,6 +151,7 @@ class Analyse(torch.autograd.Function):
         return analyse(x, ctx.tables)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the images."""
         return Synthesise.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
@@ -165,6 +167,7 @@ class Synthesise(torch.autograd.Function):
         return synthesise(spectrum, ctx.tables)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the spectra."""
         return Analyse.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from espalier.nn.spectral.planes import Planes, block, contiguous, copy_, invert_, product, transpose
+from espalier.nn.spectral.planes import Planes, block, contiguous, copy_, invert, product, transpose
 
 # Below this size the explicit inverse costs no more than the factorisation and its substitutions.
 _WIDTH = 64
@@ -28,7 +28,7 @@ def factor_(n: Planes) -> Planes:
                 row = contiguous(block(n, here, rest))
                 product(block(n, here, done), block(n, done, rest), into=row, alpha=-1)
                 copy_(block(n, here, rest), row)
-        inverse = invert_(contiguous(block(column, slice(0, stop - start), slice(None))))
+        inverse = invert(block(column, slice(0, stop - start), slice(None)))
         copy_(block(n, here, here), inverse)
         if stop < size:
             copy_(block(n, rest, here), product(block(column, slice(stop - start, None), slice(None)), inverse))

@@ -8,7 +8,7 @@ Note [No pivoting]: every matrix inverted here is N = I + K + G with K skew-Herm
 Its Hermitian part is at least I, so is that of every Schur complement, so no pivot can vanish and ‖N⁻¹‖ ≤ 1.
 
 Note [LAPACK hang]: batched LU, inverse and solve of CPU torch hang above size ~144 with two threads
-(pytorch#141358). LAPACK is only ever asked for leaves of at most ``_LEAF`` rows here; the rest is matrix products.
+(pytorch#141358). LAPACK is only ever asked for leaves of at most 64 rows here; the rest is matrix products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 
 Planes = tuple[Tensor, Tensor | None]
 
-_LEAF = 8
+# Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by
+# one and a product all at once, but every product is a call.
+_SMALL_LEAF, _LARGE_LEAF, _MANY = 8, 64, 16
 
 
 def product(
@@ -87,57 +89,54 @@ def add_gram_(n: Planes, v: Planes) -> None:
     product(transpose(v), v, conj_a=True, into=n)
 
 
-def invert_(a: Planes) -> Planes:
-    """Invert matrices whose Hermitian part is at least I, in place, by blocked Gauss-Jordan elimination.
+def invert(a: Planes) -> Planes:
+    """Invert matrices whose Hermitian part is at least I, by halves.
+
+    With a = [A B; C D], S = D − CA⁻¹B: a⁻¹ = [A⁻¹ + XS⁻¹Y, −XS⁻¹; −S⁻¹Y, S⁻¹], X = A⁻¹B, Y = CA⁻¹. Halving makes
+    square products, which a batched GEMM does best.
 
     Args:
-        a: contiguous planes (N, n, n), overwritten by the inverse.
+        a: planes (N, n, n); left untouched.
 
     Returns:
-        The same planes. See Note [No pivoting] and Note [LAPACK hang].
+        Fresh contiguous planes. See Note [No pivoting] and Note [LAPACK hang].
     """
     n = a[0].shape[-1]
-    if n <= _LEAF:
-        _invert_leaf_(a)
-        return a
-    width = _LEAF if n <= 32 else 16 if n <= 96 else 32 if n <= 192 else 64
-    for start in range(0, n, width):
-        _eliminate_(a, slice(start, min(start + width, n)))
-    return a
+    leaf = _SMALL_LEAF if a[0].shape[0] >= _MANY else _LARGE_LEAF
+    if n <= leaf:
+        return _invert_leaf(a)
+    half = -(-n // (2 * leaf)) * leaf
+    first, last = slice(half), slice(half, n)
+    top = invert(block(a, first, first))
+    x = product(top, block(a, first, last))
+    schur = contiguous(block(a, last, last))
+    product(block(a, last, first), x, into=schur, alpha=-1)
+    corner = invert(schur)
+    low = product(corner, product(block(a, last, first), top))
+    product(x, low, into=top)
+    right = product(x, corner)
+    return _assemble(top, right, low, corner)
 
 
-def _invert_leaf_(a: Planes) -> None:
+def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes:
+    """Return [top, −right; −low, corner]."""
+    half, rest = right[0].shape[-2:]
+    parts = []
+    for plane in range(2):
+        blocks = [part[plane] for part in (top, right, low, corner)]
+        if blocks[0] is None:
+            parts.append(None)
+            continue
+        whole = blocks[0].new_empty(*blocks[0].shape[:-2], half + rest, half + rest)
+        whole[:, :half, :half], whole[:, half:, half:] = blocks[0], blocks[3]
+        torch.neg(blocks[1], out=whole[:, :half, half:])
+        torch.neg(blocks[2], out=whole[:, half:, :half])
+        parts.append(whole)
+    return parts[0], parts[1]
+
+
+def _invert_leaf(a: Planes) -> Planes:
     if a[1] is None:
-        a[0].copy_(torch.linalg.inv(a[0]))
-        return
+        return torch.linalg.inv(a[0]), None
     inverse = torch.linalg.inv(torch.complex(a[0], a[1]))
-    a[0].copy_(inverse.real)
-    a[1].copy_(inverse.imag)
-
-
-def _eliminate_(a: Planes, pivot: slice) -> None:
-    """Exchange the pivot block's variables: rows become D·rows, everything else loses column·D·row, all in one update.
-
-    With the pivot's rows and columns of ``a`` zeroed, its own column block set to −I and its own row block to I, the
-    one update a −= column·(D·row) does all four cases.
-    """
-    everything = slice(None)
-    inverse = invert_(contiguous(block(a, pivot, pivot)))
-    column = contiguous(block(a, everything, pivot))
-    row = product(inverse, block(a, pivot, everything))
-    copy_(block(row, everything, pivot), inverse)
-    column[0][:, pivot] = 0
-    column[0][:, pivot].diagonal(dim1=-2, dim2=-1).fill_(-1)
-    if column[1] is not None:
-        column[1][:, pivot] = 0
-    for plane in a:
-        if plane is not None:
-            plane[:, pivot] = 0
-            plane[:, :, pivot] = 0
-    if a[1] is None or column[1] is None or row[1] is None:
-        a[0].baddbmm_(column[0], row[0], alpha=-1)
-        return
-    # One product with twice the depth instead of two: thin panels are what a GEMM does worst.
-    row_both = torch.cat((row[0], row[1]), dim=1)
-    a[0].baddbmm_(torch.cat((column[0], -column[1]), dim=2), row_both, alpha=-1)
-    a[1].baddbmm_(torch.cat((column[1], column[0]), dim=2), row_both, alpha=-1)
+    return inverse.real.contiguous(), inverse.imag.contiguous()
