@@ -82,8 +82,8 @@ class ApplyCayley(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
         factor, z, *rest = zip(ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True)
@@ -101,7 +101,7 @@ def _both(a: Planes) -> tuple[Tensor, Tensor]:
 
 
 def _backward_tall(
-    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: None, n: int, need_taps: bool
+    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: Planes | None, n: int, need_taps: bool
 ) -> tuple[Tensor, Planes | None, Planes | None]:
     """Nᴴu = 2g₁ − 2Vᴴg₂, ∂x = u − g₁, ∂N = −uzᴴ, ∂V = −2g₂zᴴ."""
     head = grad if v is None else (grad[0][:, :, :n].contiguous(), grad[1][:, :, :n].contiguous())
