@@ -27,16 +27,20 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
         workers: processes that train side by side.
         smallest: one seed, one learning rate, one epoch: checks that everything runs, shows nothing.
     """
+    from espalier.certify.runs import demo_certificate
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise
     from espalier.study.ready import demo_plans
 
     folders = []
     for plan in demo_plans(smallest=smallest):
-        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.recipe.name)
+        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
         launch(study, workers=workers)
         folders.append(study.path)
-        print(f"\n{plan.title}\n{summarise(study.path).table()}")
+        print(f"\n{plan.title}\n{summarise(study.path).table()}", flush=True)
+    run, table = demo_certificate(out, smallest=smallest)
+    folders.append(run)
+    print(f"\nA net of orthogonal layers on digits: what is proved about it\n{table}", flush=True)
     print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 

@@ -104,8 +104,9 @@ def parse_eps(texts: tuple[str, ...]) -> tuple[float, ...]:
     return values
 
 
-def demo_certificate(out: Path, *, smallest: bool = False) -> str:
-    """Train a small Cayley net on digits into ``out/digits_robust``, certify it, attack it, and return both tables.
+def demo_certificate(out: Path, *, smallest: bool = False) -> tuple[Path, str]:
+    """Train a small Cayley net on digits into ``out/digits_robust``, certify it, attack it; return the run folder and
+    both tables.
 
     Args:
         out: folder of the run; the certificate and the attack report lie there too.
@@ -123,7 +124,7 @@ def demo_certificate(out: Path, *, smallest: bool = False) -> str:
     report = attack_run(run, 20 if smallest else 120, steps=20)
     report.save(attack_path(run.path))
     report.check()
-    return f"A net that is robust by proof: {recipe.name}\n{certificate}\n\n{report}"
+    return run.path, f"{certificate}\n\n{report}"
 
 
 def _beside(run: Path | str, what: str) -> Path:

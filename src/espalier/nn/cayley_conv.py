@@ -108,7 +108,7 @@ class _CayleyConv(nn.Module):
     def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
         if self.training:
             return convolve(x, self._taps(weight, alpha))
-        size = tuple(x.shape[: self.dim])
+        size = tuple(int(n) for n in x.shape[: self.dim])
         planes = self._cache.get(
             size, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*exact(w, a)), size), x.dtype
         )

@@ -56,4 +56,4 @@ def channels_last(x: Tensor) -> Tensor:
 
 def channels_first(x: Tensor) -> Tensor:
     """View (*S, B, C) as (B, C, *S)."""
-    return x.permute(-2, -1, *range(x.ndim - 2))
+    return x.permute(x.ndim - 2, x.ndim - 1, *range(x.ndim - 2))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from espalier.nn.cayley import cayley_planes
+from espalier.nn.precision import recording
 from espalier.nn.spectral.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.spectral.orthogonal import apply_cayley
 from espalier.nn.spectral.planes import product
@@ -84,7 +85,7 @@ def apply_spectrum(x: Tensor, planes: Tensor, groups: int) -> Tensor:
 
 
 def _multiply(x: Tensor, planes: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or planes.requires_grad):
+    if recording() or (torch.is_grad_enabled() and (x.requires_grad or planes.requires_grad)):
         re, im = product((x[0], x[1]), (planes[0], planes[1]))
         assert im is not None
         return torch.stack((re, im))

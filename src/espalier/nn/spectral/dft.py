@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.precision import without_autocast
+from espalier.nn.precision import recording, without_autocast
 from espalier.nn.spectral.planes import product
 
 
@@ -36,8 +36,8 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
 
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
     """
-    build = _build_tables if torch.compiler.is_compiling() else _kept_tables
-    return build(tuple(size), dtype, device, inverse)
+    build = _build_tables if recording() else _kept_tables
+    return build(tuple(int(n) for n in size), dtype, device, inverse)
 
 
 def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
@@ -77,8 +77,8 @@ def tap_angles(
         dtype: of the result, which is computed in float64 and kept for later calls.
         device: of the result.
     """
-    build = _build_angles if torch.compiler.is_compiling() else _kept_angles
-    return build(tuple(size), tuple(tuple(o) for o in offsets), dtype, device)
+    build = _build_angles if recording() else _kept_angles
+    return build(tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
 
 
 def _build_angles(
@@ -107,7 +107,7 @@ def analyse(x: Tensor, matrices: Tables) -> Tensor:
     *lead, width, columns = x.shape
     half = matrices.last.shape[1]
     rows = x.reshape(-1, width, columns)
-    if torch.compiler.is_compiling():
+    if recording():
         spectrum = torch.matmul(matrices.last[:, None], rows)
     else:
         spectrum = rows.new_empty(2, rows.shape[0], half, columns)
@@ -179,13 +179,9 @@ def _flat(matrices: Tables) -> tuple[Tensor, ...]:
 
 def to_spectrum(x: Tensor, matrices: Tables) -> Tensor:
     """Return ``analyse(x, matrices)``, differentiable."""
-    return analyse(x, matrices) if torch.compiler.is_compiling() else Analyse.apply(x, *_flat(matrices))
+    return analyse(x, matrices) if recording() else Analyse.apply(x, *_flat(matrices))
 
 
 def to_images(spectrum: Tensor, matrices: Tables) -> Tensor:
     """Return ``synthesise(spectrum, matrices)``, differentiable."""
-    return (
-        synthesise(spectrum, matrices)
-        if torch.compiler.is_compiling()
-        else Synthesise.apply(spectrum, *_flat(matrices))
-    )
+    return synthesise(spectrum, matrices) if recording() else Synthesise.apply(spectrum, *_flat(matrices))
