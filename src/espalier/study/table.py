@@ -94,16 +94,12 @@ def markdown_table(summary: Summary) -> str:
     said = [f"- {_escaped(text)}" for text in sentences(summary)]
     failures = [f"- failed: {trial}: {_escaped(first_line(text))}" for trial, text in summary.failures]
     notes = [f"- {text}" for text in assumptions(summary)]
-    rates = [
-        "",
-        "Score by learning rate, with the difference to the baseline at the same rate:",
-        "",
-        *_rate_lines(summary),
-    ]
-    return "\n".join(
-        [*table, "", *said, *failures, *(rates if len(summary.study.lrs) > 1 else []), "", "What the numbers rest on:"]
-        + ["", *notes, ""]
-    )
+    parts = [table, ["", *said, *failures]]
+    if len(summary.study.lrs) > 1:
+        heading = "Score by learning rate, with the difference to the baseline at the same rate:"
+        parts.append(["", heading, "", *_rate_lines(summary)])
+    parts.append(["", "What the numbers rest on:", "", *notes, ""])
+    return "\n".join(line for part in parts for line in part)
 
 
 def rate_rows(summary: Summary) -> list[tuple[str, ...]]:
