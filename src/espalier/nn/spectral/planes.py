@@ -20,7 +20,9 @@ Planes = tuple[Tensor, Tensor | None]
 
 # Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by
 # one, a product takes all at once, but every product is a call.
-_SMALL_LEAF, _LARGE_LEAF, _MANY = 8, 64, 16
+_SMALL_LEAF, _LARGE_LEAF, _MANY = 16, 64, 16
+# Numbers per plane that are inverted together: what the temporaries of one part leave in the cache serves the next.
+_TOGETHER = 1 << 19
 
 
 def product(
@@ -101,17 +103,29 @@ def invert(a: Planes) -> Planes:
     Returns:
         Fresh contiguous planes. See Note [No pivoting] and Note [LAPACK hang].
     """
+    count, _, n = a[0].shape
+    leaf = _SMALL_LEAF if count >= _MANY else _LARGE_LEAF
+    part = max(1, _TOGETHER // n**2)
+    if count <= part:
+        return _invert(a, leaf)
+    parts = [
+        _invert((a[0][i : i + part], None if a[1] is None else a[1][i : i + part]), leaf) for i in range(0, count, part)
+    ]
+    real, imag = zip(*parts, strict=True)
+    return torch.cat(real), None if a[1] is None else torch.cat(imag)
+
+
+def _invert(a: Planes, leaf: int) -> Planes:
     n = a[0].shape[-1]
-    leaf = _SMALL_LEAF if a[0].shape[0] >= _MANY else _LARGE_LEAF
     if n <= leaf:
         return _invert_leaf(a)
     half = -(-n // (2 * leaf)) * leaf
     first, last = slice(half), slice(half, n)
-    top = invert(block(a, first, first))
+    top = _invert(block(a, first, first), leaf)
     x = product(top, block(a, first, last))
     schur = contiguous(block(a, last, last))
     product(block(a, last, first), x, into=schur, alpha=-1)
-    corner = invert(schur)
+    corner = _invert(schur, leaf)
     low = product(corner, product(block(a, last, first), top))
     product(x, low, into=top)
     right = product(x, corner)
