@@ -132,15 +132,14 @@ def challenge(
     clean = hunt.standing()
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
-    for radius_N, chosen_N in [
-        *((radii_N * growth, certified_N) for growth in _GROWTH),
-        *((torch.full_like(radii_N, value), clean) for value in eps),
-    ]:
-        hunt.pgd(radius_N, chosen_N, steps, restarts, generator)
+    for growth in _GROWTH:
+        hunt.pgd(radii_N * growth, certified_N, steps, restarts, generator)
+    for value in eps:
+        hunt.pgd(torch.full_like(radii_N, value), clean, steps, restarts, generator)
     if autoattack:
         hunt.autoattack(radii_N, certified_N, clean, eps, queries)
     fell_N = hunt.distances_N < radii_N
-    ratios = (radii_N / hunt.distances_N)[certified_N & torch.isfinite(hunt.distances_N)]
+    ratios = (radii_N / hunt.distances_N)[certified_N & hunt.distances_N.isfinite()]
     return AttackReport(
         eps=tuple(eps),
         accuracy=tuple((hunt.distances_N > value).double().mean().item() for value in eps),
