@@ -27,16 +27,20 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
         workers: processes that train side by side.
         smallest: one seed, one learning rate, one epoch: checks that everything runs, shows nothing.
     """
+    from espalier.certify.runs import demo_certificate
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise
     from espalier.study.ready import demo_plans
 
     folders = []
     for plan in demo_plans(smallest=smallest):
-        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.recipe.name)
+        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
         launch(study, workers=workers)
         folders.append(study.path)
-        print(f"\n{plan.title}\n{summarise(study.path).table()}")
+        print(f"\n{plan.title}\n{summarise(study.path).table()}", flush=True)
+    run, table = demo_certificate(out, smallest=smallest)
+    folders.append(run)
+    print(f"\nA net of orthogonal layers on digits: what is proved about it\n{table}", flush=True)
     print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
@@ -246,6 +250,7 @@ def attack(
     steps: int = 40,
     restarts: int = 1,
     autoattack: bool = False,
+    queries: int = 5000,
     out: Path | None = None,
 ) -> None:
     """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
@@ -257,13 +262,16 @@ def attack(
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
         autoattack: also try AutoAttack on what PGD leaves.
+        queries: of AutoAttack's Square, most of the time; 5,000 is the standard.
         out: the file of the report; RUN-attack.json beside the run folder by default.
     """
     from espalier.certify import CertificateBrokenError
     from espalier.certify.runs import attack_path, attack_run, parse_eps
     from espalier.train import load_run
 
-    report = attack_run(load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, eps=parse_eps(eps))
+    report = attack_run(
+        load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, eps=parse_eps(eps)
+    )
     print(report)
     print(f"report: {report.save(out or attack_path(run))}")
     try:

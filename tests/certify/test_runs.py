@@ -87,7 +87,8 @@ def test_radii_are_read_as_fractions_or_decimals() -> None:
 
 
 def test_the_demo_s_arm_runs_at_its_smallest(tmp_path: Path) -> None:
-    text = demo_certificate(tmp_path, smallest=True)
+    run, text = demo_certificate(tmp_path, smallest=True)
+    assert load_run(run).result is not None
     assert "certified accuracy" in text
     assert "under attack" in text
     assert (tmp_path / "digits_robust-certificate.json").exists()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import espalier
-from espalier import cli
+from espalier.command_line import main
 from espalier.errors import EspalierError
 from espalier.init import fit
 from espalier.init.checkpoint_views import skeleton
@@ -110,19 +110,19 @@ def test_command_line_audits_and_fits_files_and_hub_folders(tmp_path: Path, caps
     espalier.structure_(model, attention=spec, generator=seeded())
     file = tmp_path / "model.safetensors"
     save_file(model.state_dict(), file)
-    assert cli.main(["audit", str(file), "--heads", "3"]) == 0
+    assert main(["audit", str(file), "--heads", "3"]) == 0
     assert capsys.readouterr().out.count("present") == 2
     found = tmp_path / "fit.json"
-    assert cli.main(["fit", str(file), "--heads", "3", "--out", str(found)]) == 0
+    assert main(["fit", str(file), "--heads", "3", "--out", str(found)]) == 0
     capsys.readouterr()
     out = tmp_path / "init.safetensors"
-    assert cli.main(["structure", "espalier:vit", "--like", str(found), "--out", str(out)]) == 0
+    assert main(["structure", "espalier:vit", "--like", str(found), "--out", str(out)]) == 0
     assert "-0.6" in capsys.readouterr().out
-    assert cli.main(["structure", "espalier:vit", "--like", str(file), "--out", str(out)]) == 2
+    assert main(["structure", "espalier:vit", "--like", str(file), "--out", str(out)]) == 2
     assert "\n" not in capsys.readouterr().err.strip()
 
     folder = tmp_path / "hub"
     hub("Llama", num_key_value_heads=1)().save_pretrained(folder)
     capsys.readouterr()
-    assert cli.main(["audit", str(folder)]) == 0
+    assert main(["audit", str(folder)]) == 0
     assert capsys.readouterr().out.count("absent") == 2

@@ -202,6 +202,7 @@ def test_mimetic_attention_reaches_its_attention_blocks() -> None:
     assert written == ["layers.1.mixer", "layers.2.mixer"]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(["mamba1", "mamba2", "attention"]), st.integers(1, 9)), min_size=1))
 def test_patterns_parse_as_written(parts: list[tuple[str, int]]) -> None:
     text = "  ".join(f"{name}*{count}" if count > 1 else name for name, count in parts)

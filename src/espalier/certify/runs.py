@@ -49,6 +49,7 @@ def attack_run(
     steps: int = 40,
     restarts: int = 1,
     autoattack: bool = False,
+    queries: int = 5000,
     eps: tuple[float, ...] = EPSILONS,
 ) -> AttackReport:
     """Certify the final network of a run on its test images and attack it; see ``challenge``.
@@ -61,6 +62,7 @@ def attack_run(
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
         autoattack: also try AutoAttack.
+        queries: of AutoAttack's Square; 5,000 is the standard.
         eps: radii at which the accuracy under attack is wanted.
 
     Raises:
@@ -70,7 +72,7 @@ def attack_run(
     generator = derive_generator(run.recipe.seed, "attack")
     return challenge(
         net, images, labels, certify(net, images, labels), eps,
-        steps=steps, restarts=restarts, autoattack=autoattack, generator=generator,
+        steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, generator=generator,
     )  # fmt: skip
 
 
@@ -102,8 +104,9 @@ def parse_eps(texts: tuple[str, ...]) -> tuple[float, ...]:
     return values
 
 
-def demo_certificate(out: Path, *, smallest: bool = False) -> str:
-    """Train a small Cayley net on digits into ``out/digits_robust``, certify it, attack it, and return both tables.
+def demo_certificate(out: Path, *, smallest: bool = False) -> tuple[Path, str]:
+    """Train a small Cayley net on digits into ``out/digits_robust``, certify it, attack it; return the run folder and
+    both tables.
 
     Args:
         out: folder of the run; the certificate and the attack report lie there too.
@@ -121,7 +124,7 @@ def demo_certificate(out: Path, *, smallest: bool = False) -> str:
     report = attack_run(run, 20 if smallest else 120, steps=20)
     report.save(attack_path(run.path))
     report.check()
-    return f"A net that is robust by proof: {recipe.name}\n{certificate}\n\n{report}"
+    return run.path, f"{certificate}\n\n{report}"
 
 
 def _beside(run: Path | str, what: str) -> Path:

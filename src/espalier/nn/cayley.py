@@ -79,8 +79,8 @@ class _Cayley(torch.autograd.Function):
         return _as_given(_assemble(inverse, v), wide, real.shape)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad_r: Tensor, grad_i: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """∂N = −2N⁻ᴴ(G₁ − VᴴG₂)N⁻ᴴ, ∂U = ∂N − ∂Nᴴ, ∂V = −2G₂N⁻ᴴ + V(∂N + ∂Nᴴ), for G = [G₁; G₂]."""
         inverse, v = ctx.saved_tensors[:2], ctx.saved_tensors[2:]

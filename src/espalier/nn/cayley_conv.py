@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError, unknown_name
 from espalier.nn.cayley_linear import draw_, orthogonal_matrix, scaled
 from espalier.nn.precision import exact, outside_graphs, without_autocast
-from espalier.nn.shuffle import channels_first, channels_last, depth_to_space, space_to_depth
+from espalier.nn.shuffle import channels_first, channels_last, check_divides, depth_to_space, space_to_depth
 from espalier.nn.spectral.cache import OperatorCache
 from espalier.nn.spectral.convolution import Taps, apply_spectrum, convolve, spectrum
 
 PADDING_MODES = ("circular", "zeros")
+
+_PLAIN = {1: (F.conv1d, F.conv_transpose1d), 2: (F.conv2d, F.conv_transpose2d), 3: (F.conv3d, F.conv_transpose3d)}
 
 
 class _CayleyConv(nn.Module):
@@ -80,50 +82,48 @@ class _CayleyConv(nn.Module):
             raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.in_channels}, {axes})")
         dtype = x.dtype
         x, weight, alpha, bias = exact(x, self.weight, self.alpha, self.bias)
-        if not self.transposed:
-            x = space_to_depth(x, self.stride)
-        y = self._isometry(x, weight, alpha)
-        if self.transposed:
-            y = depth_to_space(y, self.stride)
-        if bias is not None:
-            y = y + bias.view(-1, *[1] * self.dim)
-        return y.to(dtype)
-
-    def _isometry(self, x: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-        """Apply the operator of stride 1: by one matrix, or in the spectrum, on the torus that the padding asks for."""
         if math.prod(self.kernel_size) == 1:
-            return self._pointwise(x)
+            return self._pointwise(x, bias).to(dtype)
+        if self.transposed:
+            y = depth_to_space(self._isometry(x, weight, alpha, None), self.stride)
+            return (y if bias is None else y + bias.view(-1, *[1] * self.dim)).to(dtype)
+        return self._isometry(space_to_depth(x, self.stride), weight, alpha, bias).to(dtype)
+
+    def _isometry(self, x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the operator of stride 1 on the torus that the padding asks for."""
         margins = [(d * (k - 1) // 2, d * (k - 1)) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         size = x.shape[2:]
         if self.padding_mode == "zeros":
             pads = [(low, both - low) for low, both in margins]
             x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-        y = self._on_torus(channels_last(x), weight, alpha)
+        y = self._on_torus(channels_last(x), weight, alpha, bias)
         if self.padding_mode == "zeros":
             for axis, ((low, _), n) in enumerate(zip(margins, size, strict=True)):
                 y = y.narrow(axis, low, n)
         return channels_first(y)
 
     @outside_graphs
-    def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
+    def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None) -> Tensor:
         if self.training:
-            return convolve(x, self._taps(weight, alpha))
-        size = tuple(x.shape[: self.dim])
+            return convolve(x, self._taps(weight, alpha), bias)
+        size = tuple(int(n) for n in x.shape[: self.dim])
         planes = self._cache.get(
             size, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*exact(w, a)), size), x.dtype
         )
-        return apply_spectrum(x, planes, self.groups)
+        return apply_spectrum(x, planes, self.groups, bias)
 
     def _taps(self, weight: Tensor, alpha: Tensor) -> Taps:
         return Taps.of(scaled(weight, alpha), self.groups, self.dilation, adjoint=self.transposed)
 
-    def _pointwise(self, x: Tensor) -> Tensor:
-        """Apply a kernel of one tap: the same matrix at every frequency, hence at every pixel."""
+    def _pointwise(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply a kernel of one tap: the same matrix at every pixel, so a plain convolution of blocks."""
         q = orthogonal_matrix(self, self.groups, x.dtype)
-        q = q if self.transposed else q.mT
-        rows = channels_last(x).reshape(-1, self.groups, q.shape[1]).transpose(0, 1)
-        y = torch.bmm(rows, q).transpose(0, 1)
-        return channels_first(y.reshape(*x.shape[2:], x.shape[0], -1))
+        kernel = q.reshape(self.weight.shape[0], -1, *self.stride)
+        plain, adjoint = _PLAIN[self.dim]
+        if self.transposed:
+            return adjoint(x, kernel, bias, self.stride, groups=self.groups)
+        check_divides(x.shape[2:], self.stride)
+        return plain(x, kernel, bias, self.stride, groups=self.groups)
 
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""

@@ -28,6 +28,11 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def recording() -> bool:
+    """Return whether operations are being recorded into a graph, by ``torch.compile``, ``torch.export`` or tracing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of graphs that ``torch.compile`` makes; ``torch.export`` still sees through it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 
@@ -18,7 +19,7 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
 
     Returns:
         (B, C·∏stride, *S/stride): channel c becomes the channels c·∏stride … (c + 1)·∏stride − 1. The storage is
-        ordered (*S/stride, B, C·∏stride), which the layers of this room read fastest.
+        ordered (*S/stride, B, C·∏stride) unless x is a contiguous image with one stride.
 
     Raises:
         EspalierError: a size that its stride does not divide.
@@ -26,14 +27,21 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
     if all(s == 1 for s in stride):
         return x
     batch, channels, *size = x.shape
-    if any(n % s for n, s in zip(size, stride, strict=True)):
-        raise EspalierError(f"image size {tuple(size)} is no multiple of the stride {tuple(stride)}: pad or crop it")
+    check_divides(size, stride)
+    if len(set(stride)) == 1 and len(stride) == 2 and x.is_contiguous():
+        return F.pixel_unshuffle(x, stride[0])
     cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
     axes = range(len(size))
     blocks = x.reshape(batch, channels, *cut)
     moved = blocks.permute(*(2 + 2 * a for a in axes), 0, 1, *(3 + 2 * a for a in axes))
     coarse = moved.shape[: len(size)]
     return channels_first(moved.reshape(*coarse, batch, -1))
+
+
+def check_divides(size: Sequence[int], stride: Sequence[int]) -> None:
+    """Raise ``EspalierError`` unless each stride divides the image's size along its axis."""
+    if any(n % s for n, s in zip(size, stride, strict=True)):
+        raise EspalierError(f"image size {tuple(size)} is no multiple of the stride {tuple(stride)}: pad or crop it")
 
 
 def depth_to_space(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -56,4 +64,4 @@ def channels_last(x: Tensor) -> Tensor:
 
 def channels_first(x: Tensor) -> Tensor:
     """View (*S, B, C) as (B, C, *S)."""
-    return x.permute(-2, -1, *range(x.ndim - 2))
+    return x.permute(x.ndim - 2, x.ndim - 1, *range(x.ndim - 2))

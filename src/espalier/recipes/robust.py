@@ -9,7 +9,8 @@ from espalier.recipes.base import Recipe, register_recipe
 def digits_robust() -> Recipe:
     """Return a small Cayley net on scikit-learn's 8×8 digits: clean and certified accuracy, seconds on one CPU core.
 
-    ``espalier train digits_robust && espalier certify runs/digits_robust``; nothing is downloaded.
+    ``espalier train digits_robust && espalier certify runs/digits_robust``; nothing is downloaded. One seed (0) gave
+    98.1 % clean and 92.8, 81.9, 60.8 % certified at ε = 36, 72, 108/255 on the 360 test images.
     """
     return Recipe(
         name="digits_robust",
@@ -32,7 +33,7 @@ def digits_robust() -> Recipe:
 def kwlarge_fashion() -> Recipe:
     """Return KWLarge on Fashion-MNIST: clean and certified accuracy, minutes on a CPU.
 
-    ``espalier train kwlarge_fashion --data ../shared/data/fashion-mnist``, then ``espalier certify`` on its folder.
+    ``espalier train kwlarge_fashion --data DIR``, then ``espalier certify`` on its folder. Not yet run here.
     """
     return Recipe(
         name="kwlarge_fashion",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from espalier.recipes.base import Recipe, register_recipe
 
 
@@ -33,68 +35,38 @@ def copy_mamba2() -> Recipe:
     About a minute on one CPU core: ``espalier train copy_mamba2``. Splits at 40 and 80 symbols stand beside it. For a
     GPU: ``--data-args.length 50 --data-args.vocab-size 29 --model-args.state-size 128 --epochs 100``.
     """
-    return Recipe(
-        name="copy_mamba2",
-        dataset="copying",
-        data_args={"vocab_size": 16, "length": 20, "steps_per_epoch": 100},
-        model="sequence",
-        model_args={"dim": 64, "pattern": "mamba2*2", "state_size": 32, "head_dim": 64},
-        epochs=8,
-        batch_size=64,
-        lr=4e-3,
-        clip_norm=1.0,
-        eval_every=2,
-    )
+    model_args = {"dim": 64, "pattern": "mamba2*2", "state_size": 32, "head_dim": 64}
+    return replace(copy_mamba1(), name="copy_mamba2", model_args=model_args)
 
 
 @register_recipe
 def mqar_mamba2() -> Recipe:
     """Return a two-layer Mamba-2 that recalls 8 pairs within 64 tokens: token accuracy over the queries.
 
-    About a minute on one CPU core: ``espalier train mqar_mamba2``. Splits at 128 and 256 tokens with as many pairs
+    Minutes on one CPU core: ``espalier train mqar_mamba2``. Splits at 128 and 256 tokens with as many pairs
     stand beside it. For a GPU: ``--data-args.vocab-size 8192 --data-args.length 256 --data-args.pairs 16 --epochs 100
     --model-args.dim 128 --eval-batch-size 32``.
     """
-    return Recipe(
-        name="mqar_mamba2",
-        dataset="mqar",
-        data_args={"vocab_size": 128, "length": 64, "pairs": 8, "steps_per_epoch": 100},
-        model="sequence",
-        model_args={"dim": 64, "pattern": "mamba2*2", "state_size": 32, "head_dim": 64},
-        epochs=8,
-        batch_size=64,
-        lr=4e-3,
-        clip_norm=1.0,
-        eval_every=2,
-    )
+    data_args = {"vocab_size": 128, "length": 64, "pairs": 8, "steps_per_epoch": 100}
+    return replace(copy_mamba2(), name="mqar_mamba2", dataset="mqar", data_args=data_args)
 
 
 @register_recipe
 def recall_hybrid() -> Recipe:
     """Return a Mamba-2 block and an attention block that recall 8 pairs within 64 tokens: token accuracy.
 
-    About a minute on one CPU core: ``espalier train recall_hybrid``. Without positions in attention: the convolution
+    Minutes on one CPU core: ``espalier train recall_hybrid``. Without positions in attention: the convolution
     tells neighbours apart. For a GPU: the same changes as ``mqar_mamba2``.
     """
-    return Recipe(
-        name="recall_hybrid",
-        dataset="mqar",
-        data_args={"vocab_size": 128, "length": 64, "pairs": 8, "steps_per_epoch": 100},
-        model="sequence",
-        model_args={"dim": 64, "pattern": "mamba2 attention", "state_size": 32, "num_heads": 1, "rope": False},
-        epochs=6,
-        batch_size=64,
-        lr=4e-3,
-        clip_norm=1.0,
-        eval_every=2,
-    )
+    model_args = {"dim": 64, "pattern": "mamba2 attention", "state_size": 32, "num_heads": 1, "rope": False}
+    return replace(mqar_mamba2(), name="recall_hybrid", model_args=model_args, epochs=6)
 
 
 @register_recipe
 def shakespeare_mamba2() -> Recipe:
     """Return a two-layer Mamba-2 on the characters of tiny Shakespeare: accuracy on the last tenth of the text.
 
-    The control: little here depends on recall. About a minute on one CPU core: ``espalier train shakespeare_mamba2
+    The control: little here depends on recall. Minutes on one CPU core: ``espalier train shakespeare_mamba2
     --data FILE``, or with ``ESPALIER_DATA`` set. For a GPU: ``--data-args.length 256 --model-args.dim 384
     --model-args.pattern mamba2*6 --epochs 50``.
     """

@@ -51,8 +51,7 @@ def score_over_rate(summary: Summary, context: Context) -> Section | None:
     caption = (
         f"Dots are single runs, {count} in all; lines join the means, the ring is an arm's best rate, and the thick "
         f"part of a line is its window (means within {shown} of the best). Crosses are diverged runs, which have no "
-        "score. A wide window says that the rate need not be tuned; a best rate at the edge, that more rates should be "
-        "tried."
+        "score. A wide window says that the rate need not be tuned; a best rate at the edge, that more should be tried."
     )
     return Section("Score over learning rate", (Plot(figure, caption),))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from espalier.study.statistics import Interval
+from espalier.study.statistics import Interval, t_interval
 
 if TYPE_CHECKING:
     from espalier.study.summary import ArmSummary, Summary
@@ -94,7 +94,30 @@ def markdown_table(summary: Summary) -> str:
     said = [f"- {_escaped(text)}" for text in sentences(summary)]
     failures = [f"- failed: {trial}: {_escaped(first_line(text))}" for trial, text in summary.failures]
     notes = [f"- {text}" for text in assumptions(summary)]
-    return "\n".join([*table, "", *said, *failures, "", "What the numbers rest on:", "", *notes, ""])
+    parts = [table, ["", *said, *failures]]
+    if len(summary.study.lrs) > 1:
+        heading = "Score by learning rate, with the difference to the baseline at the same rate:"
+        parts.append(["", heading, "", *_rate_lines(summary)])
+    parts.append(["", "What the numbers rest on:", "", *notes, ""])
+    return "\n".join(line for part in parts for line in part)
+
+
+def rate_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Return one row of text a learning rate: every arm's mean score, and how far it is from the baseline there."""
+    percent, base = is_share(summary), summary.arms[0]
+    rows = []
+    for index, lr in enumerate(summary.study.lrs):
+        row = [f"{lr:g}"]
+        for arm in summary.arms:
+            point, beside = arm.rates[index], base.rates[index].scores
+            values = list(point.scores.values())
+            text = mean_and_interval(t_interval(values, summary.level) if values else None, percent=percent)
+            gaps = [score - beside[seed] for seed, score in point.scores.items() if seed in beside]
+            if arm is not base and gaps:
+                text += f" ({_bracketed(t_interval(gaps, summary.level), percent)})"
+            row.append(text + (f", {len(point.diverged)} diverged" if point.diverged else ""))
+        rows.append(tuple(row))
+    return rows
 
 
 def first_line(text: str) -> str:
@@ -108,6 +131,11 @@ def mean_and_interval(interval: Interval | None, *, percent: bool) -> str:
         return "–"
     mean = number(interval.mean, percent)
     return f"{mean} ± {number(interval.high - interval.mean, percent)}" if interval.defined else f"{mean} (n = 1)"
+
+
+def _rate_lines(summary: Summary) -> list[str]:
+    head = ("lr", *(_escaped(arm.arm) for arm in summary.arms))
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rate_rows(summary))]
 
 
 def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:

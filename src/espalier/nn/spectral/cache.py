@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +47,11 @@ class OperatorCache:
         """
         if torch.compiler.is_exporting():
             return build(*parameters).to(dtype)  # a graph must hold how the operator follows from its parameters
-        with torch.inference_mode(False), torch.no_grad():
+        with _untraced(), torch.inference_mode(False), torch.no_grad():
             planes = self._planes((key, dtype), parameters, build)
-        if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)):
+        if torch.jit.is_tracing() or not (
+            torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        ):
             return planes
         result: Tensor = _Reattach.apply(planes, build, *parameters)
         return result
@@ -78,6 +81,18 @@ class OperatorCache:
         return OperatorCache, ()
 
 
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Hide what happens from ``torch.jit.trace``, to which its results are then constants."""
+    tracer: Any = torch._C  # its setter has no type
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        tracer._set_tracing_state(state)
+
+
 class _Reattach(torch.autograd.Function):
     """A cached result out; its gradient is carried to the parameters by building it again."""
 
@@ -89,8 +104,8 @@ class _Reattach(torch.autograd.Function):
         return cached.view_as(cached)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the parameters."""
         with torch.enable_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from espalier.nn.cayley import cayley_planes
+from espalier.nn.precision import recording
 from espalier.nn.spectral.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.spectral.orthogonal import apply_cayley
 from espalier.nn.spectral.planes import product
@@ -42,19 +43,20 @@ class Taps(NamedTuple):
         return cls(matrices.mT if wide != adjoint else matrices, offsets, wide)
 
 
-def convolve(x: Tensor, taps: Taps) -> Tensor:
+def convolve(x: Tensor, taps: Taps, bias: Tensor | None) -> Tensor:
     """Apply the orthogonal operator of a kernel, differentiable in both: what training uses.
 
     Args:
         x: images (*S, B, C).
         taps: the kernel, scaled.
+        bias: one number per output channel.
 
     Returns:
         (*S, B, outputs).
     """
     angles = tap_angles(x.shape[:-2], taps.offsets, x.dtype, x.device)
     groups = taps.matrices.shape[1]
-    return _between_transforms(x, groups, lambda rows: apply_cayley(rows, taps.matrices, angles, wide=taps.wide))
+    return _between_transforms(x, groups, bias, lambda rows: apply_cayley(rows, taps.matrices, angles, wide=taps.wide))
 
 
 def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
@@ -72,19 +74,20 @@ def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
     return q if taps.wide else q.mT.contiguous()
 
 
-def apply_spectrum(x: Tensor, planes: Tensor, groups: int) -> Tensor:
+def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) -> Tensor:
     """Apply an operator whose spectrum is known: what evaluation uses.
 
     Args:
         x: images (*S, B, C).
         planes: what ``spectrum`` returned for the size of these images.
         groups: G.
+        bias: one number per output channel.
     """
-    return _between_transforms(x, groups, lambda rows: _multiply(rows, planes))
+    return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, planes))
 
 
 def _multiply(x: Tensor, planes: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or planes.requires_grad):
+    if recording() or (torch.is_grad_enabled() and (x.requires_grad or planes.requires_grad)):
         re, im = product((x[0], x[1]), (planes[0], planes[1]))
         assert im is not None
         return torch.stack((re, im))
@@ -95,7 +98,7 @@ def _multiply(x: Tensor, planes: Tensor) -> Tensor:
     return y
 
 
-def _between_transforms(x: Tensor, groups: int, operator: Callable[[Tensor], Tensor]) -> Tensor:
+def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Tensor], Tensor]) -> Tensor:
     """Transform, apply ``operator`` to rows (2, F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
     spectra = to_spectrum(x.reshape(*size, -1), tables(size, x.dtype, x.device, inverse=False))
@@ -103,5 +106,5 @@ def _between_transforms(x: Tensor, groups: int, operator: Callable[[Tensor], Ten
     rows = spectra.view(2, math.prod(half), batch, groups, channels // groups).transpose(2, 3)
     y = operator(rows.reshape(2, -1, batch, channels // groups))
     y = y.view(2, -1, groups, batch, y.shape[-1]).transpose(2, 3).reshape(2, *half, -1)
-    images = to_images(y, tables(size, x.dtype, x.device, inverse=True))
+    images = to_images(y, tables(size, x.dtype, x.device, inverse=True), bias)
     return images.view(*size, batch, -1)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.precision import without_autocast
+from espalier.nn.precision import recording, without_autocast
 from espalier.nn.spectral.planes import product
 
 
@@ -36,8 +36,8 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
 
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
     """
-    build = _build_tables if torch.compiler.is_compiling() else _kept_tables
-    return build(tuple(size), dtype, device, inverse)
+    build = _build_tables if recording() else _kept_tables
+    return build(tuple(int(n) for n in size), dtype, device, inverse)
 
 
 def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
@@ -77,8 +77,8 @@ def tap_angles(
         dtype: of the result, which is computed in float64 and kept for later calls.
         device: of the result.
     """
-    build = _build_angles if torch.compiler.is_compiling() else _kept_angles
-    return build(tuple(size), tuple(tuple(o) for o in offsets), dtype, device)
+    build = _build_angles if recording() else _kept_angles
+    return build(tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
 
 
 def _build_angles(
@@ -106,8 +106,8 @@ def analyse(x: Tensor, matrices: Tables) -> Tensor:
     """Return the weighted transform (2, *S', N) of x (*S, N)."""
     *lead, width, columns = x.shape
     half = matrices.last.shape[1]
-    rows = x.reshape(-1, width, columns)
-    if torch.compiler.is_compiling():
+    rows = _columns_last(x).reshape(-1, width, columns)
+    if recording():
         spectrum = torch.matmul(matrices.last[:, None], rows)
     else:
         spectrum = rows.new_empty(2, rows.shape[0], half, columns)
@@ -116,6 +116,14 @@ def analyse(x: Tensor, matrices: Tables) -> Tensor:
     for axis in reversed(range(len(lead))):
         spectrum = _mix(spectrum, lead, axis, matrices.others[axis])
     return spectrum.reshape(2, *lead, half, columns)
+
+
+def _columns_last(x: Tensor) -> Tensor:
+    """Return x (*S, N) contiguous if it is a view of (N, *S): one flat transpose is the fastest way to reorder it."""
+    columns_first = x.movedim(-1, 0)
+    if not recording() and not x.is_contiguous() and columns_first.is_contiguous():
+        return columns_first.flatten(1).t().contiguous().view(x.shape)
+    return x
 
 
 def synthesise(spectrum: Tensor, matrices: Tables) -> Tensor:
@@ -154,23 +162,33 @@ class Analyse(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the images."""
-        return Synthesise.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
+        return Synthesise.apply(grad, None, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
 
 
 class Synthesise(torch.autograd.Function):
-    """``synthesise`` with its transpose as the backward pass."""
+    """``synthesise`` plus a bias, with the transpose as the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, spectrum: Tensor, last: Tensor, *others: Tensor) -> Tensor:
-        """See ``synthesise``."""
+    def forward(ctx: Any, spectrum: Tensor, bias: Tensor | None, last: Tensor, *others: Tensor) -> Tensor:
+        """See ``synthesise``; the bias (C) is added to columns (B, C)."""
         ctx.tables = Tables(last, others)
-        return synthesise(spectrum, ctx.tables)
+        images = synthesise(spectrum, ctx.tables)
+        if bias is not None:
+            ctx.bias_size = len(bias)
+            images.view(-1, len(bias)).add_(bias)
+        return images
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the spectra."""
-        return Analyse.apply(grad, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
+        """Return the gradients of the spectra and of the bias."""
+        spectrum = Analyse.apply(grad, *_flat(ctx.tables))
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            # The transpose of the inverse transform has the images' mean at frequency 0.
+            mean = spectrum[(0,) * (spectrum.ndim - 1)].view(-1, ctx.bias_size).sum(0)
+            grad_bias = mean * math.prod(grad.shape[:-1])
+        return spectrum, grad_bias, *[None] * (1 + len(ctx.tables.others))
 
 
 def _flat(matrices: Tables) -> tuple[Tensor, ...]:
@@ -179,13 +197,14 @@ def _flat(matrices: Tables) -> tuple[Tensor, ...]:
 
 def to_spectrum(x: Tensor, matrices: Tables) -> Tensor:
     """Return ``analyse(x, matrices)``, differentiable."""
-    return analyse(x, matrices) if torch.compiler.is_compiling() else Analyse.apply(x, *_flat(matrices))
+    return analyse(x, matrices) if recording() else Analyse.apply(x, *_flat(matrices))
 
 
-def to_images(spectrum: Tensor, matrices: Tables) -> Tensor:
-    """Return ``synthesise(spectrum, matrices)``, differentiable."""
-    return (
-        synthesise(spectrum, matrices)
-        if torch.compiler.is_compiling()
-        else Synthesise.apply(spectrum, *_flat(matrices))
-    )
+def to_images(spectrum: Tensor, matrices: Tables, bias: Tensor | None = None) -> Tensor:
+    """Return ``synthesise(spectrum, matrices)``, differentiable, plus a bias (C) on columns (B, C)."""
+    if not recording():
+        return Synthesise.apply(spectrum, bias, *_flat(matrices))
+    images = synthesise(spectrum, matrices)
+    if bias is None:
+        return images
+    return (images.view(*images.shape[:-1], -1, len(bias)) + bias).view(images.shape)

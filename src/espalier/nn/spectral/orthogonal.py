@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from espalier.nn.precision import without_autocast
 from espalier.nn.spectral.dft import Angles
 from espalier.nn.spectral.factor import factor_, solve
-from espalier.nn.spectral.planes import Planes, add_gram_, product, transpose
+from espalier.nn.spectral.planes import Planes, add_gram_, contiguous, product, transpose
 
 
 def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
@@ -72,7 +72,7 @@ class ApplyCayley(torch.autograd.Function):
             z = solve(planes, factor, transposed=not wide)
         y = x.new_empty(*x.shape[:3], taps.shape[2] if not wide else n)
         for out, part, minus in zip(y, _both(z), planes, strict=True):
-            torch.sub(part, minus, alpha=0.5, out=out[:, :, :n]).mul_(2)
+            torch.lerp(minus, part, 2.0, out=out[:, :, :n])  # 2z − x in one pass
         if v is not None and not wide:
             low = product(z, transpose(v), alpha=-2)
             for out, part in zip(y, _both(low), strict=True):
@@ -82,8 +82,8 @@ class ApplyCayley(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
         factor, z, *rest = zip(ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True)
@@ -103,20 +103,20 @@ def _both(a: Planes) -> tuple[Tensor, Tensor]:
 def _backward_tall(
     grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: Planes | None, n: int, need_taps: bool
 ) -> tuple[Tensor, Planes | None, Planes | None]:
-    """Nᴴu = 2g₁ − 2Vᴴg₂, ∂x = u − g₁, ∂N = −uzᴴ, ∂V = −2g₂zᴴ."""
+    """Nᴴu = g₁ − Vᴴg₂, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
     head = grad if v is None else (grad[0][:, :, :n].contiguous(), grad[1][:, :, :n].contiguous())
     low = (grad[0][:, :, n:], grad[1][:, :, n:])
-    right = head[0] * 2, head[1] * 2
+    right = head if v is None else _both(contiguous(head))
     if v is not None:
-        product(low, v, conj_b=True, into=right, alpha=-2)
+        product(low, v, conj_b=True, into=right, alpha=-1)
     u = solve(right, factor, conj=True)
     grad_x = grad[0].new_empty(2, *head[0].shape)
     for out, part, minus in zip(grad_x, _both(u), head, strict=True):
-        torch.sub(part, minus, out=out)
+        torch.lerp(minus, part, 2.0, out=out)
     if not need_taps:
         return grad_x, None, None
-    # G = −uzᴴ: rows are batches, so it is −(rows of u)ᵀ·conj(rows of z).
-    grad_n = product(transpose(u), z, conj_b=True, alpha=-1)
+    # G = −2uzᴴ: rows are batches, so it is −2(rows of u)ᵀ·conj(rows of z).
+    grad_n = product(transpose(u), z, conj_b=True, alpha=-2)
     grad_v = None if v is None else product(transpose(low), z, conj_b=True, alpha=-2)
     return grad_x, grad_n, grad_v
 
@@ -124,19 +124,19 @@ def _backward_tall(
 def _backward_wide(
     grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, x2: Planes | None, n: int, need_taps: bool
 ) -> tuple[Tensor, Planes | None, Planes | None]:
-    """conj(N)s = 2g, ∂x₁ = s − g, ∂x₂ = −conj(V)s, ∂N = −conj(z)sᵀ, ∂V = −conj(x₂)sᵀ."""
+    """conj(N)s = g, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
     assert v is not None
     assert x2 is not None
-    s = solve((grad[0] * 2, grad[1] * 2), factor, transposed=True, conj=True)
-    low = _both(product(s, transpose(v), conj_b=True, alpha=-1))
+    s = solve(grad, factor, transposed=True, conj=True)
+    low = _both(product(s, transpose(v), conj_b=True, alpha=-2))
     grad_x = grad[0].new_empty(2, *grad[0].shape[:2], n + low[0].shape[-1])
     for out, part, minus, rest in zip(grad_x, _both(s), grad, low, strict=True):
-        torch.sub(part, minus, out=out[:, :, :n])
+        torch.lerp(minus, part, 2.0, out=out[:, :, :n])
         out[:, :, n:].copy_(rest)
     if not need_taps:
         return grad_x, None, None
-    grad_n = product(transpose(z), s, conj_a=True, alpha=-1)
-    grad_v = product(transpose(x2), s, conj_a=True, alpha=-1)
+    grad_n = product(transpose(z), s, conj_a=True, alpha=-2)
+    grad_v = product(transpose(x2), s, conj_a=True, alpha=-2)
     return grad_x, grad_n, grad_v
 
 

@@ -8,7 +8,7 @@ Note [No pivoting]: every matrix inverted here is N = I + K + G with K skew-Herm
 Its Hermitian part is at least I, so is that of every Schur complement, so no pivot can vanish and ‖N⁻¹‖ ≤ 1.
 
 Note [LAPACK hang]: batched LU, inverse and solve of CPU torch hang above size ~144 with two threads
-(pytorch#141358). LAPACK is only ever asked for leaves of at most ``_LEAF`` rows here; the rest is matrix products.
+(pytorch#141358). LAPACK is only ever asked for leaves of at most 64 rows here; the rest is matrix products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from torch import Tensor
 
 Planes = tuple[Tensor, Tensor | None]
 
-_LEAF = 8
+# Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by
+# one, a product takes all at once, but every product is a call.
+_SMALL_LEAF, _LARGE_LEAF, _MANY = 16, 64, 16
+# Numbers per plane that are inverted together: what the temporaries of one part leave in the cache serves the next.
+_TOGETHER = 1 << 19
 
 
 def product(
@@ -99,16 +103,29 @@ def invert(a: Planes) -> Planes:
     Returns:
         Fresh contiguous planes. See Note [No pivoting] and Note [LAPACK hang].
     """
+    count, _, n = a[0].shape
+    leaf = _SMALL_LEAF if count >= _MANY else _LARGE_LEAF
+    part = max(1, _TOGETHER // n**2)
+    if count <= part:
+        return _invert(a, leaf)
+    parts = [
+        _invert((a[0][i : i + part], None if a[1] is None else a[1][i : i + part]), leaf) for i in range(0, count, part)
+    ]
+    real, imag = zip(*parts, strict=True)
+    return torch.cat(real), None if a[1] is None else torch.cat(imag)
+
+
+def _invert(a: Planes, leaf: int) -> Planes:
     n = a[0].shape[-1]
-    if n <= _LEAF:
+    if n <= leaf:
         return _invert_leaf(a)
-    half = -(-n // (2 * _LEAF)) * _LEAF
+    half = -(-n // (2 * leaf)) * leaf
     first, last = slice(half), slice(half, n)
-    top = invert(block(a, first, first))
+    top = _invert(block(a, first, first), leaf)
     x = product(top, block(a, first, last))
     schur = contiguous(block(a, last, last))
     product(block(a, last, first), x, into=schur, alpha=-1)
-    corner = invert(schur)
+    corner = _invert(schur, leaf)
     low = product(corner, product(block(a, last, first), top))
     product(x, low, into=top)
     right = product(x, corner)
@@ -117,19 +134,19 @@ def invert(a: Planes) -> Planes:
 
 def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes:
     """Return [top, −right; −low, corner]."""
-    half, rest = right[0].shape[-2:]
-    parts = []
-    for plane in range(2):
-        blocks = [part[plane] for part in (top, right, low, corner)]
-        if blocks[0] is None:
-            parts.append(None)
-            continue
-        whole = blocks[0].new_empty(*blocks[0].shape[:-2], half + rest, half + rest)
-        whole[:, :half, :half], whole[:, half:, half:] = blocks[0], blocks[3]
-        torch.neg(blocks[1], out=whole[:, :half, half:])
-        torch.neg(blocks[2], out=whole[:, half:, :half])
-        parts.append(whole)
-    return parts[0], parts[1]
+
+    def join(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        half, size = a.shape[-1], a.shape[-1] + d.shape[-1]
+        whole = a.new_empty(a.shape[0], size, size)
+        whole[:, :half, :half], whole[:, half:, half:] = a, d
+        torch.neg(b, out=whole[:, :half, half:])
+        torch.neg(c, out=whole[:, half:, :half])
+        return whole
+
+    real = join(top[0], right[0], low[0], corner[0])
+    if top[1] is None or right[1] is None or low[1] is None or corner[1] is None:
+        return real, None
+    return real, join(top[1], right[1], low[1], corner[1])
 
 
 def _invert_leaf(a: Planes) -> Planes:
