@@ -19,7 +19,7 @@ from espalier.train.checkpoint import write_json
 _GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
 """Certified points are attacked at these multiples of their radius: at it, and beyond it for the distance."""
 
-_SPREAD = 0.95
+_SPREAD = 0.9
 """AutoAttack takes one radius for many images: groups are formed whose smallest radius is this share of the largest."""
 
 
@@ -115,7 +115,7 @@ def challenge(
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
         autoattack: try AutoAttack on what PGD leaves. It takes one radius for many images, so a certified point is
-            attacked at the smallest radius of a group, at least 95 % of its own, and what it left
+            attacked at the smallest radius of a group, at least 90 % of its own, and what it left
             standing there is not tried again at a smaller one.
         queries: of AutoAttack's Square; 5,000 is the standard.
         batch_size: images per forward pass.
