@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,11 +125,17 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "digits_vit" in capsys.readouterr().out
 
 
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    # A shell that runs the tests in the background makes its children ignore Ctrl-C.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = [sys.executable, "-m", "espalier", "train", "digits_vit", "--quiet", "--threads", "1", "--out", str(out)]
     argv += ["--data-args.train-limit", "128", "--data-args.test-limit", "100", "--epochs"]
-    process = subprocess.Popen([*argv, "2000"], stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = start([*argv, "2000"])
     deadline = time.monotonic() + 120
     # Its second row stands for a first checkpoint.
     while time.monotonic() < deadline and (out / "metrics.jsonl").exists() is False:
@@ -145,7 +151,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert rows >= 3
     assert load_run(out).result is None
     # The same command goes on; stopped again, it has more rows and the old ones unchanged.
-    again = subprocess.Popen([*argv, "2000"], stderr=subprocess.PIPE, text=True)
+    again = start([*argv, "2000"])
     while time.monotonic() < deadline + 60 and len(load_run(out).rows) < rows + 2:
         time.sleep(0.1)
     again.send_signal(signal.SIGINT)
