@@ -136,7 +136,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "espalier", "train", "digits_vit", "--quiet", "--threads", "1", "--out", str(out)]
     argv += ["--data-args.train-limit", "128", "--data-args.test-limit", "100", "--epochs"]
     process = start([*argv, "2000"])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     # Its second row stands for a first checkpoint.
     while time.monotonic() < deadline and (out / "metrics.jsonl").exists() is False:
         time.sleep(0.1)
