@@ -114,9 +114,8 @@ def challenge(
         eps: radii at which the accuracy under attack is wanted.
         steps: gradient steps of PGD.
         restarts: random starts of PGD.
-        autoattack: try AutoAttack on what PGD leaves. It takes one radius for many images, so a certified point is
-            attacked at the smallest radius of a group, at least 90 % of its own, and what it left
-            standing there is not tried again at a smaller one.
+        autoattack: try AutoAttack on what PGD leaves: certified points in groups, at the smallest radius of a group, at
+            least 90 % of their own; what is left standing is not tried again at a smaller radius.
         queries: of AutoAttack's Square; 5,000 is the standard.
         batch_size: images per forward pass.
         generator: source of PGD's starts, on the images' device.
