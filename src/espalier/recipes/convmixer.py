@@ -10,7 +10,7 @@ from espalier.recipes.vision import convmixer_cifar10
 
 @register_recipe
 def convmixer_filters() -> Recipe:
-    """Return a small ConvMixer with large kernels on 3,000 CIFAR-10 images: what filters do, minutes a run at most.
+    """Return a small ConvMixer with large kernels on 2,000 CIFAR-10 images: what filters do, minutes a run at most.
 
     Test accuracy on 2,000 images; one CPU thread. ``espalier compare convmixer_filters --arms default-frozen
     covariance-frozen default covariance``. The net is the CIFAR-10 one, narrower and shallower, with the paper's larger
@@ -19,7 +19,7 @@ def convmixer_filters() -> Recipe:
     return Recipe(
         name="convmixer_filters",
         dataset="cifar10",
-        data_args={"train_limit": 3000, "test_limit": 2000},
+        data_args={"train_limit": 2000, "test_limit": 2000},
         model="convmixer",
         model_args={"dim": 48, "depth": 4, "kernel_size": 9, "patch_size": 2},
         epochs=8,
