@@ -13,6 +13,7 @@ from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
 from espalier.models.convmixer_fused import fuse
 from espalier.models.features import FeatureNet
+from espalier.models.from_transformers import TransformersConvNext, TransformersViT
 from espalier.models.lipschitz import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer
 from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
@@ -26,6 +27,8 @@ __all__ = [
     "LipschitzWideResNet",
     "OrthogonalConvMixer",
     "SequenceModel",
+    "TransformersConvNext",
+    "TransformersViT",
     "VisionTransformer",
     "build_model",
     "fuse",
@@ -40,6 +43,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lipschitz_resnet9": LipschitzResNet9,
     "lipschitz_wide_resnet": LipschitzWideResNet,
     "orthogonal_convmixer": OrthogonalConvMixer,
+    "transformers_convnext": TransformersConvNext,
+    "transformers_vit": TransformersViT,
     "vit": VisionTransformer,
 }
 
