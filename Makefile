@@ -19,8 +19,10 @@ bench: env                       ## side-by-side ratios, one file a question
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 docs: env                        ## the guide as a static site in site/
 	$(BIN)/mkdocs build --strict
-interop: $(INTEROP)/.installed   ## layouts against timm and torchvision, in an environment of their own
+interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-linear-attention, transformers beside them
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop --override-ini addopts=-ra
+	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop/conftest.py \
+		tests/init/layouts/test_transformers_layouts.py --override-ini addopts=-ra
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:

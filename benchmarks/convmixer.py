@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.models import ConvMixer, fuse
+from espalier.models import ConvMixer, choose_memory_format_, fuse
 from espalier.models.convmixer_checkpoints import convert_state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -107,6 +107,9 @@ def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[s
         return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     x = torch.randn(shape.batch, 3, shape.pixels, shape.pixels, device=device)
+    if precision == "float32":
+        ours = ConvMixer(shape.dim, shape.depth, shape.kernel, shape.patch, num_classes=10).to(device)
+        print(f"\n{choose_memory_format_(ours, x)}")
     times: dict[str, dict[str, list[float]]] = {"training step": {}, "inference": {}}
     ways = list(networks(shape, device, options.compile))
     for round_number in range(options.rounds + 1):

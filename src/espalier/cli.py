@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe, recipe_functions
@@ -140,7 +140,7 @@ def audit(model: str, picture: Path | None = None, heads: int | None = None) -> 
 
 
 def fit(model: str, out: Path | None = None, heads: int | None = None) -> None:
-    """Read a trained model's strengths off its attention: what to ask for, to start another model like it.
+    """Read a trained model's strengths off its weights: what to ask for, to start another model like it.
 
     Args:
         model: as `espalier audit` takes it.
@@ -164,15 +164,15 @@ def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0, l
         model: `espalier:NAME`, `timm:NAME` or `transformers:FOLDER` (a folder that holds config.json).
         out: the file to write.
         seed: seed of the noise.
-        like: a file that `espalier fit` wrote: attention gets its strengths.
+        like: a file that `espalier fit` wrote: every family that it has gets its strengths, others are left alone.
     """
-    from espalier.init import Mimetic, structure_
+    from espalier.init import structure_
     from espalier.models.hosts import save_weights
     from espalier.randomness import derive_generator
 
     net = _open_model(model)
-    attention = Mimetic() if like is None else _read_fit(like).mimetic()
-    print(structure_(net, attention=attention, generator=derive_generator(seed, "structure")))
+    specs: dict[str, Any] = {} if like is None else _read_fit(like).specs()
+    print(structure_(net, **specs, generator=derive_generator(seed, "structure")))
     print(f"weights: {save_weights(net, out)}")
 
 

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+# What a state-space mixer keeps outside its layers.
+_BARE = ("A_log", "dt_bias")
+
 
 def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.Module:
     """Return modules that hold a checkpoint's tensors under its names: enough to ``audit`` and ``fit``, not to run.
 
     Matrices become linear layers and filters with one input channel become depthwise convolutions; a fused
     ``in_proj_weight`` becomes a layer ``qkv``, and a ``c_attn`` of shape (d, 3d) is taken for GPT-2's transposed one.
-    Attention is then found by its names. Shapes cannot tell a grey-scale patch embedding from a depthwise convolution.
+    Attention and state-space mixers are then found by their names. Shapes cannot tell a grey-scale patch embedding
+    from a depthwise convolution.
 
     Args:
         tensors: a state dictionary; storage is shared, nothing is copied.
@@ -31,6 +35,8 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
             layer = _layer(tensor, tensors.get(f"{path}.bias"), transposed)
             layer._modules.update(getattr(siblings.get(child), "_modules", {}))
             siblings[child or "weight"] = layer
+        elif leaf in _BARE:
+            _at(root, path).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     for module in root.modules():
         if num_heads and not isinstance(module, nn.Linear):
             module.num_heads = num_heads  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Read strengths off trained attention: the arguments with which ``structure_`` starts another model like this one."""
+"""Read strengths off a trained model: the arguments with which ``structure_`` starts another model like this one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.init.attention import Mimetic, Strength, as_tuples, measure_attention
-from espalier.init.layouts import AttentionWeights, find_layers
+from espalier.init.depthwise import FilterCovariance
+from espalier.init.fit_families import DepthwiseFit, SSMFit, filter_spec, fit_depthwise, fit_ssm, ssm_spec
+from espalier.init.layouts import AttentionWeights, DepthwiseWeights, SSMWeights, find_layers
 from espalier.init.near_identity import near_identity, split
+from espalier.init.ssm import MimeticSSM
 
 # The law of a truncated αZ + βI depends on the width hardly at all, so one width tells it for all.
 _PILOT = 192
@@ -42,13 +45,36 @@ class AttentionFit:
 
 @dataclass(frozen=True)
 class StructureFit:
-    """The fits of a model's attention layers, in module order; prints as a table."""
+    """The fits of a model's layers, in module order and family by family; prints as a table.
+
+    Attributes:
+        layers: attention.
+        state_space: state-space mixers.
+        filters: depthwise filters.
+    """
 
     layers: tuple[AttentionFit, ...]
+    state_space: tuple[SSMFit, ...] = ()
+    filters: tuple[DepthwiseFit, ...] = ()
 
     def mimetic(self, **changes: Any) -> Mimetic:
-        """Return the spec that starts another model like this one, of any depth; ``changes`` are other fields of it."""
+        """Return the spec that starts another model like this one, of any depth; ``changes`` are other fields of it.
+
+        Raises:
+            EspalierError: the model had no attention.
+        """
+        if not self.layers:
+            raise EspalierError("fit has no attention layers: use specs(), which leaves out what was not there")
         return Mimetic(layers=tuple((row.qk_asked, row.vo_asked) for row in self.layers), **changes)
+
+    def specs(self) -> dict[str, Mimetic | MimeticSSM | FilterCovariance | None]:
+        """Return the arguments of ``structure_``; ``None`` for a family that the model had none of."""
+        filters = [row for row in self.filters if math.isfinite(row.sigma)]
+        return {
+            "attention": self.mimetic() if self.layers else None,
+            "ssm": ssm_spec(self.state_space) if self.state_space else None,
+            "depthwise": filter_spec(filters) if filters else None,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and dictionaries for JSON."""
@@ -58,34 +84,52 @@ class StructureFit:
     def from_dict(cls, data: Mapping[str, Any]) -> StructureFit:
         """Return the fit that ``to_dict`` gave."""
         rows = [{key: as_tuples(value) for key, value in row.items()} for row in data["layers"]]
-        return cls(tuple(AttentionFit(**row) for row in rows))
+        return cls(
+            tuple(AttentionFit(**row) for row in rows),
+            tuple(SSMFit(**row) for row in data.get("state_space", ())),
+            tuple(DepthwiseFit(**row) for row in data.get("filters", ())),
+        )
 
     def __str__(self) -> str:
-        lines = ["layer: fitted qk (mean of heads) and vo as αZ + βI; the strengths to ask for"]
+        lines = []
+        if self.layers:
+            lines.append("layer: fitted qk (mean of heads) and vo as αZ + βI; the strengths to ask for")
         for row in self.layers:
             heads = torch.tensor(row.qk_heads).mean(0).tolist()
             pairs = (heads, row.vo, row.qk_asked, row.vo_asked)
             fitted_qk, fitted_vo, qk, vo = (f"{pair[0]:.3g}·Z {pair[1]:+.3g}·I" for pair in pairs)
             lines.append(f"{row.layer or '(model)'}: qk {fitted_qk}, vo {fitted_vo}; ask for qk {qk}, vo {vo}")
+        specs = self.specs()
+        if isinstance(ssm := specs["ssm"], MimeticSSM):
+            lines += [*map(str, self.state_space), f"ask for {ssm.in_words()}"]
+        lines += map(str, self.filters)
+        if isinstance(filters := specs["depthwise"], FilterCovariance):
+            lines.append(f"ask for sigma0={filters.sigma0:.3g}, v={filters.v:.3g}, a={filters.a:.3g}")
         return "\n".join(lines)
 
 
 def fit(model: nn.Module) -> StructureFit:
-    """Fit every self-attention layer's products to αZ + βI and say what to ask ``structure_`` for.
+    """Fit every layer that a layout recognises and say what to ask ``structure_`` for.
 
-    ``structure_(other, attention=fit(trained).mimetic())`` starts another model, of any width and depth, with this
-    one's strengths: the noise is fresh, only the sizes of noise and identity are taken over.
+    Attention: both products to αZ + βI. State-space layers: Ā, Δ, the correlation of W_C and W_B, the convolution.
+    Depthwise filters: σ of the closed form. ``structure_(other, **fit(trained).specs())`` starts another model, of any
+    width and depth, with this one's strengths: the noise is fresh, only its size and the identity's are taken over.
 
     Args:
         model: a trained model, or what ``skeleton`` makes of a checkpoint.
 
     Raises:
-        EspalierError: the model has no self-attention that a layout recognises.
+        EspalierError: the model has no layer that a layout recognises.
     """
-    rows = [_fit(name, found) for name, _, found in find_layers(model) if isinstance(found, AttentionWeights)]
-    if not rows:
-        raise EspalierError(f"model {type(model).__name__} has no self-attention to fit: register a layout for it")
-    return StructureFit(tuple(rows))
+    found = [(name, weights) for name, _, weights in find_layers(model)]
+    fitted = StructureFit(
+        tuple(_fit(name, weights) for name, weights in found if isinstance(weights, AttentionWeights)),
+        tuple(fit_ssm(name, weights) for name, weights in found if isinstance(weights, SSMWeights)),
+        tuple(fit_depthwise(name, weights) for name, weights in found if isinstance(weights, DepthwiseWeights)),
+    )
+    if not (fitted.layers or fitted.state_space or fitted.filters):
+        raise EspalierError(f"model {type(model).__name__} has no structure to fit: register a layout for its layers")
+    return fitted
 
 
 def _fit(name: str, weights: AttentionWeights) -> AttentionFit:

@@ -88,8 +88,8 @@ class MimeticSSM:
         exponent = "" if self.decay is None else f"{self.decay:g}" + ("·A_log" if self.decay_rule == "scaled" else "")
         parts = (
             (self.decay, f"A −exp(−{exponent})"),
-            (self.delta, f"Δ {self.delta}"),
-            (self.correlate, f"ρ {self.correlate}"),
+            (self.delta, f"Δ {self.delta:.4g}" if self.delta is not None else ""),
+            (self.correlate, f"ρ {self.correlate:.4g}" if self.correlate is not None else ""),
             (self.convolution or None, "identity convolution"),
             (self.delta_weight, f"W_Δ ×{self.delta_weight}"),
         )

@@ -15,6 +15,8 @@ from espalier.models.convmixer_fused import fuse
 from espalier.models.features import FeatureNet
 from espalier.models.from_transformers import TransformersConvNext, TransformersViT
 from espalier.models.lipschitz import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer
+from espalier.models.mamba_checkpoints import convert_mamba_state_dict
+from espalier.models.memory_format import MemoryFormatChoice, choose_memory_format_
 from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
 
@@ -25,12 +27,15 @@ __all__ = [
     "KWLarge",
     "LipschitzResNet9",
     "LipschitzWideResNet",
+    "MemoryFormatChoice",
     "OrthogonalConvMixer",
     "SequenceModel",
     "TransformersConvNext",
     "TransformersViT",
     "VisionTransformer",
     "build_model",
+    "choose_memory_format_",
+    "convert_mamba_state_dict",
     "fuse",
     "register_with_timm",
 ]

@@ -3,6 +3,7 @@
 from espalier.init.layouts import (
     by_name,
     depthwise,
+    fla,
     mamba,
     qkv_proj,
     torch_attention,
@@ -28,4 +29,4 @@ __all__ = [
     "register_layout",
 ]
 
-del by_name, depthwise, mamba, qkv_proj, torch_attention, transformers
+del by_name, depthwise, fla, mamba, qkv_proj, torch_attention, transformers

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import Found, Skipped, SSMWeights, refuse_parametrized, register_layout
+from espalier.init.layouts.registry import (
+    Found,
+    Skipped,
+    SSMWeights,
+    refuse_parametrized,
+    register_guess,
+    register_layout,
+)
 
 _TRANSFORMERS = "transformers.models."
 
@@ -31,6 +40,7 @@ def mamba1(module: nn.Module) -> Found:
 
 @register_layout("espalier.nn.mamba.Mamba2")
 @register_layout("mamba_ssm.modules.mamba2.Mamba2")
+@register_layout("fla.layers.mamba2.Mamba2")
 @register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer")
 @register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer")
 @register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer")
@@ -39,11 +49,33 @@ def mamba1(module: nn.Module) -> Found:
 @register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
 def mamba2(module: nn.Module) -> Found:
     """Return views into ``in_proj``, whose last rows are B, C and Δ, and ``dt_bias``, ``A_log`` and ``conv1d``."""
+    groups = _first_of(module, "groups", "n_groups", "ngroups")
+    return _mamba2(module, groups, groups * _first_of(module, "state_size", "ssm_state_size", "d_state"))
+
+
+@register_guess
+def guess_mamba(module: nn.Module) -> Found | None:
+    """Return the mixer that a module's names look like, saying that it is a guess, or ``None``.
+
+    Mamba-2's B and C are what its convolution sees beside the value path; they are read as one group.
+    """
+    names = {name for name, _ in module.named_children()}
+    bare = {name for name, _ in module.named_parameters(recurse=False)}
+    if "A_log" not in bare or not {"conv1d", "in_proj", "out_proj"} <= names:
+        return None
+    found: Found | None = None
+    if {"x_proj", "dt_proj"} <= names:
+        found = mamba1(module)
+    elif "dt_bias" in bare:
+        found = _mamba2(module, 1, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
+    return replace(found, note="guessed from the names of its layers") if isinstance(found, SSMWeights) else found
+
+
+def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
+    """Return a Mamba-2's views; ``share`` are the rows of B, all groups of it."""
     if refused := refuse_parametrized(module, "ssm"):
         return refused
     rates, taps, conv_bias = _common(module)
-    groups = _first_of(module, "groups", "n_groups", "ngroups")
-    share = groups * _first_of(module, "state_size", "ssm_state_size", "d_state")
     maps, heads = _linear(module, "in_proj"), len(rates)
     # From the end: a mamba_ssm mixer may have an MLP's rows before z.
     parts = [maps.out_features - 2 * share - heads, share, share, heads]
