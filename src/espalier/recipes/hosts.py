@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from espalier.recipes.base import Recipe, register_recipe
 
 
@@ -32,8 +34,25 @@ def cifar10_vit_tiny() -> Recipe:
 
 
 @register_recipe
+def cifar10_vit_small() -> Recipe:
+    """Return a small ViT of transformers (96 wide, 6 layers, 3 heads) on 2,500 CIFAR-10 images at patch 4.
+
+    Test accuracy on 2,000 images, minutes on one CPU core: ``espalier compare cifar10_vit_small --arms default
+    mimetic``. Against ``cifar10_vit_tiny`` it has four times the tokens and half the depth.
+    """
+    return replace(
+        cifar10_vit_tiny(),
+        name="cifar10_vit_small",
+        data_args={"train_limit": 2500, "test_limit": 2000},
+        model_args={"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+        epochs=8,
+        eval_every=4,
+    )
+
+
+@register_recipe
 def convnext_filters() -> Recipe:
-    """Return a small ConvNeXt of transformers (kernel 7, stem of stride 2) on 2,000 CIFAR-10 images.
+    """Return a small ConvNeXt of transformers (kernel 7, stem of stride 4) on 2,000 CIFAR-10 images.
 
     Test accuracy on 2,000 images, under a minute on one CPU core: ``espalier compare convnext_filters --arms default
     covariance-convnext default-frozen covariance-convnext-frozen``. Residual branches start at full scale: at the
@@ -44,7 +63,7 @@ def convnext_filters() -> Recipe:
         dataset="cifar10",
         data_args={"train_limit": 2000, "test_limit": 2000},
         model="transformers_convnext",
-        model_args={"patch_size": 2, "depths": (2, 2), "dims": (48, 96), "layer_scale": 1.0},
+        model_args={"patch_size": 4, "depths": (2, 2), "dims": (48, 96), "layer_scale": 1.0},
         epochs=8,
         batch_size=64,
         lr=3e-3,
