@@ -16,7 +16,10 @@ import torch
 from espalier.errors import EspalierError, unknown_name
 
 BACKENDS = ("auto", "compiled", "mamba_ssm", "torch")
-_OPERATIONS = {"compiled": ("selective_scan", "causal_conv", "gated_norm"), "mamba_ssm": ("selective_scan", "ssd")}
+_OPERATIONS = {
+    "compiled": ("selective_scan", "ssd", "causal_conv", "gated_norm"),
+    "mamba_ssm": ("selective_scan", "ssd"),
+}
 _forced: ContextVar[str | None] = ContextVar("espalier_backend", default=None)
 
 
@@ -32,10 +35,10 @@ class Backend:
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
-    """Return what runs ``selective_scan``, the causal convolution and the gated norm on ``device``, and why.
+    """Return what runs ``selective_scan``, ``ssd``, the causal convolution and the gated norm on ``device``, and why.
 
     The choice is automatic; ``use_backend`` or the environment variable ``ESPALIER_BACKEND`` (``compiled``,
-    ``mamba_ssm``, ``torch``) overrides it. ``ssd`` is matrix products in torch on every CPU.
+    ``mamba_ssm``, ``torch``) overrides it.
 
     Raises:
         EspalierError: a backend is demanded that is unknown or cannot run here.
