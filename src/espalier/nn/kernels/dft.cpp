@@ -121,8 +121,10 @@ template <class T> void read_row(const Shape& s, const T* x, int64_t row, int64_
     for (; done + L <= s.width; done += L)
       for (int half = 0; half < W; half += L) {
         Vec<T> v[L];
+#pragma GCC unroll 8
         for (int i = 0; i < L; i++) v[i] = load(from + (half + i) * across + done);
         transpose(v);
+#pragma GCC unroll 8
         for (int i = 0; i < L; i++) store(to + (done + i) * W + half, v[i]);
       }
   for (int64_t t = done; t < s.width; t++)
@@ -140,8 +142,10 @@ template <class T> void write_row(const Shape& s, T* x, int64_t row, int64_t col
     for (; done + L <= s.width; done += L)
       for (int half = 0; half < W; half += L) {
         Vec<T> v[L];
+#pragma GCC unroll 8
         for (int i = 0; i < L; i++) v[i] = load(from + (done + i) * W + half);
         transpose(v);
+#pragma GCC unroll 8
         for (int i = 0; i < L; i++) store(to + (half + i) * across + done, v[i]);
       }
   for (int64_t t = done; t < s.width; t++)

@@ -1,8 +1,8 @@
 // Batched complex matrices as real and imaginary planes: products of views, and their inversion by halves.
 //
-// A register tile is 6 rows by one vector of columns of a complex result. Operands are packed first, rows of a as
-// (k, plane, 8) and columns of b as (k, plane, vector), so that transposes cost no more than plain views, and one pass
-// over k makes all four real products: an operand is loaded once for two of them.
+// A register tile is 6 rows by one vector of columns of a complex result. Columns of b are packed first as (k, plane,
+// vector), and rows of a as (k, plane, 8) unless they lie as rows, so that transposes cost little more than plain views.
+// One pass over k makes all four real products: an operand is loaded once for two of them.
 
 #include "spectral.hpp"
 
@@ -30,15 +30,25 @@ void pack(T* out, const T* re, const T* im, int64_t across, int64_t along, int64
     }
     return;
   }
+  if (across == 1 && count == kRows) {
+    for (int64_t p = 0; p < k; p++, out += 2 * width) {
+      std::memcpy(out, re + p * along, sizeof(T) * kRows);
+      std::memcpy(out + width, im + p * along, sizeof(T) * kRows);
+    }
+    return;
+  }
   int64_t done = 0;
   if (along == 1) {
     for (; done + L <= k; done += L)
       for (int plane = 0; plane < 2; plane++) {
         const T* source = (plane ? im : re) + done;
+#pragma GCC unroll 2
         for (int first = 0; first < width; first += L) {
           Vec<T> v[L];
+#pragma GCC unroll 8
           for (int i = 0; i < L; i++) v[i] = first + i < count ? load(source + (first + i) * across) : Vec<T>{};
           transpose(v);
+#pragma GCC unroll 8
           for (int i = 0; i < L; i++) store(out + (2 * (done + i) + plane) * width + first, v[i]);
         }
       }
@@ -55,17 +65,19 @@ struct Signs {
   bool conj_b;
 };
 
-template <class T, int M, bool Same>
-void tile(const T* a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
+// Rows of a lie `row` apart with neighbouring columns, or are packed if `row` is 0.
+template <class T, int M, bool Same, bool Packed>
+void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
   constexpr int L = kLanes<T>;
   Vec<T> re[M], im[M];
 #pragma GCC unroll 6
   for (int i = 0; i < M; i++) re[i] = im[i] = Vec<T>{};
-  for (int64_t p = 0; p < k; p++, a += 2 * kPad, b += 2 * L) {
+  for (int64_t p = 0; p < k; p++, b += 2 * L) {
     const Vec<T> b_re = load(b), b_im = load(b + L);
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++) {
-      const T a_re = a[i], a_im = a[kPad + i];  // times a vector this is a broadcast alone, without splat's sum
+      const int64_t at = Packed ? 2 * kPad * p + i : i * a.row + p;
+      const T a_re = a.re[at], a_im = a.im[at];  // times a vector this is a broadcast alone, without splat's sum
       re[i] += a_re * b_re;
       im[i] += a_re * b_im;
       if (Same) re[i] -= a_im * b_im;
@@ -92,50 +104,58 @@ void tile(const T* a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, 
   }
 }
 
-template <class T, bool Same>
-void tiles(int64_t m, const T* a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
+template <class T, bool Same, bool Packed>
+void tiles(int64_t m, View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
   switch (m) {
-    case 1: return tile<T, 1, Same>(a, b, k, c, width, alpha, alpha_im, add);
-    case 2: return tile<T, 2, Same>(a, b, k, c, width, alpha, alpha_im, add);
-    case 3: return tile<T, 3, Same>(a, b, k, c, width, alpha, alpha_im, add);
-    case 4: return tile<T, 4, Same>(a, b, k, c, width, alpha, alpha_im, add);
-    case 5: return tile<T, 5, Same>(a, b, k, c, width, alpha, alpha_im, add);
-    default: return tile<T, 6, Same>(a, b, k, c, width, alpha, alpha_im, add);
+    case 1: return tile<T, 1, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 2: return tile<T, 2, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 3: return tile<T, 3, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 4: return tile<T, 4, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 5: return tile<T, 5, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    default: return tile<T, 6, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
   }
 }
 
 template <class T> constexpr int64_t scratch_size() { return kDepth * (kTall / kRows * 2 * kPad + 2 * kLanes<T>); }
 
 // c = alpha·a·b, or c += alpha·a·b; a (m, k), b (k, n), c with columns one apart.
-template <class T>
-void multiply(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, Signs signs, T alpha,
-              bool add, T* scratch) {
+template <class T, bool Same, bool Packed>
+void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, T alpha, T alpha_im,
+                   bool add, T* scratch) {
   constexpr int L = kLanes<T>;
   T *rows = scratch, *panel = scratch + kDepth * (kTall / kRows * 2 * kPad);
-  // conj(a)·conj(b) is the conjugate of a·b: a common conjugation is a sign of the result's imaginary part.
-  const T alpha_im = signs.conj_b ? -alpha : alpha;
   for (int64_t p = 0; p < k; p += kDepth, add = true) {
     const int64_t depth = std::min(kDepth, k - p);
     for (int64_t i0 = 0; i0 < m; i0 += kTall) {
       const int64_t i1 = std::min(m, i0 + kTall);
-      for (int64_t i = i0; i < i1; i += kRows) {
+      const auto packed = [&](int64_t i) { return rows + (i - i0) / kRows * depth * 2 * kPad; };
+      for (int64_t i = i0; Packed && i < i1; i += kRows) {
         const View<const T> from = a.block(i, p);
-        pack<T, kPad>(rows + (i - i0) / kRows * depth * 2 * kPad, from.re, from.im, from.row, from.column,
-                      std::min<int64_t>(kRows, i1 - i), depth);
+        pack<T, kPad>(packed(i), from.re, from.im, from.row, from.column, std::min<int64_t>(kRows, i1 - i), depth);
       }
       for (int64_t j = 0; j < n; j += L) {
         const int64_t width = std::min<int64_t>(L, n - j);
         const View<const T> from = b.block(p, j);
         pack<T, L>(panel, from.re, from.im, from.column, from.row, width, depth);
         for (int64_t i = i0; i < i1; i += kRows) {
-          const T* packed = rows + (i - i0) / kRows * depth * 2 * kPad;
-          const int64_t count = std::min<int64_t>(kRows, i1 - i);
-          if (signs.same) tiles<T, true>(count, packed, panel, depth, c.block(i, j), width, alpha, alpha_im, add);
-          else tiles<T, false>(count, packed, panel, depth, c.block(i, j), width, alpha, alpha_im, add);
+          const View<const T> lines = Packed ? View<const T>{packed(i), packed(i) + kPad, 0, 0} : a.block(i, p);
+          tiles<T, Same, Packed>(std::min<int64_t>(kRows, i1 - i), lines, panel, depth, c.block(i, j), width, alpha,
+                                 alpha_im, add);
         }
       }
     }
   }
+}
+
+template <class T>
+void multiply(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, Signs signs, T alpha,
+              bool add, T* scratch) {
+  // conj(a)·conj(b) is the conjugate of a·b: a common conjugation is a sign of the result's imaginary part.
+  const T alpha_im = signs.conj_b ? -alpha : alpha;
+  const bool rows = a.column == 1;
+  const auto with = signs.same ? (rows ? multiply_with<T, true, false> : multiply_with<T, true, true>)
+                               : (rows ? multiply_with<T, false, false> : multiply_with<T, false, true>);
+  with(a, b, c, m, k, n, alpha, alpha_im, add, scratch);
 }
 
 struct Product {
@@ -177,21 +197,22 @@ template <class T> void invert_leaf(View<T> a, int64_t n) {
       std::swap(im[p], im[pivot[p]]);
     }
     const T d_re = re[p][p] / size(p, p), d_im = -im[p][p] / size(p, p);
-    re[p][p] = T(1);
-    im[p][p] = T(0);
     for (int64_t j = 0; j < kLeaf; j++) {
       const T x = re[p][j], y = im[p][j];
       re[p][j] = x * d_re - y * d_im;
       im[p][j] = x * d_im + y * d_re;
     }
+    re[p][p] = d_re;
+    im[p][p] = d_im;
     for (int64_t i = 0; i < n; i++) {
       if (i == p) continue;
       const T x = re[i][p], y = im[i][p];
-      re[i][p] = im[i][p] = T(0);
       for (int64_t j = 0; j < kLeaf; j++) {
         re[i][j] -= x * re[p][j] - y * im[p][j];
         im[i][j] -= x * im[p][j] + y * re[p][j];
       }
+      re[i][p] = y * d_im - x * d_re;
+      im[i][p] = -x * d_im - y * d_re;
     }
   }
   for (int64_t p = n - 1; p >= 0; p--)

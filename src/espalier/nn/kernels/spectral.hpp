@@ -27,6 +27,7 @@ template <class T, int Half, int... I> inline void exchange(Vec<T>& a, Vec<T>& b
   b = high;
 }
 template <class T, int Half> inline void transpose_step(Vec<T> (&v)[kLanes<T>]) {
+#pragma GCC unroll 8
   for (int i = 0; i < kLanes<T>; i++)
     if (!(i & Half)) exchange<T, Half>(v[i], v[i + Half], std::make_integer_sequence<int, kLanes<T>>{});
 }
