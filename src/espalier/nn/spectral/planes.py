@@ -42,7 +42,7 @@ def product(
     Args:
         a: planes (N, p, q); ``conj_a`` takes the complex conjugate.
         b: planes (N, q, r); ``conj_b`` likewise.
-        into: planes (N, p, r) to add to; contiguous ones are fast.
+        into: planes (N, p, r) to add to, apart from a and b in memory.
         alpha: factor of the product.
     """
     (a_r, a_i), (b_r, b_i) = a, b
@@ -50,6 +50,9 @@ def product(
         pair = None if into is None or into[1] is None else (into[0], into[1])
         if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
             return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha)
+    if into is not None and not into[0].is_contiguous():  # into a strided result, a batched GEMM takes the slow path
+        copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=contiguous(into), alpha=alpha))
+        return into
     if into is None:
         re = torch.bmm(a_r, b_r) if alpha == 1 else torch.bmm(a_r, b_r).mul_(alpha)
         im = None
