@@ -1,4 +1,4 @@
-"""The Mamba-2 recurrence against a plain loop over time and heads."""
+"""The Mamba-2 recurrence against a plain loop over time and heads, in every implementation that runs here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.nn import ssd
+from espalier.nn import backend, ssd, use_backend
 from espalier.nn.ssd import ssd_step
 from reference.ssd_reference import ssd_loop
 
 # The module: ``espalier.nn.ssd`` is the function of that name.
 ssd_module = importlib.import_module("espalier.nn.ssd")
+
+IMPLEMENTATIONS = ["compiled", "torch"]
 
 
 def draw(
@@ -45,19 +47,21 @@ def assert_all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], toler
         assert (mine - other).abs().max().item() <= tolerance * scale
 
 
-@settings(deadline=None, max_examples=20)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=15)
 @given(
     batch=st.integers(1, 2), length=st.integers(1, 300), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
-    width=st.integers(1, 5), states=st.integers(1, 6), chunk=st.sampled_from([1, 7, 64, 1000]),
-    together=st.sampled_from([1, 3, 1000]), bare=st.booleans(), keep=st.booleans(),
+    width=st.sampled_from([1, 2, 5, 20]), states=st.sampled_from([1, 3, 6, 17]),
+    chunk=st.sampled_from([1, 7, 64, 1000]), together=st.sampled_from([1, 3, 1000]), bare=st.booleans(),
+    keep=st.booleans(),
 )  # fmt: skip
 def test_equals_the_loop_in_float64(
-    batch: int, length: int, heads: tuple[int, int], width: int, states: int, chunk: int, together: int, bare: bool,
-    keep: bool,
+    implementation: str, batch: int, length: int, heads: tuple[int, int], width: int, states: int, chunk: int,
+    together: int, bare: bool, keep: bool,
 ) -> None:  # fmt: skip
     inputs = draw(batch, length, heads[0], width, heads[1], states, torch.float64, seed=length)
     size = batch * heads[0] * min(chunk, length) ** 2
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, use_backend(implementation):
         patch.setattr(ssd_module, "_SEGMENT_NUMBERS", together * size)  # one, a few or all chunks at once
         patch.setattr(ssd_module, "_KEPT_NUMBERS", 1 << 40 if keep else 0)  # what the forward pass made, or made again
         if bare:
@@ -71,28 +75,35 @@ def test_equals_the_loop_in_float64(
         assert_all_close(gradients(ours, inputs), gradients(theirs, inputs), 1e-10)
 
 
-def test_float32_stays_within_1e_4_of_float64() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float32_stays_within_1e_4_of_float64(implementation: str) -> None:
     inputs = draw(2, 300, 4, 16, 2, 16, torch.float64)
     singles = tuple(t.detach().float().requires_grad_() for t in inputs)
     theirs = ssd_loop(*inputs)
-    ours = ssd(*singles[:6], initial_state=singles[6], return_state=True)
+    with use_backend(implementation):
+        ours = ssd(*singles[:6], initial_state=singles[6], return_state=True)
     assert_all_close(ours, tuple(t.float() for t in theirs), 1e-4)
     assert_all_close(gradients(ours, singles), tuple(t.float() for t in gradients(theirs, inputs)), 1e-4)
 
 
-def test_strong_decays_neither_overflow_nor_lose_the_gradient() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strong_decays_neither_overflow_nor_lose_the_gradient(implementation: str) -> None:
     # exp of minus the cumulated decay would overflow: the two factors must never be taken apart.
     inputs = draw(1, 200, 2, 3, 1, 4, torch.float32)
     strong = (*inputs[:2], torch.tensor([-50.0, -0.01]).requires_grad_(), *inputs[3:5])
-    ours, theirs = (ssd(*strong),), ssd_loop(*strong)[:1]
+    with use_backend(implementation):
+        ours = (ssd(*strong),)
+    theirs = ssd_loop(*strong)[:1]
     assert_all_close(ours, theirs, 1e-5)
     assert_all_close(gradients(ours, strong), gradients(theirs, strong), 1e-4)
 
 
-def test_autocast_does_not_touch_decays_or_states() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_does_not_touch_decays_or_states(implementation: str) -> None:
     inputs = draw(2, 100, 4, 8, 1, 8, torch.float32)
-    plain = ssd(*inputs[:6])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with use_backend(implementation):
+        plain = ssd(*inputs[:6])
+    with use_backend(implementation), torch.autocast("cpu", dtype=torch.bfloat16):
         cast = ssd(*inputs[:6])
         half = ssd(inputs[0].bfloat16(), *inputs[1:6])
         expected = gradients((plain,), inputs[:6])
@@ -100,6 +111,49 @@ def test_autocast_does_not_touch_decays_or_states() -> None:
     torch.testing.assert_close(cast, plain, rtol=0, atol=0)
     assert half.dtype == torch.bfloat16
     assert (half.float() - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    inputs = draw(3, 70, 6, 20, 2, 9, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = ssd(*inputs[:6])
+            results.append((y, *gradients((y,), inputs[:6])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_the_state_alone_has_gradients_and_slices_are_read_in_place() -> None:
+    x, delta, a, b, c, d, state = draw(2, 70, 2, 3, 1, 4, torch.float64)
+    wide = torch.randn(2, 70, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    x, b, c = (
+        part.unflatten(-1, (-1, size)) for part, size in zip(wide.split([6, 4, 10], -1), (3, 4, 10), strict=True)
+    )
+    inputs = (x, delta, a, b, c[..., 3:7], d, state)
+    leaves = (wide, delta, a, state)
+    results = []
+    for name in IMPLEMENTATIONS if backend().name == "compiled" else ["torch"]:
+        with use_backend(name):
+            _, final = ssd(*inputs[:6], initial_state=state, return_state=True, chunk_size=16)
+            results.append(torch.autograd.grad(final.square().sum(), leaves, retain_graph=True))
+    _, final = ssd_loop(*inputs)
+    assert_all_close(results[0], torch.autograd.grad(final.square().sum(), leaves), 1e-10)
+    assert_all_close(results[0], results[-1], 1e-10)
+
+
+def test_the_compiled_operator_passes_torchs_own_checks() -> None:
+    from espalier.nn.kernels.ssd import ssd_cpu
+
+    if backend().name != "compiled":
+        pytest.skip("no C++ compiler here")
+    x, delta, a, b, c, d, state = draw(2, 9, 4, 3, 2, 5, torch.float64)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for need_state in (True, False):
+        flat = (x.flatten(2), delta, a, b.flatten(2), c.flatten(2), d, state, 2, 4, need_state, True)
+        torch.library.opcheck(ssd_cpu, flat, test_utils=checks)
 
 
 def test_steps_equal_the_chunks() -> None:

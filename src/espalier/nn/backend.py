@@ -1,4 +1,4 @@
-"""Which implementation of the scans runs, and why: compiled C++ or plain torch on a CPU, mamba_ssm or torch on CUDA."""
+"""Which implementation of the hot loops runs, and why: compiled C++ or torch on a CPU, mamba_ssm or torch on CUDA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ import torch
 from espalier.errors import EspalierError, unknown_name
 
 BACKENDS = ("auto", "compiled", "mamba_ssm", "torch")
-_OPERATIONS = {"compiled": ("selective_scan", "causal_conv", "gated_norm"), "mamba_ssm": ("selective_scan", "ssd")}
+_OPERATIONS = {
+    "compiled": ("selective_scan", "ssd", "causal_conv", "gated_norm", "orthogonal"),
+    "mamba_ssm": ("selective_scan", "ssd"),
+}
 _forced: ContextVar[str | None] = ContextVar("espalier_backend", default=None)
 
 
@@ -32,10 +35,10 @@ class Backend:
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
-    """Return what runs ``selective_scan``, the causal convolution and the gated norm on ``device``, and why.
+    """Return what runs the scans, the causal convolution, the gated norm and orthogonal layers on ``device``, and why.
 
     The choice is automatic; ``use_backend`` or the environment variable ``ESPALIER_BACKEND`` (``compiled``,
-    ``mamba_ssm``, ``torch``) overrides it. ``ssd`` is matrix products in torch on every CPU.
+    ``mamba_ssm``, ``torch``) overrides it.
 
     Raises:
         EspalierError: a backend is demanded that is unknown or cannot run here.
@@ -57,7 +60,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[Backend]:
-    """Choose the implementation of the scans within a ``with`` block (see ``backend``)."""
+    """Choose the implementation within a ``with`` block (see ``backend``)."""
     token = _forced.set(name)
     try:
         yield backend()
@@ -99,5 +102,7 @@ def _mamba_ssm() -> Backend:
 
 def _fall_back(reason: str) -> Backend:
     """Warn, once as the callers are cached, that the slower implementation runs."""
-    warnings.warn(f"espalier runs Mamba in plain torch, several times slower: {reason}", stacklevel=2)
+    warnings.warn(
+        f"espalier runs Mamba and orthogonal layers in plain torch, several times slower: {reason}", stacklevel=2
+    )
     return Backend("torch", reason)

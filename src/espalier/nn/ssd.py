@@ -75,7 +75,10 @@ def ssd(
     x, delta, a, b, c, d, state = exact(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
-    if choose("ssd", x.device.type) == "mamba_ssm":
+    name = choose("ssd", x.device.type)
+    if name == "compiled":
+        y, final = _compiled((x, delta, a, b, c, d, state), chunk_size, return_state)
+    elif name == "mamba_ssm":
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
         y, final = ssd_mamba_ssm(x, delta, a, b, c, d, state, chunk_size)
@@ -115,6 +118,18 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
     if chunk_size < 1:
         raise EspalierError(f"chunk_size is {chunk_size}: give at least 1")
+
+
+def _compiled(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool) -> tuple[Tensor, Tensor]:
+    """Run the C++ kernel, which takes heads and groups flat."""
+    from espalier.nn.kernels.ssd import ssd_cpu
+
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    x, delta, a, b, c, d, state = tensors
+    groups = b.shape[2]
+    flat = (x.flatten(2), delta, a, b.flatten(2), c.flatten(2), d, state)
+    y, final, _ = ssd_cpu(*flat, groups, chunk_size, need_state, keep)
+    return y.view(x.shape), final
 
 
 def _grouped(

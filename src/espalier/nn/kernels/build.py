@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("scan.cpp")
+FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 _TIMEOUT_SECONDS = 300
 
@@ -25,7 +25,7 @@ class KernelBuildError(RuntimeError):
 def build() -> Path:
     """Return the compiled kernels' shared library, compiling it when the cache has none.
 
-    The file's name is a digest of the source, the compiler, the flags, the processor and torch's version, and it
+    The file's name is a digest of the sources, the compiler, the flags, the processor and torch's version, and it
     appears by rename: two processes may build at once, and neither sees half a library.
 
     Raises:
@@ -36,8 +36,9 @@ def build() -> Path:
     if not compiler or not shutil.which(compiler[0]):
         raise KernelBuildError(f"no C++ compiler found ({' '.join(named) or 'g++, clang++ or $CXX'})")
     flags = [*_FLAGS, *_processor_flags()]
-    key = "\n".join([SOURCE.read_text(), *compiler, _version(compiler), *flags, _processor(), torch.__version__])
-    target = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    texts = [path.read_text() for path in (*_sources(), *sorted(FOLDER.glob("*.hpp")))]
+    key = "\n".join([*texts, *compiler, _version(compiler), *flags, _processor(), torch.__version__])
+    target = cache_folder() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     try:
         if target.exists():
             return target
@@ -59,11 +60,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "espalier"
 
 
+def _sources() -> list[Path]:
+    return sorted(FOLDER.glob("*.cpp"))
+
+
 def _compile(compiler: list[str], flags: list[str], out: Path) -> None:
     """Compile with threads if that works, else without; raise with the compiler's first complaint."""
     complaint = ""
     for threads in (["-fopenmp", *_torch_openmp()], ["-fopenmp"], []):
-        command = [*compiler, *flags, str(SOURCE), "-o", str(out), *threads]
+        command = [*compiler, *flags, *map(str, _sources()), "-o", str(out), *threads]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -46,6 +46,11 @@ def _width(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 8
 
 
+def padded(size: int, dtype: torch.dtype) -> int:
+    """Return ``size`` rounded up to whole blocks of the kernels' vectors."""
+    return -(-size // _width(dtype)) * _width(dtype)
+
+
 def _scan_shape(x_BLE: Tensor, states: int) -> tuple[int, int, int, int, int, int]:
     """Return (B, L, E, N, steps per piece, groups of channel blocks)."""
     batch, length, channels = x_BLE.shape

@@ -1,5 +1,4 @@
-// The selective scan of Mamba-1, the causal depthwise convolution with SiLU and Mamba-2's gated norm, forward and
-// backward, for CPUs.
+// The selective scan of Mamba-1, forward and backward, for CPUs.
 //
 // Layouts are row-major and channel-last: x, delta, y (B, L, E); a (E, N); b, c (B, L, N); states (B, E, N). A block of
 // W channels advances together, one vector lane a channel, and all N states of a block stay in the first cache. Time is
@@ -7,56 +6,9 @@
 // piece from it. Work is shared out by (batch entry, group of blocks), never by thread, so results do not depend on how
 // many threads there are.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "vectors.hpp"
 
 namespace {
-
-constexpr int kBytes = 32;  // one vector
-
-template <class T> struct Lanes;
-template <> struct Lanes<float> {
-  typedef float vec __attribute__((vector_size(kBytes)));
-  typedef int32_t ivec __attribute__((vector_size(kBytes)));
-};
-template <> struct Lanes<double> {
-  typedef double vec __attribute__((vector_size(kBytes)));
-  typedef int64_t ivec __attribute__((vector_size(kBytes)));
-};
-template <class T> using Vec = typename Lanes<T>::vec;
-template <class T> constexpr int kLanes = kBytes / int(sizeof(T));
-constexpr int kPair = 2;  // vectors a block
-template <class T> constexpr int kWidth = kPair * kLanes<T>;
-
-template <class T> inline Vec<T> splat(T value) { return Vec<T>{} + value; }
-
-// 2^v for float: split off the nearest integer by adding 1.5·2^23, a polynomial for the rest (relative error < 2e-7).
-inline Vec<float> exp2v(Vec<float> v) {
-  typedef Lanes<float>::ivec ivec;
-  v = v < -126.f ? splat<float>(-126.f) : v;
-  v = v > 126.f ? splat<float>(126.f) : v;
-  const Vec<float> magic = splat<float>(12582912.f);
-  Vec<float> shifted = v + magic;
-  Vec<float> f = v - (shifted - magic);
-  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
-  ivec exponent = ((ivec)shifted << 23) + (127 << 23);  // the integer's low bits; the magic's high bits shift out
-  return p * (Vec<float>)exponent;
-}
-inline Vec<double> exp2v(Vec<double> v) {
-  for (int i = 0; i < kLanes<double>; i++) v[i] = std::exp2(v[i]);
-  return v;
-}
-
-template <class T> inline Vec<T> load(const T* p) { Vec<T> v; std::memcpy(&v, p, kBytes); return v; }
-template <class T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, kBytes); }
 
 struct Shape {
   int64_t batch, length, channels, states, piece, groups;
@@ -80,8 +32,6 @@ template <class T> void state_out(T* rows, const T* tile, int64_t n_states, int6
   for (int64_t n = 0; n < n_states; n++)
     for (int64_t w = 0; w < width; w++) rows[w * n_states + n] = tile[n * kWidth<T> + w];
 }
-
-constexpr double kLog2E = 1.4426950408889634;
 
 // Channels [first, last) of blocks that group g of the batch entry owns.
 inline void group_blocks(const Shape& s, int64_t width, int64_t g, int64_t* first, int64_t* last) {
@@ -250,185 +200,6 @@ void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* 
   }
 }
 
-// The convolution. x (B, L, C) may have rows farther apart than C (a slice of a wider tensor); taps (C, K), oldest
-// first. Blocks of channels in one vectorised inner loop.
-constexpr int64_t kConvBlock = 64;
-constexpr int64_t kConvPiece = 64;
-
-template <class T> inline T sigmoid(T v) {
-  return T(1) / (T(1) + std::exp(-v));
-}
-inline void sigmoid_row(const float* in, float* out) {
-  for (int64_t w = 0; w < kConvBlock; w += 8) {
-    Vec<float> v = load(in + w);
-    store(out + w, 1.f / (1.f + exp2v(v * float(-kLog2E))));
-  }
-}
-inline void sigmoid_row(const double* in, double* out) {
-  for (int64_t w = 0; w < kConvBlock; w++) out[w] = sigmoid(in[w]);
-}
-
-struct ConvShape { int64_t batch, length, channels, taps, stride; };
-
-// pre[t] = bias + Σ_k taps[k] x[t − K + 1 + k], for one block of channels at one t.
-template <class T>
-inline void conv_row(T* pre, const T* x, const T* taps, const T* bias, int64_t t, int64_t width, const ConvShape& s) {
-  for (int64_t w = 0; w < kConvBlock; w++) pre[w] = w < width && bias ? bias[w] : T(0);
-  for (int64_t k = 0; k < s.taps; k++) {
-    const int64_t from = t - s.taps + 1 + k;
-    if (from < 0) continue;
-    const T *row = x + from * s.stride, *tap = taps + k * kConvBlock;
-    for (int64_t w = 0; w < width; w++) pre[w] += tap[w] * row[w];
-  }
-}
-
-template <class T> std::vector<T> pack_taps(const T* taps, int64_t width, int64_t count) {
-  std::vector<T> packed(count * kConvBlock);
-  for (int64_t k = 0; k < count; k++)
-    for (int64_t w = 0; w < width; w++) packed[k * kConvBlock + w] = taps[w * count + k];
-  return packed;
-}
-
-template <class T>
-void conv_forward(const T* x, const T* taps, const T* bias, T* y, const ConvShape& s, int threads) {
-  const int64_t blocks = (s.channels + kConvBlock - 1) / kConvBlock;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t item = 0; item < s.batch * blocks; item++) {
-    const int64_t batch = item / blocks, ch = item % blocks * kConvBlock, width = std::min(kConvBlock, s.channels - ch);
-    const std::vector<T> packed = pack_taps(taps + ch * s.taps, width, s.taps);
-    const T* plane = x + batch * s.length * s.stride + ch;
-    T pre[kConvBlock], gate[kConvBlock];
-    for (int64_t t = 0; t < s.length; t++) {
-      conv_row(pre, plane, packed.data(), bias ? bias + ch : nullptr, t, width, s);
-      sigmoid_row(pre, gate);
-      T* out = y + (batch * s.length + t) * s.channels + ch;
-      for (int64_t w = 0; w < width; w++) out[w] = pre[w] * gate[w];
-    }
-  }
-}
-
-template <class T>
-void conv_backward(const T* x, const T* taps, const T* bias, const T* dy, T* dx, T* dtaps, T* dbias,
-                   const ConvShape& s, int threads) {
-  const int64_t blocks = (s.channels + kConvBlock - 1) / kConvBlock;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t item = 0; item < s.batch * blocks; item++) {
-    const int64_t batch = item / blocks, ch = item % blocks * kConvBlock, width = std::min(kConvBlock, s.channels - ch);
-    const std::vector<T> packed = pack_taps(taps + ch * s.taps, width, s.taps);
-    std::vector<T> dpre((kConvPiece + s.taps - 1) * kConvBlock), sums(s.taps * kConvBlock), bias_sums(kConvBlock);
-    const T* plane = x + batch * s.length * s.stride + ch;
-    for (int64_t t0 = 0; t0 < s.length; t0 += kConvPiece) {
-      const int64_t end = std::min(t0 + kConvPiece, s.length), reach = std::min(end + s.taps - 1, s.length);
-      for (int64_t t = t0; t < reach; t++) {  // the rows past the piece's end reach back into it
-        T pre[kConvBlock], gate[kConvBlock];
-        T* g = &dpre[(t - t0) * kConvBlock];
-        conv_row(pre, plane, packed.data(), bias ? bias + ch : nullptr, t, width, s);
-        sigmoid_row(pre, gate);
-        const T* up = dy + (batch * s.length + t) * s.channels + ch;
-        for (int64_t w = 0; w < width; w++) g[w] = up[w] * gate[w] * (T(1) + pre[w] * (T(1) - gate[w]));
-      }
-      for (int64_t t = t0; t < end; t++) {
-        const T* g = &dpre[(t - t0) * kConvBlock];
-        T* out = dx + (batch * s.length + t) * s.channels + ch;
-        for (int64_t w = 0; w < width; w++) bias_sums[w] += g[w], out[w] = T(0);
-        for (int64_t k = 0; k < s.taps; k++) {
-          const int64_t ahead = t + s.taps - 1 - k, from = t - s.taps + 1 + k;
-          const T* tap = &packed[k * kConvBlock];
-          if (ahead < reach) {
-            const T* later = &dpre[(ahead - t0) * kConvBlock];
-            for (int64_t w = 0; w < width; w++) out[w] += tap[w] * later[w];
-          }
-          if (from >= 0) {
-            const T* row = plane + from * s.stride;
-            for (int64_t w = 0; w < width; w++) sums[k * kConvBlock + w] += g[w] * row[w];
-          }
-        }
-      }
-    }
-    for (int64_t w = 0; w < width; w++) {
-      for (int64_t k = 0; k < s.taps; k++) dtaps[(batch * s.channels + ch + w) * s.taps + k] = sums[k * kConvBlock + w];
-      dbias[batch * s.channels + ch + w] = bias_sums[w];
-    }
-  }
-}
-
-// The gated norm: out = weight · v / √(mean(v²) + eps), v = y · SiLU(z), the mean over each of `groups` parts of a row.
-// y and out are (rows, groups · width), z has rows `stride` apart. Rows are shared out in `items` parts; each gathers its
-// own share of the weight's gradient.
-struct NormShape {
-  int64_t rows, groups, width, stride, items;
-  int64_t first(int64_t item) const { return rows * item / items; }
-};
-
-// One group of one row, padded with zeros to whole vectors.
-template <class T> struct NormRow {
-  int64_t width, padded;
-  std::vector<T> y, z, w, g, s, v;
-  explicit NormRow(int64_t n)
-      : width(n), padded((n + kLanes<T> - 1) / kLanes<T> * kLanes<T>), y(padded), z(padded), w(padded), g(padded),
-        s(padded), v(padded) {}
-  void fill(std::vector<T>& to, const T* from) { std::memcpy(to.data(), from, size_t(width) * sizeof(T)); }
-  // Fill s = sigmoid(z) and v = y z s, and return 1/√(mean(v²) + eps).
-  T gate(T eps) {
-    Vec<T> sum{};
-    for (int64_t i = 0; i < padded; i += kLanes<T>) {
-      const Vec<T> zi = load(&z[i]), si = T(1) / (T(1) + exp2v(zi * T(-kLog2E))), vi = load(&y[i]) * zi * si;
-      store(&s[i], si);
-      store(&v[i], vi);
-      sum += vi * vi;
-    }
-    T total = 0;
-    for (int64_t i = 0; i < kLanes<T>; i++) total += sum[i];
-    return T(1) / std::sqrt(total / T(width) + eps);
-  }
-};
-
-template <class T>
-void norm_forward(const T* y, const T* z, const T* weight, const T* eps, T* out, const NormShape& s, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t item = 0; item < s.items; item++) {
-    NormRow<T> row(s.width);
-    for (int64_t r = s.first(item); r < s.first(item + 1); r++)
-      for (int64_t group = 0; group < s.groups; group++) {
-        const int64_t at = (r * s.groups + group) * s.width;
-        row.fill(row.y, y + at);
-        row.fill(row.z, z + r * s.stride + group * s.width);
-        const T scale = row.gate(*eps);
-        for (int64_t i = 0; i < s.width; i++) out[at + i] = row.v[i] * scale * weight[group * s.width + i];
-      }
-  }
-}
-
-template <class T>
-void norm_backward(const T* y, const T* z, const T* weight, const T* eps, const T* dout, T* dy, T* dz, T* dweight,
-                   const NormShape& s, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t item = 0; item < s.items; item++) {
-    NormRow<T> row(s.width);
-    T* dw = dweight + item * s.groups * s.width;
-    for (int64_t r = s.first(item); r < s.first(item + 1); r++)
-      for (int64_t group = 0; group < s.groups; group++) {
-        const int64_t at = (r * s.groups + group) * s.width;
-        row.fill(row.y, y + at);
-        row.fill(row.z, z + r * s.stride + group * s.width);
-        row.fill(row.w, weight + group * s.width);
-        row.fill(row.g, dout + at);
-        const T scale = row.gate(*eps);
-        Vec<T> sum{};
-        for (int64_t i = 0; i < row.padded; i += kLanes<T>) sum += load(&row.g[i]) * load(&row.w[i]) * load(&row.v[i]);
-        T total = 0;
-        for (int64_t i = 0; i < kLanes<T>; i++) total += sum[i];
-        const T shift = scale * scale * scale * total / T(s.width);
-        for (int64_t i = 0; i < s.width; i++) {
-          const T g = row.g[i], silu = row.z[i] * row.s[i], dv = g * row.w[i] * scale - shift * row.v[i];
-          dw[group * s.width + i] += g * row.v[i] * scale;
-          dy[at + i] = dv * silu;
-          dz[at + i] = dv * row.y[i] * (row.s[i] + silu * (T(1) - row.s[i]));
-        }
-      }
-  }
-}
-
 }  // namespace
 
 #define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
@@ -446,35 +217,7 @@ void norm_backward(const T* y, const T* z, const T* weight, const T* eps, const 
     Shape s;                                                                                                           \
     std::memcpy(&s, shape, sizeof s);                                                                                  \
     scan_backward(x, delta, a, b, c, d, starts, dy, dfinal, dx, ddelta, da, db, dc, dd, dinitial, s, threads);         \
-  }                                                                                                                    \
-  extern "C" void conv_forward_##SUFFIX(const T* x, const T* taps, const T* bias, T* y, const int64_t* shape,          \
-                                        int threads) {                                                                 \
-    ConvShape s;                                                                                                       \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    conv_forward(x, taps, bias, y, s, threads);                                                                        \
-  }                                                                                                                    \
-  extern "C" void conv_backward_##SUFFIX(const T* x, const T* taps, const T* bias, const T* dy, T* dx, T* dtaps,       \
-                                         T* dbias, const int64_t* shape, int threads) {                                \
-    ConvShape s;                                                                                                       \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    conv_backward(x, taps, bias, dy, dx, dtaps, dbias, s, threads);                                                    \
   }
 
-#define ESPALIER_EXPORT_NORM(T, SUFFIX)                                                                                \
-  extern "C" void norm_forward_##SUFFIX(const T* y, const T* z, const T* weight, const T* eps, T* out,                 \
-                                        const int64_t* shape, int threads) {                                           \
-    NormShape s;                                                                                                       \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    norm_forward(y, z, weight, eps, out, s, threads);                                                                  \
-  }                                                                                                                    \
-  extern "C" void norm_backward_##SUFFIX(const T* y, const T* z, const T* weight, const T* eps, const T* dout, T* dy,  \
-                                         T* dz, T* dweight, const int64_t* shape, int threads) {                       \
-    NormShape s;                                                                                                       \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    norm_backward(y, z, weight, eps, dout, dy, dz, dweight, s, threads);                                               \
-  }
-
-ESPALIER_EXPORT_NORM(float, f32)
-ESPALIER_EXPORT_NORM(double, f64)
 ESPALIER_EXPORT(float, f32)
 ESPALIER_EXPORT(double, f64)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from espalier.nn.cayley import cayley_planes
-from espalier.nn.precision import recording
+from espalier.nn.kernels.planes import Pair
+from espalier.nn.precision import recording, without_autocast
 from espalier.nn.spectral.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.spectral.orthogonal import apply_cayley
 from espalier.nn.spectral.planes import product
@@ -86,25 +87,55 @@ def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) 
     return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, planes))
 
 
-def _multiply(x: Tensor, planes: Tensor) -> Tensor:
-    if recording() or (torch.is_grad_enabled() and (x.requires_grad or planes.requires_grad)):
-        re, im = product((x[0], x[1]), (planes[0], planes[1]))
-        assert im is not None
-        return torch.stack((re, im))
-    y = x.new_empty(*x.shape[:-1], planes.shape[-1])
-    (x_r, x_i), (q_r, q_i) = x, planes
-    torch.bmm(x_r, q_r, out=y[0]).baddbmm_(x_i, q_i, alpha=-1)
-    torch.bmm(x_r, q_i, out=y[1]).baddbmm_(x_i, q_r)
-    return y
+class _Multiply(torch.autograd.Function):
+    """``product`` of two pairs of planes, differentiable any number of times; the same digits with and without it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_r: Tensor, x_i: Tensor, q_r: Tensor, q_i: Tensor) -> Pair:
+        """Return the planes of x·q."""
+        ctx.save_for_backward(x_r, x_i, q_r, q_i)
+        return _product((x_r, x_i), (q_r, q_i))
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ∂x = ∂y·qᴴ and ∂q = xᴴ·∂y."""
+        x_r, x_i, q_r, q_i = ctx.saved_tensors
+        grad_x = grad_q = (None, None)
+        if any(ctx.needs_input_grad[:2]):
+            grad_x = _Multiply.apply(real, imag, q_r.mT, -q_i.mT)
+        if any(ctx.needs_input_grad[2:]):
+            grad_q = _Multiply.apply(x_r.mT, -x_i.mT, real, imag)
+        return *grad_x, *grad_q
 
 
-def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Tensor], Tensor]) -> Tensor:
-    """Transform, apply ``operator`` to rows (2, F·G, B, inputs), transform back."""
+def _product(x: Pair, q: Pair) -> Pair:
+    re, im = product(x, q)
+    assert im is not None  # both factors have two planes
+    return re, im
+
+
+def _multiply(x: Pair, planes: Tensor) -> Pair:
+    if recording():
+        return _product(x, (planes[0], planes[1]))
+    result: Pair = _Multiply.apply(*x, planes[0], planes[1])
+    return result
+
+
+def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
+    """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
-    spectra = to_spectrum(x.reshape(*size, -1), tables(size, x.dtype, x.device, inverse=False))
-    half = spectra.shape[1:-1]
-    rows = spectra.view(2, math.prod(half), batch, groups, channels // groups).transpose(2, 3)
-    y = operator(rows.reshape(2, -1, batch, channels // groups))
-    y = y.view(2, -1, groups, batch, y.shape[-1]).transpose(2, 3).reshape(2, *half, -1)
-    images = to_images(y, tables(size, x.dtype, x.device, inverse=True), bias)
+    real, imag = to_spectrum(x.reshape(*size, -1), tables(size, x.dtype, x.device, inverse=False))
+    half = real.shape[:-1]
+
+    def to_rows(plane: Tensor) -> Tensor:
+        rows = plane.view(math.prod(half), batch, groups, channels // groups).transpose(1, 2)
+        return rows.reshape(-1, batch, channels // groups)
+
+    def from_rows(plane: Tensor) -> Tensor:
+        return plane.view(-1, groups, batch, plane.shape[-1]).transpose(1, 2).reshape(*half, -1)
+
+    y_real, y_imag = operator((to_rows(real), to_rows(imag)))
+    spectrum = from_rows(y_real), from_rows(y_imag)
+    images = to_images(spectrum, tables(size, x.dtype, x.device, inverse=True), bias)
     return images.view(*size, batch, -1)

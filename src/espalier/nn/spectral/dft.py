@@ -1,11 +1,12 @@
 """The real discrete Fourier transform of images as matrix products, in planes, over one to three axes.
 
-Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as (2, *S', N): the two planes
-first, the last spatial axis cut to its first half plus one. Both directions are real-linear maps, so the backward pass
-of each is the transpose, which is the other one with other weights.
+Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (*S', N), the
+last spatial axis cut to its first half plus one. Both directions are real-linear maps, so the backward pass of each is
+the transpose, which is the other one with other weights.
 
 Note [DFT as GEMM]: for the 8 to 64 points of these images, one product with a cosine and a sine matrix is faster than
-an FFT and the permutations around it, and it reads a channels-first image without copying it.
+an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, and
+halves the matrices by symmetry.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.nn.kernels import planes as kernels
+from espalier.nn.kernels.planes import Pair
 from espalier.nn.precision import recording, without_autocast
 from espalier.nn.spectral.planes import product
 
@@ -27,8 +30,10 @@ class Tables(NamedTuple):
 
     last: Tensor
     """(2, W//2 + 1, W): cosine and minus sine, weighted."""
-    others: tuple[Tensor, ...]
-    """(2n, 2n) for every axis but the last: the real form of e^(−iθ), weighted."""
+    others: tuple[Pair, ...]
+    """Planes (n, n) of e^(−iθ) for every axis but the last, weighted."""
+    folded: tuple[Tensor, Tensor] | None
+    """All of them as the compiled kernels of a CPU read them, to analyse and to synthesise."""
 
 
 def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool) -> Tables:
@@ -43,17 +48,29 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
 def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
     *lead, width = size
     cos, sin = _angles(width // 2 + 1, width)
-    last = torch.stack((cos, -sin))
     if inverse:
         # Frequencies that stand for themselves and their mirror image count twice.
         counts = [1.0 if 2 * w % width == 0 else 2.0 for w in range(width // 2 + 1)]
-        last = last * (torch.tensor(counts, dtype=torch.float64)[:, None] / width)
-    others = []
-    for n in lead:
-        cos, sin = _angles(n, n)
-        real_form = torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
-        others.append((real_form / n if inverse else real_form).to(device, dtype))
-    return Tables(last.to(device, dtype), tuple(others))
+        weights = torch.tensor(counts, dtype=torch.float64)[:, None] / width
+        cos, sin = cos * weights, sin * weights
+    others = [tuple(table / (n if inverse else 1) for table in _angles(n, n)) for n in lead]
+    return Tables(
+        torch.stack((cos, -sin)).to(device, dtype),
+        tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in others),
+        _folded([(cos, sin), *others], dtype) if device.type == "cpu" else None,
+    )
+
+
+def _folded(axes: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return every axis's cosines for points up to n/2 and sines between 0 and n/2, as they are and transposed."""
+    cos, sin = [], []
+    for c, s in axes:
+        n = c.shape[1]
+        even, odd = slice(n // 2 + 1), slice(1, (n + 1) // 2)
+        cos.append(c[even, even].to(dtype))
+        sin.append(s[odd, odd].to(dtype))
+    as_it_is = kernels.packed_tables(cos, sin)
+    return as_it_is, kernels.packed_tables([c.mT for c in cos], [s.mT for s in sin])
 
 
 _kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
@@ -102,109 +119,112 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
     return theta.cos(), theta.sin()
 
 
-def analyse(x: Tensor, matrices: Tables) -> Tensor:
-    """Return the weighted transform (2, *S', N) of x (*S, N)."""
+def analyse(x: Tensor, matrices: Tables) -> Pair:
+    """Return the planes (*S', N) of the weighted transform of x (*S, N)."""
+    if matrices.folded is not None and kernels.compiled(x):
+        return kernels.analyse(x, matrices.folded[0])
     *lead, width, columns = x.shape
     half = matrices.last.shape[1]
     rows = _columns_last(x).reshape(-1, width, columns)
-    if recording():
-        spectrum = torch.matmul(matrices.last[:, None], rows)
-    else:
-        spectrum = rows.new_empty(2, rows.shape[0], half, columns)
-        for plane in range(2):
-            torch.bmm(matrices.last[plane].expand(rows.shape[0], half, width), rows, out=spectrum[plane])
+    real, imag = (torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
-        spectrum = _mix(spectrum, lead, axis, matrices.others[axis])
-    return spectrum.reshape(2, *lead, half, columns)
+        real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
+    shape = *lead, half, columns
+    return real.reshape(shape), imag.reshape(shape)
 
 
 def _columns_last(x: Tensor) -> Tensor:
     """Return x (*S, N) contiguous if it is a view of (N, *S): one flat transpose is the fastest way to reorder it."""
-    columns_first = x.movedim(-1, 0)
-    if not recording() and not x.is_contiguous() and columns_first.is_contiguous():
-        return columns_first.flatten(1).t().contiguous().view(x.shape)
+    if not recording() and kernels.columns_first(x):
+        return x.movedim(-1, 0).flatten(1).t().contiguous().view(x.shape)
     return x
 
 
-def synthesise(spectrum: Tensor, matrices: Tables) -> Tensor:
-    """Return the transpose of ``analyse``: (2, *S', N) → (*S, N)."""
-    _, *lead, half, columns = spectrum.shape
+def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
+    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (*S', N) → (*S, N).
+
+    ``columns_first`` asks for images that lie in memory as (N, *S).
+    """
+    real, imag = spectrum
     width = matrices.last.shape[2]
+    if matrices.folded is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
+        return kernels.synthesise(spectrum, matrices.folded[1], width, bias, first=columns_first)
+    *lead, half, columns = real.shape
     for axis in range(len(lead)):
-        spectrum = _mix(spectrum, lead, axis, matrices.others[axis].mT)
-    real, imag = spectrum.reshape(2, -1, half, columns).unbind()
+        real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=True)
+    real, imag = (plane.reshape(-1, half, columns) for plane in (real, imag))
     last_r, last_i = (m.mT.expand(real.shape[0], width, half) for m in matrices.last)
-    return torch.baddbmm(torch.bmm(last_r, real), last_i, imag).reshape(*lead, width, columns)
+    images = torch.baddbmm(torch.bmm(last_r, real), last_i, imag)
+    if bias is not None:
+        images = (images.view(-1, columns // len(bias), len(bias)) + bias).view(images.shape)
+    images = images.reshape(*lead, width, columns)
+    if columns_first and lead:
+        images = images.flatten(0, -2).t().contiguous().view(columns, *lead, width).movedim(0, -1)
+    return images
 
 
-def _mix(spectrum: Tensor, lead: Sequence[int], axis: int, matrix: Tensor) -> Tensor:
-    """Multiply one complex axis by a (2n, 2n) real form."""
+def _mix(spectrum: Pair, lead: Sequence[int], axis: int, matrix: Pair, *, conj: bool) -> Pair:
+    """Multiply one axis by a complex (n, n) matrix."""
     n, before = lead[axis], math.prod(lead[:axis])
-    if before == 1:
-        return (matrix @ spectrum.reshape(2 * n, -1)).view(2, n, -1)
-    real, imag = spectrum.reshape(2, before, n, -1).unbind()
-    parts = (matrix[:n, :n].expand(before, n, n), matrix[n:, :n].expand(before, n, n))
-    re, im = product(parts, (real, imag))
+    parts = (matrix[0].expand(before, n, n), matrix[1].expand(before, n, n))
+    real, imag = (plane.reshape(before, n, -1) for plane in spectrum)
+    re, im = product(parts, (real, imag), conj_a=conj)
     assert im is not None  # both factors have two planes
-    return torch.stack((re, im))
+    return re, im
 
 
 class Analyse(torch.autograd.Function):
     """``analyse`` with its transpose as the backward pass: nothing but the matrices is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, last: Tensor, *others: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrices: Tables) -> Pair:
         """See ``analyse``."""
-        ctx.tables = Tables(last, others)
-        return analyse(x, ctx.tables)
+        ctx.tables, ctx.columns_first = matrices, kernels.columns_first(x)
+        return analyse(x, matrices)
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the images."""
-        return Synthesise.apply(grad, None, *_flat(ctx.tables)), *[None] * (1 + len(ctx.tables.others))
+    def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the images, in their layout."""
+        return Synthesise.apply(real, imag, None, ctx.tables, ctx.columns_first), None
 
 
 class Synthesise(torch.autograd.Function):
-    """``synthesise`` plus a bias, with the transpose as the backward pass."""
+    """``synthesise``, with the transpose as the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, spectrum: Tensor, bias: Tensor | None, last: Tensor, *others: Tensor) -> Tensor:
-        """See ``synthesise``; the bias (C) is added to columns (B, C)."""
-        ctx.tables = Tables(last, others)
-        images = synthesise(spectrum, ctx.tables)
-        if bias is not None:
-            ctx.bias_size = len(bias)
-            images.view(-1, len(bias)).add_(bias)
-        return images
+    def forward(
+        ctx: Any, real: Tensor, imag: Tensor, bias: Tensor | None, matrices: Tables, columns_first: bool
+    ) -> Tensor:
+        """See ``synthesise``."""
+        ctx.tables = matrices
+        ctx.bias_size = 0 if bias is None else len(bias)
+        return synthesise((real, imag), matrices, bias, columns_first=columns_first)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the spectra and of the bias."""
-        spectrum = Analyse.apply(grad, *_flat(ctx.tables))
+        real, imag = Analyse.apply(grad, ctx.tables)
         grad_bias = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             # The transpose of the inverse transform has the images' mean at frequency 0.
-            mean = spectrum[(0,) * (spectrum.ndim - 1)].view(-1, ctx.bias_size).sum(0)
+            mean = real[(0,) * (real.ndim - 1)].view(-1, ctx.bias_size).sum(0)
             grad_bias = mean * math.prod(grad.shape[:-1])
-        return spectrum, grad_bias, *[None] * (1 + len(ctx.tables.others))
+        return real, imag, grad_bias, None, None
 
 
-def _flat(matrices: Tables) -> tuple[Tensor, ...]:
-    return matrices.last, *matrices.others
-
-
-def to_spectrum(x: Tensor, matrices: Tables) -> Tensor:
+def to_spectrum(x: Tensor, matrices: Tables) -> Pair:
     """Return ``analyse(x, matrices)``, differentiable."""
-    return analyse(x, matrices) if recording() else Analyse.apply(x, *_flat(matrices))
+    if recording():
+        return analyse(x, matrices)
+    planes: Pair = Analyse.apply(x, matrices)
+    return planes
 
 
-def to_images(spectrum: Tensor, matrices: Tables, bias: Tensor | None = None) -> Tensor:
-    """Return ``synthesise(spectrum, matrices)``, differentiable, plus a bias (C) on columns (B, C)."""
-    if not recording():
-        return Synthesise.apply(spectrum, bias, *_flat(matrices))
-    images = synthesise(spectrum, matrices)
-    if bias is None:
-        return images
-    return (images.view(*images.shape[:-1], -1, len(bias)) + bias).view(images.shape)
+def to_images(spectrum: Pair, matrices: Tables, bias: Tensor | None = None) -> Tensor:
+    """Return ``synthesise(spectrum, matrices, bias)``, differentiable."""
+    if recording():
+        return synthesise(spectrum, matrices, bias)
+    images: Tensor = Synthesise.apply(*spectrum, bias, matrices, False)
+    return images

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from espalier.nn.spectral.planes import Planes, block, contiguous, copy_, invert, product, transpose
 
-# Below this size the explicit inverse costs no more than the factorisation and its substitutions.
-_WIDTH = 64
+# Up to this size the explicit inverse costs no more than a factorisation and its substitutions; above, rows of a block.
+_WHOLE, _WIDTH = 128, 64
 
 
 def factor_(n: Planes) -> Planes:
@@ -15,23 +15,22 @@ def factor_(n: Planes) -> Planes:
     A matrix of one block is simply inverted.
 
     Args:
-        n: contiguous planes (N, n, n), overwritten.
+        n: contiguous planes (N, n, n), which may be overwritten.
     """
     size = n[0].shape[-1]
+    if size <= _WHOLE:
+        return invert(n)
     for start in range(0, size, _WIDTH):
         stop = min(start + _WIDTH, size)
         done, here, rest, below = slice(0, start), slice(start, stop), slice(stop, size), slice(start, size)
-        column = contiguous(block(n, below, here))
         if start:
-            product(block(n, below, done), block(n, done, here), into=column, alpha=-1)
+            product(block(n, below, done), block(n, done, here), into=block(n, below, here), alpha=-1)
             if stop < size:
-                row = contiguous(block(n, here, rest))
-                product(block(n, here, done), block(n, done, rest), into=row, alpha=-1)
-                copy_(block(n, here, rest), row)
-        inverse = invert(block(column, slice(0, stop - start), slice(None)))
+                product(block(n, here, done), block(n, done, rest), into=block(n, here, rest), alpha=-1)
+        inverse = invert(block(n, here, here))
         copy_(block(n, here, here), inverse)
         if stop < size:
-            copy_(block(n, rest, here), product(block(column, slice(stop - start, None), slice(None)), inverse))
+            copy_(block(n, rest, here), product(block(n, rest, here), inverse))
     return n
 
 
@@ -45,25 +44,25 @@ def solve(x: Planes, factor: Planes, *, transposed: bool = False, conj: bool = F
         conj: use the conjugate of N.
     """
     size = factor[0].shape[-1]
-    if size <= _WIDTH:
+    if size <= _WHOLE:
         return product(x, transpose(factor) if transposed else factor, conj_b=conj)
     cuts = [slice(start, min(start + _WIDTH, size)) for start in range(0, size, _WIDTH)]
     z, every = contiguous(x), slice(None)
     # First the factor whose variables come in order, then the one that runs backwards; only U's blocks need inverses.
-    for index, here in enumerate(cuts):
-        part = contiguous(block(z, every, here))
-        if index:
+    for here in cuts:
+        part = block(z, every, here)
+        if here.start:
             done = slice(0, here.start)
             earlier = transpose(block(factor, here, done)) if transposed else block(factor, done, here)
             product(block(z, every, done), earlier, conj_b=conj, into=part, alpha=-1)
-        copy_(block(z, every, here), part if transposed else product(part, block(factor, here, here), conj_b=conj))
+        if not transposed:
+            copy_(part, product(part, block(factor, here, here), conj_b=conj))
     for here in reversed(cuts):
-        part = contiguous(block(z, every, here))
+        part = block(z, every, here)
         if here.stop < size:
             rest = slice(here.stop, size)
             later = transpose(block(factor, here, rest)) if transposed else block(factor, rest, here)
             product(block(z, every, rest), later, conj_b=conj, into=part, alpha=-1)
         if transposed:
-            part = product(part, transpose(block(factor, here, here)), conj_b=conj)
-        copy_(block(z, every, here), part)
+            copy_(part, product(part, transpose(block(factor, here, here)), conj_b=conj))
     return z

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from espalier.nn.kernels.planes import Pair
 from espalier.nn.precision import without_autocast
 from espalier.nn.spectral.dft import Angles
 from espalier.nn.spectral.factor import factor_, solve
@@ -54,85 +55,98 @@ class ApplyCayley(torch.autograd.Function):
     """Planes of the images (F·G, B, cin) and the taps in, planes of the outputs (F·G, B, cout) out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, cos: Tensor, sin: Tensor, wide: bool) -> Tensor:
-        """Return y (2, F·G, B, cout) for x (2, F·G, B, cin); the formulas stand at the top of the file."""
-        angles = Angles(cos, sin)
+    def forward(ctx: Any, real: Tensor, imag: Tensor, taps: Tensor, cos: Tensor, sin: Tensor, wide: bool) -> Pair:
+        """Return the planes of y; the formulas stand at the top of the file."""
+        angles, x = Angles(cos, sin), (real, imag)
         n_planes, v = system(taps, angles)
         n = n_planes[0].shape[-1]
         factor = factor_(n_planes)
-        planes = (x[0], x[1])
-        x2: Planes | None = None
+        x2: Pair | None = None
         if wide and v is not None:
-            x2 = x[0, :, :, n:], x[1, :, :, n:]
-            planes = x[0, :, :, :n].contiguous(), x[1, :, :, :n].contiguous()
-            right = planes[0].clone(), planes[1].clone()
+            x, x2 = _split(x, n)
+            right = _both(contiguous(x))
             product(x2, v, into=right, alpha=-1)
-            z = solve(right, factor)
+            z = _both(solve(right, factor))
         else:
-            z = solve(planes, factor, transposed=not wide)
-        y = x.new_empty(*x.shape[:3], taps.shape[2] if not wide else n)
-        for out, part, minus in zip(y, _both(z), planes, strict=True):
-            torch.lerp(minus, part, 2.0, out=out[:, :, :n])  # 2z − x in one pass
+            z = _both(solve(x, factor, transposed=not wide))
+        y = _twice_minus(z, x, n if wide else taps.shape[2])
         if v is not None and not wide:
-            low = product(z, transpose(v), alpha=-2)
-            for out, part in zip(y, _both(low), strict=True):
-                out[:, :, n:].copy_(part)
+            _copy_right(y, _both(product(z, transpose(v), alpha=-2)))
         ctx.wide, ctx.angles, ctx.shape = wide, angles, taps.shape
-        ctx.save_for_backward(*_both(factor), *_both(z), *(_both(v) if v else ()), *(_both(x2) if x2 else ()))
+        ctx.save_for_backward(*_both(factor), *z, *(_both(v) if v else ()), *(x2 or ()))
         return y
 
     @staticmethod
     @without_autocast
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
         factor, z, *rest = zip(ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True)
         v, x2 = rest[0] if rest else None, rest[1] if len(rest) > 1 else None
         n = factor[0].shape[-1]
         steps = _backward_wide if ctx.wide else _backward_tall
-        grad_x, grad_n, grad_v = steps((grad[0], grad[1]), factor, z, v, x2, n, ctx.needs_input_grad[1])
+        grad_x, grad_n, grad_v = steps((real, imag), factor, z, v, x2, n, ctx.needs_input_grad[2])
         grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape)
-        return grad_x, grad_taps, None, None, None
+        return *grad_x, grad_taps, None, None, None
 
 
-def _both(a: Planes) -> tuple[Tensor, Tensor]:
+def _split(a: Pair, n: int) -> tuple[Pair, Pair]:
+    """Return the first n columns, contiguous, and a view of the others."""
+    head = _both(contiguous((a[0][:, :, :n], a[1][:, :, :n])))
+    return head, (a[0][:, :, n:], a[1][:, :, n:])
+
+
+def _twice_minus(z: Pair, x: Pair, columns: int) -> Pair:
+    """Return 2z − x in one pass, with room for more columns on the right."""
+    count, batch, n = x[0].shape
+    y = x[0].new_empty(count, batch, columns), x[0].new_empty(count, batch, columns)
+    for out, part, minus in zip(y, z, x, strict=True):
+        torch.lerp(minus, part, 2.0, out=out[:, :, :n])
+    return y
+
+
+def _copy_right(y: Pair, low: Pair) -> None:
+    """Fill the last columns of y."""
+    for out, part in zip(y, low, strict=True):
+        out[:, :, -part.shape[-1] :].copy_(part)
+
+
+def _both(a: Planes) -> Pair:
     assert a[1] is not None
     return a[0], a[1]
 
 
+Gradients = tuple[Pair, Planes | None, Planes | None]
+
+
 def _backward_tall(
-    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, _: Planes | None, n: int, need_taps: bool
-) -> tuple[Tensor, Planes | None, Planes | None]:
+    grad: Pair, factor: Planes, z: Planes, v: Planes | None, _: Planes | None, n: int, need_taps: bool
+) -> Gradients:
     """Nᴴu = g₁ − Vᴴg₂, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
-    head = grad if v is None else (grad[0][:, :, :n].contiguous(), grad[1][:, :, :n].contiguous())
-    low = (grad[0][:, :, n:], grad[1][:, :, n:])
-    right = head if v is None else _both(contiguous(head))
-    if v is not None:
+    head, low = (grad, None) if v is None else _split(grad, n)
+    right = head
+    if v is not None and low is not None:
+        right = _both(contiguous(head))
         product(low, v, conj_b=True, into=right, alpha=-1)
-    u = solve(right, factor, conj=True)
-    grad_x = grad[0].new_empty(2, *head[0].shape)
-    for out, part, minus in zip(grad_x, _both(u), head, strict=True):
-        torch.lerp(minus, part, 2.0, out=out)
+    u = _both(solve(right, factor, conj=True))
+    grad_x = _twice_minus(u, head, n)
     if not need_taps:
         return grad_x, None, None
     # G = −2uzᴴ: rows are batches, so it is −2(rows of u)ᵀ·conj(rows of z).
     grad_n = product(transpose(u), z, conj_b=True, alpha=-2)
-    grad_v = None if v is None else product(transpose(low), z, conj_b=True, alpha=-2)
+    grad_v = None if low is None else product(transpose(low), z, conj_b=True, alpha=-2)
     return grad_x, grad_n, grad_v
 
 
 def _backward_wide(
-    grad: tuple[Tensor, Tensor], factor: Planes, z: Planes, v: Planes | None, x2: Planes | None, n: int, need_taps: bool
-) -> tuple[Tensor, Planes | None, Planes | None]:
+    grad: Pair, factor: Planes, z: Planes, v: Planes | None, x2: Planes | None, n: int, need_taps: bool
+) -> Gradients:
     """conj(N)s = g, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
     assert v is not None
     assert x2 is not None
-    s = solve(grad, factor, transposed=True, conj=True)
-    low = _both(product(s, transpose(v), conj_b=True, alpha=-2))
-    grad_x = grad[0].new_empty(2, *grad[0].shape[:2], n + low[0].shape[-1])
-    for out, part, minus, rest in zip(grad_x, _both(s), grad, low, strict=True):
-        torch.lerp(minus, part, 2.0, out=out[:, :, :n])
-        out[:, :, n:].copy_(rest)
+    s = _both(solve(grad, factor, transposed=True, conj=True))
+    grad_x = _twice_minus(s, grad, n + x2[0].shape[-1])
+    _copy_right(grad_x, _both(product(s, transpose(v), conj_b=True, alpha=-2)))
     if not need_taps:
         return grad_x, None, None
     grad_n = product(transpose(z), s, conj_a=True, alpha=-2)
@@ -158,7 +172,7 @@ def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: An
     return torch.cat((top, gather(angles.cos, v_r) + gather(angles.sin, v_i)), dim=2)
 
 
-def apply_cayley(x: Tensor, taps: Tensor, angles: Angles, *, wide: bool) -> Tensor:
-    """Return the orthogonal operator of ``taps`` applied to ``x``; see ``ApplyCayley``."""
-    result: Tensor = ApplyCayley.apply(x, taps, angles.cos, angles.sin, wide)
+def apply_cayley(x: Pair, taps: Tensor, angles: Angles, *, wide: bool) -> Pair:
+    """Return the orthogonal operator of ``taps`` applied to planes ``x``; see ``ApplyCayley``."""
+    result: Pair = ApplyCayley.apply(*x, taps, angles.cos, angles.sin, wide)
     return result

@@ -2,7 +2,8 @@
 
 Note [Planes]: a complex matrix is a pair (real, imaginary) of real tensors, the second None when the matrix is real.
 Real products into contiguous results take the batched-GEMM path of the CPU, a transpose is a view, and a conjugate is
-a sign: a complex dtype would copy for every conjugate, and could not be exported.
+a sign: a complex dtype would copy for every conjugate, and could not be exported. Where the compiled kernels run, one
+pass makes both planes; elsewhere, and wherever a graph is recorded, four real products do.
 
 Note [No pivoting]: every matrix inverted here is N = I + K + G with K skew-Hermitian and G positive semi-definite.
 Its Hermitian part is at least I, so is that of every Schur complement, so no pivot can vanish and ‖N⁻¹‖ ≤ 1.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from espalier.nn.kernels import planes as kernels
 
 Planes = tuple[Tensor, Tensor | None]
 
@@ -32,19 +35,26 @@ def product(
     conj_a: bool = False,
     conj_b: bool = False,
     into: Planes | None = None,
-    alpha: float = 1.0,
+    alpha: int = 1,
 ) -> Planes:
     """Return a·b, or add alpha·a·b to ``into`` in place.
 
     Args:
         a: planes (N, p, q); ``conj_a`` takes the complex conjugate.
         b: planes (N, q, r); ``conj_b`` likewise.
-        into: planes (N, p, r) to add to; contiguous ones are fast.
+        into: planes (N, p, r) to add to, apart from a and b in memory.
         alpha: factor of the product.
     """
     (a_r, a_i), (b_r, b_i) = a, b
+    if a_i is not None and b_i is not None and (into is None or into[1] is not None):
+        pair = None if into is None or into[1] is None else (into[0], into[1])
+        if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
+            return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha)
+    if into is not None and not into[0].is_contiguous():  # into a strided result, a batched GEMM takes the slow path
+        copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=contiguous(into), alpha=alpha))
+        return into
     if into is None:
-        re = torch.bmm(a_r, b_r) if alpha == 1.0 else torch.bmm(a_r, b_r).mul_(alpha)
+        re = torch.bmm(a_r, b_r) if alpha == 1 else torch.bmm(a_r, b_r).mul_(alpha)
         im = None
     else:
         re, im = into
@@ -104,6 +114,10 @@ def invert(a: Planes) -> Planes:
         Fresh contiguous planes. See Note [No pivoting] and Note [LAPACK hang].
     """
     count, _, n = a[0].shape
+    if a[1] is not None and count >= _MANY and kernels.compiled(a[0], a[1]):
+        whole = contiguous(a)
+        assert whole[1] is not None
+        return kernels.invert_((whole[0], whole[1]))
     leaf = _SMALL_LEAF if count >= _MANY else _LARGE_LEAF
     part = max(1, _TOGETHER // n**2)
     if count <= part:

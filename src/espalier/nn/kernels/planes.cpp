@@ -1,0 +1,274 @@
+// Batched complex matrices as real and imaginary planes: products of views, and their inversion by halves.
+//
+// A register tile is 6 rows by one vector of columns of a complex result. Columns of b are packed first as (k, plane,
+// vector), and rows of a as (k, plane, 8) unless they lie as rows, so that transposes cost little more than plain views.
+// One pass over k makes all four real products: an operand is loaded once for two of them.
+
+#include "spectral.hpp"
+
+namespace {
+
+constexpr int kPad = 8;         // rows a packed tile has room for
+constexpr int64_t kDepth = 256;  // of one pass over k: what is packed stays in the second cache
+constexpr int64_t kTall = 60;    // rows of a packed together
+constexpr int64_t kLeaf = 16;
+
+template <class T> struct View {
+  T *re, *im;
+  int64_t row, column;  // steps
+  View block(int64_t i, int64_t j) const { return {re + i * row + j * column, im + i * row + j * column, row, column}; }
+};
+
+// Pack `count` ≤ width lines of length k as (k, plane, width): element (line, p) stands at line·across + p·along.
+template <class T, int width>
+void pack(T* out, const T* re, const T* im, int64_t across, int64_t along, int64_t count, int64_t k) {
+  constexpr int L = kLanes<T>;
+  if (across == 1 && count == width) {
+    for (int64_t p = 0; p < k; p++, out += 2 * width) {
+      std::memcpy(out, re + p * along, sizeof(T) * width);
+      std::memcpy(out + width, im + p * along, sizeof(T) * width);
+    }
+    return;
+  }
+  if (across == 1 && count == kRows) {
+    for (int64_t p = 0; p < k; p++, out += 2 * width) {
+      std::memcpy(out, re + p * along, sizeof(T) * kRows);
+      std::memcpy(out + width, im + p * along, sizeof(T) * kRows);
+    }
+    return;
+  }
+  int64_t done = 0;
+  if (along == 1) {
+    for (; done + L <= k; done += L)
+      for (int plane = 0; plane < 2; plane++) {
+        const T* source = (plane ? im : re) + done;
+#pragma GCC unroll 2
+        for (int first = 0; first < width; first += L) {
+          Vec<T> v[L];
+#pragma GCC unroll 8
+          for (int i = 0; i < L; i++) v[i] = first + i < count ? load(source + (first + i) * across) : Vec<T>{};
+          transpose(v);
+#pragma GCC unroll 8
+          for (int i = 0; i < L; i++) store(out + (2 * (done + i) + plane) * width + first, v[i]);
+        }
+      }
+  }
+  for (int64_t p = done; p < k; p++)
+    for (int64_t i = 0; i < width; i++) {
+      out[2 * p * width + i] = i < count ? re[i * across + p * along] : T(0);
+      out[(2 * p + 1) * width + i] = i < count ? im[i * across + p * along] : T(0);
+    }
+}
+
+struct Signs {
+  bool same;    // a and b are both conjugated, or neither
+  bool conj_b;
+};
+
+// Rows of a lie `row` apart with neighbouring columns, or are packed if `row` is 0.
+template <class T, int M, bool Same, bool Packed>
+void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
+  constexpr int L = kLanes<T>;
+  Vec<T> re[M], im[M];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; i++) re[i] = im[i] = Vec<T>{};
+  for (int64_t p = 0; p < k; p++, b += 2 * L) {
+    const Vec<T> b_re = load(b), b_im = load(b + L);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++) {
+      const int64_t at = Packed ? 2 * kPad * p + i : i * a.row + p;
+      const T a_re = a.re[at], a_im = a.im[at];  // times a vector this is a broadcast alone, without splat's sum
+      re[i] += a_re * b_re;
+      im[i] += a_re * b_im;
+      if (Same) re[i] -= a_im * b_im;
+      else re[i] += a_im * b_im;
+      if (Same) im[i] += a_im * b_re;
+      else im[i] -= a_im * b_re;
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; i++) {
+    T *to_re = c.re + i * c.row, *to_im = c.im + i * c.row;
+    if (width == L) {
+      store(to_re, (add ? load(to_re) : Vec<T>{}) + alpha * re[i]);
+      store(to_im, (add ? load(to_im) : Vec<T>{}) + alpha_im * im[i]);
+    } else {
+      T part_re[L], part_im[L];
+      store(part_re, alpha * re[i]);
+      store(part_im, alpha_im * im[i]);
+      for (int64_t j = 0; j < width; j++) {
+        to_re[j] = (add ? to_re[j] : T(0)) + part_re[j];
+        to_im[j] = (add ? to_im[j] : T(0)) + part_im[j];
+      }
+    }
+  }
+}
+
+template <class T, bool Same, bool Packed>
+void tiles(int64_t m, View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
+  switch (m) {
+    case 1: return tile<T, 1, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 2: return tile<T, 2, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 3: return tile<T, 3, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 4: return tile<T, 4, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 5: return tile<T, 5, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    default: return tile<T, 6, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+  }
+}
+
+template <class T> constexpr int64_t scratch_size() { return kDepth * (kTall / kRows * 2 * kPad + 2 * kLanes<T>); }
+
+// c = alpha·a·b, or c += alpha·a·b; a (m, k), b (k, n), c with columns one apart.
+template <class T, bool Same, bool Packed>
+void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, T alpha, T alpha_im,
+                   bool add, T* scratch) {
+  constexpr int L = kLanes<T>;
+  T *rows = scratch, *panel = scratch + kDepth * (kTall / kRows * 2 * kPad);
+  for (int64_t p = 0; p < k; p += kDepth, add = true) {
+    const int64_t depth = std::min(kDepth, k - p);
+    for (int64_t i0 = 0; i0 < m; i0 += kTall) {
+      const int64_t i1 = std::min(m, i0 + kTall);
+      const auto packed = [&](int64_t i) { return rows + (i - i0) / kRows * depth * 2 * kPad; };
+      for (int64_t i = i0; Packed && i < i1; i += kRows) {
+        const View<const T> from = a.block(i, p);
+        pack<T, kPad>(packed(i), from.re, from.im, from.row, from.column, std::min<int64_t>(kRows, i1 - i), depth);
+      }
+      for (int64_t j = 0; j < n; j += L) {
+        const int64_t width = std::min<int64_t>(L, n - j);
+        const View<const T> from = b.block(p, j);
+        pack<T, L>(panel, from.re, from.im, from.column, from.row, width, depth);
+        for (int64_t i = i0; i < i1; i += kRows) {
+          const View<const T> lines = Packed ? View<const T>{packed(i), packed(i) + kPad, 0, 0} : a.block(i, p);
+          tiles<T, Same, Packed>(std::min<int64_t>(kRows, i1 - i), lines, panel, depth, c.block(i, j), width, alpha,
+                                 alpha_im, add);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void multiply(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, Signs signs, T alpha,
+              bool add, T* scratch) {
+  // conj(a)·conj(b) is the conjugate of a·b: a common conjugation is a sign of the result's imaginary part.
+  const T alpha_im = signs.conj_b ? -alpha : alpha;
+  const bool rows = a.column == 1;
+  const auto with = signs.same ? (rows ? multiply_with<T, true, false> : multiply_with<T, true, true>)
+                               : (rows ? multiply_with<T, false, false> : multiply_with<T, false, true>);
+  with(a, b, c, m, k, n, alpha, alpha_im, add, scratch);
+}
+
+struct Product {
+  int64_t count, m, k, n, a[3], b[3], c[2];  // steps: batch, row, column
+  int64_t conj_a, conj_b, add, alpha;
+};
+
+template <class T>
+void product(const T* a_re, const T* a_im, const T* b_re, const T* b_im, T* c_re, T* c_im,
+             const Product& s, int threads) {
+  const Signs signs{s.conj_a == s.conj_b, s.conj_b != 0};
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<T> scratch(scratch_size<T>());
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.count; i++)
+      multiply<T>({a_re + i * s.a[0], a_im + i * s.a[0], s.a[1], s.a[2]},
+                  {b_re + i * s.b[0], b_im + i * s.b[0], s.b[1], s.b[2]},
+                  {c_re + i * s.c[0], c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha), s.add != 0,
+                  scratch.data());
+  }
+}
+
+// Gauss-Jordan with row pivots on at most kLeaf rows.
+template <class T> void invert_leaf(View<T> a, int64_t n) {
+  alignas(64) T re[kLeaf][kLeaf] = {}, im[kLeaf][kLeaf] = {};
+  int64_t pivot[kLeaf];
+  for (int64_t i = 0; i < n; i++) {
+    std::memcpy(re[i], a.re + i * a.row, sizeof(T) * size_t(n));
+    std::memcpy(im[i], a.im + i * a.row, sizeof(T) * size_t(n));
+  }
+  const auto size = [&](int64_t i, int64_t p) { return re[i][p] * re[i][p] + im[i][p] * im[i][p]; };
+  for (int64_t p = 0; p < n; p++) {
+    pivot[p] = p;
+    for (int64_t i = p + 1; i < n; i++)
+      if (size(i, p) > size(pivot[p], p)) pivot[p] = i;
+    if (pivot[p] != p) {
+      std::swap(re[p], re[pivot[p]]);
+      std::swap(im[p], im[pivot[p]]);
+    }
+    const T d_re = re[p][p] / size(p, p), d_im = -im[p][p] / size(p, p);
+    for (int64_t j = 0; j < kLeaf; j++) {
+      const T x = re[p][j], y = im[p][j];
+      re[p][j] = x * d_re - y * d_im;
+      im[p][j] = x * d_im + y * d_re;
+    }
+    re[p][p] = d_re;
+    im[p][p] = d_im;
+    for (int64_t i = 0; i < n; i++) {
+      if (i == p) continue;
+      const T x = re[i][p], y = im[i][p];
+      for (int64_t j = 0; j < kLeaf; j++) {
+        re[i][j] -= x * re[p][j] - y * im[p][j];
+        im[i][j] -= x * im[p][j] + y * re[p][j];
+      }
+      re[i][p] = y * d_im - x * d_re;
+      im[i][p] = -x * d_im - y * d_re;
+    }
+  }
+  for (int64_t p = n - 1; p >= 0; p--)
+    for (int64_t i = 0; pivot[p] != p && i < n; i++) {
+      std::swap(re[i][p], re[i][pivot[p]]);
+      std::swap(im[i][p], im[i][pivot[p]]);
+    }
+  for (int64_t i = 0; i < n; i++) {
+    std::memcpy(a.re + i * a.row, re[i], sizeof(T) * size_t(n));
+    std::memcpy(a.im + i * a.row, im[i], sizeof(T) * size_t(n));
+  }
+}
+
+// Invert in place by halves: with X = A⁻¹B, S = D − CX and Y = CA⁻¹,
+// [A B; C D]⁻¹ = [A⁻¹ + XS⁻¹Y, −XS⁻¹; −S⁻¹Y, S⁻¹].
+template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
+  if (n <= kLeaf) return invert_leaf(a, n);
+  const int64_t half = (n / 2 + kLeaf - 1) / kLeaf * kLeaf, rest = n - half;
+  const Signs plain{true, false};
+  const View<T> b = a.block(0, half), c = a.block(half, 0), d = a.block(half, half);
+  const View<T> x{temporary, temporary + half * rest, rest, 1};
+  const View<T> y{temporary + 2 * half * rest, temporary + 3 * half * rest, half, 1};
+  const auto constant = [](View<T> v) { return View<const T>{v.re, v.im, v.row, v.column}; };
+  T* below = temporary + 4 * half * rest;
+  invert(a, half, below, scratch);
+  multiply<T>(constant(a), constant(b), x, half, half, rest, plain, T(1), false, scratch);
+  multiply<T>(constant(c), constant(x), d, rest, half, rest, plain, T(-1), true, scratch);
+  multiply<T>(constant(c), constant(a), y, rest, half, half, plain, T(1), false, scratch);
+  invert(d, rest, below, scratch);
+  multiply<T>(constant(d), constant(y), c, rest, rest, half, plain, T(-1), false, scratch);
+  multiply<T>(constant(x), constant(d), b, half, rest, rest, plain, T(-1), false, scratch);
+  multiply<T>(constant(x), constant(c), a, half, rest, half, plain, T(-1), true, scratch);
+}
+
+template <class T> void invert_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch<T> scratch(scratch_size<T>()), temporary(2 * (n + kLeaf) * (n + kLeaf) + 64);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+      invert<T>({re + i * batch, im + i * batch, row, 1}, n, temporary.data(), scratch.data());
+  }
+}
+
+}  // namespace
+
+#define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
+  extern "C" void planes_product_##SUFFIX(const T* a_re, const T* a_im, const T* b_re, const T* b_im, T* c_re,         \
+                                          T* c_im, const int64_t* shape, int threads) {                                \
+    Product s;                                                                                                         \
+    std::memcpy(&s, shape, sizeof s);                                                                                  \
+    product(a_re, a_im, b_re, b_im, c_re, c_im, s, threads);                                                           \
+  }                                                                                                                    \
+  extern "C" void planes_invert_##SUFFIX(T* re, T* im, const int64_t* shape, int threads) {                            \
+    invert_all(re, im, shape[0], shape[1], shape[2], shape[3], threads);                                               \
+  }
+
+ESPALIER_EXPORT(float, f32)
+ESPALIER_EXPORT(double, f64)

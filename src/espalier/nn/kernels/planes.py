@@ -1,0 +1,97 @@
+"""The compiled kernels of the orthogonal layers: products and inverses of matrices in planes, transforms of images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from espalier.nn.backend import choose
+from espalier.nn.kernels.cpu import call
+from espalier.nn.precision import recording
+
+Pair = tuple[Tensor, Tensor]
+
+_ROWS = 6  # of a register tile, as in spectral.hpp
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Return whether the kernels can run on these tensors: no graph of any kind is being recorded through them."""
+    if recording() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return False
+    return (
+        all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+        and choose("orthogonal", "cpu") == "compiled"
+    )
+
+
+def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, alpha: int) -> Pair:
+    """Return alpha·a·b, or add it to ``into``; a (N, p, q) and b (N, q, r) may be any views.
+
+    The planes of one matrix have the same strides, and the columns of ``into`` lie one apart.
+    """
+    (count, m, k), n = a[0].shape, b[0].shape[2]
+    c = into if into is not None else (a[0].new_empty(count, m, n), a[0].new_empty(count, m, n))
+    steps = *a[0].stride(), *b[0].stride(), *c[0].stride()[:2]
+    shape = count, m, k, n, *steps, conj_a, conj_b, into is not None, alpha
+    call("planes_product", a[0].dtype, (*a, *b, *c), shape)
+    return c
+
+
+def invert_(a: Pair) -> Pair:
+    """Invert contiguous planes (N, n, n) in place, by halves down to leaves of 16 rows."""
+    count, n, _ = a[0].shape
+    call("planes_invert", a[0].dtype, a, (count, n, *a[0].stride()[:2]))
+    return a
+
+
+def packed_tables(cos: Sequence[Tensor], sin: Sequence[Tensor]) -> Tensor:
+    """Return the cosine and sine matrices of every axis in turn as the transforms read them.
+
+    Args:
+        cos: per axis, the last one first, (n//2 + 1, n//2 + 1).
+        sin: likewise ((n − 1)//2, (n − 1)//2), for frequencies and points from 1 on.
+    """
+    matrices = [matrix for pair in zip(cos, sin, strict=True) for matrix in pair if len(matrix)]
+    padded = (torch.nn.functional.pad(m, (0, 0, 0, -len(m) % _ROWS)) for m in matrices)
+    return torch.cat([m.reshape(-1, _ROWS, m.shape[1]).mT.reshape(-1) for m in padded])
+
+
+def _images(x: Tensor) -> tuple[Tensor, bool]:
+    """Return images (*S, N) in one of the two layouts that the kernels read, and whether columns come first."""
+    first = columns_first(x)
+    return (x if first else x.contiguous()), first
+
+
+def columns_first(x: Tensor) -> bool:
+    """Return whether x (*S, N) is a view of contiguous (N, *S)."""
+    return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
+
+
+def _shape(size: Sequence[int], columns: int, first: bool, channels: int) -> tuple[int, ...]:
+    *lead, width = size
+    rows = functools.reduce(int.__mul__, lead, 1)
+    return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels
+
+
+def analyse(x: Tensor, tables: Tensor) -> Pair:
+    """Return the planes (*S', N) of the transform of x (*S, N) with packed tables."""
+    *size, columns = x.shape
+    x, first = _images(x)
+    shape = *size[:-1], size[-1] // 2 + 1, columns
+    planes = x.new_empty(shape), x.new_empty(shape)
+    call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1))
+    return planes
+
+
+def synthesise(spectrum: Pair, tables: Tensor, width: int, bias: Tensor | None, *, first: bool) -> Tensor:
+    """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (*S', N); the bias is added."""
+    real, imag = (plane.contiguous() for plane in spectrum)
+    *lead, _, columns = real.shape
+    size = *lead, width
+    room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
+    channels = 1 if bias is None else len(bias)
+    call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels))
+    return room

@@ -1,0 +1,126 @@
+"""The compiled Mamba-2 recurrence as a torch operator; see ``cpu``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.nn.kernels.cpu import WORK_ITEMS, call, padded, rows
+
+
+def _shape(x: Tensor, b: Tensor, c: Tensor, heads: int, groups: int, chunk: int) -> tuple[int, ...]:
+    """Return (B, L, G, heads a group, P, N, chunk, pieces of work a group, the rows' strides of x, b and c)."""
+    batch, length, _ = x.shape
+    share = heads // groups
+    parts = min(share, -(-WORK_ITEMS // (batch * groups)))
+    sizes = (groups, share, x.shape[2] // heads, b.shape[2] // groups, min(chunk, length), parts)
+    return (batch, length, *sizes, x.stride(1), b.stride(1), c.stride(1))
+
+
+def _outputs(
+    x: Tensor, b: Tensor, heads: int, groups: int, chunk: int, state: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for (y, the final state if it is wanted, the states between chunks if they are kept)."""
+    batch, length, inner = x.shape
+    width, size = inner // heads, b.shape[2] // groups
+    between = -(-length // min(chunk, length)) - 1
+    kept = (batch, heads, between, size, padded(width, x.dtype)) if keep else (0,)
+    final = (batch, heads, size, width) if state else (0,)
+    return x.new_empty(x.shape), x.new_empty(final), x.new_empty(kept)
+
+
+def _ready(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor | None) -> list[Any]:
+    plain = [None if t is None else t.contiguous() for t in (delta, a, *rest)]
+    return [rows(x), plain[0], plain[1], rows(b), rows(c), *plain[2:]]
+
+
+@torch.library.custom_op("espalier::ssd", mutates_args=())
+def ssd_cpu(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial: Tensor | None,
+    groups: int,
+    chunk: int,
+    need_state: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, final state, states between chunks, which the backward pass needs when ``keep``).
+
+    Heads and groups are flat: x and y are (B, L, H·P), b and c (B, L, G·N), delta (B, L, H), states (B, H, N, P).
+    """
+    x, delta, a, b, c, d, initial = tensors = _ready(x, delta, a, b, c, d, initial)
+    y, final, kept = _outputs(x, b, delta.shape[2], groups, chunk, need_state, keep)
+    outputs = (y, final if need_state else None, kept if keep else None)
+    call("ssd_forward", x.dtype, (*tensors, *outputs), _shape(x, b, c, delta.shape[2], groups, chunk))
+    return y, final, kept
+
+
+@ssd_cpu.register_fake
+def _(
+    x: Tensor, delta: Tensor, a: Any, b: Tensor, c: Any, d: Any, initial: Any, groups: int, chunk: int, state: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _outputs(x, b, delta.shape[2], groups, chunk, state, keep)
+
+
+@torch.library.custom_op("espalier::ssd_backward", mutates_args=())
+def ssd_backward_cpu(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial: Tensor | None,
+    y: Tensor,
+    final: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    groups: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (x, delta, a, b, c, d, initial state), the last two empty where there is none."""
+    x, delta, a, b, c, d, initial, dy, dfinal = _ready(x, delta, a, b, c, d, initial, dy, dfinal)
+    batch, length, heads = delta.shape
+    shape = _shape(x, b, c, heads, groups, chunk)
+    dx, ddelta = x.new_empty(x.shape), torch.empty_like(delta)
+    db, dc = (x.new_empty(batch, shape[7], length, b.shape[2]) for _ in range(2))
+    da, dd = x.new_empty(batch, heads), x.new_empty(batch, heads)
+    dinitial = x.new_empty(0) if initial is None else torch.empty_like(initial)
+    inputs = (x, delta, a, b, c, d, initial, y, final, kept, dy, dfinal)
+    call("ssd_backward", x.dtype, (*inputs, dx, ddelta, da, db, dc, dd, dinitial), shape)
+    return dx, ddelta, da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dinitial
+
+
+@ssd_backward_cpu.register_fake
+def _(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, initial: Any, y: Any, final: Any, kept: Any,
+    dy: Any, dfinal: Any, groups: int, chunk: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    first = [t.new_empty(t.shape) for t in (x, delta, a, b, c, a)]
+    return (*first, x.new_empty(0 if initial is None else initial.shape))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.groups, ctx.chunk, ctx.need_state, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(saved[7])
+    *grads, dd, dinitial = ssd_backward_cpu(*saved, dy, dfinal if ctx.need_state else None, ctx.groups, ctx.chunk)
+    none = [None if given is None else grad for given, grad in zip(saved[5:7], (dd, dinitial), strict=True)]
+    return (*grads, *none, None, None, None, None)
+
+
+ssd_cpu.register_autograd(_backward, setup_context=_setup)

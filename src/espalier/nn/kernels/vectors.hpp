@@ -1,0 +1,58 @@
+// Short vectors in the compilers' own extension, so that one source serves every processor, and a fast exponential.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kBytes = 32;  // one vector
+
+template <class T> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float vec __attribute__((vector_size(kBytes)));
+  typedef int32_t ivec __attribute__((vector_size(kBytes)));
+};
+template <> struct Lanes<double> {
+  typedef double vec __attribute__((vector_size(kBytes)));
+  typedef int64_t ivec __attribute__((vector_size(kBytes)));
+};
+template <class T> using Vec = typename Lanes<T>::vec;
+template <class T> constexpr int kLanes = kBytes / int(sizeof(T));
+constexpr int kPair = 2;  // vectors a block
+template <class T> constexpr int kWidth = kPair * kLanes<T>;
+
+template <class T> inline Vec<T> splat(T value) { return Vec<T>{} + value; }
+
+// 2^v for float: split off the nearest integer by adding 1.5·2^23, a polynomial for the rest (relative error < 2e-7).
+inline Vec<float> exp2v(Vec<float> v) {
+  typedef Lanes<float>::ivec ivec;
+  v = v < -126.f ? splat<float>(-126.f) : v;
+  v = v > 126.f ? splat<float>(126.f) : v;
+  const Vec<float> magic = splat<float>(12582912.f);
+  Vec<float> shifted = v + magic;
+  Vec<float> f = v - (shifted - magic);
+  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  ivec exponent = ((ivec)shifted << 23) + (127 << 23);  // the integer's low bits; the magic's high bits shift out
+  return p * (Vec<float>)exponent;
+}
+inline Vec<double> exp2v(Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; i++) v[i] = std::exp2(v[i]);
+  return v;
+}
+
+template <class T> inline Vec<T> load(const T* p) { Vec<T> v; std::memcpy(&v, p, kBytes); return v; }
+template <class T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, kBytes); }
+
+constexpr double kLog2E = 1.4426950408889634;
+
+}  // namespace
