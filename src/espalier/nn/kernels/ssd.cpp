@@ -37,7 +37,7 @@ template <class T> struct Maps {
   void fill(const T* b_from, const T* c_from, int64_t q, const SsdShape& s) {
     copy_rows<T>(b, N, b_from, s.b_stride, q, s.states);
     copy_rows<T>(c, N, c_from, s.c_stride, q, s.states);
-    transpose<T>(c_across, Q, c_from, s.c_stride, q, s.states);
+    transpose<T>(c_across, Q, c, N, q, s.states);
     multiply<T>(q, Q, s.states, {b, N, 1}, c_across, Q, {scores, Q}, Terms::all_where_i_up_to_j);
   }
 };

@@ -26,7 +26,8 @@ template <class T> constexpr int kLanes = kBytes / int(sizeof(T));
 constexpr int kPair = 2;  // vectors a block
 template <class T> constexpr int kWidth = kPair * kLanes<T>;
 
-template <class T> inline Vec<T> splat(T value) { return Vec<T>{} + value; }
+// Less zero, not plus zero: that leaves −0 as it is, so that compilers drop it.
+template <class T> inline Vec<T> splat(T value) { return value - Vec<T>{}; }
 
 // 2^v for float: split off the nearest integer by adding 1.5·2^23, a polynomial for the rest (relative error < 2e-7).
 inline Vec<float> exp2v(Vec<float> v) {
