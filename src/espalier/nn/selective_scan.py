@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.backend import choose
@@ -29,6 +30,7 @@ def selective_scan(
     c_BLN: Tensor,
     d_E: Tensor | None = None,
     *,
+    gate_BLE: Tensor | None = None,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
     return_state: bool = False,
@@ -44,6 +46,7 @@ def selective_scan(
         b_BLN: input maps, shared by the channels.
         c_BLN: output maps.
         d_E: skip weights.
+        gate_BLE: z; y is multiplied by SiLU(z).
         initial_state: state before the first token, (B, E, N); zero if none is given.
         mask: (B, L), true at real tokens; others leave the state as it is and give 0.
         return_state: also return the state after the last token.
@@ -57,17 +60,20 @@ def selective_scan(
     Source: arXiv 2312.00752, section 3.
     """
     _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN)
+    if gate_BLE is not None and gate_BLE.shape != x_BLE.shape:
+        raise EspalierError(f"gate is {tuple(gate_BLE.shape)}: give it the shape of x, {tuple(x_BLE.shape)}")
     check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
     dtype = x_BLE.dtype
-    x, delta, a, b, c, d, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, initial_state)
+    x, delta, a, b, c, d, gate, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
     name = choose("selective_scan", x.device.type)
     if name == "compiled":
         from espalier.nn.kernels.cpu import selective_scan_cpu
 
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, delta, a, b, c, d, state))
-        y, final, _ = selective_scan_cpu(x, delta, a, b, c, d, state, keep)
+        tensors = (x, delta, a, b, c, d, gate, state)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y, final, _ = selective_scan_cpu(*tensors, keep)
     elif name == "mamba_ssm" and state is None:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
@@ -76,6 +82,8 @@ def selective_scan(
         y, final = _Pieces.apply(x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
+    if gate is not None and name != "compiled":
+        y = y * F.silu(gate)
     if mask is not None:
         y = y * mask[..., None]
     y = y.to(dtype)
