@@ -59,22 +59,31 @@ def selective_scan(
 
     Source: arXiv 2312.00752, section 3.
     """
-    _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN)
-    if gate_BLE is not None and gate_BLE.shape != x_BLE.shape:
-        raise EspalierError(f"gate is {tuple(gate_BLE.shape)}: give it the shape of x, {tuple(x_BLE.shape)}")
+    _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, gate_BLE)
     check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
     dtype = x_BLE.dtype
     x, delta, a, b, c, d, gate, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
+    y, final = _run(x, delta, a, b, c, d, gate, state)
+    if mask is not None:
+        y = y * mask[..., None]
+    y = y.to(dtype)
+    return (y, final) if return_state else y
+
+
+def _run(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, gate: Tensor | None, state: Any
+) -> tuple[Tensor, Tensor]:
+    """Return (gated y, final state) from what the device has."""
     name = choose("selective_scan", x.device.type)
     if name == "compiled":
-        from espalier.nn.kernels.cpu import selective_scan_cpu
+        from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
 
         tensors = (x, delta, a, b, c, d, gate, state)
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, final, _ = selective_scan_cpu(*tensors, keep)
-    elif name == "mamba_ssm" and state is None:  # its kernel starts from zero only
+        y, final, _ = selective_scan_cpu(*tensors, needs_grad(*tensors))
+        return y, final
+    if name == "mamba_ssm" and state is None:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
         y, final = selective_scan_mamba_ssm(x, delta, a, b, c, d)
@@ -82,12 +91,7 @@ def selective_scan(
         y, final = _Pieces.apply(x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
-    if gate is not None and name != "compiled":
-        y = y * F.silu(gate)
-    if mask is not None:
-        y = y * mask[..., None]
-    y = y.to(dtype)
-    return (y, final) if return_state else y
+    return (y if gate is None else y * F.silu(gate)), final
 
 
 def selective_step(
@@ -103,7 +107,7 @@ def selective_step(
     return y.to(x_BE.dtype), state
 
 
-def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, gate: Tensor | None) -> None:
     if x.ndim != 3 or delta.shape != x.shape or a.ndim != 2 or a.shape[0] != x.shape[2]:
         raise EspalierError(
             f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}: give (B, L, E), (B, L, E), (E, N)"
@@ -112,6 +116,8 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         raise EspalierError(
             f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, N) = {(*x.shape[:2], a.shape[1])}"
         )
+    if gate is not None and gate.shape != x.shape:
+        raise EspalierError(f"gate is {tuple(gate.shape)}: give it the shape of x, {tuple(x.shape)}")
     if not x.numel():
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
 

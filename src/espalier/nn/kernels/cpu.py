@@ -42,6 +42,11 @@ def call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shap
     function(*pointers, (ctypes.c_int64 * len(shape))(*shape), ctypes.c_int(torch.get_num_threads()))
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Return whether a backward pass may follow, for which a kernel has to keep something."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _width(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 8
 

@@ -246,7 +246,6 @@ void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* 
 }  // namespace
 
 #define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" int64_t scan_width_##SUFFIX() { return kWidth<T>; }                                                       \
   extern "C" void scan_forward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,    \
                                         const T* gate, const T* initial, T* y, T* final_state, T* starts,              \
                                         const int64_t* shape, int threads) {                                           \
