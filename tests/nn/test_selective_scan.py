@@ -46,14 +46,22 @@ def assert_all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], toler
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(deadline=None, max_examples=15)
 @given(
-    batch=st.integers(1, 3), length=st.integers(1, 300), channels=st.integers(1, 40), states=st.sampled_from([1, 5, 16])
-)
-def test_equals_the_loop_in_float64(implementation: str, batch: int, length: int, channels: int, states: int) -> None:
+    batch=st.integers(1, 3), length=st.integers(1, 300), channels=st.integers(1, 40),
+    states=st.sampled_from([1, 5, 16]), gated=st.booleans(),
+)  # fmt: skip
+def test_equals_the_loop_in_float64(
+    implementation: str, batch: int, length: int, channels: int, states: int, gated: bool
+) -> None:
     inputs = draw((batch, length, channels, states), torch.float64, seed=length)
     mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(length)) > 0.2
     theirs = selective_scan_loop(*inputs, mask_BL=mask)
+    wide = torch.randn(batch, length, channels + 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gate = wide.requires_grad_()[..., 3 : 3 + channels] if gated else None
     with use_backend(implementation):
-        ours = selective_scan(*inputs[:6], initial_state=inputs[6], mask=mask, return_state=True)
+        ours = selective_scan(*inputs[:6], gate_BLE=gate, initial_state=inputs[6], mask=mask, return_state=True)
+    if gate is not None:
+        theirs = (theirs[0] * gate * torch.sigmoid(gate), theirs[1])
+        inputs = (*inputs, wide)
     assert_all_close(ours, theirs, 1e-10)
     assert_all_close(gradients(ours, inputs), gradients(theirs, inputs), 1e-10)
 
@@ -125,6 +133,8 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         selective_scan(x, delta[:, :4], a, b, c)
     with pytest.raises(EspalierError, match=r"give both as \(B, L, N\)"):
         selective_scan(x, delta, a, b[..., :2], c)
+    with pytest.raises(EspalierError, match=r"gate is \(2, 5, 2\): give it the shape of x, \(2, 5, 3\)"):
+        selective_scan(x, delta, a, b, c, gate_BLE=x[..., :2])
     with pytest.raises(EspalierError, match="x is empty"):
         selective_scan(x[:0], delta[:0], a, b[:0], c[:0])
     with pytest.raises(EspalierError, match=r"initial_state is \(2, 4, 3\): give it the shape \(2, 3, 4\)"):
@@ -161,5 +171,6 @@ def test_compiled_operators_pass_torchs_own_checks() -> None:
         pytest.skip("no C++ compiler here")
     x, delta, a, b, c, d, state = draw((2, 9, 5, 3), torch.float64)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(cpu.selective_scan_cpu, (x, delta, a, b, c, d, state, True), test_utils=checks)
+    for gate in (None, x.detach().clone().requires_grad_()):
+        torch.library.opcheck(cpu.selective_scan_cpu, (x, delta, a, b, c, d, gate, state, True), test_utils=checks)
     torch.library.opcheck(cpu.causal_conv_silu_cpu, (x, a[:, :2], d), test_utils=checks)

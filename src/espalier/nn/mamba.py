@@ -112,11 +112,12 @@ class Mamba1(nn.Module):
             b_BLN,
             c_BLN,
             self.D,
+            gate_BLE=z_BLE,
             initial_state=None if state is None else state.scan,
             mask=mask,
             return_state=True,
         )
-        out_BLD = self.out_proj(y_BLE * F.silu(z_BLE))
+        out_BLD = self.out_proj(y_BLE)
         if not return_state:
             return out_BLD
         return out_BLD, MambaState(_last_inputs(inner_BLE, history, mask, self.conv1d.kernel_size[0]), scan)

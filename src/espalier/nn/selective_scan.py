@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.backend import choose
@@ -29,6 +30,7 @@ def selective_scan(
     c_BLN: Tensor,
     d_E: Tensor | None = None,
     *,
+    gate_BLE: Tensor | None = None,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
     return_state: bool = False,
@@ -44,6 +46,7 @@ def selective_scan(
         b_BLN: input maps, shared by the channels.
         c_BLN: output maps.
         d_E: skip weights.
+        gate_BLE: z; y is multiplied by SiLU(z).
         initial_state: state before the first token, (B, E, N); zero if none is given.
         mask: (B, L), true at real tokens; others leave the state as it is and give 0.
         return_state: also return the state after the last token.
@@ -56,19 +59,31 @@ def selective_scan(
 
     Source: arXiv 2312.00752, section 3.
     """
-    _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN)
+    _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, gate_BLE)
     check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
     dtype = x_BLE.dtype
-    x, delta, a, b, c, d, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, initial_state)
+    x, delta, a, b, c, d, gate, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
+    y, final = _run(x, delta, a, b, c, d, gate, state)
+    if mask is not None:
+        y = y * mask[..., None]
+    y = y.to(dtype)
+    return (y, final) if return_state else y
+
+
+def _run(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, gate: Tensor | None, state: Any
+) -> tuple[Tensor, Tensor]:
+    """Return (gated y, final state) from what the device has."""
     name = choose("selective_scan", x.device.type)
     if name == "compiled":
-        from espalier.nn.kernels.cpu import selective_scan_cpu
+        from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
 
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, delta, a, b, c, d, state))
-        y, final, _ = selective_scan_cpu(x, delta, a, b, c, d, state, keep)
-    elif name == "mamba_ssm" and state is None:  # its kernel starts from zero only
+        tensors = (x, delta, a, b, c, d, gate, state)
+        y, final, _ = selective_scan_cpu(*tensors, needs_grad(*tensors))
+        return y, final
+    if name == "mamba_ssm" and state is None:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
         y, final = selective_scan_mamba_ssm(x, delta, a, b, c, d)
@@ -76,10 +91,7 @@ def selective_scan(
         y, final = _Pieces.apply(x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
-    if mask is not None:
-        y = y * mask[..., None]
-    y = y.to(dtype)
-    return (y, final) if return_state else y
+    return (y if gate is None else y * F.silu(gate)), final
 
 
 def selective_step(
@@ -95,7 +107,7 @@ def selective_step(
     return y.to(x_BE.dtype), state
 
 
-def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, gate: Tensor | None) -> None:
     if x.ndim != 3 or delta.shape != x.shape or a.ndim != 2 or a.shape[0] != x.shape[2]:
         raise EspalierError(
             f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}: give (B, L, E), (B, L, E), (E, N)"
@@ -104,6 +116,8 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         raise EspalierError(
             f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, N) = {(*x.shape[:2], a.shape[1])}"
         )
+    if gate is not None and gate.shape != x.shape:
+        raise EspalierError(f"gate is {tuple(gate.shape)}: give it the shape of x, {tuple(x.shape)}")
     if not x.numel():
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
 

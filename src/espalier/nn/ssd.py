@@ -122,13 +122,13 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size
 
 def _compiled(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool) -> tuple[Tensor, Tensor]:
     """Run the C++ kernel, which takes heads and groups flat."""
+    from espalier.nn.kernels.cpu import needs_grad
     from espalier.nn.kernels.ssd import ssd_cpu
 
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     x, delta, a, b, c, d, state = tensors
     groups = b.shape[2]
     flat = (x.flatten(2), delta, a, b.flatten(2), c.flatten(2), d, state)
-    y, final, _ = ssd_cpu(*flat, groups, chunk_size, need_state, keep)
+    y, final, _ = ssd_cpu(*flat, groups, chunk_size, need_state, needs_grad(*tensors))
     return y.view(x.shape), final
 
 

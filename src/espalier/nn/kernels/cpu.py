@@ -42,6 +42,11 @@ def call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shap
     function(*pointers, (ctypes.c_int64 * len(shape))(*shape), ctypes.c_int(torch.get_num_threads()))
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Return whether a backward pass may follow, for which a kernel has to keep something."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _width(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 8
 
@@ -51,17 +56,25 @@ def padded(size: int, dtype: torch.dtype) -> int:
     return -(-size // _width(dtype)) * _width(dtype)
 
 
-def _scan_shape(x_BLE: Tensor, states: int) -> tuple[int, int, int, int, int, int]:
-    """Return (B, L, E, N, steps per piece, groups of channel blocks)."""
+def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
+    """Return (B, L, E, N, steps per piece, groups of channel blocks, the stride of the gate's rows)."""
     batch, length, channels = x_BLE.shape
     piece = min(length, max(8, min(64, 512 // states)))
     blocks = -(-channels // _width(x_BLE.dtype))
-    return batch, length, channels, states, piece, min(blocks, -(-WORK_ITEMS // batch))
+    return (
+        batch,
+        length,
+        channels,
+        states,
+        piece,
+        min(blocks, -(-WORK_ITEMS // batch)),
+        0 if gate is None else gate.stride(1),
+    )
 
 
 def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for (y, final state, states at the start of each piece if they are kept)."""
-    batch, length, channels, states, piece, _ = _scan_shape(x_BLE, a_EN.shape[1])
+    batch, length, channels, states, piece, *_ = _scan_shape(x_BLE, a_EN.shape[1])
     width = _width(x_BLE.dtype)
     kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
     return x_BLE.new_empty(x_BLE.shape), x_BLE.new_empty(batch, channels, states), x_BLE.new_empty(kept)
@@ -69,59 +82,81 @@ def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("espalier::selective_scan", mutates_args=())
 def selective_scan_cpu(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, initial: Tensor | None, keep: bool
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    gate: Tensor | None,
+    initial: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, final state, states at the start of each piece, which the backward pass needs when ``keep``)."""
     x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
     d, initial = (None if t is None else t.contiguous() for t in (d, initial))
-    shape = _scan_shape(x, a.shape[1])
+    gate = None if gate is None else rows(gate)
     y, final, starts = _scan_outputs(x, a, keep)
-    call("scan_forward", x.dtype, (x, delta, a, b, c, d, initial, y, final, starts if keep else None), shape)
+    tensors = (x, delta, a, b, c, d, gate, initial, y, final, starts if keep else None)
+    call("scan_forward", x.dtype, tensors, _scan_shape(x, a.shape[1], gate))
     return y, final, starts
 
 
 @selective_scan_cpu.register_fake
-def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, initial: Any, keep: bool) -> Any:
+def _(x: Tensor, delta: Any, a: Tensor, b: Any, c: Any, d: Any, gate: Any, initial: Any, keep: bool) -> Any:
     return _scan_outputs(x, a, keep)
 
 
 @torch.library.custom_op("espalier::selective_scan_backward", mutates_args=())
 def selective_scan_backward_cpu(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, starts: Tensor, dy: Tensor, df: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of (x, delta, a, b, c, d, initial state)."""
-    x, delta, a, b, c, dy, df = (t.contiguous() for t in (x, delta, a, b, c, dy, df))
-    d = None if d is None else d.contiguous()
-    batch, length, channels, states, _, groups = shape = _scan_shape(x, a.shape[1])
-    dx, ddelta = torch.empty_like(x), torch.empty_like(x)
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    gate: Tensor | None,
+    starts: Tensor,
+    dy: Tensor,
+    df: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (x, delta, a, b, c, d, gate, initial state); that of no gate is empty."""
+    x, delta, a, b, c, dy = (t.contiguous() for t in (x, delta, a, b, c, dy))
+    d, df = (None if t is None else t.contiguous() for t in (d, df))
+    gate = None if gate is None else rows(gate)
+    batch, length, channels, states, _, groups, _ = shape = _scan_shape(x, a.shape[1], gate)
+    dx, ddelta, dgate = torch.empty_like(x), torch.empty_like(x), x.new_empty(0 if gate is None else x.shape)
     da, dinitial = x.new_empty(batch, channels, states), x.new_empty(batch, channels, states)
     db, dc = (x.new_empty(batch, groups, length, states) for _ in range(2))
-    dd = x.new_zeros(batch, channels)
-    call(
-        "scan_backward",
-        x.dtype,
-        (x, delta, a, b, c, d, starts, dy, df, dx, ddelta, da, db, dc, dd, dinitial),
-        shape,
-    )
-    return dx, ddelta, da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dinitial
+    dd = x.new_empty(batch, channels)
+    inputs = (x, delta, a, b, c, d, gate, starts, dy, df)
+    call("scan_backward", x.dtype, (*inputs, dx, ddelta, da, db, dc, dd, dgate, dinitial), shape)
+    return dx, ddelta, da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dgate, dinitial
 
 
 @selective_scan_backward_cpu.register_fake
-def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, starts: Any, dy: Any, df: Tensor) -> Any:
+def _(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, gate: Any, starts: Any, dy: Any, df: Any
+) -> Any:
     new = [t.new_empty(t.shape) for t in (x, delta, a, b, c)]
-    return (*new, x.new_empty(x.shape[2]), df.new_empty(df.shape))
+    dgate, dinitial = x.new_empty(0 if gate is None else x.shape), x.new_empty(x.shape[0], *a.shape)
+    return (*new, x.new_empty(x.shape[2]), dgate, dinitial)
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, delta, a, b, c, d, initial, _ = inputs
-    ctx.save_for_backward(x, delta, a, b, c, d, output[2])
+    *tensors, initial, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial = initial is not None
+    ctx.set_materialize_grads(False)
 
 
-def _scan_backward(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, d, starts = ctx.saved_tensors
-    *grads, dd, dinitial = selective_scan_backward_cpu(*saved, d, starts, dy, dfinal)
-    return (*grads, None if d is None else dd, dinitial if ctx.has_initial else None, None)
+def _scan_backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(saved[0])
+    *grads, dd, dgate, dinitial = selective_scan_backward_cpu(*saved, dy, dfinal)
+    optional = [None if given is None else grad for given, grad in zip(saved[5:7], (dd, dgate), strict=True)]
+    return (*grads, *optional, dinitial if ctx.has_initial else None, None)
 
 
 selective_scan_cpu.register_autograd(_scan_backward, setup_context=_scan_setup)

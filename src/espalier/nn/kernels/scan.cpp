@@ -11,19 +11,33 @@
 namespace {
 
 struct Shape {
-  int64_t batch, length, channels, states, piece, groups;
+  int64_t batch, length, channels, states, piece, groups, gate_stride;
   int64_t pieces() const { return (length + piece - 1) / piece; }
 };
 
-// Copy a (steps × width) tile out of a (L, E) plane, zeros past the last channel; and back.
-template <class T> void tile_in(T* tile, const T* plane, int64_t steps, int64_t stride, int64_t width) {
+// Copy (steps × channels) out of a plane with rows of `stride` into one tile (K × W) a block, and back: row by row, as
+// memory likes it.
+template <class T>
+void tiles_in(T* tiles, const T* plane, int64_t steps, int64_t K, int64_t stride, int64_t channels) {
+  constexpr int64_t W = kWidth<T>;
   for (int64_t t = 0; t < steps; t++)
-    for (int64_t w = 0; w < kWidth<T>; w++) tile[t * kWidth<T> + w] = w < width ? plane[t * stride + w] : T(0);
+    for (int64_t e = 0; e < channels; e += W) {
+      T* to = tiles + e * K + t * W;
+      if (channels - e >= W) std::memcpy(to, plane + t * stride + e, W * sizeof(T));
+      else std::memcpy(to, plane + t * stride + e, size_t(channels - e) * sizeof(T));
+    }
 }
-template <class T> void tile_out(T* plane, const T* tile, int64_t steps, int64_t stride, int64_t width) {
-  for (int64_t t = 0; t < steps; t++) std::memcpy(plane + t * stride, tile + t * kWidth<T>, size_t(width) * sizeof(T));
+template <class T>
+void tiles_out(T* plane, const T* tiles, int64_t steps, int64_t K, int64_t stride, int64_t channels) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t t = 0; t < steps; t++)
+    for (int64_t e = 0; e < channels; e += W) {
+      const T* from = tiles + e * K + t * W;
+      if (channels - e >= W) std::memcpy(plane + t * stride + e, from, W * sizeof(T));
+      else std::memcpy(plane + t * stride + e, from, size_t(channels - e) * sizeof(T));
+    }
 }
-// The same for an (E, N) matrix, transposed to (N × width).
+// An (E, N) matrix, transposed to (N × width), and back.
 template <class T> void state_in(T* tile, const T* rows, int64_t n_states, int64_t width, T scale) {
   for (int64_t n = 0; n < n_states; n++)
     for (int64_t w = 0; w < kWidth<T>; w++) tile[n * kWidth<T> + w] = w < width ? rows[w * n_states + n] * scale : T(0);
@@ -33,75 +47,94 @@ template <class T> void state_out(T* rows, const T* tile, int64_t n_states, int6
     for (int64_t w = 0; w < width; w++) rows[w * n_states + n] = tile[n * kWidth<T> + w];
 }
 
-// Channels [first, last) of blocks that group g of the batch entry owns.
-inline void group_blocks(const Shape& s, int64_t width, int64_t g, int64_t* first, int64_t* last) {
-  int64_t blocks = (s.channels + width - 1) / width;
-  *first = blocks * g / s.groups;
-  *last = blocks * (g + 1) / s.groups;
+// What one piece of work owns: some blocks of channels of one batch entry.
+struct Work {
+  int64_t batch, first, blocks, start, channels;
+  Work(const Shape& s, int64_t item, int64_t width) : batch(item / s.groups) {
+    const int64_t all = (s.channels + width - 1) / width, g = item % s.groups;
+    first = all * g / s.groups;
+    blocks = all * (g + 1) / s.groups - first;
+    start = first * width;
+    channels = std::min(blocks * width, s.channels - start);
+  }
+};
+
+template <class T> inline Vec<T> sigmoid(Vec<T> v) { return T(1) / (T(1) + exp2v(v * T(-kLog2E))); }
+
+// One piece of one block, forwards: ys from the state, which moves on.
+template <class T>
+inline void advance(const T* xs, const T* deltas, const T* rates, const T* b, const T* c, T* state, T* ys,
+                    int64_t steps, int64_t N) {
+  constexpr int64_t W = kWidth<T>, V = kLanes<T>;
+  for (int64_t t = 0; t < steps; t++)
+    for (int64_t v = 0; v < W; v += V) {
+      const Vec<T> dt = load(deltas + t * W + v), u = dt * load(xs + t * W + v);
+      Vec<T> sum{};
+      for (int64_t n = 0; n < N; n++) {
+        const Vec<T> h = exp2v(dt * load(rates + n * W + v)) * load(state + n * W + v) + u * b[t * N + n];
+        store(state + n * W + v, h);
+        sum += h * c[t * N + n];
+      }
+      store(ys + t * W + v, sum);
+    }
 }
 
 template <class T>
-void scan_forward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* initial, T* y,
-                  T* final_state, T* starts, const Shape& s, int threads) {
+void scan_forward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* gate,
+                  const T* initial, T* y, T* final_state, T* starts, const Shape& s, int threads) {
   constexpr int64_t W = kWidth<T>, V = kLanes<T>;
-  const int64_t N = s.states, K = s.piece;
+  const int64_t N = s.states, K = s.piece, all_blocks = (s.channels + W - 1) / W;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < s.batch * s.groups; item++) {
-    const int64_t batch = item / s.groups;
-    int64_t first, last;
-    group_blocks(s, W, item % s.groups, &first, &last);
-    std::vector<T> rates(N * W), state(N * W), xs(K * W), deltas(K * W), ys(K * W);
-    for (int64_t block = first; block < last; block++) {
-      const int64_t e = block * W, width = std::min(W, s.channels - e);
-      state_in(rates.data(), a + e * N, N, width, T(kLog2E));
-      if (initial) state_in(state.data(), initial + (batch * s.channels + e) * N, N, width, T(1));
-      else std::fill(state.begin(), state.end(), T(0));
-      for (int64_t piece = 0; piece < s.pieces(); piece++) {
-        const int64_t t0 = piece * K, steps = std::min(K, s.length - t0);
-        const int64_t at = (batch * s.length + t0) * s.channels + e;
-        if (starts) {
-          T* out = starts + ((batch * s.pieces() + piece) * ((s.channels + W - 1) / W) + block) * N * W;
-          std::memcpy(out, state.data(), size_t(N * W) * sizeof(T));
+    const Work work(s, item, W);
+    const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
+    std::vector<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W);
+    std::vector<T> xs(tiles), deltas(tiles), gates(tiles), ys(tiles);
+    if (d) std::memcpy(skip.data(), d + work.start, size_t(work.channels) * sizeof(T));
+    for (int64_t i = 0; i < work.blocks; i++) {
+      const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
+      state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
+      if (initial) state_in(&state[i * block], initial + (work.batch * s.channels + e) * N, N, width, T(1));
+    }
+    for (int64_t p = 0; p < s.pieces(); p++) {
+      const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
+      const int64_t at = row * s.channels + work.start;
+      if (starts)
+        std::memcpy(starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block, state.data(),
+                    state.size() * sizeof(T));
+      tiles_in(xs.data(), x + at, steps, K, s.channels, work.channels);
+      tiles_in(deltas.data(), delta + at, steps, K, s.channels, work.channels);
+      if (gate) tiles_in(gates.data(), gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+      for (int64_t i = 0; i < work.blocks; i++) {
+        advance(&xs[i * tile], &deltas[i * tile], &rates[i * block], b + row * N, c + row * N, &state[i * block],
+                &ys[i * tile], steps, N);
+        for (int64_t w = 0; w < steps * W; w += V) {
+          T* out = &ys[i * tile + w];
+          Vec<T> value = load(out) + load(&skip[i * W + w % W]) * load(&xs[i * tile + w]);
+          if (gate) value *= load(&gates[i * tile + w]) * sigmoid<T>(load(&gates[i * tile + w]));
+          store(out, value);
         }
-        tile_in(xs.data(), x + at, steps, s.channels, width);
-        tile_in(deltas.data(), delta + at, steps, s.channels, width);
-        for (int64_t t = 0; t < steps; t++) {
-          const T* bt = b + (batch * s.length + t0 + t) * N;
-          const T* ct = c + (batch * s.length + t0 + t) * N;
-          for (int64_t v = 0; v < W; v += V) {
-            const Vec<T> dt = load(&deltas[t * W + v]), u = dt * load(&xs[t * W + v]);
-            Vec<T> sum{};
-            for (int64_t n = 0; n < N; n++) {
-              Vec<T> h = exp2v(dt * load(&rates[n * W + v])) * load(&state[n * W + v]) + u * bt[n];
-              store(&state[n * W + v], h);
-              sum += h * ct[n];
-            }
-            store(&ys[t * W + v], sum);
-          }
-        }
-        if (d)
-          for (int64_t t = 0; t < steps; t++)
-            for (int64_t w = 0; w < width; w++) ys[t * W + w] += d[e + w] * xs[t * W + w];
-        tile_out(y + at, ys.data(), steps, s.channels, width);
       }
-      state_out(final_state + (batch * s.channels + e) * N, state.data(), N, width);
+      tiles_out(y + at, ys.data(), steps, K, s.channels, work.channels);
+    }
+    for (int64_t i = 0; i < work.blocks; i++) {
+      const int64_t e = work.start + i * W;
+      state_out(final_state + (work.batch * s.channels + e) * N, &state[i * block], N, std::min(W, s.channels - e));
     }
   }
 }
 
 // One piece of one block, backwards: recompute states and decays, then walk back with the state's gradient in `carry`.
 template <class T> struct Piece {
-  std::vector<T> xs, deltas, dys, dxs, ddeltas, states, decays;
-  Piece(int64_t K, int64_t N)
-      : xs(K * kWidth<T>), deltas(K * kWidth<T>), dys(K * kWidth<T>), dxs(K * kWidth<T>), ddeltas(K * kWidth<T>),
-        states((K + 1) * N * kWidth<T>), decays(K * N * kWidth<T>) {}
+  std::vector<T> states, decays;
+  Piece(int64_t K, int64_t N) : states((K + 1) * N * kWidth<T>), decays(K * N * kWidth<T>) {}
 
-  void recompute(const T* rates, const T* start, const T* b, int64_t steps, int64_t N) {
+  void recompute(const T* xs, const T* deltas, const T* rates, const T* start, const T* b, int64_t steps, int64_t N) {
     constexpr int64_t W = kWidth<T>, V = kLanes<T>;
     std::memcpy(states.data(), start, size_t(N * W) * sizeof(T));
     for (int64_t t = 0; t < steps; t++)
       for (int64_t v = 0; v < W; v += V) {
-        const Vec<T> dt = load(&deltas[t * W + v]), u = dt * load(&xs[t * W + v]);
+        const Vec<T> dt = load(deltas + t * W + v), u = dt * load(xs + t * W + v);
         const T *before = &states[t * N * W + v];
         T *after = &states[(t + 1) * N * W + v], *decay = &decays[t * N * W + v];
         for (int64_t n = 0; n < N; n++) {
@@ -112,20 +145,25 @@ template <class T> struct Piece {
       }
   }
 
-  // rates_grad gathers Σ_t g·q·h·Δ; b_sums and c_sums (K × N × lanes) gather over channels and are reduced by the caller.
-  void walk_back(const T* rates, T* carry, T* rates_grad, const T* b, const T* c, T* b_sums, T* c_sums, int64_t steps,
-                 int64_t N) {
+  // The gradients of x and delta replace them in `xs` and `deltas`; with a gate, `dys` come in as those of the gated
+  // outputs and the gate's gradients replace it in `gates`. rates_grad gathers Σ_t g·q·h·Δ and skip_grad Σ_t x·∂y;
+  // b_sums and c_sums (K × N × lanes) gather over channels and are reduced by the caller.
+  void walk_back(T* xs, T* deltas, T* gates, const T* dys, const T* rates, const T* skip, T* carry, T* rates_grad,
+                 T* skip_grad, const T* b, const T* c, T* b_sums, T* c_sums, int64_t steps, int64_t N) {
     constexpr int64_t W = kWidth<T>, V = kLanes<T>;
     for (int64_t t = steps - 1; t >= 0; t--)
       for (int64_t v = 0; v < W; v += V) {
-        const Vec<T> dt = load(&deltas[t * W + v]), xt = load(&xs[t * W + v]), dy = load(&dys[t * W + v]), u = dt * xt;
+        const Vec<T> dt = load(deltas + t * W + v), xt = load(xs + t * W + v), u = dt * xt, out = load(dys + t * W + v);
         const T *before = &states[t * N * W + v], *after = &states[(t + 1) * N * W + v];
         const T* decay = &decays[t * N * W + v];
-        Vec<T> du{}, ddt{};
+        Vec<T> dy = out, s{}, z{};
+        if (gates) z = load(gates + t * W + v), s = sigmoid<T>(z), dy = out * z * s;
+        Vec<T> du{}, ddt{}, y = load(skip + v) * xt;
         for (int64_t n = 0; n < N; n++) {
-          const Vec<T> g = load(carry + n * W + v) + dy * c[t * N + n];
+          const Vec<T> h = load(after + n * W), g = load(carry + n * W + v) + dy * c[t * N + n];
           T *bs = b_sums + (t * N + n) * V, *cs = c_sums + (t * N + n) * V;
-          store(cs, load(cs) + dy * load(after + n * W));
+          y += h * c[t * N + n];
+          store(cs, load(cs) + dy * h);
           store(bs, load(bs) + g * u);
           du += g * b[t * N + n];
           const Vec<T> gq = g * load(decay + n * W), p = gq * load(before + n * W);
@@ -133,69 +171,74 @@ template <class T> struct Piece {
           store(rates_grad + n * W + v, load(rates_grad + n * W + v) + p * dt);
           store(carry + n * W + v, gq);
         }
-        store(&dxs[t * W + v], du * dt);
-        store(&ddeltas[t * W + v], ddt * T(1 / kLog2E) + du * xt);
+        store(skip_grad + v, load(skip_grad + v) + xt * dy);
+        store(xs + t * W + v, du * dt + load(skip + v) * dy);
+        store(deltas + t * W + v, ddt * T(1 / kLog2E) + du * xt);
+        if (gates) store(gates + t * W + v, out * y * s * (T(1) + z * (T(1) - s)));
       }
   }
 };
 
+template <class T> void sum_lanes(T* out, const std::vector<T>& sums, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    Vec<T> v = load(&sums[i * kLanes<T>]);
+    T total = 0;
+    for (int64_t lane = 0; lane < kLanes<T>; lane++) total += v[lane];
+    out[i] = total;
+  }
+}
+
+template <class T> struct Gradients {
+  T *dx, *ddelta, *da, *db, *dc, *dd, *dgate, *dinitial;
+};
+
 template <class T>
-void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* starts,
-                   const T* dy, const T* dfinal, T* dx, T* ddelta, T* da, T* db, T* dc, T* dd, T* dinitial,
-                   const Shape& s, int threads) {
-  constexpr int64_t W = kWidth<T>, V = kLanes<T>;
+void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* gate,
+                   const T* starts, const T* dy, const T* dfinal, Gradients<T> to, const Shape& s, int threads) {
+  constexpr int64_t W = kWidth<T>;
   const int64_t N = s.states, K = s.piece, all_blocks = (s.channels + W - 1) / W;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < s.batch * s.groups; item++) {
-    const int64_t batch = item / s.groups;
-    int64_t first, last;
-    group_blocks(s, W, item % s.groups, &first, &last);
-    const int64_t blocks = last - first;
-    std::vector<T> rates(blocks * N * W), carry(blocks * N * W), rates_grad(blocks * N * W), skip(blocks * W);
-    std::vector<T> b_sums(K * N * V), c_sums(K * N * V);
-    for (int64_t i = 0; i < blocks; i++) {
-      const int64_t e = (first + i) * W, width = std::min(W, s.channels - e);
-      state_in(&rates[i * N * W], a + e * N, N, width, T(kLog2E));
-      if (dfinal) state_in(&carry[i * N * W], dfinal + (batch * s.channels + e) * N, N, width, T(1));
+    const Work work(s, item, W);
+    const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
+    std::vector<T> rates(work.blocks * block), carry(work.blocks * block), rates_grad(work.blocks * block);
+    std::vector<T> skip(work.blocks * W), skip_grad(work.blocks * W), xs(tiles), deltas(tiles), dys(tiles), gates(tiles);
+    std::vector<T> b_sums(K * N * kLanes<T>), c_sums(K * N * kLanes<T>);
+    if (d) std::memcpy(skip.data(), d + work.start, size_t(work.channels) * sizeof(T));
+    for (int64_t i = 0; i < work.blocks; i++) {
+      const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
+      state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
+      if (dfinal) state_in(&carry[i * block], dfinal + (work.batch * s.channels + e) * N, N, width, T(1));
     }
     Piece<T> piece(K, N);
     for (int64_t p = s.pieces() - 1; p >= 0; p--) {
-      const int64_t t0 = p * K, steps = std::min(K, s.length - t0);
-      const T *bt = b + (batch * s.length + t0) * N, *ct = c + (batch * s.length + t0) * N;
+      const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
+      const int64_t at = row * s.channels + work.start;
       std::fill(b_sums.begin(), b_sums.end(), T(0));
       std::fill(c_sums.begin(), c_sums.end(), T(0));
-      for (int64_t i = 0; i < blocks; i++) {
-        const int64_t e = (first + i) * W, width = std::min(W, s.channels - e);
-        const int64_t at = (batch * s.length + t0) * s.channels + e;
-        tile_in(piece.xs.data(), x + at, steps, s.channels, width);
-        tile_in(piece.deltas.data(), delta + at, steps, s.channels, width);
-        tile_in(piece.dys.data(), dy + at, steps, s.channels, width);
-        const T* start = starts + ((batch * s.pieces() + p) * all_blocks + first + i) * N * W;
-        piece.recompute(&rates[i * N * W], start, bt, steps, N);
-        piece.walk_back(&rates[i * N * W], &carry[i * N * W], &rates_grad[i * N * W], bt, ct, b_sums.data(),
+      tiles_in(xs.data(), x + at, steps, K, s.channels, work.channels);
+      tiles_in(deltas.data(), delta + at, steps, K, s.channels, work.channels);
+      tiles_in(dys.data(), dy + at, steps, K, s.channels, work.channels);
+      if (gate) tiles_in(gates.data(), gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+      const T* start = starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block;
+      for (int64_t i = 0; i < work.blocks; i++) {
+        T *xi = &xs[i * tile], *di = &deltas[i * tile], *ri = &rates[i * block];
+        piece.recompute(xi, di, ri, start + i * block, b + row * N, steps, N);
+        piece.walk_back(xi, di, gate ? &gates[i * tile] : nullptr, &dys[i * tile], ri, &skip[i * W], &carry[i * block],
+                        &rates_grad[i * block], &skip_grad[i * W], b + row * N, c + row * N, b_sums.data(),
                         c_sums.data(), steps, N);
-        if (d)
-          for (int64_t t = 0; t < steps; t++)
-            for (int64_t w = 0; w < width; w++) {
-              piece.dxs[t * W + w] += d[e + w] * piece.dys[t * W + w];
-              skip[i * W + w] += piece.xs[t * W + w] * piece.dys[t * W + w];
-            }
-        tile_out(dx + at, piece.dxs.data(), steps, s.channels, width);
-        tile_out(ddelta + at, piece.ddeltas.data(), steps, s.channels, width);
       }
-      const int64_t out = (item * s.length + t0) * N;
-      for (int64_t tn = 0; tn < steps * N; tn++) {
-        T sum_b = 0, sum_c = 0;
-        for (int64_t v = 0; v < V; v++) sum_b += b_sums[tn * V + v], sum_c += c_sums[tn * V + v];
-        db[out + tn] = sum_b;
-        dc[out + tn] = sum_c;
-      }
+      tiles_out(to.dx + at, xs.data(), steps, K, s.channels, work.channels);
+      tiles_out(to.ddelta + at, deltas.data(), steps, K, s.channels, work.channels);
+      if (gate) tiles_out(to.dgate + at, gates.data(), steps, K, s.channels, work.channels);
+      sum_lanes(to.db + (item * s.length + t0) * N, b_sums, steps * N);
+      sum_lanes(to.dc + (item * s.length + t0) * N, c_sums, steps * N);
     }
-    for (int64_t i = 0; i < blocks; i++) {
-      const int64_t e = (first + i) * W, width = std::min(W, s.channels - e);
-      state_out(da + (batch * s.channels + e) * N, &rates_grad[i * N * W], N, width);
-      state_out(dinitial + (batch * s.channels + e) * N, &carry[i * N * W], N, width);
-      if (d) std::memcpy(dd + batch * s.channels + e, &skip[i * W], size_t(width) * sizeof(T));
+    for (int64_t i = 0; i < work.blocks; i++) {
+      const int64_t e = work.start + i * W, at = work.batch * s.channels + e, width = std::min(W, s.channels - e);
+      state_out(to.da + at * N, &rates_grad[i * block], N, width);
+      state_out(to.dinitial + at * N, &carry[i * block], N, width);
+      std::memcpy(to.dd + at, &skip_grad[i * W], size_t(width) * sizeof(T));
     }
   }
 }
@@ -203,20 +246,21 @@ void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* 
 }  // namespace
 
 #define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" int64_t scan_width_##SUFFIX() { return kWidth<T>; }                                                       \
   extern "C" void scan_forward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,    \
-                                        const T* initial, T* y, T* final_state, T* starts, const int64_t* shape,       \
-                                        int threads) {                                                                 \
+                                        const T* gate, const T* initial, T* y, T* final_state, T* starts,              \
+                                        const int64_t* shape, int threads) {                                           \
     Shape s;                                                                                                           \
     std::memcpy(&s, shape, sizeof s);                                                                                  \
-    scan_forward(x, delta, a, b, c, d, initial, y, final_state, starts, s, threads);                                   \
+    scan_forward(x, delta, a, b, c, d, gate, initial, y, final_state, starts, s, threads);                             \
   }                                                                                                                    \
   extern "C" void scan_backward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,   \
-                                         const T* starts, const T* dy, const T* dfinal, T* dx, T* ddelta, T* da,       \
-                                         T* db, T* dc, T* dd, T* dinitial, const int64_t* shape, int threads) {        \
+                                         const T* gate, const T* starts, const T* dy, const T* dfinal, T* dx,          \
+                                         T* ddelta, T* da, T* db, T* dc, T* dd, T* dgate, T* dinitial,                 \
+                                         const int64_t* shape, int threads) {                                          \
     Shape s;                                                                                                           \
     std::memcpy(&s, shape, sizeof s);                                                                                  \
-    scan_backward(x, delta, a, b, c, d, starts, dy, dfinal, dx, ddelta, da, db, dc, dd, dinitial, s, threads);         \
+    scan_backward<T>(x, delta, a, b, c, d, gate, starts, dy, dfinal, {dx, ddelta, da, db, dc, dd, dgate, dinitial}, s, \
+                     threads);                                                                                         \
   }
 
 ESPALIER_EXPORT(float, f32)

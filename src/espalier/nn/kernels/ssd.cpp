@@ -32,12 +32,13 @@ template <class T> struct Maps {
   const int64_t N, Q;  // padded
   Room<T> b, c, c_across, scores;
   Maps(int64_t chunk, int64_t states)
-      : N(padded<T>(states)), Q(padded<T>(chunk)), b(chunk * N), c(chunk * N), c_across(states * Q), scores(chunk * Q) {}
+      : N(padded<T>(states)), Q(padded<T>(chunk)), b(chunk * N), c(chunk * N), c_across(states * Q),
+        scores(chunk * Q) {}
 
   void fill(const T* b_from, const T* c_from, int64_t q, const SsdShape& s) {
     copy_rows<T>(b, N, b_from, s.b_stride, q, s.states);
     copy_rows<T>(c, N, c_from, s.c_stride, q, s.states);
-    transpose<T>(c_across, Q, c_from, s.c_stride, q, s.states);
+    transpose<T>(c_across, Q, c, N, q, s.states);
     multiply<T>(q, Q, s.states, {b, N, 1}, c_across, Q, {scores, Q}, Terms::all_where_i_up_to_j);
   }
 };
@@ -268,7 +269,6 @@ void ssd_backward(const T* x, const T* delta, const T* a, const T* b, const T* c
 }  // namespace
 
 #define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" int64_t ssd_width_##SUFFIX() { return kWidth<T>; }                                                        \
   extern "C" void ssd_forward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,     \
                                        const T* initial, T* y, T* final_state, T* kept, const int64_t* shape,          \
                                        int threads) {                                                                  \

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.cpu import WORK_ITEMS, call, padded, rows
+from espalier.nn.kernels.cpu import call, padded, rows
+
+# Heads of one piece of work share what their group's B and C cost, so there are fewer pieces than in the other kernels.
+_WORK_ITEMS = 16
 
 
 def _shape(x: Tensor, b: Tensor, c: Tensor, heads: int, groups: int, chunk: int) -> tuple[int, ...]:
     """Return (B, L, G, heads a group, P, N, chunk, pieces of work a group, the rows' strides of x, b and c)."""
     batch, length, _ = x.shape
     share = heads // groups
-    parts = min(share, -(-WORK_ITEMS // (batch * groups)))
+    parts = min(share, -(-_WORK_ITEMS // (batch * groups)))
     sizes = (groups, share, x.shape[2] // heads, b.shape[2] // groups, min(chunk, length), parts)
     return (batch, length, *sizes, x.stride(1), b.stride(1), c.stride(1))
 
@@ -96,7 +99,8 @@ def ssd_backward_cpu(
     dinitial = x.new_empty(0) if initial is None else torch.empty_like(initial)
     inputs = (x, delta, a, b, c, d, initial, y, final, kept, dy, dfinal)
     call("ssd_backward", x.dtype, (*inputs, dx, ddelta, da, db, dc, dd, dinitial), shape)
-    return dx, ddelta, da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dinitial
+    db, dc = (t[:, 0] if shape[7] == 1 else t.sum(1) for t in (db, dc))
+    return dx, ddelta, da.sum(0), db, dc, dd.sum(0), dinitial
 
 
 @ssd_backward_cpu.register_fake

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -26,13 +29,23 @@ template <class T> constexpr int kLanes = kBytes / int(sizeof(T));
 constexpr int kPair = 2;  // vectors a block
 template <class T> constexpr int kWidth = kPair * kLanes<T>;
 
-template <class T> inline Vec<T> splat(T value) { return Vec<T>{} + value; }
+// Less zero, not plus zero: that leaves −0 as it is, so that compilers drop it.
+template <class T> inline Vec<T> splat(T value) { return value - Vec<T>{}; }
+
+// v within [−126, 126]; NaN stays NaN. Compilers make two instructions of each comparison where the processor has one.
+inline Vec<float> within_exponents(Vec<float> v) {
+#ifdef __AVX__
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(126.f), _mm256_max_ps(_mm256_set1_ps(-126.f), (__m256)v));
+#else
+  v = v < -126.f ? splat<float>(-126.f) : v;
+  return v > 126.f ? splat<float>(126.f) : v;
+#endif
+}
 
 // 2^v for float: split off the nearest integer by adding 1.5·2^23, a polynomial for the rest (relative error < 2e-7).
 inline Vec<float> exp2v(Vec<float> v) {
   typedef Lanes<float>::ivec ivec;
-  v = v < -126.f ? splat<float>(-126.f) : v;
-  v = v > 126.f ? splat<float>(126.f) : v;
+  v = within_exponents(v);
   const Vec<float> magic = splat<float>(12582912.f);
   Vec<float> shifted = v + magic;
   Vec<float> f = v - (shifted - magic);
