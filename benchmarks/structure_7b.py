@@ -3,8 +3,8 @@
     python benchmarks/structure_7b.py [--layers 2] [--dim 4096] [--heads 32]
 
 A few layers are measured, verification included, and the time is multiplied up to 32 layers and said so (the work is
-the same for each). The memory is the growth of the process's peak while the layers are written. The diagonals of the
-last layer's products are then held against what the best approximation of their targets has.
+the same for each). The memory is the growth of the process's peak while the layers are written. The diagonals and the
+captured energy of the last layer's products are then held against what the best approximation of their targets has.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ def main() -> None:
     for name, wanted in zip(("qk", "vo"), asked, strict=True):
         found = row.measured[f"{name}_diagonal"]
         print(f"{name} diagonal: {found:.4f}, law {wanted:.4f}, off by {abs(found / wanted - 1):.1%}")
+    # Diagonal and energy together: the strengths that a product with these must have been asked for.
+    [fitted] = espalier.init.fit(layer).layers
+    for name, strengths, wanted in (("qk", fitted.qk_asked, (0.7, 0.7)), ("vo", fitted.vo_asked, (0.4, -0.4))):
+        print(
+            f"{name} strengths behind its diagonal and energy: {strengths[0]:.3f}, {strengths[1]:.3f}, asked {wanted}"
+        )
 
 
 if __name__ == "__main__":
