@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn import Mamba1, Mamba2, mixing_matrix
@@ -49,9 +52,16 @@ def test_values_are_those_of_the_module_itself(family: str, monkeypatch: pytest.
     import espalier.nn.mamba as module
 
     mixer, x = double_mixer(family).float(), torch.randn(2, 9, 12, generator=seeded(1))
-    name, caught = ("selective_scan" if family == "mamba1" else "ssd"), []
+    name: str = "selective_scan" if family == "mamba1" else "ssd"
+    caught: list[Tensor] = []
     real = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **options: caught.extend(args) or real(*args, **options))
+
+    def catch(values: Tensor, delta: Tensor, *rest: Tensor, **options: Any) -> Any:
+        steps = F.softplus(delta + options["delta_bias_E"]) if options.get("delta_softplus") else delta
+        caught.extend((values, steps, *rest))
+        return real(values, delta, *rest, **options)
+
+    monkeypatch.setattr(module, name, catch)
     mixer(x)
     for mine, handed in zip(recurrence_of(mixer, x), caught, strict=False):
         torch.testing.assert_close(mine, handed.detach())

@@ -67,6 +67,36 @@ def test_equals_the_loop_in_float64(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=10)
+@given(length=st.integers(1, 150), channels=st.integers(1, 40), shifted=st.booleans(), masked=st.booleans())
+def test_steps_from_a_softplus_equal_the_loop(
+    implementation: str, length: int, channels: int, shifted: bool, masked: bool
+) -> None:
+    x, delta, a, b, c, d, _ = draw((2, length, channels, 4), torch.float64, seed=length)
+    logits = (delta.detach() * 55 - 40).requires_grad_()  # with the bias under 20, where torch's softplus cuts off
+    bias = torch.linspace(-3, 3, channels, dtype=torch.float64).requires_grad_() if shifted else None
+    mask = torch.arange(length) % 3 > 0 if masked else None
+    mask = None if mask is None else mask.expand(2, length)
+    steps = torch.logaddexp(logits if bias is None else logits + bias, torch.zeros((), dtype=torch.float64))
+    theirs = selective_scan_loop(x, steps, a, b, c, d, mask_BL=mask)[:1]
+    with use_backend(implementation):
+        ours = selective_scan(x, logits, a, b, c, d, delta_bias_E=bias, delta_softplus=True, mask=mask)
+    inputs = (x, logits, a, b, c, d) if bias is None else (x, logits, a, b, c, d, bias)
+    assert_all_close((ours,), theirs, 1e-10)
+    assert_all_close(gradients((ours,), inputs), gradients(theirs, inputs), 1e-10)
+
+
+def test_small_steps_from_a_softplus_keep_their_digits() -> None:
+    # One step from rest with B = C = 1: y = Δ x, down to Δ = e^−60.
+    logits = torch.linspace(-60, 30, 64)[None, :, None].repeat(1, 1, 3)
+    x, ones = torch.ones_like(logits), torch.ones(1, 64, 1)
+    y = selective_scan(x[0, :, None], logits[0, :, None], -torch.ones(3, 1), ones[0, :, None], ones[0, :, None],
+                       delta_softplus=True)  # fmt: skip
+    # What float32 leaves of e^−60 = 2^−86.56: the exponent itself is rounded.
+    torch.testing.assert_close(y[:, 0].double(), F.softplus(logits[0].double(), threshold=1e9), rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_float32_stays_within_1e_4_of_float64(implementation: str) -> None:
     inputs = draw((2, 300, 48, 16), torch.float64)
     singles = tuple(t.detach().float().requires_grad_() for t in inputs)
@@ -135,6 +165,8 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         selective_scan(x, delta, a, b[..., :2], c)
     with pytest.raises(EspalierError, match=r"gate is \(2, 5, 2\): give it the shape of x, \(2, 5, 3\)"):
         selective_scan(x, delta, a, b, c, gate_BLE=x[..., :2])
+    with pytest.raises(EspalierError, match=r"delta_bias is \(2,\): give it the shape \(3,\)"):
+        selective_scan(x, delta, a, b, c, delta_bias_E=torch.zeros(2), delta_softplus=True)
     with pytest.raises(EspalierError, match="x is empty"):
         selective_scan(x[:0], delta[:0], a, b[:0], c[:0])
     with pytest.raises(EspalierError, match=r"initial_state is \(2, 4, 3\): give it the shape \(2, 3, 4\)"):
@@ -171,6 +203,7 @@ def test_compiled_operators_pass_torchs_own_checks() -> None:
         pytest.skip("no C++ compiler here")
     x, delta, a, b, c, d, state = draw((2, 9, 5, 3), torch.float64)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for gate in (None, x.detach().clone().requires_grad_()):
-        torch.library.opcheck(cpu.selective_scan_cpu, (x, delta, a, b, c, d, gate, state, True), test_utils=checks)
+    for gate, bias in ((None, None), (x.detach().clone().requires_grad_(), d.detach().clone().requires_grad_())):
+        inputs = (x, delta, bias, a, b, c, d, gate, state, bias is not None, True)
+        torch.library.opcheck(cpu.selective_scan_cpu, inputs, test_utils=checks)
     torch.library.opcheck(cpu.causal_conv_silu_cpu, (x, a[:, :2], d), test_utils=checks)

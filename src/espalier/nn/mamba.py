@@ -14,6 +14,7 @@ from espalier.nn.causal_conv import causal_conv_silu
 from espalier.nn.gated_norm import GatedRMSNorm
 from espalier.nn.precision import exact
 from espalier.nn.selective_scan import selective_scan, selective_step
+from espalier.nn.split_linear import is_plain, split_linear
 from espalier.nn.ssd import ssd, ssd_step
 
 
@@ -100,11 +101,11 @@ class Mamba1(nn.Module):
             return_state: also return the state after the last real token.
         """
         _check_input(x_BLD, self.dim, mask, state)
-        inner_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
+        inner_BLE, z_BLE = split_linear(self.in_proj, x_BLD, (self.inner, self.inner))
         inner_BLE = _masked(inner_BLE, mask)
         history = None if state is None else state.conv_BKC
         u_BLE = causal_conv_silu(inner_BLE, self.conv1d.weight.squeeze(1), self.conv1d.bias, history=history)
-        delta_BLE, b_BLN, c_BLN = self._maps(u_BLE)
+        delta_BLE, bias_E, b_BLN, c_BLN = self._maps(u_BLE)
         y_BLE, scan = selective_scan(
             u_BLE,
             delta_BLE,
@@ -112,6 +113,8 @@ class Mamba1(nn.Module):
             b_BLN,
             c_BLN,
             self.D,
+            delta_bias_E=bias_E,
+            delta_softplus=True,
             gate_BLE=z_BLE,
             initial_state=None if state is None else state.scan,
             mask=mask,
@@ -126,7 +129,7 @@ class Mamba1(nn.Module):
         """Mix one token and return (output, the state after it)."""
         inner_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
         u_BE, conv = _conv_step(self.conv1d, inner_BE, state.conv_BKC)
-        delta_BE, b_BN, c_BN = self._maps(u_BE)
+        delta_BE, b_BN, c_BN = self.coefficients(u_BE)
         y_BE, scan = selective_step(u_BE, delta_BE, _rates(self.A_log), b_BN, c_BN, self.D, state.scan)
         return self.out_proj(y_BE * F.silu(z_BE)), MambaState(conv, scan)
 
@@ -140,12 +143,19 @@ class Mamba1(nn.Module):
             raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-2: load it into a model of Mamba2 blocks")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (Δ, B, C) of the convolved inputs."""
+    def coefficients(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (Δ, B, C) of the convolved inputs (..., E), Δ in float32 or better."""
+        logits, bias, b, c = self._maps(u)
+        return F.softplus(logits if bias is None else logits + bias), b, c
+
+    def _maps(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return (softplus⁻¹(Δ) less its bias, that bias, B, C) of the convolved inputs."""
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         with torch.autocast(u.device.type, enabled=False):  # small steps would round away
-            delta = F.softplus(F.linear(*exact(rank, self.dt_proj.weight, self.dt_proj.bias)))
-        return delta, b, c
+            if not is_plain(self.dt_proj):
+                return self.dt_proj(rank.to(self.dt_proj.weight.dtype)), None, b, c
+            rank, weight, bias = exact(rank, self.dt_proj.weight, self.dt_proj.bias)
+            return F.linear(rank, weight), bias, b, c
 
 
 class Mamba2(nn.Module):
@@ -224,7 +234,7 @@ class Mamba2(nn.Module):
     ) -> Tensor | tuple[Tensor, MambaState]:
         """Mix a sequence; arguments as in ``Mamba1.forward``."""
         _check_input(x_BLD, self.dim, mask, state)
-        z_BLE, inner_BLC, delta_BLH = self._split(self.in_proj(x_BLD))
+        z_BLE, inner_BLC, delta_BLH = self._project(x_BLD)
         inner_BLC = _masked(inner_BLC, mask)
         history = None if state is None else state.conv_BKC
         u_BLC = causal_conv_silu(inner_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, history=history)
@@ -249,7 +259,7 @@ class Mamba2(nn.Module):
 
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Mix one token and return (output, the state after it)."""
-        z_BE, inner_BC, delta_BH = self._split(self.in_proj(x_BD))
+        z_BE, inner_BC, delta_BH = self._project(x_BD)
         u_BC, conv = _conv_step(self.conv1d, inner_BC, state.conv_BKC)
         x_BHP, b_BGN, c_BGN = self._maps(u_BC)
         delta_BH = _steps(delta_BH, self.dt_bias)
@@ -267,8 +277,8 @@ class Mamba2(nn.Module):
             raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-1: load it into a model of Mamba1 blocks")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
-        return projected.split([self.inner, self.conv_dim, self.num_heads], dim=-1)
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return split_linear(self.in_proj, x, (self.inner, self.conv_dim, self.num_heads))
 
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x per head, B, C) of the convolved inputs."""

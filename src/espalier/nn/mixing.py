@@ -38,9 +38,9 @@ def recurrence_of(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Recurrence:
     taps, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     if isinstance(mixer, Mamba1):
         values = causal_conv_silu(mixer.in_proj(x_BLD).chunk(2, dim=-1)[0], taps, bias)
-        delta, b, c = mixer._maps(values)
+        delta, b, c = mixer.coefficients(values)
     else:
-        _, inner, logits = mixer._split(mixer.in_proj(x_BLD))
+        _, inner, logits = mixer._project(x_BLD)
         values, b, c = mixer._maps(causal_conv_silu(inner, taps, bias))
         logits, shift = exact(logits, mixer.dt_bias)
         delta = F.softplus(logits + shift)

@@ -30,6 +30,8 @@ def selective_scan(
     c_BLN: Tensor,
     d_E: Tensor | None = None,
     *,
+    delta_bias_E: Tensor | None = None,
+    delta_softplus: bool = False,
     gate_BLE: Tensor | None = None,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
@@ -41,11 +43,13 @@ def selective_scan(
 
     Args:
         x_BLE: inputs, (batch, length, channels).
-        delta_BLE: step sizes Δ ≥ 0.
+        delta_BLE: step sizes Δ ≥ 0, or what gives them.
         a_EN: decay rates A ≤ 0, (channels, state size).
         b_BLN: input maps, shared by the channels.
         c_BLN: output maps.
         d_E: skip weights.
+        delta_bias_E: added to ``delta_BLE``.
+        delta_softplus: Δ = softplus(delta + bias), without a plane of its own where the compiled kernel runs.
         gate_BLE: z; y is multiplied by SiLU(z).
         initial_state: state before the first token, (B, E, N); zero if none is given.
         mask: (B, L), true at real tokens; others leave the state as it is and give 0.
@@ -60,12 +64,25 @@ def selective_scan(
     Source: arXiv 2312.00752, section 3.
     """
     _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, gate_BLE)
+    _check_bias(delta_bias_E, a_EN.shape[:1])
     check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
     dtype = x_BLE.dtype
-    x, delta, a, b, c, d, gate, state = exact(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
+    x, delta, bias, a, b, c, d, gate, state = exact(
+        x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state
+    )
+    name = choose("selective_scan", x.device.type)
+    if name != "compiled" or mask is not None or not delta_softplus:
+        delta = delta if bias is None else delta + bias
+        delta, bias, delta_softplus = F.softplus(delta) if delta_softplus else delta, None, False
     if mask is not None:
         delta = delta * mask[..., None]
-    y, final = _run(x, delta, a, b, c, d, gate, state)
+    if name == "compiled":
+        from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
+
+        tensors = (x, delta, bias, a, b, c, d, gate, state)
+        y, final, _ = selective_scan_cpu(*tensors, delta_softplus, needs_grad(*tensors))
+    else:
+        y, final = _run(name, x, delta, a, b, c, d, gate, state)
     if mask is not None:
         y = y * mask[..., None]
     y = y.to(dtype)
@@ -73,16 +90,17 @@ def selective_scan(
 
 
 def _run(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, gate: Tensor | None, state: Any
+    name: str,
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (gated y, final state) from what the device has."""
-    name = choose("selective_scan", x.device.type)
-    if name == "compiled":
-        from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
-
-        tensors = (x, delta, a, b, c, d, gate, state)
-        y, final, _ = selective_scan_cpu(*tensors, needs_grad(*tensors))
-        return y, final
+    """Return (gated y, final state) without our compiled kernel."""
     if name == "mamba_ssm" and state is None:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
@@ -120,6 +138,11 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, gate: Tens
         raise EspalierError(f"gate is {tuple(gate.shape)}: give it the shape of x, {tuple(x.shape)}")
     if not x.numel():
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
+
+
+def _check_bias(bias: Tensor | None, shape: torch.Size) -> None:
+    if bias is not None and bias.shape != shape:
+        raise EspalierError(f"delta_bias is {tuple(bias.shape)}: give it the shape {tuple(shape)}")
 
 
 def _advance(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ def padded(size: int, dtype: torch.dtype) -> int:
     return -(-size // _width(dtype)) * _width(dtype)
 
 
-def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
-    """Return (B, L, E, N, steps per piece, groups of channel blocks, the stride of the gate's rows)."""
+def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None, softplus: bool = False) -> tuple[int, ...]:
+    """Return (B, L, E, N, steps per piece, groups of channel blocks, the stride of the gate's rows, softplus)."""
     batch, length, channels = x_BLE.shape
     piece = min(length, max(8, min(64, 512 // states)))
     blocks = -(-channels // _width(x_BLE.dtype))
@@ -69,6 +69,7 @@ def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None) -> tuple
         piece,
         min(blocks, -(-WORK_ITEMS // batch)),
         0 if gate is None else gate.stride(1),
+        int(softplus),
     )
 
 
@@ -84,33 +85,39 @@ def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tens
 def selective_scan_cpu(
     x: Tensor,
     delta: Tensor,
+    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     c: Tensor,
     d: Tensor | None,
     gate: Tensor | None,
     initial: Tensor | None,
+    softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, final state, states at the start of each piece, which the backward pass needs when ``keep``)."""
+    """Return (y, final state, states at the start of each piece, which the backward pass needs when ``keep``).
+
+    Δ is ``delta``, or softplus(delta + bias) with ``softplus``.
+    """
     x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
-    d, initial = (None if t is None else t.contiguous() for t in (d, initial))
+    bias, d, initial = (None if t is None else t.contiguous() for t in (bias, d, initial))
     gate = None if gate is None else rows(gate)
     y, final, starts = _scan_outputs(x, a, keep)
-    tensors = (x, delta, a, b, c, d, gate, initial, y, final, starts if keep else None)
-    call("scan_forward", x.dtype, tensors, _scan_shape(x, a.shape[1], gate))
+    tensors = (x, delta, bias, a, b, c, d, gate, initial, y, final, starts if keep else None)
+    call("scan_forward", x.dtype, tensors, _scan_shape(x, a.shape[1], gate, softplus))
     return y, final, starts
 
 
 @selective_scan_cpu.register_fake
-def _(x: Tensor, delta: Any, a: Tensor, b: Any, c: Any, d: Any, gate: Any, initial: Any, keep: bool) -> Any:
-    return _scan_outputs(x, a, keep)
+def _(x: Tensor, delta: Any, bias: Any, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _scan_outputs(x, a, _[-1])
 
 
 @torch.library.custom_op("espalier::selective_scan_backward", mutates_args=())
 def selective_scan_backward_cpu(
     x: Tensor,
     delta: Tensor,
+    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     c: Tensor,
@@ -119,32 +126,32 @@ def selective_scan_backward_cpu(
     starts: Tensor,
     dy: Tensor,
     df: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of (x, delta, a, b, c, d, gate, initial state); that of no gate is empty."""
+    softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (x, delta, bias, a, b, c, d, gate, initial state); that of no gate is empty."""
     x, delta, a, b, c, dy = (t.contiguous() for t in (x, delta, a, b, c, dy))
-    d, df = (None if t is None else t.contiguous() for t in (d, df))
+    bias, d, df = (None if t is None else t.contiguous() for t in (bias, d, df))
     gate = None if gate is None else rows(gate)
-    batch, length, channels, states, _, groups, _ = shape = _scan_shape(x, a.shape[1], gate)
+    batch, length, channels, states, _, groups, *_ = shape = _scan_shape(x, a.shape[1], gate, softplus)
     dx, ddelta, dgate = torch.empty_like(x), torch.empty_like(x), x.new_empty(0 if gate is None else x.shape)
     da, dinitial = x.new_empty(batch, channels, states), x.new_empty(batch, channels, states)
     db, dc = (x.new_empty(batch, groups, length, states) for _ in range(2))
-    dd = x.new_empty(batch, channels)
-    inputs = (x, delta, a, b, c, d, gate, starts, dy, df)
-    call("scan_backward", x.dtype, (*inputs, dx, ddelta, da, db, dc, dd, dgate, dinitial), shape)
-    return dx, ddelta, da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dgate, dinitial
+    dd, dbias = (x.new_empty(batch, channels) for _ in range(2))
+    inputs = (x, delta, bias, a, b, c, d, gate, starts, dy, df)
+    call("scan_backward", x.dtype, (*inputs, dx, ddelta, dbias, da, db, dc, dd, dgate, dinitial), shape)
+    return dx, ddelta, dbias.sum(0), da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dgate, dinitial
 
 
 @selective_scan_backward_cpu.register_fake
-def _(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, gate: Any, starts: Any, dy: Any, df: Any
-) -> Any:
-    new = [t.new_empty(t.shape) for t in (x, delta, a, b, c)]
+def _(x: Tensor, delta: Tensor, bias: Any, a: Tensor, b: Tensor, c: Tensor, d: Any, gate: Any, *_: Any) -> Any:
+    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a, b, c))
+    dbias, dd = (x.new_empty(x.shape[2]) for _ in range(2))
     dgate, dinitial = x.new_empty(0 if gate is None else x.shape), x.new_empty(x.shape[0], *a.shape)
-    return (*new, x.new_empty(x.shape[2]), dgate, dinitial)
+    return dx, ddelta, dbias, da, db, dc, dd, dgate, dinitial
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial, _ = inputs
+    *tensors, initial, ctx.softplus, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial = initial is not None
     ctx.set_materialize_grads(False)
@@ -154,9 +161,9 @@ def _scan_backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor
     saved = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(saved[0])
-    *grads, dd, dgate, dinitial = selective_scan_backward_cpu(*saved, dy, dfinal)
-    optional = [None if given is None else grad for given, grad in zip(saved[5:7], (dd, dgate), strict=True)]
-    return (*grads, *optional, dinitial if ctx.has_initial else None, None)
+    *grads, dinitial = selective_scan_backward_cpu(*saved, dy, dfinal, ctx.softplus)
+    asked = [None if given is None else grad for given, grad in zip(saved[:8], grads, strict=True)]
+    return (*asked, dinitial if ctx.has_initial else None, None, None)
 
 
 selective_scan_cpu.register_autograd(_scan_backward, setup_context=_scan_setup)

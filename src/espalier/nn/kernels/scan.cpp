@@ -11,7 +11,7 @@
 namespace {
 
 struct Shape {
-  int64_t batch, length, channels, states, piece, groups, gate_stride;
+  int64_t batch, length, channels, states, piece, groups, gate_stride, softplus;
   int64_t pieces() const { return (length + piece - 1) / piece; }
 };
 
@@ -61,6 +61,33 @@ struct Work {
 
 template <class T> inline Vec<T> sigmoid(Vec<T> v) { return T(1) / (T(1) + exp2v(v * T(-kLog2E))); }
 
+// log(1 + e^v) = max(v, 0) + 2 artanh(e/(2 + e)) with e = e^−|v|: small results keep all their digits.
+inline Vec<float> softplus(Vec<float> v) {
+  const Vec<float> zero{}, e = exp2v((v > zero ? -v : v) * float(kLog2E)), s = e / (2.f + e), q = s * s;
+  Vec<float> series = q * (1.f / 13) + 1.f / 11;
+  series = series * q + 1.f / 9;
+  series = series * q + 1.f / 7;
+  series = series * q + 1.f / 5;
+  series = series * q + 1.f / 3;
+  series = series * q + 1.f;
+  return (v > zero ? v : zero) + 2.f * s * series;
+}
+inline Vec<double> softplus(Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; i++) v[i] = std::max(v[i], 0.0) + std::log1p(std::exp(-std::abs(v[i])));
+  return v;
+}
+
+// Δ of one tile from what gives it, in place; `slopes`, if given, takes ∂Δ.
+template <class T>
+void steps_from(T* deltas, const T* bias, T* slopes, int64_t steps) {
+  constexpr int64_t W = kWidth<T>, V = kLanes<T>;
+  for (int64_t w = 0; w < steps * W; w += V) {
+    const Vec<T> v = load(deltas + w) + load(bias + w % W);
+    store(deltas + w, softplus(v));
+    if (slopes) store(slopes + w, sigmoid<T>(v));
+  }
+}
+
 // One piece of one block, forwards: ys from the state, which moves on.
 template <class T>
 inline void advance(const T* xs, const T* deltas, const T* rates, const T* b, const T* c, T* state, T* ys,
@@ -80,17 +107,18 @@ inline void advance(const T* xs, const T* deltas, const T* rates, const T* b, co
 }
 
 template <class T>
-void scan_forward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* gate,
-                  const T* initial, T* y, T* final_state, T* starts, const Shape& s, int threads) {
+void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T* b, const T* c, const T* d,
+                  const T* gate, const T* initial, T* y, T* final_state, T* starts, const Shape& s, int threads) {
   constexpr int64_t W = kWidth<T>, V = kLanes<T>;
   const int64_t N = s.states, K = s.piece, all_blocks = (s.channels + W - 1) / W;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < s.batch * s.groups; item++) {
     const Work work(s, item, W);
     const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
-    std::vector<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W);
+    std::vector<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W), shift(skip);
     std::vector<T> xs(tiles), deltas(tiles), gates(tiles), ys(tiles);
     if (d) std::memcpy(skip.data(), d + work.start, size_t(work.channels) * sizeof(T));
+    if (bias) std::memcpy(shift.data(), bias + work.start, size_t(work.channels) * sizeof(T));
     for (int64_t i = 0; i < work.blocks; i++) {
       const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
       state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
@@ -106,6 +134,7 @@ void scan_forward(const T* x, const T* delta, const T* a, const T* b, const T* c
       tiles_in(deltas.data(), delta + at, steps, K, s.channels, work.channels);
       if (gate) tiles_in(gates.data(), gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
       for (int64_t i = 0; i < work.blocks; i++) {
+        if (s.softplus) steps_from<T>(&deltas[i * tile], &shift[i * W], nullptr, steps);
         advance(&xs[i * tile], &deltas[i * tile], &rates[i * block], b + row * N, c + row * N, &state[i * block],
                 &ys[i * tile], steps, N);
         for (int64_t w = 0; w < steps * W; w += V) {
@@ -189,22 +218,24 @@ template <class T> void sum_lanes(T* out, const std::vector<T>& sums, int64_t co
 }
 
 template <class T> struct Gradients {
-  T *dx, *ddelta, *da, *db, *dc, *dd, *dgate, *dinitial;
+  T *dx, *ddelta, *dbias, *da, *db, *dc, *dd, *dgate, *dinitial;
 };
 
 template <class T>
-void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* gate,
-                   const T* starts, const T* dy, const T* dfinal, Gradients<T> to, const Shape& s, int threads) {
-  constexpr int64_t W = kWidth<T>;
+void scan_backward(const T* x, const T* delta, const T* bias, const T* a, const T* b, const T* c, const T* d,
+                   const T* gate, const T* starts, const T* dy, const T* dfinal, Gradients<T> to, const Shape& s, int threads) {
+  constexpr int64_t W = kWidth<T>, V = kLanes<T>;
   const int64_t N = s.states, K = s.piece, all_blocks = (s.channels + W - 1) / W;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < s.batch * s.groups; item++) {
     const Work work(s, item, W);
     const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
     std::vector<T> rates(work.blocks * block), carry(work.blocks * block), rates_grad(work.blocks * block);
-    std::vector<T> skip(work.blocks * W), skip_grad(work.blocks * W), xs(tiles), deltas(tiles), dys(tiles), gates(tiles);
+    std::vector<T> skip(work.blocks * W), shift(skip), skip_grad(skip), shift_grad(skip);
+    std::vector<T> xs(tiles), deltas(tiles), slopes(s.softplus ? tile : 0), dys(tiles), gates(tiles);
     std::vector<T> b_sums(K * N * kLanes<T>), c_sums(K * N * kLanes<T>);
     if (d) std::memcpy(skip.data(), d + work.start, size_t(work.channels) * sizeof(T));
+    if (bias) std::memcpy(shift.data(), bias + work.start, size_t(work.channels) * sizeof(T));
     for (int64_t i = 0; i < work.blocks; i++) {
       const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
       state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
@@ -223,10 +254,17 @@ void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* 
       const T* start = starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block;
       for (int64_t i = 0; i < work.blocks; i++) {
         T *xi = &xs[i * tile], *di = &deltas[i * tile], *ri = &rates[i * block];
+        if (s.softplus) steps_from<T>(di, &shift[i * W], slopes.data(), steps);
         piece.recompute(xi, di, ri, start + i * block, b + row * N, steps, N);
         piece.walk_back(xi, di, gate ? &gates[i * tile] : nullptr, &dys[i * tile], ri, &skip[i * W], &carry[i * block],
                         &rates_grad[i * block], &skip_grad[i * W], b + row * N, c + row * N, b_sums.data(),
                         c_sums.data(), steps, N);
+        for (int64_t w = 0; s.softplus && w < steps * W; w += V) {
+          T* sum = &shift_grad[i * W + w % W];
+          const Vec<T> gradient = load(di + w) * load(&slopes[w]);
+          store(di + w, gradient);
+          store(sum, load(sum) + gradient);
+        }
       }
       tiles_out(to.dx + at, xs.data(), steps, K, s.channels, work.channels);
       tiles_out(to.ddelta + at, deltas.data(), steps, K, s.channels, work.channels);
@@ -239,6 +277,7 @@ void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* 
       state_out(to.da + at * N, &rates_grad[i * block], N, width);
       state_out(to.dinitial + at * N, &carry[i * block], N, width);
       std::memcpy(to.dd + at, &skip_grad[i * W], size_t(width) * sizeof(T));
+      std::memcpy(to.dbias + at, &shift_grad[i * W], size_t(width) * sizeof(T));
     }
   }
 }
@@ -246,21 +285,21 @@ void scan_backward(const T* x, const T* delta, const T* a, const T* b, const T* 
 }  // namespace
 
 #define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" void scan_forward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,    \
-                                        const T* gate, const T* initial, T* y, T* final_state, T* starts,              \
+  extern "C" void scan_forward_##SUFFIX(const T* x, const T* delta, const T* bias, const T* a, const T* b, const T* c, \
+                                        const T* d, const T* gate, const T* initial, T* y, T* final_state, T* starts,  \
                                         const int64_t* shape, int threads) {                                           \
     Shape s;                                                                                                           \
     std::memcpy(&s, shape, sizeof s);                                                                                  \
-    scan_forward(x, delta, a, b, c, d, gate, initial, y, final_state, starts, s, threads);                             \
+    scan_forward(x, delta, bias, a, b, c, d, gate, initial, y, final_state, starts, s, threads);                       \
   }                                                                                                                    \
-  extern "C" void scan_backward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,   \
-                                         const T* gate, const T* starts, const T* dy, const T* dfinal, T* dx,          \
-                                         T* ddelta, T* da, T* db, T* dc, T* dd, T* dgate, T* dinitial,                 \
-                                         const int64_t* shape, int threads) {                                          \
+  extern "C" void scan_backward_##SUFFIX(const T* x, const T* delta, const T* bias, const T* a, const T* b,            \
+                                         const T* c, const T* d, const T* gate, const T* starts, const T* dy,          \
+                                         const T* dfinal, T* dx, T* ddelta, T* dbias, T* da, T* db, T* dc, T* dd,      \
+                                         T* dgate, T* dinitial, const int64_t* shape, int threads) {                   \
     Shape s;                                                                                                           \
     std::memcpy(&s, shape, sizeof s);                                                                                  \
-    scan_backward<T>(x, delta, a, b, c, d, gate, starts, dy, dfinal, {dx, ddelta, da, db, dc, dd, dgate, dinitial}, s, \
-                     threads);                                                                                         \
+    scan_backward<T>(x, delta, bias, a, b, c, d, gate, starts, dy, dfinal,                                             \
+                     {dx, ddelta, dbias, da, db, dc, dd, dgate, dinitial}, s, threads);                                \
   }
 
 ESPALIER_EXPORT(float, f32)
