@@ -4,7 +4,8 @@
 
 One block, width 256, expand 2, forward and backward with gradients of the input and of every weight, all candidates
 with the same weights. Before anything is timed, every candidate's output and gradients are compared with ours. The
-candidates then take turns, one step each a round, and the medians over the rounds are printed with their ratio to ours.
+candidates then take turns, two steps each a round, of which the second is timed: as in training, where the step before
+was one's own and the allocator has the memory at hand. The medians over the rounds are printed with their ratio to ours.
 
 Peak memory is the growth of the resident set during one step in a process of its own: after a warm-up at a short length
 the kernel's high-water mark (VmHWM) is reset, one full step runs, and the mark less the resident set before is printed
@@ -127,21 +128,21 @@ def check(names: list[str], blocks: list[Step], x: Tensor) -> None:
 
 
 def measure_times(family: str, shape: tuple[int, int], rounds: int) -> dict[str, list[float]]:
-    """Return seconds per step of every candidate, taking turns."""
+    """Return seconds per step of every candidate, taking turns of one step to warm up and one that counts."""
     makers = candidates(family, shape[1])
     names, blocks = list(makers), [make() for make in makers.values()]
     x = tokens(*shape)
     check(names, blocks, x[:2])
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):  # the first is a warm-up
+    for turn in range(rounds):
         for name, block in zip(names, blocks, strict=True):
             few = shape[1] >= SLOW or "loop" in name
-            if few and turn > min(rounds, 3):
+            if few and turn >= min(rounds, 3):
                 continue
+            step(block, x)
             start = time.perf_counter()
             step(block, x)
-            if turn:
-                samples[name].append(time.perf_counter() - start)
+            samples[name].append(time.perf_counter() - start)
     return samples
 
 

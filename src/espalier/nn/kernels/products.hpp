@@ -9,20 +9,6 @@ namespace {
 
 constexpr int kRows = 6;  // rows times kPair vectors of sums fill the registers
 
-// Room for n numbers, zeros at first, from the start of a cache line.
-template <class T> class Room {
-  std::vector<T> memory;
-  T* first;
-
- public:
-  explicit Room(int64_t n) : memory(size_t(n) + 64 / sizeof(T)) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    first = memory.data() + (64 - address % 64) % 64 / sizeof(T);
-  }
-  Room(const Room&) = delete;
-  operator T*() { return first; }
-};
-
 template <class T> constexpr int64_t padded(int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
 
 // Which terms of Σ_k a(i, k) b(k, j) are not zero, and which entries (i, j) are wanted.

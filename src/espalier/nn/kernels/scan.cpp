@@ -37,6 +37,10 @@ void tiles_out(T* plane, const T* tiles, int64_t steps, int64_t K, int64_t strid
       else std::memcpy(plane + t * stride + e, from, size_t(channels - e) * sizeof(T));
     }
 }
+// Ask for one block's lines of a plane before their turn comes: rows that lie far apart escape the processor's own guess.
+template <class T> void fetch(const T* plane, int64_t steps, int64_t stride) {
+  for (int64_t t = 0; t < steps; t++) __builtin_prefetch(plane + t * stride);
+}
 // An (E, N) matrix, transposed to (N × width), and back.
 template <class T> void state_in(T* tile, const T* rows, int64_t n_states, int64_t width, T scale) {
   for (int64_t n = 0; n < n_states; n++)
@@ -115,10 +119,10 @@ void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T
   for (int64_t item = 0; item < s.batch * s.groups; item++) {
     const Work work(s, item, W);
     const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
-    std::vector<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W), shift(skip);
-    std::vector<T> xs(tiles), deltas(tiles), gates(tiles), ys(tiles);
-    if (d) std::memcpy(skip.data(), d + work.start, size_t(work.channels) * sizeof(T));
-    if (bias) std::memcpy(shift.data(), bias + work.start, size_t(work.channels) * sizeof(T));
+    Room<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W), shift(work.blocks * W);
+    Room<T> xs(tiles), deltas(tiles), gates(tiles), ys(tiles);
+    if (d) std::memcpy(skip, d + work.start, size_t(work.channels) * sizeof(T));
+    if (bias) std::memcpy(shift, bias + work.start, size_t(work.channels) * sizeof(T));
     for (int64_t i = 0; i < work.blocks; i++) {
       const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
       state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
@@ -128,12 +132,16 @@ void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T
       const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
       const int64_t at = row * s.channels + work.start;
       if (starts)
-        std::memcpy(starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block, state.data(),
-                    state.size() * sizeof(T));
-      tiles_in(xs.data(), x + at, steps, K, s.channels, work.channels);
-      tiles_in(deltas.data(), delta + at, steps, K, s.channels, work.channels);
-      if (gate) tiles_in(gates.data(), gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+        std::memcpy(starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block, state,
+                    size_t(work.blocks * block) * sizeof(T));
+      tiles_in<T>(xs, x + at, steps, K, s.channels, work.channels);
+      tiles_in<T>(deltas, delta + at, steps, K, s.channels, work.channels);
+      if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
       for (int64_t i = 0; i < work.blocks; i++) {
+        const int64_t next = std::min(K, s.length - t0 - steps), there = at + steps * s.channels + i * W;
+        fetch(x + there, next, s.channels);
+        fetch(delta + there, next, s.channels);
+        if (gate) fetch(gate + (row + steps) * s.gate_stride + work.start + i * W, next, s.gate_stride);
         if (s.softplus) steps_from<T>(&deltas[i * tile], &shift[i * W], nullptr, steps);
         advance(&xs[i * tile], &deltas[i * tile], &rates[i * block], b + row * N, c + row * N, &state[i * block],
                 &ys[i * tile], steps, N);
@@ -144,7 +152,7 @@ void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T
           store(out, value);
         }
       }
-      tiles_out(y + at, ys.data(), steps, K, s.channels, work.channels);
+      tiles_out<T>(y + at, ys, steps, K, s.channels, work.channels);
     }
     for (int64_t i = 0; i < work.blocks; i++) {
       const int64_t e = work.start + i * W;
@@ -155,12 +163,12 @@ void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T
 
 // One piece of one block, backwards: recompute states and decays, then walk back with the state's gradient in `carry`.
 template <class T> struct Piece {
-  std::vector<T> states, decays;
+  Room<T> states, decays;
   Piece(int64_t K, int64_t N) : states((K + 1) * N * kWidth<T>), decays(K * N * kWidth<T>) {}
 
   void recompute(const T* xs, const T* deltas, const T* rates, const T* start, const T* b, int64_t steps, int64_t N) {
     constexpr int64_t W = kWidth<T>, V = kLanes<T>;
-    std::memcpy(states.data(), start, size_t(N * W) * sizeof(T));
+    std::memcpy(states, start, size_t(N * W) * sizeof(T));
     for (int64_t t = 0; t < steps; t++)
       for (int64_t v = 0; v < W; v += V) {
         const Vec<T> dt = load(deltas + t * W + v), u = dt * load(xs + t * W + v);
@@ -208,7 +216,7 @@ template <class T> struct Piece {
   }
 };
 
-template <class T> void sum_lanes(T* out, const std::vector<T>& sums, int64_t count) {
+template <class T> void sum_lanes(T* out, const T* sums, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     Vec<T> v = load(&sums[i * kLanes<T>]);
     T total = 0;
@@ -230,12 +238,11 @@ void scan_backward(const T* x, const T* delta, const T* bias, const T* a, const 
   for (int64_t item = 0; item < s.batch * s.groups; item++) {
     const Work work(s, item, W);
     const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
-    std::vector<T> rates(work.blocks * block), carry(work.blocks * block), rates_grad(work.blocks * block);
-    std::vector<T> skip(work.blocks * W), shift(skip), skip_grad(skip), shift_grad(skip);
-    std::vector<T> xs(tiles), deltas(tiles), slopes(s.softplus ? tile : 0), dys(tiles), gates(tiles);
-    std::vector<T> b_sums(K * N * kLanes<T>), c_sums(K * N * kLanes<T>);
-    if (d) std::memcpy(skip.data(), d + work.start, size_t(work.channels) * sizeof(T));
-    if (bias) std::memcpy(shift.data(), bias + work.start, size_t(work.channels) * sizeof(T));
+    Room<T> rates(work.blocks * block), carry(work.blocks * block), rates_grad(work.blocks * block);
+    Room<T> skip(work.blocks * W), shift(work.blocks * W), skip_grad(work.blocks * W), shift_grad(work.blocks * W);
+    Room<T> xs(tiles), deltas(tiles), slopes(tile), dys(tiles), gates(tiles), b_sums(K * N * V), c_sums(K * N * V);
+    if (d) std::memcpy(skip, d + work.start, size_t(work.channels) * sizeof(T));
+    if (bias) std::memcpy(shift, bias + work.start, size_t(work.channels) * sizeof(T));
     for (int64_t i = 0; i < work.blocks; i++) {
       const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
       state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
@@ -245,20 +252,25 @@ void scan_backward(const T* x, const T* delta, const T* bias, const T* a, const 
     for (int64_t p = s.pieces() - 1; p >= 0; p--) {
       const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
       const int64_t at = row * s.channels + work.start;
-      std::fill(b_sums.begin(), b_sums.end(), T(0));
-      std::fill(c_sums.begin(), c_sums.end(), T(0));
-      tiles_in(xs.data(), x + at, steps, K, s.channels, work.channels);
-      tiles_in(deltas.data(), delta + at, steps, K, s.channels, work.channels);
-      tiles_in(dys.data(), dy + at, steps, K, s.channels, work.channels);
-      if (gate) tiles_in(gates.data(), gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+      std::memset(b_sums, 0, size_t(K * N * V) * sizeof(T));
+      std::memset(c_sums, 0, size_t(K * N * V) * sizeof(T));
+      tiles_in<T>(xs, x + at, steps, K, s.channels, work.channels);
+      tiles_in<T>(deltas, delta + at, steps, K, s.channels, work.channels);
+      tiles_in<T>(dys, dy + at, steps, K, s.channels, work.channels);
+      if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
       const T* start = starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block;
       for (int64_t i = 0; i < work.blocks; i++) {
         T *xi = &xs[i * tile], *di = &deltas[i * tile], *ri = &rates[i * block];
-        if (s.softplus) steps_from<T>(di, &shift[i * W], slopes.data(), steps);
+        const int64_t next = std::min(K, t0), there = at - next * s.channels + i * W;
+        fetch(x + there, next, s.channels);
+        fetch(delta + there, next, s.channels);
+        fetch(dy + there, next, s.channels);
+        if (gate) fetch(gate + (row - next) * s.gate_stride + work.start + i * W, next, s.gate_stride);
+        if (s.softplus) steps_from<T>(di, &shift[i * W], slopes, steps);
         piece.recompute(xi, di, ri, start + i * block, b + row * N, steps, N);
         piece.walk_back(xi, di, gate ? &gates[i * tile] : nullptr, &dys[i * tile], ri, &skip[i * W], &carry[i * block],
-                        &rates_grad[i * block], &skip_grad[i * W], b + row * N, c + row * N, b_sums.data(),
-                        c_sums.data(), steps, N);
+                        &rates_grad[i * block], &skip_grad[i * W], b + row * N, c + row * N, b_sums,
+                        c_sums, steps, N);
         for (int64_t w = 0; s.softplus && w < steps * W; w += V) {
           T* sum = &shift_grad[i * W + w % W];
           const Vec<T> gradient = load(di + w) * load(&slopes[w]);
@@ -266,11 +278,11 @@ void scan_backward(const T* x, const T* delta, const T* bias, const T* a, const 
           store(sum, load(sum) + gradient);
         }
       }
-      tiles_out(to.dx + at, xs.data(), steps, K, s.channels, work.channels);
-      tiles_out(to.ddelta + at, deltas.data(), steps, K, s.channels, work.channels);
-      if (gate) tiles_out(to.dgate + at, gates.data(), steps, K, s.channels, work.channels);
-      sum_lanes(to.db + (item * s.length + t0) * N, b_sums, steps * N);
-      sum_lanes(to.dc + (item * s.length + t0) * N, c_sums, steps * N);
+      tiles_out<T>(to.dx + at, xs, steps, K, s.channels, work.channels);
+      tiles_out<T>(to.ddelta + at, deltas, steps, K, s.channels, work.channels);
+      if (gate) tiles_out<T>(to.dgate + at, gates, steps, K, s.channels, work.channels);
+      sum_lanes<T>(to.db + (item * s.length + t0) * N, b_sums, steps * N);
+      sum_lanes<T>(to.dc + (item * s.length + t0) * N, c_sums, steps * N);
     }
     for (int64_t i = 0; i < work.blocks; i++) {
       const int64_t e = work.start + i * W, at = work.batch * s.channels + e, width = std::min(W, s.channels - e);

@@ -66,6 +66,21 @@ inline Vec<double> exp2v(Vec<double> v) {
 template <class T> inline Vec<T> load(const T* p) { Vec<T> v; std::memcpy(&v, p, kBytes); return v; }
 template <class T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, kBytes); }
 
+// Room for n numbers, zeros at first, from the start of a cache line: a vector across two lines is slow to load, and to
+// load again after it was stored.
+template <class T> class Room {
+  std::vector<T> memory;
+  T* first;
+
+ public:
+  explicit Room(int64_t n) : memory(size_t(n) + 64 / sizeof(T)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    first = memory.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
+  Room(const Room&) = delete;
+  operator T*() { return first; }
+};
+
 constexpr double kLog2E = 1.4426950408889634;
 
 }  // namespace
