@@ -8,6 +8,7 @@ namespace {
 // first. Blocks of channels in one vectorised inner loop.
 constexpr int64_t kConvBlock = 64;
 constexpr int64_t kConvPiece = 64;
+constexpr int64_t kAhead = 12;  // rows to ask for in advance
 
 template <class T> inline T sigmoid(T v) {
   return T(1) / (T(1) + std::exp(-v));
@@ -53,6 +54,7 @@ void conv_forward(const T* x, const T* taps, const T* bias, T* y, const ConvShap
     const T* plane = x + batch * s.length * s.stride + ch;
     T pre[kConvBlock], gate[kConvBlock];
     for (int64_t t = 0; t < s.length; t++) {
+      if (t + kAhead < s.length) fetch<kConvBlock>(plane + (t + kAhead) * s.stride, 1, s.stride);
       conv_row(pre, plane, packed.data(), bias ? bias + ch : nullptr, t, width, s);
       sigmoid_row(pre, gate);
       T* out = y + (batch * s.length + t) * s.channels + ch;
@@ -79,6 +81,10 @@ void conv_backward(const T* x, const T* taps, const T* bias, const T* dy, T* dx,
         conv_row(pre, plane, packed.data(), bias ? bias + ch : nullptr, t, width, s);
         sigmoid_row(pre, gate);
         const T* up = dy + (batch * s.length + t) * s.channels + ch;
+        if (t + kAhead < s.length) {
+          fetch<kConvBlock>(plane + (t + kAhead) * s.stride, 1, s.stride);
+          fetch<kConvBlock>(up + kAhead * s.channels, 1, s.channels);
+        }
         for (int64_t w = 0; w < width; w++) g[w] = up[w] * gate[w] * (T(1) + pre[w] * (T(1) - gate[w]));
       }
       for (int64_t t = t0; t < end; t++) {

@@ -37,10 +37,6 @@ void tiles_out(T* plane, const T* tiles, int64_t steps, int64_t K, int64_t strid
       else std::memcpy(plane + t * stride + e, from, size_t(channels - e) * sizeof(T));
     }
 }
-// Ask for one block's lines of a plane before their turn comes: rows that lie far apart escape the processor's own guess.
-template <class T> void fetch(const T* plane, int64_t steps, int64_t stride) {
-  for (int64_t t = 0; t < steps; t++) __builtin_prefetch(plane + t * stride);
-}
 // An (E, N) matrix, transposed to (N × width), and back.
 template <class T> void state_in(T* tile, const T* rows, int64_t n_states, int64_t width, T scale) {
   for (int64_t n = 0; n < n_states; n++)
@@ -139,9 +135,9 @@ void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T
       if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
       for (int64_t i = 0; i < work.blocks; i++) {
         const int64_t next = std::min(K, s.length - t0 - steps), there = at + steps * s.channels + i * W;
-        fetch(x + there, next, s.channels);
-        fetch(delta + there, next, s.channels);
-        if (gate) fetch(gate + (row + steps) * s.gate_stride + work.start + i * W, next, s.gate_stride);
+        fetch<W>(x + there, next, s.channels);
+        fetch<W>(delta + there, next, s.channels);
+        if (gate) fetch<W>(gate + (row + steps) * s.gate_stride + work.start + i * W, next, s.gate_stride);
         if (s.softplus) steps_from<T>(&deltas[i * tile], &shift[i * W], nullptr, steps);
         advance(&xs[i * tile], &deltas[i * tile], &rates[i * block], b + row * N, c + row * N, &state[i * block],
                 &ys[i * tile], steps, N);
@@ -262,10 +258,10 @@ void scan_backward(const T* x, const T* delta, const T* bias, const T* a, const 
       for (int64_t i = 0; i < work.blocks; i++) {
         T *xi = &xs[i * tile], *di = &deltas[i * tile], *ri = &rates[i * block];
         const int64_t next = std::min(K, t0), there = at - next * s.channels + i * W;
-        fetch(x + there, next, s.channels);
-        fetch(delta + there, next, s.channels);
-        fetch(dy + there, next, s.channels);
-        if (gate) fetch(gate + (row - next) * s.gate_stride + work.start + i * W, next, s.gate_stride);
+        fetch<W>(x + there, next, s.channels);
+        fetch<W>(delta + there, next, s.channels);
+        fetch<W>(dy + there, next, s.channels);
+        if (gate) fetch<W>(gate + (row - next) * s.gate_stride + work.start + i * W, next, s.gate_stride);
         if (s.softplus) steps_from<T>(di, &shift[i * W], slopes, steps);
         piece.recompute(xi, di, ri, start + i * block, b + row * N, steps, N);
         piece.walk_back(xi, di, gate ? &gates[i * tile] : nullptr, &dys[i * tile], ri, &skip[i * W], &carry[i * block],
