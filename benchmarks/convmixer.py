@@ -59,6 +59,8 @@ def networks(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, n
     plain = original_convmixer(*arguments, 10)
     plain.load_state_dict(convert_state(ours.state_dict(), "original"))
     ways: dict[str, nn.Module] = {"plain": plain, "ours": ours, "ours, fused": fuse(ours)}
+    if torch.version.cuda is None:
+        import reference.torchvision_operators  # noqa: F401  # timm imports torchvision
     try:
         from timm.models.convmixer import ConvMixer as TimmConvMixer
     except ImportError:

@@ -5,7 +5,7 @@
 One block, width 256, expand 2, forward and backward with gradients of the input and of every weight, all candidates
 with the same weights. Before anything is timed, every candidate's output and gradients are compared with ours. The
 candidates then take turns, two steps each a round, of which the second is timed: as in training, where the step before
-was one's own and the allocator has the memory at hand. The medians over the rounds are printed with their ratio to ours.
+was one's own and the allocator has the memory at hand. Printed: the medians over the rounds, and their ratio to ours.
 
 Peak memory is the growth of the resident set during one step in a process of its own: after a warm-up at a short length
 the kernel's high-water mark (VmHWM) is reset, one full step runs, and the mark less the resident set before is printed

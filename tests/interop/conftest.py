@@ -1,10 +1,5 @@
-"""Runs before torchvision is imported: declares the two operators that its CPU wheel lacks here, so that it imports."""
+"""Runs before torchvision is imported, which would fail without the operators that this declares."""
 
 from __future__ import annotations
 
-import torch
-
-# Kept alive: the operators vanish with the library object.
-_LIBRARY = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import reference.torchvision_operators  # noqa: F401
