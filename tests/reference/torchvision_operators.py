@@ -1,4 +1,4 @@
-"""To be imported before torchvision beside a CPU build of torch: declares the two operators that its wheel lacks there."""
+"""To be imported before torchvision beside a CPU build of torch: declares two operators that its wheel lacks there."""
 
 from __future__ import annotations
 

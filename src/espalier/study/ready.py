@@ -98,7 +98,7 @@ def which_part(scale: Scale) -> list[Plan]:
             title="Which part matters: decay, delta, correlate, convolution in all combinations",
             recipe=_copying("copy_mamba1", scale),
             arms=("default", *ssm_part_arms()),
-            lrs=(4e-3,) if scale == "cpu" else (1e-3, 4e-3, 1e-2),
+            lrs=(4e-3, 1e-2) if scale == "cpu" else (1e-3, 4e-3, 1e-2),
         )
     ]
 
