@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -159,3 +160,13 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     later = load_run(out).rows
     assert len(later) > rows
     assert [row["epoch"] for row in later] == list(range(len(later)))
+
+
+def test_a_reader_that_stops_reading_gets_no_complaint() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        run = subprocess.run(
+            [sys.executable, "-m", "espalier", "recipes"], stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+    assert (run.returncode, run.stderr) == (141, b"")

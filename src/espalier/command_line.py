@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +15,14 @@ from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` and return the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line on ``argv`` and return the exit status: 0 done, 2 bad input, 130 stopped, 141 cut off."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 141
     except KeyboardInterrupt as stop:
         print(f"espalier: {stop or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
         return 130
