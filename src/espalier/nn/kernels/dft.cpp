@@ -26,6 +26,16 @@ template <class T> inline void copy(T* to, const T* from) {
   store(to + kLanes<T>, load(from + kLanes<T>));
 }
 
+template <class T> inline void scale(T* to, const T* from, T weight, int64_t count) {
+  constexpr int L = kLanes<T>;
+  if (count < kWidth<T>) {
+    for (int64_t i = 0; i < count; i++) to[i] = weight * from[i];
+    return;
+  }
+  store(to, weight * load(from));
+  store(to + L, weight * load(from + L));
+}
+
 // out (rows, at `step`) = table (rows, columns) · in (columns), each element kWidth lanes wide.
 template <class T, int M> void mix_tile(const T* table, int64_t columns, const T* in, T* out, int64_t step) {
   constexpr int L = kLanes<T>;
@@ -153,7 +163,8 @@ template <class T> void write_row(const Shape& s, T* x, int64_t row, int64_t col
 }
 
 // The axes from the tables, which follow each other: cosines and sines of the last axis, then of the others in order.
-template <class T> void axes(const Shape& s, const T* tables, Axis<T>* out) {
+// Returns what stands behind them, the weights of the frequencies, 0 for those that are left out.
+template <class T> const T* axes(const Shape& s, const T* tables, Axis<T>* out) {
   const auto packed = [](int64_t size) { return (size + kRows - 1) / kRows * kRows * size; };
   const auto make = [&](int64_t n, int64_t before, int64_t after) {
     const T *cos = tables, *sin = cos + packed(n / 2 + 1);
@@ -164,6 +175,7 @@ template <class T> void axes(const Shape& s, const T* tables, Axis<T>* out) {
   out[0] = make(s.width, s.rows, 1);
   if (s.lead > 0) out[1] = make(s.size[0], 1, s.rows / s.size[0] * half);
   if (s.lead > 1) out[2] = make(s.size[1], s.size[0], half);
+  return tables;
 }
 
 template <class T> struct Block {
@@ -181,7 +193,7 @@ template <class T> struct Block {
 template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int threads) {
   constexpr int W = kWidth<T>;
   Axis<T> axis[3];
-  axes(s, tables, axis);
+  const T* weights = axes(s, tables, axis);
   const int64_t even = axis[0].even(), odd = axis[0].odd();
 #pragma omp parallel num_threads(threads)
   {
@@ -204,9 +216,11 @@ template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_i
       for (int plane = 0; plane < 2; plane++) {
         const T* from = plane ? block.im : block.re;
         T* to = (plane ? out_im : out_re) + column;
-        for (int64_t f = 0; f < s.rows * block.half; f++, to += s.columns, from += W)
-          if (count == W) copy(to, from);
-          else std::memcpy(to, from, sizeof(T) * size_t(count));
+        for (int64_t f = 0; f < s.rows * block.half; f++, from += W) {
+          if (weights[f] == T(0)) continue;
+          scale(to, from, weights[f], count);
+          to += s.columns;
+        }
       }
     }
   }
@@ -216,7 +230,7 @@ template <class T>
 void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, T* x, const Shape& s, int threads) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
   Axis<T> axis[3];
-  axes(s, tables, axis);
+  const T* weights = axes(s, tables, axis);
   const int64_t even = axis[0].even(), odd = axis[0].odd();
 #pragma omp parallel num_threads(threads)
   {
@@ -228,9 +242,12 @@ void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, 
       for (int plane = 0; plane < 2; plane++) {
         T* to = plane ? block.im : block.re;
         const T* from = (plane ? in_im : in_re) + column;
-        for (int64_t f = 0; f < s.rows * block.half; f++, from += s.columns, to += W)
-          if (count == W) copy(to, from);
-          else for (int64_t i = 0; i < W; i++) to[i] = i < count ? from[i] : T(0);
+        for (int64_t f = 0; f < s.rows * block.half; f++, to += W) {
+          if (weights[f] == T(0) || count < W) std::fill(to, to + W, T(0));
+          if (weights[f] == T(0)) continue;
+          scale(to, from, weights[f], count);
+          from += s.columns;
+        }
       }
       T shift[W] = {};
       for (int64_t i = 0; bias && i < count; i++) shift[i] = bias[(column + i) % s.channels];

@@ -47,16 +47,17 @@ def invert_(a: Pair) -> Pair:
     return a
 
 
-def packed_tables(cos: Sequence[Tensor], sin: Sequence[Tensor]) -> Tensor:
+def packed_tables(cos: Sequence[Tensor], sin: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return the cosine and sine matrices of every axis in turn as the transforms read them.
 
     Args:
         cos: per axis, the last one first, (n//2 + 1, n//2 + 1).
         sin: likewise ((n − 1)//2, (n − 1)//2), for frequencies and points from 1 on.
+        weights: of every frequency of the half spectrum, 0 if it is left out.
     """
     matrices = [matrix for pair in zip(cos, sin, strict=True) for matrix in pair if len(matrix)]
     padded = (torch.nn.functional.pad(m, (0, 0, 0, -len(m) % _ROWS)) for m in matrices)
-    return torch.cat([m.reshape(-1, _ROWS, m.shape[1]).mT.reshape(-1) for m in padded])
+    return torch.cat([*(m.reshape(-1, _ROWS, m.shape[1]).mT.reshape(-1) for m in padded), weights])
 
 
 def _images(x: Tensor) -> tuple[Tensor, bool]:
@@ -76,21 +77,19 @@ def _shape(size: Sequence[int], columns: int, first: bool, channels: int) -> tup
     return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels
 
 
-def analyse(x: Tensor, tables: Tensor) -> Pair:
-    """Return the planes (*S', N) of the transform of x (*S, N) with packed tables."""
+def analyse(x: Tensor, tables: Tensor, frequencies: int) -> Pair:
+    """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
-    shape = *size[:-1], size[-1] // 2 + 1, columns
-    planes = x.new_empty(shape), x.new_empty(shape)
+    planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
     call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1))
     return planes
 
 
-def synthesise(spectrum: Pair, tables: Tensor, width: int, bias: Tensor | None, *, first: bool) -> Tensor:
-    """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (*S', N); the bias is added."""
+def synthesise(spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool) -> Tensor:
+    """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
-    *lead, _, columns = real.shape
-    size = *lead, width
+    columns = real.shape[1]
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
     call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels))

@@ -1,8 +1,14 @@
 """The real discrete Fourier transform of images as matrix products, in planes, over one to three axes.
 
-Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (*S', N), the
-last spatial axis cut to its first half plus one. Both directions are real-linear maps, so the backward pass of each is
-the transpose, which is the other one with other weights.
+Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (F, N). Both
+directions are real-linear maps, so the backward pass of each is the transpose, which is the other one with other
+weights.
+
+Note [Half the frequencies]: real images have conjugate spectra at f and −f, so one of each such pair is kept. The last
+axis is cut to its first half plus one; in the columns of this half spectrum that are their own mirror images, at 0 and
+at half of an even width, the frequency that comes later goes too. Those left follow each other in the half spectrum's
+order: 34 of 8 × 5 for images of 8 × 8. The inverse transform counts a frequency twice where it stands for its mirror
+image.
 
 Note [DFT as GEMM]: for the 8 to 64 points of these images, one product with a cosine and a sine matrix is faster than
 an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, and
@@ -12,6 +18,7 @@ halves the matrices by symmetry.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,9 +32,35 @@ from espalier.nn.precision import recording, without_autocast
 from espalier.nn.spectral.planes import product
 
 
+@functools.lru_cache(maxsize=64)
+def counts(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many of its frequencies each one of the half spectrum stands for: 0 if left out, 1, or 2 in one.
+
+    See Note [Half the frequencies].
+    """
+    *lead, width = size
+    mirror = [0]
+    for n in lead:
+        mirror = [row * n + -f % n for row in mirror for f in range(n)]
+    halves = [2 * f % width == 0 for f in range(width // 2 + 1)]
+    return tuple(
+        2 * (row < image) if holds_images and row != image else 1
+        for row, image in enumerate(mirror)
+        for holds_images in halves
+    )
+
+
 class Tables(NamedTuple):
     """The matrices of one transform: the half-spectrum ones of the last axis, the complex ones of the others."""
 
+    size: tuple[int, ...]
+    """Of the images."""
+    weights: Tensor
+    """Of each frequency of the half spectrum, 0 if it is left out."""
+    kept: Tensor
+    """(F): which ones are not."""
+    place: Tensor
+    """Of each frequency of the half spectrum among those kept, 0 if it is left out."""
     last: Tensor
     """(2, W//2 + 1, W): cosine and minus sine, weighted."""
     others: tuple[Pair, ...]
@@ -50,27 +83,38 @@ def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     cos, sin = _angles(width // 2 + 1, width)
     if inverse:
         # Frequencies that stand for themselves and their mirror image count twice.
-        counts = [1.0 if 2 * w % width == 0 else 2.0 for w in range(width // 2 + 1)]
-        weights = torch.tensor(counts, dtype=torch.float64)[:, None] / width
+        images = [1.0 if 2 * w % width == 0 else 2.0 for w in range(width // 2 + 1)]
+        weights = torch.tensor(images, dtype=torch.float64)[:, None] / width
         cos, sin = cos * weights, sin * weights
     others = [tuple(table / (n if inverse else 1) for table in _angles(n, n)) for n in lead]
+    times = counts(size)
+    kept = [f for f, count in enumerate(times) if count]
+    place = itertools.accumulate((count > 0 for count in times), initial=0)
+    weights = torch.tensor([float(count if inverse else count > 0) for count in times], dtype=dtype)
     return Tables(
+        size,
+        weights.to(device),
+        torch.tensor(kept, device=device),
+        torch.tensor([p if count else 0 for p, count in zip(place, times, strict=False)], device=device),
         torch.stack((cos, -sin)).to(device, dtype),
         tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in others),
-        _folded([(cos, sin), *others], dtype) if device.type == "cpu" else None,
+        _folded([(cos, sin), *others], weights) if device.type == "cpu" else None,
     )
 
 
-def _folded(axes: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return every axis's cosines for points up to n/2 and sines between 0 and n/2, as they are and transposed."""
+def _folded(axes: Sequence[tuple[Tensor, ...]], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return every axis's cosines for points up to n/2 and sines between 0 and n/2, as they are and transposed.
+
+    The weights follow. The matrices take their dtype.
+    """
     cos, sin = [], []
     for c, s in axes:
         n = c.shape[1]
         even, odd = slice(n // 2 + 1), slice(1, (n + 1) // 2)
-        cos.append(c[even, even].to(dtype))
-        sin.append(s[odd, odd].to(dtype))
-    as_it_is = kernels.packed_tables(cos, sin)
-    return as_it_is, kernels.packed_tables([c.mT for c in cos], [s.mT for s in sin])
+        cos.append(c[even, even].to(weights.dtype))
+        sin.append(s[odd, odd].to(weights.dtype))
+    as_it_is = kernels.packed_tables(cos, sin, weights)
+    return as_it_is, kernels.packed_tables([c.mT for c in cos], [s.mT for s in sin], weights)
 
 
 _kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
@@ -107,6 +151,7 @@ def _build_angles(
         turns = torch.outer(torch.arange(count), torch.tensor(taps)) % n
         here = turns.double() * (2 * math.pi / n)
         theta = (theta[:, None, :, None] + here[None, :, None, :]).reshape(theta.shape[0] * count, -1)
+    theta = theta.index_select(0, torch.tensor([f for f, count in enumerate(counts(size)) if count]))
     return Angles(theta.cos().to(device, dtype), theta.sin().to(device, dtype))
 
 
@@ -120,17 +165,19 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def analyse(x: Tensor, matrices: Tables) -> Pair:
-    """Return the planes (*S', N) of the weighted transform of x (*S, N)."""
+    """Return the planes (F, N) of the weighted transform of x (*S, N)."""
     if matrices.folded is not None and kernels.compiled(x):
-        return kernels.analyse(x, matrices.folded[0])
+        return kernels.analyse(x, matrices.folded[0], len(matrices.kept))
     *lead, width, columns = x.shape
-    half = matrices.last.shape[1]
     rows = _columns_last(x).reshape(-1, width, columns)
     real, imag = (torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
-    shape = *lead, half, columns
-    return real.reshape(shape), imag.reshape(shape)
+    real, imag = (plane.reshape(-1, columns) for plane in (real, imag))
+    if len(matrices.kept) == len(matrices.place):
+        return real, imag
+    weights = matrices.weights.index_select(0, matrices.kept)[:, None]
+    return real.index_select(0, matrices.kept) * weights, imag.index_select(0, matrices.kept) * weights
 
 
 def _columns_last(x: Tensor) -> Tensor:
@@ -141,15 +188,18 @@ def _columns_last(x: Tensor) -> Tensor:
 
 
 def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
-    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (*S', N) → (*S, N).
+    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (F, N) → (*S, N).
 
     ``columns_first`` asks for images that lie in memory as (N, *S).
     """
     real, imag = spectrum
-    width = matrices.last.shape[2]
     if matrices.folded is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
-        return kernels.synthesise(spectrum, matrices.folded[1], width, bias, first=columns_first)
-    *lead, half, columns = real.shape
+        return kernels.synthesise(spectrum, matrices.folded[1], matrices.size, bias, first=columns_first)
+    _, half, width = matrices.last.shape
+    lead, columns = matrices.size[:-1], real.shape[-1]
+    if len(matrices.kept) != len(matrices.place):
+        weights = matrices.weights[:, None]
+        real, imag = (plane.index_select(0, matrices.place) * weights for plane in (real, imag))
     for axis in range(len(lead)):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=True)
     real, imag = (plane.reshape(-1, half, columns) for plane in (real, imag))
@@ -209,7 +259,7 @@ class Synthesise(torch.autograd.Function):
         grad_bias = None
         if ctx.needs_input_grad[2]:
             # The transpose of the inverse transform has the images' mean at frequency 0.
-            mean = real[(0,) * (real.ndim - 1)].view(-1, ctx.bias_size).sum(0)
+            mean = real[0].view(-1, ctx.bias_size).sum(0)
             grad_bias = mean * math.prod(grad.shape[:-1])
         return real, imag, grad_bias, None, None
 
