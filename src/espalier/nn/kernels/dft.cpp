@@ -1,12 +1,15 @@
 // The real discrete Fourier transform of images over one to three axes, and its transpose, for CPUs.
 //
-// Columns (one channel of one image each) are taken 16 floats at a time through all axes before anything is written, so
-// memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. Every axis is folded into
+// Columns (one channel of one image each) are taken in blocks of 16 floats through all axes before anything is written,
+// so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. Every axis is folded into
 // its even and odd parts, which halves the cosine and sine matrices that are left in both directions.
 
 #include "spectral.hpp"
 
 namespace {
+
+constexpr int64_t kTogether = 288 << 10;  // bytes of blocks that stay in the second cache
+constexpr int64_t kAhead = 8;             // rows between a call for memory and its use
 
 // One axis of n points: cosines (n/2 + 1)², sines ((n−1)/2)², packed as (rows/6, columns, 6) with zeros past the end.
 template <class T> struct Axis {
@@ -118,48 +121,67 @@ template <class T> void mix_axis(T* re, T* im, const Axis<T>& axis, bool conjuga
     }
 }
 
-// Read or write `count` ≤ kWidth columns of one row of pixels, as (width, kWidth).
-template <class T> void read_row(const Shape& s, const T* x, int64_t row, int64_t column, int64_t count, T* to) {
+// Columns that lie one behind the other, `count` ≤ kWidth images of one channel, to one block (pixels, kWidth).
+template <class T> void read_columns(const T* from, int64_t pixels, int64_t count, T* to) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
-  const int64_t pixels = s.rows * s.width, first = row * s.width;
-  const int64_t step = s.columns_first ? 1 : s.columns, across = s.columns_first ? pixels : 1;
-  const T* from = x + first * step + column * across;
   int64_t done = 0;
-  if (count == W && !s.columns_first)
-    for (; done < s.width; done++) copy(to + done * W, from + done * step);
-  else if (count == W)
-    for (; done + L <= s.width; done += L)
-      for (int half = 0; half < W; half += L) {
-        Vec<T> v[L];
+  for (; count == W && done + L <= pixels; done += L)
+    for (int half = 0; half < W; half += L) {
+      Vec<T> v[L];
 #pragma GCC unroll 8
-        for (int i = 0; i < L; i++) v[i] = load(from + (half + i) * across + done);
-        transpose(v);
+      for (int i = 0; i < L; i++) v[i] = load(from + (half + i) * pixels + done);
+      transpose(v);
 #pragma GCC unroll 8
-        for (int i = 0; i < L; i++) store(to + (done + i) * W + half, v[i]);
-      }
-  for (int64_t t = done; t < s.width; t++)
-    for (int64_t i = 0; i < W; i++) to[t * W + i] = i < count ? from[t * step + i * across] : T(0);
+      for (int i = 0; i < L; i++) store(to + (done + i) * W + half, v[i]);
+    }
+  for (; done < pixels; done++)
+    for (int64_t i = 0; i < W; i++) to[done * W + i] = i < count ? from[i * pixels + done] : T(0);
 }
-template <class T> void write_row(const Shape& s, T* x, int64_t row, int64_t column, int64_t count, const T* from) {
+template <class T> void write_columns(const T* from, int64_t pixels, int64_t count, T* to) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
-  const int64_t pixels = s.rows * s.width, first = row * s.width;
-  const int64_t step = s.columns_first ? 1 : s.columns, across = s.columns_first ? pixels : 1;
-  T* to = x + first * step + column * across;
   int64_t done = 0;
-  if (count == W && !s.columns_first)
-    for (; done < s.width; done++) copy(to + done * step, from + done * W);
-  else if (count == W)
-    for (; done + L <= s.width; done += L)
-      for (int half = 0; half < W; half += L) {
-        Vec<T> v[L];
+  for (; count == W && done + L <= pixels; done += L)
+    for (int half = 0; half < W; half += L) {
+      Vec<T> v[L];
 #pragma GCC unroll 8
-        for (int i = 0; i < L; i++) v[i] = load(from + (done + i) * W + half);
-        transpose(v);
+      for (int i = 0; i < L; i++) v[i] = load(from + (done + i) * W + half);
+      transpose(v);
 #pragma GCC unroll 8
-        for (int i = 0; i < L; i++) store(to + (half + i) * across + done, v[i]);
-      }
-  for (int64_t t = done; t < s.width; t++)
-    for (int64_t i = 0; i < count; i++) to[t * step + i * across] = from[t * W + i];
+      for (int i = 0; i < L; i++) store(to + (half + i) * pixels + done, v[i]);
+    }
+  for (; done < pixels; done++)
+    for (int64_t i = 0; i < count; i++) to[i * pixels + done] = from[done * W + i];
+}
+
+// Rows of `count` numbers, `step` apart, times their weights, to blocks (rows, kWidth) that lie `apart`, and back. Where
+// the weight is 0, blocks have a row (of zeros) and memory has none. Rows are so far apart that they must be called for.
+template <class T>
+void read_rows(const T* from, int64_t step, int64_t rows, int64_t count, const T* weights, T* to, int64_t apart) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t row = 0; row < rows; row++, to += W) {
+    const T weight = weights ? weights[row] : T(1);
+    for (int64_t i = 0; i < count; i += W) {
+      T* block = to + i / W * apart;
+      if (weight == T(0) || count - i < W) std::fill(block, block + W, T(0));
+      if (weight == T(0)) continue;
+      __builtin_prefetch(from + kAhead * step + i);
+      scale(block, from + i, weight, std::min(W, count - i));
+    }
+    if (weight != T(0)) from += step;
+  }
+}
+template <class T>
+void write_rows(const T* from, int64_t apart, int64_t rows, int64_t count, const T* weights, T* to, int64_t step) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t row = 0; row < rows; row++, from += W) {
+    const T weight = weights ? weights[row] : T(1);
+    if (weight == T(0)) continue;
+    for (int64_t i = 0; i < count; i += W) {
+      __builtin_prefetch(to + kAhead * step + i, 1);
+      scale(to + i, from + i / W * apart, weight, std::min(W, count - i));
+    }
+    to += step;
+  }
 }
 
 // The axes from the tables, which follow each other: cosines and sines of the last axis, then of the others in order.
@@ -178,92 +200,104 @@ template <class T> const T* axes(const Shape& s, const T* tables, Axis<T>* out) 
   return tables;
 }
 
-template <class T> struct Block {
-  explicit Block(const Shape& s)
-      : half(s.width / 2 + 1),
-        plane(s.rows * half * kWidth<T>),
+// Blocks that are read and written together, so that their rows fill neighbouring cache lines.
+template <class T> struct Group {
+  Group(const Shape& s, int threads)
+      : half(s.width / 2 + 1), pixels(s.rows * s.width * kWidth<T>), plane(s.rows * half * kWidth<T>),
         longest(std::max({s.width, s.lead > 0 ? s.size[0] : 1, s.lead > 1 ? s.size[1] : 1})),
-        memory(2 * plane + (s.width + 6 * (longest / 2 + 1)) * kWidth<T>),
-        re(memory.data()), im(re + plane), row(im + plane), work(row + s.width * kWidth<T>) {}
-  int64_t half, plane, longest;
+        blocks(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / (pixels + 2 * plane),
+                                            s.columns / (kWidth<T> * threads)), 1, 4)),
+        memory(blocks * (pixels + 2 * plane) + 6 * (longest / 2 + 1) * kWidth<T>),
+        images(memory.data()), re(images + blocks * pixels), im(re + blocks * plane), work(im + blocks * plane) {}
+  int64_t columns() const { return blocks * kWidth<T>; }
+  int64_t half, pixels, plane, longest, blocks;
   Scratch<T> memory;
-  T *re, *im, *row, *work;
+  T *images, *re, *im, *work;
 };
 
-template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int threads) {
+// One block of images to its spectrum.
+template <class T> void forth(const Shape& s, const Axis<T>* axis, const T* image, T* re, T* im, T* work) {
   constexpr int W = kWidth<T>;
+  const int64_t even = axis[0].even(), odd = axis[0].odd(), half = even;
+  T *e = work, *o = e + even * W;
+  for (int64_t row = 0; row < s.rows; row++) {
+    T *to_re = re + row * half * W, *to_im = im + row * half * W;
+    fold(image + row * s.width * W, W, s.width, e, o);
+    mix(axis[0].cos, even, e, to_re, W);
+    mix(axis[0].sin, odd, o, to_im + W, W);
+    for (int64_t i = W; i < (odd + 1) * W; i++) to_im[i] = -to_im[i];
+    std::fill(to_im, to_im + W, T(0));
+    if (s.width % 2 == 0) std::fill(to_im + s.width / 2 * W, to_im + half * W, T(0));
+  }
+  for (int64_t a = s.lead; a > 0; a--) mix_axis(re, im, axis[a], false, work);
+}
+
+// The transpose of `forth`, plus the bias of each column; the spectrum is overwritten.
+template <class T>
+void back(const Shape& s, const Axis<T>* axis, T* re, T* im, const T* bias, int64_t column, T* image, T* work) {
+  constexpr int W = kWidth<T>, L = kLanes<T>;
+  const int64_t even = axis[0].even(), odd = axis[0].odd(), half = even;
+  T *e = work, *o = e + even * W;
+  T shift[W] = {};
+  for (int64_t i = 0; bias && i < W; i++) shift[i] = bias[(column + i) % s.channels];
+  const Vec<T> low = load(shift), high = load(shift + L);
+  for (int64_t a = 1; a <= s.lead; a++) mix_axis(re, im, axis[a], true, work);
+  for (int64_t row = 0; row < s.rows; row++) {
+    mix(axis[0].cos, even, re + row * half * W, e, W);
+    mix(axis[0].sin, odd, im + (row * half + 1) * W, o, W);
+    for (int64_t i = 0; i < odd * W; i++) o[i] = -o[i];
+    for (int64_t t = 0; bias && t < even; t++) {
+      store(e + t * W, load(e + t * W) + low);
+      store(e + t * W + L, load(e + t * W + L) + high);
+    }
+    unfold(e, o, image + row * s.width * W, W, s.width);
+  }
+}
+
+template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int threads) {
+  constexpr int64_t W = kWidth<T>;
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
-  const int64_t even = axis[0].even(), odd = axis[0].odd();
+  const int64_t pixels = s.rows * s.width, frequencies = s.rows * (s.width / 2 + 1);
 #pragma omp parallel num_threads(threads)
   {
-    Block<T> block(s);
-    T *e = block.work, *o = e + even * W;
+    Group<T> group(s, threads);
 #pragma omp for schedule(static)
-    for (int64_t column = 0; column < s.columns; column += W) {
-      const int64_t count = std::min<int64_t>(W, s.columns - column);
-      for (int64_t row = 0; row < s.rows; row++) {
-        T *re = block.re + row * block.half * W, *im = block.im + row * block.half * W;
-        read_row(s, x, row, column, count, block.row);
-        fold(block.row, W, s.width, e, o);
-        mix(axis[0].cos, even, e, re, W);
-        mix(axis[0].sin, odd, o, im + W, W);
-        for (int64_t i = 0; i < odd * W; i++) im[W + i] = -im[W + i];
-        std::fill(im, im + W, T(0));
-        if (s.width % 2 == 0) std::fill(im + s.width / 2 * W, im + block.half * W, T(0));
+    for (int64_t column = 0; column < s.columns; column += group.columns()) {
+      const int64_t count = std::min(group.columns(), s.columns - column);
+      if (!s.columns_first) read_rows<T>(x + column, s.columns, pixels, count, nullptr, group.images, group.pixels);
+      for (int64_t i = 0; i < count; i += W) {
+        T* image = group.images + i / W * group.pixels;
+        if (s.columns_first) read_columns(x + (column + i) * pixels, pixels, std::min(W, count - i), image);
+        forth(s, axis, image, group.re + i / W * group.plane, group.im + i / W * group.plane, group.work);
       }
-      for (int64_t a = s.lead; a > 0; a--) mix_axis(block.re, block.im, axis[a], false, block.work);
-      for (int plane = 0; plane < 2; plane++) {
-        const T* from = plane ? block.im : block.re;
-        T* to = (plane ? out_im : out_re) + column;
-        for (int64_t f = 0; f < s.rows * block.half; f++, from += W) {
-          if (weights[f] == T(0)) continue;
-          scale(to, from, weights[f], count);
-          to += s.columns;
-        }
-      }
+      write_rows(group.re, group.plane, frequencies, count, weights, out_re + column, s.columns);
+      write_rows(group.im, group.plane, frequencies, count, weights, out_im + column, s.columns);
     }
   }
 }
 
 template <class T>
 void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, T* x, const Shape& s, int threads) {
-  constexpr int W = kWidth<T>, L = kLanes<T>;
+  constexpr int64_t W = kWidth<T>;
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
-  const int64_t even = axis[0].even(), odd = axis[0].odd();
+  const int64_t pixels = s.rows * s.width, frequencies = s.rows * (s.width / 2 + 1);
 #pragma omp parallel num_threads(threads)
   {
-    Block<T> block(s);
-    T *e = block.work, *o = e + even * W;
+    Group<T> group(s, threads);
 #pragma omp for schedule(static)
-    for (int64_t column = 0; column < s.columns; column += W) {
-      const int64_t count = std::min<int64_t>(W, s.columns - column);
-      for (int plane = 0; plane < 2; plane++) {
-        T* to = plane ? block.im : block.re;
-        const T* from = (plane ? in_im : in_re) + column;
-        for (int64_t f = 0; f < s.rows * block.half; f++, to += W) {
-          if (weights[f] == T(0) || count < W) std::fill(to, to + W, T(0));
-          if (weights[f] == T(0)) continue;
-          scale(to, from, weights[f], count);
-          from += s.columns;
-        }
+    for (int64_t column = 0; column < s.columns; column += group.columns()) {
+      const int64_t count = std::min(group.columns(), s.columns - column);
+      read_rows(in_re + column, s.columns, frequencies, count, weights, group.re, group.plane);
+      read_rows(in_im + column, s.columns, frequencies, count, weights, group.im, group.plane);
+      for (int64_t i = 0; i < count; i += W) {
+        T* image = group.images + i / W * group.pixels;
+        back(s, axis, group.re + i / W * group.plane, group.im + i / W * group.plane, bias, column + i, image,
+             group.work);
+        if (s.columns_first) write_columns(image, pixels, std::min(W, count - i), x + (column + i) * pixels);
       }
-      T shift[W] = {};
-      for (int64_t i = 0; bias && i < count; i++) shift[i] = bias[(column + i) % s.channels];
-      const Vec<T> low = load(shift), high = load(shift + L);
-      for (int64_t a = 1; a <= s.lead; a++) mix_axis(block.re, block.im, axis[a], true, block.work);
-      for (int64_t row = 0; row < s.rows; row++) {
-        mix(axis[0].cos, even, block.re + row * block.half * W, e, W);
-        mix(axis[0].sin, odd, block.im + (row * block.half + 1) * W, o, W);
-        for (int64_t i = 0; i < odd * W; i++) o[i] = -o[i];
-        for (int64_t t = 0; bias && t < even; t++) {
-          store(e + t * W, load(e + t * W) + low);
-          store(e + t * W + L, load(e + t * W + L) + high);
-        }
-        unfold(e, o, block.row, W, s.width);
-        write_row(s, x, row, column, count, block.row);
-      }
+      if (!s.columns_first) write_rows<T>(group.images, group.pixels, pixels, count, nullptr, x + column, s.columns);
     }
   }
 }
