@@ -1,8 +1,10 @@
 // The real discrete Fourier transform of images over one to three axes, and its transpose, for CPUs.
 //
 // Columns (one channel of one image each) are taken in blocks of 16 floats through all axes before anything is written,
-// so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. Every axis is folded into
-// its even and odd parts, which halves the cosine and sine matrices that are left in both directions.
+// so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. The first 8 columns of a
+// block are real parts and the others imaginary parts of one complex image: with Z its transform, theirs are
+// (Z_f + conj Z_−f)/2 and (Z_f − conj Z_−f)/2i. Axes are halved while they are even; 16 points fit the registers, and an
+// odd number of points takes matrices of cosines and sines, themselves halved by symmetry.
 
 #include "spectral.hpp"
 
@@ -11,23 +13,17 @@ namespace {
 constexpr int64_t kTogether = 288 << 10;  // bytes of blocks that stay in the second cache
 constexpr int64_t kAhead = 8;             // rows between a call for memory and its use
 
-// One axis of n points: cosines (n/2 + 1)², sines ((n−1)/2)², packed as (rows/6, columns, 6) with zeros past the end.
+// One axis of n = 2^a·odd points: e^(−2πik/n) for k < n/2, and for an odd part above 1 the cosines (odd/2 + 1)² and
+// sines (odd/2)², packed as (rows/6, columns, 6) with zeros past the end.
 template <class T> struct Axis {
-  int64_t n, before, after;
-  const T *cos, *sin;
-  int64_t even() const { return n / 2 + 1; }
-  int64_t odd() const { return (n - 1) / 2; }
+  int64_t n, before, after, odd;
+  const T *root_cos, *root_sin, *cos, *sin;
 };
 
 struct Shape {
   int64_t lead, width, rows, columns, columns_first;  // axes before the last; its points; product of the others'; N
   int64_t size[2], channels;
 };
-
-template <class T> inline void copy(T* to, const T* from) {
-  store(to, load(from));
-  store(to + kLanes<T>, load(from + kLanes<T>));
-}
 
 template <class T> inline void scale(T* to, const T* from, T weight, int64_t count) {
   constexpr int L = kLanes<T>;
@@ -70,55 +66,107 @@ template <class T> void mix(const T* table, int64_t size, const T* in, T* out, i
     }
 }
 
-// even_t = x_t + x_{n−t} (t ≤ n/2, the fixed points alone), odd_t = x_t − x_{n−t} (0 < t < n/2).
-template <class T> void fold(const T* x, int64_t step, int64_t n, T* even, T* odd) {
+// The transform of `odd` points by matrices: even and odd parts, real and imaginary ones side by side.
+template <class T>
+void odd_points(const Axis<T>& axis, const T* in, int64_t in_step, T* out, int64_t out_step, T* work) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
-  copy(even, x);
-  for (int64_t t = 1; t <= (n - 1) / 2; t++)
+  const int64_t n = axis.odd, half = n / 2;
+  T *even = work, *odd = even + (half + 1) * W, *cos = odd + half * W, *sin = cos + (half + 1) * W;
+  scale(even, in, T(1), W);
+  for (int64_t t = 1; t <= half; t++)
     for (int lane = 0; lane < W; lane += L) {
-      const Vec<T> a = load(x + t * step + lane), b = load(x + (n - t) * step + lane);
+      const Vec<T> a = load(in + t * in_step + lane), b = load(in + (n - t) * in_step + lane);
       store(even + t * W + lane, a + b);
       store(odd + (t - 1) * W + lane, a - b);
     }
-  if (n % 2 == 0 && n > 1) copy(even + n / 2 * W, x + n / 2 * step);
-}
-// x_t = even_t + odd_t, x_{n−t} = even_t − odd_t: the transpose of `fold`.
-template <class T> void unfold(const T* even, const T* odd, T* x, int64_t step, int64_t n) {
-  constexpr int W = kWidth<T>, L = kLanes<T>;
-  copy(x, even);
-  for (int64_t t = 1; t <= (n - 1) / 2; t++)
-    for (int lane = 0; lane < W; lane += L) {
-      const Vec<T> a = load(even + t * W + lane), b = load(odd + (t - 1) * W + lane);
-      store(x + t * step + lane, a + b);
-      store(x + (n - t) * step + lane, a - b);
-    }
-  if (n % 2 == 0 && n > 1) copy(x + n / 2 * step, even + n / 2 * W);
+  mix(axis.cos, half + 1, even, cos, W);
+  mix(axis.sin, half, odd, sin, W);
+  scale(out, cos, T(1), W);
+  for (int64_t f = 1; f <= half; f++, sin += W) {
+    const Vec<T> re = load(cos + f * W), im = load(cos + f * W + L), sin_re = load(sin), sin_im = load(sin + L);
+    T *here = out + f * out_step, *mirror = out + (n - f) * out_step;
+    store(here, re + sin_im);
+    store(here + L, im - sin_re);
+    store(mirror, re - sin_im);
+    store(mirror + L, im + sin_re);
+  }
 }
 
-// Mix one complex axis of the planes in place by e^(−iθ), or by its conjugate.
-template <class T> void mix_axis(T* re, T* im, const Axis<T>& axis, bool conjugate, T* work) {
-  constexpr int W = kWidth<T>;
-  const int64_t even = axis.even(), odd = axis.odd(), part = (axis.n / 2 + 1) * W, step = axis.after * W;
-  T *e = work, *o = e + part, *cos_re = o + part, *sin_re = cos_re + part, *cos_im = sin_re + part;
-  T* sin_im = cos_im + part;
-  for (int64_t b = 0; b < axis.before; b++)
-    for (int64_t a = 0; a < axis.after; a++) {
-      const int64_t at = (b * axis.n * axis.after + a) * W;
-      fold(re + at, step, axis.n, e, o);
-      mix(axis.cos, even, e, cos_re, W);
-      mix(axis.sin, odd, o, sin_re, W);
-      fold(im + at, step, axis.n, e, o);
-      mix(axis.cos, even, e, cos_im, W);
-      mix(axis.sin, odd, o, sin_im, W);
-      // Times e^(−iθ): the real part gains sin·im, the imaginary part loses sin·re; both are odd in the frequency.
-      const T sign = conjugate ? T(-1) : T(1);
-      for (int64_t i = 0; i < odd * W; i += kLanes<T>) {
-        store(sin_im + i, sign * load(sin_im + i));
-        store(sin_re + i, -sign * load(sin_re + i));
+// Halve N points until one is left: X_2g is the transform of z_t + z_{t+N/2}, X_2g+1 that of (z_t − z_{t+N/2})·e^(−iθ_t).
+template <class T, int N>
+inline void butterflies(Vec<T>* re, Vec<T>* im, const T* cos, const T* sin, int64_t skip) {
+  if constexpr (N > 1) {
+    constexpr int half = N / 2;
+#pragma GCC unroll 8
+    for (int t = 0; t < half; t++) {
+      const Vec<T> d_re = re[t] - re[t + half], d_im = im[t] - im[t + half];
+      re[t] += re[t + half];
+      im[t] += im[t + half];
+      if (t == 0 || 2 * t == half) {
+        re[t + half] = t ? d_im : d_re;
+        im[t + half] = t ? -d_re : d_im;
+      } else {
+        const T c = cos[t * skip], s = sin[t * skip];
+        re[t + half] = c * d_re + s * d_im;
+        im[t + half] = c * d_im - s * d_re;
       }
-      unfold(cos_re, sin_im, re + at, step, axis.n);
-      unfold(cos_im, sin_re, im + at, step, axis.n);
     }
+    butterflies<T, half>(re, im, cos, sin, 2 * skip);
+    butterflies<T, half>(re + half, im + half, cos, sin, 2 * skip);
+  }
+}
+constexpr int reversed(int bits, int n) { return n == 1 ? 0 : bits % 2 * (n / 2) + reversed(bits / 2, n / 2); }
+
+template <class T, int N>
+void in_registers(const Axis<T>& axis, int64_t skip, const T* in, int64_t in_step, T* out, int64_t out_step) {
+  Vec<T> re[N], im[N];
+#pragma GCC unroll 16
+  for (int t = 0; t < N; t++) {
+    re[t] = load(in + t * in_step);
+    im[t] = load(in + t * in_step + kLanes<T>);
+  }
+  butterflies<T, N>(re, im, axis.root_cos, axis.root_sin, skip);
+#pragma GCC unroll 16
+  for (int f = 0; f < N; f++) {
+    store(out + f * out_step, re[reversed(f, N)]);
+    store(out + f * out_step + kLanes<T>, im[reversed(f, N)]);
+  }
+}
+
+// n = axis.n / skip points, each a block's row of real and imaginary parts; `out` may be `in`.
+template <class T>
+void line(const Axis<T>& axis, int64_t skip, const T* in, int64_t in_step, T* out, int64_t out_step, T* work) {
+  constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  const int64_t n = axis.n / skip, half = n / 2;
+  if (axis.odd == 1 && n == 2) return in_registers<T, 2>(axis, skip, in, in_step, out, out_step);
+  if (axis.odd == 1 && n == 4) return in_registers<T, 4>(axis, skip, in, in_step, out, out_step);
+  if (axis.odd == 1 && n == 8) return in_registers<T, 8>(axis, skip, in, in_step, out, out_step);
+  if (axis.odd == 1 && n == 16) return in_registers<T, 16>(axis, skip, in, in_step, out, out_step);
+  if (n == axis.odd) return odd_points(axis, in, in_step, out, out_step, work);
+  T *even = work, *odd = work + half * W;
+  for (int64_t t = 0; t < half; t++) {
+    const T *a = in + t * in_step, *b = a + half * in_step;
+    const T c = axis.root_cos[t * skip], s = axis.root_sin[t * skip];
+    const Vec<T> re = load(a) - load(b), im = load(a + L) - load(b + L);
+    store(even + t * W, load(a) + load(b));
+    store(even + t * W + L, load(a + L) + load(b + L));
+    store(odd + t * W, c * re + s * im);
+    store(odd + t * W + L, c * im - s * re);
+  }
+  line(axis, 2 * skip, even, W, out, 2 * out_step, work + n * W);
+  line(axis, 2 * skip, odd, W, out + out_step, 2 * out_step, work + n * W);
+}
+
+// All axes of one block of complex images (pixels, kWidth), in place.
+template <class T> void transform(const Shape& s, const Axis<T>* axis, T* block, T* work) {
+  for (int64_t a = s.lead; a >= 0; a--) {
+    const Axis<T>& here = axis[a];
+    const int64_t step = here.after * kWidth<T>;
+    for (int64_t i = 0; here.n > 1 && i < here.before * here.after; i++) {
+      T* first = block + (i / here.after * here.n * here.after + i % here.after) * kWidth<T>;
+      line<T>(here, 1, first, step, first, step, work);
+    }
+  }
 }
 
 // Columns that lie one behind the other, `count` ≤ kWidth images of one channel, to one block (pixels, kWidth).
@@ -153,126 +201,126 @@ template <class T> void write_columns(const T* from, int64_t pixels, int64_t cou
     for (int64_t i = 0; i < count; i++) to[i * pixels + done] = from[done * W + i];
 }
 
-// Rows of `count` numbers, `step` apart, times their weights, to blocks (rows, kWidth) that lie `apart`, and back. Where
-// the weight is 0, blocks have a row (of zeros) and memory has none. Rows are so far apart that they must be called for.
-template <class T>
-void read_rows(const T* from, int64_t step, int64_t rows, int64_t count, const T* weights, T* to, int64_t apart) {
+// Rows of `count` numbers of the images (pixels, N) to blocks (pixels, kWidth) that lie `apart`, and back. Rows are so far
+// apart that they must be called for.
+template <class T> void read_rows(const Shape& s, const T* from, int64_t count, T* to, int64_t apart) {
   constexpr int64_t W = kWidth<T>;
-  for (int64_t row = 0; row < rows; row++, to += W) {
-    const T weight = weights ? weights[row] : T(1);
+  for (int64_t row = 0; row < s.rows * s.width; row++, from += s.columns, to += W)
     for (int64_t i = 0; i < count; i += W) {
       T* block = to + i / W * apart;
-      if (weight == T(0) || count - i < W) std::fill(block, block + W, T(0));
-      if (weight == T(0)) continue;
-      __builtin_prefetch(from + kAhead * step + i);
-      scale(block, from + i, weight, std::min(W, count - i));
+      if (count - i < W) std::fill(block, block + W, T(0));
+      __builtin_prefetch(from + kAhead * s.columns + i);
+      scale(block, from + i, T(1), std::min(W, count - i));
     }
-    if (weight != T(0)) from += step;
-  }
 }
-template <class T>
-void write_rows(const T* from, int64_t apart, int64_t rows, int64_t count, const T* weights, T* to, int64_t step) {
+template <class T> void write_rows(const Shape& s, const T* from, int64_t apart, int64_t count, T* to) {
   constexpr int64_t W = kWidth<T>;
-  for (int64_t row = 0; row < rows; row++, from += W) {
-    const T weight = weights ? weights[row] : T(1);
-    if (weight == T(0)) continue;
+  for (int64_t row = 0; row < s.rows * s.width; row++, from += W, to += s.columns)
     for (int64_t i = 0; i < count; i += W) {
-      __builtin_prefetch(to + kAhead * step + i, 1);
-      scale(to + i, from + i / W * apart, weight, std::min(W, count - i));
+      __builtin_prefetch(to + kAhead * s.columns + i, 1);
+      scale(to + i, from + i / W * apart, T(1), std::min(W, count - i));
     }
-    to += step;
+}
+
+// Call `visit(row of the planes, pixel of f, pixel of −f, weight)` for every frequency that is kept.
+template <class T, class Visit> inline void each_frequency(const Shape& s, const T* weights, Visit visit) {
+  const int64_t n = s.lead > 1 ? s.size[1] : s.rows;
+  for (int64_t row = 0, kept = 0; row < s.rows; row++) {
+    const int64_t slab = row / n, image = (s.rows / n - slab) % (s.rows / n) * n + (n - row % n) % n;
+    for (int64_t f = 0; f <= s.width / 2; f++, weights++)
+      if (*weights != T(0)) visit(kept++, row * s.width + f, image * s.width + (s.width - f) % s.width, *weights);
   }
 }
 
-// The axes from the tables, which follow each other: cosines and sines of the last axis, then of the others in order.
-// Returns what stands behind them, the weights of the frequencies, 0 for those that are left out.
+// The transforms of `count` columns from those of their blocks, and back (f and −f exchanged: `transform` inverts it).
+template <class T>
+void separate(const Shape& s, const T* weights, const T* blocks, int64_t apart, int64_t count, T* out_re, T* out_im) {
+  constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  each_frequency(s, weights, [&](int64_t kept, int64_t pixel, int64_t mirror, T weight) {
+    T *to_re = out_re + kept * s.columns, *to_im = out_im + kept * s.columns;
+    for (int64_t i = 0; i < count; i += W) {
+      __builtin_prefetch(to_re + kAhead * s.columns + i, 1);
+      __builtin_prefetch(to_im + kAhead * s.columns + i, 1);
+      const T *here = blocks + i / W * apart + pixel * W, *there = blocks + i / W * apart + mirror * W;
+      const Vec<T> re = load(here), im = load(here + L), mirror_re = load(there), mirror_im = load(there + L);
+      const T half = weight / 2;
+      const Vec<T> parts[4] = {half * (re + mirror_re), half * (im + mirror_im), half * (im - mirror_im),
+                               half * (mirror_re - re)};
+      const int64_t here_count = std::min(W, count - i);
+      std::memcpy(to_re + i, parts, sizeof(T) * size_t(here_count));
+      std::memcpy(to_im + i, parts + 2, sizeof(T) * size_t(here_count));
+    }
+  });
+}
+template <class T>
+void combine(const Shape& s, const T* weights, const T* in_re, const T* in_im, int64_t count, T* blocks, int64_t apart) {
+  constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  each_frequency(s, weights, [&](int64_t kept, int64_t pixel, int64_t mirror, T weight) {
+    const T *from_re = in_re + kept * s.columns, *from_im = in_im + kept * s.columns;
+    for (int64_t i = 0; i < count; i += W) {
+      __builtin_prefetch(from_re + kAhead * s.columns + i);
+      __builtin_prefetch(from_im + kAhead * s.columns + i);
+      Vec<T> re[2] = {}, im[2] = {};
+      std::memcpy(re, from_re + i, sizeof(T) * size_t(std::min(W, count - i)));
+      if (mirror != pixel) std::memcpy(im, from_im + i, sizeof(T) * size_t(std::min(W, count - i)));
+      T *here = blocks + i / W * apart + pixel * W, *there = blocks + i / W * apart + mirror * W;
+      const T half = mirror == pixel ? weight : weight / 2;
+      store(here, half * (re[0] + im[1]));
+      store(here + L, half * (re[1] - im[0]));
+      store(there, half * (re[0] - im[1]));
+      store(there + L, half * (re[1] + im[0]));
+    }
+  });
+}
+
+// The axes from the tables, which follow each other: the last one, then the others in order. Returns what stands behind
+// them, the weights of the half spectrum's frequencies, 0 for those that are left out.
 template <class T> const T* axes(const Shape& s, const T* tables, Axis<T>* out) {
   const auto packed = [](int64_t size) { return (size + kRows - 1) / kRows * kRows * size; };
   const auto make = [&](int64_t n, int64_t before, int64_t after) {
-    const T *cos = tables, *sin = cos + packed(n / 2 + 1);
-    tables = sin + packed((n - 1) / 2);
-    return Axis<T>{n, before, after, cos, sin};
+    const int64_t odd = n / (n & -n);
+    const T *root_sin = tables + n / 2, *cos = root_sin + n / 2, *sin = odd > 1 ? cos + packed(odd / 2 + 1) : cos;
+    const Axis<T> axis{n, before, after, odd, tables, root_sin, cos, sin};
+    tables = odd > 1 ? sin + packed(odd / 2) : sin;
+    return axis;
   };
-  const int64_t half = s.width / 2 + 1;
   out[0] = make(s.width, s.rows, 1);
-  if (s.lead > 0) out[1] = make(s.size[0], 1, s.rows / s.size[0] * half);
-  if (s.lead > 1) out[2] = make(s.size[1], s.size[0], half);
+  if (s.lead > 0) out[1] = make(s.size[0], 1, s.rows / s.size[0] * s.width);
+  if (s.lead > 1) out[2] = make(s.size[1], s.size[0], s.width);
   return tables;
 }
 
 // Blocks that are read and written together, so that their rows fill neighbouring cache lines.
 template <class T> struct Group {
   Group(const Shape& s, int threads)
-      : half(s.width / 2 + 1), pixels(s.rows * s.width * kWidth<T>), plane(s.rows * half * kWidth<T>),
+      : pixels(s.rows * s.width), block(pixels * kWidth<T>),
         longest(std::max({s.width, s.lead > 0 ? s.size[0] : 1, s.lead > 1 ? s.size[1] : 1})),
-        blocks(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / (pixels + 2 * plane),
-                                            s.columns / (kWidth<T> * threads)), 1, 4)),
-        memory(blocks * (pixels + 2 * plane) + 6 * (longest / 2 + 1) * kWidth<T>),
-        images(memory.data()), re(images + blocks * pixels), im(re + blocks * plane), work(im + blocks * plane) {}
-  int64_t columns() const { return blocks * kWidth<T>; }
-  int64_t half, pixels, plane, longest, blocks;
+        count(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / block, s.columns / (kWidth<T> * threads)),
+                                  1, 4)),
+        memory(count * block + 4 * (longest + 1) * kWidth<T>), blocks(memory.data()), work(blocks + count * block) {}
+  int64_t columns() const { return count * kWidth<T>; }
+  int64_t pixels, block, longest, count;
   Scratch<T> memory;
-  T *images, *re, *im, *work;
+  T *blocks, *work;
 };
-
-// One block of images to its spectrum.
-template <class T> void forth(const Shape& s, const Axis<T>* axis, const T* image, T* re, T* im, T* work) {
-  constexpr int W = kWidth<T>;
-  const int64_t even = axis[0].even(), odd = axis[0].odd(), half = even;
-  T *e = work, *o = e + even * W;
-  for (int64_t row = 0; row < s.rows; row++) {
-    T *to_re = re + row * half * W, *to_im = im + row * half * W;
-    fold(image + row * s.width * W, W, s.width, e, o);
-    mix(axis[0].cos, even, e, to_re, W);
-    mix(axis[0].sin, odd, o, to_im + W, W);
-    for (int64_t i = W; i < (odd + 1) * W; i++) to_im[i] = -to_im[i];
-    std::fill(to_im, to_im + W, T(0));
-    if (s.width % 2 == 0) std::fill(to_im + s.width / 2 * W, to_im + half * W, T(0));
-  }
-  for (int64_t a = s.lead; a > 0; a--) mix_axis(re, im, axis[a], false, work);
-}
-
-// The transpose of `forth`, plus the bias of each column; the spectrum is overwritten.
-template <class T>
-void back(const Shape& s, const Axis<T>* axis, T* re, T* im, const T* bias, int64_t column, T* image, T* work) {
-  constexpr int W = kWidth<T>, L = kLanes<T>;
-  const int64_t even = axis[0].even(), odd = axis[0].odd(), half = even;
-  T *e = work, *o = e + even * W;
-  T shift[W] = {};
-  for (int64_t i = 0; bias && i < W; i++) shift[i] = bias[(column + i) % s.channels];
-  const Vec<T> low = load(shift), high = load(shift + L);
-  for (int64_t a = 1; a <= s.lead; a++) mix_axis(re, im, axis[a], true, work);
-  for (int64_t row = 0; row < s.rows; row++) {
-    mix(axis[0].cos, even, re + row * half * W, e, W);
-    mix(axis[0].sin, odd, im + (row * half + 1) * W, o, W);
-    for (int64_t i = 0; i < odd * W; i++) o[i] = -o[i];
-    for (int64_t t = 0; bias && t < even; t++) {
-      store(e + t * W, load(e + t * W) + low);
-      store(e + t * W + L, load(e + t * W + L) + high);
-    }
-    unfold(e, o, image + row * s.width * W, W, s.width);
-  }
-}
 
 template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int threads) {
   constexpr int64_t W = kWidth<T>;
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
-  const int64_t pixels = s.rows * s.width, frequencies = s.rows * (s.width / 2 + 1);
 #pragma omp parallel num_threads(threads)
   {
     Group<T> group(s, threads);
 #pragma omp for schedule(static)
     for (int64_t column = 0; column < s.columns; column += group.columns()) {
       const int64_t count = std::min(group.columns(), s.columns - column);
-      if (!s.columns_first) read_rows<T>(x + column, s.columns, pixels, count, nullptr, group.images, group.pixels);
+      if (!s.columns_first) read_rows(s, x + column, count, group.blocks, group.block);
       for (int64_t i = 0; i < count; i += W) {
-        T* image = group.images + i / W * group.pixels;
-        if (s.columns_first) read_columns(x + (column + i) * pixels, pixels, std::min(W, count - i), image);
-        forth(s, axis, image, group.re + i / W * group.plane, group.im + i / W * group.plane, group.work);
+        T* block = group.blocks + i / W * group.block;
+        if (s.columns_first) read_columns(x + (column + i) * group.pixels, group.pixels, std::min(W, count - i), block);
+        transform(s, axis, block, group.work);
       }
-      write_rows(group.re, group.plane, frequencies, count, weights, out_re + column, s.columns);
-      write_rows(group.im, group.plane, frequencies, count, weights, out_im + column, s.columns);
+      separate(s, weights, group.blocks, group.block, count, out_re + column, out_im + column);
     }
   }
 }
@@ -282,22 +330,20 @@ void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, 
   constexpr int64_t W = kWidth<T>;
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
-  const int64_t pixels = s.rows * s.width, frequencies = s.rows * (s.width / 2 + 1);
 #pragma omp parallel num_threads(threads)
   {
     Group<T> group(s, threads);
 #pragma omp for schedule(static)
     for (int64_t column = 0; column < s.columns; column += group.columns()) {
       const int64_t count = std::min(group.columns(), s.columns - column);
-      read_rows(in_re + column, s.columns, frequencies, count, weights, group.re, group.plane);
-      read_rows(in_im + column, s.columns, frequencies, count, weights, group.im, group.plane);
+      combine(s, weights, in_re + column, in_im + column, count, group.blocks, group.block);
       for (int64_t i = 0; i < count; i += W) {
-        T* image = group.images + i / W * group.pixels;
-        back(s, axis, group.re + i / W * group.plane, group.im + i / W * group.plane, bias, column + i, image,
-             group.work);
-        if (s.columns_first) write_columns(image, pixels, std::min(W, count - i), x + (column + i) * pixels);
+        T* block = group.blocks + i / W * group.block;
+        for (int64_t lane = 0; bias && lane < W; lane++) block[lane] += bias[(column + i + lane) % s.channels];
+        transform(s, axis, block, group.work);
+        if (s.columns_first) write_columns(block, group.pixels, std::min(W, count - i), x + (column + i) * group.pixels);
       }
-      if (!s.columns_first) write_rows<T>(group.images, group.pixels, pixels, count, nullptr, x + column, s.columns);
+      if (!s.columns_first) write_rows(s, group.blocks, group.block, count, x + column);
     }
   }
 }

@@ -47,17 +47,10 @@ def invert_(a: Pair) -> Pair:
     return a
 
 
-def packed_tables(cos: Sequence[Tensor], sin: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return the cosine and sine matrices of every axis in turn as the transforms read them.
-
-    Args:
-        cos: per axis, the last one first, (n//2 + 1, n//2 + 1).
-        sin: likewise ((n − 1)//2, (n − 1)//2), for frequencies and points from 1 on.
-        weights: of every frequency of the half spectrum, 0 if it is left out.
-    """
-    matrices = [matrix for pair in zip(cos, sin, strict=True) for matrix in pair if len(matrix)]
-    padded = (torch.nn.functional.pad(m, (0, 0, 0, -len(m) % _ROWS)) for m in matrices)
-    return torch.cat([*(m.reshape(-1, _ROWS, m.shape[1]).mT.reshape(-1) for m in padded), weights])
+def packed_matrix(matrix: Tensor) -> Tensor:
+    """Return a matrix as the transforms read it: (rows/6, columns, 6) numbers, with rows of zeros past the end."""
+    padded = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % _ROWS))
+    return padded.reshape(-1, _ROWS, matrix.shape[1]).mT.reshape(-1)
 
 
 def _images(x: Tensor) -> tuple[Tensor, bool]:

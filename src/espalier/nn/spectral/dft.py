@@ -8,11 +8,11 @@ Note [Half the frequencies]: real images have conjugate spectra at f and −f, s
 axis is cut to its first half plus one; in the columns of this half spectrum that are their own mirror images, at 0 and
 at half of an even width, the frequency that comes later goes too. Those left follow each other in the half spectrum's
 order: 34 of 8 × 5 for images of 8 × 8. The inverse transform counts a frequency twice where it stands for its mirror
-image.
+image; that is all in which the two directions differ.
 
 Note [DFT as GEMM]: for the 8 to 64 points of these images, one product with a cosine and a sine matrix is faster than
-an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, and
-halves the matrices by symmetry.
+an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, by
+a fast transform where the number of points is even.
 """
 
 from __future__ import annotations
@@ -55,22 +55,24 @@ class Tables(NamedTuple):
 
     size: tuple[int, ...]
     """Of the images."""
+    last: Tensor
+    """(2, W//2 + 1, W): cosine and minus sine."""
+    others: tuple[Pair, ...]
+    """Planes (n, n) of e^(−iθ) for every axis but the last."""
     weights: Tensor
     """Of each frequency of the half spectrum, 0 if it is left out."""
+    weighted: bool
+    """Whether a frequency that is kept has a weight other than 1."""
     kept: Tensor
-    """(F): which ones are not."""
+    """(F): which ones are not left out."""
     place: Tensor
     """Of each frequency of the half spectrum among those kept, 0 if it is left out."""
-    last: Tensor
-    """(2, W//2 + 1, W): cosine and minus sine, weighted."""
-    others: tuple[Pair, ...]
-    """Planes (n, n) of e^(−iθ) for every axis but the last, weighted."""
-    folded: tuple[Tensor, Tensor] | None
-    """All of them as the compiled kernels of a CPU read them, to analyse and to synthesise."""
+    packed: Tensor | None
+    """All of this as the compiled kernels of a CPU read it."""
 
 
 def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool) -> Tables:
-    """Return the matrices for images of ``size``, those of the inverse transform if asked.
+    """Return the matrices for images of ``size``, with the weights of the inverse transform if asked.
 
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
     """
@@ -80,41 +82,43 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
 
 def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
     *lead, width = size
-    cos, sin = _angles(width // 2 + 1, width)
-    if inverse:
-        # Frequencies that stand for themselves and their mirror image count twice.
-        images = [1.0 if 2 * w % width == 0 else 2.0 for w in range(width // 2 + 1)]
-        weights = torch.tensor(images, dtype=torch.float64)[:, None] / width
-        cos, sin = cos * weights, sin * weights
-    others = [tuple(table / (n if inverse else 1) for table in _angles(n, n)) for n in lead]
-    times = counts(size)
+    half, times = width // 2 + 1, counts(size)
     kept = [f for f, count in enumerate(times) if count]
-    place = itertools.accumulate((count > 0 for count in times), initial=0)
-    weights = torch.tensor([float(count if inverse else count > 0) for count in times], dtype=dtype)
+    before = itertools.accumulate((count > 0 for count in times), initial=0)
+    if inverse:
+        # Frequencies between 0 and half the width stand for those above, too.
+        shares = [count * (1 if 2 * (f % half) % width == 0 else 2) / math.prod(size) for f, count in enumerate(times)]
+    else:
+        shares = [float(count > 0) for count in times]
+    cos, sin = _angles(half, width)
+    weights = torch.tensor(shares, dtype=torch.float64).to(dtype)
     return Tables(
         size,
-        weights.to(device),
-        torch.tensor(kept, device=device),
-        torch.tensor([p if count else 0 for p, count in zip(place, times, strict=False)], device=device),
         torch.stack((cos, -sin)).to(device, dtype),
-        tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in others),
-        _folded([(cos, sin), *others], weights) if device.type == "cpu" else None,
+        tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in (_angles(n, n) for n in lead)),
+        weights.to(device),
+        inverse,
+        torch.tensor(kept, device=device),
+        torch.tensor([n if count else 0 for n, count in zip(before, times, strict=False)], device=device),
+        _packed(size, weights) if device.type == "cpu" else None,
     )
 
 
-def _folded(axes: Sequence[tuple[Tensor, ...]], weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return every axis's cosines for points up to n/2 and sines between 0 and n/2, as they are and transposed.
+def _packed(size: tuple[int, ...], weights: Tensor) -> Tensor:
+    """Return for every axis, the last one first, its roots of unity and the matrices of its odd part; then the weights.
 
-    The weights follow. The matrices take their dtype.
+    The cosines are those of points up to odd/2, the sines those from 1 on.
     """
-    cos, sin = [], []
-    for c, s in axes:
-        n = c.shape[1]
-        even, odd = slice(n // 2 + 1), slice(1, (n + 1) // 2)
-        cos.append(c[even, even].to(weights.dtype))
-        sin.append(s[odd, odd].to(weights.dtype))
-    as_it_is = kernels.packed_tables(cos, sin, weights)
-    return as_it_is, kernels.packed_tables([c.mT for c in cos], [s.mT for s in sin], weights)
+    *lead, width = size
+    parts = []
+    for n in (width, *lead):
+        roots, odd = _angles(2, n), n // (n & -n)
+        parts += [table[1 % n, : n // 2] for table in roots]
+        if odd > 1:
+            cos, sin = _angles(odd, odd)
+            few = odd // 2 + 1
+            parts += [kernels.packed_matrix(cos[:few, :few]), kernels.packed_matrix(sin[1:few, 1:few])]
+    return torch.cat([*(part.to(weights.dtype) for part in parts), weights])
 
 
 _kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
@@ -166,18 +170,20 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
 
 def analyse(x: Tensor, matrices: Tables) -> Pair:
     """Return the planes (F, N) of the weighted transform of x (*S, N)."""
-    if matrices.folded is not None and kernels.compiled(x):
-        return kernels.analyse(x, matrices.folded[0], len(matrices.kept))
+    if matrices.packed is not None and kernels.compiled(x):
+        return kernels.analyse(x, matrices.packed, len(matrices.kept))
     *lead, width, columns = x.shape
     rows = _columns_last(x).reshape(-1, width, columns)
     real, imag = (torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
     real, imag = (plane.reshape(-1, columns) for plane in (real, imag))
-    if len(matrices.kept) == len(matrices.place):
-        return real, imag
-    weights = matrices.weights.index_select(0, matrices.kept)[:, None]
-    return real.index_select(0, matrices.kept) * weights, imag.index_select(0, matrices.kept) * weights
+    if len(matrices.kept) != len(matrices.place):
+        real, imag = (plane.index_select(0, matrices.kept) for plane in (real, imag))
+    if matrices.weighted:
+        weights = matrices.weights.index_select(0, matrices.kept)[:, None]
+        real, imag = real * weights, imag * weights
+    return real, imag
 
 
 def _columns_last(x: Tensor) -> Tensor:
@@ -193,11 +199,11 @@ def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, 
     ``columns_first`` asks for images that lie in memory as (N, *S).
     """
     real, imag = spectrum
-    if matrices.folded is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
-        return kernels.synthesise(spectrum, matrices.folded[1], matrices.size, bias, first=columns_first)
+    if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
+        return kernels.synthesise(spectrum, matrices.packed, matrices.size, bias, first=columns_first)
     _, half, width = matrices.last.shape
     lead, columns = matrices.size[:-1], real.shape[-1]
-    if len(matrices.kept) != len(matrices.place):
+    if matrices.weighted or len(matrices.kept) != len(matrices.place):
         weights = matrices.weights[:, None]
         real, imag = (plane.index_select(0, matrices.place) * weights for plane in (real, imag))
     for axis in range(len(lead)):
