@@ -177,7 +177,10 @@ template <class T> void read_columns(const T* from, int64_t pixels, int64_t coun
     for (int half = 0; half < W; half += L) {
       Vec<T> v[L];
 #pragma GCC unroll 8
-      for (int i = 0; i < L; i++) v[i] = load(from + (half + i) * pixels + done);
+      for (int i = 0; i < L; i++) {
+        v[i] = load(from + (half + i) * pixels + done);
+        __builtin_prefetch(from + (W + half + i) * pixels + done, 0, 2);  // of the next block
+      }
       transpose(v);
 #pragma GCC unroll 8
       for (int i = 0; i < L; i++) store(to + (done + i) * W + half, v[i]);
@@ -232,6 +235,27 @@ template <class T, class Visit> inline void each_frequency(const Shape& s, const
   }
 }
 
+// kWidth numbers, or `count` if that is less.
+template <class T> inline void store_pair(T* to, Vec<T> low, Vec<T> high, int64_t count) {
+  constexpr int L = kLanes<T>;
+  if (count >= kWidth<T>) {
+    store(to, low);
+    store(to + L, high);
+  } else {
+    for (int64_t i = 0; i < count; i++) to[i] = i < L ? low[i] : high[i - L];
+  }
+}
+template <class T> inline void load_pair(const T* from, Vec<T> (&to)[2], int64_t count) {
+  constexpr int L = kLanes<T>;
+  if (count >= kWidth<T>) {
+    to[0] = load(from);
+    to[1] = load(from + L);
+  } else {
+    to[0] = to[1] = Vec<T>{};
+    for (int64_t i = 0; i < count; i++) to[i / L][i % L] = from[i];
+  }
+}
+
 // The transforms of `count` columns from those of their blocks, and back (f and −f exchanged: `transform` inverts it).
 template <class T>
 void separate(const Shape& s, const T* weights, const T* blocks, int64_t apart, int64_t count, T* out_re, T* out_im) {
@@ -244,11 +268,8 @@ void separate(const Shape& s, const T* weights, const T* blocks, int64_t apart, 
       const T *here = blocks + i / W * apart + pixel * W, *there = blocks + i / W * apart + mirror * W;
       const Vec<T> re = load(here), im = load(here + L), mirror_re = load(there), mirror_im = load(there + L);
       const T half = weight / 2;
-      const Vec<T> parts[4] = {half * (re + mirror_re), half * (im + mirror_im), half * (im - mirror_im),
-                               half * (mirror_re - re)};
-      const int64_t here_count = std::min(W, count - i);
-      std::memcpy(to_re + i, parts, sizeof(T) * size_t(here_count));
-      std::memcpy(to_im + i, parts + 2, sizeof(T) * size_t(here_count));
+      store_pair(to_re + i, half * (re + mirror_re), half * (im + mirror_im), count - i);
+      store_pair(to_im + i, half * (im - mirror_im), half * (mirror_re - re), count - i);
     }
   });
 }
@@ -260,15 +281,16 @@ void combine(const Shape& s, const T* weights, const T* in_re, const T* in_im, i
     for (int64_t i = 0; i < count; i += W) {
       __builtin_prefetch(from_re + kAhead * s.columns + i);
       __builtin_prefetch(from_im + kAhead * s.columns + i);
-      Vec<T> re[2] = {}, im[2] = {};
-      std::memcpy(re, from_re + i, sizeof(T) * size_t(std::min(W, count - i)));
-      if (mirror != pixel) std::memcpy(im, from_im + i, sizeof(T) * size_t(std::min(W, count - i)));
+      Vec<T> re[2], im[2];
+      load_pair(from_re + i, re, count - i);
+      load_pair(from_im + i, im, count - i);
       T *here = blocks + i / W * apart + pixel * W, *there = blocks + i / W * apart + mirror * W;
-      const T half = mirror == pixel ? weight : weight / 2;
-      store(here, half * (re[0] + im[1]));
-      store(here + L, half * (re[1] - im[0]));
-      store(there, half * (re[0] - im[1]));
-      store(there + L, half * (re[1] + im[0]));
+      // A frequency that is its own image has no imaginary part.
+      const T share = mirror == pixel ? weight : weight / 2, other = mirror == pixel ? T(0) : share;
+      store(here, share * re[0] + other * im[1]);
+      store(here + L, share * re[1] - other * im[0]);
+      store(there, share * re[0] - other * im[1]);
+      store(there + L, share * re[1] + other * im[0]);
     }
   });
 }
@@ -296,7 +318,7 @@ template <class T> struct Group {
       : pixels(s.rows * s.width), block(pixels * kWidth<T>),
         longest(std::max({s.width, s.lead > 0 ? s.size[0] : 1, s.lead > 1 ? s.size[1] : 1})),
         count(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / block, s.columns / (kWidth<T> * threads)),
-                                  1, 4)),
+                                  1, 8)),
         memory(count * block + 4 * (longest + 1) * kWidth<T>), blocks(memory.data()), work(blocks + count * block) {}
   int64_t columns() const { return count * kWidth<T>; }
   int64_t pixels, block, longest, count;
