@@ -17,6 +17,7 @@ from espalier.nn.spectral.dft import analyse, synthesise, tables
 from espalier.nn.spectral.planes import product
 
 pytestmark = pytest.mark.skipif(backend().name != "compiled", reason="no C++ compiler here")
+LONG_AXES = [[16], [64], [16, 32], [3, 48], [32, 2, 5]]  # of registers' size, and those that are halved in memory
 DTYPES = [(torch.float32, torch.complex64, 2e-4), (torch.float64, torch.complex128, 1e-11)]
 
 
@@ -72,16 +73,16 @@ def test_inverses(n: int, kind: tuple[torch.dtype, torch.dtype, float]) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    size=st.lists(st.integers(1, 13), min_size=1, max_size=3), columns=st.integers(1, 40), first=st.booleans(),
-    kind=st.sampled_from(DTYPES),
+    size=st.lists(st.integers(1, 13), min_size=1, max_size=3) | st.sampled_from(LONG_AXES),
+    columns=st.integers(1, 150), channels=st.sampled_from([1, 48]), first=st.booleans(), kind=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_transforms_are_those_of_an_fft_at_one_of_each_pair_and_their_transposes(
-    size: list[int], columns: int, first: bool, kind: tuple[torch.dtype, torch.dtype, float]
+    size: list[int], columns: int, channels: int, first: bool, kind: tuple[torch.dtype, torch.dtype, float]
 ) -> None:
     dtype, _, tolerance = kind
     axes = tuple(range(len(size)))
     x = draw(columns, *size, dtype=dtype).movedim(0, -1) if first else draw(*size, columns, dtype=dtype)
-    forth, back = (tables(size, dtype, x.device, inverse=inverse) for inverse in (False, True))
+    forth, back = (tables(size, dtype, x.device, inverse=inverse, channels=channels) for inverse in (False, True))
     bias = draw(1, dtype=dtype)
     full = torch.fft.rfftn(x, dim=axes).reshape(-1, columns)[one_of_each_pair(size)]
     for name in ("compiled", "torch"):

@@ -3,8 +3,9 @@
 // Columns (one channel of one image each) are taken in blocks of 16 floats through all axes before anything is written,
 // so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. The first 8 columns of a
 // block are real parts and the others imaginary parts of one complex image: with Z its transform, theirs are
-// (Z_f + conj Z_−f)/2 and (Z_f − conj Z_−f)/2i. Axes are halved while they are even; 16 points fit the registers, and an
-// odd number of points takes matrices of cosines and sines, themselves halved by symmetry.
+// (Z_f + conj Z_−f)/2 and (Z_f − conj Z_−f)/2i. That rounds each by the size of both, so columns are paired within one
+// example only; where channels do not come in 16s, blocks hold 8 columns and zeros. Axes are halved while they are even;
+// 16 points fit the registers, and an odd number of points takes matrices of cosines and sines, halved by symmetry.
 
 #include "spectral.hpp"
 
@@ -22,17 +23,22 @@ template <class T> struct Axis {
 
 struct Shape {
   int64_t lead, width, rows, columns, columns_first;  // axes before the last; its points; product of the others'; N
-  int64_t size[2], channels;
+  int64_t size[2], channels, paired;  // a bias is one number per channel; whether blocks hold pairs
+  template <class T> int64_t lanes() const { return paired ? kWidth<T> : kLanes<T>; }
 };
 
-template <class T> inline void scale(T* to, const T* from, T weight, int64_t count) {
+// `count` ≤ kWidth numbers and zeros.
+template <class T> inline void load_pair(const T* from, Vec<T> (&to)[2], int64_t count) {
   constexpr int L = kLanes<T>;
-  if (count < kWidth<T>) {
-    for (int64_t i = 0; i < count; i++) to[i] = weight * from[i];
-    return;
-  }
-  store(to, weight * load(from));
-  store(to + L, weight * load(from + L));
+  to[0] = count >= L ? load(from) : Vec<T>{};
+  to[1] = count == 2 * L ? load(from + L) : Vec<T>{};
+  for (int64_t i = count / L * L; i < count; i++) to[i / L][i % L] = from[i];
+}
+template <class T> inline void store_pair(T* to, Vec<T> low, Vec<T> high, int64_t count) {
+  constexpr int L = kLanes<T>;
+  if (count >= L) store(to, low);
+  if (count == 2 * L) store(to + L, high);
+  for (int64_t i = count / L * L; i < count; i++) to[i] = i < L ? low[i] : high[i - L];
 }
 
 // out (rows, at `step`) = table (rows, columns) · in (columns), each element kWidth lanes wide.
@@ -72,7 +78,7 @@ void odd_points(const Axis<T>& axis, const T* in, int64_t in_step, T* out, int64
   constexpr int W = kWidth<T>, L = kLanes<T>;
   const int64_t n = axis.odd, half = n / 2;
   T *even = work, *odd = even + (half + 1) * W, *cos = odd + half * W, *sin = cos + (half + 1) * W;
-  scale(even, in, T(1), W);
+  store_pair(even, load(in), load(in + L), W);
   for (int64_t t = 1; t <= half; t++)
     for (int lane = 0; lane < W; lane += L) {
       const Vec<T> a = load(in + t * in_step + lane), b = load(in + (n - t) * in_step + lane);
@@ -81,7 +87,7 @@ void odd_points(const Axis<T>& axis, const T* in, int64_t in_step, T* out, int64
     }
   mix(axis.cos, half + 1, even, cos, W);
   mix(axis.sin, half, odd, sin, W);
-  scale(out, cos, T(1), W);
+  store_pair(out, load(cos), load(cos + L), W);
   for (int64_t f = 1; f <= half; f++, sin += W) {
     const Vec<T> re = load(cos + f * W), im = load(cos + f * W + L), sin_re = load(sin), sin_im = load(sin + L);
     T *here = out + f * out_step, *mirror = out + (n - f) * out_step;
@@ -173,13 +179,13 @@ template <class T> void transform(const Shape& s, const Axis<T>* axis, T* block,
 template <class T> void read_columns(const T* from, int64_t pixels, int64_t count, T* to) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
   int64_t done = 0;
-  for (; count == W && done + L <= pixels; done += L)
+  for (; count % L == 0 && done + L <= pixels; done += L)
     for (int half = 0; half < W; half += L) {
       Vec<T> v[L];
 #pragma GCC unroll 8
       for (int i = 0; i < L; i++) {
-        v[i] = load(from + (half + i) * pixels + done);
-        __builtin_prefetch(from + (W + half + i) * pixels + done, 0, 2);  // of the next block
+        v[i] = half < count ? load(from + (half + i) * pixels + done) : Vec<T>{};
+        __builtin_prefetch(from + (count + half + i) * pixels + done, 0, 2);  // of the next block
       }
       transpose(v);
 #pragma GCC unroll 8
@@ -191,8 +197,8 @@ template <class T> void read_columns(const T* from, int64_t pixels, int64_t coun
 template <class T> void write_columns(const T* from, int64_t pixels, int64_t count, T* to) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
   int64_t done = 0;
-  for (; count == W && done + L <= pixels; done += L)
-    for (int half = 0; half < W; half += L) {
+  for (; count % L == 0 && done + L <= pixels; done += L)
+    for (int64_t half = 0; half < count; half += L) {
       Vec<T> v[L];
 #pragma GCC unroll 8
       for (int i = 0; i < L; i++) v[i] = load(from + (done + i) * W + half);
@@ -204,25 +210,32 @@ template <class T> void write_columns(const T* from, int64_t pixels, int64_t cou
     for (int64_t i = 0; i < count; i++) to[i * pixels + done] = from[done * W + i];
 }
 
-// Rows of `count` numbers of the images (pixels, N) to blocks (pixels, kWidth) that lie `apart`, and back. Rows are so far
-// apart that they must be called for.
+// Rows of `count` numbers of the images (pixels, N) to blocks (pixels, kWidth) that lie `apart`, and back. Rows are so
+// far apart that they must be called for.
 template <class T> void read_rows(const Shape& s, const T* from, int64_t count, T* to, int64_t apart) {
-  constexpr int64_t W = kWidth<T>;
-  for (int64_t row = 0; row < s.rows * s.width; row++, from += s.columns, to += W)
-    for (int64_t i = 0; i < count; i += W) {
-      T* block = to + i / W * apart;
-      if (count - i < W) std::fill(block, block + W, T(0));
+  constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  const int64_t lanes = s.lanes<T>();
+  for (int64_t row = 0; row < s.rows * s.width; row++, from += s.columns, to += W) {
+    T* block = to;
+    for (int64_t i = 0; i < count; i += lanes, block += apart) {
       __builtin_prefetch(from + kAhead * s.columns + i);
-      scale(block, from + i, T(1), std::min(W, count - i));
+      Vec<T> v[2];
+      load_pair(from + i, v, std::min(lanes, count - i));
+      store(block, v[0]);
+      store(block + L, v[1]);
     }
+  }
 }
 template <class T> void write_rows(const Shape& s, const T* from, int64_t apart, int64_t count, T* to) {
-  constexpr int64_t W = kWidth<T>;
-  for (int64_t row = 0; row < s.rows * s.width; row++, from += W, to += s.columns)
-    for (int64_t i = 0; i < count; i += W) {
+  constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  const int64_t lanes = s.lanes<T>();
+  for (int64_t row = 0; row < s.rows * s.width; row++, from += W, to += s.columns) {
+    const T* block = from;
+    for (int64_t i = 0; i < count; i += lanes, block += apart) {
       __builtin_prefetch(to + kAhead * s.columns + i, 1);
-      scale(to + i, from + i / W * apart, T(1), std::min(W, count - i));
+      store_pair(to + i, load(block), load(block + L), std::min(lanes, count - i));
     }
+  }
 }
 
 // Call `visit(row of the planes, pixel of f, pixel of −f, weight)` for every frequency that is kept.
@@ -235,56 +248,37 @@ template <class T, class Visit> inline void each_frequency(const Shape& s, const
   }
 }
 
-// kWidth numbers, or `count` if that is less.
-template <class T> inline void store_pair(T* to, Vec<T> low, Vec<T> high, int64_t count) {
-  constexpr int L = kLanes<T>;
-  if (count >= kWidth<T>) {
-    store(to, low);
-    store(to + L, high);
-  } else {
-    for (int64_t i = 0; i < count; i++) to[i] = i < L ? low[i] : high[i - L];
-  }
-}
-template <class T> inline void load_pair(const T* from, Vec<T> (&to)[2], int64_t count) {
-  constexpr int L = kLanes<T>;
-  if (count >= kWidth<T>) {
-    to[0] = load(from);
-    to[1] = load(from + L);
-  } else {
-    to[0] = to[1] = Vec<T>{};
-    for (int64_t i = 0; i < count; i++) to[i / L][i % L] = from[i];
-  }
-}
-
 // The transforms of `count` columns from those of their blocks, and back (f and −f exchanged: `transform` inverts it).
 template <class T>
 void separate(const Shape& s, const T* weights, const T* blocks, int64_t apart, int64_t count, T* out_re, T* out_im) {
   constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  const int64_t lanes = s.lanes<T>();
   each_frequency(s, weights, [&](int64_t kept, int64_t pixel, int64_t mirror, T weight) {
     T *to_re = out_re + kept * s.columns, *to_im = out_im + kept * s.columns;
-    for (int64_t i = 0; i < count; i += W) {
+    const T *here = blocks + pixel * W, *there = blocks + mirror * W;
+    for (int64_t i = 0; i < count; i += lanes, here += apart, there += apart) {
       __builtin_prefetch(to_re + kAhead * s.columns + i, 1);
       __builtin_prefetch(to_im + kAhead * s.columns + i, 1);
-      const T *here = blocks + i / W * apart + pixel * W, *there = blocks + i / W * apart + mirror * W;
       const Vec<T> re = load(here), im = load(here + L), mirror_re = load(there), mirror_im = load(there + L);
       const T half = weight / 2;
-      store_pair(to_re + i, half * (re + mirror_re), half * (im + mirror_im), count - i);
-      store_pair(to_im + i, half * (im - mirror_im), half * (mirror_re - re), count - i);
+      store_pair(to_re + i, half * (re + mirror_re), half * (im + mirror_im), std::min(lanes, count - i));
+      store_pair(to_im + i, half * (im - mirror_im), half * (mirror_re - re), std::min(lanes, count - i));
     }
   });
 }
 template <class T>
 void combine(const Shape& s, const T* weights, const T* in_re, const T* in_im, int64_t count, T* blocks, int64_t apart) {
   constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  const int64_t lanes = s.lanes<T>();
   each_frequency(s, weights, [&](int64_t kept, int64_t pixel, int64_t mirror, T weight) {
     const T *from_re = in_re + kept * s.columns, *from_im = in_im + kept * s.columns;
-    for (int64_t i = 0; i < count; i += W) {
+    T *here = blocks + pixel * W, *there = blocks + mirror * W;
+    for (int64_t i = 0; i < count; i += lanes, here += apart, there += apart) {
       __builtin_prefetch(from_re + kAhead * s.columns + i);
       __builtin_prefetch(from_im + kAhead * s.columns + i);
       Vec<T> re[2], im[2];
-      load_pair(from_re + i, re, count - i);
-      load_pair(from_im + i, im, count - i);
-      T *here = blocks + i / W * apart + pixel * W, *there = blocks + i / W * apart + mirror * W;
+      load_pair(from_re + i, re, std::min(lanes, count - i));
+      load_pair(from_im + i, im, std::min(lanes, count - i));
       // A frequency that is its own image has no imaginary part.
       const T share = mirror == pixel ? weight : weight / 2, other = mirror == pixel ? T(0) : share;
       store(here, share * re[0] + other * im[1]);
@@ -315,19 +309,18 @@ template <class T> const T* axes(const Shape& s, const T* tables, Axis<T>* out) 
 // Blocks that are read and written together, so that their rows fill neighbouring cache lines.
 template <class T> struct Group {
   Group(const Shape& s, int threads)
-      : pixels(s.rows * s.width), block(pixels * kWidth<T>),
+      : lanes(s.lanes<T>()), pixels(s.rows * s.width), block(pixels * kWidth<T>),
         longest(std::max({s.width, s.lead > 0 ? s.size[0] : 1, s.lead > 1 ? s.size[1] : 1})),
-        count(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / block, s.columns / (kWidth<T> * threads)),
+        count(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / block, s.columns / (lanes * threads)),
                                   1, 8)),
         memory(count * block + 4 * (longest + 1) * kWidth<T>), blocks(memory.data()), work(blocks + count * block) {}
-  int64_t columns() const { return count * kWidth<T>; }
-  int64_t pixels, block, longest, count;
+  int64_t columns() const { return count * lanes; }
+  int64_t lanes, pixels, block, longest, count;
   Scratch<T> memory;
   T *blocks, *work;
 };
 
 template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int threads) {
-  constexpr int64_t W = kWidth<T>;
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
 #pragma omp parallel num_threads(threads)
@@ -337,9 +330,10 @@ template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_i
     for (int64_t column = 0; column < s.columns; column += group.columns()) {
       const int64_t count = std::min(group.columns(), s.columns - column);
       if (!s.columns_first) read_rows(s, x + column, count, group.blocks, group.block);
-      for (int64_t i = 0; i < count; i += W) {
-        T* block = group.blocks + i / W * group.block;
-        if (s.columns_first) read_columns(x + (column + i) * group.pixels, group.pixels, std::min(W, count - i), block);
+      T* block = group.blocks;
+      for (int64_t i = 0; i < count; i += group.lanes, block += group.block) {
+        const int64_t here = std::min(group.lanes, count - i);
+        if (s.columns_first) read_columns(x + (column + i) * group.pixels, group.pixels, here, block);
         transform(s, axis, block, group.work);
       }
       separate(s, weights, group.blocks, group.block, count, out_re + column, out_im + column);
@@ -349,7 +343,6 @@ template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_i
 
 template <class T>
 void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, T* x, const Shape& s, int threads) {
-  constexpr int64_t W = kWidth<T>;
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
 #pragma omp parallel num_threads(threads)
@@ -359,11 +352,12 @@ void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, 
     for (int64_t column = 0; column < s.columns; column += group.columns()) {
       const int64_t count = std::min(group.columns(), s.columns - column);
       combine(s, weights, in_re + column, in_im + column, count, group.blocks, group.block);
-      for (int64_t i = 0; i < count; i += W) {
-        T* block = group.blocks + i / W * group.block;
-        for (int64_t lane = 0; bias && lane < W; lane++) block[lane] += bias[(column + i + lane) % s.channels];
+      T* block = group.blocks;
+      for (int64_t i = 0; i < count; i += group.lanes, block += group.block) {
+        const int64_t here = std::min(group.lanes, count - i);
+        for (int64_t lane = 0; bias && lane < here; lane++) block[lane] += bias[(column + i + lane) % s.channels];
         transform(s, axis, block, group.work);
-        if (s.columns_first) write_columns(block, group.pixels, std::min(W, count - i), x + (column + i) * group.pixels);
+        if (s.columns_first) write_columns(block, group.pixels, here, x + (column + i) * group.pixels);
       }
       if (!s.columns_first) write_rows(s, group.blocks, group.block, count, x + column);
     }

@@ -64,26 +64,33 @@ def columns_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
 
 
-def _shape(size: Sequence[int], columns: int, first: bool, channels: int) -> tuple[int, ...]:
+def pairs(channels: int, dtype: torch.dtype) -> bool:
+    """Return whether the transforms may take two columns as one complex one: both belong to the same example."""
+    return channels % (64 // dtype.itemsize) == 0
+
+
+def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired: bool) -> tuple[int, ...]:
     *lead, width = size
     rows = functools.reduce(int.__mul__, lead, 1)
-    return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels
+    return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels, paired
 
 
-def analyse(x: Tensor, tables: Tensor, frequencies: int) -> Pair:
+def analyse(x: Tensor, tables: Tensor, frequencies: int, *, paired: bool) -> Pair:
     """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
     planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
-    call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1))
+    call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1, paired))
     return planes
 
 
-def synthesise(spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool) -> Tensor:
+def synthesise(
+    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, paired: bool
+) -> Tensor:
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
     columns = real.shape[1]
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
-    call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels))
+    call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels, paired))
     return room

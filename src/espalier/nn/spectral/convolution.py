@@ -124,7 +124,8 @@ def _multiply(x: Pair, planes: Tensor) -> Pair:
 def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
     """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
-    real, imag = to_spectrum(x.reshape(*size, -1), tables(size, x.dtype, x.device, inverse=False))
+    forth = tables(size, x.dtype, x.device, inverse=False, channels=channels)
+    real, imag = to_spectrum(x.reshape(*size, -1), forth)
     frequencies = len(real)
 
     def to_rows(plane: Tensor) -> Tensor:
@@ -136,5 +137,6 @@ def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: C
 
     y_real, y_imag = operator((to_rows(real), to_rows(imag)))
     spectrum = from_rows(y_real), from_rows(y_imag)
-    images = to_images(spectrum, tables(size, x.dtype, x.device, inverse=True), bias)
+    back = tables(size, x.dtype, x.device, inverse=True, channels=groups * y_real.shape[-1])
+    images = to_images(spectrum, back, bias)
     return images.view(*size, batch, -1)

@@ -69,18 +69,23 @@ class Tables(NamedTuple):
     """Of each frequency of the half spectrum among those kept, 0 if it is left out."""
     packed: Tensor | None
     """All of this as the compiled kernels of a CPU read it."""
+    paired: bool
+    """Whether they may take two columns at once."""
 
 
-def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool) -> Tables:
+def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool, channels: int) -> Tables:
     """Return the matrices for images of ``size``, with the weights of the inverse transform if asked.
 
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
+    Columns are (B, C) with C ``channels``, and no example can tell what else is in its batch.
     """
     build = _build_tables if recording() else _kept_tables
-    return build(tuple(int(n) for n in size), dtype, device, inverse)
+    return build(tuple(int(n) for n in size), dtype, device, inverse, kernels.pairs(channels, dtype))
 
 
-def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
+def _build_tables(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool, paired: bool
+) -> Tables:
     *lead, width = size
     half, times = width // 2 + 1, counts(size)
     kept = [f for f, count in enumerate(times) if count]
@@ -101,6 +106,7 @@ def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         torch.tensor(kept, device=device),
         torch.tensor([n if count else 0 for n, count in zip(before, times, strict=False)], device=device),
         _packed(size, weights) if device.type == "cpu" else None,
+        paired,
     )
 
 
@@ -171,7 +177,7 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
 def analyse(x: Tensor, matrices: Tables) -> Pair:
     """Return the planes (F, N) of the weighted transform of x (*S, N)."""
     if matrices.packed is not None and kernels.compiled(x):
-        return kernels.analyse(x, matrices.packed, len(matrices.kept))
+        return kernels.analyse(x, matrices.packed, len(matrices.kept), paired=matrices.paired)
     *lead, width, columns = x.shape
     rows = _columns_last(x).reshape(-1, width, columns)
     real, imag = (torch.matmul(table, rows) for table in matrices.last)
@@ -200,7 +206,8 @@ def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, 
     """
     real, imag = spectrum
     if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
-        return kernels.synthesise(spectrum, matrices.packed, matrices.size, bias, first=columns_first)
+        packed, size, paired = matrices.packed, matrices.size, matrices.paired
+        return kernels.synthesise(spectrum, packed, size, bias, first=columns_first, paired=paired)
     _, half, width = matrices.last.shape
     lead, columns = matrices.size[:-1], real.shape[-1]
     if matrices.weighted or len(matrices.kept) != len(matrices.place):
