@@ -4,8 +4,8 @@
 // so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. The first 8 columns of a
 // block are real parts and the others imaginary parts of one complex image: with Z its transform, theirs are
 // (Z_f + conj Z_−f)/2 and (Z_f − conj Z_−f)/2i. That rounds each by the size of both, so columns are paired within one
-// example only; where channels do not come in 16s, blocks hold 8 columns and zeros. Axes are halved while they are even;
-// 16 points fit the registers, and an odd number of points takes matrices of cosines and sines, halved by symmetry.
+// example only; where channels do not come in 16s, blocks hold 8 columns and zeros. Axes are halved while they are
+// even, the last 16 points in registers; an odd number takes matrices of cosines and sines, halved by symmetry.
 
 #include "spectral.hpp"
 
@@ -98,7 +98,8 @@ void odd_points(const Axis<T>& axis, const T* in, int64_t in_step, T* out, int64
   }
 }
 
-// Halve N points until one is left: X_2g is the transform of z_t + z_{t+N/2}, X_2g+1 that of (z_t − z_{t+N/2})·e^(−iθ_t).
+// Halve N points until one is left: X_2g is the transform of z_t + z_{t+N/2}, and X_2g+1 that of
+// (z_t − z_{t+N/2})·e^(−iθ_t).
 template <class T, int N>
 inline void butterflies(Vec<T>* re, Vec<T>* im, const T* cos, const T* sin, int64_t skip) {
   if constexpr (N > 1) {
@@ -267,7 +268,8 @@ void separate(const Shape& s, const T* weights, const T* blocks, int64_t apart, 
   });
 }
 template <class T>
-void combine(const Shape& s, const T* weights, const T* in_re, const T* in_im, int64_t count, T* blocks, int64_t apart) {
+void combine(const Shape& s, const T* weights, const T* in_re, const T* in_im, int64_t count, T* blocks,
+             int64_t apart) {
   constexpr int64_t W = kWidth<T>, L = kLanes<T>;
   const int64_t lanes = s.lanes<T>();
   each_frequency(s, weights, [&](int64_t kept, int64_t pixel, int64_t mirror, T weight) {

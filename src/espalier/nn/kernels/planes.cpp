@@ -167,7 +167,7 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
                                    : j1 == n ? b.block(p + depth, 0)
                                              : b.block(p, j1);
         const int64_t chunk = depth * together, chunks = (m * k + chunk - 1) / chunk;
-        // The tiles fetch in turn the next real parts of b, its imaginary parts, and the next a as if it lay in one piece.
+        // The tiles fetch in turn the next real parts of b, its imaginary parts, and the next a as if in one piece.
         const auto fetched = [&](int64_t turn) {
           if (turn < 2) return Ahead<T>{turn ? next.im : next.re, step};
           turn -= 2;
