@@ -238,6 +238,18 @@ def test_a_chain_keeps_the_fast_layout_and_a_channels_last_input_gives_the_same(
     torch.testing.assert_close(layer(y.contiguous()), layer(y))
 
 
+@pytest.mark.parametrize("channels", [5, 8, 16, 24])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_cannot_tell_what_else_is_in_its_batch(channels: int, training: bool) -> None:
+    layer = CayleyConv2d(channels, channels, 3, generator=seeded()).train(training)
+    x = images(4, channels, 8, 8, dtype=torch.float32)
+    y = layer(x)
+    loud = x.clone()
+    loud[::2] *= 1e6
+    loud[0, 0, 0, 0] = math.nan
+    torch.testing.assert_close(layer(loud)[1::2], y[1::2], rtol=0, atol=0)
+
+
 def test_autocast_and_half_precision_compute_in_float32() -> None:
     layer = CayleyConv2d(4, 4, 3, generator=seeded())
     x = images(2, 4, 6, 6, dtype=torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.nn.cayley_conv import CayleyConv2d
-from espalier.nn.spectral.dft import tap_angles
+from espalier.nn.spectral.dft import counts, tap_angles
 
 
 def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], images: Tensor) -> None:
@@ -85,4 +85,5 @@ def _half_norm_ratio(weight: Tensor, dilation: tuple[int, ...], size: tuple[int,
     taps = weight.double().flatten(2).permute(2, 0, 1).flatten(1)
     offsets = [tuple(d * t for t in range(k)) for k, d in zip(weight.shape[2:], dilation, strict=True)]
     cos, sin = tap_angles(size, offsets, torch.float64, weight.device)
-    return ((taps @ taps.mT) * (cos.mT @ cos + sin.mT @ sin)).sum().sqrt() / taps.norm()
+    times = torch.tensor([n for n in counts(size) if n], dtype=torch.float64, device=weight.device)
+    return ((taps @ taps.mT) * (cos.mT * times @ cos + sin.mT * times @ sin)).sum().sqrt() / taps.norm()

@@ -2,15 +2,18 @@
 //
 // A register tile is 6 rows by one vector of columns of a complex result. Columns of b are packed first as (k, plane,
 // vector), and rows of a as (k, plane, 8) unless they lie as rows, so that transposes cost little more than plain views.
-// One pass over k makes all four real products: an operand is loaded once for two of them.
+// One pass over k makes all four real products: an operand is loaded once for two of them. Panels are packed by the
+// cache line, and while they are multiplied the lines of those that come next are fetched: their rows lie too far apart
+// for a processor to see them coming.
 
 #include "spectral.hpp"
 
 namespace {
 
 constexpr int kPad = 8;         // rows a packed tile has room for
-constexpr int64_t kDepth = 256;  // of one pass over k: what is packed stays in the second cache
-constexpr int64_t kTall = 60;    // rows of a packed together
+constexpr int64_t kDepth = 128;  // of one pass over k: a panel and the rows of a tile stay in the first cache
+constexpr int64_t kTall = 66;    // rows of a packed together
+constexpr int kPanels = 64 / kBytes;  // columns of b packed together fill a cache line
 constexpr int64_t kLeaf = 16;
 
 template <class T> struct View {
@@ -65,15 +68,28 @@ struct Signs {
   bool conj_b;
 };
 
+// What to fetch while a tile is multiplied: one line a step.
+template <class T> struct Ahead {
+  const T* line;
+  int64_t step;
+};
+
 // Rows of a lie `row` apart with neighbouring columns, or are packed if `row` is 0.
 template <class T, int M, bool Same, bool Packed>
-void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
+void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
+          Ahead<T> ahead) {
   constexpr int L = kLanes<T>;
   Vec<T> re[M], im[M];
 #pragma GCC unroll 6
-  for (int i = 0; i < M; i++) re[i] = im[i] = Vec<T>{};
+  for (int i = 0; i < M; i++) {
+    re[i] = im[i] = Vec<T>{};
+    __builtin_prefetch(c.re + i * c.row, 1);
+    __builtin_prefetch(c.im + i * c.row, 1);
+  }
   for (int64_t p = 0; p < k; p++, b += 2 * L) {
     const Vec<T> b_re = load(b), b_im = load(b + L);
+    __builtin_prefetch(ahead.line, 0, 2);
+    ahead.line += ahead.step;
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++) {
       const int64_t at = Packed ? 2 * kPad * p + i : i * a.row + p;
@@ -105,43 +121,67 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
 }
 
 template <class T, bool Same, bool Packed>
-void tiles(int64_t m, View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add) {
+void tiles(int64_t m, View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
+           Ahead<T> ahead) {
   switch (m) {
-    case 1: return tile<T, 1, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
-    case 2: return tile<T, 2, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
-    case 3: return tile<T, 3, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
-    case 4: return tile<T, 4, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
-    case 5: return tile<T, 5, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
-    default: return tile<T, 6, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add);
+    case 1: return tile<T, 1, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
+    case 2: return tile<T, 2, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
+    case 3: return tile<T, 3, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
+    case 4: return tile<T, 4, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
+    case 5: return tile<T, 5, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
+    default: return tile<T, 6, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
   }
 }
 
-template <class T> constexpr int64_t scratch_size() { return kDepth * (kTall / kRows * 2 * kPad + 2 * kLanes<T>); }
+template <class T> constexpr int64_t scratch_size() {
+  return kDepth * (kTall / kRows * 2 * kPad + kPanels * 2 * kLanes<T>);
+}
 
-// c = alpha·a·b, or c += alpha·a·b; a (m, k), b (k, n), c with columns one apart.
+// c = alpha·a·b, or c += alpha·a·b; a (m, k), b (k, n), c with columns one apart. The next product of this shape, if
+// any, starts `a_next` and `b_next` further.
 template <class T, bool Same, bool Packed>
 void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, T alpha, T alpha_im,
-                   bool add, T* scratch) {
-  constexpr int L = kLanes<T>;
-  T *rows = scratch, *panel = scratch + kDepth * (kTall / kRows * 2 * kPad);
+                   bool add, T* scratch, int64_t a_next, int64_t b_next) {
+  constexpr int L = kLanes<T>, together = kPanels * L;
+  T *rows = scratch, *panels = scratch + kDepth * (kTall / kRows * 2 * kPad);
+  const int64_t tall = Packed ? kTall : m;
+  const int64_t step = b.column == 1 ? b.row : together;
   for (int64_t p = 0; p < k; p += kDepth, add = true) {
     const int64_t depth = std::min(kDepth, k - p);
-    for (int64_t i0 = 0; i0 < m; i0 += kTall) {
-      const int64_t i1 = std::min(m, i0 + kTall);
+    for (int64_t i0 = 0; i0 < m; i0 += tall) {
+      const int64_t i1 = std::min(m, i0 + tall);
       const auto packed = [&](int64_t i) { return rows + (i - i0) / kRows * depth * 2 * kPad; };
       for (int64_t i = i0; Packed && i < i1; i += kRows) {
         const View<const T> from = a.block(i, p);
         pack<T, kPad>(packed(i), from.re, from.im, from.row, from.column, std::min<int64_t>(kRows, i1 - i), depth);
       }
-      for (int64_t j = 0; j < n; j += L) {
-        const int64_t width = std::min<int64_t>(L, n - j);
-        const View<const T> from = b.block(p, j);
-        pack<T, L>(panel, from.re, from.im, from.column, from.row, width, depth);
-        for (int64_t i = i0; i < i1; i += kRows) {
-          const View<const T> lines = Packed ? View<const T>{packed(i), packed(i) + kPad, 0, 0} : a.block(i, p);
-          tiles<T, Same, Packed>(std::min<int64_t>(kRows, i1 - i), lines, panel, depth, c.block(i, j), width, alpha,
-                                 alpha_im, add);
+      for (int64_t j0 = 0; j0 < n; j0 += together) {
+        const int64_t j1 = std::min(n, j0 + together);
+        const auto panel = [&](int64_t j) { return panels + (j - j0) / L * depth * 2 * L; };
+        for (int64_t j = j0; j < j1; j += L) {
+          const View<const T> from = b.block(p, j);
+          pack<T, L>(panel(j), from.re, from.im, from.column, from.row, std::min<int64_t>(L, j1 - j), depth);
         }
+        const bool last = j1 == n && p + depth == k;
+        const View<const T> next = last      ? View<const T>{b.re + b_next, b.im + b_next, 0, 0}
+                                   : j1 == n ? b.block(p + depth, 0)
+                                             : b.block(p, j1);
+        const int64_t chunk = depth * together, chunks = (m * k + chunk - 1) / chunk;
+        // The tiles fetch in turn the next real parts of b, its imaginary parts, and the next a as if in one piece.
+        const auto fetched = [&](int64_t turn) {
+          if (turn < 2) return Ahead<T>{turn ? next.im : next.re, step};
+          turn -= 2;
+          if (!last || turn >= 2 * chunks) return Ahead<T>{panels, 0};
+          return Ahead<T>{(turn < chunks ? a.re : a.im) + a_next + turn % chunks * chunk, together};
+        };
+        int64_t turn = 0;
+        for (int64_t j = j0; j < j1; j += L)
+          for (int64_t i = i0, size, left = (i1 - i0 + kRows - 1) / kRows; i < i1; i += size, left--, turn++) {
+            size = Packed ? std::min<int64_t>(kRows, i1 - i) : (i1 - i + left - 1) / left;  // rows in even shares
+            const View<const T> from = Packed ? View<const T>{packed(i), packed(i) + kPad, 0, 0} : a.block(i, p);
+            tiles<T, Same, Packed>(size, from, panel(j), depth, c.block(i, j), std::min<int64_t>(L, j1 - j), alpha,
+                                   alpha_im, add, fetched(turn));
+          }
       }
     }
   }
@@ -149,13 +189,13 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
 
 template <class T>
 void multiply(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, Signs signs, T alpha,
-              bool add, T* scratch) {
+              bool add, T* scratch, int64_t a_next = 0, int64_t b_next = 0) {
   // conj(a)·conj(b) is the conjugate of a·b: a common conjugation is a sign of the result's imaginary part.
   const T alpha_im = signs.conj_b ? -alpha : alpha;
   const bool rows = a.column == 1;
   const auto with = signs.same ? (rows ? multiply_with<T, true, false> : multiply_with<T, true, true>)
                                : (rows ? multiply_with<T, false, false> : multiply_with<T, false, true>);
-  with(a, b, c, m, k, n, alpha, alpha_im, add, scratch);
+  with(a, b, c, m, k, n, alpha, alpha_im, add, scratch, a_next, b_next);
 }
 
 struct Product {
@@ -175,7 +215,7 @@ void product(const T* a_re, const T* a_im, const T* b_re, const T* b_im, T* c_re
       multiply<T>({a_re + i * s.a[0], a_im + i * s.a[0], s.a[1], s.a[2]},
                   {b_re + i * s.b[0], b_im + i * s.b[0], s.b[1], s.b[2]},
                   {c_re + i * s.c[0], c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha), s.add != 0,
-                  scratch.data());
+                  scratch.data(), s.a[0], s.b[0]);
   }
 }
 

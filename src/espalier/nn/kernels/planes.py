@@ -47,16 +47,10 @@ def invert_(a: Pair) -> Pair:
     return a
 
 
-def packed_tables(cos: Sequence[Tensor], sin: Sequence[Tensor]) -> Tensor:
-    """Return the cosine and sine matrices of every axis in turn as the transforms read them.
-
-    Args:
-        cos: per axis, the last one first, (n//2 + 1, n//2 + 1).
-        sin: likewise ((n − 1)//2, (n − 1)//2), for frequencies and points from 1 on.
-    """
-    matrices = [matrix for pair in zip(cos, sin, strict=True) for matrix in pair if len(matrix)]
-    padded = (torch.nn.functional.pad(m, (0, 0, 0, -len(m) % _ROWS)) for m in matrices)
-    return torch.cat([m.reshape(-1, _ROWS, m.shape[1]).mT.reshape(-1) for m in padded])
+def packed_matrix(matrix: Tensor) -> Tensor:
+    """Return a matrix as the transforms read it: (rows/6, columns, 6) numbers, with rows of zeros past the end."""
+    padded = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % _ROWS))
+    return padded.reshape(-1, _ROWS, matrix.shape[1]).mT.reshape(-1)
 
 
 def _images(x: Tensor) -> tuple[Tensor, bool]:
@@ -70,28 +64,33 @@ def columns_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
 
 
-def _shape(size: Sequence[int], columns: int, first: bool, channels: int) -> tuple[int, ...]:
+def pairs(channels: int, dtype: torch.dtype) -> bool:
+    """Return whether the transforms may take two columns as one complex one: both belong to the same example."""
+    return channels % (64 // dtype.itemsize) == 0
+
+
+def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired: bool) -> tuple[int, ...]:
     *lead, width = size
     rows = functools.reduce(int.__mul__, lead, 1)
-    return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels
+    return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels, paired
 
 
-def analyse(x: Tensor, tables: Tensor) -> Pair:
-    """Return the planes (*S', N) of the transform of x (*S, N) with packed tables."""
+def analyse(x: Tensor, tables: Tensor, frequencies: int, *, paired: bool) -> Pair:
+    """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
-    shape = *size[:-1], size[-1] // 2 + 1, columns
-    planes = x.new_empty(shape), x.new_empty(shape)
-    call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1))
+    planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
+    call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1, paired))
     return planes
 
 
-def synthesise(spectrum: Pair, tables: Tensor, width: int, bias: Tensor | None, *, first: bool) -> Tensor:
-    """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (*S', N); the bias is added."""
+def synthesise(
+    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, paired: bool
+) -> Tensor:
+    """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
-    *lead, _, columns = real.shape
-    size = *lead, width
+    columns = real.shape[1]
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
-    call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels))
+    call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels, paired))
     return room

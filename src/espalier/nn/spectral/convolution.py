@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -125,17 +124,19 @@ def _multiply(x: Pair, planes: Tensor) -> Pair:
 def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
     """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
-    real, imag = to_spectrum(x.reshape(*size, -1), tables(size, x.dtype, x.device, inverse=False))
-    half = real.shape[:-1]
+    forth = tables(size, x.dtype, x.device, inverse=False, channels=channels)
+    real, imag = to_spectrum(x.reshape(*size, -1), forth)
+    frequencies = len(real)
 
     def to_rows(plane: Tensor) -> Tensor:
-        rows = plane.view(math.prod(half), batch, groups, channels // groups).transpose(1, 2)
+        rows = plane.view(frequencies, batch, groups, channels // groups).transpose(1, 2)
         return rows.reshape(-1, batch, channels // groups)
 
     def from_rows(plane: Tensor) -> Tensor:
-        return plane.view(-1, groups, batch, plane.shape[-1]).transpose(1, 2).reshape(*half, -1)
+        return plane.view(-1, groups, batch, plane.shape[-1]).transpose(1, 2).reshape(frequencies, -1)
 
     y_real, y_imag = operator((to_rows(real), to_rows(imag)))
     spectrum = from_rows(y_real), from_rows(y_imag)
-    images = to_images(spectrum, tables(size, x.dtype, x.device, inverse=True), bias)
+    back = tables(size, x.dtype, x.device, inverse=True, channels=groups * y_real.shape[-1])
+    images = to_images(spectrum, back, bias)
     return images.view(*size, batch, -1)

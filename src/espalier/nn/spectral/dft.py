@@ -1,17 +1,24 @@
 """The real discrete Fourier transform of images as matrix products, in planes, over one to three axes.
 
-Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (*S', N), the
-last spatial axis cut to its first half plus one. Both directions are real-linear maps, so the backward pass of each is
-the transpose, which is the other one with other weights.
+Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (F, N). Both
+directions are real-linear maps, so the backward pass of each is the transpose, which is the other one with other
+weights.
+
+Note [Half the frequencies]: real images have conjugate spectra at f and −f, so one of each such pair is kept. The last
+axis is cut to its first half plus one; in the columns of this half spectrum that are their own mirror images, at 0 and
+at half of an even width, the frequency that comes later goes too. Those left follow each other in the half spectrum's
+order: 34 of 8 × 5 for images of 8 × 8. The inverse transform counts a frequency twice where it stands for its mirror
+image; that is all in which the two directions differ.
 
 Note [DFT as GEMM]: for the 8 to 64 points of these images, one product with a cosine and a sine matrix is faster than
-an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, and
-halves the matrices by symmetry.
+an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, by
+a fast transform where the number of points is even.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,52 +32,99 @@ from espalier.nn.precision import recording, without_autocast
 from espalier.nn.spectral.planes import product
 
 
-class Tables(NamedTuple):
-    """The matrices of one transform: the half-spectrum ones of the last axis, the complex ones of the others."""
+@functools.lru_cache(maxsize=64)
+def counts(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many of its frequencies each one of the half spectrum stands for: 0 if left out, 1, or 2 in one.
 
-    last: Tensor
-    """(2, W//2 + 1, W): cosine and minus sine, weighted."""
-    others: tuple[Pair, ...]
-    """Planes (n, n) of e^(−iθ) for every axis but the last, weighted."""
-    folded: tuple[Tensor, Tensor] | None
-    """All of them as the compiled kernels of a CPU read them, to analyse and to synthesise."""
-
-
-def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool) -> Tables:
-    """Return the matrices for images of ``size``, those of the inverse transform if asked.
-
-    They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
+    See Note [Half the frequencies].
     """
-    build = _build_tables if recording() else _kept_tables
-    return build(tuple(int(n) for n in size), dtype, device, inverse)
-
-
-def _build_tables(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool) -> Tables:
     *lead, width = size
-    cos, sin = _angles(width // 2 + 1, width)
-    if inverse:
-        # Frequencies that stand for themselves and their mirror image count twice.
-        counts = [1.0 if 2 * w % width == 0 else 2.0 for w in range(width // 2 + 1)]
-        weights = torch.tensor(counts, dtype=torch.float64)[:, None] / width
-        cos, sin = cos * weights, sin * weights
-    others = [tuple(table / (n if inverse else 1) for table in _angles(n, n)) for n in lead]
-    return Tables(
-        torch.stack((cos, -sin)).to(device, dtype),
-        tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in others),
-        _folded([(cos, sin), *others], dtype) if device.type == "cpu" else None,
+    mirror = [0]
+    for n in lead:
+        mirror = [row * n + -f % n for row in mirror for f in range(n)]
+    halves = [2 * f % width == 0 for f in range(width // 2 + 1)]
+    return tuple(
+        2 * (row < image) if holds_images and row != image else 1
+        for row, image in enumerate(mirror)
+        for holds_images in halves
     )
 
 
-def _folded(axes: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return every axis's cosines for points up to n/2 and sines between 0 and n/2, as they are and transposed."""
-    cos, sin = [], []
-    for c, s in axes:
-        n = c.shape[1]
-        even, odd = slice(n // 2 + 1), slice(1, (n + 1) // 2)
-        cos.append(c[even, even].to(dtype))
-        sin.append(s[odd, odd].to(dtype))
-    as_it_is = kernels.packed_tables(cos, sin)
-    return as_it_is, kernels.packed_tables([c.mT for c in cos], [s.mT for s in sin])
+class Tables(NamedTuple):
+    """The matrices of one transform: the half-spectrum ones of the last axis, the complex ones of the others."""
+
+    size: tuple[int, ...]
+    """Of the images."""
+    last: Tensor
+    """(2, W//2 + 1, W): cosine and minus sine."""
+    others: tuple[Pair, ...]
+    """Planes (n, n) of e^(−iθ) for every axis but the last."""
+    weights: Tensor
+    """Of each frequency of the half spectrum, 0 if it is left out."""
+    weighted: bool
+    """Whether a frequency that is kept has a weight other than 1."""
+    kept: Tensor
+    """(F): which ones are not left out."""
+    place: Tensor
+    """Of each frequency of the half spectrum among those kept, 0 if it is left out."""
+    packed: Tensor | None
+    """All of this as the compiled kernels of a CPU read it."""
+    paired: bool
+    """Whether they may take two columns at once."""
+
+
+def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool, channels: int) -> Tables:
+    """Return the matrices for images of ``size``, with the weights of the inverse transform if asked.
+
+    They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
+    Columns are (B, C) with C ``channels``, and no example can tell what else is in its batch.
+    """
+    build = _build_tables if recording() else _kept_tables
+    return build(tuple(int(n) for n in size), dtype, device, inverse, kernels.pairs(channels, dtype))
+
+
+def _build_tables(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool, paired: bool
+) -> Tables:
+    *lead, width = size
+    half, times = width // 2 + 1, counts(size)
+    kept = [f for f, count in enumerate(times) if count]
+    before = itertools.accumulate((count > 0 for count in times), initial=0)
+    if inverse:
+        # Frequencies between 0 and half the width stand for those above, too.
+        shares = [count * (1 if 2 * (f % half) % width == 0 else 2) / math.prod(size) for f, count in enumerate(times)]
+    else:
+        shares = [float(count > 0) for count in times]
+    cos, sin = _angles(half, width)
+    weights = torch.tensor(shares, dtype=torch.float64).to(dtype)
+    return Tables(
+        size,
+        torch.stack((cos, -sin)).to(device, dtype),
+        tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in (_angles(n, n) for n in lead)),
+        weights.to(device),
+        inverse,
+        torch.tensor(kept, device=device),
+        torch.tensor([n if count else 0 for n, count in zip(before, times, strict=False)], device=device),
+        _packed(size, weights) if device.type == "cpu" else None,
+        paired,
+    )
+
+
+def _packed(size: tuple[int, ...], weights: Tensor) -> Tensor:
+    """Return for every axis, the last one first, its roots of unity and the matrices of its odd part; then the weights.
+
+    The cosines are those of points up to odd/2, the sines those from 1 on.
+    """
+    *lead, width = size
+    parts = []
+    for n in (width, *lead):
+        roots, odd = _angles(2, n), n // (n & -n)
+        parts += [table[1 % n, : n // 2] for table in roots]
+        if odd > 1:
+            cos, sin = _angles(odd, odd)
+            few = odd // 2 + 1
+            parts += [kernels.packed_matrix(cos[:few, :few]), kernels.packed_matrix(sin[1:few, 1:few])]
+    return torch.cat([*(part.to(weights.dtype) for part in parts), weights])
 
 
 _kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
@@ -107,6 +161,7 @@ def _build_angles(
         turns = torch.outer(torch.arange(count), torch.tensor(taps)) % n
         here = turns.double() * (2 * math.pi / n)
         theta = (theta[:, None, :, None] + here[None, :, None, :]).reshape(theta.shape[0] * count, -1)
+    theta = theta.index_select(0, torch.tensor([f for f, count in enumerate(counts(size)) if count]))
     return Angles(theta.cos().to(device, dtype), theta.sin().to(device, dtype))
 
 
@@ -120,17 +175,21 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def analyse(x: Tensor, matrices: Tables) -> Pair:
-    """Return the planes (*S', N) of the weighted transform of x (*S, N)."""
-    if matrices.folded is not None and kernels.compiled(x):
-        return kernels.analyse(x, matrices.folded[0])
+    """Return the planes (F, N) of the weighted transform of x (*S, N)."""
+    if matrices.packed is not None and kernels.compiled(x):
+        return kernels.analyse(x, matrices.packed, len(matrices.kept), paired=matrices.paired)
     *lead, width, columns = x.shape
-    half = matrices.last.shape[1]
     rows = _columns_last(x).reshape(-1, width, columns)
     real, imag = (torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
-    shape = *lead, half, columns
-    return real.reshape(shape), imag.reshape(shape)
+    real, imag = (plane.reshape(-1, columns) for plane in (real, imag))
+    if len(matrices.kept) != len(matrices.place):
+        real, imag = (plane.index_select(0, matrices.kept) for plane in (real, imag))
+    if matrices.weighted:
+        weights = matrices.weights.index_select(0, matrices.kept)[:, None]
+        real, imag = real * weights, imag * weights
+    return real, imag
 
 
 def _columns_last(x: Tensor) -> Tensor:
@@ -141,15 +200,19 @@ def _columns_last(x: Tensor) -> Tensor:
 
 
 def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
-    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (*S', N) → (*S, N).
+    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (F, N) → (*S, N).
 
     ``columns_first`` asks for images that lie in memory as (N, *S).
     """
     real, imag = spectrum
-    width = matrices.last.shape[2]
-    if matrices.folded is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
-        return kernels.synthesise(spectrum, matrices.folded[1], width, bias, first=columns_first)
-    *lead, half, columns = real.shape
+    if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
+        packed, size, paired = matrices.packed, matrices.size, matrices.paired
+        return kernels.synthesise(spectrum, packed, size, bias, first=columns_first, paired=paired)
+    _, half, width = matrices.last.shape
+    lead, columns = matrices.size[:-1], real.shape[-1]
+    if matrices.weighted or len(matrices.kept) != len(matrices.place):
+        weights = matrices.weights[:, None]
+        real, imag = (plane.index_select(0, matrices.place) * weights for plane in (real, imag))
     for axis in range(len(lead)):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=True)
     real, imag = (plane.reshape(-1, half, columns) for plane in (real, imag))
@@ -209,7 +272,7 @@ class Synthesise(torch.autograd.Function):
         grad_bias = None
         if ctx.needs_input_grad[2]:
             # The transpose of the inverse transform has the images' mean at frequency 0.
-            mean = real[(0,) * (real.ndim - 1)].view(-1, ctx.bias_size).sum(0)
+            mean = real[0].view(-1, ctx.bias_size).sum(0)
             grad_bias = mean * math.prod(grad.shape[:-1])
         return real, imag, grad_bias, None, None
 
