@@ -109,8 +109,8 @@ def selective_scan_cpu(
 
 
 @selective_scan_cpu.register_fake
-def _(x: Tensor, delta: Any, bias: Any, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _scan_outputs(x, a, _[-1])
+def _(x: Tensor, delta: Any, bias: Any, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _scan_outputs(x, a, keep=rest[-1])
 
 
 @torch.library.custom_op("espalier::selective_scan_backward", mutates_args=())
