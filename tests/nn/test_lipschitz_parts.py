@@ -35,6 +35,21 @@ def test_max_min_sorts_pairs_of_channels() -> None:
     assert MaxMin()(x).tolist() == [[3.0, 5.0, 1.0, 2.0]]
 
 
+def test_max_min_sends_gradients_back_where_numbers_came_from_and_keeps_the_layout() -> None:
+    x = draw(3, 4, 5, 2).permute(2, 1, 3, 0).requires_grad_()
+    a, b = x.chunk(2, dim=1)
+    plain = torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
+    weights = draw(5, 4, 2, 3, seed=1)
+    ours = MaxMin()(x)
+    assert torch.equal(ours, plain)
+    assert ours.stride() == x.stride()
+    assert torch.equal(*(torch.autograd.grad(y, x, weights)[0] for y in (ours, plain)))
+    assert torch.autograd.gradgradcheck(MaxMin(), (x,))
+    equal = torch.ones(1, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(MaxMin()(equal), equal, torch.arange(4.0)[None])
+    assert gradient.tolist() == [[0, 1, 2, 3]]
+
+
 @settings(max_examples=20, deadline=None)
 @given(size=st.integers(2, 5), groups=st.integers(1, 4), spatial=st.sampled_from([(), (3,), (2, 3)]))
 def test_group_sort_is_a_sort_of_every_group(size: int, groups: int, spatial: tuple[int, ...]) -> None:
