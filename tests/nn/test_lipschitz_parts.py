@@ -70,6 +70,7 @@ def test_group_sort_is_a_sort_of_every_group(size: int, groups: int, spatial: tu
         (MaxMin(), (4, 3, 2)),
         (GroupSort(3), (6, 2, 2)),
         (InvertibleDownsampling(2), (2, 4, 6)),
+        (ScaledAvgPool2d(1), (2, 4, 6)),
         (ScaledAvgPool2d(2), (2, 4, 6)),
         (ScaledAvgPool2d(3), (1, 7, 6)),
         (ScaledAvgPool2d(), (3, 4, 5)),

@@ -235,6 +235,8 @@ class ScaledAvgPool2d(nn.Module):
         """Return the scaled averages."""
         if self.kernel_size is None:
             return x.sum((-2, -1), keepdim=True) * (x.shape[-2] * x.shape[-1]) ** -0.5
+        if self.kernel_size == 1:
+            return x
         return F.avg_pool2d(x, self.kernel_size) * self.kernel_size
 
     def lipschitz_constant(self) -> float:
