@@ -165,6 +165,22 @@ def test_singular_values_are_one_in_float64(case: dict[str, Any], training: bool
         assert (singular_values(layer, channels[0], 6, 6) - 1).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+@pytest.mark.parametrize("cls", [CayleyConv2d, CayleyConvTranspose2d])
+def test_one_tap_is_the_same_operator_in_either_memory_layout(cls: type, stride: int | tuple[int, int]) -> None:
+    layer = cls(4, 6, 1, stride, dtype=torch.float64, generator=seeded())
+    x = images(2, 4, 6, 6).requires_grad_()
+    turned = x.detach().permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1).requires_grad_()
+    ours, other = layer(turned), layer(x)
+    torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+    weights = images(*ours.shape, seed=5)
+    gradients = [
+        torch.autograd.grad(y, [start, *layer.parameters()], weights) for y, start in ((ours, turned), (other, x))
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_singular_values_stay_one_through_hard_training(dtype: torch.dtype, stride: int) -> None:

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError, unknown_name
 from espalier.nn.cayley_linear import draw_, orthogonal_matrix, scaled
 from espalier.nn.precision import exact, outside_graphs, recording, without_autocast
-from espalier.nn.shuffle import channels_first, channels_last, check_divides, depth_to_space, space_to_depth
+from espalier.nn.shuffle import (
+    blocks_last,
+    channels_first,
+    channels_last,
+    check_divides,
+    depth_to_space,
+    space_to_depth,
+)
 from espalier.nn.spectral.cache import OperatorCache
 from espalier.nn.spectral.convolution import Taps, apply_spectrum, convolve, spectrum
 
@@ -116,12 +123,14 @@ class _CayleyConv(nn.Module):
         return Taps.of(scaled(weight, alpha), self.groups, self.dilation, adjoint=self.transposed)
 
     def _pointwise(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply a kernel of one tap: the same matrix at every pixel, or a plain convolution of blocks."""
+        """Apply a kernel of one tap: the same matrix on every block of pixels."""
         q = orthogonal_matrix(self, self.groups, x.dtype)
-        if self.groups == 1 and set(self.stride) == {1} and not recording():
-            # In the layout that the transforms keep, where a convolution would turn every image around.
-            return channels_first(F.linear(channels_last(x), q[0].mT if self.transposed else q[0], bias))
         kernel = q.reshape(self.weight.shape[0], -1, *self.stride)
+        kept = channels_last(x).is_contiguous() and not self.transposed
+        if self.groups == 1 and not recording() and (kept or set(self.stride) == {1}):
+            # In the layout that the transforms keep, where a convolution would turn every image around.
+            matrix = kernel.flatten(1).mT if self.transposed else kernel.movedim(1, -1).flatten(1)
+            return channels_first(F.linear(blocks_last(x, self.stride), matrix, bias))
         plain, adjoint = _PLAIN[self.dim]
         if self.transposed:
             return adjoint(x, kernel, bias, self.stride, groups=self.groups)

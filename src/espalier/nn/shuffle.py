@@ -38,6 +38,23 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
     return channels_first(moved.reshape(*coarse, batch, -1))
 
 
+def blocks_last(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return every block of ``stride`` pixels as one row: (B, C, *S) → (*S/stride, B, ∏stride·C), channels innermost.
+
+    Raises:
+        EspalierError: a size that its stride does not divide.
+    """
+    rows = channels_last(x)
+    if all(s == 1 for s in stride):
+        return rows
+    *size, batch, channels = rows.shape
+    check_divides(size, stride)
+    cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
+    coarse, fine = range(0, len(cut), 2), range(1, len(cut), 2)
+    moved = rows.reshape(*cut, batch, channels).permute(*coarse, len(cut), *fine, len(cut) + 1)
+    return moved.flatten(len(size) + 1)
+
+
 def check_divides(size: Sequence[int], stride: Sequence[int]) -> None:
     """Raise ``EspalierError`` unless each stride divides the image's size along its axis."""
     if any(n % s for n, s in zip(size, stride, strict=True)):
