@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from espalier.recipes.base import Recipe, register_recipe
@@ -51,6 +52,24 @@ def kwlarge_fashion() -> Recipe:
         batch_size=256,
         crop_padding=2,
         flip=True,
+    )
+
+
+@register_recipe
+def kwlarge_fashion_tempered() -> Recipe:
+    """Return KWLarge on Fashion-MNIST with cross-entropy on tempered margins and a cosine after a warm-up.
+
+    The better recipe here: the same net and cost as ``kwlarge_fashion``, larger certified radii. ``espalier train
+    kwlarge_fashion_tempered --data DIR``. Measured in docs/results/robustness.md.
+    """
+    return replace(
+        kwlarge_fashion(),
+        name="kwlarge_fashion_tempered",
+        loss="tempered_cross_entropy",
+        loss_args={"temperature": 0.25, "offset": 0.5},
+        lr=3e-3,
+        schedule="cosine",
+        warmup_epochs=0.2,
     )
 
 
