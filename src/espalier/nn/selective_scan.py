@@ -49,7 +49,7 @@ def selective_scan(
         c_BLN: output maps.
         d_E: skip weights.
         delta_bias_E: added to ``delta_BLE``.
-        delta_softplus: Δ = softplus(delta + bias), without a plane of its own where the compiled kernel runs.
+        delta_softplus: Δ = softplus(delta + bias).
         gate_BLE: z; y is multiplied by SiLU(z).
         initial_state: state before the first token, (B, E, N); zero if none is given.
         mask: (B, L), true at real tokens; others leave the state as it is and give 0.
@@ -71,36 +71,43 @@ def selective_scan(
         x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state
     )
     name = choose("selective_scan", x.device.type)
-    if name != "compiled" or mask is not None or not delta_softplus:
-        delta = delta if bias is None else delta + bias
-        delta, bias, delta_softplus = F.softplus(delta) if delta_softplus else delta, None, False
-    if mask is not None:
-        delta = delta * mask[..., None]
-    if name == "compiled":
-        from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
-
-        tensors = (x, delta, bias, a, b, c, d, gate, state)
-        y, final, _ = selective_scan_cpu(*tensors, delta_softplus, needs_grad(*tensors))
-    else:
-        y, final = _run(name, x, delta, a, b, c, d, gate, state)
+    in_kernel = name == "compiled" and mask is None and delta_softplus
+    if not in_kernel:
+        delta, bias = _step_sizes(delta, bias, mask, softplus=delta_softplus), None
+    y, final = _run(name, x, delta, bias, a, b, c, d, gate, state, softplus=in_kernel)
     if mask is not None:
         y = y * mask[..., None]
     y = y.to(dtype)
     return (y, final) if return_state else y
 
 
+def _step_sizes(delta: Tensor, bias: Tensor | None, mask: Tensor | None, *, softplus: bool) -> Tensor:
+    delta = delta if bias is None else delta + bias
+    delta = F.softplus(delta) if softplus else delta
+    return delta if mask is None else delta * mask[..., None]
+
+
 def _run(
     name: str,
     x: Tensor,
     delta: Tensor,
+    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     c: Tensor,
     d: Tensor | None,
     gate: Tensor | None,
     state: Tensor | None,
+    *,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (gated y, final state) without our compiled kernel."""
+    """Return (gated y, final state); only the compiled kernel takes a bias and a softplus."""
+    if name == "compiled":
+        from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
+
+        tensors = (x, delta, bias, a, b, c, d, gate, state)
+        y, final, _ = selective_scan_cpu(*tensors, softplus, needs_grad(*tensors))
+        return y, final
     if name == "mamba_ssm" and state is None:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
