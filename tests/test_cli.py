@@ -170,3 +170,10 @@ def test_a_reader_that_stops_reading_gets_no_complaint() -> None:
             [sys.executable, "-m", "espalier", "recipes"], stdout=closed, stderr=subprocess.PIPE, check=False
         )
     assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_process_group_does_not_outlive_the_command(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    assert main(["recipes"]) == 0
+    assert not torch.distributed.is_initialized()

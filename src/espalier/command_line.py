@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from espalier.cli import COMMANDS, compare, train
 from espalier.errors import EspalierError, require, unknown_name
 from espalier.recipes import Recipe, get_recipe, recipe_functions
@@ -33,7 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"espalier: {error.filename or ''}: {error.strerror or error}: free some space or name another path",
               file=sys.stderr)  # fmt: skip
         return 2
+    finally:
+        _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """End what torchrun's processes share: left to the interpreter's end, its threads may abort a finished run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _dispatch(arguments: list[str]) -> None:
