@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _dispatch(arguments)
         sys.stdout.flush()
+        _leave_process_group()
     except BrokenPipeError:  # who reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 141
@@ -35,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"espalier: {error.filename or ''}: {error.strerror or error}: free some space or name another path",
               file=sys.stderr)  # fmt: skip
         return 2
-    finally:
-        _leave_process_group()
     return 0
 
 

@@ -62,3 +62,13 @@ def test_adapters_hooks_and_parametrizations_of_a_mixer_take_effect(family: str)
         torch.testing.assert_close(adapted, mixer(x))
         base.weight.mul_(2 / 3)
         torch.testing.assert_close(doubled, mixer(x))
+
+
+def test_a_replaced_step_projection_of_mamba1_takes_effect_in_float32() -> None:
+    mixer = Mamba1(8, 4)
+    u = torch.randn(2, 5, mixer.inner)
+    logits = mixer.dt_proj(mixer.x_proj(u)[..., : mixer.dt_rank])
+    mixer.dt_proj = Adapter(mixer.dt_proj)  # type: ignore[assignment]
+    torch.testing.assert_close(mixer.coefficients(u)[0], nn.functional.softplus(3 * logits))
+    steps = mixer.bfloat16().coefficients(u.bfloat16())[0]
+    assert steps.dtype == torch.float32

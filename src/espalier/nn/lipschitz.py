@@ -58,7 +58,7 @@ class MaxMin(nn.Module):
         a, b = _groups(x, 2).unbind(1)
         if recording():
             return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
-        sorted_x: Tensor = _SortPairs.apply(x, a, b)
+        sorted_x: Tensor = _SortPairs.apply(x)
         return sorted_x
 
     def lipschitz_constant(self) -> float:
@@ -70,8 +70,9 @@ class _SortPairs(torch.autograd.Function):
     """MaxMin in the memory layout of its input, with an exchange as the backward pass: equal numbers stay in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         """Return (max(a, b), min(a, b)) for the halves a and b of x."""
+        a, b = x.chunk(2, dim=1)
         swapped = torch.lt(a, b, out=torch.empty_like(a))
         ctx.save_for_backward(swapped)
         y = torch.empty_like(x)
@@ -81,9 +82,10 @@ class _SortPairs(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return the gradient of x: sent back to where each number came from."""
-        return _Exchange.apply(grad, *ctx.saved_tensors), None, None
+        sent_back: Tensor = _Exchange.apply(grad, *ctx.saved_tensors)
+        return sent_back
 
 
 class _Exchange(torch.autograd.Function):

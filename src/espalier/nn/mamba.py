@@ -153,7 +153,7 @@ class Mamba1(nn.Module):
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         with torch.autocast(u.device.type, enabled=False):  # small steps would round away
             if not is_plain(self.dt_proj):
-                return self.dt_proj(rank.to(self.dt_proj.weight.dtype)), None, b, c
+                return exact(self.dt_proj(rank.to(self.dt_proj.weight.dtype)))[0], None, b, c
             rank, weight, bias = exact(rank, self.dt_proj.weight, self.dt_proj.bias)
             return F.linear(rank, weight), bias, b, c
 
