@@ -108,6 +108,8 @@ def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[s
     def autocast() -> Any:
         return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
+    # Else the limit of recompilations, which counts all networks together, would leave the last ones uncompiled.
+    torch.compiler.reset()
     x = torch.randn(shape.batch, 3, shape.pixels, shape.pixels, device=device)
     if precision == "float32":
         ours = ConvMixer(shape.dim, shape.depth, shape.kernel, shape.patch, num_classes=10).to(device)
