@@ -135,6 +135,7 @@ def measure(shape: Shape, *, training: bool, repeats: int) -> dict[str, tuple[fl
         peaks = {name: peak_bytes(call) for name, call in calls.items()}
         for _ in range(repeats):
             for name, call in calls.items():
+                call()
                 times[name].append(seconds(call))
     return {name: (statistics.median(taken), min(taken), peaks[name]) for name, taken in times.items()}
 
