@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from espalier.certify import certify, lipschitz_bound
 from espalier.errors import EspalierError
-from espalier.models import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer, build_model
+from espalier.models import (
+    KWLarge,
+    LipschitzResNet9,
+    LipschitzWideResNet,
+    OrthogonalConvMixer,
+    OrthogonalConvNet,
+    build_model,
+)
 from espalier.models.orthogonal_layers import PeerConv2d, orthogonal_conv
 from espalier.train.build import build_optimizer
 from espalier.train.ema import AveragedWeights
@@ -18,6 +25,7 @@ SMALL = {
     "lipschitz_resnet9": {"width": 2},
     "lipschitz_wide_resnet": {"widen": 1},
     "orthogonal_convmixer": {"dim": 8, "depth": 2, "hidden": 12},
+    "orthogonal_convnet": {"widths": (4, 6), "depths": (2, 1), "hidden": 12},
 }
 
 
@@ -45,13 +53,31 @@ def test_every_model_is_certified_at_one_and_is_no_steeper(name: str) -> None:
         assert steepest(net, x) <= 1.0 + 1e-12
 
 
-def test_a_net_that_never_widens_keeps_the_norm_of_every_gradient() -> None:
-    # 1·2² = 4 channels, square convolutions, 16 pooled features → 12 → 10: transposes of all layers are isometries.
-    net = small("orthogonal_convmixer", dim=4, depth=3).double().eval()
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        # 1·2² = 4 channels, square convolutions, 16 pooled features → 12 → 10: transposes of all layers are isometries.
+        ("orthogonal_convmixer", {"dim": 4, "depth": 3}),
+        # The same without pooling: 4 channels, 4·4 → 12 on quarter images, 48 features → 12 → 12 → 10.
+        ("orthogonal_convnet", {"widths": (4, 12), "depths": (2, 1)}),
+    ],
+)
+def test_a_net_that_never_widens_keeps_the_norm_of_every_gradient(name: str, changes: dict[str, object]) -> None:
+    net = small(name, **changes).double().eval()
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     for score in (0, 7):
         (gradient,) = torch.autograd.grad(net(x)[:, score].sum(), x)
         torch.testing.assert_close(gradient.flatten(1).norm(dim=1), torch.ones(3, dtype=torch.float64))
+
+
+def test_stages_halve_the_image_and_have_their_depth() -> None:
+    net = small("orthogonal_convnet", widths=(4, 6, 8), depths=(2, 0, 1))
+    shapes: list[tuple[int, ...]] = []
+    for module in net.features:
+        if hasattr(module, "kernel_size"):
+            module.register_forward_hook(lambda m, _, y: shapes.append((m.kernel_size[0], *y.shape[1:])))
+    net(torch.rand(2, 1, 8, 8))
+    assert shapes == [(3, 4, 4, 4), (3, 4, 4, 4), (1, 6, 2, 2), (1, 8, 1, 1), (3, 8, 1, 1)]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -91,6 +117,8 @@ def test_a_normalised_head_is_certified_pair_by_pair() -> None:
         (lambda: LipschitzResNet9(img_size=(32, 28)), "multiples of 8"),
         (lambda: LipschitzWideResNet(head="free"), "unknown head 'free'"),
         (lambda: OrthogonalConvMixer(layer="soc", groups=4), "groups 4"),
+        (lambda: OrthogonalConvNet(img_size=30), "multiples of 4"),
+        (lambda: OrthogonalConvNet(widths=(8, 16), depths=(1,)), "one of each for every stage"),
         (lambda: KWLarge(layer="cayle"), "did you mean 'cayley'"),
     ],
 )

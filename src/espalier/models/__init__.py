@@ -14,7 +14,13 @@ from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
 from espalier.models.convmixer_fused import fuse
 from espalier.models.features import FeatureNet
 from espalier.models.from_transformers import TransformersConvNext, TransformersViT
-from espalier.models.lipschitz import KWLarge, LipschitzResNet9, LipschitzWideResNet, OrthogonalConvMixer
+from espalier.models.lipschitz import (
+    KWLarge,
+    LipschitzResNet9,
+    LipschitzWideResNet,
+    OrthogonalConvMixer,
+    OrthogonalConvNet,
+)
 from espalier.models.mamba_checkpoints import convert_mamba_state_dict
 from espalier.models.memory_format import MemoryFormatChoice, choose_memory_format_
 from espalier.models.sequence import SequenceModel
@@ -29,6 +35,7 @@ __all__ = [
     "LipschitzWideResNet",
     "MemoryFormatChoice",
     "OrthogonalConvMixer",
+    "OrthogonalConvNet",
     "SequenceModel",
     "TransformersConvNext",
     "TransformersViT",
@@ -48,6 +55,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lipschitz_resnet9": LipschitzResNet9,
     "lipschitz_wide_resnet": LipschitzWideResNet,
     "orthogonal_convmixer": OrthogonalConvMixer,
+    "orthogonal_convnet": OrthogonalConvNet,
     "transformers_convnext": TransformersConvNext,
     "transformers_vit": TransformersViT,
     "vit": VisionTransformer,
