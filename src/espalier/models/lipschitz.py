@@ -262,12 +262,12 @@ class OrthogonalConvMixer(LipschitzNet):
 
 
 class OrthogonalConvNet(LipschitzNet):
-    """Stages of orthogonal convolutions at falling resolution, without shortcuts, norms or pooling: every layer counts.
+    """Stages of orthogonal convolutions at falling resolution, without shortcuts, norms or pooling.
 
-    Pixels are moved into channels in blocks of p × p; then every stage applies ``depths[i]`` k × k convolutions of width
-    ``widths[i]``, and the next begins with a matrix on blocks of 2 × 2 pixels that halves the image; then two orthogonal
-    linear layers and the head, with MaxMin after each. Moving pixels first costs nothing and quarters the frequencies
-    that the spectrum has to be transformed at, which buys twice KWLarge's width for its time.
+    Pixels are moved into channels in blocks of p × p; every stage then applies ``depths[i]`` k × k convolutions of
+    width ``widths[i]``, and the next one begins with a matrix on blocks of 2 × 2 pixels, which halves the image; two
+    orthogonal linear layers and the head follow, with MaxMin after each but the head. An image of half the side has a
+    quarter of the frequencies, so that twice KWLarge's width costs about as much.
 
     Args:
         widths: channels of every stage.
