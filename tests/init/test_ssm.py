@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
-from espalier.init import MimeticSSM, measure_ssm, mimetic_ssm_, token_memory
+from espalier.init import FilterCovariance, MimeticSSM, filter_covariance, measure_ssm, mimetic_ssm_, token_memory
 from espalier.init.ssm import inverse_softplus
 from espalier.nn import selective_scan, ssd
 
@@ -98,6 +98,7 @@ PARTS = {
     "correlate": ({"correlate": 1.0}, {"w_c"}),
     "gain": ({"correlate": 1.0, "gain": 1.0}, {"w_b", "w_c"}),
     "convolution": ({"convolution": True}, {"conv_weight", "conv_bias"}),
+    "covariance": ({"convolution": "covariance"}, {"conv_weight"}),
     "delta_weight": ({"delta_weight": 0.5}, {"w_delta"}),
     "nothing": ({}, set()),
 }
@@ -120,6 +121,18 @@ def test_convolution_passes_its_newest_input_and_step_weights_shrink() -> None:
     assert 0.4 / 3 < float(weights["w_delta"].abs().max()) <= 0.5 / 3
     mimetic_ssm_(**weights, delta_weight=0.0)
     assert not weights["w_delta"].any()
+
+
+def test_filters_of_the_closed_form_are_centred_on_the_newest_tap() -> None:
+    weights = layer(16, 8, channels=20_000)
+    mimetic_ssm_(**weights, convolution="covariance", generator=seeded())
+    taps = weights["conv_weight"].double().flatten(1)
+    sigma = FilterCovariance().sigma_at(0.5)
+    wanted = filter_covariance(4, sigma, dim=1, centre="last")
+    torch.testing.assert_close(taps.T @ taps / len(taps), wanted, atol=6 * 2**0.5 / len(taps) ** 0.5, rtol=0)
+    assert wanted.diagonal().argmax() == 3
+    with pytest.raises(EspalierError, match="convolution is 'covarianc'"):
+        MimeticSSM(convolution="covarianc")  # type: ignore[arg-type]
 
 
 def test_writing_twice_is_writing_once_and_the_generator_decides() -> None:

@@ -186,7 +186,7 @@ def _ssm_contradiction(weights: SSMWeights, spec: MimeticSSM, place: Place, meas
         # Slack: rounding of the bias to bfloat16; the scatter of a sum of N·D independent products.
         ("delta", spec.delta, 0.02 * (spec.delta or 0.0)),
         ("correlation", spec.correlate, 0.01 + 6 * (1 - rho**2) / weights.w_b.numel() ** 0.5),
-        ("convolution", 0.0 if spec.convolution else None, 0.0),
+        ("convolution", 0.0 if spec.convolution is True else None, 0.0),
     ):
         if asked is not None and not abs(measured[name] - asked) <= slack:
             return f"{name} is {measured[name]:.3g} where {asked:.3g} was written"

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.init.depthwise import FilterCovariance
 
 DecayRule = Literal["constant", "scaled"]
+Convolution = bool | Literal["covariance"]
 
 # exp(−20) is 2e-9: below it exp(Δ·A) is 1 in float32 for every Δ that occurs, and only the gradient would vanish.
 _LOWEST_LOG_RATE = -20.0
@@ -27,7 +29,7 @@ class SSMParts(TypedDict, total=False):
     decay: float | None
     delta: float | None
     correlate: float | None
-    convolution: bool
+    convolution: Convolution
     decay_rule: DecayRule
     gain: float | None
     delta_weight: float | None
@@ -41,7 +43,8 @@ class MimeticSSM:
         decay: c; the rates become ``−A = exp(−c)``, so that a state keeps almost all of itself at every step.
         delta: the step size at zero input, written into the step's bias.
         correlate: ρ between the rows of W_C and W_B.
-        convolution: whether the short convolution starts as the identity.
+        convolution: whether the short convolution starts as the identity; ``"covariance"`` instead draws its filters
+            from the closed form of ``FilterCovariance`` at half depth, centred on the newest tap (an option of ours).
         decay_rule: ``"constant"``, or ``"scaled"`` for rates ``exp(−c·A_log₀)`` with the reference's A_log₀.
         gain: the diagonal of ``W_Cᵀ W_B`` over ρ; ``None`` keeps W_B as it is, see Note [Scale of the product].
         delta_weight: size of the step's input weights over the default's; 0 makes steps independent of the input.
@@ -56,7 +59,7 @@ class MimeticSSM:
     decay: float | None = 8.0
     delta: float | None = 1.0
     correlate: float | None = 1.0
-    convolution: bool = False
+    convolution: Convolution = False
     decay_rule: DecayRule = "constant"
     gain: float | None = None
     delta_weight: float | None = None
@@ -90,7 +93,7 @@ class MimeticSSM:
             (self.decay, f"A −exp(−{exponent})"),
             (self.delta, f"Δ {self.delta:.4g}" if self.delta is not None else ""),
             (self.correlate, f"ρ {self.correlate:.4g}" if self.correlate is not None else ""),
-            (self.convolution or None, "identity convolution"),
+            (self.convolution or None, f"{'identity' if self.convolution is True else 'covariance'} convolution"),
             (self.delta_weight, f"W_Δ ×{self.delta_weight}"),
         )
         return ", ".join(text for value, text in parts if value is not None)
@@ -112,6 +115,8 @@ class MimeticSSM:
     def _check_parts(self) -> None:
         if self.decay_rule not in get_args(DecayRule):
             raise unknown_name("decay_rule", self.decay_rule, get_args(DecayRule))
+        if self.convolution not in (False, True, "covariance"):
+            raise EspalierError(f"convolution is {self.convolution!r}: give False, True or 'covariance'")
         if self.correlate is not None and not -1 <= self.correlate <= 1:
             raise EspalierError(f"correlate is {self.correlate}: give a correlation in −1…1")
         for name, value in (("decay", self.decay), ("delta_weight", self.delta_weight)):
@@ -146,7 +151,7 @@ def mimetic_ssm_(
     correlate      ``W_C = ρ W_B + √(1 − ρ²) W′``, W′ normal with the mean square of W_B
     gain           first draws W_B from the normal of variance gain/N, so that ``W_Cᵀ W_B`` is ``gain·ρ·I``
                    plus noise of deviation gain/√N
-    convolution    the newest tap 1, the others and the bias 0
+    convolution    the newest tap 1, the others and the bias 0; or filters of a covariance, the bias left alone
     delta_weight   W_Δ uniform on ±f/√fan-in, the default's law times f
     ============== =======================================================================================
 
@@ -182,7 +187,10 @@ def mimetic_ssm_(
     if spec.delta_weight is not None and w_delta is not None:
         _scatter(w_delta, spec.delta_weight, generator)
     if spec.convolution and conv_weight is not None:
-        _pass_through(conv_weight, conv_bias)
+        if spec.convolution == "covariance":
+            FilterCovariance(centre="last").write_(conv_weight, 0.5, generator=generator)
+        else:
+            _pass_through(conv_weight, conv_bias)
 
 
 # Note [Two readings of the decay]

@@ -43,6 +43,11 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "mimetic-ssm-scaled": {"init": "mimetic_ssm", "init_args": {"decay_rule": "scaled"}, "freeze": ""},
     "mimetic-ssm-gain": {"init": "mimetic_ssm", "init_args": {"gain": 1.0}, "freeze": ""},
     "mimetic-ssm-one": {"init": "mimetic_ssm", "init_args": {"layers": 0}, "freeze": ""},
+    "ssm-covariance": {
+        "init": "mimetic_ssm",
+        "init_args": {"decay": None, "delta": None, "correlate": None, "convolution": "covariance"},
+        "freeze": "",
+    },
     "mimetic-ssm-last": {"init": "mimetic_ssm", "init_args": {"layers": -1}, "freeze": ""},
     **ssm_part_arms(),
     "structured": {"init": "structured", "init_args": {}, "freeze": ""},
