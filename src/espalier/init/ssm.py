@@ -187,10 +187,7 @@ def mimetic_ssm_(
     if spec.delta_weight is not None and w_delta is not None:
         _scatter(w_delta, spec.delta_weight, generator)
     if spec.convolution and conv_weight is not None:
-        if spec.convolution == "covariance":
-            FilterCovariance(centre="last").write_(conv_weight, 0.5, generator=generator)
-        else:
-            _pass_through(conv_weight, conv_bias)
+        _write_taps(conv_weight, conv_bias, spec.convolution, generator)
 
 
 # Note [Two readings of the decay]
@@ -234,7 +231,12 @@ def _scatter(w_delta: Tensor, size: float, generator: torch.Generator | None) ->
     w_delta.copy_(bound * (2 * torch.rand(w_delta.shape, generator=generator, device=w_delta.device) - 1))
 
 
-def _pass_through(conv_weight: Tensor, conv_bias: Tensor | None) -> None:
+def _write_taps(
+    conv_weight: Tensor, conv_bias: Tensor | None, rule: Convolution, generator: torch.Generator | None
+) -> None:
+    if rule == "covariance":
+        FilterCovariance(centre="last").write_(conv_weight, 0.5, generator=generator)
+        return
     conv_weight.zero_()
     conv_weight[..., -1].fill_(1)
     if conv_bias is not None:

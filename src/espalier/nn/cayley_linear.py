@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.cayley import cayley
+from espalier.nn.cayley_apply import apply_cayley_matrix
 from espalier.nn.precision import exact, without_autocast
 from espalier.nn.spectral.cache import OperatorCache
 
@@ -76,8 +77,11 @@ class CayleyLinear(nn.Module):
         """Return Qx + b for x (..., in)."""
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise EspalierError(f"input is {tuple(x.shape)}: give (..., {self.in_features})")
-        wide, _, bias = exact(x, self.weight, self.bias)
-        return F.linear(wide, orthogonal_matrix(self, 1, wide.dtype)[0], bias).to(x.dtype)
+        wide, weight, alpha, bias = exact(x, self.weight, self.alpha, self.bias)
+        if not self.training:
+            return F.linear(wide, orthogonal_matrix(self, 1, wide.dtype)[0], bias).to(x.dtype)
+        y = apply_cayley_matrix(wide, scaled(weight, alpha))
+        return (y if bias is None else y + bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
