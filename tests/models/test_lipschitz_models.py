@@ -25,7 +25,7 @@ SMALL = {
     "lipschitz_resnet9": {"width": 2},
     "lipschitz_wide_resnet": {"widen": 1},
     "orthogonal_convmixer": {"dim": 8, "depth": 2, "hidden": 12},
-    "orthogonal_convnet": {"widths": (4, 6), "depths": (2, 1), "hidden": 12},
+    "orthogonal_convnet": {"widths": (4, 6), "depths": (2, 1), "patch_size": 2, "hidden": 12},
 }
 
 
@@ -59,7 +59,7 @@ def test_every_model_is_certified_at_one_and_is_no_steeper(name: str) -> None:
         # 1·2² = 4 channels, square convolutions, 16 pooled features → 12 → 10: transposes of all layers are isometries.
         ("orthogonal_convmixer", {"dim": 4, "depth": 3}),
         # The same without pooling: 4 channels, 4·4 → 12 on quarter images, 48 features → 12 → 12 → 10.
-        ("orthogonal_convnet", {"widths": (4, 12), "depths": (2, 1)}),
+        ("orthogonal_convnet", {"widths": (4, 12), "depths": (2, 1), "patch_size": 2}),
     ],
 )
 def test_a_net_that_never_widens_keeps_the_norm_of_every_gradient(name: str, changes: dict[str, object]) -> None:
@@ -71,7 +71,7 @@ def test_a_net_that_never_widens_keeps_the_norm_of_every_gradient(name: str, cha
 
 
 def test_stages_halve_the_image_and_have_their_depth() -> None:
-    net = small("orthogonal_convnet", widths=(4, 6, 8), depths=(2, 0, 1))
+    net = small("orthogonal_convnet", widths=(4, 6, 8), depths=(2, 0, 1), patch_size=2)
     shapes: list[tuple[int, ...]] = []
     for module in net.features:
         if hasattr(module, "kernel_size"):

@@ -266,8 +266,9 @@ class OrthogonalConvNet(LipschitzNet):
 
     Pixels are moved into channels in blocks of p × p; every stage then applies ``depths[i]`` k × k convolutions of
     width ``widths[i]``, and the next one begins with a matrix on blocks of 2 × 2 pixels, which halves the image; two
-    orthogonal linear layers and the head follow, with MaxMin after each but the head. An image of half the side has a
-    quarter of the frequencies, so that twice KWLarge's width costs about as much.
+    orthogonal linear layers and the head follow, with MaxMin after each but the head. With one stage it is a patch net.
+    An image of half the side has a quarter of the frequencies and of the activations, so that a net on patches takes
+    many more steps in the same time (measured in docs/results/robustness.md).
 
     Args:
         widths: channels of every stage.
@@ -287,10 +288,10 @@ class OrthogonalConvNet(LipschitzNet):
 
     def __init__(
         self,
-        widths: Sequence[int] = (64, 128),
-        depths: Sequence[int] = (1, 1),
+        widths: Sequence[int] = (64,),
+        depths: Sequence[int] = (2,),
         kernel_size: int = 3,
-        patch_size: int = 2,
+        patch_size: int = 4,
         hidden: int = 512,
         img_size: int | tuple[int, int] = 32,
         in_chans: int = 3,
