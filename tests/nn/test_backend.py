@@ -87,7 +87,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
     code = "from espalier.nn.kernels.build import build; print(build())"
     env = {**os.environ, "ESPALIER_CACHE": str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    paths = {run.communicate(timeout=200)[0].strip() for run in runs}
+    paths = {run.communicate(timeout=600)[0].strip() for run in runs}
     assert all(run.returncode == 0 for run in runs)
     assert {str(path) for path in tmp_path.iterdir()} == paths
     assert len(paths) == 1
