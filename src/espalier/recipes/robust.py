@@ -78,7 +78,7 @@ def kwlarge_cifar10() -> Recipe:
 
     Adam, lr 0.01 in a piecewise line, batch 256, 200 epochs, crop and flip, multi-margin loss with margin 0.5, the
     mean subtracted only (arXiv 2104.07167, section 5): ``espalier train kwlarge_cifar10 --data DIR``. Not yet run here
-    at full length; six epochs of half the width are measured in docs/results/robustness.md.
+    at full length; sixteen epochs are measured in docs/results/robustness.md.
     """
     return _centred(
         name="kwlarge_cifar10",
