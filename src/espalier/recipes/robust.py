@@ -113,7 +113,7 @@ def orthogonal_cifar10() -> Recipe:
     """Return our patch net on CIFAR-10: clean and certified accuracy, hours on one GPU.
 
     To ``kwlarge_cifar10`` what ``orthogonal_fashion`` is to ``kwlarge_fashion``, at the same number of epochs.
-    ``espalier train orthogonal_cifar10 --data DIR``. Not yet run here at full length; fewer epochs are measured in
+    ``espalier train orthogonal_cifar10 --data DIR``. Not yet run here at full length; 32 epochs are measured in
     docs/results/robustness.md.
     """
     return replace(
