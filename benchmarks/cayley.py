@@ -5,8 +5,10 @@
 One layer per contender and shape, batch norm or activation none. A training step is a forward and a backward pass with
 the gradients of the input and of every parameter; an evaluation is a forward pass without gradients, after a first one
 has filled any cache (orthogonium's layers run inside ``parametrize.cached``). Contenders take turns within every
-repeat, so that a drift of the machine's speed touches all of them; the table gives medians, and ratios of the medians
-over the original. Peak memory is what torch allocates at once during one step beyond what was there before it.
+repeat, so that a drift of the machine's speed touches all of them; a turn is an untimed step and a timed one, as in
+training, where the step before was one's own and the allocator has the memory at hand. The table gives medians, and
+ratios of the medians over the original. Peak memory is what torch allocates at once during one step beyond what was
+there before it.
 
 The original's stride-2 layer of kernel 3 really has one tap; the shape S shows ours with one tap and with nine.
 Needs the extra ``peers``.

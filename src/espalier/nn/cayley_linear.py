@@ -27,7 +27,8 @@ class CayleyLinear(nn.Module):
     """Linear map with an orthogonal matrix: ``y = cayley(α·W/‖W‖) x + b``.
 
     Rows are orthonormal if it has no more outputs than inputs, columns if it has no fewer, so its Lipschitz constant
-    is 1. Evaluation keeps the matrix, built in float64, while the parameters keep their contents.
+    is 1. Training applies the matrix to the batch without forming it, and can be differentiated once; evaluation keeps
+    the matrix, built in float64, while the parameters keep their contents.
 
     Args:
         in_features: width of the input.
