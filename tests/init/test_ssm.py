@@ -135,6 +135,14 @@ def test_filters_of_the_closed_form_are_centred_on_the_newest_tap() -> None:
         MimeticSSM(convolution="covarianc")  # type: ignore[arg-type]
 
 
+def test_a_convolution_too_small_for_the_closed_form_is_refused_before_anything_is_written() -> None:
+    weights, before = layer(16, 8), layer(16, 8)
+    weights["conv_weight"] = weights["conv_weight"][..., :2]
+    with pytest.raises(EspalierError):
+        mimetic_ssm_(**weights, convolution="covariance", generator=seeded())
+    assert all(torch.equal(weights[name], before[name]) for name in weights if name != "conv_weight")
+
+
 def test_writing_twice_is_writing_once_and_the_generator_decides() -> None:
     once, twice = layer(16, 8), layer(16, 8)
     state = torch.random.get_rng_state()

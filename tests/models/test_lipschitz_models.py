@@ -119,6 +119,9 @@ def test_a_normalised_head_is_certified_pair_by_pair() -> None:
         (lambda: OrthogonalConvMixer(layer="soc", groups=4), "groups 4"),
         (lambda: OrthogonalConvNet(img_size=30), "multiples of 4"),
         (lambda: OrthogonalConvNet(widths=(8, 16), depths=(1,)), "one of each for every stage"),
+        (lambda: OrthogonalConvNet(depths=(-1,)), "depths from 0"),
+        (lambda: OrthogonalConvNet(patch_size=0), "sides of at least 1"),
+        (lambda: OrthogonalConvMixer(pool=0), "sides of at least 1"),
         (lambda: KWLarge(layer="cayle"), "did you mean 'cayley'"),
     ],
 )

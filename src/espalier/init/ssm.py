@@ -115,7 +115,7 @@ class MimeticSSM:
     def _check_parts(self) -> None:
         if self.decay_rule not in get_args(DecayRule):
             raise unknown_name("decay_rule", self.decay_rule, get_args(DecayRule))
-        if self.convolution not in (False, True, "covariance"):
+        if not (isinstance(self.convolution, bool) or self.convolution == "covariance"):
             raise EspalierError(f"convolution is {self.convolution!r}: give False, True or 'covariance'")
         if self.correlate is not None and not -1 <= self.correlate <= 1:
             raise EspalierError(f"correlate is {self.correlate}: give a correlation in −1…1")
@@ -178,6 +178,8 @@ def mimetic_ssm_(
     _check_shapes(w_b, w_c, groups)
     if w_b.is_meta or w_b.numel() == 0:
         return
+    if spec.convolution and conv_weight is not None:  # first: it may refuse, and nothing may be half written
+        _write_taps(conv_weight, conv_bias, spec.convolution, generator)
     if spec.decay is not None:
         _write_rates(a_log, spec.decay, spec.decay_rule, generator)
     if spec.delta is not None:
@@ -186,8 +188,6 @@ def mimetic_ssm_(
         _correlate(w_b, w_c, spec.correlate, w_b.shape[0] // groups, spec.gain, generator)
     if spec.delta_weight is not None and w_delta is not None:
         _scatter(w_delta, spec.delta_weight, generator)
-    if spec.convolution and conv_weight is not None:
-        _write_taps(conv_weight, conv_bias, spec.convolution, generator)
 
 
 # Note [Two readings of the decay]

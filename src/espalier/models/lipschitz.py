@@ -125,11 +125,7 @@ class KWLarge(LipschitzNet):
             *_conv(layer, width, width, 1, stride=2),
             *_conv(layer, width, 2 * width, 3),
             *_conv(layer, 2 * width, 2 * width, 1, stride=2),
-            nn.Flatten(),
-            CayleyLinear(2 * width * rows * columns // 16, hidden),
-            MaxMin(),
-            CayleyLinear(hidden, hidden),
-            MaxMin(),
+            *_dense(2 * width * rows * columns // 16, hidden),
         ]
         super().__init__(features, hidden, num_classes, head)
 
@@ -283,7 +279,7 @@ class OrthogonalConvNet(LipschitzNet):
         head: see ``LipschitzNet``.
 
     Raises:
-        EspalierError: as many widths as depths are not given, or the image does not divide.
+        EspalierError: not as many widths as depths, a size out of range, or an image that does not divide.
     """
 
     def __init__(
@@ -299,8 +295,10 @@ class OrthogonalConvNet(LipschitzNet):
         layer: str = "cayley",
         head: str = "orthogonal",
     ) -> None:
-        if not widths or len(widths) != len(depths):
-            raise EspalierError(f"widths {tuple(widths)} and depths {tuple(depths)}: give one of each for every stage")
+        if not widths or len(widths) != len(depths) or min(depths) < 0:
+            raise EspalierError(
+                f"widths {tuple(widths)} and depths {tuple(depths)}: give one of each for every stage, depths from 0"
+            )
         shrink = patch_size * 2 ** (len(widths) - 1)
         rows, columns = _sides(img_size, shrink)
         features: list[nn.Module] = [InvertibleDownsampling(patch_size)]
@@ -312,13 +310,7 @@ class OrthogonalConvNet(LipschitzNet):
             for _ in range(depth):
                 features += _conv(layer, channels, width, kernel_size)
                 channels = width
-        features += [
-            nn.Flatten(),
-            CayleyLinear(channels * rows * columns // shrink**2, hidden),
-            MaxMin(),
-            CayleyLinear(hidden, hidden),
-            MaxMin(),
-        ]
+        features += _dense(channels * rows * columns // shrink**2, hidden)
         super().__init__(features, hidden, num_classes, head)
 
 
@@ -328,12 +320,18 @@ def _conv(
     return orthogonal_conv(layer, inputs, outputs, kernel_size, stride, groups), MaxMin()
 
 
+def _dense(inputs: int, hidden: int) -> list[nn.Module]:
+    return [nn.Flatten(), CayleyLinear(inputs, hidden), MaxMin(), CayleyLinear(hidden, hidden), MaxMin()]
+
+
 def _convex(layer: str, dim: int) -> ConvexSum:
     return ConvexSum(nn.Sequential(*_conv(layer, dim, dim, 3), *_conv(layer, dim, dim, 3)))
 
 
 def _sides(img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
     rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if multiple < 1:
+        raise EspalierError(f"images shrunk {multiple} times: patches and pooled blocks have sides of at least 1")
     if min(rows, columns) < 1 or rows % multiple or columns % multiple:
         raise EspalierError(f"img_size {img_size}: sides must be multiples of {multiple}")
     return rows, columns
