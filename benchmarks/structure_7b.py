@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import espalier
-from espalier.init.attention import expected_diagonal
+from espalier.init.attention.mimetic import expected_diagonal
 
 ALL_LAYERS = 32
 

@@ -1,6 +1,6 @@
 """Espalier: networks whose weights carry structure from the first step."""
 
-from espalier import certify, data, init, models, nn
+from espalier import certify, init, models, nn
 from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
 
 __version__ = "0.1.0"
@@ -12,7 +12,6 @@ __all__ = [
     "StructureReport",
     "audit",
     "certify",
-    "data",
     "init",
     "models",
     "nn",

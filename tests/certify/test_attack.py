@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from espalier.certify import Certificate, CertificateBrokenError, autoattack_l2, certify, challenge, pgd_l2
 from espalier.certify.attack import distance, fooled
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz import MaxMin
+from espalier.nn.lipschitz.activations import MaxMin
 
 
 def linear_net(classes: int = 4, seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from espalier.certify import Certificate, UncertifiableError, certify, lipschitz_bound
 from espalier.certify.radius import SAFETY, certified_radii, exact_scores, score_bound
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz import ConvexSum, MaxMin, NormalizedLinear
-from espalier.nn.normalize import Normalize
+from espalier.nn.lipschitz.activations import MaxMin
+from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
+from espalier.nn.lipschitz.residual import ConvexSum
 
 
 def pixels(count: int, *shape: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 import espalier
 from espalier.errors import EspalierError
 from espalier.init import Mimetic, StructureFit, fit
-from espalier.init.fit import strength_behind
+from espalier.init.model_fit import strength_behind
 from espalier.models import VisionTransformer
 from reference.attention_reference import head_products, off_diagonal_std, value_output_product
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import espalier
-from espalier.command_line import main
+from espalier.checkpoints.by_shape import skeleton
+from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, MimeticSSM, StructureFit, fit
-from espalier.init.checkpoint_views import skeleton
 from espalier.models import ConvMixer, SequenceModel
 from espalier.nn import Mamba2
 

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from espalier import models
-from espalier.command_line import main
+from espalier.cli.main import main
+from espalier.cli.recipe_flags import merge_keyword_fields, split_keyword_fields
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, FilterStatistics, depthwise_layers, filter_covariance
 from espalier.models import ConvMixer
 from espalier.recipes import ARMS, INITS, Recipe, apply_arm, get_recipe
 from espalier.recipes.arms_filters import FILTER_SWITCHES, SWITCH_ARMS, TRANSFER_ARMS
-from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
+from espalier.recipes.validation import resolve_recipe
 from espalier.study import plan_study
 from espalier.study.plan import Scale
 from espalier.study.ready import ready_plans
 from espalier.study.ready_filters import FILTER_STUDIES
 from espalier.train import load_run, train
-from espalier.train.config import resolve_recipe
 
 
 def seeded(seed: int = 0) -> torch.Generator:

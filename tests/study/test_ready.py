@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from espalier.command_line import main
+from espalier.cli.main import main
 from espalier.data import build_source
 from espalier.errors import EspalierError
 from espalier.recipes import ARMS, apply_arm, get_recipe

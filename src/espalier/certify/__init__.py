@@ -2,9 +2,9 @@
 
 from espalier.certify import rules as _rules  # registers torch's own layers
 from espalier.certify.attack import autoattack_l2, pgd_l2
+from espalier.certify.attack_report import AttackReport, CertificateBrokenError, challenge
 from espalier.certify.bound import UncertifiableError, lipschitz_bound, register_lipschitz
 from espalier.certify.certificate import Certificate
-from espalier.certify.challenge import AttackReport, CertificateBrokenError, challenge
 from espalier.certify.radius import certify
 
 __all__ = [

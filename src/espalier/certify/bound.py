@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz import Lipschitz, LipschitzComposite
+from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
 
 Rule = Callable[[Any], float]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from espalier.errors import EspalierError
-from espalier.train.checkpoint import write_json
+from espalier.files import write_json
 
 EPSILONS = (36 / 255, 72 / 255, 108 / 255)
 """The radii of the literature, in [0, 1] pixel units."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from espalier.certify.bound import chain, module_bound, product_up
 from espalier.certify.certificate import Certificate
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz import NormalizedLinear
+from espalier.nn.lipschitz.normalisation import NormalizedLinear
 
 SAFETY = 4.0
 """How many times the largest rounding error that was measured is taken off every score."""

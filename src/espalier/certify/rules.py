@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from espalier.certify.bound import UncertifiableError, register_lipschitz
-from espalier.nn.cayley_conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
-from espalier.nn.cayley_linear import CayleyLinear
-from espalier.nn.lipschitz import kernel_norm, spectral_norm
+from espalier.nn.lipschitz.constant import kernel_norm, spectral_norm
+from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
+from espalier.nn.orthogonal.linear import CayleyLinear
 
 
 @register_lipschitz(

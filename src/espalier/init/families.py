@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.init.attention import Mimetic, expected_diagonal, measure_attention, mimetic_attention_
-from espalier.init.depthwise import FilterCovariance
-from espalier.init.filter_fit import FilterFit, covariance_fit
+from espalier.init.attention.mimetic import Mimetic, expected_diagonal, measure_attention, mimetic_attention_
+from espalier.init.filters.fit import FilterFit, covariance_fit
+from espalier.init.filters.spec import FilterCovariance
 from espalier.init.layouts import AttentionWeights, DepthwiseWeights, SSMWeights
 from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_
 

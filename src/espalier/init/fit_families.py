@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from espalier.init.depthwise import FilterCovariance
-from espalier.init.filter_fit import covariance_fit
+from espalier.init.filters.fit import covariance_fit
+from espalier.init.filters.spec import FilterCovariance
 from espalier.init.layouts import DepthwiseWeights, SSMWeights
 from espalier.init.ssm import MimeticSSM, measure_ssm
 

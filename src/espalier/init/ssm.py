@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.init.depthwise import FilterCovariance
+from espalier.init.filters.spec import FilterCovariance
 
 DecayRule = Literal["constant", "scaled"]
 Convolution = bool | Literal["covariance"]

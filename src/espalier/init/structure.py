@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from espalier.errors import EspalierError
-from espalier.init.attention import Mimetic
-from espalier.init.depthwise import FilterCovariance
+from espalier.init.attention.mimetic import Mimetic
 from espalier.init.families import FAMILIES, Family, Place
+from espalier.init.filters.spec import FilterCovariance
 from espalier.init.layouts import Skipped, find_layers
 from espalier.init.layouts.registry import Weights
 from espalier.init.report import LayerReport, StructureReport

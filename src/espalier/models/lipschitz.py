@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.orthogonal_layers import orthogonal_conv
-from espalier.nn.cayley_conv import CayleyConv2d
-from espalier.nn.cayley_linear import CayleyLinear
-from espalier.nn.lipschitz import ConvexSum, InvertibleDownsampling, MaxMin, NormalizedLinear, ScaledAvgPool2d
+from espalier.nn.lipschitz.activations import MaxMin
+from espalier.nn.lipschitz.normalisation import NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.orthogonal.conv import CayleyConv2d
+from espalier.nn.orthogonal.linear import CayleyLinear
 
 HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
 

@@ -20,7 +20,6 @@ from espalier.study.statistics import (
     rate_window,
     t_interval,
 )
-from espalier.study.table import markdown_table, text_table
 from espalier.study.trial import Study, Trial, load_study
 from espalier.train import Run, load_run
 
@@ -97,14 +96,6 @@ class Summary:
     failures: tuple[tuple[Trial, str], ...]
     runs: Mapping[Path, Run] = field(repr=False)
     """The finished runs by folder."""
-
-    def table(self) -> str:
-        """Return the result as a plain-text table with its sentences and assumptions."""
-        return text_table(self)
-
-    def markdown(self) -> str:
-        """Return the same as Markdown."""
-        return markdown_table(self)
 
     def run(self, arm: str, lr: float, seed: int) -> Run | None:
         """Return one finished run, None where there is none."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from espalier.study.statistics import Interval, t_interval
-
-if TYPE_CHECKING:
-    from espalier.study.summary import ArmSummary, Summary
+from espalier.study.summary import ArmSummary, Summary
 
 HEADER = (
     "arm",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from espalier.errors import EspalierError
+from espalier.files import write_json
 from espalier.recipes import Recipe, apply_arm
-from espalier.train.checkpoint import write_json
-from espalier.train.config import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
+from espalier.recipes.validation import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
 

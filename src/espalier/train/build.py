@@ -80,7 +80,7 @@ def freeze_(model: nn.Module, recipe: Recipe) -> None:
     """
     if not recipe.freeze:
         return
-    from espalier.init.depthwise import depthwise_layers
+    from espalier.init.filters.closed_form import depthwise_layers
 
     layers = depthwise_layers(model)
     if not layers:

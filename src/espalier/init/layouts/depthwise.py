@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from espalier.init.depthwise import is_depthwise
+from espalier.init.filters.closed_form import is_depthwise
 from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped, refuse_parametrized, register_layout
 
 

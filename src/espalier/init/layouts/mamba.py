@@ -18,7 +18,7 @@ from espalier.init.layouts.registry import (
 _TRANSFORMERS = "transformers.models."
 
 
-@register_layout("espalier.nn.mamba.Mamba1")
+@register_layout("espalier.nn.ssm.mamba.Mamba1")
 @register_layout("mamba_ssm.modules.mamba_simple.Mamba")
 @register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer")
 @register_layout(_TRANSFORMERS + "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer")
@@ -38,7 +38,7 @@ def mamba1(module: nn.Module) -> Found:
     )  # fmt: skip
 
 
-@register_layout("espalier.nn.mamba.Mamba2")
+@register_layout("espalier.nn.ssm.mamba.Mamba2")
 @register_layout("mamba_ssm.modules.mamba2.Mamba2")
 @register_layout("fla.layers.mamba2.Mamba2")
 @register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer")

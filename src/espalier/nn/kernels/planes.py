@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from espalier.nn.backend import choose
+from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.cpu import call
 from espalier.nn.precision import recording
 
