@@ -14,7 +14,7 @@ check: env                       ## style, types, import law, public surface
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q tests/test_house.py tests/test_surface.py
 bench: env                       ## side-by-side ratios, one file a question
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 docs: env                        ## the guide as a static site in site/
