@@ -23,7 +23,8 @@ def surface() -> list[str]:
         for public in getattr(module, "__all__", ()):
             thing = getattr(module, public)
             shown = f": {type(thing).__name__}"
-            if callable(thing):
+            # An exception has no signature of its own.
+            if callable(thing) and not (isinstance(thing, type) and issubclass(thing, Exception)):
                 # A default that is a function shows its address.
                 shown = re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(thing)))
             lines.append(f"{name}.{public}{shown}")
