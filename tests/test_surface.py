@@ -24,7 +24,7 @@ def surface() -> list[str]:
             thing = getattr(module, public)
             shown = f": {type(thing).__name__}"
             # An exception has no signature of its own.
-            if callable(thing) and not (isinstance(thing, type) and issubclass(thing, Exception)):
+            if callable(thing) and not (isinstance(thing, type) and issubclass(thing, BaseException)):
                 # A default that is a function shows its address.
                 shown = re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(thing)))
             lines.append(f"{name}.{public}{shown}")
