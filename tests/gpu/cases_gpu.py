@@ -24,15 +24,10 @@ from espalier.nn import (
     parametrize_cayley,
     use_backend,
 )
-from espalier.nn.lipschitz import (
-    ConvexSum,
-    GroupSort,
-    InvertibleDownsampling,
-    MaxMin,
-    NormalizedLinear,
-    ScaledAvgPool2d,
-)
-from espalier.nn.normalize import Normalize
+from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum
 
 
 class Case(NamedTuple):
