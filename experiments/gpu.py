@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from espalier.files import write_json
+from espalier.train import environment
 from on_gpu.results import Results
 from on_gpu.speed_convmixer import convmixer_tables
 from on_gpu.speed_orthogonal import orthogonal_tables
 from on_gpu.speed_scans import scan_tables
 from on_gpu.timing import Clock
 from on_gpu.trainings import train_all
-
-from espalier.files import write_json
-from espalier.train import environment
 
 ROOT = Path(__file__).parents[1]
 

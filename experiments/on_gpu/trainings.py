@@ -72,9 +72,9 @@ def smallest_plans() -> list[Plan]:
     few = {"data_args": {"train_limit": 320, "test_limit": 100}}
     copy = {"data_args": {"vocab_size": 8, "length": 4, "steps_per_epoch": 5}, "eval_every": 1}
     return [
-        Plan("smallest_vit", "digits_vit", "mimetic", 0, 5, 1, few),
-        Plan("smallest_certified", "digits_robust", "digits_robust", 0, 5, 1, few, certified=True),
-        Plan("smallest_copying", "copy_mamba1", "mimetic-ssm", 0, 5, 1, copy),
+        Plan("smallest_vit", "digits_vit", "mimetic", 0, 20, 1, few),
+        Plan("smallest_certified", "digits_robust", "digits_robust", 0, 20, 1, few, certified=True),
+        Plan("smallest_copying", "copy_mamba1", "mimetic-ssm", 0, 20, 1, copy),
     ]
 
 

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases_gpu import CASES, NETWORKS, ORTHOGONAL, Case, oracle, run, worst_error
 
+from cases_gpu import CASES, NETWORKS, ORTHOGONAL, Case, oracle, run, worst_error
 from espalier.nn import causal_conv_silu, mixing_matrix, selective_scan, ssd
 from reference.selective_scan_reference import selective_scan_loop
 from reference.ssd_reference import ssd_loop

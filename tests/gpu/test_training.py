@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases_gpu import CASES, NETWORKS, run, worst_error
 from torch import nn
 
 import espalier
+from cases_gpu import CASES, NETWORKS, run, worst_error
 from espalier.certify import certify, challenge
 from espalier.data.augmentation import Augmentation
 from espalier.models import OrthogonalConvNet
@@ -97,7 +97,9 @@ def test_augmentation_stays_on_the_device(device: torch.device) -> None:
     draws = [everything(pixels, labels, 4, generator=derive_generator(0, "a", i, device=device)) for i in (1, 1, 2)]
     for images, targets in draws:
         assert images.device.type == targets.device.type == device.type
-        assert images.min() >= 0 and images.max() <= 1 and targets.shape == (8, 4)
+        assert images.min() >= 0
+        assert images.max() <= 1
+        assert targets.shape == (8, 4)
     torch.testing.assert_close(draws[0], draws[1], rtol=0, atol=1e-6)
     assert not torch.equal(draws[0][0], draws[2][0])
     assert torch.equal(torch.get_rng_state(), before)
