@@ -63,7 +63,9 @@ def run_tests(job: Job) -> None:
         )
         output, status = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
-        output, status = (error.stdout or b"").decode() + "\nstopped: the step's time was over", -1
+        said = error.stdout or ""
+        said = said.decode() if isinstance(said, bytes) else said
+        output, status = f"{said}\nstopped: the step's time was over", -1
     (job.results.out / "tests.txt").write_text(output[-200_000:])
     last = output.strip().splitlines()[-1] if output.strip() else "no output"
     job.results.add("tests", outcome=last, exit_status=status, seconds=round(time.monotonic() - started, 1))
@@ -113,16 +115,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--parallel", type=int, default=1, help="trainings that share the GPU at a time")
     parser.add_argument("--smallest", action="store_true", help="smoke test; its numbers mean nothing")
+    parser.add_argument("--commit", help="commit to note where the source is a copy without git")
     parser.add_argument("--work", type=Path, help="folder of the run folders (default: OUT-runs, beside OUT)")
     options = parser.parse_args()
     deadline = time.monotonic() + options.deadline
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "environment.json", environment())
+    where = environment()
+    commit = where["git_commit"] = where["git_commit"] or options.commit
+    write_json(out / "environment.json", where)
     work = options.work or out.with_name(f"{out.name}-runs")
     smallest = options.smallest or device == "cpu"
-    job = Job(Results(out), Clock(deadline), device, smallest, options.data, options.parallel, work.resolve())
+    job = Job(Results(out, commit), Clock(deadline), device, smallest, options.data, options.parallel, work.resolve())
     well = [run_step(name, job, deadline) for name in STEPS if name in options.only]
     print((out / "results.md").read_text())
     sys.exit(0 if all(well) else 1)

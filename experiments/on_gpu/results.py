@@ -22,8 +22,8 @@ _MACHINE_BOUND = ("data_path", "threads", "checkpoint_every")
 class Results:
     """The files of one output folder; a second program that names the same folder adds to them."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, commit: str | None) -> None:
+        self.out, self.commit = out, commit
 
     def add(self, table: str, **row: Any) -> None:
         """Append a row to a table, on disk at once."""
@@ -37,7 +37,7 @@ class Results:
 
     def add_run(self, study: str, arm: str, run: Run, **more: Any) -> None:
         """Append a finished run as a record and as a row of its table, and its curve."""
-        record = trial_record(study, arm, run, **more)
+        record = trial_record(study, arm, run, commit=self.commit, **more)
         self._append("records.jsonl", record)
         self._append("curves.jsonl", {"study": study, "arm": arm, "seed": run.recipe.seed, "rows": run.rows})
         shown = ("study", "arm", "seed", "score", "diverged", "seconds_per_step", *more)
@@ -50,7 +50,7 @@ class Results:
         for row in map(json.loads, lines):
             tables.setdefault(row.pop("table"), []).append(row)
         where = environment()
-        text = [f"# On {where['gpu'] or 'a CPU'}", "", f"torch {torch.__version__}, commit {where['git_commit']}."]
+        text = [f"# On {where['gpu'] or 'a CPU'}", "", f"torch {torch.__version__}, commit {self.commit}."]
         for name, rows in tables.items():
             columns = list(dict.fromkeys(key for row in rows for key in row))
             text += ["", f"## {name}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
@@ -80,7 +80,6 @@ def trial_record(study: str, arm: str, run: Run, **more: Any) -> dict[str, Any]:
         "seconds_per_step": _rounded(result["step_seconds"]),
         "diverged": result["diverged"],
         "versions": {name: where["packages"].get(name) for name in ("espalier", "torch", "kornia")},
-        "commit": where["git_commit"],
         "processor": where["gpu"] or "CPU",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **more,
