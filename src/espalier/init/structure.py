@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.init.attention.mimetic import Mimetic
 from espalier.init.families import FAMILIES, Family, Place
 from espalier.init.filters.spec import FilterCovariance
-from espalier.init.layouts import Skipped, find_layers
+from espalier.init.layouts import Skipped, find_layers, locate_layers
 from espalier.init.layouts.registry import Weights
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
@@ -180,9 +180,10 @@ def _verify(
 
 def _layers(model: nn.Module, *, shapes: bool = False) -> Iterator[Layer]:
     """Yield every recognised layer with its family and its place (index, count) among the layers of that family."""
-    kinds = [_kind(weights) for _, _, weights in find_layers(model, shapes=True)]
+    located = locate_layers(model)
+    kinds = [_kind(layer.found) for layer in located]
     seen = dict.fromkeys(kinds, 0)
-    for name, host, weights in find_layers(model, shapes=shapes):
+    for name, host, weights in ((x.name, x.host, x.found) for x in located) if shapes else find_layers(model):
         kind = _kind(weights)
         family = next(family for family in FAMILIES if family.kind == kind)
         yield name, host, family, weights, (seen[kind], kinds.count(kind))

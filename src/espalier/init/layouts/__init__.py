@@ -12,9 +12,11 @@ from espalier.init.layouts import (
 from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
+    Layer,
     Skipped,
     SSMWeights,
     find_layers,
+    locate_layers,
     register_guess,
     register_layout,
 )
@@ -22,9 +24,11 @@ from espalier.init.layouts.registry import (
 __all__ = [
     "AttentionWeights",
     "DepthwiseWeights",
+    "Layer",
     "SSMWeights",
     "Skipped",
     "find_layers",
+    "locate_layers",
     "register_guess",
     "register_layout",
 ]

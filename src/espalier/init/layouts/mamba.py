@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.registry import (
     Found,
+    Refused,
     Skipped,
     SSMWeights,
     refuse_parametrized,
@@ -97,14 +98,18 @@ def zamba(module: nn.Module) -> Found:
 def _common(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return ``A_log`` and the convolution's taps and bias."""
     conv = module.get_submodule("conv1d")
-    assert isinstance(conv, nn.Conv1d)
+    if not isinstance(conv, nn.Conv1d):
+        raise Refused("ssm", f"conv1d is a {type(conv).__name__}: write before it is replaced")
     bias = None if conv.bias is None else conv.bias.detach()
     return module.get_parameter("A_log").detach(), conv.weight.detach(), bias
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     layer = module.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
+    if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
+        raise Refused("ssm", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
+    if not isinstance(layer, nn.Linear):
+        raise Refused("ssm", f"{name} is a {type(layer).__name__} and no linear layer: write before it is replaced")
     return layer
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from espalier.errors import EspalierError
 from espalier.init.sharded import whole
 
 
@@ -110,47 +110,117 @@ def register_guess(layout: AnyLayout) -> AnyLayout:
     return layout
 
 
-def find_layers(model: nn.Module, *, shapes: bool = False) -> Iterator[tuple[str, str, Found]]:
-    """Yield ``(name, host class, weights)`` for every layer that a layout knows, in module order, each module once.
+@dataclass(frozen=True)
+class Layer:
+    """Where a layer is, and how to get at its weights.
 
-    Modules inside a recognised one are not looked at again. The views of a sharded layer are of its whole weights,
-    gathered when it is yielded; what was written to them reaches the shards when the next one is asked for.
+    Attributes:
+        name: its dotted name in the model.
+        host: the class of the module that holds it.
+        module: that module.
+        child: the layer's name inside the module, where a module holds several; else empty.
+        found: its weights, or why it is left alone. Of a sharded layer only the shapes: its views are on the meta
+            device, and ``open`` gathers them.
+    """
 
-    Args:
-        model: any module.
-        shapes: gather nothing; the views of sharded layers are then on the meta device.
+    name: str
+    host: str
+    module: nn.Module
+    child: str
+    found: Found
 
-    Raises:
-        EspalierError: a module lacks an attribute that its layout reads (another version of the class).
+    @contextmanager
+    def open(self) -> Iterator[Found]:
+        """Give fresh views of the layer's whole weights for the length of a ``with`` block.
+
+        What is written to the views of a sharded layer reaches the shards when the block is left, from rank 0's values
+        on every rank; after an exception nothing is written. Every rank must enter.
+        """
+        with whole(self.module):
+            found = _read(self.module)
+            layers = found if isinstance(found, Mapping) else {"": found}
+            weights = layers.get(self.child)
+            if weights is None:
+                raise RuntimeError(f"layer {self.name!r} is no longer what its layout found: it changed meanwhile")
+            yield _unless_crossed(self.name, weights)
+
+
+def locate_layers(model: nn.Module) -> list[Layer]:
+    """Return every layer that a layout knows, in module order, each module once, without gathering any weights.
+
+    Modules inside a recognised one are not looked at again. A module that its layout cannot read becomes one
+    ``Skipped`` layer with the reason, and the others go on.
     """
     inside: list[str] = []
+    located = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
-        host = next((path for path in map(_path, type(module).__mro__) if path in _LAYOUTS), None)
         with whole(module, shapes=True):
-            found = _read(name, module, host)
+            found = _read(module)
         if found is None:
             continue
         prefix = f"{name}." if name else ""
         inside.append(prefix)
-        with whole(module, shapes=shapes) as sharded:
-            if sharded:
-                found = _read(name, module, host)
-                assert found is not None
-            layers = found if isinstance(found, Mapping) else {"": found}
-            for child, weights in layers.items():
-                full = prefix + child if child else name
-                yield full, type(module).__name__, _unless_crossed(full, weights)
+        for child, weights in (found if isinstance(found, Mapping) else {"": found}).items():
+            full = prefix + child if child else name
+            located.append(Layer(full, type(module).__name__, module, child, _unless_crossed(full, weights)))
+    return located
 
 
-def _read(name: str, module: nn.Module, host: str | None) -> Found | Mapping[str, Found] | None:
-    if host is None:
-        return next((found for guess in _GUESSES if (found := guess(module)) is not None), None)
+def find_layers(model: nn.Module) -> Iterator[tuple[str, str, Found]]:
+    """Yield ``(name, host class, weights)`` of every layer of ``locate_layers``, each opened while it is looked at."""
+    for layer in locate_layers(model):
+        with layer.open() as weights:
+            yield layer.name, layer.host, weights
+
+
+class Refused(Exception):
+    """Raised inside a layout for a part that it cannot read: the layer becomes ``Skipped(kind, reason)``."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.skipped = Skipped(kind, reason)
+
+
+def _read(module: nn.Module) -> Found | Mapping[str, Found] | None:
+    """Ask the layout of a module's class, or the guesses; what a layout raises becomes ``Skipped`` with the reason."""
+    host = next((path for path in map(_path, type(module).__mro__) if path in _LAYOUTS), None)
+    layouts = _GUESSES if host is None else [_LAYOUTS[host]]
     try:
-        return _LAYOUTS[host](module)
-    except AttributeError as error:
-        raise EspalierError(f"layer {name!r} is a {host}, but {error}: register a layout for this class") from error
+        found = next((found for layout in layouts if (found := layout(module)) is not None), None)
+    except Exception as error:  # a layout may be anyone's, and one layer that it cannot read must not stop the others
+        if any(parameter.numel() == 0 for parameter in module.parameters()):
+            return Skipped(_kind_of(module), _EMPTY)
+        if isinstance(error, Refused):
+            return error.skipped
+        words = str(error).strip().splitlines() or ["no message"]
+        reason = f"{host or type(module).__name__} cannot be read ({type(error).__name__}: {words[0]})"
+        return Skipped(_kind_of(module), f"{reason}: register a layout for this class")
+    if isinstance(found, Mapping):
+        return {child: _unless_empty(weights) for child, weights in found.items()}
+    return None if found is None else _unless_empty(found)
+
+
+_EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
+
+
+def _unless_empty(weights: Found) -> Found:
+    if isinstance(weights, Skipped):
+        return weights
+    values = [value for value in vars(weights).values() if isinstance(value, Tensor)]
+    kind = next(kind for kind, views in _KINDS.items() if isinstance(weights, views))
+    return Skipped(kind, _EMPTY) if any(value.numel() == 0 for value in values) else weights
+
+
+_KINDS = {"attention": AttentionWeights, "ssm": SSMWeights, "depthwise": DepthwiseWeights}
+
+
+def _kind_of(module: nn.Module) -> str:
+    """Return the family of a layer whose layout failed, by what only that family has."""
+    if hasattr(module, "A_log"):
+        return "ssm"
+    return "depthwise" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "attention"
 
 
 def _unless_crossed(name: str, weights: Found) -> Found:
