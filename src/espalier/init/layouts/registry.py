@@ -20,7 +20,8 @@ class AttentionWeights:
 
     Every weight acts as ``y = x Wᵀ``: q is (H·k, d), k and v are (H_kv·k, d), out is (d, H·k); hosts that store the
     transpose hand out transposed views, and hosts that keep each head's q, k and v together hand them out as
-    (H, k, d). ``biases`` are those of the four projections that exist.
+    (H, k, d). ``biases`` are those of the four projections that exist. ``causal`` says whether a token sees only those
+    before it, where that is known.
     """
 
     q: Tensor
@@ -31,6 +32,7 @@ class AttentionWeights:
     num_kv_heads: int
     biases: tuple[Tensor, ...] = ()
     note: str = ""
+    causal: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class DepthwiseWeights:
     """One depthwise convolution's filters, (channels, 1, *kernel), as a view."""
 
     weight: Tensor
+    note: str = ""
 
 
 @dataclass(frozen=True)
