@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from espalier.init.attention.near_identity import (
     random_frame,
     split,
 )
+from espalier.randomness import cpu_generator
 
 Strength = tuple[float, float]
 
@@ -50,7 +52,9 @@ class Mimetic:
             return self
         place = index / max(count - 1, 1) * (len(self.layers) - 1)
         low, share = int(place), place % 1
-        ends = torch.tensor([self.layers[low], self.layers[min(low + 1, len(self.layers) - 1)]], dtype=torch.float64)
+        ends = torch.tensor(
+            [self.layers[low], self.layers[min(low + 1, len(self.layers) - 1)]], dtype=torch.float64, device="cpu"
+        )
         qk, vo = torch.lerp(ends[0], ends[1], share).tolist()
         return replace(self, qk=tuple(qk), vo=tuple(vo), layers=None)
 
@@ -132,7 +136,9 @@ def mimetic_attention_(
         part if part.ndim == 3 else part.unflatten(0, (count, -1))
         for part, count in ((q, num_heads), (k, groups), (v, groups))
     )
-    options: dict[str, Any] = {"noise": noise, "method": method, "generator": generator, "device": q.device}
+    options: dict[str, Any] = {
+        "noise": noise, "method": method, "generator": cpu_generator(generator), "device": q.device
+    }  # fmt: skip
     if qk is not None:
         _write_queries_and_keys(q_HKD, k_GKD, qk, options)
     if vo is not None:
@@ -143,12 +149,12 @@ def _write_queries_and_keys(q_HKD: Tensor, k_GKD: Tensor, strength: Strength, op
     # One head at a time: a wide model's d × d target is the only large thing ever held.
     _, width, dim = q_HKD.shape
     groups, rank, shared = len(k_GKD), min(width, dim), len(q_HKD) // len(k_GKD)
-    noise_options = {key: options[key] for key in ("noise", "generator", "device")}
+    noise_options = {key: options[key] for key in ("noise", "generator")}
     for group, (left, right) in enumerate(near_identity_heads(groups, dim, rank, *strength, **options)):
         _write_rows(k_GKD[group], right)
         for member in range(shared):
             if member:
-                target = near_identity(dim, *strength, **noise_options)
+                target = near_identity(dim, *strength, **noise_options).to(right)
                 # right = V S^½, so V S^-½ is its pseudo-inverse transposed: left rightᵀ = target V Vᵀ.
                 left = target @ (right / right.square().sum(0))
             _write_rows(q_HKD[group * shared + member], left)
@@ -168,7 +174,7 @@ def _write_values_and_output(
     left, right = near_identity_factors(dim, min(inner, dim), *strength, **options)
     if inner > dim:
         # More value dimensions than rank: spread both factors over all heads by W with W Wᵀ = I.
-        frame = random_frame(inner, dim, generator=options["generator"], device=v_GKD.device)
+        frame = random_frame(inner, dim, generator=options["generator"], device=v_GKD.device).to(left)
         left, right = left @ frame.mT, right @ frame.mT
     v_GKD.copy_(left.mT.unflatten(0, (groups, width)))
     shared = num_heads // groups
@@ -200,36 +206,59 @@ def measure_attention(
 
     Returns:
         ``qk_diagonal`` and ``qk_off`` (mean of the diagonal and standard deviation of the rest of W_Q W_Kᵀ, over the
-        heads), ``vo_diagonal`` and ``vo_off`` (of Σ_h W_V,h W_proj,h), and ``qk_z``, ``vo_z``: the diagonals in
-        standard errors from zero, as independent entries would scatter. Least squares of a product on βI gives its
+        heads), ``vo_diagonal`` and ``vo_off`` (of Σ_h W_V,h W_proj,h), and ``qk_z``, ``vo_z``: how far the diagonal is
+        from the other entries, in standard errors, as independent entries would scatter; ``qk_least_z`` is that of the
+        head where it is least (negative in a head of the other sign). Least squares of a product on βI gives its
         diagonal mean, so these are also the fitted β, and ``off · √d`` the fitted α.
     """
     groups, dim = num_kv_heads or num_heads, q.shape[-1]
     shared = num_heads // groups
     q_HKD = q.float().reshape(num_heads, -1, dim)
-    k_GKD = k.float().reshape(groups, -1, dim)
+    k_HKD = k.float().reshape(groups, -1, dim).repeat_interleave(shared, 0)
     v_GKD = v.float().reshape(groups, -1, dim)
     out_DHK = out.float().reshape(dim, num_heads, -1)
-    # Traces and Frobenius norms of the products, without ever holding a d × d matrix a head.
-    k_HKD = k_GKD.repeat_interleave(shared, 0)
-    qk_trace = (q_HKD * k_HKD).sum((1, 2))
-    qk_square = ((q_HKD @ q_HKD.mT) * (k_HKD @ k_HKD.mT)).sum((1, 2))
-    qk_diagonal_square = torch.stack([(a * b).sum(0).square().sum() for a, b in zip(q_HKD, k_HKD, strict=True)])
+    # Sums over the products' entries, without ever holding a d × d matrix a head.
+    diagonals_HD = torch.stack([(a * b).sum(0) for a, b in zip(q_HKD, k_HKD, strict=True)])
+    qk_H = _Entries(
+        diagonals_HD.sum(1),
+        diagonals_HD.square().sum(1),
+        (q_HKD.sum(-1) * k_HKD.sum(-1)).sum(1),
+        ((q_HKD @ q_HKD.mT) * (k_HKD @ k_HKD.mT)).sum((1, 2)),
+    )
     vo = (out_DHK.reshape(dim, groups, shared, -1).sum(2).reshape(dim, -1)) @ v_GKD.reshape(-1, dim)
-    vo_diagonal = vo.diagonal()
-    pairs = dim * (dim - 1)
-    qk_off = float(((qk_square - qk_diagonal_square).clamp_min(0).sum() / (num_heads * max(pairs, 1))).sqrt())
-    vo_off = float(((vo.square().sum() - vo_diagonal.square().sum()).clamp_min(0) / max(pairs, 1)).sqrt())
-    qk_mean, vo_mean = float(qk_trace.mean() / dim), float(vo_diagonal.mean())
-    tiny = torch.finfo(torch.float32).tiny
+    diagonal = vo.diagonal()
+    vo_1 = _Entries(*(part[None] for part in (diagonal.sum(), diagonal.square().sum(), vo.sum(), vo.square().sum())))
+    qk_mean, qk_off, qk_z = qk_H.spread(dim)
+    vo_mean, vo_off, vo_z = vo_1.spread(dim)
+    heads = (_Entries(*(part[head, None] for part in qk_H)).spread(dim) for head in range(num_heads))
     return {
         "qk_diagonal": qk_mean,
         "qk_off": qk_off,
-        "qk_z": qk_mean / max(qk_off, tiny) * (dim * num_heads) ** 0.5,
+        "qk_z": qk_z,
+        "qk_least_z": min(math.copysign(1.0, qk_mean) * z for _, _, z in heads),
         "vo_diagonal": vo_mean,
         "vo_off": vo_off,
-        "vo_z": vo_mean / max(vo_off, tiny) * dim**0.5,
+        "vo_z": vo_z,
     }
+
+
+class _Entries(NamedTuple):
+    """Sums over the entries of (d, d) matrices, one figure a matrix."""
+
+    trace: Tensor
+    diagonal_square: Tensor
+    total: Tensor
+    square: Tensor
+
+    def spread(self, dim: int) -> tuple[float, float, float]:
+        """Return the diagonal's mean, the other entries' root mean square, and the z of ``measure_attention``."""
+        count, pairs = len(self.trace), max(len(self.trace) * dim * (dim - 1), 1)
+        trace, diagonal_square, total, square = (float(part.double().sum()) for part in self)
+        mean, off_mean = trace / (count * dim), (total - trace) / pairs
+        off_square = max((square - diagonal_square) / pairs, 0.0)
+        # The floor: sums in float32 say nothing below a thousandth of the entries' size.
+        deviation = max(off_square - off_mean**2, 1e-6 * off_square, torch.finfo(torch.float32).tiny) ** 0.5
+        return mean, off_square**0.5, (mean - off_mean) / deviation * (count * dim) ** 0.5
 
 
 @lru_cache(maxsize=256)
@@ -241,6 +270,6 @@ def expected_diagonal(alpha: float, beta: float, fraction: float) -> float:
     if fraction >= 1:
         return beta
     size = 192
-    matrix = near_identity(size, alpha, beta, generator=torch.Generator().manual_seed(0))
+    matrix = near_identity(size, alpha, beta, generator=torch.Generator(device="cpu").manual_seed(0))
     left, right = split(matrix, max(1, round(fraction * size)))
     return float((left * right).sum() / size)

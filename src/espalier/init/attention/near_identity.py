@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.randomness import cpu_generator
 
 Method = Literal["auto", "exact", "fast"]
 METHODS = ("auto", "exact", "fast")
@@ -33,6 +34,18 @@ _PILOT = 256
 # O Q is simply a uniformly random orthonormal frame. Each copy has exactly the law of a fresh draw; together they share
 # one spectrum, which hardly varies from draw to draw at the widths where this is used.
 
+# Note [The same draw everywhere]
+# Noise is drawn on the CPU, in an order that depends on sizes alone, and copied. torch's normal numbers are the same
+# bits under every instruction set in float64, and in float32 the same but for the last digits (1e-6). A factorisation
+# adds rounding, and how far rounding turns a singular vector depends on the gap to its neighbour. So:
+# - up to 512 features all is computed in float64 on the CPU: on another device, thread count or processor the factors
+#   agree within 1e-5 of their largest entry, and weights of another type within that type's rounding of them.
+# - above, float32 on the weights' device, for its speed: products agree within 1e-4 of their largest entry, and the
+#   factors, whose columns of nearly equal singular values may turn among themselves, within 0.1 of it.
+# The sign of a singular pair is the library's choice; ours makes the sum of the left vector's entries non-negative.
+# Without noise (α = 0) all singular values are equal, and nothing determines which of them are kept.
+_DOUBLE_UP_TO = 512
+
 
 def near_identity(
     dim: int,
@@ -53,7 +66,7 @@ def near_identity(
         beta: strength of the identity.
         noise: ``"normal"``, or ``"uniform"`` on ±√(3/d); the products' statistics are the same.
         generator: source of the noise; torch's global one if none is given.
-        device: where the matrix is drawn.
+        device: where the matrix is wanted; the noise is drawn on the CPU, see Note [The same draw everywhere].
 
     Returns:
         A, shape (d, d), float32.
@@ -63,14 +76,27 @@ def near_identity(
 
     Source: arXiv 2305.09828, section 3.
     """
-    if noise == "normal":
-        matrix = torch.randn(dim, dim, generator=generator, device=device).mul_(alpha / dim**0.5)
-    elif noise == "uniform":
-        matrix = torch.rand(dim, dim, generator=generator, device=device).sub_(0.5).mul_(alpha * (12 / dim) ** 0.5)
-    else:
+    return _draw(dim, alpha, beta, noise, generator).to(torch.float32).to(device)
+
+
+def _draw(dim: int, alpha: float, beta: float, noise: str, generator: torch.Generator | None) -> Tensor:
+    """Draw αZ + βI on the CPU, in the precision that matrices of this width are factorised in."""
+    if noise not in NOISES:
         raise unknown_name("noise", noise, NOISES)
-    matrix.diagonal().add_(beta)
+    sampler, spread = (torch.randn, dim**-0.5) if noise == "normal" else (torch.rand, (12 / dim) ** 0.5)
+    matrix = sampler(dim, dim, generator=cpu_generator(generator), dtype=_precision(dim), device="cpu")
+    if noise == "uniform":
+        matrix.sub_(0.5)
+    matrix.mul_(alpha * spread).diagonal().add_(beta)
     return matrix
+
+
+def _precision(dim: int) -> torch.dtype:
+    return torch.float64 if dim <= _DOUBLE_UP_TO else torch.float32
+
+
+def _place(dim: int, device: torch.device | str) -> torch.device | str:
+    return "cpu" if dim <= _DOUBLE_UP_TO else device
 
 
 def split(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -84,8 +110,13 @@ def split(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
         L of shape (m, k) and R of shape (n, k).
     """
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    root = s[:rank].sqrt()
+    root = s[:rank].sqrt() * _signs(u[:, :rank])
     return u[:, :rank] * root, vh[:rank].mT * root
+
+
+def _signs(columns: Tensor) -> Tensor:
+    """Return ±1 for every column, the sign that makes its sum non-negative; see Note [The same draw everywhere]."""
+    return torch.where(columns.sum(0) < 0, -1.0, 1.0).to(columns.dtype)
 
 
 def split_square(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +133,7 @@ def split_square(matrix: Tensor) -> tuple[Tensor, Tensor]:
         L and R, both (d, d).
     """
     eigenvalues, u = torch.linalg.eigh(matrix @ matrix.mT)
+    u *= _signs(u)
     floor = eigenvalues[-1].clamp_min(torch.finfo(matrix.dtype).tiny) * 1e-6
     root = eigenvalues.clamp_min(floor) ** 0.25
     return u * root, (matrix.mT @ u) / root
@@ -129,10 +161,10 @@ def near_identity_factors(
         method: ``"exact"`` by a full SVD; ``"fast"`` by a Chebyshev-filtered subspace that captures at least 99.5 % of
             the energy of the exact one; ``"auto"`` is fast where that pays (d ≥ 256 and k ≤ d/4).
         generator: source of the noise.
-        device: where to compute.
+        device: where to compute when d > 512; below, see Note [The same draw everywhere].
 
     Returns:
-        L and R, both (d, k), float32.
+        L and R, both (d, k): float64 on the CPU up to d = 512, float32 on ``device`` above.
 
     Raises:
         EspalierError: a rank outside 1…d, or an unknown method or noise.
@@ -143,7 +175,8 @@ def near_identity_factors(
         raise EspalierError(f"rank {rank} is outside 1…{dim}: a head cannot be wider than the model")
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    matrix = near_identity(dim, alpha, beta, noise=noise, generator=generator, device=device)
+    generator = cpu_generator(generator)
+    matrix = _draw(dim, alpha, beta, noise, generator).to(_place(dim, device))
     fast = _is_fast(dim, rank, method)
     width = min(-(-int(_OVERSAMPLING * rank) // 32) * 32, dim)
     if rank == dim:
@@ -174,6 +207,7 @@ def near_identity_heads(
         count: how many draws; one d × d matrix at most is held at a time.
         dim, rank, alpha, beta, noise, method, generator, device: as in ``near_identity_factors``.
     """
+    generator = cpu_generator(generator)
     left, right = near_identity_factors(
         dim, rank, alpha, beta, noise=noise, method=method, generator=generator, device=device
     )
@@ -185,6 +219,7 @@ def near_identity_heads(
             )
         return
     triangle = torch.linalg.qr(torch.cat([left, right], 1)).R
+    triangle *= torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle.dtype)[:, None]
     for _ in range(count - 1):
         turned = random_frame(dim, len(triangle), generator=generator, device=device) @ triangle
         yield turned[:, :rank], turned[:, rank:]
@@ -193,10 +228,11 @@ def near_identity_heads(
 def random_frame(
     dim: int, count: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Draw ``count`` ≤ d orthonormal columns, uniformly: shape (d, count), float32."""
-    q, r = torch.linalg.qr(torch.randn(dim, count, generator=generator, device=device))
+    """Draw ``count`` ≤ d orthonormal columns, uniformly: shape (d, count), type and place as of factors of width d."""
+    noise = torch.randn(dim, count, generator=cpu_generator(generator), dtype=_precision(dim), device="cpu")
+    q, r = torch.linalg.qr(noise.to(_place(dim, device)))
     # The signs of R's diagonal are the library's choice; with them taken out Q is uniform.
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
 
 
 def _is_fast(dim: int, rank: int, method: Method) -> bool:
@@ -207,7 +243,8 @@ def _split_by_filter(
     matrix_DD: Tensor, rank: int, width: int, cut: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Find the top ``rank`` triplets in a subspace of ``width`` directions; see Note [Only the top triplets]."""
-    start = torch.randn(matrix_DD.shape[-1], width, generator=generator, device=matrix_DD.device)
+    start = torch.randn(len(matrix_DD), width, generator=generator, dtype=matrix_DD.dtype, device="cpu")
+    start = start.to(matrix_DD.device)
     half = cut**2 / 2
     # T_{m+1}(x) = 2 x T_m(x) − T_{m−1}(x) at x = AᵀA/half − 1, which maps [0, cut²] to [−1, 1].
     before, basis_DB = start, (matrix_DD.mT @ (matrix_DD @ start)) / half - start
@@ -221,6 +258,7 @@ def _split_by_filter(
     eigenvalues, rotation = torch.linalg.eigh(image_DB.mT @ image_DB)
     root = eigenvalues[-rank:].clamp_min(0) ** 0.25
     rotation = rotation[:, -rank:]
+    rotation = rotation * _signs(image_DB @ rotation)
     # image = U S and basis = V, so L = U S^½ = image / S^½ and R = V S^½.
     return (image_DB @ rotation) / root, (basis_DB @ rotation) * root
 
@@ -228,5 +266,5 @@ def _split_by_filter(
 @lru_cache(maxsize=64)
 def _cut(alpha: float, beta: float, fraction: float) -> float:
     """Return the singular value of αZ + βI above which ``fraction`` of the spectrum lies."""
-    pilot = near_identity(_PILOT, alpha, beta, generator=torch.Generator().manual_seed(0))
+    pilot = near_identity(_PILOT, alpha, beta, generator=torch.Generator(device="cpu").manual_seed(0))
     return float(torch.linalg.svdvals(pilot)[min(int(fraction * _PILOT), _PILOT - 1)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.randomness import cpu_generator
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -105,7 +106,7 @@ def unrepaired_covariance(sizes: tuple[int, ...], sigma: float, **switches: Unpa
 
     near, damp = [], []
     for size in sizes:
-        taps = torch.arange(size, dtype=torch.float64)
+        taps = torch.arange(size, dtype=torch.float64, device="cpu")
         apart = (taps[:, None] - taps).abs()
         if not psd and (wrap is None or wrap):
             apart = torch.minimum(apart, size - apart)
@@ -162,19 +163,18 @@ def sample_filters(
     Args:
         covariance: Σ, shape (K, K).
         count: filters to draw.
-        generator: source of the noise, and the device of the computation; torch's global one on the CPU if left out.
+        generator: source of the noise; torch's global one if left out. Drawing is on the CPU.
         dtype: of the result; the covariance's if left out.
 
     Returns:
-        Filters, shape (count, K), on the generator's device.
+        Filters, shape (count, K), on the CPU.
 
     Raises:
         EspalierError: Σ is not square, finite, symmetric and positive semi-definite.
     """
-    device = torch.device("cpu") if generator is None else generator.device
-    eigenvalues, basis = covariance_spectrum(covariance.to(device))
+    eigenvalues, basis = covariance_spectrum(covariance.cpu())
     root_KK = (basis * eigenvalues.clamp_min(0).sqrt()) @ basis.mT
-    noise = torch.randn(count, len(basis), generator=generator, dtype=torch.float64, device=device)
+    noise = torch.randn(count, len(basis), generator=cpu_generator(generator), dtype=torch.float64, device="cpu")
     return (noise @ root_KK).to(dtype or covariance.dtype)
 
 

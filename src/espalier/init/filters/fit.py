@@ -77,7 +77,9 @@ def pooled_covariance(groups: Sequence[Tensor]) -> tuple[Tensor, float]:
         centred.append((f_NK - f_NK.mean(0)) * math.sqrt(len(f_NK) / (len(f_NK) - 1)))
     f_NK = torch.cat(centred)
     free = len(f_NK) - len(groups)
-    weights_N = torch.cat([torch.full((len(f),), (1 - 1 / len(f)) / free, dtype=torch.float64) for f in centred])
+    weights_N = torch.cat(
+        [torch.full((len(f),), (1 - 1 / len(f)) / free, dtype=torch.float64, device="cpu") for f in centred]
+    )
     covariance_KK = (f_NK * weights_N[:, None]).mT @ f_NK
     fourth = float(weights_N @ f_NK.square().sum(1).square())
     return covariance_KK, max(fourth - float(covariance_KK.square().sum()), 0.0) / max(free - 1, 1)
@@ -110,7 +112,7 @@ def fit_closed_form(
     low, high = (power * math.log(sigma) for sigma in _SIGMA_RANGE)
     best = low
     for _ in range(_ZOOMS):
-        grid = torch.linspace(low, high, _GRID, dtype=torch.float64).tolist()
+        grid = torch.linspace(low, high, _GRID, dtype=torch.float64, device="cpu").tolist()
         best = max(grid, key=cosine)
         step = grid[1] - grid[0]
         low, high = max(best - step, grid[0]), min(best + step, grid[-1])
@@ -150,6 +152,6 @@ def _error(explained: float, total: float) -> float:
 
 def _concentration(variance_K: Tensor, sizes: tuple[int, ...], last: bool) -> float:
     """Return how much nearer to the centre the energy lies than if it were spread evenly."""
-    axes = [(torch.arange(k, dtype=torch.float64) - (k - 1 if last else k // 2)) ** 2 for k in sizes]
+    axes = [(torch.arange(k, dtype=torch.float64, device="cpu") - (k - 1 if last else k // 2)) ** 2 for k in sizes]
     squared_K = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
     return 1 - float((variance_K * squared_K).sum() / variance_K.sum() / squared_K.mean())

@@ -273,11 +273,11 @@ def resize_matrix(old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
         raise EspalierError(f"kernel {new} cannot be made from kernel {old}: they differ in the number of axes")
     factors = []
     for before, after in zip(old, new, strict=True):
-        taps = torch.arange(after)
+        taps = torch.arange(after, device="cpu")
         source = ((taps + 0.5).double() * before / after - 0.5).clamp(0, before - 1)
         lower = source.floor().long().clamp_max(max(before - 2, 0))
         share = source - lower
-        factor = torch.zeros(after, before, dtype=torch.float64)
+        factor = torch.zeros(after, before, dtype=torch.float64, device="cpu")
         factor[taps, lower] += 1 - share
         factor[taps, (lower + 1).clamp_max(before - 1)] += share
         factors.append(factor)
