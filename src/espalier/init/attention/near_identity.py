@@ -39,7 +39,8 @@ _PILOT = 256
 # bits under every instruction set in float64, and in float32 the same but for the last digits (1e-6). A factorisation
 # adds rounding, and how far rounding turns a singular vector depends on the gap to its neighbour. So:
 # - up to 512 features all is computed in float64 on the CPU: on another device, thread count or processor the factors
-#   agree within 1e-5 of their largest entry, and weights of another type within that type's rounding of them.
+#   agree within 1e-9 of their largest entry, or 1e-3 where the fast way is taken (its products within 1e-5), and
+#   weights of another type within that type's rounding besides.
 # - above, float32 on the weights' device, for its speed: products agree within 1e-4 of their largest entry, and the
 #   factors, whose columns of nearly equal singular values may turn among themselves, within 0.1 of it.
 # The sign of a singular pair is the library's choice; ours makes the sum of the left vector's entries non-negative.

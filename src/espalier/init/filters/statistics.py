@@ -274,7 +274,7 @@ def resize_matrix(old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     factors = []
     for before, after in zip(old, new, strict=True):
         taps = torch.arange(after, device="cpu")
-        source = ((taps + 0.5).double() * before / after - 0.5).clamp(0, before - 1)
+        source = ((taps.double() + 0.5) * before / after - 0.5).clamp(0, before - 1)
         lower = source.floor().long().clamp_max(max(before - 2, 0))
         share = source - lower
         factor = torch.zeros(after, before, dtype=torch.float64, device="cpu")
