@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def test_a_skeleton_measures_what_its_model_measures(name: str) -> None:
         assert one.measured == pytest.approx(two.measured, rel=1e-5, abs=1e-6)
     if theirs[0].kind == "attention":
         assert all("guessed" in row.note for row in ours)
-        [pair, *_] = zip(fit(skeleton(model.state_dict(), 3)).layers, fit(model).layers, strict=True)
+        [pair, *_] = zip(
+            fit(skeleton(model.state_dict(), 3)).rows["attention"], fit(model).rows["attention"], strict=True
+        )
         assert pair[0].qk_asked == pytest.approx(pair[1].qk_asked)
 
 
@@ -117,7 +120,9 @@ def test_command_line_audits_and_fits_files_and_hub_folders(tmp_path: Path, caps
     capsys.readouterr()
     out = tmp_path / "init.safetensors"
     assert main(["structure", "espalier:vit", "--like", str(found), "--out", str(out)]) == 0
-    assert "-0.6" in capsys.readouterr().out
+    asked = re.findall(r"vo \S+·Z (\S+)·I", capsys.readouterr().out)
+    assert [float(beta) for beta in asked] == pytest.approx([-0.6] * len(asked), abs=0.02)
+    assert asked
     assert main(["structure", "espalier:vit", "--like", str(file), "--out", str(out)]) == 2
     assert "\n" not in capsys.readouterr().err.strip()
 

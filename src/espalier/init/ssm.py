@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.filters.spec import FilterCovariance
+from espalier.randomness import cpu_generator
 
 DecayRule = Literal["constant", "scaled"]
 Convolution = bool | Literal["covariance"]
