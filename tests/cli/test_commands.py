@@ -57,7 +57,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
         (["train", "cifar10_vit", "--data", "/nowhere"], "no dataset 'cifar10' at /nowhere"),
         (["train", "digits_vit", "--lr", "-1"], "lr -1.0 must be positive"),
         (["structure", "espalier:vitt"], "unknown model 'vitt': did you mean 'vit'"),
-        (["structure", "vit"], "model 'vit' names no host"),
+        (["structure", "vit"], "model 'vit': no such file or folder"),
         (["report", "/nowhere"], "/nowhere is neither a study"),
     ],
 )  # fmt: skip

@@ -24,12 +24,16 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
         generator: source of our own models' initial weights; other hosts draw from torch's global state.
 
     Raises:
-        EspalierError: an unknown host or name, or a folder without a readable ``config.json``.
+        EspalierError: an unknown host or name, a file that does not exist, or a folder without a
+            readable ``config.json``.
         MissingExtraError: the host library is not installed.
     """
     host, colon, name = spec.partition(":")
     if not colon:
-        raise EspalierError(f"model {spec!r} names no host: write espalier:NAME, timm:NAME or transformers:FOLDER")
+        raise EspalierError(
+            f"model {spec!r}: no such file or folder: name one that exists, or write espalier:NAME, timm:NAME or "
+            "transformers:FOLDER"
+        )
     if host == "espalier":
         if name not in MODELS:
             raise unknown_name("model", name, MODELS)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe, recipe_functions
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from espalier.init import StructureFit
+    from espalier.init.families import Specs
 
 # Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
 
@@ -171,7 +172,7 @@ def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0, l
     from espalier.randomness import derive_generator
 
     net = _open_model(model)
-    specs: dict[str, Any] = {} if like is None else _read_fit(like).specs()
+    specs: Specs = {} if like is None else _read_fit(like).specs()
     print(structure_(net, **specs, generator=derive_generator(seed, "structure")))
     print(f"weights: {write_tensors(out, net.state_dict())}")
 

@@ -72,7 +72,8 @@ def fit(model: nn.Module) -> StructureFit:
             if isinstance(weights, Skipped):
                 continue
             family = family_of(weights)
-            if damage := family.damage(weights, family.sums(weights)):
+            damage = family.damage(weights, family.sums(weights)) or family.excess(family.measure(weights))
+            if damage:
                 raise EspalierError(f"layer {layer.name!r} cannot be fitted: {damage}: fit a model that trained well")
             rows[family.kind].append(family.fit(layer.name, weights))
     if not any(rows.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -53,7 +54,12 @@ class StructureReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StructureReport:
         """Return the report that ``to_dict`` gave."""
-        return cls(tuple(LayerReport(**row) for row in data["layers"]), tuple(data.get("notes", ())))
+        rows = []
+        for row in data["layers"]:
+            # Strict JSON has no NaN: what could not be measured is null there.
+            measured = {name: math.nan if value is None else value for name, value in row["measured"].items()}
+            rows.append(LayerReport(**{**row, "measured": measured}))
+        return cls(tuple(rows), tuple(data.get("notes", ())))
 
     def __str__(self) -> str:
         header = ("layer", "kind", "host", "status", "asked", "measured")

@@ -176,7 +176,6 @@ def mimetic_ssm_(
     Source: arXiv 2410.11135. The law of W′, its scale and the constant rule are ours.
     """
     spec = MimeticSSM(**parts)
-    generator = cpu_generator(generator)
     _check_shapes(w_b, w_c, groups)
     if w_b.is_meta or w_b.numel() == 0:
         return
@@ -237,7 +236,7 @@ def _scatter(w_delta: Tensor, size: float, generator: torch.Generator | None) ->
 
 def _noise(sampler: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw numbers of a tensor's shape in float64 on the CPU: the same ones for every device and type of weights."""
-    return sampler(like.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return sampler(like.shape, generator=cpu_generator(generator), dtype=torch.float64, device="cpu")
 
 
 def _write_taps(

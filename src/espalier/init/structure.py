@@ -254,8 +254,9 @@ def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerRepor
     before: dict[str, float] = {}
     if earlier is not None and earlier.status in _CARRIED and earlier.measured:
         before = {part: score for part, score in family.scores(earlier.measured).items() if abs(score) >= 1}
-    lost = [_loss(part, score, scores.get(part, 0.0)) for part, score in before.items()]
-    if lost := list(filter(None, lost)):
+    losses = {part: loss for part, score in before.items() if (loss := _loss(part, score, scores.get(part, 0.0)))}
+    # A product that is lost altogether needs no word on its heads.
+    if lost := [loss for part, loss in losses.items() if part.partition(" of ")[0] not in losses.keys() - {part}]:
         return replace(row, status="lost", note="; ".join(filter(None, (row.note, f"lost: {', '.join(lost)}"))))
     if not shown:
         return replace(row, status="absent")

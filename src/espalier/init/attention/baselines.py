@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.init.attention.near_identity import random_frame
-from espalier.init.layouts import AttentionWeights, find_layers
+from espalier.init.layouts import AttentionWeights, locate_layers
+from espalier.randomness import cpu_generator
 
 # First and second linear layer of an MLP, by the names that libraries give them.
 _MLP_PAIRS = (("fc1", "fc2"), ("c_fc", "c_proj"), ("linear1", "linear2"), ("up_proj", "down_proj"), ("w1", "w2"))
@@ -21,13 +22,15 @@ def truncated_normal_(model: nn.Module, *, std: float = 0.02, generator: torch.G
 
     Source: the usual default of vision transformers (timm's ``trunc_normal_(std=0.02)``).
     """
-    for weights in _attention(model):
+    generator = cpu_generator(generator)
+
+    def write(weights: AttentionWeights) -> None:
         for part in (weights.q, weights.k, weights.v, weights.out):
-            part.copy_(
-                nn.init.trunc_normal_(_like(part, generator), std=std, a=-2 * std, b=2 * std, generator=generator)
-            )
-        for bias in weights.biases:
-            bias.zero_()
+            noise = torch.empty(part.shape, dtype=torch.float32, device="cpu")
+            part.copy_(nn.init.trunc_normal_(noise, std=std, a=-2 * std, b=2 * std, generator=generator))
+        _zero(weights.biases)
+
+    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -37,10 +40,15 @@ def uniform_values_(model: nn.Module, *, generator: torch.Generator | None = Non
     Queries and keys stay. Mimetic values and outputs are larger than a default's 0.02; if this arm does as well, their
     size mattered and not their diagonal.
     """
-    for weights in _attention(model):
+    generator = cpu_generator(generator)
+
+    def write(weights: AttentionWeights) -> None:
         bound = weights.q.shape[-1] ** -0.5
         for part in (weights.v, weights.out):
-            part.copy_(_like(part, generator).uniform_(-bound, bound, generator=generator))
+            noise = torch.empty(part.shape, dtype=torch.float32, device="cpu")
+            part.copy_(noise.uniform_(-bound, bound, generator=generator))
+
+    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -49,10 +57,7 @@ def zero_output_(model: nn.Module, *, generator: torch.Generator | None = None) 
 
     Source: Fixup, arXiv 1901.09321, which starts residual branches at zero.
     """
-    for weights in _attention(model):
-        weights.out.zero_()
-        for bias in weights.biases:
-            bias.zero_()
+    _write_all(model, lambda weights: _zero((weights.out, *weights.biases)))
 
 
 @torch.no_grad()
@@ -65,7 +70,9 @@ def semi_orthogonal_(model: nn.Module, *, generator: torch.Generator | None = No
     Raises:
         EspalierError: a head wider than the model, which has no orthonormal columns.
     """
-    for weights in _attention(model):
+    generator = cpu_generator(generator)
+
+    def write(weights: AttentionWeights) -> None:
         dim = weights.q.shape[-1]
         width = weights.q.numel() // dim // weights.num_heads
         if width > dim:
@@ -76,9 +83,10 @@ def semi_orthogonal_(model: nn.Module, *, generator: torch.Generator | None = No
             frames = [random_frame(dim, width, generator=generator).mT for _ in range(heads)]
             part.copy_(torch.stack(frames).reshape(part.shape))
         rows = weights.v.numel() // dim
-        weights.v.copy_(torch.eye(rows, dim).reshape(weights.v.shape))
-        for bias in weights.biases:
-            bias.zero_()
+        weights.v.copy_(torch.eye(rows, dim, dtype=torch.float32, device="cpu").reshape(weights.v.shape))
+        _zero(weights.biases)
+
+    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -108,16 +116,18 @@ def impulse_(
     u, s, vh = torch.linalg.svd(places_ND, full_matrices=False)
     kept = s > 1e-3 * s[0]
     span_NR, back_DR = u[:, kept], vh[kept].mT / s[kept]
-    axis = torch.arange(side, dtype=torch.float32)
+    axis = torch.arange(side, dtype=torch.float32, device="cpu")
     pixels_N2 = torch.cartesian_prod(axis, axis)
-    for weights in _attention(model):
+    generator = cpu_generator(generator)
+
+    def write(weights: AttentionWeights) -> None:
         heads, dim = weights.num_heads, weights.q.shape[-1]
         if heads != weights.num_kv_heads:
             raise EspalierError("impulse heads need keys of their own: this model groups its queries")
         rows = weights.q.numel() // dim // heads
         factors = []
         for _ in range(heads):
-            shift = torch.randint(-(window // 2), window // 2 + 1, (2,), generator=generator)
+            shift = torch.randint(-(window // 2), window // 2 + 1, (2,), generator=generator, device="cpu")
             logits = torch.cdist(pixels_N2 + shift, pixels_N2).square().neg_() / (2 * width**2)
             # A constant added to a row changes no map; without it less rank is needed.
             logits -= logits.mean(1, keepdim=True)
@@ -129,8 +139,9 @@ def impulse_(
             factors.append((back_DR @ left, back_DR @ right))
         for part, chosen in ((weights.q, 0), (weights.k, 1)):
             part.copy_(torch.stack([pair[chosen].mT for pair in factors]).reshape(part.shape))
-        for bias in weights.biases:
-            bias.zero_()
+        _zero(weights.biases)
+
+    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -151,18 +162,21 @@ def mlp_mean_shift_(model: nn.Module, *, mean: float = 0.01, generator: torch.Ge
         first.weight.add_(mean)
 
 
-def _attention(model: nn.Module) -> Iterator[AttentionWeights]:
+def _write_all(model: nn.Module, write: Callable[[AttentionWeights], None]) -> None:
+    """Open every self-attention of a model in turn and write to it."""
     found = False
-    for _, _, weights in find_layers(model):
-        if isinstance(weights, AttentionWeights):
-            found = True
-            yield weights
+    for layer in locate_layers(model):
+        with layer.open() as weights:
+            if isinstance(weights, AttentionWeights):
+                found = True
+                write(weights)
     if not found:
         raise EspalierError(f"model {type(model).__name__} has no self-attention to initialise")
 
 
-def _like(part: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(part.shape, device=part.device if generator is None else generator.device)
+def _zero(parts: Iterable[Tensor]) -> None:
+    for part in parts:
+        part.zero_()
 
 
 def _positions(model: nn.Module) -> tuple[Tensor, int]:

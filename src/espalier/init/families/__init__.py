@@ -39,6 +39,4 @@ class Specs(TypedDict, total=False):
 
 def family_of(found: Weights | Skipped) -> Family:
     """Return the family of a layer's views, or of a layer that was skipped."""
-    if isinstance(found, Skipped):
-        return FAMILIES[found.kind]
-    return next(family for family in FAMILIES.values() if isinstance(found, family.views))
+    return FAMILIES[found.kind]

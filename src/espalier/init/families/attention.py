@@ -74,7 +74,6 @@ class AttentionFamily(Family):
     """Self-attention, whose two products are set near multiples of the identity."""
 
     kind = "attention"
-    views = AttentionWeights
     default = Mimetic()
     row = AttentionFit
 
@@ -117,7 +116,7 @@ class AttentionFamily(Family):
     def scores(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Return both products' scores, and that of the head whose query-key product stands out least."""
         names = {"qk": "qk_z", "qk of every head": "qk_least_z", "vo": "vo_z"}
-        return {part: measured[name] / _Z for part, name in names.items() if name in measured}
+        return {part: measured[name] / _Z for part, name in names.items() if name in measured}  # older reports have two
 
     def fit(self, name: str, weights: AttentionWeights) -> AttentionFit:
         """Return the fit of every head, of values and outputs, and the strengths behind them."""

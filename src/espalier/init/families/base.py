@@ -31,14 +31,12 @@ class Family(ABC):
     """One kind of layer.
 
     Attributes:
-        kind: the keyword of ``structure_`` and the word in reports.
-        views: the class of views that its layouts return.
+        kind: the keyword of ``structure_``, the word in reports and the ``kind`` of the views that its layouts return.
         default: the spec that ``structure_`` writes when none is given.
         row: the class of its fits.
     """
 
     kind: ClassVar[str]
-    views: ClassVar[type]
     default: ClassVar[Any]
     row: ClassVar[type]
 

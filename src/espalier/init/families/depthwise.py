@@ -45,7 +45,6 @@ class DepthwiseFamily(Family):
     """Depthwise convolutions, whose filters get a covariance."""
 
     kind = "depthwise"
-    views = DepthwiseWeights
     default = FilterCovariance()
     row = DepthwiseFit
 

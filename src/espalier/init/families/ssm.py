@@ -55,7 +55,6 @@ class SSMFamily(Family):
     """State-space mixers (Mamba-1, Mamba-2), which start as causal linear attention."""
 
     kind = "ssm"
-    views = SSMWeights
     default = MimeticSSM()
     row = SSMFit
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -24,6 +24,7 @@ class AttentionWeights:
     before it, where that is known.
     """
 
+    kind: ClassVar[str] = "attention"
     q: Tensor
     k: Tensor
     v: Tensor
@@ -39,6 +40,7 @@ class AttentionWeights:
 class DepthwiseWeights:
     """One depthwise convolution's filters, (channels, 1, *kernel), as a view."""
 
+    kind: ClassVar[str] = "depthwise"
     weight: Tensor
     note: str = ""
 
@@ -53,6 +55,7 @@ class SSMWeights:
     added to Δ beside ``delta_bias``: both hosts that have them and those that do not start at zero there.
     """
 
+    kind: ClassVar[str] = "ssm"
     family: Literal["mamba1", "mamba2"]
     w_b: Tensor
     w_c: Tensor
@@ -212,11 +215,7 @@ def _unless_empty(weights: Found) -> Found:
     if isinstance(weights, Skipped):
         return weights
     values = [value for value in vars(weights).values() if isinstance(value, Tensor)]
-    kind = next(kind for kind, views in _KINDS.items() if isinstance(weights, views))
-    return Skipped(kind, _EMPTY) if any(value.numel() == 0 for value in values) else weights
-
-
-_KINDS = {"attention": AttentionWeights, "ssm": SSMWeights, "depthwise": DepthwiseWeights}
+    return Skipped(weights.kind, _EMPTY) if any(value.numel() == 0 for value in values) else weights
 
 
 def _kind_of(module: nn.Module) -> str:
