@@ -109,9 +109,7 @@ def test_wrapping_loses_nothing_in_either_direction(wrapper: str, guard: bool) -
     wrapped = WRAPPERS[wrapper](model)
     assert verdicts(wrapped, report) == [("present", "")] * 3
     inner = small()
-    inner.load_state_dict(
-        dict(zip(inner.state_dict(), wrapped.state_dict().values(), strict=True))
-    )
+    inner.load_state_dict(dict(zip(inner.state_dict(), wrapped.state_dict().values(), strict=True)))
     outside = espalier.audit(wrapped)
     assert verdicts(inner, outside) == [("present", "")] * 3
 

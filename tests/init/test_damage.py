@@ -28,7 +28,7 @@ def mixed() -> nn.ModuleDict:
     vision.init_weights(generator)
     mixers = SequenceModel(20, 48, "mamba1 mamba1 mamba2 mamba2", head_dim=16)
     mixers.init_weights(generator)
-    filters = nn.Sequential(*(nn.Conv2d(16, 16, 5, groups=16) for _ in range(2)))
+    filters = nn.Sequential(*(nn.Conv2d(16, 16, 5, groups=16, bias=False) for _ in range(2)))
     for layer in filters:
         nn.init.normal_(layer.weight, generator=generator)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(48, 4, batch_first=True), 2)
@@ -113,8 +113,7 @@ def test_what_surrounds_a_call_changes_nothing_and_a_bad_layer_costs_its_row(
             assert row.status == "skipped"
             assert "hold" in row.note
         elif how == "int8" and "." in FIRST.get(name, ""):
-            assert row.status in ("skipped", "failed"), row
-            assert row.note
+            assert (row.status, "quantised" in row.note) == ("skipped", True)
         elif how == "adapter" and "." in FIRST[name]:
             assert (row.status, "adapter (LoRA)" in row.note) == ("skipped", True)
         elif row.status == "failed":
@@ -139,7 +138,7 @@ def test_fitting_and_closed_forms_do_not_depend_on_defaults(dtype: torch.dtype) 
     espalier.structure_(model, generator=seeded())
     expected = str(fit(model))
     filters = espalier.init.depthwise_covariance_(torch.zeros(8, 1, 5, 5), 1.5, generator=seeded())
-    statistics = espalier.init.FilterStatistics.from_model(model)
+    statistics = espalier.init.FilterStatistics.from_model(model["filters"])
     resized = statistics.covariance_at(0.5, (7, 7))
     with default_type(dtype), torch.device("meta"):
         assert str(fit(model)) == expected
@@ -160,6 +159,7 @@ DAMAGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "NaN steps": (lambda m: m.dt_bias.fill_(torch.nan), "delta_bias holds NaN"),
     "NaN maps": (lambda m: m.in_proj.weight.fill_(torch.nan), "NaN"),
     "huge maps": (lambda m: m.in_proj.weight.fill_(1e30), "too large"),
+    "zero maps": (lambda m: m.in_proj.weight.zero_(), "0 everywhere"),
     "huge taps": (lambda m: m.conv1d.weight.fill_(1e30), "too large"),
 }
 

@@ -118,6 +118,8 @@ class SSMFamily(Family):
                 )
         if not weights.a_log.any() and not weights.delta_bias.any():
             return "A_log and the step's bias are 0 everywhere: they were never initialised"
+        if not weights.w_b.any() and not weights.w_c.any():
+            return "W_B and W_C are 0 everywhere: nothing of their product can be learned"
         return ""
 
     def fit(self, name: str, weights: SSMWeights) -> SSMFit:

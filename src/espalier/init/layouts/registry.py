@@ -204,18 +204,24 @@ def _read(module: nn.Module) -> Found | Mapping[str, Found] | None:
         reason = f"{host or type(module).__name__} cannot be read ({type(error).__name__}: {words[0]})"
         return Skipped(_kind_of(module), f"{reason}: register a layout for this class")
     if isinstance(found, Mapping):
-        return {child: _unless_empty(weights) for child, weights in found.items()}
-    return None if found is None else _unless_empty(found)
+        return {child: _unless_unusable(weights) for child, weights in found.items()}
+    return None if found is None else _unless_unusable(found)
 
 
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
+_QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
 
 
-def _unless_empty(weights: Found) -> Found:
+def _unless_unusable(weights: Found) -> Found:
+    """Return views that hold numbers of at least two bytes, or else why they cannot be written."""
     if isinstance(weights, Skipped):
         return weights
     values = [value for value in vars(weights).values() if isinstance(value, Tensor)]
-    return Skipped(weights.kind, _EMPTY) if any(value.numel() == 0 for value in values) else weights
+    if any(value.numel() == 0 for value in values):
+        return Skipped(weights.kind, _EMPTY)
+    if any(not value.is_floating_point() or value.element_size() < 2 for value in values):
+        return Skipped(weights.kind, _QUANTISED)
+    return weights
 
 
 def _kind_of(module: nn.Module) -> str:
