@@ -24,11 +24,13 @@ def hub(name: str, **changes: object) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 64}
     config = getattr(transformers, f"{name}Config")(**sizes, **changes)
-    return getattr(transformers, "ViTModel" if name == "ViT" else f"{name}ForCausalLM")(config)
+    suffix = {"ViT": "Model", "GPT2": "LMHeadModel"}.get(name, "ForCausalLM")
+    return getattr(transformers, name + suffix)(config)
 
 
 def test_causal_language_models_are_told_of_the_language_preset() -> None:
-    for model in (causal(), hub("Llama", vocab_size=20), hub("GPT2", vocab_size=20)):
+    words = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+    for model in (causal(), hub("Llama", **words), hub("GPT2", **words)):
         report = espalier.structure_(model)
         assert len(report.notes) == 1
         assert 'Mimetic.preset("language")' in str(report)
