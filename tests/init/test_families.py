@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import espalier
 from espalier.errors import EspalierError
 from espalier.init import StructureFit, fit, register_layout
-from espalier.init.families import FAMILIES, Family, Place
+from espalier.init.families import FAMILIES, Family
+from espalier.init.families.base import Place
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.adapters import without_adapters
-from espalier.init.families import FAMILIES, Family, Place, Specs, family_of
-from espalier.init.families.base import on_meta
+from espalier.init.families import FAMILIES, Family, Specs, family_of
+from espalier.init.families.base import Place, on_meta
 from espalier.init.layouts import Layer, Skipped, locate_layers
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from espalier.init.attention.mimetic import Mimetic
 from espalier.init.families.attention import AttentionFamily, AttentionFit
-from espalier.init.families.base import Family, LayerFit, Place
+from espalier.init.families.base import Family, LayerFit
 from espalier.init.families.depthwise import DepthwiseFamily, DepthwiseFit
 from espalier.init.families.ssm import SSMFamily, SSMFit
 from espalier.init.filters.spec import FilterCovariance
@@ -20,9 +20,7 @@ __all__ = [
     "DepthwiseFit",
     "Family",
     "LayerFit",
-    "Place",
     "SSMFit",
-    "Specs",
     "family_of",
 ]
 
