@@ -4,8 +4,10 @@ BIN := $(VENV)/bin
 INTEROP ?= .venv-interop
 export PYTHONHASHSEED := 0
 
-.PHONY: env demo test check bench gpu docs interop lock clean
+.PHONY: env kernels demo test check bench gpu docs interop wheel lock clean
 env: $(VENV)/.installed          ## make the environment (idempotent)
+kernels:                         ## compile the C++ kernels in place, as `make env` does
+	$(BIN)/python setup.py --quiet build_ext --inplace
 demo: env                        ## the whole idea in minutes on a laptop; ends with a table and report.html
 	$(BIN)/espalier demo --out runs/demo
 test: env                        ## every test that needs no other library's environment
@@ -25,6 +27,8 @@ interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-lin
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop --override-ini addopts=-ra
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop/conftest.py \
 		tests/init/layouts/test_transformers_layouts.py --override-ini addopts=-ra
+wheel: env                       ## the wheel, kernels included, in dist/
+	$(BIN)/python -m build --wheel
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:
@@ -32,7 +36,7 @@ clean:
 
 # The lock lists every package, so pip resolves nothing (--no-deps): torch comes as the pinned CPU build, and
 # torchattacks cannot drag in a torchvision that does not import beside it.
-$(VENV)/.installed: requirements/dev.lock pyproject.toml
+$(VENV)/.installed: requirements/dev.lock pyproject.toml setup.py $(wildcard src/espalier/nn/kernels/*.[ch]pp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps torch==$$(sed -n 's/^torch==//p' requirements/dev.lock)
 	$(BIN)/pip install --quiet --no-deps -r requirements/dev.lock

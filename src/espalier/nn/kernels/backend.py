@@ -81,12 +81,11 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @cache
 def _compiled() -> Backend:
-    from espalier.nn.kernels.build import KernelBuildError
-    from espalier.nn.kernels.cpu import load
+    from espalier.nn.kernels.library import KernelError, load
 
     try:
         return Backend("compiled", f"C++ kernels from {load()}")
-    except KernelBuildError as error:
+    except KernelError as error:
         return _fall_back(f"no C++ kernels: {error}")
 
 
