@@ -102,6 +102,8 @@ def tensor_norm(value: Tensor) -> float:
 def root_up(value: float) -> float:
     """Return the square root, rounded up unless it is a whole number."""
     root = math.sqrt(value)
+    if not math.isfinite(root):
+        return math.inf
     return root if root == math.floor(root) else math.nextafter(root, math.inf)
 
 
@@ -167,14 +169,18 @@ def orthogonality_excess(real: Tensor, imag: Tensor | None) -> float:
     worst = 0.0
     for start in range(0, len(real), 64):  # a part at a time: the Gram matrices need not exist all at once
         part = [plane[start : start + 64] for plane in planes]
-        gram = sum(plane.mT @ plane for plane in part)
-        magnitude = sum(plane.abs() for plane in part)
+        gram = torch.stack([plane.mT @ plane for plane in part]).sum(0)
+        magnitude = torch.stack([plane.abs() for plane in part]).sum(0)
         gram.diagonal(dim1=1, dim2=2).sub_(1)
         squares = gram.square().sum((1, 2))
         if len(part) == 2:
             cross = part[0].mT @ part[1]
             squares += (cross - cross.mT).square().sum((1, 2))
-        charge = 4 * gamma(len(part) * max(real.shape[-2:]), torch.float64) * (magnitude.mT @ magnitude).square().sum((1, 2)).sqrt()
+        charge = (
+            4
+            * gamma(len(part) * max(real.shape[-2:]), torch.float64)
+            * (magnitude.mT @ magnitude).square().sum((1, 2)).sqrt()
+        )
         found = (squares.sqrt() + charge).max().item()
         if not math.isfinite(found):
             return math.inf

@@ -13,14 +13,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from espalier.certify import code, elementwise, linear, shapes
-from espalier.certify.arithmetic import up
-from espalier.certify.bounded import Analysis, Bound, Bounded, bounded_in
+from espalier.certify.arithmetic import unit, up
+from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError
@@ -30,10 +30,18 @@ from espalier.nn.lipschitz.residual import ConvexSum
 
 Rule = Callable[[Any], float | None]
 
-_RULES: dict[type[nn.Module], Rule] = {}
+Rounding = Callable[[Any, float], tuple[float, float]]
 
 
-def register_lipschitz(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
+class _Statement(NamedTuple):
+    constant: Rule
+    rounding: Rounding | None
+
+
+_RULES: dict[type[nn.Module], _Statement] = {}
+
+
+def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = None) -> Callable[[Rule], Rule]:
     """Make a function known as the ℓ2 Lipschitz constant of modules of ``classes`` (decorator).
 
         @register_lipschitz(MyLayer)
@@ -44,17 +52,19 @@ def register_lipschitz(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     ``UncertifiableError`` with the reason alone, the path is added. It is about the code that the class has now: it
     holds for subclasses that override nothing, and for no class or module that was changed since. It must be about a
     forward pass that leaves its input alone. Your own modules can state their constant themselves instead: see
-    ``espalier.nn.lipschitz``. For ``certify`` the operations inside need rules, too: a constant says nothing about
-    rounding.
+    ``espalier.nn.lipschitz``. A constant says nothing about rounding: for ``certify``, the operations inside need
+    rules, too, or ``rounding`` is stated.
 
     Args:
         classes: the module classes; a second registration replaces the first.
+        rounding: returns (α, β) for a module and the unit roundoff: the forward pass as it runs on x, without
+            overflow, is off by at most α·‖x‖ + β. The forward pass is then not looked into.
     """
 
     def register(rule: Rule) -> Rule:
         for cls in classes:
             code.record(cls)
-            _RULES[cls] = rule
+            _RULES[cls] = _Statement(rule, rounding)
         return rule
 
     return register
@@ -82,7 +92,7 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     """
     analysis = Analysis(rounding=False)
     twin = prepare(net, torch.float64, analysis)
-    images = None if example is None else example.detach().to(_device(twin), torch.float64)
+    images = None if example is None else example.detach().to(device_of(twin), torch.float64)
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
     if not math.isfinite(result.lipschitz):
@@ -138,13 +148,14 @@ def _inner(net: nn.Module) -> nn.Module:
     return net
 
 
-def _device(net: nn.Module) -> torch.device:
+def device_of(net: nn.Module) -> torch.device:
+    """Return the device of a network's tensors, the CPU if it has none."""
     return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
 
 
 def plain_arithmetic(net: nn.Module) -> torch.autocast:
     """Return a context in which a network runs in the precision of its tensors."""
-    return torch.autocast(_device(net).type, enabled=False)
+    return torch.autocast(device_of(net).type, enabled=False)
 
 
 @dataclass
@@ -185,12 +196,12 @@ class _Watched:
         module, analysis, reason = self.module, self.analysis, None
         known = next((cls for cls in type(module).__mro__ if cls in LAYERS or cls in _RULES), None)
         if known is not None:
-            reason = code.change(module, known, self.forward)
+            reason = code.change(module, known, self.forward, analysis.verified)
             if reason is None and known in LAYERS:
                 made = LAYERS[known].function(analysis, module, analysis.read(x, "it"), self.forward)
                 return Bounded(made, analysis, x.memory if LAYERS[known].alias else None)
             if reason is None:
-                return self._declared(x, partial(_RULES[known], module))
+                return self._declared(x, partial(_RULES[known].constant, module), _RULES[known].rounding)
         statement, why = self._own_statement()
         if statement is not None:
             return self._declared(x, statement)
@@ -204,7 +215,7 @@ class _Watched:
             if not isinstance(module, protocol):
                 continue
             code.record(cls)
-            reason = code.self_declared(cls, method) or code.change(module, cls, self.forward)
+            reason = code.self_declared(cls, method) or code.change(module, cls, self.forward, self.analysis.verified)
             if reason is None:
                 statement = getattr(module, method)
                 return (partial(statement, self._of_child) if method.endswith("_from") else statement), None
@@ -221,7 +232,7 @@ class _Watched:
             raise self.analysis.refuse("a module inside does not return one tensor")
         return result.bound.lipschitz
 
-    def _declared(self, x: Bounded, constant: Callable[[], float | None]) -> Any:
+    def _declared(self, x: Bounded, constant: Callable[[], float | None], rounding: Rounding | None = None) -> Any:
         """Use a stated constant; with numbers the forward pass is followed, too, for its rounding."""
         analysis, bound = self.analysis, self.analysis.read(x, "it")
         try:
@@ -238,12 +249,14 @@ class _Watched:
         total = up(stated, bound.lipschitz)
         if bound.value is None:
             return Bounded(Bound(None, total), analysis, x.memory)
-        if not analysis.rounding:
+        if not analysis.rounding or rounding is not None:
             given = bound.value.clone()
             value = self.forward(given)
             if not torch.equal(given, bound.value) or not isinstance(value, Tensor) or len(value) != len(given):
                 raise UncertifiableError("it changes its input in place, or does not return one value per image")
-            return Bounded(replace(bound, value=value, lipschitz=total, rows=None), analysis, x.memory)
+            relative, absolute = rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0)
+            made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
+            return Bounded(made, analysis, x.memory)
         result = self.forward(x)
         if isinstance(result, Bounded) and result.bound.lipschitz > total:
             result.bound = replace(result.bound, lipschitz=total)

@@ -17,7 +17,6 @@ is refused.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
+from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
 from espalier.certify.refusal import UncertifiableError
 
 NEEDS_EXAMPLE = "what it does depends on the size of its input: give an example= of the images"
@@ -111,16 +111,18 @@ class Analysis:
     """Why a module's own rule is not used, by path."""
     calls: int = 0
     """How many modules were run."""
+    verified: dict[tuple[type, type], str | None] = field(default_factory=dict)
+    """What of a class was changed since its rule was entered, or None."""
     modules: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
-        """Return the images as the first value: the identity, off by ``shift`` times their norm."""
+        """Return the images as the first value: the identity, off by ``shift`` times their norm, if they were rounded."""
         if images is None:
             return self.probe()
         self.room = images.new_full((len(images),), math.inf, dtype=torch.float64)
-        norms = image_norms(images)
-        return Bounded(Bound(images, 1.0, shift * norms, shift), self)
+        lost = torch.finfo(images.dtype).tiny * math.sqrt(images[0].numel()) if shift else 0.0
+        return Bounded(Bound(images, 1.0, shift * image_norms(images) + lost, shift), self)
 
     def probe(self) -> Bounded:
         """Return a value of its own, of no known size."""
@@ -177,9 +179,9 @@ class Analysis:
             peaks.append(high * size)
             tops.append(high * slope)
             flushed += high * tiny * math.sqrt(operand.numbers[0].numel())
-        self._leave_room(sum(peaks) + constant, sum(tops), dtype)
+        self._leave_room(torch.stack(peaks).sum(0) + constant, sum(tops), dtype)
         # The error of a concatenation is bounded by the sum of those of its parts, too: no squares are needed there.
-        error = sum(a for a, _ in errors) + absolute + flushed
+        error = torch.stack([a for a, _ in errors]).sum(0) + absolute + flushed
         return Bound(value, lipschitz, error, add_up(*(b for _, b in errors)), rows)
 
     def exact(self, x: Bound, value: Tensor | None, factor: float = 1.0) -> Bound:
@@ -207,11 +209,11 @@ class Analysis:
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one operation by its rule."""
-        full = _name(function)
-        name, in_place = _base(full)
+        full = full_name(function)
+        name, writes = in_place(full)
         rule = OPERATIONS.get(name)
         if rule is None or kwargs.get("out") is not None:
-            raise self.refuse(_unknown(full))
+            raise self.refuse(unknown(full))
         operands = list(bounded_in((*args, *kwargs.values())))
         for operand in operands:
             self.read(operand, full)
@@ -230,7 +232,7 @@ class Analysis:
             result = rule.function(*given.args, **given.kwargs)
         except UncertifiableError as error:
             raise error if error.module else self.refuse(f"{full}: {error}") from None
-        if in_place or given.arguments.get("inplace"):
+        if writes or given.arguments.get("inplace"):
             return self._assign(full, args[0], result)
         memory = allowed[0].memory if rule.alias else None
         return _closed(result, self, memory)
@@ -279,100 +281,17 @@ class Bounded(Tensor):
         kwargs = kwargs or {}
         first = next(bounded_in((*args, *kwargs.values())), None)
         if first is None:
-            raise UncertifiableError(_unknown(_name(func)))
+            raise UncertifiableError(unknown(full_name(func)))
         return first.analysis.call(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Refuse what came past the table: it would have no numbers to work on."""
         first = next(bounded_in((*args, *(kwargs or {}).values())), None)
-        error = _unknown(str(func))
+        error = unknown(str(func))
         raise first.analysis.refuse(error) if first is not None else UncertifiableError(error)
-
-
-class Rule(NamedTuple):
-    """What the table holds for one operation."""
-
-    function: Callable[..., Any]
-    """Takes the analysis, and the arguments of the operation with bounds in place of values."""
-    values: int
-    """How many leading arguments may depend on the image."""
-    alias: bool
-    """Whether the result may share its numbers with the first operand."""
-    signature: inspect.Signature
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with the operands in front, however they were given."""
-        kwargs, front = dict(kwargs), list(args)
-        for names in (("input", "self", "tensors"), ("other", "end"))[: self.values]:
-            given = [name for name in names if name in kwargs]
-            if given and len(front) < self.values:
-                front.append(kwargs.pop(given[0]))
-        return tuple(front), {name: value for name, value in kwargs.items() if name != "out"}
-
-
-OPERATIONS: dict[str, Rule] = {}
-"""By torch's full name, without the underscore of operations in place."""
-
-
-def operation(*names: str, values: int = 1, alias: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a rule (decorator).
-
-    Args:
-        names: ``F.name`` for torch.nn.functional's; ``name`` for torch.name and the method of tensors; a name with
-            ``torch.`` as it is. Operations in place have the rule of the others.
-        values: how many leading arguments may depend on the image.
-        alias: whether the result may share its numbers with the first operand.
-    """
-
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        for name in names:
-            if name.startswith("torch."):
-                keys = [name]
-            elif name.startswith("F."):
-                keys = [f"torch.nn.functional.{name[2:]}"]
-            else:
-                keys = [f"torch.{name}", f"torch.Tensor.{name}"]
-            OPERATIONS.update(dict.fromkeys(keys, Rule(function, values, alias, inspect.signature(function))))
-        return function
-
-    return enter
-
-
-def _name(function: Callable[..., Any]) -> str:
-    try:
-        name = torch.overrides.resolve_name(function)
-    except Exception:  # it is not told which errors a callable that it never met can raise
-        name = None
-    return name or getattr(function, "__qualname__", None) or str(function)
-
-
-def _base(name: str) -> tuple[str, bool]:
-    """Return the name of the operation that makes a new tensor, and whether this one works in place."""
-    if name.endswith(".__get__"):
-        return name, False
-    last = name.rpartition(".")[2]
-    if last.startswith("__i") and last.endswith("__") and last not in ("__index__", "__int__", "__invert__"):
-        return name.replace(last, f"__{last[3:]}"), True
-    if last.endswith("_") and not last.endswith("__"):
-        return name[:-1], True
-    return name, False
-
-
-def _unknown(name: str) -> str:
-    short = name.removesuffix(".__get__")
-    if short.rpartition(".")[2] in _LOOKS:
-        return f"{short} looks at the numbers: what is done next would depend on the image, and no bound holds across that"
-    return f"nothing is known about {short}: use operations that have a rule, or state the constant of the module"
-
-
-_LOOKS = {
-    "__bool__", "__float__", "__int__", "__index__", "__complex__", "item", "tolist", "numpy", "__array__", "gt", "lt",
-    "ge", "le", "eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "allclose", "equal", "argmax", "argmin",
-    "nonzero", "where", "__contains__", "any", "all", "data_ptr", "untyped_storage", "storage", "__repr__", "__format__",
-}  # fmt: skip
 
 
 def bounded_in(items: Iterable[Any]) -> Iterator[Bounded]:
@@ -405,4 +324,3 @@ def _total(parts: list[float], joint: bool) -> float:
     if not joint or len(parts) < 2:
         return add_up(*parts)
     return math.nextafter(math.hypot(*parts), math.inf) * (1 + 2.0**-50)
-

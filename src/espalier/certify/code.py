@@ -1,14 +1,14 @@
 """Whether a module still runs the code of its class: what a rule vouches for is that code, and no other.
 
-What a class consists of is recorded when its rule is entered: every attribute of it and of its parents, and the code
-of every function. A module passes if each of these is still what it was, on the class, on a subclass and on the module
+What a class consists of is recorded when its rule is entered: every attribute of it and of its parents, the code of
+every function, and what its functions name in their own modules, as far as this library reaches. A module passes if each of these is still what it was, on the class, on a subclass and on the module
 itself. A subclass may add, and change what only shows (``extra_repr``), but not override.
 """
 
 from __future__ import annotations
 
 import inspect
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,23 +37,33 @@ def record(cls: type[nn.Module]) -> None:
         _RECORDS[cls] = {name: _part(inspect.getattr_static(cls, name, None)) for name in names}
 
 
-def change(module: nn.Module, cls: type[nn.Module], forward: Any) -> str | None:
+def change(
+    module: nn.Module, cls: type[nn.Module], forward: Any, verified: dict[tuple[type, type], str | None]
+) -> str | None:
     """Return in words what of a recorded class is no longer its own in a module, or None.
 
     Args:
         module: the module.
         cls: its class or a parent of it.
         forward: what a call of the module runs.
+        verified: what was found of classes before, in the same analysis.
     """
     if getattr(forward, "__func__", None) is not inspect.getattr_static(type(module), "forward", None):
         return "its forward pass was replaced on the instance"
     for name, part in _RECORDS[cls].items():
         if name != "forward" and name in vars(module) and (callable(part.attribute) or part.codes):
             return f"its {name} was replaced on the instance"
-        now = _part(inspect.getattr_static(type(module), name, None))
-        if now.attribute is not part.attribute or now.codes != part.codes:
-            where = "its class" if type(module) is cls else type(module).__name__
-            return f"{name} is not the one that {cls.__name__} had: {where} changes it"
+    key = type(module), cls
+    if key not in verified:
+        verified[key] = _changed_class(*key)
+    return verified[key]
+
+
+def _changed_class(now: type, then: type) -> str | None:
+    for name, part in _RECORDS[then].items():
+        found = _part(inspect.getattr_static(now, name, None))
+        if found.attribute is not part.attribute or found.codes != part.codes:
+            return f"{name} is not the one that {then.__name__} had when its rule was entered"
     return None
 
 
@@ -83,10 +93,29 @@ def _part(attribute: Any) -> _Part:
         functions = [attribute.fget, attribute.fset]
     elif isinstance(attribute, staticmethod | classmethod):
         functions = [attribute.__func__]
-    codes: list[CodeType | tuple[Any, ...] | None] = []
+    codes: list[Any] = []
     for function in functions:
         while function is not None:
             if isinstance(function, FunctionType):
-                codes += [function.__code__, function.__defaults__]
+                codes += [function.__code__, function.__defaults__, *_named(function, set())]
             function = getattr(function, "__wrapped__", None)
     return _Part(attribute, tuple(codes))
+
+
+def _named(function: FunctionType, seen: set[int]) -> list[int]:
+    """Return the identities of what a function names in its module, and so on through the code of this library."""
+    found = []
+    for name in function.__code__.co_names:
+        thing = function.__globals__.get(name)
+        if thing is None or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        found.append(id(thing))
+        if not str(getattr(thing, "__module__", None)).startswith("espalier."):
+            continue
+        inside = list(vars(thing).values()) if isinstance(thing, type) else [thing]
+        for part in inside:
+            part = inspect.unwrap(getattr(part, "__func__", part))
+            if isinstance(part, FunctionType):
+                found += [id(part.__code__), *_named(part, seen)]
+    return found

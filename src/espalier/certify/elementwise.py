@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.certify.arithmetic import tensor_norm, unit, up
-from espalier.certify.bounded import Analysis, Bound, Term, operation
+from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
 
 _ELEMENTARY = 16

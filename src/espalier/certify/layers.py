@@ -82,7 +82,9 @@ def scaled_pooling(analysis: Analysis, module: ScaledAvgPool2d, x: Bound, forwar
     inputs = math.prod(x.value.shape[2:]) if module.kernel_size is None else module.kernel_size**2
     # The constant 1/√K is itself rounded, which the reference does not undo.
     norm = 1.0 + 8 * unit(x.value.dtype)
-    return affine(analysis, x, forward(x.value), norm=norm, size=norm, terms=inputs + 6, bias=None)
+    return affine(
+        analysis, x, forward(x.value), norm=norm, size=norm, terms=inputs + 6, bias=None, peak=1.01 * math.sqrt(inputs)
+    )
 
 
 @layer(CayleyLinear)
@@ -140,7 +142,7 @@ def _transform_rounding(n: int, dtype: torch.dtype) -> float:
     the matrix itself is off by at most 8 units per number. A butterfly is off by less than a few units, and there are
     log₂ n of them. All of that stays below 4(n + 8)·√n units.
     """
-    return 1.0 * 4 * (n + 8) * math.sqrt(n) * unit(dtype) if n > 1 else 0.0
+    return 4 * (n + 8) * math.sqrt(n) * unit(dtype) if n > 1 else 0.0
 
 
 def _spectrum_norms(planes: Tensor) -> tuple[float, float]:

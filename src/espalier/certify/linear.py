@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.certify.arithmetic import gamma, per_axis, root_up, tensor_norm, unit, up, windows
-from espalier.certify.bounded import Analysis, Bound, Rows, Term, operation
+from espalier.certify.bounded import Analysis, Bound, Rows, Term
+from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
 
 
@@ -41,6 +42,7 @@ def affine(
     terms: int,
     bias: Tensor | None,
     rows: Rows | None = None,
+    peak: float = 0.0,
 ) -> Bound:
     """Return the bound of Wx + b.
 
@@ -53,6 +55,7 @@ def affine(
         terms: n, how many products one number of the result sums.
         bias: b, one number per channel.
         rows: the map, if it is the network's last one.
+        peak: norm of what is summed before it is divided, where that is larger.
     """
     finite(norm)
     if value is None:
@@ -61,7 +64,7 @@ def affine(
     if bias is not None:
         added = up(tensor_norm(bias), math.sqrt(value[0].numel() / max(1, bias.numel())) * (1 + 1e-15))
     flushed = torch.finfo(value.dtype).tiny * terms * math.sqrt(value[0].numel())
-    term = Term(x, norm, up(rounding, max(norm, size)), max(norm, size))
+    term = Term(x, norm, up(rounding, max(norm, size)), max(norm, size, peak))
     return analysis.combine(value, [term], constant=added, absolute=rounding * added + flushed, rows=rows)
 
 
@@ -183,7 +186,8 @@ def _average_pooling(function: Callable[..., Tensor], axes: int) -> Callable[...
         if input.value is not None:
             extra = () if axes == 1 else (divisor_override,)
             value = function(input.value, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
-        return affine(analysis, input, value, norm=norm, size=norm, terms=window.inputs + 2, bias=None)
+        summed = root_up(windows(*window) * window.inputs)
+        return affine(analysis, input, value, norm=norm, size=norm, terms=window.inputs + 2, bias=None, peak=summed)
 
     return rule
 
@@ -230,7 +234,7 @@ def _adaptive_pooling(function: Callable[..., Tensor], axes: int, *, mean: bool)
             return analysis.exact(input, value)
         inputs = math.prod(sides) // math.prod(value.shape[2:])
         norm = math.nextafter(1 / math.sqrt(inputs), 1.0) if inputs > 1 else 1.0
-        return affine(analysis, input, value, norm=norm, size=norm, terms=inputs + 2, bias=None)
+        return affine(analysis, input, value, norm=norm, size=norm, terms=inputs + 2, bias=None, peak=math.sqrt(inputs))
 
     return rule
 
@@ -260,7 +264,9 @@ def _axes_of(input: Bound, dim: Any) -> tuple[int, ...]:
 def _sums(analysis: Analysis, input: Bound, value: Tensor, axes: tuple[int, ...], *, mean: bool) -> Bound:
     count = math.prod(input.numbers.shape[axis] for axis in axes)
     norm = root_up(count) if not mean else math.nextafter(1 / math.sqrt(max(1, count)), math.inf)
-    return affine(analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None)
+    return affine(
+        analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None, peak=math.sqrt(count) * (1 + 1e-15)
+    )
 
 
 @operation("sum")

@@ -22,13 +22,14 @@ summed as products (no TF32, no Winograd).
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from espalier.certify.arithmetic import gamma, image_norms, up
-from espalier.certify.bound import plain_arithmetic, prepare, run
+from espalier.certify.arithmetic import gamma, image_norms
+from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
 from espalier.certify.bounded import Analysis, Bound
 from espalier.certify.certificate import Certificate
 from espalier.certify.refusal import UncertifiableError
@@ -80,9 +81,9 @@ def certify(
         raise unknown_name("arithmetic", arithmetic, ARITHMETIC)
     check_pixels(images, labels)
     dtype = ARITHMETIC[arithmetic]
-    _refuse_shortcuts(dtype)
     analysis = Analysis()
     twin = prepare(net, dtype, analysis)
+    _refuse_shortcuts(dtype, device_of(twin))
     radii, predictions, roundings = [], [], []
     with torch.no_grad(), plain_arithmetic(twin):
         for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
@@ -158,10 +159,10 @@ def score_bound(scores: Bound) -> ScoreBound:
     error_NCC = distances_CC * source.error.cpu()[:, None, None] + own_NC[:, :, None] + own_NC[:, None, :]
     off = 1.0 - torch.eye(classes, dtype=torch.float64)
     error_growth_CC = distances_CC * source.growth + (rows_C[:, None] + rows_C) * slope * off
-    return ScoreBound(
-        up(source.lipschitz, 1 + 2.0**-50) * distances_CC if source.lipschitz else 0 * distances_CC,
-        error_NCC * off, error_growth_CC, source.lipschitz, True,
-    )  # fmt: skip
+    growth_CC = source.lipschitz * distances_CC
+    if source.lipschitz > 0:  # a product that vanishes in float64 is still not 0
+        growth_CC = torch.where(distances_CC > 0, growth_CC.clamp_min(1e-300), growth_CC)
+    return ScoreBound(growth_CC, error_NCC * off, error_growth_CC, source.lipschitz, True)
 
 
 def check_pixels(images: Tensor, labels: Tensor) -> None:
@@ -188,10 +189,9 @@ def _bounded_scores(
     twin: nn.Module, analysis: Analysis, images: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, ScoreBound]:
     """Return the scores of a batch in float64 on the CPU, as a plain run of the network gives them, and their bound."""
-    like = next(twin.parameters(), torch.empty(0))
-    batch = images.to(like.device, dtype)
+    batch = images.to(device_of(twin), dtype)
     # An image in more digits is rounded first: a shift of at most u times its norm.
-    shift = torch.finfo(dtype).eps / 2 if dtype == torch.float32 else 0.0
+    shift = torch.finfo(dtype).eps / 2 * (1 + 1e-6) if dtype == torch.float32 else 0.0
     traced = run(twin, analysis, analysis.start(batch, shift))
     if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
         raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")
@@ -213,12 +213,20 @@ def _bounded_scores(
     return scores.cpu(), score_bound(traced)
 
 
-def _refuse_shortcuts(dtype: torch.dtype) -> None:
+def _refuse_shortcuts(dtype: torch.dtype, device: torch.device) -> None:
     """Refuse settings under which float32 products are not float32 products."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype != torch.float32:
+        return
+    if torch.get_float32_matmul_precision() != "highest":
         raise EspalierError(
             "float32 matrix products are set to fewer digits: torch.set_float32_matmul_precision('highest') first"
         )
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        raise EspalierError(
+            "float32 convolutions are set to fewer digits: torch.backends.cudnn.allow_tf32 = False first"
+        )
+    if os.environ.get("DNNL_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("", "STRICT"):
+        raise EspalierError("DNNL_DEFAULT_FPMATH_MODE asks for fewer digits: unset it")
 
 
 def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[str, ...]:
@@ -233,7 +241,7 @@ def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[s
         "A point counts at ε only if it is classified correctly and its radius is strictly greater than ε.",
         f"It is about the network as evaluated in {arithmetic}: rounding moves a score difference at these images by at "
         f"most {rounding:.3g}, proved step by step for every image within the radius, as is that nothing overflows.",
-        "Sums may run in any order and with fused operations, but product by product (no TF32, no Winograd); elementary "
-        "functions are right to 4 units in the last place.",
+        "Sums may run in any order and with fused operations, but product by product (no TF32, no Winograd); "
+        "elementary functions are right to 4 units in the last place.",
         "The certificate is about these weights and deterministic evaluation, in which images do not meet.",
     )

@@ -1,4 +1,4 @@
-"""Rules of what moves numbers without changing them: views, copies, padding, concatenation. The batch stays in front."""
+"""Rules of what moves numbers without changing them: views, copies, padding, joining. The batch stays in front."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.certify.arithmetic import cast_unit, root_up, up
-from espalier.certify.bounded import Analysis, Bound, Term, operation
+from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
 
 _MEET = "it moves the batch from the front, so that images would meet"
@@ -293,7 +294,7 @@ def _joined(analysis: Analysis, tensors: Sequence[Any], dim: int, join: Callable
     value = join(parts, dim)
     if dim % value.ndim == 0 or len(value) != len(operands[0].numbers):
         raise UncertifiableError("it joins along the batch")
-    if any(len(part) != len(value) for part in parts):
+    if any(len(part) != len(value) for part in parts if part is not None):
         raise UncertifiableError("it joins along the batch")
     return analysis.combine(value, [Term(operand, 1.0) for operand in operands], joint=True)
 

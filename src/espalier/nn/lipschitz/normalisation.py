@@ -47,7 +47,9 @@ class Normalize(nn.Module):
         """Return (x − mean) / std."""
         channels = max(len(self.mean), len(self.std))
         if channels > 1 and (x.ndim < 3 or x.shape[-3] != channels):
-            raise EspalierError(f"input is {tuple(x.shape)}, statistics have {channels} channels: give (B, {channels}, H, W)")
+            raise EspalierError(
+                f"input is {tuple(x.shape)}, statistics have {channels} channels: give (B, {channels}, H, W)"
+            )
         return (x - self.mean) / self.std
 
     def lipschitz_constant(self) -> float:

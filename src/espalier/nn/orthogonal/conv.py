@@ -117,7 +117,7 @@ class _CayleyConv(nn.Module):
         return apply_spectrum(x, planes, self.groups, bias)
 
     def torus(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the size of the torus on which images of ``size`` are convolved, in coarse pixels, padding included."""
+        """Return the size of the torus on which images of ``size`` are convolved: coarse pixels, with the padding."""
         coarse = tuple(size) if self.transposed else tuple(n // s for n, s in zip(size, self.stride, strict=True))
         if self.padding_mode == "circular":
             return coarse
