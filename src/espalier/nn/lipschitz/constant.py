@@ -70,7 +70,12 @@ def kernel_norm(weight: Tensor, groups: int = 1, cover: int | None = None) -> fl
         groups: independent parts.
         cover: how many patches one pixel can lie in; all taps if None.
     """
-    kernel = weight.detach().double().unflatten(0, (groups, -1))
+    exact = weight.detach().double()
+    # Divided by powers of two near its largest number, for the squares below neither to overflow nor to vanish. By two
+    # of them: one alone can be out of range.
+    exponent = math.frexp(exact.abs().max().item() if torch.isfinite(exact).all() and exact.numel() else 0.0)[1]
+    scales = math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+    kernel = (exact / scales[0] / scales[1]).unflatten(0, (groups, -1))
     axes = tuple(range(3, kernel.ndim))
     taps_GTOI = kernel.flatten(3).movedim(3, 1)
     shifts_G = spectral_norms(taps_GTOI).sum(1)
@@ -82,4 +87,4 @@ def kernel_norm(weight: Tensor, groups: int = 1, cover: int | None = None) -> fl
     gram = torch.fft.ifftn(torch.einsum("goi...,goj...->gij...", spectrum.conj(), spectrum), dim=axes).real
     grams_G = spectral_norms(gram.flatten(3).movedim(3, 1)).sum(1).sqrt()
     bounds_G = torch.minimum(torch.minimum(shifts_G, grams_G), patches_G)
-    return bounds_G.max().item() * (1.0 + 1e-12)
+    return bounds_G.max().item() * (1.0 + 1e-12) * scales[0] * scales[1]

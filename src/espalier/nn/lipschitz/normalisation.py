@@ -25,7 +25,8 @@ class Normalize(nn.Module):
     Shapes: (B, C, H, W) → (B, C, H, W).
 
     Raises:
-        EspalierError: if the lengths differ, or a standard deviation is not positive and finite.
+        EspalierError: if the lengths differ, or a standard deviation is not positive and finite; on the input, other
+            channels than the statistics have.
     """
 
     mean: Tensor
@@ -44,6 +45,11 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (x − mean) / std."""
+        channels = max(len(self.mean), len(self.std))
+        if channels > 1 and (x.ndim < 3 or x.shape[-3] != channels):
+            raise EspalierError(
+                f"input is {tuple(x.shape)}, statistics have {channels} channels: give (B, {channels}, H, W)"
+            )
         return (x - self.mean) / self.std
 
     def lipschitz_constant(self) -> float:

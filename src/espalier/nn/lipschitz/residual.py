@@ -21,7 +21,7 @@ class ConvexSum(nn.Module):
         coefficient: c at the start, strictly between 0 and 1.
 
     Raises:
-        EspalierError: a coefficient outside (0, 1).
+        EspalierError: a coefficient outside (0, 1); on the input, an f that changes the shape.
 
     Source: Trockman & Kolter, arXiv 2104.07167, section 5 (the residual nets).
     """
@@ -41,7 +41,10 @@ class ConvexSum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the combination of x and f(x)."""
-        return torch.lerp(x, self.fn(x), torch.sigmoid(self.logit).to(x.dtype))
+        y = self.fn(x)
+        if y.shape != x.shape:
+            raise EspalierError(f"f turns {tuple(x.shape)} into {tuple(y.shape)}: it must keep the shape of its input")
+        return torch.lerp(x, y, torch.sigmoid(self.logit).to(x.dtype))
 
     def lipschitz_constant_from(self, bound: Callable[[nn.Module], float]) -> float:
         """Return (1 − c) + c·L(f)."""

@@ -113,11 +113,22 @@ class _CayleyConv(nn.Module):
     def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None) -> Tensor:
         if self.training:
             return convolve(x, self._taps(weight, alpha), bias)
-        size = tuple(int(n) for n in x.shape[: self.dim])
-        planes = self._cache.get(
-            size, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*exact(w, a)), size), x.dtype
-        )
+        planes = self.operator(tuple(int(n) for n in x.shape[: self.dim]), x.dtype)
         return apply_spectrum(x, planes, self.groups, bias)
+
+    def torus(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the size of the torus on which images of ``size`` are convolved: coarse pixels, with the padding."""
+        coarse = tuple(size) if self.transposed else tuple(n // s for n, s in zip(size, self.stride, strict=True))
+        if self.padding_mode == "circular":
+            return coarse
+        return tuple(n + d * (k - 1) for n, d, k in zip(coarse, self.dilation, self.kernel_size, strict=True))
+
+    def operator(self, torus: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the spectrum that evaluation applies on a torus: planes of Qᵀ, (2, F·G, inputs, outputs)."""
+        shaped_by = (torus, self.groups, self.dilation, self.transposed)
+        return self._cache.get(
+            shaped_by, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*exact(w, a)), torus), dtype
+        )
 
     def _taps(self, weight: Tensor, alpha: Tensor) -> Taps:
         return Taps.of(scaled(weight, alpha), self.groups, self.dilation, adjoint=self.transposed)

@@ -114,4 +114,4 @@ def orthogonal_matrix(layer: _Scaled, groups: int, dtype: torch.dtype) -> Tensor
 
     if layer.training:
         return build(layer.weight, layer.alpha).to(dtype)
-    return layer._cache.get("matrix", (layer.weight, layer.alpha), build, dtype)
+    return layer._cache.get(("matrix", groups), (layer.weight, layer.alpha), build, dtype)

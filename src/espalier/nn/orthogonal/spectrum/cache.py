@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from espalier.nn.precision import outside_graphs, without_autocast
 # A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.
 # The certificate of a net stands or falls with its weights, so the cache compares their contents. That reads the
 # parameters once a forward pass, far less than the product with the spectrum reads, and no write can be missed.
+#
+# Note [One snapshot]
+# Threads share a layer, and one may write its parameters while another builds. Under a lock the parameters are copied
+# first, and what is built is built from the copies: an entry always belongs to the contents that are kept beside it.
 
 _ENTRIES = 4
 
@@ -25,10 +30,11 @@ Build = Callable[..., Tensor]
 class OperatorCache:
     """Results by key for one state of some parameters; copying or pickling it gives an empty one.
 
-    At most four keys are kept, the oldest goes first.
+    At most four keys are kept, the oldest goes first. Threads may share it; see Note [One snapshot].
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._contents: list[Tensor] = []
         self._entries: dict[Hashable, Tensor] = {}
 
@@ -40,7 +46,7 @@ class OperatorCache:
         Gradients of other tensors never pass here, so an attack on a net's input does not pay for its parameters' ones.
 
         Args:
-            key: image size, or whatever else the result depends on.
+            key: image size, and whatever else but the parameters the result depends on.
             parameters: what the result is built from. See Note [Contents, not versions].
             build: the differentiable function that makes it.
             dtype: of the result.
@@ -57,14 +63,16 @@ class OperatorCache:
         return result
 
     def _planes(self, key: tuple[Hashable, torch.dtype], parameters: Sequence[Tensor], build: Build) -> Tensor:
-        if not self._current(parameters):
-            self._entries = {}
-            self._contents = [parameter.detach().clone() for parameter in parameters]
-        if key not in self._entries:
-            while len(self._entries) >= _ENTRIES:
-                del self._entries[next(iter(self._entries))]
-            self._entries[key] = build(*(parameter.double() for parameter in parameters)).to(key[1])
-        return self._entries[key]
+        with self._lock:
+            if not self._current(parameters):
+                self._entries = {}
+                self._contents = [parameter.detach().clone() for parameter in parameters]
+            if key not in self._entries:
+                made = build(*(copy.double() for copy in self._contents)).to(key[1])
+                while len(self._entries) >= _ENTRIES:
+                    del self._entries[next(iter(self._entries))]
+                self._entries[key] = made
+            return self._entries[key]
 
     def _current(self, parameters: Sequence[Tensor]) -> bool:
         return len(parameters) == len(self._contents) and all(
