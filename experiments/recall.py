@@ -2,8 +2,8 @@
 
     python experiments/queue.py --only recall-mqar-mamba2 --deadline 2h
 
-Strings and nets are small, so that a trial takes one to four minutes of one core. The length, the vocabulary, the width
-and the number of pairs of multi-query recall are zoology's (arXiv 2312.04927); its 64 epochs of 100,000 examples are not.
+Strings and nets are small, so that a trial takes one to four minutes of one core. Length, vocabulary, width and number
+of pairs of multi-query recall are zoology's (arXiv 2312.04927); its 64 epochs of 100,000 examples are not.
 """
 
 from __future__ import annotations

@@ -188,6 +188,26 @@ def report(folders: Sequence[Path], out: Path = Path("report.html")) -> None:
     print(f"report: {write_report(list(folders), out)}")
 
 
+def records(action: Literal["export", "merge"], paths: Sequence[Path], to: Path = Path("records.jsonl")) -> None:
+    """Write what finished trials left behind as one line each, or merge such files; what TO holds already stays.
+
+    Trials that a study folder's records.jsonl names count as finished there: merge into it to go on elsewhere.
+
+    Args:
+        action: export reads study folders, merge reads files of records.
+        paths: study folders, or files of records.
+        to: the file of records; it is replaced as a whole, and not at all if records contradict each other.
+    """
+    from espalier.study.records import add_records, read_records
+    from espalier.study.trial import load_study
+
+    if action == "export":
+        found = [record for path in paths for record in load_study(path).outcomes().values()]
+    else:
+        found = [record for path in paths for record in read_records(path)]
+    print(f"records: {to}: {len(add_records(found, to))} trials")
+
+
 def convert(checkpoint: Path, to: Literal["timm", "original", "espalier"] = "timm", out: Path | None = None) -> None:
     """Rename the weights of a ConvMixer checkpoint for timm, for the paper's nn.Sequential or for this library.
 
@@ -333,5 +353,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "certify": certify,
     "attack": attack,
     "report": report,
+    "records": records,
     "recipes": recipes,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from espalier.errors import EspalierError
@@ -84,20 +84,12 @@ def by_trial(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     return found
 
 
-def merge_records(files: Sequence[Path | str], to: Path | str) -> list[Record]:
-    """Merge files of records, and what ``to`` holds already, into ``to``; nothing is written if they contradict.
-
-    Raises:
-        EspalierError: a file that cannot be read, a line that is no record, or a contradiction.
-    """
-    return add_records([record for file in files for record in read_records(file)], to)
-
-
 def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     """Add records to a file and return all that it holds then; it is replaced as a whole, under a lock beside it.
 
     Raises:
-        EspalierError: as ``merge_records``, or another process holds the lock for a minute.
+        EspalierError: the file holds lines that are no records, records contradict each other (then nothing is written),
+            or another process holds the lock for a minute.
     """
     from filelock import FileLock, Timeout  # torch depends on it
 

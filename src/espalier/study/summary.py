@@ -136,7 +136,7 @@ def summarise(study: Study | Path | str, *, level: float = LEVEL, tolerance: flo
     """
     study = study if isinstance(study, Study) else load_study(study)
     trials = study.trials()
-    records = {trial.path: record for trial in trials if (record := trial.outcome(study.name)) is not None}
+    records = study.outcomes()
     metric = next((record.metric for record in records.values()), "score")
     arms: list[ArmSummary] = []
     for arm in study.arms:

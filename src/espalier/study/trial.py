@@ -102,6 +102,14 @@ class Study:
         record = self.records.get((arm, recipe_digest(recipe))) if self.records else None
         return Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}", record)
 
+    def outcomes(self) -> dict[Path, Record]:
+        """Return what every finished trial left behind, by its folder.
+
+        Raises:
+            EspalierError: a damaged run folder.
+        """
+        return {t.path: record for t in self.trials() if (record := t.outcome(self.name)) is not None}
+
     def with_records(self, records: Iterable[Record]) -> Study:
         """Return the study with these records, too, counted as finished trials, whatever study they name.
 
