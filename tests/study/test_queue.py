@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fabricated_runs import fabricate
 from queue_order import ENDLESS, ORDER, TINY
 
 from espalier.study.record import Record, record_run
@@ -19,6 +18,7 @@ from espalier.study.records import read_records
 from espalier.train import load_run
 from experiments.experiment import BATCH, MOST_SEEDS, ROW_SEEDS, Experiment
 from experiments.queue import missing, parse_duration
+from fabricated_runs import fabricate
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the queue's trials end with their parent on POSIX only")
@@ -27,7 +27,14 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the queue's trials e
 def start(out: Path, *flags: str) -> subprocess.Popen[str]:
     """Start a queue of its own."""
     paths = [str(ROOT), str(ROOT / "src"), str(Path(__file__).parent)]
-    command = [sys.executable, str(ROOT / "experiments" / "queue.py"), "--out", str(out), "--committed", str(out / "no")]
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "queue.py"),
+        "--out",
+        str(out),
+        "--committed",
+        str(out / "no"),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
