@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments import recall
+from experiments import attention, filters, recall, robustness
 from experiments.experiment import Experiment
 
 ORDER: Sequence[Experiment] = (
-    recall.CONTROL,
     recall.MQAR["mamba2"],
+    recall.CONTROL,
     recall.WINDOW,
+    filters.WORTH[0],
+    robustness.EQUAL_EPOCHS,
     recall.MQAR["mamba1"],
     recall.MQAR["hybrid"],
-    *recall.ACROSS,
-    recall.TEXT,
+    robustness.EQUAL_TIME,
+    filters.CONVNEXT,
     recall.LAYERS,
+    recall.TEXT,
+    attention.SMALL,
+    *recall.ACROSS,
+    attention.CIFAR10,
+    *filters.WORTH[1:],
     recall.PARTS,
+    *filters.SWITCHED,
 )
