@@ -7,6 +7,7 @@ Inputs are tokens followed by the places that are asked, (B, L + P); logits are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -93,8 +94,8 @@ def gather_asked(inputs_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]
 
 
 def asked_mqar_source(recipe: Recipe) -> AskedSource:
-    """Return multi-query recall with ``mqar``'s arguments."""
-    return AskedSource(mqar_source(recipe))
+    """Return multi-query recall with ``mqar``'s arguments and examples."""
+    return AskedSource(mqar_source(replace(recipe, dataset="mqar")))
 
 
 MODELS["asked_sequence"] = AskedSequenceModel

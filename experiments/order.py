@@ -28,5 +28,6 @@ ORDER: Sequence[Experiment] = (
     attention.CIFAR10,
     *filters.WORTH[1:],
     recall.PARTS,
+    *recall.CAPACITY,
     *filters.SWITCHED,
 )

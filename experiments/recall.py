@@ -15,6 +15,7 @@ from typing import Any
 
 from espalier.recipes import Recipe, get_recipe
 from experiments import asked  # noqa: F401  registers its model and its data
+from experiments.capacity import longest_copied
 from experiments.experiment import Experiment
 
 # A factor of 100 in eight steps, for every arm: a default Mamba is known to need the right rate (arXiv 2508.19029).
@@ -119,6 +120,20 @@ LAYERS = Experiment(
     seeds=5,
     minutes=1.2,
 )
+CAPACITY = [
+    Experiment(
+        f"recall-capacity-state{size}",
+        f"The longest string that is copied with 90 % of its tokens right: Mamba-2, state {size}",
+        copying("copy_mamba2", state_size=size),
+        ARMS,
+        (1e-3, 4e-3),
+        seeds=3,
+        minutes=1.3,
+        extend=False,
+        measure=longest_copied,
+    )
+    for size in (8, 16, 32, 64, 128)
+]
 TEXT = Experiment(
     "recall-text",
     "Characters of tiny Shakespeare, where recall is not the point: Mamba-2",

@@ -88,8 +88,8 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     """Add records to a file and return all that it holds then; it is replaced as a whole, under a lock beside it.
 
     Raises:
-        EspalierError: the file holds lines that are no records, records contradict each other (then nothing is written),
-            or another process holds the lock for a minute.
+        EspalierError: the file holds lines that are no records, records contradict each other (then nothing is
+            written), or another process holds the lock for a minute.
     """
     from filelock import FileLock, Timeout  # torch depends on it
 
