@@ -218,7 +218,8 @@ def arm_changes(recipe: Recipe, arms: Sequence[str] | Mapping[str, Mapping[str, 
     Raises:
         EspalierError: an unknown arm or field, a value that the recipe refuses, or a name that is no name of a folder.
     """
-    before, changes = recipe_to_dict(recipe), {}
+    before = recipe_to_dict(recipe)
+    changes: dict[str, Mapping[str, Any]] = {}
     for arm in arms:
         if not arm or set(arm) & set("/\\\0") or arm.startswith("."):
             raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
