@@ -9,7 +9,7 @@ from espalier.report.pictures import picture_sections
 from espalier.report.section import Context, Markup, Section, bullets, counted, folded, paragraph, table
 from espalier.study import Trial
 from espalier.study.summary import ArmSummary, Summary
-from espalier.study.table import HEADER, assumptions, cells, first_line, is_share, number, sentences
+from espalier.study.table import HEADER, assumptions, cells, first_line, number, sentences
 from espalier.train import Run
 
 StudySection = Callable[[Summary, Context], Section | None]
@@ -74,7 +74,7 @@ def _trial_row(trial: Trial, summary: Summary, context: Context) -> list[str | M
         trial.arm,
         f"{trial.lr:g}",
         str(trial.seed),
-        "–" if score is None else number(score, is_share(summary)),
+        "–" if score is None else number(score, summary.is_share),
         state,
         "–" if step is None else f"{1e3 * step:.3g}",
         link,

@@ -13,6 +13,7 @@ from espalier.errors import unknown_name
 from espalier.randomness import derive_generator
 from espalier.study.record import Record
 from espalier.study.statistics import (
+    UNLIMITED,
     Interval,
     PairedDifference,
     Window,
@@ -99,6 +100,11 @@ class Summary:
     records: Mapping[Path, Record] = field(repr=False)
     """What the finished trials left behind, by folder, whether or not the folder is here."""
 
+    @property
+    def is_share(self) -> bool:
+        """Whether scores are shares of one: they read better in percent, and no interval leaves 0 to 100 %."""
+        return is_share(self.metric)
+
     def difference(self, arm: str, baseline: str) -> PairedDifference | None:
         """Return the difference of two arms over their shared seeds, each at its own best rate; None without any.
 
@@ -110,7 +116,7 @@ class Summary:
             if name not in known:
                 raise unknown_name("arm of this study", name, known)
         one = known[arm]
-        return _paired(arm, _scores_at(one.rates, one.best_lr), known[baseline], self.level)
+        return _paired(arm, _scores_at(one.rates, one.best_lr), known[baseline], self.metric, self.level)
 
     def run(self, arm: str, lr: float, seed: int) -> Run | None:
         """Return one finished run, None where there is none or its folder is not here."""
@@ -141,7 +147,7 @@ def summarise(study: Study | Path | str, *, level: float = LEVEL, tolerance: flo
     arms: list[ArmSummary] = []
     for arm in study.arms:
         mine = [trial for trial in trials if trial.arm == arm]
-        arms.append(_summarise_arm(study, mine, records, arms[0] if arms else None, level, tolerance))
+        arms.append(_summarise_arm(study, mine, records, metric, arms[0] if arms else None, level, tolerance))
     failures = tuple((trial, text) for trial in trials if (text := trial.failure) is not None)
     return Summary(study, metric, level, tolerance, tuple(arms), failures, records)
 
@@ -150,6 +156,7 @@ def _summarise_arm(
     study: Study,
     trials: Sequence[Trial],
     records: Mapping[Path, Record],
+    metric: str,
     baseline: ArmSummary | None,
     level: float,
     tolerance: float,
@@ -160,10 +167,10 @@ def _summarise_arm(
     best = best_rate(means)
     scores = _scores_at(rates, best)
     mine = [records[trial.path] for trial in trials if trial.path in records]
-    curve = _curve([record for record in mine if record.lr == best], level)
+    curve = _curve([record for record in mine if record.lr == best], score_limits(metric), level)
     times = [record.step_seconds for record in mine if record.step_seconds is not None]
     step_seconds = median(times) if times else math.nan
-    score = t_interval(list(scores.values()), level) if scores else None
+    score = t_interval(list(scores.values()), level, score_limits(metric)) if scores else None
     target = baseline.score if baseline else score
     goal = target.mean if target else math.nan
     values = [point.score.mean for point in curve]
@@ -174,7 +181,7 @@ def _summarise_arm(
         best_lr=best,
         window=rate_window(means, study.lrs, tolerance),
         score=score,
-        difference=None if baseline is None else _paired(arm, scores, baseline, level),
+        difference=None if baseline is None else _paired(arm, scores, baseline, metric, level),
         curve=curve,
         epochs_to_baseline=first_crossing([point.epoch for point in curve], values, goal),
         steps_to_baseline=first_crossing([point.step for point in curve], values, goal),
@@ -188,9 +195,22 @@ def _summarise_arm(
     )
 
 
-def _paired(arm: str, scores: Mapping[int, float], baseline: ArmSummary, level: float) -> PairedDifference | None:
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of one."""
+    return metric.endswith("accuracy")
+
+
+def score_limits(metric: str) -> tuple[float, float]:
+    """Return the least and the largest score that a metric can have."""
+    return (0.0, 1.0) if is_share(metric) else UNLIMITED
+
+
+def _paired(
+    arm: str, scores: Mapping[int, float], baseline: ArmSummary, metric: str, level: float
+) -> PairedDifference | None:
+    theirs = _scores_at(baseline.rates, baseline.best_lr)
     generator = derive_generator(0, "bootstrap", arm)
-    return paired_difference(scores, _scores_at(baseline.rates, baseline.best_lr), level, generator=generator)
+    return paired_difference(scores, theirs, level, limits=score_limits(metric), generator=generator)
 
 
 def _rate_point(lr: float, trials: Sequence[Trial], records: Mapping[Path, Record]) -> RatePoint:
@@ -203,7 +223,7 @@ def _scores_at(rates: Sequence[RatePoint], lr: float | None) -> Mapping[int, flo
     return next((point.scores for point in rates if point.lr == lr), {})
 
 
-def _curve(records: Sequence[Record], level: float) -> tuple[CurvePoint, ...]:
+def _curve(records: Sequence[Record], limits: tuple[float, float], level: float) -> tuple[CurvePoint, ...]:
     """Return the mean curve over the steps at which every run was evaluated."""
     tables = [{step: (epoch, seconds, score) for epoch, step, seconds, score in record.curve} for record in records]
     if not tables:
@@ -211,6 +231,6 @@ def _curve(records: Sequence[Record], level: float) -> tuple[CurvePoint, ...]:
     points = []
     for step in sorted(set.intersection(*(set(table) for table in tables))):
         rows = [table[step] for table in tables]
-        score = t_interval([score for _, _, score in rows], level)
+        score = t_interval([score for _, _, score in rows], level, limits)
         points.append(CurvePoint(rows[0][0], step, fmean(seconds for _, seconds, _ in rows), score))
     return tuple(points)
