@@ -15,7 +15,7 @@ from espalier.errors import EspalierError
 from espalier.study.record import record_run
 from espalier.study.records import add_records
 from espalier.train import train
-from experiments.queue import BUSY, known_records, load_order
+from experiments.scheduler import BUSY, known_records, load_order
 
 
 def main(order: str, name: str, arm: str, lr: str, seed: str, out: str, committed: str) -> int:

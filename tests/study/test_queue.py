@@ -17,7 +17,7 @@ from espalier.study.record import Record, record_run
 from espalier.study.records import read_records
 from espalier.train import load_run
 from experiments.experiment import BATCH, MOST_SEEDS, ROW_SEEDS, Experiment
-from experiments.queue import missing, parse_duration
+from experiments.scheduler import missing, parse_duration
 from fabricated_runs import fabricate
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +170,12 @@ def test_names_and_arms_of_the_order_are_sound(tmp_path: Path) -> None:
         study = experiment.study(tmp_path)
         assert set(study.arms) == set(experiment.arms)
         assert {name for pair in experiment.asked_pairs() for name in pair} <= set(study.arms)
+
+
+def test_scripts_beside_it_still_get_the_standard_librarys_queue(tmp_path: Path) -> None:
+    probe = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import queue; print(queue.Queue(3).maxsize, queue.SimpleQueue)"
+    )
+    command = [sys.executable, "-S", "-c", probe, str(ROOT / "experiments")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert said.split() == ["3", "<class", "'_queue.SimpleQueue'>"]
