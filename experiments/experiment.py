@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +46,59 @@ class Experiment:
     """Whether Note [Seeds] applies."""
     measure: Callable[[Run], Mapping[str, float]] | None = field(default=None, repr=False)
     """Figures of the final model to keep in the record; the accuracies of the other splits if none is given."""
+    metric: str = ""
+    """The extra figure that is compared, and that chooses the rates, in place of the records' own score."""
 
-    def study(self, out: Path, records: Iterable[Record] = ()) -> Study:
-        """Return the study with as many seeds of every arm as the records ask for (Note [Seeds]); writes nothing."""
-        return self._planned(out, records, self._seeds_by_arm(out, records))
+    def study(self, out: Path, records: Iterable[Record] = (), metric: str = "") -> Study:
+        """Return the study with as many seeds of every arm as the records ask for (Note [Seeds]); writes nothing.
+
+        Args:
+            out: the folder of the queue.
+            records: of any studies.
+            metric: the figure that its scores are; the experiment's own if none is given.
+        """
+        mine = [record for record in records if record.study == self.name]
+        return self._planned(out, mine, self._seeds_by_arm(out, mine), metric or self.metric)
 
     def row(self, out: Path, records: Iterable[Record] = ()) -> Study:
         """Return the study with no more seeds than a row of the table needs."""
-        return self._planned(out, records, dict.fromkeys(self.arms, min(self.seeds, ROW_SEEDS)))
+        return self._planned(out, records, dict.fromkeys(self.arms, min(self.seeds, ROW_SEEDS)), self.metric)
 
     def first(self, out: Path, records: Iterable[Record] = ()) -> Study:
         """Return the study with the seeds that were planned from the start."""
-        return self._planned(out, records, dict.fromkeys(self.arms, self.seeds))
+        return self._planned(out, records, dict.fromkeys(self.arms, self.seeds), self.metric)
 
     def asked_pairs(self) -> tuple[tuple[str, str], ...]:
         """Return the pairs of arms whose difference is asked for."""
         names = list(self.arms)
         return self.pairs or tuple((arm, names[0]) for arm in names[1:])
 
-    def _seeds_by_arm(self, out: Path, records: Iterable[Record]) -> dict[str, int]:
+    def _seeds_by_arm(self, out: Path, records: Sequence[Record]) -> dict[str, int]:
         counts = dict.fromkeys(self.arms, self.seeds)
-        first = self.first(out, records)
-        if not self.extend or self.seeds < 2:
+        if not self.extend or self.seeds < 2 or not records:
             return counts
-        finished = {arm: all(trial.finished for trial in first.trials() if trial.arm == arm) for arm in counts}
-        summary = summarise(first) if all(finished[arm] for pair in self.asked_pairs() for arm in pair) else None
-        for pair in self.asked_pairs() if summary is not None else ():
+        first = self.first(out, records)
+        unfinished = {trial.arm for trial in first.trials() if not trial.finished}
+        if unfinished & {arm for pair in self.asked_pairs() for arm in pair}:
+            return counts
+        summary = summarise(first)
+        for pair in self.asked_pairs():
             difference = summary.difference(*pair)
             if difference is not None and not difference.shown:
                 counts |= dict.fromkeys(pair, max(self.seeds, MOST_SEEDS))
         return counts
 
-    def _planned(self, out: Path, records: Iterable[Record], counts: Mapping[str, int]) -> Study:
+    def _planned(self, out: Path, records: Iterable[Record], counts: Mapping[str, int], metric: str) -> Study:
         recipe = resolve_recipe(self.recipe)
         seeds = tuple(range(max(counts.values())))
         fewer = {arm: seeds[:count] for arm, count in counts.items() if count < len(seeds)}
         plan = Study(out / "trials" / self.name, recipe, arm_changes(recipe, self.arms), self.lrs, seeds, fewer)
-        return plan.with_records(record for record in records if record.study == self.name)
+        return plan.with_records(scored_by(record, metric) for record in records if record.study == self.name)
+
+
+def scored_by(record: Record, metric: str) -> Record:
+    """Return a record whose score is one of its extra figures; one that has no such figure has no score."""
+    if not metric or metric == record.metric:
+        return record
+    score = record.extra.get(metric)
+    return replace(record, metric=metric, score=score, curve=())

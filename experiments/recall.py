@@ -131,6 +131,7 @@ CAPACITY = [
         minutes=1.3,
         extend=False,
         measure=longest_copied,
+        metric="longest",
     )
     for size in (8, 16, 32, 64, 128)
 ]

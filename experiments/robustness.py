@@ -3,8 +3,8 @@
     python experiments/queue.py --only robustness-fashion-epochs --deadline 2h     # needs ESPALIER_DATA
 
 One patch net (``orthogonal_fashion``) with four kinds of orthogonal convolution, each with its own best rate, on all of
-Fashion-MNIST: one to three minutes of one core a trial. The score is the clean accuracy; the certified accuracies stand
-in each record's extra figures and are what the table compares.
+Fashion-MNIST: one to three minutes of one core a trial. A run's score is its clean accuracy; what is compared, and what
+chooses the rates, is the certified accuracy at 36/255 among the extra figures of its record.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from espalier.train.certify_runs import certify_run
 from experiments.experiment import Experiment
 
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255}
+METRIC = "36/255 certified accuracy"
 BASE = replace(get_recipe("orthogonal_fashion"), epochs=5, eval_every=5, threads=1)
 
 
 def certified_accuracies(run: Run) -> Mapping[str, float]:
     """Return the certified accuracy at the three radii, over all test images."""
     certificate = certify_run(run)
-    return {f"certified {name}": certificate.certified_accuracy(radius) for name, radius in RADII.items()}
+    return {f"{name} certified accuracy": certificate.certified_accuracy(radius) for name, radius in RADII.items()}
 
 
 def layer_arms(epochs: Mapping[str, int]) -> dict[str, Mapping[str, Any]]:
@@ -46,6 +47,7 @@ EQUAL_EPOCHS = Experiment(
     minutes=2.0,
     pairs=(("cayley", "aoc"), ("cayley", "soc")),
     measure=certified_accuracies,
+    metric=METRIC,
 )
 EQUAL_TIME = Experiment(
     "robustness-fashion-time",
@@ -58,4 +60,5 @@ EQUAL_TIME = Experiment(
     minutes=2.5,
     pairs=(("cayley", "aoc"), ("cayley", "soc")),
     measure=certified_accuracies,
+    metric=METRIC,
 )

@@ -89,24 +89,23 @@ def text_table(summary: Summary) -> str:
 
 
 def markdown_table(summary: Summary) -> str:
-    """Return the summary as Markdown for a page of results."""
-    table = markdown_rows([HEADER, *cells(summary)])
-    said = [f"- {_escaped(text)}" for text in sentences(summary)]
+    """Return the summary as Markdown for a page of results: what was found, and what it rests on."""
+    notes = [f"- {text}" for text in (*assumptions(summary), *(NOTES if solving_tables(summary) else ()))]
+    return "\n".join([*markdown_findings(summary), "", "What the numbers rest on:", "", *notes, ""])
+
+
+def markdown_findings(summary: Summary) -> list[str]:
+    """Return the lines of the summary's tables and sentences, without what they rest on."""
     failures = [f"- failed: {trial}: {_escaped(first_line(text))}" for trial, text in summary.failures]
-    notes = [f"- {text}" for text in assumptions(summary)]
-    parts = [table, ["", *said, *failures]]
+    lines = markdown_rows([HEADER, *cells(summary)])
+    lines += ["", *(f"- {_escaped(text)}" for text in sentences(summary)), *failures]
     if len(summary.study.lrs) > 1:
-        heading = "Score by learning rate, with the difference to the baseline at the same rate:"
-        parts.append(
-            ["", heading, "", *markdown_rows([("lr", *(arm.arm for arm in summary.arms)), *rate_rows(summary)])]
-        )
-    solving = solving_tables(summary)
-    for rows, heading in zip(solving, ("over all rates and seeds", "by learning rate"), strict=False):
-        parts.append(["", f"Runs that reach {100 * THRESHOLD:g} %, {heading}:", "", *markdown_rows(rows)])
-    if solving:
-        notes += [f"- {text}" for text in NOTES]
-    parts.append(["", "What the numbers rest on:", "", *notes, ""])
-    return "\n".join(line for part in parts for line in part)
+        header = ("lr", *(arm.arm for arm in summary.arms))
+        lines += ["", "Score by learning rate, with the difference to the baseline at the same rate:", ""]
+        lines += markdown_rows([header, *rate_rows(summary)])
+    for rows, words in zip(solving_tables(summary), ("over all rates and seeds", "by learning rate"), strict=False):
+        lines += ["", f"Runs that reach {100 * THRESHOLD:g} %, {words}:", "", *markdown_rows(rows)]
+    return lines
 
 
 def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -158,7 +157,11 @@ def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
         mean_and_interval(arm.score, percent=percent),
         "baseline" if arm is summary.arms[0] else _bracketed(difference.t if difference else None, percent),
         _bracketed(difference.bootstrap if difference else None, percent, mean=False),
-        "not reached" if math.isnan(arm.epochs_to_baseline) else f"{arm.epochs_to_baseline:.3g} of {arm.epochs}",
+        "–"
+        if not arm.curve
+        else "not reached"
+        if math.isnan(arm.epochs_to_baseline)
+        else f"{arm.epochs_to_baseline:.3g} of {arm.epochs}",
         "–" if math.isnan(arm.step_seconds) else f"{1e3 * arm.step_seconds:.3g} ms (× {arm.step_ratio:.2f})",
         counts(arm),
     )
