@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from espalier.study import Summary, summarise
-from espalier.study.record import Record
+from espalier.study import Record, Summary, summarise
 from espalier.study.solving import measure_solving
 from espalier.study.solving_table import p_text, share_text
 from espalier.study.statistics import Interval, first_crossing, t_interval

@@ -9,8 +9,7 @@ from typing import Any
 
 from espalier.recipes import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.study import Study, summarise
-from espalier.study.record import Record
+from espalier.study import Record, Study, summarise
 from espalier.study.trial import arm_changes
 from espalier.train import Run
 

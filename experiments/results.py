@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from espalier.errors import EspalierError
-from espalier.study.records import add_records, read_records
+from espalier.study import add_records, read_records
 from experiments.evidence import Results
 from experiments.pages import PAGES, index_text, page_text
 from experiments.scheduler import COMMITTED, known_records

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from espalier.errors import EspalierError
-from espalier.study import Trial
-from espalier.study.record import Record
+from espalier.study import Record, Trial
 from espalier.study.records import combine, read_records
 from experiments.experiment import BATCH, Experiment
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from espalier.errors import EspalierError
-from espalier.study.record import record_run
-from espalier.study.records import add_records
+from espalier.study import add_records, record_run
 from espalier.train import train
 from experiments.scheduler import BUSY, known_records, load_order
 
