@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments import attention, filters, recall, robustness
+from experiments import attention, convmixer, filters, recall, robustness
 from experiments.experiment import Experiment
 
 ORDER: Sequence[Experiment] = (
@@ -23,9 +23,12 @@ ORDER: Sequence[Experiment] = (
     filters.CONVNEXT,
     recall.LAYERS,
     recall.TEXT,
+    convmixer.EQUAL_PARAMETERS,
+    convmixer.PATCHES["convmixer"],
     attention.SMALL,
     *recall.ACROSS,
     attention.CIFAR10,
+    convmixer.PATCHES["vit"],
     *filters.WORTH[1:],
     recall.PARTS,
     *recall.CAPACITY,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from espalier.study.solving_table import NOTES
 from espalier.study.table import assumptions, markdown_findings, markdown_rows
-from experiments import attention, filters, recall, robustness
+from experiments import attention, convmixer, filters, recall, robustness
 from experiments.claims import CLAIMS
 from experiments.evidence import NOT_RUN, Results
 from experiments.experiment import MOST_SEEDS, Experiment
@@ -61,6 +61,13 @@ PAGES: Sequence[Page] = (
         "2,000 test images. Frozen filters stay as they were drawn.",
         (*filters.WORTH, filters.CONVNEXT, *filters.SWITCHED),
         "archive/filters.md",
+    ),
+    Page(
+        "convmixer.md",
+        "ConvMixer: against other nets of its size, and what patches do",
+        "Small nets on a part of CIFAR-10, the same recipe for all and the best of several rates for each. The score "
+        "is the accuracy on test images.",
+        (convmixer.EQUAL_PARAMETERS, *convmixer.PATCHES.values()),
     ),
     Page(
         "robustness.md",

@@ -31,7 +31,7 @@ class Results:
         self.add(table, **row, **timing._asdict(), faster=faster)
 
     def add_run(self, study: str, arm: str, run: Run, **more: Any) -> None:
-        """Add a finished run as a record, whose extra figures are ``more``, and as a row of its table, and its curve."""
+        """Add a finished run as a record with the extra figures ``more``, as a row of its table, and its curve."""
         extra = {key: float(value) for key, value in more.items() if isinstance(value, int | float)}
         record = record_run(run, study, arm, extra)
         record = replace(record, commit=self.commit or record.commit)

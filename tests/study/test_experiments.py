@@ -20,7 +20,9 @@ from espalier.train.build import build_run_model
 from espalier.train.evaluate import evaluate
 from espalier.train.losses import build_loss
 from experiments.capacity import accuracy_by_length, longest_copied, longest_length
+from experiments.convmixer import EQUAL_PARAMETERS, NETS
 from experiments.filters import SWITCHES, convmixer, switch_arms
+from experiments.nets import CifarResNet, MLPMixer
 from experiments.recall import SSM_PARTS, mqar, ssm_part_arms
 
 LAYER_PARTS = {
@@ -147,3 +149,34 @@ def test_asked_recall_is_the_same_task_with_the_same_loss() -> None:
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nets_have_the_size_that_the_page_says(name: str) -> None:
+    recipe = replace(EQUAL_PARAMETERS.recipe, **NETS[name])
+    model = build_model(recipe.model, **recipe.model_args, num_classes=10, in_chans=3, img_size=32)
+    assert 260_000 < sum(parameter.numel() for parameter in model.parameters()) < 340_000
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_mixer_and_residual_network_against_plain_loops() -> None:
+    torch.manual_seed(0)
+    mixer = MLPMixer(6, 1, 4, 5, 7, img_size=8).double()
+    image = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    tokens = [mixer.stem(image)[0, :, row, column].detach().clone() for row in range(2) for column in range(2)]
+    block = mixer.blocks[0]
+    normed = [block.norm1(token) for token in tokens]
+    for channel in range(6):
+        added = block.tokens(torch.stack([token[channel] for token in normed])).detach()
+        tokens = [
+            torch.cat([t[:channel], (t[channel] + added[i])[None], t[channel + 1 :]]) for i, t in enumerate(tokens)
+        ]
+    tokens = [token + block.channels(block.norm2(token)) for token in tokens]
+    expected = mixer.head(sum(mixer.norm(token) for token in tokens) / 4)
+    torch.testing.assert_close(mixer(image)[0], expected)
+    # ResNet-20 has 0.27 million parameters (arXiv 1512.03385, table 6), 19 convolutions and one linear layer.
+    resnet = CifarResNet(3)
+    assert round(sum(p.numel() for p in resnet.parameters()) / 1e6, 2) == 0.27
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in resnet.modules()) == 19
+    with pytest.raises(EspalierError, match="patch_size 3 does not divide"):
+        MLPMixer(6, 1, 3, 5, 7, img_size=8)

@@ -185,7 +185,7 @@ def _summarise_arm(
         curve=curve,
         epochs_to_baseline=first_crossing([point.epoch for point in curve], values, goal),
         steps_to_baseline=first_crossing([point.step for point in curve], values, goal),
-        epochs=study.recipe.epochs,
+        epochs=int(study.arms[arm].get("epochs", study.recipe.epochs)),
         step_seconds=step_seconds,
         step_ratio=step_seconds / (baseline.step_seconds if baseline else step_seconds),
         planned=len(trials),
