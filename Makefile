@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INTEROP ?= .venv-interop
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test check bench gpu docs interop wheel lock clean
+.PHONY: env kernels demo test check bench gpu docs interop wheel lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -21,6 +21,8 @@ bench: env                       ## side-by-side ratios, one file a question
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 gpu: env                         ## tests, speed tables and trainings on a GPU; their smallest form without one
 	$(BIN)/python experiments/gpu.py --deadline $(or $(DEADLINE),25m) --out $(or $(OUT),runs/gpu) --parallel 3
+results: env                     ## every page and picture of docs/results from the records
+	$(BIN)/python experiments/results.py
 docs: env                        ## the guide as a static site in site/
 	$(BIN)/mkdocs build --strict
 interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-linear-attention, transformers beside them

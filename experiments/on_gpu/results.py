@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from espalier.recipes import Recipe
-from espalier.recipes.validation import recipe_to_dict
+from espalier.study import add_records, record_run
 from espalier.train import Run, environment
-
-# Fields of a recipe that say where and how it runs, not what is learnt.
-_MACHINE_BOUND = ("data_path", "threads", "checkpoint_every")
 
 
 class Results:
@@ -36,12 +31,14 @@ class Results:
         self.add(table, **row, **timing._asdict(), faster=faster)
 
     def add_run(self, study: str, arm: str, run: Run, **more: Any) -> None:
-        """Append a finished run as a record and as a row of its table, and its curve."""
-        record = trial_record(study, arm, run, commit=self.commit, **more)
-        self._append("records.jsonl", record)
+        """Add a finished run as a record with the extra figures ``more``, as a row of its table, and its curve."""
+        extra = {key: float(value) for key, value in more.items() if isinstance(value, int | float)}
+        record = record_run(run, study, arm, extra)
+        record = replace(record, commit=self.commit or record.commit)
+        add_records([record], self.out / "records.jsonl")
         self._append("curves.jsonl", {"study": study, "arm": arm, "seed": run.recipe.seed, "rows": run.rows})
-        shown = ("study", "arm", "seed", "score", "diverged", "seconds_per_step", *more)
-        self.add("trainings", **{key: record[key] for key in shown})
+        shown = {key: getattr(record, key) for key in ("study", "arm", "seed", "score", "diverged", "step_seconds")}
+        self.add("trainings", **shown, **more)
 
     def write(self) -> None:
         """Write ``results.md`` from ``tables.jsonl``."""
@@ -60,41 +57,6 @@ class Results:
     def _append(self, name: str, value: dict[str, Any]) -> None:
         with (self.out / name).open("a") as file:
             file.write(json.dumps(value) + "\n")
-
-
-def trial_record(study: str, arm: str, run: Run, **more: Any) -> dict[str, Any]:
-    """Return what a finished training leaves behind: one line, enough to rebuild a table."""
-    result, split = run.result or {}, (run.result or {})["metric"]
-    recipe, where = run.recipe, environment()
-    return {
-        "study": study,
-        "recipe_digest": digest(recipe),
-        "arm": arm,
-        "lr": recipe.lr,
-        "seed": recipe.seed,
-        "score": _rounded(result["score"]),
-        "metric": split,
-        "curve": [[row["epoch"], _rounded(row[split])] for row in _thinned(run.rows)],
-        "epochs": result["epochs"],
-        "steps": result["steps"],
-        "seconds_per_step": _rounded(result["step_seconds"]),
-        "diverged": result["diverged"],
-        "versions": {name: where["packages"].get(name) for name in ("espalier", "torch", "kornia")},
-        "processor": where["gpu"] or "CPU",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        **more,
-    }
-
-
-def digest(recipe: Recipe) -> str:
-    """Return the digest of a recipe without the fields that are bound to a machine."""
-    values = {key: value for key, value in recipe_to_dict(recipe).items() if key not in _MACHINE_BOUND}
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _thinned(rows: list[dict[str, Any]], most: int = 26) -> list[dict[str, Any]]:
-    step = math.ceil(len(rows) / most)
-    return rows[:: -step or -1][::-1]
 
 
 def _rounded(value: Any) -> Any:

@@ -112,7 +112,7 @@ def test_an_empty_study_has_a_table_of_dashes(tmp_path: Path) -> None:
 def test_words_of_the_table(usual: Summary) -> None:
     text = text_table(usual)
     assert "mimetic is +3.0 points over default, [+3.0, +3.0], 3 paired seeds" in text
-    assert "80.0 ± 2.5" in text
+    assert "80.0 [77.5, 82.5]" in text
     assert "× 1 " in text  # the window holds one of three rates
     assert "3.84 of 4" in text
     lines = markdown_table(usual).splitlines()
@@ -138,6 +138,6 @@ def test_rates_stand_beside_each_other_with_paired_differences(usual: Summary) -
     for row, ours, theirs in zip(rows, arm.rates, base.rates, strict=True):
         # The fabricated arm is three points better for every seed, so the paired interval has no width.
         assert row[2].endswith("(+3.0 [+3.0, +3.0])")
-        assert row[1].split(" ± ")[0] == f"{100 * sum(theirs.scores.values()) / 3:.1f}"
-        assert row[2].split(" ± ")[0] == f"{100 * sum(ours.scores.values()) / 3:.1f}"
+        assert row[1].split(" [")[0] == f"{100 * sum(theirs.scores.values()) / 3:.1f}"
+        assert row[2].split(" [")[0] == f"{100 * sum(ours.scores.values()) / 3:.1f}"
     assert all("| " + " | ".join(row) + " |" in markdown_table(usual).splitlines() for row in rows)

@@ -30,7 +30,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
     """
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise, text_table
-    from espalier.study.ready import demo_plans
+    from espalier.study.demo import demo_plans
     from espalier.train.certify_runs import demo_certificate
 
     folders = []
@@ -88,37 +88,6 @@ def compare(
     launch(study, workers=workers, cluster=cluster)
     print(text_table(summarise(study.path)))
     print(f"report: {write_report([study.path], out / 'report.html')}")
-
-
-def study(
-    name: str, out: Path | None = None, workers: int = 2, scale: Literal["cpu", "gpu"] = "cpu", smallest: bool = False
-) -> None:
-    """Run a ready-made study, print its tables and write the page; the same command goes on with a stopped one.
-
-    Args:
-        name: lr-window, which-part, state-capacity, layers, control, filter-switches, filter-switches-trained or
-            filter-worth.
-        out: folder of its studies; runs/NAME if none is given.
-        workers: processes that train side by side.
-        scale: cpu takes minutes on two cores; gpu has longer strings, wider states and longer training.
-        smallest: one seed, one learning rate, a few steps: checks that everything runs, shows nothing.
-    """
-    from espalier.report import write_report
-    from espalier.study import launch, plan_study, summarise, text_table
-    from espalier.study.capacity import capacity_of_studies
-    from espalier.study.plan import smallest_plan
-    from espalier.study.ready import ready_plans
-
-    out, folders = out or Path("runs") / name, []
-    for plan in ready_plans(name, scale):
-        plan = smallest_plan(plan) if smallest else plan
-        planned = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
-        launch(planned, workers=workers)
-        folders.append(planned.path)
-        print(f"\n{plan.title}\n{text_table(summarise(planned.path))}", flush=True)
-    if name == "state-capacity":
-        print(f"\n{capacity_of_studies(folders)}")
-    print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
 def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:
@@ -187,6 +156,26 @@ def report(folders: Sequence[Path], out: Path = Path("report.html")) -> None:
     from espalier.report import write_report
 
     print(f"report: {write_report(list(folders), out)}")
+
+
+def records(action: Literal["export", "merge"], paths: Sequence[Path], to: Path = Path("records.jsonl")) -> None:
+    """Write what finished trials left behind as one line each, or merge such files; what TO holds already stays.
+
+    Trials that a study folder's records.jsonl names count as finished there: merge into it to go on elsewhere.
+
+    Args:
+        action: export reads study folders, merge reads files of records.
+        paths: study folders, or files of records.
+        to: the file of records; it is replaced as a whole, and not at all if records contradict each other.
+    """
+    from espalier.study.records import add_records, read_records
+    from espalier.study.trial import load_study
+
+    if action == "export":
+        found = [record for path in paths for record in load_study(path).outcomes().values()]
+    else:
+        found = [record for path in paths for record in read_records(path)]
+    print(f"records: {to}: {len(add_records(found, to))} trials")
 
 
 def convert(checkpoint: Path, to: Literal["timm", "original", "espalier"] = "timm", out: Path | None = None) -> None:
@@ -325,7 +314,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "compare": compare,
-    "study": study,
     "audit": audit,
     "fit": fit,
     "structure": structure,
@@ -334,5 +322,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "certify": certify,
     "attack": attack,
     "report": report,
+    "records": records,
     "recipes": recipes,
 }

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,7 +214,7 @@ def _drain_with_workers(
 
 def _absolute(study: Study) -> Study:
     # A Slurm job need not start in this folder.
-    return Study(study.path.resolve(), study.recipe, study.arms, study.lrs, study.seeds)
+    return replace(study, path=study.path.resolve())
 
 
 def _gpus() -> list[str]:
