@@ -36,7 +36,7 @@ def diagnose(
     """Say what is wrong with a model's weights before the first step, and what to do about it.
 
     The static checks read one tensor at a time. A sharded model (FSDP2, DTensor) is gathered tensor by tensor, and
-    every rank must call; ranks are compared with each other whenever ``torch.distributed`` has more than one. Nothing is
+    every rank must call; ranks are compared with each other if ``torch.distributed`` has several. Nothing is
     changed: with ``example`` the model runs forward and backward once, and its parameters, gradients, buffers, mode and
     the random state are as before.
 

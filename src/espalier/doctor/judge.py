@@ -43,7 +43,7 @@ def judge_activity(activity: Activity, depth: Sequence[tuple[str, float]]) -> li
             grows = ratio > 1
             findings.append(
                 Finding(
-                    "error" if ratio > _GROWTH**2 or ratio == 0 else "warning", last, "activations",
+                    "error" if ratio > _GROWTH**2 or ratio < _GROWTH**-3 else "warning", last, "activations",
                     f"rms {end:.3g}, {ratio:.2g} times that of {first}", "within 100 times over the depth",
                     "scale residual branches down with depth, or normalise" if grows
                     else "scale the weights up: the signal dies out with depth",

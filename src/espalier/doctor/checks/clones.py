@@ -36,18 +36,14 @@ def clones(patient: Patient) -> Iterator[Finding]:
             continue
         names = [members[0].name, *(m.name for m in same)]
         frozen = any(not m.trainable for m in (members[0], *same)) and patient.model is not None
-        siblings = len({pattern_of(name) for name in names}) == 1
         if frozen or any(_COPIES.search(name) for name in names):
-            yield Finding(
-                "note", names[1], "clones", f"equal to {names[0]}", "noise of its own",
-                "usual for an averaged or frozen copy; otherwise draw it again",
-            )  # fmt: skip
-            continue
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        yield Finding(
-            "error" if siblings or not _heads(names) else "warning", names[1], "clones", f"equal to {names[0]}{more}",
-            "noise of its own", "draw every layer again (reset_parameters), or tie them if sharing is meant",
-        )  # fmt: skip
+            severity, remedy = "note", "usual for an averaged or frozen copy; otherwise draw it again"
+        else:
+            siblings = len({pattern_of(name) for name in names}) == 1
+            severity = "error" if siblings or not _heads(names) else "warning"
+            remedy = "draw every layer again (reset_parameters), or tie them if sharing is meant"
+        for name in names[1:]:
+            yield Finding(severity, name, "clones", f"equal to {names[0]}", "noise of its own", remedy)  # type: ignore[arg-type]
 
 
 def _heads(names: list[str]) -> bool:

@@ -96,7 +96,7 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
             )  # fmt: skip
     groups: dict[str, list[Record]] = {}
     for record in matrices:
-        if record.role == "weight":
+        if record.role in ("weight", "adapter") and "lora_" not in record.name:
             groups.setdefault(record.layer.rpartition(".")[0], []).append(record)
     for layer, members in groups.items():
         if len(members) > 1 and layer and all(member.name in zero for member in members):
