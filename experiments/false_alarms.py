@@ -1,0 +1,240 @@
+"""How often does the doctor complain about untouched models? Builds hundreds of them and writes a table.
+
+    python experiments/false_alarms.py transformers espalier --out alarms.jsonl          (the project's environment)
+    PYTHONPATH=src:tests python experiments/false_alarms.py timm torchvision fla         (the interop environment)
+    python experiments/false_alarms.py --table alarms.jsonl > docs/results/false-alarms.md
+
+Every model is built with the library's own start, from a small configuration, in a process of its own that is stopped
+after a minute; the static checks run on all, the probe where a batch can be made. About half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import espalier
+from espalier.errors import EspalierError
+
+LIMIT = 80_000_000  # parameters; larger models are left out
+SECONDS = 60
+
+# Small values for fields that most configurations of transformers and fla share.
+SMALL = {
+    "hidden_size": 64, "d_model": 64, "n_embd": 64, "embed_dim": 64, "dim": 64, "encoder_dim": 64, "hidden_dim": 64,
+    "intermediate_size": 128, "ffn_dim": 128, "d_ff": 128, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4, "n_layer": 4,
+    "n_layers": 4, "num_layers": 4, "encoder_layers": 3, "decoder_layers": 3, "num_decoder_layers": 3,
+    "num_encoder_layers": 3, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "num_key_value_heads": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "head_dim": 16, "d_kv": 16,
+    "vocab_size": 512, "max_position_embeddings": 128, "n_positions": 128, "image_size": 64, "num_experts": 4,
+    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "state_size": 16, "embedding_size": 64,
+    "projection_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def shrink(config: Any) -> Any:
+    """Set the size fields that a configuration has, its inner configurations' too, as far as it lets us."""
+    for name, value in SMALL.items():
+        if isinstance(getattr(config, name, None), int) and not isinstance(getattr(config, name), bool):
+            try:
+                setattr(config, name, value)
+            except Exception:  # a read-only or validated field
+                continue
+    for inner in list(vars(config).values()):
+        if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
+            shrink(inner)
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(kinds, list):
+        config.layer_types = (kinds * 4)[: getattr(config, "num_hidden_layers", len(kinds))]
+    return config
+
+
+def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield every model type that ``AutoModel`` knows, and every one with a language head."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    transformers.logging.set_verbosity_error()
+    for head, table in (("AutoModel", MODEL_MAPPING_NAMES), ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        for kind in table:
+            def build(kind: str = kind, head: str = head) -> nn.Module:
+                return getattr(transformers, head).from_config(shrink(CONFIG_MAPPING[kind]()))
+
+            yield f"{kind} ({head[4:]})", build
+
+
+def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield the first three architectures of every file of timm, by name."""
+    import reference.torchvision_operators  # noqa: F401  (torchvision's wheel does not import without)
+    import timm
+
+    per_file: Counter[str] = Counter()
+    for name in timm.list_models():
+        file = timm.models.model_entrypoint(name).__module__
+        if per_file[file] < 3:
+            per_file[file] += 1
+            yield name, lambda name=name: timm.create_model(name, pretrained=False, num_classes=100)
+
+
+def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield torchvision's classifiers."""
+    import reference.torchvision_operators  # noqa: F401
+    import torchvision
+
+    for name in torchvision.models.list_models(module=torchvision.models):
+        yield name, lambda name=name: torchvision.models.get_model(name, weights=None)
+
+
+def fla_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield the language models of flash-linear-attention."""
+    import fla.models as models
+
+    for name in sorted(n for n in dir(models) if n.endswith("Config")):
+        head = getattr(models, name.replace("Config", "ForCausalLM"), None)
+        if head is not None:
+            yield name.removesuffix("Config"), lambda n=name, h=head: h(shrink(getattr(models, n)()))
+
+
+def espalier_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield our own models, untouched and structured."""
+    from espalier.models import MODELS, build_model
+
+    def structured(name: str) -> nn.Module:
+        model = build_model(name)
+        espalier.structure_(model)
+        return model
+
+    for name in MODELS:
+        yield name, lambda name=name: build_model(name)
+    for name in ("vit", "convmixer", "sequence"):
+        yield f"{name}, structured", lambda name=name: structured(name)
+
+
+LIBRARIES = {
+    "transformers": transformers_models,
+    "timm": timm_models,
+    "torchvision": torchvision_models,
+    "fla": fla_models,
+    "espalier": espalier_models,
+}
+
+
+def examine(build: Callable[[], nn.Module], pipe: Any) -> None:
+    """Build one model and send what the doctor says of it; runs in a child process."""
+    resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    try:
+        try:
+            with torch.device("meta"):
+                numbers = sum(parameter.numel() for parameter in build().parameters())
+        except Exception:
+            numbers = 0  # some constructors look at values: build those for real
+        if numbers > LIMIT:
+            pipe.send({"left_out": f"{numbers:,} parameters"})
+            return
+        model = build()
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+    except Exception as error:
+        pipe.send({"left_out": f"does not build: {type(error).__name__}: {str(error)[:100]}"})
+        return
+    probed = True
+    try:
+        diagnosis = espalier.diagnose(model, example="synthetic")
+    except EspalierError:
+        probed = False
+        diagnosis = espalier.diagnose(model)
+    except Exception as error:
+        probed = False
+        diagnosis = espalier.diagnose(model)
+        pipe.send({"left_out": f"PROBE: {type(error).__name__}: {str(error)[:200]}"})
+    found = [vars(finding) for finding in diagnosis.findings]
+    pipe.send({"parameters": numbers, "probed": probed, "findings": found})
+
+
+def sweep(library: str, out: Path, only: str) -> None:
+    """Examine every model of a library and append one line of JSON for each."""
+    done = set()
+    if out.exists():
+        done = {(r["library"], r["model"]) for r in map(json.loads, out.read_text().splitlines())}
+    context = multiprocessing.get_context("fork")
+    for name, build in LIBRARIES[library]():
+        if (library, name) in done or only not in name:
+            continue
+        here, there = context.Pipe(duplex=False)
+        child = context.Process(target=examine, args=(build, there))
+        child.start()
+        there.close()
+        result: dict[str, Any] = {"left_out": f"more than {SECONDS} s, or out of memory"}
+        try:
+            while here.poll(SECONDS):
+                result |= here.recv()
+                if "findings" in result:
+                    break
+        except EOFError:
+            pass
+        if "findings" in result and not str(result.get("left_out", "")).startswith("PROBE"):
+            result.pop("left_out", None)
+        child.kill()
+        child.join()
+        with out.open("a") as file:
+            file.write(json.dumps({"library": library, "model": name, **result}) + "\n")
+        loud = [f for f in result.get("findings", []) if f["severity"] != "note"]
+        state = result.get("left_out", f"{len(loud)} errors and warnings")
+        print(f"{library} {name}: {state}", *(f"\n    {f['severity']} {f['layer']} {f['check']}: {f['measured']}" for f in loud[:4]), flush=True)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown: counts by library, then every model with an error or a warning."""
+    lines = ["| library | models | probed too | with an error | with a warning | with a note |", "|---|---|---|---|---|---|"]
+    examined = [r for r in records if "findings" in r]
+
+    def count(rows: list[dict[str, Any]], severity: str) -> int:
+        return sum(any(f["severity"] == severity for f in r["findings"]) for r in rows)
+
+    for library in [*dict.fromkeys(r["library"] for r in examined), "all"]:
+        rows = [r for r in examined if library in (r["library"], "all")]
+        loud = [f"{count(rows, severity)}" for severity in ("error", "warning", "note")]
+        lines.append(f"| {library} | {len(rows)} | {sum(r['probed'] for r in rows)} | {' | '.join(loud)} |")
+    lines += ["", "| library | model | severity | layer | check | measured |", "|---|---|---|---|---|---|"]
+    for record in examined:
+        seen: Counter[tuple[str, str]] = Counter()
+        for f in record["findings"]:
+            key = (f["severity"], f["check"])
+            seen[key] += 1
+            if f["severity"] != "note" and seen[key] == 1:
+                cells = (record["library"], record["model"], f["severity"], f"`{f['layer'] or '(model)'}`", f["check"], f["measured"])
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the sweeps that the command line names, or print the table of their records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="*", choices=[*LIBRARIES, []])
+    parser.add_argument("--out", type=Path, default=Path("alarms.jsonl"))
+    parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--table", type=Path, nargs="*")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table([json.loads(line) for path in arguments.table for line in path.read_text().splitlines()]))
+        return
+    for library in arguments.libraries:
+        sweep(library, arguments.out, arguments.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
