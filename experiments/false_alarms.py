@@ -27,7 +27,8 @@ from torch import nn
 import espalier
 from espalier.errors import EspalierError
 
-LIMIT = 80_000_000  # parameters; larger models are left out
+LIMIT = 60_000_000  # parameters; larger models are left out
+PROBED = 3_000_000  # parameters; larger models are not run
 SECONDS = 60
 
 # Small values for fields that most configurations of transformers and fla share.
@@ -68,8 +69,12 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
     transformers.logging.set_verbosity_error()
-    for head, table in (("AutoModel", MODEL_MAPPING_NAMES), ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+    for head, table in (
+        ("AutoModel", MODEL_MAPPING_NAMES),
+        ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
         for kind in table:
+
             def build(kind: str = kind, head: str = head) -> nn.Module:
                 return getattr(transformers, head).from_config(shrink(CONFIG_MAPPING[kind]()))
 
@@ -78,8 +83,9 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield the first three architectures of every file of timm, by name."""
-    import reference.torchvision_operators  # noqa: F401  (torchvision's wheel does not import without)
     import timm
+
+    import reference.torchvision_operators  # noqa: F401  (torchvision's wheel does not import without)
 
     per_file: Counter[str] = Counter()
     for name in timm.list_models():
@@ -91,8 +97,9 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield torchvision's classifiers."""
-    import reference.torchvision_operators  # noqa: F401
     import torchvision
+
+    import reference.torchvision_operators  # noqa: F401
 
     for name in torchvision.models.list_models(module=torchvision.models):
         yield name, lambda name=name: torchvision.models.get_model(name, weights=None)
@@ -151,18 +158,17 @@ def examine(build: Callable[[], nn.Module], pipe: Any) -> None:
     except Exception as error:
         pipe.send({"left_out": f"does not build: {type(error).__name__}: {str(error)[:100]}"})
         return
-    probed = True
-    try:
-        diagnosis = espalier.diagnose(model, example="synthetic")
-    except EspalierError:
-        probed = False
-        diagnosis = espalier.diagnose(model)
-    except Exception as error:
-        probed = False
-        diagnosis = espalier.diagnose(model)
-        pipe.send({"left_out": f"PROBE: {type(error).__name__}: {str(error)[:200]}"})
-    found = [vars(finding) for finding in diagnosis.findings]
-    pipe.send({"parameters": numbers, "probed": probed, "findings": found})
+    diagnosis = espalier.diagnose(model)
+    pipe.send({"parameters": numbers, "probed": False, "findings": [vars(finding) for finding in diagnosis.findings]})
+    if numbers <= PROBED:
+        try:
+            diagnosis = espalier.diagnose(model, example="synthetic")
+        except EspalierError:
+            return
+        except Exception as error:
+            pipe.send({"broken_probe": f"{type(error).__name__}: {str(error)[:200]}"})
+            return
+        pipe.send({"probed": True, "findings": [vars(finding) for finding in diagnosis.findings]})
 
 
 def sweep(library: str, out: Path, only: str) -> None:
@@ -178,28 +184,33 @@ def sweep(library: str, out: Path, only: str) -> None:
         child = context.Process(target=examine, args=(build, there))
         child.start()
         there.close()
-        result: dict[str, Any] = {"left_out": f"more than {SECONDS} s, or out of memory"}
+        result: dict[str, Any] = {}
         try:
             while here.poll(SECONDS):
                 result |= here.recv()
-                if "findings" in result:
-                    break
         except EOFError:
             pass
-        if "findings" in result and not str(result.get("left_out", "")).startswith("PROBE"):
-            result.pop("left_out", None)
+        if not result:
+            result = {"left_out": f"more than {SECONDS} s, or out of memory"}
         child.kill()
         child.join()
         with out.open("a") as file:
             file.write(json.dumps({"library": library, "model": name, **result}) + "\n")
         loud = [f for f in result.get("findings", []) if f["severity"] != "note"]
-        state = result.get("left_out", f"{len(loud)} errors and warnings")
-        print(f"{library} {name}: {state}", *(f"\n    {f['severity']} {f['layer']} {f['check']}: {f['measured']}" for f in loud[:4]), flush=True)
+        state = result.get("left_out") or result.get("broken_probe") or f"{len(loud)} errors and warnings"
+        print(
+            f"{library} {name}: {state}",
+            *(f"\n    {f['severity']} {f['layer']} {f['check']}: {f['measured']}" for f in loud[:4]),
+            flush=True,
+        )
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the results as Markdown: counts by library, then every model with an error or a warning."""
-    lines = ["| library | models | probed too | with an error | with a warning | with a note |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| library | models | probed too | with an error | with a warning | with a note |",
+        "|---|---|---|---|---|---|",
+    ]
     examined = [r for r in records if "findings" in r]
 
     def count(rows: list[dict[str, Any]], severity: str) -> int:
@@ -216,7 +227,14 @@ def table(records: list[dict[str, Any]]) -> str:
             key = (f["severity"], f["check"])
             seen[key] += 1
             if f["severity"] != "note" and seen[key] == 1:
-                cells = (record["library"], record["model"], f["severity"], f"`{f['layer'] or '(model)'}`", f["check"], f["measured"])
+                cells = (
+                    record["library"],
+                    record["model"],
+                    f["severity"],
+                    f"`{f['layer'] or '(model)'}`",
+                    f["check"],
+                    f["measured"],
+                )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -75,6 +75,11 @@ class Record:
         return not self.buffer and sum(size > 1 for size in self.shape) >= 2
 
     @property
+    def filters(self) -> bool:
+        """Whether it holds depthwise filters."""
+        return len(self.shape) >= 3 and self.shape[1] == 1
+
+    @property
     def pattern(self) -> str:
         """Its name with a star for every number: equal for the same tensor of other layers."""
         return pattern_of(self.name)
@@ -106,6 +111,8 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
     named_norm = _NORM.search(layer) if module is None else _NORM.search(kind) or "Norm" in kind
     if named_norm and (flat or isinstance(module, nn.LayerNorm)):
         return "bias" if "bias" in leaf or leaf == "beta" else "norm"
+    if module is None and flat and leaf == "weight":  # of what has a weight, only normalisation keeps a vector
+        return "norm"
     if _POSITION.search(name):
         return "position"
     if isinstance(module, nn.Embedding) or (module is None and _EMBEDDING.search(layer)):

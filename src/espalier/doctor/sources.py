@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from espalier.doctor.record import Record, fan_in, plain_name, role_of
 from espalier.errors import EspalierError
+from espalier.files import read_tensors
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def open_weights(path: Path) -> Source:
     Raises:
         EspalierError: nothing readable is there.
     """
-    readers = {name: read for file in _weight_files(path) for names, read in [_open_file(file)] for name in names}
+    readers = {name: read for file in weight_files(path) for names, read in [_open_file(file)] for name in names}
     if not readers:
         raise EspalierError(f"checkpoint {path}: holds no tensors by name: name a file of weights")
     folder = path if path.is_dir() else path.parent
@@ -122,13 +122,14 @@ def _config_of(model: nn.Module) -> Mapping[str, Any]:
     return to_dict() if callable(to_dict) else {}
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """Return the files of weights that a path names: itself, those of a sharded index, or those of a folder."""
     if path.is_dir():
         # The sharded index first: without it a folder of shards would be read as one of them.
         for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "pytorch_model*.bin"):
             if found := sorted(path.glob(pattern)):
-                return _weight_files(found[0]) if pattern.endswith(".json") else found
-        raise EspalierError(f"model {path}: holds no weights: name a folder with .safetensors files")
+                return weight_files(found[0]) if pattern.endswith(".json") else found
+        return []
     if path.suffix == ".json":
         try:
             return sorted({path.parent / file for file in json.loads(path.read_text())["weight_map"].values()})
@@ -139,21 +140,14 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _open_file(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
     """Return the names in a file and a function that reads one of them; the file stays mapped, not loaded."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
+    if path.suffix != ".safetensors":
+        tensors = read_tensors(path, mapped=True)
+        return list(tensors), tensors.__getitem__
+    from safetensors import SafetensorError, safe_open
 
-            file = ExitStack().enter_context(safe_open(path, framework="pt"))
-            return list(file.keys()), file.get_tensor
-        try:
-            state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: such a file cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    try:
+        file = ExitStack().enter_context(safe_open(path, framework="pt"))
+    except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EspalierError(f"checkpoint {path}: cannot be read ({reason}): name a file of weights") from None
-    for key in ("state_dict", "model", "model_state_dict", "module"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = {n: t for n, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
-    return list(tensors), tensors.__getitem__
+        raise EspalierError(f"checkpoint {path} cannot be read ({reason}): name a file of weights") from None
+    return list(file.keys()), file.get_tensor

@@ -24,11 +24,11 @@ class TensorStats:
     Attributes:
         numel: how many entries.
         nonfinite: how many are NaN or infinite; what follows is of the others.
+        minimum, maximum, mean, rms: of the finite entries.
+        sampled: entries of an evenly spaced sample (all of a tensor up to 65,536), of which:
         zeros: how many are zero.
         tiny: how many are not zero and of magnitude under 1e-30.
-        minimum, maximum, mean, rms: of the finite entries.
-        sampled: entries of an evenly spaced sample (all of a small tensor), of which:
-        distinct: how many different values it holds.
+        distinct: how many different values there are.
         at_minimum, at_maximum: how many sit at the extremes of the whole tensor.
         correlation: of neighbours in memory, in [−1, 1]; near 0 for noise.
         fingerprint: equal for equal bits; of the sample and the sums.
@@ -36,13 +36,13 @@ class TensorStats:
 
     numel: int
     nonfinite: int
-    zeros: int
-    tiny: int
     minimum: float
     maximum: float
     mean: float
     rms: float
     sampled: int
+    zeros: int
+    tiny: int
     distinct: int
     at_minimum: int
     at_maximum: int
@@ -73,7 +73,7 @@ class TensorStats:
 
 @torch.no_grad()
 def measure(values: Tensor) -> TensorStats:
-    """Read a floating tensor once, in pieces that fit the processor's cache.
+    """Read a floating tensor once, in pieces that fit the processor's cache, and look closer at a sample.
 
     Args:
         values: a tensor with storage and at least one entry, of any floating dtype, on any device.
@@ -81,7 +81,7 @@ def measure(values: Tensor) -> TensorStats:
     flat = values.detach().reshape(-1)
     chunk = _CHUNK if flat.device.type == "cpu" else 1 << 25
     total = squares = 0.0
-    nonfinite = zeros = tiny = 0
+    nonfinite = 0
     minimum, maximum = math.inf, -math.inf
     for piece in flat.split(chunk):
         piece = piece if piece.dtype in (torch.float32, torch.float64) else piece.float()
@@ -98,21 +98,30 @@ def measure(values: Tensor) -> TensorStats:
         summed = piece.double() if max(-low, high) > 1e15 else piece
         total += float(summed.sum())
         squares += float(torch.dot(summed, summed))
-        filled = int(torch.count_nonzero(piece))
-        zeros += piece.numel() - filled
-        tiny += filled - int(torch.count_nonzero(piece.abs() >= TINY))
     finite_count = max(flat.numel() - nonfinite, 1)
     if minimum > maximum:
         minimum = maximum = math.nan
     sample, distinct, correlation = _sample(flat)
     digest = hashlib.blake2b(sample.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8)
     digest.update(repr((tuple(values.shape), total, squares, minimum, maximum)).encode())
-    numbers = sample.float()
+    numbers = sample if sample.dtype == torch.float64 else sample.float()
+    zeros = int((numbers == 0).sum())
     return TensorStats(
-        flat.numel(), nonfinite, zeros, tiny, minimum, maximum, total / finite_count,
-        math.sqrt(squares / finite_count), sample.numel(), distinct, int((numbers == minimum).sum()),
-        int((numbers == maximum).sum()), correlation, digest.hexdigest(),
-    )  # fmt: skip
+        flat.numel(),
+        nonfinite,
+        minimum,
+        maximum,
+        total / finite_count,
+        math.sqrt(squares / finite_count),
+        sampled=sample.numel(),
+        zeros=zeros,
+        tiny=int((numbers.abs() < TINY).sum()) - zeros,
+        distinct=distinct,
+        at_minimum=int((numbers == minimum).sum()),
+        at_maximum=int((numbers == maximum).sum()),
+        correlation=correlation,
+        fingerprint=digest.hexdigest(),
+    )
 
 
 def _sample(flat: Tensor) -> tuple[Tensor, int, float]:

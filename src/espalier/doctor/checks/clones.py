@@ -40,6 +40,9 @@ def clones(patient: Patient) -> Iterator[Finding]:
             severity, remedy = "note", "usual for an averaged or frozen copy; otherwise draw it again"
         else:
             siblings = len({pattern_of(name) for name in names}) == 1
+            # Files keep tied weights twice.
+            if patient.model is None and not siblings and _heads(names):
+                continue
             severity = "error" if siblings or not _heads(names) else "warning"
             remedy = "draw every layer again (reset_parameters), or tie them if sharing is meant"
         for name in names[1:]:

@@ -38,6 +38,7 @@ def uninitialised(patient: Patient) -> Iterator[Finding]:
     """Bits that no start writes: magnitudes under 1e-30 or over 1e10, as in memory that was only allocated.
 
     Weight decay drives dead units of trained nets below 1e-30, so that in trained weights only huge magnitudes count.
+    Structured depthwise filters are that small at their rim.
     """
     for record in patient.records:
         stats = record.stats
@@ -47,8 +48,8 @@ def uninitialised(patient: Patient) -> Iterator[Finding]:
         largest = stats.maximum if record.buffer else stats.magnitude
         if largest > HUGE and not (record.buffer and stats.minimum >= 0 and stats.distinct <= 2):
             measured, severe = f"magnitudes up to {largest:.3g}", True
-        elif stats.tiny > max(0, stats.numel // 1000) and not patient.trained:
-            measured, severe = f"{stats.tiny:,} of {stats.numel:,} entries under 1e-30", not record.buffer
+        elif stats.tiny > stats.sampled * (0.5 if record.filters else 0.001) and not patient.trained:
+            measured, severe = f"{stats.tiny / stats.sampled:.1%} of its entries under 1e-30", not record.buffer
         else:
             continue
         yield Finding(

@@ -21,7 +21,7 @@ def few_values(patient: Patient) -> Iterator[Finding]:
         if stats is None or not record.matrix or record.role not in ("weight", "embedding") or stats.constant:
             continue
         # Filters and identities that somebody wrote are mostly zeros and ones; noise has few exact zeros.
-        drawn = stats.sampled >= 2048 and stats.zeros < stats.numel // 4 and abs(stats.correlation) < 0.5
+        drawn = stats.sampled >= 2048 and stats.zeros < stats.sampled // 4 and abs(stats.correlation) < 0.5
         if not drawn or not (record.trainable or patient.model is None):
             continue
         if stats.distinct <= 64:

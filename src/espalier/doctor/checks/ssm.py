@@ -1,7 +1,7 @@
 """State-space layers: decay, step size, skip and convolution against what published starts give.
 
 Published starts: A from 1 to 256 (Mamba-1 counts, Mamba-2 draws from [1, 16], gated delta nets from (0, 16]), so A_log
-in [−9, 5.6], and down to −20 in the mimetic start (A_log₀·(−8)); softplus(dt_bias) from 1e-4 to 0.1, or 1 in the
+in [−9, 5.6], and −8 or less, also everywhere, in the mimetic start; softplus(dt_bias) from 1e-4 to 0.1, or 1 in the
 mimetic one.
 """
 
@@ -49,7 +49,7 @@ def _decay(record: Record, patient: Patient) -> Iterator[Finding]:
             "error", record.name, "state-space", f"A_log from {stats.minimum:.3g} to {stats.maximum:.3g}", _DECAY,
             "initialise it again, on every rank: exp(A_log) is the decay",
         )  # fmt: skip
-    elif not patient.trained and stats.constant and stats.numel > 1:
+    elif not patient.trained and stats.constant and stats.numel > 1 and stats.minimum > -4:
         yield Finding(
             "error" if stats.minimum == 0 else "warning", record.name, "state-space", f"all {stats.minimum:.3g}",
             _DECAY, "initialise it again: a wrapper, loading or sharding overwrote it",
