@@ -41,7 +41,7 @@ class Record:
         buffer: whether it is a buffer.
         trainable: whether it wants a gradient; ``False`` in a bare checkpoint.
         meta: whether it has no storage.
-        fan_in: how many inputs each output sums over; 1 for vectors.
+        fans: how many inputs each output sums over, and how many outputs each input goes to; 1 for vectors.
         module: the module that owns it; ``None`` in a bare checkpoint.
         stats: its numbers; ``None`` if it holds none.
         values: the tensor itself, only while the checks of single tensors look at it.
@@ -54,7 +54,7 @@ class Record:
     buffer: bool = False
     trainable: bool = False
     meta: bool = False
-    fan_in: int = 1
+    fans: tuple[int, int] = (1, 1)
     module: nn.Module | None = None
     stats: TensorStats | None = None
     values: Tensor | None = None
@@ -122,13 +122,15 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
     return "weight" if not buffer and not flat else "other"
 
 
-def fan_in(shape: tuple[int, ...], module: nn.Module | None) -> int:
-    """Return how many inputs each output of a weight sums over."""
+def fans(shape: tuple[int, ...], module: nn.Module | None) -> tuple[int, int]:
+    """Return how many inputs each output of a weight sums over, and how many outputs each input goes to."""
     if len(shape) < 2:
-        return 1
+        return 1, 1
+    kernel = math.prod(shape[2:])
     if type(module).__name__ == "Conv1D":  # GPT-2's linear layer keeps the transpose
-        return shape[0]
+        return shape[0], shape[1]
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        stride = math.prod(module.stride)
-        return max(1, shape[0] * math.prod(shape[2:]) // (module.groups * stride))
-    return math.prod(shape[1:])
+        window = max(1, kernel // math.prod(module.stride))
+        return max(1, shape[0] * window // module.groups), shape[1] * kernel
+    groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
+    return shape[1] * kernel, max(1, shape[0] * kernel // groups)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from espalier.doctor.record import Record, fan_in, plain_name, role_of
+from espalier.doctor.record import Record, fans, plain_name, role_of
 from espalier.errors import EspalierError
 from espalier.files import read_tensors
 
@@ -101,7 +101,7 @@ def _record(name: str, tensor: Tensor, module: nn.Module | None, *, buffer: bool
         buffer=buffer,
         trainable=tensor.requires_grad,
         meta=meta,
-        fan_in=fan_in(shape, module),
+        fans=fans(shape, module),
         module=module,
         values=None if meta or not tensor.numel() else _whole(tensor),
     )

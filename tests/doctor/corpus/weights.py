@@ -145,7 +145,7 @@ def a_branch_whose_every_weight_is_zero(fault: bool) -> dict[str, Any]:
 @case("huggingface/transformers#26441", "scale", "lm_head.weight", "warning")
 def an_output_head_of_variance_one(fault: bool) -> dict[str, Any]:
     model = nn.Module()
-    model.shared, model.lm_head = nn.Embedding(50, 256), nn.Linear(256, 50, bias=False)
+    model.shared, model.lm_head = nn.Embedding(300, 256), nn.Linear(256, 300, bias=False)
     nn.init.normal_(model.lm_head.weight, std=1.0 if fault else 256**-0.5)
     return {"model": model}
 

@@ -19,6 +19,7 @@ _READS = re.compile(
     r"in_proj_weight|fc1|up_proj|gate_proj|gate_up_proj|c_fc|w1|w3|lin1|linear1|intermediate\.dense|x_proj|conv1d)$",
     re.IGNORECASE,
 )
+_FACTORS = ("weight", "adapter")
 _USUAL = "noise of standard deviation 0.02 to 1/√fan-in"
 
 
@@ -48,10 +49,16 @@ def constant(patient: Patient) -> Iterator[Finding]:
                 "error", record.name, "constant", "all zero", _USUAL, "draw it: no gradient passes a zero here"
             )
         elif record.role == "weight" and record.trainable | (patient.model is None):
+            # What is not called a weight may be a mixing coefficient that starts at one on purpose.
+            multiplies = "weight" in record.leaf or "kernel" in record.leaf
             yield Finding(
-                "error", record.name, "constant", f"every entry is {value:.4g}", _USUAL,
+                "error" if multiplies else "note",
+                record.name,
+                "constant",
+                f"every entry is {value:.4g}",
+                _USUAL,
                 "draw it from noise: equal units get equal gradients and stay equal",
-            )  # fmt: skip
+            )
 
 
 @register_check("equal-units", scope="tensor")
@@ -66,8 +73,9 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
     parts = {count, 2, 4, 8, 16, *([patient.heads] if patient.heads else [])}
     for number in sorted(part for part in parts if 1 < part <= count and count % part == 0):
         pieces = values.reshape(number, -1)
-        # A row of one entry repeats by chance, and so do rows of a few levels.
-        if pieces.shape[1] < 4 or not _all_equal(pieces):
+        # Rows of few levels, as of identities and averages, repeat on purpose.
+        length = pieces.shape[1]
+        if length < 4 or not _all_equal(pieces) or int(pieces[0].unique().numel()) < min(length // 2, 64):
             continue
         what = "rows" if number == count and values.ndim == 2 else "slices"
         yield Finding(
@@ -94,13 +102,20 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
                 "error", record.name, "closed-twice", "LoRA's A and B are both zero", "A drawn, B zero",
                 "draw A (kaiming_uniform_) after the adapter was added",
             )  # fmt: skip
-    groups: dict[str, list[Record]] = {}
+    # A branch: all matrices below one module. Mixing coefficients, which are no "weight", may well be zero together.
+    below: dict[str, list[Record]] = {}
     for record in matrices:
-        if record.role in ("weight", "adapter") and "lora_" not in record.name:
-            groups.setdefault(record.layer.rpartition(".")[0], []).append(record)
-    for layer, members in groups.items():
-        if len(members) > 1 and layer and all(member.name in zero for member in members):
+        parts = record.layer.split(".")
+        for depth in range(1, len(parts)):
+            below.setdefault(".".join(parts[:depth]), []).append(record)
+    closed = [
+        layer
+        for layer, members in below.items()
+        if len(members) > 1 and all(m.name in zero and m.leaf == "weight" and m.role in _FACTORS for m in members)
+    ]
+    for layer in closed:
+        if not any(layer.startswith(f"{other}.") for other in closed):
             yield Finding(
-                "error", layer, "closed-twice", f"all its {len(members)} weights are zero", "at most one of them",
+                "error", layer, "closed-twice", f"all its {len(below[layer])} weights are zero", "at most one of them",
                 "draw all but the last",
             )  # fmt: skip

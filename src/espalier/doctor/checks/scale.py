@@ -12,9 +12,9 @@ from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
 from espalier.doctor.registry import register_check
 
-# Gain = rms·√fan-in: 1 keeps the variance, √2 does before a ReLU, 0.58 is torch's default, and 0.02 in a layer of
-# 28,672 inputs, among the widest that are published, is 3.4.
-_LARGEST = 8.0
+# Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does
+# before a ReLU, 0.58 is torch's default, and 0.02 in a matrix of 53,248 × 16,384, among the largest published, is 2.6.
+_LARGEST = 4.0
 _SMALLEST = 1e-5
 
 
@@ -25,18 +25,22 @@ def scale(patient: Patient) -> Iterator[Finding]:
         stats = record.stats
         if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or stats.constant:
             continue
-        gain = stats.rms * math.sqrt(record.fan_in)
+        fan = min(record.fans)
+        gain = stats.rms * math.sqrt(fan)
         if gain > _LARGEST and stats.noise and record.trainable | (patient.model is None):
-            yield Finding(
-                "error" if gain > 100 * _LARGEST else "warning", record.name, "scale",
-                f"rms {stats.rms:.3g}, which is {gain:.3g}/√fan-in", "0.02, or 0.5 to 1.4/√fan-in",
-                f"scale it down: its outputs are {gain:.2g} times its inputs",
-            )  # fmt: skip
+            severity, remedy = ("error" if gain > 100 * _LARGEST else "warning"), "scale it down"
         elif 0 < gain < _SMALLEST:
-            yield Finding(
-                "warning", record.name, "scale", f"rms {stats.rms:.3g}, which is {gain:.2g}/√fan-in",
-                "0.02, or 0.5 to 1.4/√fan-in", "scale it up, or set it to zero if the branch is to start closed",
-            )  # fmt: skip
+            severity, remedy = "warning", "scale it up, or set it to zero if the branch is to start closed"
+        else:
+            continue
+        yield Finding(
+            severity,  # type: ignore[arg-type]
+            record.name,
+            "scale",
+            f"rms {stats.rms:.3g}, {gain:.2g} over the root of {fan}",
+            "0.02, or 0.5 to 1.4 over the root of the smaller fan",
+            remedy,
+        )
 
 
 @register_check("out-of-line")

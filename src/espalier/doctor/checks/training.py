@@ -20,7 +20,8 @@ def padding_row(record: Record, patient: Patient) -> Iterator[Finding]:
     module, values = record.module, record.values
     if not isinstance(module, nn.Embedding) or record.leaf != "weight" or values is None or record.stats is None:
         return
-    if module.padding_idx is None or not record.trainable or not record.stats.noise:
+    lookup = record.role == "embedding" and module.padding_idx is not None
+    if not lookup or not record.trainable or not record.stats.noise:
         return
     size = float(values[module.padding_idx].float().square().mean().sqrt())
     if size > 0:
