@@ -11,6 +11,7 @@ after a minute; the static checks run on all, the probe where a batch can be mad
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import resource
@@ -177,7 +178,9 @@ def sweep(library: str, out: Path, only: str) -> None:
     if out.exists():
         done = {(r["library"], r["model"]) for r in map(json.loads, out.read_text().splitlines())}
     context = multiprocessing.get_context("fork")
-    for name, build in LIBRARIES[library]():
+    # Shuffled by name, so that a sweep that is stopped has seen some of everything.
+    models = sorted(LIBRARIES[library](), key=lambda pair: hashlib.md5(pair[0].encode()).hexdigest())
+    for name, build in models:
         if (library, name) in done or only not in name:
             continue
         here, there = context.Pipe(duplex=False)

@@ -25,11 +25,16 @@ def padding_row(record: Record, patient: Patient) -> Iterator[Finding]:
         return
     size = float(values[module.padding_idx].float().square().mean().sqrt())
     if size > 0:
+        # Attention masks what was padded; means, convolutions and recurrences read it.
+        masked = patient.model is not None and any("att" in type(m).__name__.lower() for m in patient.model.modules())
         yield Finding(
-            "note" if patient.aliases.get(record.name) else "warning", record.name, "padding-row",
-            f"rms {size:.3g} in row {module.padding_idx}", "zero",
+            "note" if masked else "warning",
+            record.name,
+            "padding-row",
+            f"rms {size:.3g} in row {module.padding_idx}",
+            "zero",
             "zero the row after initialising: it never gets a gradient",
-        )  # fmt: skip
+        )
 
 
 @register_check("frozen")
