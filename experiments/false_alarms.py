@@ -83,13 +83,30 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield the first three architectures of every file of timm, by name."""
+    """Yield up to three architectures of every file of timm, small ones first."""
     import timm
 
     import reference.torchvision_operators  # noqa: F401  (torchvision's wheel does not import without)
 
     per_file: Counter[str] = Counter()
-    for name in timm.list_models():
+    small = (
+        "test",
+        "femto",
+        "atto",
+        "pico",
+        "nano",
+        "micro",
+        "xxs",
+        "xs",
+        "tiny",
+        "mini",
+        "small",
+        "_s",
+        "18",
+        "26",
+        "50",
+    )
+    for name in sorted(timm.list_models(), key=lambda name: not any(word in name for word in small)):
         file = timm.models.model_entrypoint(name).__module__
         if per_file[file] < 3:
             per_file[file] += 1

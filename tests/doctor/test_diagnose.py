@@ -202,6 +202,30 @@ def test_head_on_disk_against_the_configuration(tmp_path: Path) -> None:
     assert [(f.check, f.layer) for f in espalier.diagnose(tmp_path).errors] == [("tied", "lm_head.weight")]
 
 
+def test_wrappers_leave_no_trace_in_names() -> None:
+    model = build(16, 2, "normal", "layer", 0, 0)
+    model[0][0].weight.data[0, 0] = torch.nan
+    for wrapped in (torch.compile(model), nn.ModuleDict({"module": model}), model):
+        found = espalier.diagnose(wrapped, example=None)
+        assert [f.layer for f in found.errors] == ["0.0.weight"]
+    # A module of the user's own with a wrapper's name hides no tensor.
+    outer = nn.Linear(16, 16)
+    outer.module = nn.Linear(16, 16)
+    nn.init.constant_(outer.module.weight, torch.nan)
+    assert [f.layer for f in espalier.diagnose(outer).errors] == ["module.weight"]
+    assert espalier.diagnose(outer).tensors == 4
+
+
+def test_tensors_of_other_kinds_are_passed_over() -> None:
+    model = nn.Linear(8, 8)
+    model.register_buffer("codes", torch.randint(-128, 127, (8, 8), dtype=torch.int8))
+    model.register_buffer("waves", torch.zeros(8, dtype=torch.complex64))
+    model.register_buffer("links", torch.eye(8).to_sparse())
+    model.register_buffer("small", torch.randn(64, 64).to(torch.float8_e4m3fn))
+    model.register_buffer("scalar", torch.tensor(3.0))
+    assert not loud(espalier.diagnose(model))
+
+
 def test_users_add_checks_of_their_own() -> None:
     @register_check("no-sevens", scope="tensor")
     def no_sevens(record: Record, patient: Patient) -> Iterator[Finding]:

@@ -60,7 +60,7 @@ def diagnose(
     found: list[tuple[Check, Finding]] = []
     numbers = 0
     for record in map(source.record, source.names):
-        if record.values is not None and record.values.is_floating_point():
+        if record.values is not None and _plain(record.values):
             record = replace(record, stats=measure(record.values))
         numbers += 0 if record.values is None else record.values.numel()
         if record.values is not None:
@@ -114,6 +114,11 @@ class _Stored(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._source.names)
+
+
+def _plain(values: torch.Tensor) -> bool:
+    """Return whether a tensor's numbers can be read as they lie: no quantised subclass, no sparse layout."""
+    return type(values) is torch.Tensor and values.is_floating_point() and values.layout == torch.strided
 
 
 def _checks(scope: str) -> list[Check]:

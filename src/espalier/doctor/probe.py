@@ -40,6 +40,8 @@ def probe(model: nn.Module, example: Any, *, trained: bool = False) -> list[Find
         EspalierError: no batch can be made of ``example``.
     """
     generator = torch.Generator().manual_seed(0)
+    # Compiled code hides what happens in it.
+    model = getattr(model, "_orig_mod", model)
     with _as_before(model), torch.enable_grad():
         model.train()
         batch = _working_batch(model, example, generator)

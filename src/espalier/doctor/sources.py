@@ -46,7 +46,9 @@ def open_module(model: nn.Module) -> Source:
             for leaf, tensor in tensors.items():
                 if tensor is None:
                     continue
-                name = plain_name(f"{prefix}.{leaf}" if prefix else leaf)
+                full = f"{prefix}.{leaf}" if prefix else leaf
+                # A part of the user's own may be called as wrappers call theirs.
+                name = plain_name(full) if plain_name(full) not in places else full
                 owner = first.setdefault(id(tensor), name)
                 if owner == name:
                     places[name] = (module, tensor, buffer)
