@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import warnings
@@ -86,27 +88,9 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield up to three architectures of every file of timm, small ones first."""
     import timm
 
-    import reference.torchvision_operators  # noqa: F401  (torchvision's wheel does not import without)
-
     per_file: Counter[str] = Counter()
-    small = (
-        "test",
-        "femto",
-        "atto",
-        "pico",
-        "nano",
-        "micro",
-        "xxs",
-        "xs",
-        "tiny",
-        "mini",
-        "small",
-        "_s",
-        "18",
-        "26",
-        "50",
-    )
-    for name in sorted(timm.list_models(), key=lambda name: not any(word in name for word in small)):
+    small = re.compile("test|femto|atto|pico|nano|micro|xx?s|tiny|mini|small|_s|18|26|50")
+    for name in sorted(timm.list_models(), key=lambda name: not small.search(name)):
         file = timm.models.model_entrypoint(name).__module__
         if per_file[file] < 3:
             per_file[file] += 1
@@ -116,8 +100,6 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield torchvision's classifiers."""
     import torchvision
-
-    import reference.torchvision_operators  # noqa: F401
 
     for name in torchvision.models.list_models(module=torchvision.models):
         yield name, lambda name=name: torchvision.models.get_model(name, weights=None)
@@ -194,6 +176,9 @@ def sweep(library: str, out: Path, only: str) -> None:
     done = set()
     if out.exists():
         done = {(r["library"], r["model"]) for r in map(json.loads, out.read_text().splitlines())}
+    if library in ("timm", "torchvision", "fla"):
+        # The interop environment's torchvision does not import without these operators declared first.
+        importlib.import_module("reference.torchvision_operators")
     context = multiprocessing.get_context("fork")
     # Shuffled by name, so that a sweep that is stopped has seen some of everything.
     models = sorted(LIBRARIES[library](), key=lambda pair: hashlib.md5(pair[0].encode()).hexdigest())

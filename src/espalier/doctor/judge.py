@@ -9,7 +9,7 @@ from statistics import median
 
 from torch import Tensor
 
-from espalier.doctor.finding import Finding
+from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.watch import Activity
 
 # Over the depth of a healthy network activations change by at most some ten times.
@@ -103,8 +103,13 @@ def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> list[Fi
     return []
 
 
-def judge_gradients(gradients: Gradients, *, certain: bool) -> list[Finding]:
-    """Return findings on a backward pass; ``certain`` if the loss reaches all that a training loss would."""
+def judge_gradients(gradients: Gradients, *, unused: Severity | None) -> list[Finding]:
+    """Return findings on a backward pass.
+
+    Args:
+        gradients: of every parameter.
+        unused: how severe it is that a parameter gets none; ``None`` where the loss is no training loss.
+    """
     findings = []
     sizes = gradients.sizes
     broken = [name for name, size in sizes.items() if not math.isfinite(size)]
@@ -141,13 +146,9 @@ def judge_gradients(gradients: Gradients, *, certain: bool) -> list[Finding]:
                     "the gradient vanishes or explodes on its way: scale the residual branches, or normalise",
                 )
             )  # fmt: skip
-    for name in gradients.missing:
-        findings.append(
-            Finding(
-                "warning" if certain else "note", name, "no-gradient", "no gradient", "one for every parameter",
-                "use it in forward, freeze it, or drop it: DistributedDataParallel waits for it",
-            )
-        )  # fmt: skip
+    if unused is not None:
+        usual, remedy = "one for every parameter", "use it in forward, freeze it, or drop it: DDP waits for it"
+        findings += [Finding(unused, name, "no-gradient", "no gradient", usual, remedy) for name in gradients.missing]
     return findings
 
 

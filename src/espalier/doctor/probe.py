@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
-from espalier.doctor.finding import Finding
+from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.judge import (
     Gradients,
     judge_activity,
@@ -55,7 +55,9 @@ def probe(model: nn.Module, example: Any, *, trained: bool = False) -> list[Find
         if loss is not None and loss.requires_grad and not broken:
             model.zero_grad(set_to_none=True)
             loss.backward()
-            findings += judge_gradients(_gradients(model), certain=stated or logits is not None)
+            # A made-up batch may leave out inputs, such as an encoder's states, that training has.
+            real: Severity = "note" if isinstance(example, str) else "warning"
+            findings += judge_gradients(_gradients(model), unused=real if stated or logits is not None else None)
         if not broken:
             findings += judge_bfloat16(_under_bfloat16(model, batch))
     return findings
