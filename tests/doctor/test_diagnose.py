@@ -170,8 +170,10 @@ def test_checkpoints_are_read_in_every_layout(tmp_path: Path, layout: str) -> No
     assert diagnosis.parameters == sum(tensor.numel() for tensor in state.values())
 
 
-def test_trained_weights_are_not_held_against_a_fresh_start(tmp_path: Path) -> None:
-    model = build(48, 6, "kaiming", "layer", 1, 0)
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_trained_weights_are_not_held_against_a_fresh_start(tmp_path: Path, norm: str) -> None:
+    model = build(48, 6, "kaiming", norm, 1, 0)
+    assert not espalier.diagnose(model).trained
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.doctor.record import Record
+from espalier.doctor.stats import TensorStats
 
 
 @dataclass
@@ -39,14 +40,18 @@ class Patient:
 
     @cached_property
     def trained(self) -> bool:
-        """Whether the weights look trained: at least half of the normalisation layers have entries that differ.
+        """Whether the weights look trained: at least half of the normalisation gains differ from entry to entry.
 
         Every library starts them at a constant. A gain drawn from noise around zero does not count: no training does
-        that to it.
+        that to it. A model without normalisation is judged by its biases, which start constant or uniform.
         """
-        gains = [r.stats for r in self.records if r.role == "norm" and r.stats and r.stats.numel >= 8]
-        moved = [s for s in gains if not s.constant and not s.nonfinite and not drawn_around_zero(s.mean, s.std)]
-        return bool(gains) and 2 * len(moved) >= len(gains)
+        stats = [(r.role, r.stats) for r in self.records if r.stats and not r.stats.nonfinite]
+        gains = [s for role, s in stats if role == "norm" and s.numel >= 8]
+        if gains:
+            moved = [not s.constant and not drawn_around_zero(s.mean, s.std) for s in gains]
+        else:
+            moved = [_left_its_start(s) for role, s in stats if role == "bias" and s.numel >= 32]
+        return bool(moved) and 2 * sum(moved) >= len(moved)
 
     def find(self, name: str) -> Record | None:
         """Return the record of a tensor, or ``None``."""
@@ -60,3 +65,9 @@ class Patient:
 def drawn_around_zero(mean: float, std: float) -> bool:
     """Return whether gains look like weights: small, and as many below zero as above."""
     return 0 < std < 0.3 and abs(mean) < 0.3 * std
+
+
+def _left_its_start(bias: TensorStats) -> bool:
+    """Return whether a bias is neither constant, nor all but zero, nor uniform about zero (rms 0.58 of its bound)."""
+    uniform = 0.48 < bias.rms / max(bias.magnitude, 1e-30) < 0.7 and abs(bias.mean) < 0.3 * bias.magnitude
+    return bias.distinct > 8 and bias.rms > 1e-4 and not uniform
