@@ -166,7 +166,7 @@ def a_residual_gain_grows_with_depth(fault: bool) -> dict[str, Any]:
     return {"model": model}
 
 
-@case("NVIDIA/TransformerEngine#2528", "normalisation", "blocks.0.norm1.weight")
+@case("NVIDIA/TransformerEngine#2528", "normalisation", "blocks.0.norm1.weight", "warning")
 def reset_parameters_draws_a_layer_norm_like_a_weight(fault: bool) -> dict[str, Any]:
     model = vit()
     if fault:

@@ -43,7 +43,7 @@ def normalisation(patient: Patient) -> Iterator[Finding]:
             adds_one = shifted.setdefault(type(record.module), _adds_one(record))
             if adds_one is not True:
                 yield _finding(
-                    "warning" if patient.trained or adds_one is None else "error", record,
+                    "warning", record,
                     f"drawn from noise, mean {stats.mean:.2g}, deviation {stats.std:.2g}",
                     "set it to one: something initialised it like a weight",
                 )  # fmt: skip
