@@ -28,6 +28,7 @@ FLOORS = [
     {"train"},
     {"certify", "checkpoints"},
     {"models", "data", "recipes"},
+    {"doctor"},
     {"init", "nn"},
     {"files"},
     {"errors", "randomness"},

@@ -11,6 +11,7 @@ import os
 import pickle
 import secrets
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,15 @@ def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     return save(apart, None if metadata is None else dict(metadata))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """Return the tensors that a file holds by name, on the CPU, without running code that is in it.
 
     Files that end in ``.safetensors`` are read as such, all others by ``torch.load(weights_only=True)``; there the
     weights may lie under ``state_dict``, ``model`` or their averaged counterparts.
+
+    Args:
+        path: the file.
+        mapped: map a file of torch's into memory rather than reading it whole, where its format allows.
 
     Raises:
         EspalierError: the file is missing, cannot be read safely, or holds no tensors by name.
@@ -92,7 +97,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             # timm's scripts keep their command line beside the weights: a plain bag of values.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                # Files from before torch 1.6 are no zip archives and cannot be mapped.
+                mapped = mapped and zipfile.is_zipfile(path)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # both readers raise half a dozen kinds for a damaged or hostile file
         reason = "it would run code" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         raise EspalierError(f"checkpoint {path} cannot be read safely: {reason}") from None

@@ -109,6 +109,37 @@ def audit(model: str, picture: Path | None = None, heads: int | None = None) -> 
         print(f"pictures: {write_weight_pictures(net, picture)}")
 
 
+def doctor(
+    model: str,
+    json: bool = False,
+    strict: bool = False,
+    probe: bool = False,
+    against: Path | None = None,
+    heads: int | None = None,
+) -> None:
+    """Say what is wrong with a model's weights before the first step; status 1 if there is an error.
+
+    Args:
+        model: a checkpoint (.safetensors, a sharded index, a folder of either, or weights that torch saved; read tensor
+            by tensor), a run folder, or a model as `espalier structure` takes it.
+        json: print the findings as JSON.
+        strict: status 1 on warnings too.
+        probe: also run a made-up batch through the model, forward and backward.
+        against: a checkpoint that the model should hold: weights that differ are errors.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
+    """
+    from espalier.doctor import diagnose
+    from espalier.doctor.sources import weight_files
+
+    path = Path(model)
+    stored = path.is_file() or (path.is_dir() and not (path / "recipe.json").exists() and bool(weight_files(path)))
+    subject = path if stored and not probe else _open_model(model, heads)
+    diagnosis = diagnose(subject, "synthetic" if probe else None, against=against, heads=heads)
+    print(diagnosis.to_json() if json else diagnosis)
+    if status := diagnosis.exit_status(strict):
+        raise SystemExit(status)
+
+
 def fit(model: str, out: Path | None = None, heads: int | None = None) -> None:
     """Read a trained model's strengths off its weights: what to ask for, to start another model like it.
 
@@ -315,6 +346,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
     "audit": audit,
+    "doctor": doctor,
     "fit": fit,
     "structure": structure,
     "convert": convert,
