@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,20 @@ from espalier.checkpoints.by_shape import skeleton
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, MimeticSSM, StructureFit, fit
+from espalier.init.fit_families import SSMFit
 from espalier.models import ConvMixer, SequenceModel
 from espalier.nn import Mamba2
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def assert_same_fit(ours: Sequence[SSMFit], theirs: Sequence[SSMFit]) -> None:
+    """Assert equality up to rounding: a model and its bare checkpoint lay their weights out differently."""
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert asdict(one) == pytest.approx(asdict(two), rel=1e-6, abs=1e-9)
 
 
 def mixed() -> SequenceModel:
@@ -91,7 +101,7 @@ def test_a_bare_checkpoint_shows_what_its_model_shows() -> None:
     espalier.structure_(model, generator=seeded(2))
     bare = skeleton(model.state_dict(), 3)
     whole, read = fit(model), fit(bare)
-    assert read.state_space == whole.state_space
+    assert_same_fit(read.state_space, whole.state_space)
     assert len(read.layers) == len(whole.layers) == 1
     theirs = {row.layer: row for row in espalier.audit(model).layers}
     for row in espalier.audit(bare).layers:
@@ -103,7 +113,7 @@ def test_groups_of_a_bare_mamba2_are_read_as_one() -> None:
     model = nn.ModuleDict({"mixer": Mamba2(32, state_size=8, head_dim=16, groups=2)})
     [known], [bare] = fit(model).state_space, fit(skeleton(model.state_dict())).state_space
     assert bare.correlate == pytest.approx(known.correlate)
-    assert bare.abar == known.abar
+    assert bare.abar == pytest.approx(known.abar)
 
 
 def test_mamba_checkpoints_of_transformers_are_read_without_code() -> None:
@@ -113,7 +123,7 @@ def test_mamba_checkpoints_of_transformers_are_read_without_code() -> None:
         transformers.MambaModel(transformers.MambaConfig(**sizes)),
         transformers.Mamba2Model(transformers.Mamba2Config(**sizes, head_dim=16, num_heads=4, n_groups=1)),
     ):
-        assert fit(skeleton(model.state_dict())).state_space == fit(model).state_space
+        assert_same_fit(fit(skeleton(model.state_dict())).state_space, fit(model).state_space)
 
 
 def test_the_command_line_starts_a_model_like_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from espalier.errors import EspalierError
-from espalier.nn import Mamba1, backend, use_backend
+from espalier.nn import Mamba1, use_backend
 from espalier.nn.kernels import build
+from needs import KERNELS
 
 PROBE = """
 import warnings
@@ -80,10 +81,9 @@ def test_demanding_what_cannot_run_is_refused() -> None:
         pass
 
 
+@KERNELS
 @pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
-    if backend().name != "compiled":
-        pytest.skip("no C++ compiler here")
     code = "from espalier.nn.kernels.build import build; print(build())"
     env = {**os.environ, "ESPALIER_CACHE": str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
