@@ -1,11 +1,17 @@
-"""What holds for every test: a run ends with what it skipped, and how to get it."""
+"""What holds for every test: workers share the cores, and a run ends with what it skipped and how to get it."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Generator
 
 import pytest
+
+# Two workers with as many threads each as there are cores wait for each other, spinning: share the cores out. Read when
+# torch is loaded, which is after this file, and by the processes that tests start.
+if (_WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
