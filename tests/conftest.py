@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Generator
 
 import pytest
-from hypothesis import HealthCheck, settings
 
-# A busy machine draws its examples slowly, and passes all the same.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any-machine")
+# A busy machine draws its examples slowly, and passes all the same. The environment of `make interop` has no hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any-machine")
 
 # Two workers with as many threads each as there are cores wait for each other, spinning: share the cores out. Read when
 # torch is loaded, which is after this file, and by the processes that tests start.
