@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-# A busy machine draws its examples slowly, and passes all the same. The environment of `make interop` has no hypothesis.
+# A busy machine draws its examples slowly and passes all the same. The environment of `make interop` has no hypothesis.
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 
