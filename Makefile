@@ -2,9 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INTEROP ?= .venv-interop
+# The version of torch, and the package index that it comes from (pip's own if empty): CPU wheels have one of their own.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
+TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test check bench gpu docs interop wheel lock clean results
+.PHONY: env kernels demo test test-matrix check bench gpu docs interop wheel lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -12,6 +15,8 @@ demo: env                        ## the whole idea in minutes on a laptop; ends 
 	$(BIN)/espalier demo --out runs/demo
 test: env                        ## every test that needs no other library's environment
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+test-matrix: env                 ## every test under other instruction sets, threads, backends; PYTHON= and VENV= choose
+	PYTHON=$(BIN)/python tests/matrix.sh
 check: env                       ## style, types, import law, public surface
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,13 +41,8 @@ lock: env                        ## write requirements/dev.lock from the environ
 clean:
 	rm -rf $(VENV) $(INTEROP) site build dist
 
-# The lock lists every package, so pip resolves nothing (--no-deps): torch comes as the pinned CPU build, and
-# torchattacks cannot drag in a torchvision that does not import beside it.
-$(VENV)/.installed: requirements/dev.lock pyproject.toml setup.py $(wildcard src/espalier/nn/kernels/*.[ch]pp)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps torch==$$(sed -n 's/^torch==//p' requirements/dev.lock)
-	$(BIN)/pip install --quiet --no-deps -r requirements/dev.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+$(VENV)/.installed: requirements/dev.lock requirements/environment.py pyproject.toml setup.py $(wildcard src/espalier/nn/kernels/*.[ch]pp)
+	$(PYTHON) requirements/environment.py $(VENV) $(TORCH) $(TORCH_INDEX)
 	touch $@
 
 $(INTEROP)/.installed: requirements/interop.lock

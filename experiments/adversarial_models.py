@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
 from torch import Tensor, nn
 
 from espalier import nn as enn

@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 import torch
-from adversarial_models import Attack, Draw, attack
 from torch import Tensor, nn
 
 import espalier
+from adversarial_models import Attack, Draw, attack
 from espalier.certify import certify
 from espalier.errors import EspalierError
 

@@ -18,12 +18,7 @@ from espalier.data.digits import read_digits
 from espalier.data.idx import FASHION_MNIST_MD5, parse_idx, read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages, stratified_order
 from espalier.errors import EspalierError
-
-SHARED = Path(os.environ.get("ESPALIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
-needs_cifar10 = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason=f"no CIFAR-10 at {SHARED / 'cifar10'}")
-needs_fashion = pytest.mark.skipif(
-    not (SHARED / "fashion-mnist").is_dir(), reason=f"no Fashion-MNIST at {SHARED / 'fashion-mnist'}"
-)
+from needs import data_folder, needs_data
 
 
 def one_line(caught: pytest.ExceptionInfo[EspalierError]) -> str:
@@ -106,9 +101,9 @@ def test_a_missing_cifar_file_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "test_batch") in one_line(caught)
 
 
-@needs_cifar10
+@needs_data("cifar10")
 def test_the_real_cifar10() -> None:
-    data = read_cifar10(SHARED / "cifar10")
+    data = read_cifar10(data_folder("cifar10"))
     assert data.train.images_NCHW.shape == (50000, 3, 32, 32)
     assert data.train.labels_N.bincount().tolist() == [5000] * 10
     assert data.test.labels_N.bincount().tolist() == [1000] * 10
@@ -183,9 +178,9 @@ def test_a_foreign_fashion_mnist_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "train-images-idx3-ubyte.gz") in one_line(caught)
 
 
-@needs_fashion
+@needs_data("fashion-mnist")
 def test_the_real_fashion_mnist() -> None:
-    data = read_fashion_mnist(SHARED / "fashion-mnist")
+    data = read_fashion_mnist(data_folder("fashion-mnist"))
     assert data.train.images_NCHW.shape == (60000, 1, 28, 28)
     assert data.train.labels_N.bincount().tolist() == [6000] * 10
     assert data.test.labels_N.bincount().tolist() == [1000] * 10

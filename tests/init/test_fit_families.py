@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,22 @@ import espalier
 from espalier.checkpoints.by_shape import skeleton
 from espalier.cli.main import main
 from espalier.init import FilterCovariance, MimeticSSM, StructureFit, fit
+from espalier.init.families import SSMFit
 from espalier.models import ConvMixer, SequenceModel
 from espalier.nn import Mamba2
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def assert_same_fit(ours: Sequence[SSMFit], theirs: Sequence[SSMFit]) -> None:
+    """Assert equality up to rounding: a model and its bare checkpoint lay their weights out differently."""
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        for name, value in asdict(two).items():
+            exact = not isinstance(value, float)
+            assert getattr(one, name) == (value if exact else pytest.approx(value, rel=1e-6, abs=1e-9)), name
 
 
 def mixed() -> SequenceModel:
@@ -88,7 +100,7 @@ def test_a_bare_checkpoint_shows_what_its_model_shows() -> None:
     espalier.structure_(model, generator=seeded(2))
     bare = skeleton(model.state_dict(), 3)
     whole, read = fit(model), fit(bare)
-    assert read.rows["ssm"] == whole.rows["ssm"]
+    assert_same_fit(read.rows["ssm"], whole.rows["ssm"])
     assert len(read.rows["attention"]) == len(whole.rows["attention"]) == 1
     theirs = {row.layer: row for row in espalier.audit(model).layers}
     for row in espalier.audit(bare).layers:
@@ -100,7 +112,7 @@ def test_groups_of_a_bare_mamba2_are_read_as_one() -> None:
     model = nn.ModuleDict({"mixer": Mamba2(32, state_size=8, head_dim=16, groups=2)})
     [known], [bare] = fit(model).rows["ssm"], fit(skeleton(model.state_dict())).rows["ssm"]
     assert bare.correlate == pytest.approx(known.correlate)
-    assert bare.abar == known.abar
+    assert bare.abar == pytest.approx(known.abar)
 
 
 def test_mamba_checkpoints_of_transformers_are_read_without_code() -> None:
@@ -110,7 +122,7 @@ def test_mamba_checkpoints_of_transformers_are_read_without_code() -> None:
         transformers.MambaModel(transformers.MambaConfig(**sizes)),
         transformers.Mamba2Model(transformers.Mamba2Config(**sizes, head_dim=16, num_heads=4, n_groups=1)),
     ):
-        assert fit(skeleton(model.state_dict())).rows["ssm"] == fit(model).rows["ssm"]
+        assert_same_fit(fit(skeleton(model.state_dict())).rows["ssm"], fit(model).rows["ssm"])
 
 
 def test_the_command_line_starts_a_model_like_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

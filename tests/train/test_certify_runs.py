@@ -39,7 +39,8 @@ def test_certify_and_attack_write_beside_the_run_and_leave_it_alone(
     certificate = Certificate.load(certificate_path(run_folder))
     assert certificate_path(run_folder).parent == run_folder.parent
     assert len(certificate) == 40
-    assert certificate.clean_accuracy == load_run(run_folder).result["score"]
+    # Certified in float64, scored in float32: an image on the border between two classes may fall to the other side.
+    assert certificate.clean_accuracy == pytest.approx(load_run(run_folder).result["score"], abs=1.5 / 40)
     assert 0 < certificate.certified_accuracy(36 / 255) < certificate.clean_accuracy
     assert main(["attack", str(run_folder), "--limit", "20", "--steps", "5"]) == 0
     assert "none fell" in capsys.readouterr().out

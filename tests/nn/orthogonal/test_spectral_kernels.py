@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from espalier.nn import backend, use_backend
+from espalier.nn import use_backend
 from espalier.nn.kernels import planes as kernels
 from espalier.nn.orthogonal.spectrum.dft import analyse, synthesise, tables
 from espalier.nn.orthogonal.spectrum.split_complex import product
+from needs import KERNELS
 
-pytestmark = pytest.mark.skipif(backend().name != "compiled", reason="no C++ compiler here")
+pytestmark = KERNELS
 LONG_AXES = [[16], [64], [16, 32], [3, 48], [32, 2, 5]]  # of registers' size, and those that are halved in memory
 DTYPES = [(torch.float32, torch.complex64, 2e-4), (torch.float64, torch.complex128, 1e-11)]
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from espalier.nn import GatedRMSNorm, backend, use_backend
+from espalier.nn import GatedRMSNorm, use_backend
+from needs import IMPLEMENTATIONS, KERNELS
 
 
 def formula(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -18,7 +19,7 @@ def formula(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Te
     return weight * torch.cat(parts, dim=-1)
 
 
-@pytest.mark.parametrize("implementation", ["compiled", "torch"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @settings(deadline=None, max_examples=15)
 @given(
@@ -47,11 +48,10 @@ def test_equals_the_formula(
         assert (one - two).abs().max() <= tolerance * max(1.0, two.abs().max().item())
 
 
+@KERNELS
 def test_the_compiled_operator_passes_torchs_own_checks() -> None:
     from espalier.nn.kernels.gated_norm import gated_norm_cpu
 
-    if backend().name != "compiled":
-        pytest.skip("no C++ compiler here")
     y, z, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6), (2, 3, 6), (6,)))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(gated_norm_cpu, (y, z, weight, 2, 1e-5), test_utils=checks)
