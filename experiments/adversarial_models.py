@@ -259,70 +259,73 @@ def attack(
     """
     generator = torch.Generator().manual_seed(seed)
     run, smooth = copy.deepcopy(net).to(dtype), copy.deepcopy(net).double()
-    tried = violations = certified = 0
-    taken = 0.0
-    for image, label, radius in zip(images.double(), labels.tolist(), radii, strict=True):
-        if not radius > 0:
-            continue
-        certified += 1
-        points = _nearby(smooth, image, label, min(radius, 1e8), generator)
-        distances = (points - image).flatten(1).norm(dim=1)
-        points = points[distances <= radius * (1 - 1e-12)]
-        with torch.no_grad():
-            scores = run(points.to(dtype)).double()
-            start = run(image[None].to(dtype)).double()[0]
-        margins = scores[:, [label]] - scores
-        margins[:, label] = math.inf
-        tried += len(points)
-        violations += int(((scores.argmax(1) != label) | ~torch.isfinite(scores).all(1)).sum())
-        first = start[label] - start
-        first[label] = math.inf
-        least, smallest = first.min().item(), margins.min().item() if len(points) else math.inf
-        if least > 0 and math.isfinite(smallest):
-            taken = max(taken, 1 - smallest / least)
-    return Attack(certified, tried, violations, taken)
+    some = [i for i, radius in enumerate(radii) if radius > 0]
+    if not some:
+        return Attack(0, 0, 0, 0.0)
+    images, labels = images[some].double(), labels[some]
+    limits = torch.tensor(radii, dtype=torch.float64)[some].clamp(max=1e8)
+    points_BP = _nearby(smooth, images, labels, limits, generator)
+    inside_BP = (points_BP - images[:, None]).flatten(2).norm(dim=2) <= limits[:, None] * (1 - 1e-12)
+    with torch.no_grad():
+        scores = run(points_BP.flatten(0, 1).to(dtype, copy=True)).double().unflatten(0, inside_BP.shape)
+    own = scores.gather(2, labels.view(-1, 1, 1).expand(-1, scores.shape[1], 1))
+    margins_BP = (own - scores).scatter(2, labels.view(-1, 1, 1).expand_as(own), math.inf).amin(2)
+    fell = inside_BP & ((scores.argmax(2) != labels[:, None]) | ~torch.isfinite(scores).all(2))
+    # The first point is the image itself.
+    least = torch.where(inside_BP, margins_BP, math.inf).amin(1)
+    taken = 1 - least / margins_BP[:, 0]
+    return Attack(len(some), int(inside_BP.sum()), int(fell.sum()), taken[torch.isfinite(taken)].max().item())
 
 
-def _nearby(net: nn.Module, image: Tensor, label: int, radius: float, generator: torch.Generator) -> Tensor:
-    """Return points at up to ``radius`` from an image, the likeliest ones to change its class."""
-    reach = radius * (1 - 1e-9)
-    random_ones = torch.randn(4, *image.shape, generator=generator, dtype=torch.float64)
-    directions = [*random_ones]
+def _nearby(net: nn.Module, images: Tensor, labels: Tensor, limits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return points (B, P, …) within the limits, the likeliest ones to change the class; the image itself first."""
+    batch, shape = len(images), images.shape[1:]
+    directions = [torch.randn(batch, 4, *shape, generator=generator, dtype=torch.float64)]
+    rows = _jacobian(net, images)
+    if rows is not None:
+        own = rows[torch.arange(batch), labels][:, None]
+        largest = rows.flatten(1).abs().amax(1).view(-1, 1, 1).clamp_min(1e-300)
+        vectors = torch.linalg.svd((rows.flatten(2) / largest), full_matrices=False).Vh
+        directions += [rows - own, vectors.unflatten(2, shape)]
+    pointed = torch.cat(directions, 1)
+    norms = pointed.flatten(2).norm(dim=2)
+    unit = pointed / norms.clamp_min(1e-300).view(batch, -1, *[1] * len(shape))
+    steps = unit * (limits * (1 - 1e-9)).view(batch, 1, *[1] * len(shape))
+    near = torch.cat((torch.zeros_like(steps[:, :1]), steps, -steps, 0.5 * steps), 1)
+    points = images[:, None] + near
+    return torch.cat((points, _ascend(net, points[:, ::2], images, labels, limits * (1 - 1e-9))), 1)
+
+
+def _jacobian(net: nn.Module, images: Tensor) -> Tensor | None:
+    """Return the gradients (B, C, …) of all scores, or None where they are not to be had."""
+    leaf = images.clone().requires_grad_(True)
     try:
-        jacobian = torch.autograd.functional.jacobian(lambda x: net(x[None].clone())[0], image)
-        rows = jacobian.flatten(1)
-        if torch.isfinite(rows).all() and rows.abs().max() > 0:
-            others = [row for j, row in enumerate(rows) if j != label]
-            directions += [(other - rows[label]).view(image.shape) for other in others]
-            directions += list((rows / rows.abs().max()).svd().V.mT[:2].reshape(-1, *image.shape))
+        scores = net(leaf.clone())
+        rows = [torch.autograd.grad(column.sum(), leaf, retain_graph=True)[0] for column in scores.unbind(1)]
     except (RuntimeError, NotImplementedError):
-        pass  # no gradient through this network: random directions are left
-    points = [image]
-    for direction in directions:
-        norm = direction.norm()
-        if norm > 0 and torch.isfinite(norm):
-            points += [image + sign * reach * direction / norm for sign in (-1.0, 1.0)]
-    found = torch.stack(points)
-    best = _ascend(net, found, image, label, reach)
-    return torch.cat((found, image + 0.5 * (found - image), best))
+        return None
+    found = torch.stack(rows, 1)
+    return found if torch.isfinite(found).all() else None
 
 
-def _ascend(net: nn.Module, points: Tensor, image: Tensor, label: int, reach: float) -> Tensor:
+def _ascend(net: nn.Module, points_BP: Tensor, images: Tensor, labels: Tensor, limits: Tensor) -> Tensor:
     """Return the points after a few steps of projected gradient ascent on the margin."""
+    count, ones = points_BP.shape[1], [1] * (images.ndim - 1)
+    points, centres = points_BP.flatten(0, 1), images.repeat_interleave(count, 0)
+    classes, reach = labels.repeat_interleave(count)[:, None], limits.repeat_interleave(count).view(-1, *ones)
     for _ in range(3):
         leaf = points.detach().requires_grad_(True)
         try:
             scores = net(leaf.clone())
-            others = scores.scatter(1, torch.full((len(scores), 1), label), -math.inf).amax(1)
-            (gradient,) = torch.autograd.grad((others - scores[:, label]).sum(), leaf)
+            others = scores.scatter(1, classes, -math.inf).amax(1)
+            (gradient,) = torch.autograd.grad((others - scores.gather(1, classes)[:, 0]).sum(), leaf)
         except (RuntimeError, NotImplementedError):
-            return points
-        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *[1] * image.ndim)
-        step = torch.where(torch.isfinite(gradient / norms), gradient / norms, 0.0)
-        delta = points + reach * step - image
-        sizes = delta.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *[1] * image.ndim)
-        points = (image + delta * (reach / sizes).clamp(max=1.0)).detach()
-    return points
+            return points_BP
+        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *ones)
+        delta = points + reach * torch.nan_to_num(gradient / norms) - centres
+        sizes = delta.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *ones)
+        points = (centres + delta * (reach / sizes).clamp(max=1.0)).detach()
+    return points.view_as(points_BP)
 
 
 def steepness(net: nn.Module, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from espalier.certify.attack import autoattack_l2, distance, fooled, pgd_l2, towards
 from espalier.certify.certificate import EPSILONS, Certificate, in_255
-from espalier.certify.radius import check_pixels
+from espalier.certify.radius import ARITHMETIC, check_pixels
 from espalier.errors import EspalierError
 from espalier.files import write_json
 
@@ -106,6 +107,9 @@ def challenge(
 ) -> AttackReport:
     """Attack a certified network at every ``eps``, and every certified point at its own radius and beyond.
 
+    Attacks search with the network as it is; a point that they find counts if the network in the arithmetic that the
+    certificate is about gets it wrong.
+
     Args:
         net: the network that was certified, in evaluation mode.
         images: the (N, …) images that were certified, in [0, 1].
@@ -127,7 +131,7 @@ def challenge(
     check_pixels(images, labels)
     if tuple(labels.tolist()) != certificate.labels:
         raise EspalierError(f"the certificate is about {len(certificate)} other images: give those it was made for")
-    hunt = _Hunt(net, images, labels, batch_size)
+    hunt = _Hunt(net, _judge(net, certificate), images, labels, batch_size)
     clean = hunt.standing()
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
@@ -152,17 +156,24 @@ def challenge(
     )
 
 
+def _judge(net: nn.Module, certificate: Certificate) -> nn.Module:
+    """Return the network in the arithmetic that the certificate is about."""
+    return copy.deepcopy(net).to(ARITHMETIC[certificate.arithmetic]) if certificate.arithmetic in ARITHMETIC else net
+
+
 class _Hunt:
     """The nearest wrong image found so far for every image, as a distance (0 where the network is wrong anyway).
 
-    Every search looks at images that stand so far within its radius; what it finds counts for all radii.
+    Every search looks at images that stand so far within its radius; what it finds counts for all radii. The network
+    searches in its own precision; what it finds counts if ``judge``, in the certificate's, gets it wrong.
     """
 
-    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
+    def __init__(self, net: nn.Module, judge: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
         self.net, self.images, self.labels, self.batch_size = net, images, labels, batch_size
+        self.judge, self.dtype = judge, next(judge.parameters(), images).dtype
         wrong_N = torch.cat(
             [
-                fooled(net, some, theirs)
+                fooled(judge, some.to(self.dtype), theirs)
                 for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True)
             ]
         )
@@ -201,11 +212,12 @@ class _Hunt:
             self.withstood_N[some] = eps
 
     def _note(self, indices: Tensor, found: Tensor) -> None:
-        fell = fooled(self.net, found, self.labels[indices])
+        found = found.to(self.dtype)
+        fell = fooled(self.judge, found, self.labels[indices])
         if not fell.any():
             return
         indices, found = indices[fell], found[fell]
-        nearest = towards(self.net, self.images[indices], found, self.labels[indices])
+        nearest = towards(self.judge, self.images[indices].to(self.dtype), found, self.labels[indices])
         distances = distance(self.images[indices], nearest)
         self.distances_N[indices] = torch.minimum(self.distances_N[indices], distances)
 

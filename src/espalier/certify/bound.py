@@ -91,7 +91,7 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
         UncertifiableError: an operation or a module without a known finite constant, with the path of the module.
     """
     analysis = Analysis(rounding=False)
-    twin = prepare(net, torch.float64, analysis)
+    twin = prepare(net, None if example is None else torch.float64, analysis)
     images = None if example is None else example.detach().to(device_of(twin), torch.float64)
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
@@ -100,7 +100,7 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     return result.lipschitz
 
 
-def prepare(net: nn.Module, dtype: torch.dtype, analysis: Analysis) -> nn.Module:
+def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn.Module:
     """Return a copy of a network in one precision that can be run on values with bounds.
 
     Compiled and wrapped models (``torch.compile``, DataParallel, DistributedDataParallel) are taken for the module
@@ -108,7 +108,7 @@ def prepare(net: nn.Module, dtype: torch.dtype, analysis: Analysis) -> nn.Module
 
     Args:
         net: the network; it is left alone.
-        dtype: of its floating parameters and buffers.
+        dtype: of its floating parameters and buffers; None keeps theirs.
         analysis: what the copy notes its modules in.
     """
     try:

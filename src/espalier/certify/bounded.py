@@ -273,6 +273,10 @@ class Bounded(Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Everything is done in ``__new__``."""
 
+    def __repr__(self, **kwargs: Any) -> str:
+        """Say what it is, not what it holds."""
+        return f"Bounded(lipschitz={self.bound.lipschitz:g})"
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -125,7 +125,7 @@ def certified_radii(scores_NC: Tensor, labels_N: Tensor, bound: ScoreBound, room
     own_N1 = scores_NC.gather(1, labels_N[:, None])
     # The difference and the quotient are rounded, too.
     lost_NC = 1e-15 * (own_N1.abs() + scores_NC.abs())
-    error_NC = bound.error_NCC[torch.arange(len(labels_N)), labels_N]
+    error_NC = bound.error_NCC.expand(len(labels_N), -1, -1)[torch.arange(len(labels_N)), labels_N]
     margins_NC = own_N1 - scores_NC - 2 * _UP * error_NC - lost_NC
     growth_NC = (bound.growth_CC + bound.error_growth_CC)[labels_N] * _UP
     radii_NC = torch.where(growth_NC > 0, margins_NC / growth_NC, torch.where(margins_NC > 0, math.inf, -math.inf))
