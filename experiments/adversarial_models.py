@@ -1,6 +1,6 @@
 """Networks that are drawn to fool a certificate, and attacks that are sure to notice: see ``certificate_attack.py``.
 
-``draw`` takes a ``random.Random``, so that a seed names a network and hypothesis can shrink one. The parts are all those
+``Draw`` takes a ``random.Random``, so that a seed names a network and hypothesis can shrink one. The parts are those
 that a certificate has rules for, put together in the ways that once went uncounted: modules used twice, branches that
 broadcast, operations in place, hooks, patches, functional calls, extreme scales, every dtype.
 """

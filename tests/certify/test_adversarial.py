@@ -14,7 +14,9 @@ from torch import nn
 from espalier.certify import certify, lipschitz_bound
 from espalier.errors import EspalierError
 
-QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+QUICK = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 @QUICK

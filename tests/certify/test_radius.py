@@ -134,7 +134,9 @@ def test_trap_nan_is_never_certified() -> None:
     nan, inf = float("nan"), float("inf")
     scores = torch.tensor([[nan, 0.0, 0.0], [1.0, nan, 0.0], [inf, 0.0, 0.0], [2.0, 1.0, 0.0]]).double()
     bound = real_scores(0, 1, 1, 1, 0, 1, 1, 1, 0)
-    assert certified_radii(scores, torch.zeros(4, dtype=torch.long), bound).tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0])
+    assert certified_radii(scores, torch.zeros(4, dtype=torch.long), bound).tolist() == pytest.approx(
+        [0.0, 0.0, 0.0, 1.0]
+    )
 
 
 def test_trap_a_margin_exactly_at_the_threshold_is_not_certified() -> None:

@@ -207,7 +207,10 @@ def test_the_excess_bounds_singular_values_of_real_and_complex_matrices() -> Non
 
 def test_rounding_costs_next_to_nothing_in_float64_and_stands_in_the_report() -> None:
     torch.manual_seed(0)
-    for net, shape in ((KWLarge(16, 128, 8, 1).eval(), (1, 8, 8)), (OrthogonalConvNet((32,), img_size=16).eval(), (3, 16, 16))):
+    for net, shape in (
+        (KWLarge(16, 128, 8, 1).eval(), (1, 8, 8)),
+        (OrthogonalConvNet((32,), img_size=16).eval(), (3, 16, 16)),
+    ):
         x = torch.rand(6, *shape)
         labels = copy.deepcopy(net).double()(x.double()).argmax(1)
         double = certify(net, x, labels)

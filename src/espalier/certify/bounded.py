@@ -117,7 +117,7 @@ class Analysis:
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
-        """Return the images as the first value: the identity, off by ``shift`` times their norm, if they were rounded."""
+        """Return the images as the first value: the identity, off by ``shift`` times their norm if they were rounded."""
         if images is None:
             return self.probe()
         self.room = images.new_full((len(images),), math.inf, dtype=torch.float64)
@@ -273,7 +273,7 @@ class Bounded(Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Everything is done in ``__new__``."""
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         """Say what it is, not what it holds."""
         return f"Bounded(lipschitz={self.bound.lipschitz:g})"
 

@@ -1,8 +1,9 @@
 """Whether a module still runs the code of its class: what a rule vouches for is that code, and no other.
 
 What a class consists of is recorded when its rule is entered: every attribute of it and of its parents, the code of
-every function, and what its functions name in their own modules, as far as this library reaches. A module passes if each of these is still what it was, on the class, on a subclass and on the module
-itself. A subclass may add, and change what only shows (``extra_repr``), but not override.
+every function, and what its functions name in their own modules, as far as this library reaches. A module passes if
+each of these is still what it was, on the class, on a subclass and on the module itself. A subclass may add, and change
+what only shows (``extra_repr``), but not override.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forwar
 
 @layer(CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d)
 def orthogonal_convolution(analysis: Analysis, module: CayleyConv2d, x: Bound, forward: Forward) -> Bound:
-    """√(1 + max ‖QᴴQ − I‖) over the frequencies of the operator that runs; zero padding then cropping only contracts."""
+    """√(1 + max ‖QᴴQ − I‖) over the frequencies of the operator that runs; padding and cropping only contract."""
     if x.value is None:
         return _unmeasured(x, module)
     _expect_evaluation(module, x.value)

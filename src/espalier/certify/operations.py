@@ -92,5 +92,5 @@ def unknown(name: str) -> str:
 _LOOKS = {
     "__bool__", "__float__", "__int__", "__index__", "__complex__", "item", "tolist", "numpy", "__array__", "gt", "lt",
     "ge", "le", "eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "allclose", "equal", "argmax", "argmin",
-    "nonzero", "where", "__contains__", "any", "all", "data_ptr", "untyped_storage", "storage", "__repr__", "__format__",
+    "nonzero", "where", "__contains__", "any", "all", "data_ptr", "untyped_storage", "storage", "__format__",
 }  # fmt: skip

@@ -204,8 +204,8 @@ def _bounded_scores(
     alike = (gap <= allowed) | (plain == traced.numbers) | ~torch.isfinite(traced.numbers)
     if plain.shape != traced.numbers.shape or not bool(alike.all()):
         raise UncertifiableError(
-            f"run again it gives scores that differ by {gap.max().item():.3g}, more than rounding can: is it random, or "
-            "does it depend on what it computed before?",
+            f"run again it gives scores that differ by {gap.max().item():.3g}, more than rounding can: is it random, "
+            "or does it depend on what it computed before?",
             type(twin).__name__,
         )
     bad = ~torch.isfinite(plain).all(1, keepdim=True)
@@ -239,8 +239,8 @@ def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[s
         "Distances are ℓ2 over pixels in [0, 1], all channels together; a perturbed image need not stay in that range.",
         f"Score differences grow at most by {how} ({bound.lipschitz:.6g}), over the operations as they ran.",
         "A point counts at ε only if it is classified correctly and its radius is strictly greater than ε.",
-        f"It is about the network as evaluated in {arithmetic}: rounding moves a score difference at these images by at "
-        f"most {rounding:.3g}, proved step by step for every image within the radius, as is that nothing overflows.",
+        f"It is about the network as evaluated in {arithmetic}: rounding moves a score difference at these images by "
+        f"at most {rounding:.3g}, proved step by step for every image within the radius, as is that nothing overflows.",
         "Sums may run in any order and with fused operations, but product by product (no TF32, no Winograd); "
         "elementary functions are right to 4 units in the last place.",
         "The certificate is about these weights and deterministic evaluation, in which images do not meet.",

@@ -245,6 +245,8 @@ def certify(
     run: Path,
     eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
     limit: int | None = None,
+    arithmetic: Literal["float64", "float32"] = "float64",
+    slack: bool = False,
     out: Path | None = None,
 ) -> None:
     """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
@@ -253,14 +255,18 @@ def certify(
         run: a finished run on images.
         eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
         limit: how many test images; all by default.
+        arithmetic: what the certificate is about: the net as evaluated in float64, or in float32 with a larger charge.
+        slack: print the constant and the rounding of every module.
         out: the file of the certificate; RUN-certificate.json beside the run folder by default.
     """
     from espalier.train import load_run
     from espalier.train.certify_runs import certificate_path, certify_run, parse_eps
 
     radii = parse_eps(eps)
-    certificate = certify_run(load_run(run), limit)
+    certificate = certify_run(load_run(run), limit, arithmetic)
     print(certificate.table(radii))
+    if slack:
+        print(f"\n{certificate.slack_table()}")
     print(f"certificate: {certificate.save(out or certificate_path(run))}")
 
 

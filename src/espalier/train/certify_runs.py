@@ -28,18 +28,19 @@ def attack_path(run: Path | str) -> Path:
     return _beside(run, "attack")
 
 
-def certify_run(run: Run, limit: int | None = None) -> Certificate:
+def certify_run(run: Run, limit: int | None = None, arithmetic: str = "float64") -> Certificate:
     """Certify the final network of a run on its test images.
 
     Args:
         run: a finished run on images.
         limit: how many of the test images, in their stored order; None: all.
+        arithmetic: ``"float64"`` or ``"float32"``; see ``certify``.
 
     Raises:
         EspalierError: an unfinished or diverged run, or one whose data are no images.
         UncertifiableError: a module without a known Lipschitz constant.
     """
-    return certify(*pixel_net(run, limit))
+    return certify(*pixel_net(run, limit), arithmetic=arithmetic)
 
 
 def attack_run(
