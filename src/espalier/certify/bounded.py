@@ -117,7 +117,7 @@ class Analysis:
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
-        """Return the images as the first value: the identity, off by ``shift`` times their norm if they were rounded."""
+        """Return the images as the first value: the identity, off by ``shift`` times their norm if rounded."""
         if images is None:
             return self.probe()
         self.room = images.new_full((len(images),), math.inf, dtype=torch.float64)
