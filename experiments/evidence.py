@@ -14,6 +14,7 @@ from espalier.study.solving_table import p_text, share_text
 from espalier.study.statistics import Interval, first_crossing, t_interval
 from espalier.study.summary import ArmSummary
 from experiments.experiment import ROW_SEEDS, Experiment
+from experiments.windows import DEFINITIONS, log_width_ratio, scores_of
 
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run at this scale"
 
@@ -94,6 +95,16 @@ def sooner(experiment: Experiment, arm: str, baseline: str) -> Judge:
     return partial(_sooner, experiment=experiment, arm=arm, baseline=baseline)
 
 
+def wider_window(experiment: Experiment, arm: str, baseline: str) -> Judge:
+    """Judge that an arm's window of learning rates is wider, by two definitions: the weaker of the verdicts stands."""
+    return partial(_wider_window, experiment=experiment, arm=arm, baseline=baseline)
+
+
+def reaches(study: str, arm: str, goal: float, metric: str = "") -> Judge:
+    """Judge that the runs of a study outside the queue (experiments/gpu.py) reach a published score."""
+    return partial(_reaches, study=study, arm=arm, goal=goal, metric=metric)
+
+
 def _better(results: Results, experiment: Experiment, arm: str, baseline: str, metric: str) -> Evidence:
     summary = results.summary(experiment, metric)
     difference = summary.difference(arm, baseline)
@@ -153,6 +164,32 @@ def _extra_better(
 def _extra(summary: Summary, arm: str, lr: float | None, metric: str) -> Mapping[int, float]:
     found = [record for record in summary.records.values() if record.arm == arm and record.lr == lr]
     return {record.seed: record.extra[metric] for record in found if metric in record.extra}
+
+
+def _wider_window(results: Results, experiment: Experiment, arm: str, baseline: str) -> Evidence:
+    summary = results.summary(experiment)
+    mine, theirs = scores_of(summary, arm), scores_of(summary, baseline)
+    parts, verdicts, count = [], [], 0
+    for words, width in DEFINITIONS.items():
+        interval = log_width_ratio(mine, theirs, width)
+        verdicts.append(verdict(interval))
+        if interval is not None and interval.defined:
+            count = interval.n
+            mean, low, high = (10**value for value in (interval.mean, interval.low, interval.high))
+            parts.append(f"{words}: × {mean:.2g} [{low:.2g}, {high:.2g}]")
+    order = (NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN)
+    return Evidence(min(verdicts, key=order.index), count, "; ".join(parts) or "–")
+
+
+def _reaches(results: Results, study: str, arm: str, goal: float, metric: str) -> Evidence:
+    found = [record for record in results.records if (record.study, record.arm) == (study, arm)]
+    scores = [score for record in found if (score := record.extra.get(metric) if metric else record.score) is not None]
+    if not scores:
+        return Evidence(NOT_RUN, 0, "–")
+    interval = t_interval([score - goal for score in scores], limits=(-1.0, 1.0))
+    epochs = sorted({record.epochs for record in found})
+    text = f"{100 * fmean(scores):.1f} % against {100 * goal:.1f} %, after {' or '.join(map(str, epochs))} epochs"
+    return Evidence(verdict(interval), len(scores), text)
 
 
 def _sooner(results: Results, experiment: Experiment, arm: str, baseline: str) -> Evidence:

@@ -17,6 +17,7 @@ from espalier.recipes import Recipe, get_recipe
 from experiments import asked  # noqa: F401  registers its model and its data
 from experiments.capacity import longest_copied
 from experiments.experiment import Experiment
+from experiments.lag import measured_lags
 
 # A factor of 100 in eight steps, for every arm: a default Mamba is known to need the right rate (arXiv 2508.19029).
 EIGHT_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 6e-3, 1e-2)
@@ -79,6 +80,7 @@ WINDOW = Experiment(
     EIGHT_RATES,
     seeds=10,
     minutes=1.2,
+    measure=measured_lags,
 )
 MQAR = {
     net: Experiment(
@@ -92,6 +94,15 @@ MQAR = {
     )
     for net in ("mamba2", "mamba1", "hybrid")
 }
+LONGER = Experiment(
+    "recall-mqar-mamba2-length128",
+    "Multi-query recall, length 128, 8 pairs: mamba2",
+    mqar("mamba2", length=128, pairs=8, epochs=30),
+    ARMS,
+    SIX_RATES,
+    seeds=3,
+    minutes=9.0,
+)
 CONTROL = Experiment(
     "recall-mqar-attention",
     "Multi-query recall, length 64, 4 pairs: attention, the control",

@@ -62,3 +62,25 @@ EQUAL_TIME = Experiment(
     measure=certified_accuracies,
     metric=METRIC,
 )
+
+_KWLARGE = get_recipe("kwlarge_fashion_tempered")
+MINUTES = Experiment(
+    "robustness-fashion-minutes",
+    "Certified accuracy on Fashion-MNIST after 1 and 10 minutes of one core: our patch net and KWLarge",
+    BASE,
+    # 235 steps an epoch of 35 and 109 ms (benchmarks/lipschitz_nets.py).
+    {
+        f"{net}-{minutes}min": {"model": model, "model_args": args, "epochs": epochs, "eval_every": epochs}
+        for net, model, args, both in (
+            ("patch-net", BASE.model, BASE.model_args, {1: 7, 10: 73}),
+            ("kwlarge", _KWLARGE.model, _KWLARGE.model_args, {1: 2, 10: 23}),
+        )
+        for minutes, epochs in both.items()
+    },
+    (3e-3, 1e-2),
+    seeds=3,
+    minutes=6.0,
+    pairs=(("patch-net-1min", "kwlarge-1min"), ("patch-net-10min", "kwlarge-10min")),
+    measure=certified_accuracies,
+    metric=METRIC,
+)

@@ -14,6 +14,7 @@ from espalier.data import build_source
 from espalier.errors import EspalierError
 from espalier.init import depthwise_layers
 from espalier.models import build_model
+from espalier.nn import mixing_matrix
 from espalier.recipes import ARMS, INITS, Recipe, get_recipe
 from espalier.study import launch, plan_study, summarise
 from espalier.train.build import build_run_model
@@ -22,8 +23,10 @@ from espalier.train.losses import build_loss
 from experiments.capacity import accuracy_by_length, longest_copied, longest_length
 from experiments.convmixer import EQUAL_PARAMETERS, NETS
 from experiments.filters import SWITCHES, convmixer, switch_arms
+from experiments.lag import copying_lag_share
 from experiments.nets import CifarResNet, MLPMixer
 from experiments.recall import SSM_PARTS, mqar, ssm_part_arms
+from experiments.windows import log_width_ratio, width_near_best, width_solving
 
 LAYER_PARTS = {
     "decay": ("A_log",),
@@ -180,3 +183,37 @@ def test_mixer_and_residual_network_against_plain_loops() -> None:
     assert sum(isinstance(module, torch.nn.Conv2d) for module in resnet.modules()) == 19
     with pytest.raises(EspalierError, match="patch_size 3 does not divide"):
         MLPMixer(6, 1, 3, 5, 7, img_size=8)
+
+
+def test_share_on_the_right_lag_against_a_plain_loop(tmp_path: Path) -> None:
+    source = build_source(TINY)
+    model, _ = build_run_model(TINY, source)
+    inputs, _ = source.examples(4, 2)
+    caught = []
+    mixer = model.layers[0].mixer
+    handle = mixer.register_forward_pre_hook(lambda m, args: caught.append(args[0].detach()))
+    model(inputs)
+    handle.remove()
+    matrices = mixing_matrix(mixer, caught[0]).abs()
+    shares = []
+    for matrix in matrices.flatten(0, 1):
+        places = range(5, 10)  # the bar and the symbols of the answer; symbols stand four tokens before
+        shares.append(sum(matrix[t, t - 4].item() for t in places) / sum(matrix[t].sum().item() for t in places))
+    assert copying_lag_share(model, source, 2) == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+
+
+def test_widths_of_windows_by_hand() -> None:
+    means = {1e-4: 0.5, 1e-3: 0.93, 1e-2: 0.94, 1e-1: 0.95}
+    assert width_near_best(means) == pytest.approx(100)
+    assert width_solving(means) == pytest.approx(100)
+    assert width_solving({1e-3: 0.1}) == 1
+    wide = {lr: dict.fromkeys(range(4), mean) for lr, mean in means.items()}
+    narrow = {lr: dict.fromkeys(range(4), 0.95 if lr == 1e-2 else 0.1) for lr in means}
+    for width in (width_near_best, width_solving):
+        interval = log_width_ratio(wide, narrow, width)
+        assert (interval.mean, interval.low, interval.high, interval.n) == pytest.approx((2, 2, 2, 4))
+    # One seed of four solves at every rate: whether a resample's mean does depends on which seeds it has.
+    mixed = {lr: {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.5 if lr < 1e-3 else 1.0} for lr in means}
+    interval = log_width_ratio(mixed, narrow, width_solving)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2, 2, 3))
+    assert log_width_ratio({1e-3: {0: 1.0}}, {1e-3: {1: 1.0}}, width_solving) is None
