@@ -57,7 +57,7 @@ def test_run_folder_is_opened_as_a_model(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["doctor", "vit"], "model 'vit' names no host"),
+        (["doctor", "vit"], "model 'vit': no such file or folder"),
         (["doctor", "espalier:vitt"], "unknown model 'vitt': did you mean 'vit'"),
         (["doctor", "BROKEN"], "cannot be read"),
     ],

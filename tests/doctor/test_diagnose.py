@@ -138,6 +138,28 @@ def test_probe_leaves_everything_as_it_was(training: bool) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+class Twice(nn.Module):
+    """Attends twice, once to one key and once to all."""
+
+    def __init__(self, flat_first: bool) -> None:
+        super().__init__()
+        self.linear, self.flat_first = nn.Linear(16, 16), flat_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, 1, 16, 16)."""
+        sharp = 100 * torch.eye(16).expand(len(x), 1, 16, 16).contiguous()
+        for q in (x * 0, sharp) if self.flat_first else (sharp, x * 0):
+            x = nn.functional.scaled_dot_product_attention(q, sharp, self.linear(x))
+        return x
+
+
+@pytest.mark.parametrize("flat_first", [True, False])
+def test_the_worst_of_several_calls_counts(flat_first: bool) -> None:
+    x = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = espalier.diagnose(Twice(flat_first), x)
+    assert [(f.check, f.layer) for f in loud(found)] == [("attention-entropy", "")]
+
+
 def test_probe_that_fails_leaves_everything_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     before = list(state_of(model))
@@ -237,6 +259,8 @@ def test_users_add_checks_of_their_own() -> None:
     try:
         with pytest.raises(EspalierError, match="check 'no-sevens' exists: choose another name"):
             register_check("no-sevens")
+        with pytest.raises(EspalierError, match="scope 'layer' of check 'other': choose 'tensor' or 'model'"):
+            register_check("other", scope="layer")  # type: ignore[arg-type]
         model = nn.Linear(8, 8)
         model.bias.data[2] = 7.0
         diagnosis = espalier.diagnose(model)

@@ -48,8 +48,10 @@ def register_check(
         replace: take the place of the check of this name.
 
     Raises:
-        EspalierError: the name is taken.
+        EspalierError: the name is taken, or the scope is neither.
     """
+    if scope not in ("tensor", "model"):
+        raise EspalierError(f"scope {scope!r} of check {name!r}: choose 'tensor' or 'model'")
     if name in CHECKS and not replace:
         raise EspalierError(f"check {name!r} exists: choose another name, or pass replace=True")
 

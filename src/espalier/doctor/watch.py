@@ -51,14 +51,15 @@ class _Operators(TorchFunctionMode):
         out = func(*args, **kwargs)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             if func in _RECTIFIERS:
-                _note(self.activity.dead, self.place(), _dead_share(out))
+                _note(self.activity.dead, self.place(), _dead_share(out), max)
             elif func in _SQUASHERS:
                 low = 0.0 if func in (torch.sigmoid, Tensor.sigmoid, F.sigmoid) else -1.0
-                _note(self.activity.saturated, self.place(), float(((out < low + 0.01) | (out > 0.99)).float().mean()))
+                share = float(((out < low + 0.01) | (out > 0.99)).float().mean())
+                _note(self.activity.saturated, self.place(), share, max)
             elif func in _SOFTMAX and isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1:
-                _note(self.activity.entropy, self.place(), _relative_entropy(out))
+                _note(self.activity.entropy, self.place(), _relative_entropy(out), min)
             elif func is F.scaled_dot_product_attention:
-                _note(self.activity.entropy, self.place(), _attention_entropy(*args, **kwargs))
+                _note(self.activity.entropy, self.place(), _attention_entropy(*args, **kwargs), min)
         return out
 
 
@@ -98,11 +99,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _note(table: dict[str, float], name: str, value: float | None) -> None:
-    # Of several calls in one module the worst counts: the least spread attention, the most dead units.
+def _note(table: dict[str, float], name: str, value: float | None, worse: Callable[[float, float], float]) -> None:
+    # Of several calls within one module the worst counts.
     if value is not None and not math.isnan(value):
-        worse = min if table is not None and name in table and value < table[name] and value <= 1 else max
-        table[name] = value if name not in table else worse(table[name], value)
+        table[name] = worse(table.get(name, value), value)
 
 
 def _dead_share(out: Tensor) -> float | None:
