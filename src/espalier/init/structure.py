@@ -52,29 +52,25 @@ def structure_(
     """Write structure into every layer that a layout recognises, in place, then measure it and report.
 
     Self-attention gets mimetic products, state-space layers start as causal linear attention, depthwise convolutions
-    get covariance-structured filters. On the meta device nothing is written and the rows say so: call it again after
-    ``to_empty()``. Call it **last**, after anything that draws weights of its own (``post_init``,
-    ``reset_parameters``), and ``audit`` after anything that touches weights.
+    get covariance-structured filters. On the meta device nothing is written: call it again after ``to_empty()``. Call
+    it **last**, after anything that draws weights (``post_init``, ``reset_parameters``), and ``audit`` after anything
+    that touches them.
 
-    A seed gives the same structure on every device and number of threads, up to rounding; see Note [The same draw
-    everywhere] in ``near_identity``. On a model that is sharded (FSDP2, DTensor) or wrapped by DDP every rank calls it,
-    and rank 0's generator counts: one layer at a time is gathered, written and sharded again, and the weights are those
-    of a single process. A model that is not wrapped yet is each rank's own, until DDP sends rank 0's weights.
-
-    A layer that cannot be read, written or measured gets a row ``skipped`` or ``failed`` with the reason, and the
-    others go on.
+    A seed gives the same structure on every device and number of threads, up to rounding (Note [The same draw
+    everywhere] in ``near_identity``). On a model that is sharded (FSDP2, DTensor) or wrapped by DDP every rank calls
+    it and rank 0's generator counts; a model that is not wrapped yet is each rank's own.
 
     Args:
         model: any module; the library it comes from need not be known as long as a layout covers its classes.
         generator: source of all noise; each layer draws from a stream of its own.
         guard: keep a fingerprint of every written layer's bits in the report, so that ``audit(model, against=report)``
-            tells weights that were touched from weights that were not. Nothing is left in the model.
-        specs: ``attention``, a ``Mimetic`` with the strengths for self-attention; ``ssm``, a ``MimeticSSM`` with what
-            to write into state-space layers; ``depthwise``, a ``FilterCovariance`` for depthwise filters. Left out:
-            the published defaults. ``None`` leaves the layers of a family alone.
+            tells touched weights from untouched ones. Nothing is left in the model.
+        specs: ``attention=Mimetic(…)``, ``ssm=MimeticSSM(…)``, ``depthwise=FilterCovariance(…)``. Left out: the
+            published defaults. ``None`` leaves the layers of a family alone.
 
     Returns:
-        One row a layer; ``print`` shows it as a table.
+        One row a layer; ``print`` shows it as a table. A layer that cannot be read, written or measured is ``skipped``
+        or ``failed`` with the reason, and the others go on.
 
     Raises:
         EspalierError: the model holds nothing that was asked for, no layer could be written, or a spec does not fit.
@@ -91,9 +87,7 @@ def structure_(
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
     generator = cpu_generator(generator)
     draws = [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in sites]
-    rows: list[LayerReport] = []
-    sums: list[dict[str, float]] = []
-    remarks: dict[str, None] = {}
+    rows, sums, remarks = list[LayerReport](), list[dict[str, float]](), dict[str, None]()
     for site, seed in zip(sites, agree(draws, model), strict=True):
         spec, taken = asked[site.family.kind], dict[str, float]()
         stream = torch.Generator(device="cpu").manual_seed(seed)
@@ -101,8 +95,7 @@ def structure_(
         sums.append(taken)
         if rows[-1].status == "written":
             remarks[site.family.remark(site.layer.found, spec, site.layer.module, model)] = None
-    statuses = {row.status for row in rows}
-    if "failed" in statuses and "written" not in statuses:
+    if "written" not in (statuses := {row.status for row in rows}) and "failed" in statuses:
         raise _nothing_written(model, asked, rows)
     for index, site in enumerate(sites):
         if rows[index].status == "written":
