@@ -56,8 +56,8 @@ class _Operators(TorchFunctionMode):
                 low = 0.0 if func in (torch.sigmoid, Tensor.sigmoid, F.sigmoid) else -1.0
                 share = float(((out < low + 0.01) | (out > 0.99)).float().mean())
                 _note(self.activity.saturated, self.place(), share, max)
-            elif func in _SOFTMAX and isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1:
-                _note(self.activity.entropy, self.place(), _relative_entropy(out), min)
+            elif func in _SOFTMAX and args and isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1:
+                _note(self.activity.entropy, self.place(), _relative_entropy(args[0]), min)
             elif func is F.scaled_dot_product_attention:
                 _note(self.activity.entropy, self.place(), _attention_entropy(*args, **kwargs), min)
         return out
@@ -112,14 +112,18 @@ def _dead_share(out: Tensor) -> float | None:
     return float((flat == 0).all(0).float().mean()) if len(flat) >= 16 else None
 
 
-def _relative_entropy(p: Tensor) -> float | None:
-    """Return the mean over queries of entropy / ln(visible keys), leaving out queries with fewer than four."""
-    p = p[..., -_QUERIES:, :].double()
-    keys = (p > 0).sum(-1)
-    entropy = -(p * p.clamp_min(1e-300).log()).sum(-1)
+def _relative_entropy(scores: Tensor) -> float | None:
+    """Return the mean over queries of entropy / ln(visible keys), leaving out queries that see fewer than four.
+
+    Masks write −∞, the most negative number, or −10,000.
+    """
+    scores = scores[..., -_QUERIES:, :].double()
+    keys = (scores > -9999).sum(-1)
     enough = keys >= 4
     if not bool(enough.any()):
         return None
+    p = scores.softmax(-1)
+    entropy = -(p * p.clamp_min(1e-300).log()).sum(-1)
     return float((entropy[enough] / keys[enough].double().log()).mean())
 
 
@@ -139,4 +143,4 @@ def _attention_entropy(
     elif attn_mask is not None:
         part = attn_mask[..., start:, :] if attn_mask.shape[-2] == q.shape[-2] else attn_mask
         scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
-    return _relative_entropy(scores.softmax(-1).nan_to_num(0.0))
+    return _relative_entropy(scores)
