@@ -9,12 +9,12 @@ from espalier.init.layouts import (
     torch_attention,
     transformers,
 )  # each registers its layouts
+from espalier.init.layouts.find import find_layers
 from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
     Skipped,
     SSMWeights,
-    find_layers,
     register_guess,
     register_layout,
 )

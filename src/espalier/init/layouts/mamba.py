@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from espalier.init.layouts.registry import (
     Found,
     Skipped,
     SSMWeights,
-    refuse_parametrized,
+    refuse_computed,
     register_guess,
     register_layout,
 )
@@ -18,14 +16,14 @@ from espalier.init.layouts.registry import (
 _TRANSFORMERS = "transformers.models."
 
 
-@register_layout("espalier.nn.mamba.Mamba1")
-@register_layout("mamba_ssm.modules.mamba_simple.Mamba")
-@register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer")
-@register_layout(_TRANSFORMERS + "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer")
-@register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer")
+@register_layout("espalier.nn.mamba.Mamba1", kind="ssm")
+@register_layout("mamba_ssm.modules.mamba_simple.Mamba", kind="ssm")
+@register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer", kind="ssm")
 def mamba1(module: nn.Module) -> Found:
     """Return views into ``x_proj`` (rows Δ-rank, B, C), ``dt_proj``, ``A_log`` and ``conv1d``."""
-    if refused := refuse_parametrized(module, "ssm"):
+    if refused := refuse_computed(module, "ssm"):
         return refused
     rates, taps, conv_bias = _common(module)
     maps, steps = _linear(module, "x_proj"), _linear(module, "dt_proj")
@@ -38,15 +36,15 @@ def mamba1(module: nn.Module) -> Found:
     )  # fmt: skip
 
 
-@register_layout("espalier.nn.mamba.Mamba2")
-@register_layout("mamba_ssm.modules.mamba2.Mamba2")
-@register_layout("fla.layers.mamba2.Mamba2")
-@register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer")
-@register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer")
-@register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer")
-@register_layout(_TRANSFORMERS + "zamba2.modeling_zamba2.Zamba2MambaMixer")
-@register_layout(_TRANSFORMERS + "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer")
-@register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
+@register_layout("espalier.nn.mamba.Mamba2", kind="ssm")
+@register_layout("mamba_ssm.modules.mamba2.Mamba2", kind="ssm")
+@register_layout("fla.layers.mamba2.Mamba2", kind="ssm")
+@register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "zamba2.modeling_zamba2.Zamba2MambaMixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer", kind="ssm")
 def mamba2(module: nn.Module) -> Found:
     """Return views into ``in_proj``, whose last rows are B, C and Δ, and ``dt_bias``, ``A_log`` and ``conv1d``."""
     groups = _first_of(module, "groups", "n_groups", "ngroups")
@@ -55,7 +53,7 @@ def mamba2(module: nn.Module) -> Found:
 
 @register_guess
 def guess_mamba(module: nn.Module) -> Found | None:
-    """Return the mixer that a module's names look like, saying that it is a guess, or ``None``.
+    """Return the mixer that a module's names look like, or ``None``.
 
     Mamba-2's B and C are what its convolution sees beside the value path; they are read as one group.
     """
@@ -68,12 +66,12 @@ def guess_mamba(module: nn.Module) -> Found | None:
         found = mamba1(module)
     elif "dt_bias" in bare:
         found = _mamba2(module, 1, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
-    return replace(found, note="guessed from the names of its layers") if isinstance(found, SSMWeights) else found
+    return found
 
 
 def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
     """Return a Mamba-2's views; ``share`` are the rows of B, all groups of it."""
-    if refused := refuse_parametrized(module, "ssm"):
+    if refused := refuse_computed(module, "ssm"):
         return refused
     rates, taps, conv_bias = _common(module)
     maps, heads = _linear(module, "in_proj"), len(rates)
@@ -88,7 +86,7 @@ def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
     )  # fmt: skip
 
 
-@register_layout(_TRANSFORMERS + "zamba.modeling_zamba.ZambaMambaMixer")
+@register_layout(_TRANSFORMERS + "zamba.modeling_zamba.ZambaMambaMixer", kind="ssm")
 def zamba(module: nn.Module) -> Found:
     """Leave it alone: it keeps one set of maps a head in bare tensors."""
     return Skipped("ssm", "Zamba keeps a set of maps a head: no layout yet")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-from espalier.errors import EspalierError
-from espalier.init.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -35,9 +31,14 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class DepthwiseWeights:
-    """One depthwise convolution's filters, (channels, 1, *kernel), as a view."""
+    """One depthwise convolution's filters, (channels, 1, *kernel), as a view.
+
+    ``centre`` is the tap that meets the output's own position: the middle one, or the last one of a causal convolution.
+    """
 
     weight: Tensor
+    centre: Literal["middle", "last"] = "middle"
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,94 +78,63 @@ Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
 AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
-_LAYOUTS: dict[str, Layout] = {}
-_GUESSES: list[Layout] = []
+COMPUTED = "its weights are computed by a hook before each call: remove the hook, write, put it back"
 
-# Decoders call the same class for both kinds of attention; only the name tells them apart.
-_CROSS = re.compile(r"(^|\.)(cross_?att\w*|encoder_attn|enc_?dec_?att\w*)$", re.IGNORECASE)
+# By the class's dotted path: the layout, and the family it is of.
+LAYOUTS: dict[str, tuple[Layout, str]] = {}
+# Layouts for classes that nobody registered.
+GUESSES: list[Layout] = []
 
 
-def register_layout(host: str | type[nn.Module]) -> Callable[[AnyLayout], AnyLayout]:
+def register_layout(host: str | type[nn.Module], *, kind: str = "attention") -> Callable[[AnyLayout], AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
     The function takes a module and returns views of its weights (``AttentionWeights``, ``SSMWeights``,
     ``DepthwiseWeights``), ``Skipped`` with a reason, a mapping of these by the names of its children (for a module that
     holds several layers), or ``None`` when this instance is none of its business. It serves subclasses too, unless they
-    have their own. A class may be named by its dotted path, so that no library need be imported.
+    have their own; what it reads in a subclass with code of its own is written only if a run of that code proves it. A
+    class may be named by its dotted path, so that no library need be imported.
 
     Args:
         host: the class, or its dotted path such as ``"transformers.models.vit.modeling_vit.ViTAttention"``.
+        kind: the family that its rows belong to if they cannot be read: ``"attention"``, ``"ssm"``, ``"depthwise"``.
     """
-    path = host if isinstance(host, str) else _path(host)
+    path = host if isinstance(host, str) else class_path(host)
 
     def register(layout: AnyLayout) -> AnyLayout:
-        _LAYOUTS[path] = layout
+        LAYOUTS[path] = layout, kind
         return layout
 
     return register
 
 
 def register_guess(layout: AnyLayout) -> AnyLayout:
-    """Ask this layout about modules of classes that nobody registered (decorator); its note says that it guessed."""
-    _GUESSES.append(layout)
+    """Ask this layout about modules of classes that nobody registered (decorator).
+
+    What it returns is written only if a run of the module proves it. Guesses are tried in the order of registration:
+    each may be one reading of weights that could be read in several ways.
+    """
+    GUESSES.append(layout)
     return layout
 
 
-def find_layers(model: nn.Module, *, shapes: bool = False) -> Iterator[tuple[str, str, Found]]:
-    """Yield ``(name, host class, weights)`` for every layer that a layout knows, in module order, each module once.
+def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
+    """Return why a layer cannot be written when any of its weights is computed from others, else ``None``.
 
-    Modules inside a recognised one are not looked at again. The views of a sharded layer are of its whole weights,
-    gathered when it is yielded; what was written to them reaches the shards when the next one is asked for.
-
-    Args:
-        model: any module.
-        shapes: gather nothing; the views of sharded layers are then on the meta device.
-
-    Raises:
-        EspalierError: a module lacks an attribute that its layout reads (another version of the class).
+    Parametrisations say so of themselves. Hooks of the older kind (``weight_norm``, ``spectral_norm``, ``prune`` and
+    what users write after their model) keep what they compute from beside the weight, under the weight's name and more.
     """
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        host = next((path for path in map(_path, type(module).__mro__) if path in _LAYOUTS), None)
-        with whole(module, shapes=True):
-            found = _read(name, module, host)
-        if found is None:
-            continue
-        prefix = f"{name}." if name else ""
-        inside.append(prefix)
-        with whole(module, shapes=shapes) as sharded:
-            if sharded:
-                found = _read(name, module, host)
-                assert found is not None
-            layers = found if isinstance(found, Mapping) else {"": found}
-            for child, weights in layers.items():
-                full = prefix + child if child else name
-                yield full, type(module).__name__, _unless_crossed(full, weights)
-
-
-def _read(name: str, module: nn.Module, host: str | None) -> Found | Mapping[str, Found] | None:
-    if host is None:
-        return next((found for guess in _GUESSES if (found := guess(module)) is not None), None)
-    try:
-        return _LAYOUTS[host](module)
-    except AttributeError as error:
-        raise EspalierError(f"layer {name!r} is a {host}, but {error}: register a layout for this class") from error
-
-
-def _unless_crossed(name: str, weights: Found) -> Found:
-    if isinstance(weights, AttentionWeights) and _CROSS.search(name):
-        return Skipped("attention", "cross-attention compares two sequences: left alone")
-    return weights
-
-
-def refuse_parametrized(module: nn.Module, kind: str) -> Skipped | None:
-    """Return why a layer cannot be written when any of its weights is computed from others, else ``None``."""
     if any(parametrize.is_parametrized(part) for part in module.modules()):
         return Skipped(kind, "its weights are parametrised: remove the parametrisation, write, register it again")
+    for part in module.modules():
+        kept = {*part._parameters, *part._buffers}
+        for name in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
+            sources = [other for other in kept if other.startswith(f"{name}_")]
+            if name in vars(part) or (part._forward_pre_hooks and name in kept and sources):
+                return Skipped(kind, COMPUTED)
     return None
 
 
-def _path(cls: type) -> str:
+def class_path(cls: type) -> str:
+    """Return a class's dotted path."""
     return f"{cls.__module__}.{cls.__qualname__}"
