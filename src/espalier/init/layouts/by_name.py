@@ -18,10 +18,29 @@ TRIPLES = (
     ("to_q", "to_k", "to_v"),
     ("q_lin", "k_lin", "v_lin"),
     ("query_proj", "key_proj", "value_proj"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_linear", "k_linear", "v_linear"),
     ("q", "k", "v"),
 )
 FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "to_out", "out_lin", "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o")
+OUTPUTS = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "to_out",
+    "out_lin",
+    "linear_out",
+    "out_linear",
+    "proj_out",
+    "wo",
+    "Wo",
+    "w_o",
+    "W_o",
+    "proj",
+    "dense",
+    "out",
+    "o",
+)
 
 
 @register_guess

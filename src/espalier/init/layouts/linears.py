@@ -116,7 +116,7 @@ def _matrix(module: nn.Module, name: str) -> Tensor | Skipped:
 
 def _count_heads(module: nn.Module, rows: int) -> int:
     """Return the number of query heads that the module states, or 0."""
-    for owner in (module, getattr(module, "self", None)):
+    for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
         if heads := _stated(owner, HEADS):
             return heads
         if width := _stated(owner, WIDTHS):
