@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INTEROP ?= .venv-interop
 export PYTHONHASHSEED := 0
 
-.PHONY: env demo test check bench docs interop lock clean
+.PHONY: env demo test check bench docs interop sweep sweep-short lock clean
 env: $(VENV)/.installed          ## make the environment (idempotent)
 demo: env                        ## the whole idea in minutes on a laptop; ends with a table and report.html
 	$(BIN)/espalier demo --out runs/demo
@@ -23,6 +23,10 @@ interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-lin
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop --override-ini addopts=-ra
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop/conftest.py \
 		tests/init/layouts/test_transformers_layouts.py --override-ini addopts=-ra
+sweep: $(INTEROP)/.installed     ## every architecture that builds, written and judged; writes the page of supported models
+	PYTHONPATH=src:tests $(INTEROP)/bin/python experiments/sweep.py --jobs 2 --out docs/guides
+sweep-short: env                 ## the same for thirty types of transformers
+	PYTHONPATH=src:tests $(BIN)/python experiments/sweep.py --short --jobs 2 --out runs/sweep
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:

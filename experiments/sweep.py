@@ -21,6 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ import torch
 from sweep_judge import judge
 from torch import nn
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 LARGEST = 40_000_000
-SHORT = (
-    "vit bert llama gpt2 gpt_neox bloom t5 bart gpt_bigcode lfm2 siglip_vision_model deepseek_v3 deberta xlnet mamba "
-    "mamba2 falcon gemma3_text qwen3 whisper clip_vision_model swin beit mpt wav2vec2-conformer opt codegen olmo2 "
-    "gpt_oss convnext"
-).split()
+SHORT = """
+    vit bert llama gpt2 gpt_neox bloom t5 bart gpt_bigcode lfm2 siglip_vision_model deepseek_v3 deberta xlnet mamba
+    mamba2 falcon gemma3_text qwen3 whisper clip_vision_model swin beit mpt wav2vec2-conformer opt codegen olmo2
+    gpt_oss convnext
+""".split()  # noqa: SIM905
 
 
 # Sizes of a small model, by how libraries call them.
@@ -45,7 +46,7 @@ SIZES = {
     "num_encoder_attention_heads num_decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_encoder_layers "
     "num_decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers num_key_value_heads num_kv_heads "
-    "num_local_experts num_experts n_routed_experts num_experts_per_tok moe_num_experts",
+    "window_size num_local_experts num_experts n_routed_experts num_experts_per_tok moe_num_experts",
     48: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner moe_intermediate_size d_inner "
     "shared_expert_intermediate_size mlp_dim ffn_hidden_size",
     64: "vocab_size max_position_embeddings n_positions max_source_positions max_target_positions vocab_size_or_config",
@@ -53,6 +54,8 @@ SIZES = {
     "patch_size qk_head_dim global_head_dim mamba_d_head",
     16: "image_size num_mel_bins state_size ssm_state_size",
 }  # fmt: skip
+# And of what has one size a stage.
+LISTS = {"num_heads": 2, "num_attention_heads": 2, "depths": 1}
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
@@ -61,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--short", action="store_true", help="thirty model types, for continuous integration")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--library", default="transformers,timm,torchvision,fla")
     options = parser.parse_args()
@@ -73,15 +77,18 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     records = []
     record = options.out / "supported-models.jsonl"
-    with record.open("w") as lines:
-        for library, name, build in builds:
-            records.append({"library": library, "model": name, **in_a_process(build)})
+    # Threads only wait here: each model is forked off into a process of its own.
+    with record.open("w") as lines, ThreadPoolExecutor(options.jobs) as pool:
+        for (library, name, _), outcome in zip(builds, pool.map(in_a_process, [b[2] for b in builds]), strict=True):
+            records.append({"library": library, "model": name, **outcome})
             lines.write(json.dumps(records[-1]) + "\n")
             lines.flush()
             print(one_line(records[-1]), flush=True)
     (options.out / "supported-models.md").write_text(table(records))
     failures = [one for one in records if one["result"] == "crash" or bad_layers(one)]
-    print(f"{len(records)} models tried, {len(failures)} with a failure; the table is {options.out}/supported-models.md")
+    print(
+        f"{len(records)} models tried, {len(failures)} with a failure; the table is {options.out}/supported-models.md"
+    )
     return bool(failures)
 
 
@@ -154,7 +161,9 @@ def small_config(cls: Any, wanted: dict[str, int]) -> Any:
     for name, value in vars(plain).items():
         if isinstance(value, bool) or name.startswith("_"):
             continue
-        if isinstance(value, int) and name in wanted:
+        if isinstance(value, list | tuple) and name in LISTS and wanted:
+            changes[name] = [LISTS[name]] * len(value)
+        elif isinstance(value, int) and name in wanted:
             changes[name] = min(value, wanted[name]) if value > 0 else value
         elif hasattr(value, "to_diff_dict"):
             changes[name] = small_config(type(value), wanted).to_dict()
@@ -171,7 +180,9 @@ def model_of(config: Any) -> nn.Module:
     except ValueError:
         pass
     module = __import__(type(config).__module__.replace("configuration", "modeling"), fromlist=["*"])
-    owners = [c for c in vars(module).values() if isinstance(c, type) and getattr(c, "config_class", None) is type(config)]
+    owners = [
+        c for c in vars(module).values() if isinstance(c, type) and getattr(c, "config_class", None) is type(config)
+    ]
     owners = [c for c in owners if issubclass(c, nn.Module) and not c.__name__.endswith("PreTrainedModel")]
     if not owners:
         raise ValueError("no model class takes this configuration alone")
@@ -180,6 +191,7 @@ def model_of(config: Any) -> nn.Module:
 
 def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield one small architecture of every file of timm's models."""
+    import reference.torchvision_operators  # noqa: F401 (before torchvision, which does not import without)
     import timm
 
     for file in timm.list_modules():
@@ -204,6 +216,7 @@ def smallest_timm(names: list[str]) -> nn.Module:
 
 def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield torchvision's classification models, the smaller ones."""
+    import reference.torchvision_operators  # noqa: F401
     import torchvision
 
     for name in torchvision.models.list_models(module=torchvision.models):
@@ -244,7 +257,9 @@ def one_line(record: dict[str, Any]) -> str:
     counts = Counter(row["verdict"] for row in record.get("layers", ()))
     words = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or record.get("why", "no layer of these kinds")
     bad = bad_layers(record)
-    return f"{record['library']} {record['model']}: {record['result']}: {words}" + (f"  FAILED {bad[:3]}" if bad else "")
+    return f"{record['library']} {record['model']}: {record['result']}: {words}" + (
+        f"  FAILED {bad[:3]}" if bad else ""
+    )
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -262,8 +277,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "# Supported models",
         "",
         "Generated by `make sweep`: every model type that builds small on one CPU core within a minute, written by",
-        "`structure_` and judged by its own forward pass (see `experiments/sweep.py`). "
-        f"{', '.join(versions)}.",
+        f"`structure_` and judged by its own forward pass (see `experiments/sweep.py`). {', '.join(versions)}.",
         "",
         f"**{len(built)} of {len(records)} models built; {sum(counts.values())} layers: "
         + ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v] or v in ("wrong", "silent"))

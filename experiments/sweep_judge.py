@@ -40,12 +40,12 @@ def judge(model: nn.Module) -> dict[str, Any]:
     except EspalierError as error:
         why = str(error).splitlines()[0]
         try:
-            reports = [row for row in espalier.audit(model).layers]
+            reports = list(espalier.audit(model).layers)
         except EspalierError:
             reports = []
         if any(row.status != "skipped" for row in reports):
             return {"result": "crash", "why": why}
-    used, attending = run_whole(model)
+    used, attending = run_whole(model.double())
     layers = []
     for row in reports:
         verdict, note = ("skipped", row.note) if row.status == "skipped" else judge_row(model, row, used)
@@ -74,6 +74,11 @@ def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     used: dict[str, tuple[Any, Any]] = {}
     stack: list[str] = []
     handles = []
+
+    def leave(*_: Any) -> None:
+        if stack:
+            stack.pop()
+
     for name, module in model.named_modules():
 
         def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
@@ -81,12 +86,12 @@ def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
             used.setdefault(name, (fresh(args), fresh(kwargs)))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() if stack else None, always_call=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     attending: list[str] = []
     for inputs in whole_inputs(model):
+        inputs = double(inputs)
         stack.clear()
         with untraced(), Watch(stack) as watch:
-            torch.set_default_dtype(torch.float32)
             try:
                 model(*inputs.pop("args", ()), **inputs)
             except Exception:
@@ -97,6 +102,15 @@ def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     for handle in handles:
         handle.remove()
     return used, attending
+
+
+def double(value: Any) -> Any:
+    """Return nested inputs with every floating-point tensor in float64."""
+    if isinstance(value, dict):
+        return {key: double(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(double, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def whole_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -113,7 +127,10 @@ def whole_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield {"pixel_values": image}
     yield {"input_ids": ids, "pixel_values": image}
     yield {"input_values": torch.randn(1, 4000)}
-    yield {"input_features": torch.randn(1, bins, 2 * getattr(config, "max_source_positions", 32)), "decoder_input_ids": ids}
+    yield {
+        "input_features": torch.randn(1, bins, 2 * getattr(config, "max_source_positions", 32)),
+        "decoder_input_ids": ids,
+    }
     yield {"input_features": torch.randn(1, 64, bins)}
     yield {"inputs_embeds": torch.randn(1, 8, getattr(config, "hidden_size", 32))}
     yield {"args": (torch.randn(1, 3, size, size),)}
@@ -151,9 +168,9 @@ def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], fl
     dim = first.shape[-1]
     order = torch.randperm(dim, generator=torch.Generator().manual_seed(4))[:PROBES].tolist()
     qk, vo, scales = 0.0, 0.0, {1.0}
-    zero = one_run(module, args, kwargs, keys, torch.zeros(dim))
+    zero = one_run(module, args, kwargs, keys, torch.zeros(dim, dtype=torch.float64))
     for index in order:
-        unit = torch.zeros(dim)
+        unit = torch.zeros(dim, dtype=torch.float64)
         unit[index] = 1.0
         scores, out = one_run(module, args, kwargs, keys, unit)
         moved = (scores - zero[0]).diagonal(0, -1, -2)
@@ -162,7 +179,9 @@ def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], fl
         heads = scores.numel() // scores.shape[-1] ** 2 // max(1, first.numel() // dim // scores.shape[-1])
         scales |= {(dim / heads) ** -0.5, dim**-0.5}
     scales |= {float(s) for n in ("scaling", "scale", "scale_attn") if isinstance(s := getattr(module, n, None), float)}
-    scales |= {w**-0.5 for n in ("head_dim", "attention_head_size", "d_kv") if isinstance(w := getattr(module, n, None), int)}
+    scales |= {
+        w**-0.5 for n in ("head_dim", "attention_head_size", "d_kv") if isinstance(w := getattr(module, n, None), int)
+    }
     return [qk / scale for scale in sorted(scales) if scale], vo
 
 
@@ -178,7 +197,9 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
     same = args[0] if args else kwargs[keys[0]]
     filled = token.to(same.dtype).expand(same.shape).clone()
     # Whatever has the same values as the tokens (query, key, value) stays equal to them.
-    args = tuple(filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a for a in args)
+    args = tuple(
+        filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a for a in args
+    )
     kwargs = {
         k: filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a
         for k, a in kwargs.items()
@@ -186,7 +207,6 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
     kwargs = {k: v for k, v in kwargs.items() if "past" not in k and "cache" not in k}
     try:
         with untraced(), Watch([]) as watch:
-            torch.set_default_dtype(torch.float32)
             out = module(*args, **kwargs)
     finally:
         for handle in handles:
