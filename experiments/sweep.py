@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import sys
@@ -70,6 +71,9 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if importlib.util.find_spec("torchvision"):
+        # Before torchvision, which does not import beside a CPU build of torch without it.
+        importlib.import_module("reference.torchvision_operators")
     libraries = ["transformers"] if options.short else options.library.split(",")
     builds = [(library, *found) for library in libraries for found in BUILDERS[library]()]
     wanted = SHORT if options.short else options.only.split(",") if options.only else None
@@ -191,7 +195,6 @@ def model_of(config: Any) -> nn.Module:
 
 def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield one small architecture of every file of timm's models."""
-    import reference.torchvision_operators  # noqa: F401 (before torchvision, which does not import without)
     import timm
 
     for file in timm.list_modules():
@@ -216,7 +219,6 @@ def smallest_timm(names: list[str]) -> nn.Module:
 
 def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield torchvision's classification models, the smaller ones."""
-    import reference.torchvision_operators  # noqa: F401
     import torchvision
 
     for name in torchvision.models.list_models(module=torchvision.models):
