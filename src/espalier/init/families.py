@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,6 +133,7 @@ def _attention_contradiction(
 def _write_depthwise(
     weights: DepthwiseWeights, spec: FilterCovariance, place: Place, generator: torch.Generator
 ) -> str:
+    spec = replace(spec, centre=weights.centre) if weights.centre != "middle" else spec
     return spec.write_(weights.weight, spec.depth_of(*place), generator=generator)
 
 
