@@ -181,7 +181,7 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     for name, size in (("q", trial.heads), ("k", trial.groups)):
         push = torch.randn(size, trial.width, 1, generator=generator, dtype=torch.float64) * _PUSH
         for way_D in ways:
-            pushed = trial.look(**{name: lambda part, push=push, way_D=way_D: part + push * way_D})
+            pushed = trial.look(**{name: _pushed(push * way_D)})
             moved[name].append(pushed.scores_HLL - base.scores_HLL)
     (q1, q2), (k1, k2) = moved["q"], moved["k"]
     own = [part.diagonal(0, 1, 2) for part in (q1, q2, k1, k2)]
@@ -220,8 +220,8 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     queries[0] = _PUSH
     outs, scores = [], []
     for way_D in ways:
-        outs.append(trial.look(v=lambda part, way_D=way_D: part + pushes * way_D).tokens_LX)
-        pushed = trial.look(q=lambda part, way_D=way_D: part + queries * way_D).scores_HLL
+        outs.append(trial.look(v=_pushed(pushes * way_D)).tokens_LX)
+        pushed = trial.look(q=_pushed(queries * way_D)).scores_HLL
         scores.append((pushed - base.scores_HLL)[0].diagonal())
     if base.tokens_LX is None or outs[0] is None or outs[1] is None:
         raise Unproven("its output has no axis of tokens")
@@ -261,6 +261,10 @@ def _times(signs: Tensor) -> Callable[[Tensor], Tensor]:
 def _orders(generator: torch.Generator, count: int, size: int) -> Tensor:
     """Return a permutation of the channels for each head or group, (count, size): its own, so that it tells heads."""
     return torch.stack([torch.randperm(size, generator=generator) for _ in range(count)])
+
+
+def _pushed(by: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda part: part + by
 
 
 def _taken(orders: Tensor) -> Callable[[Tensor], Tensor]:

@@ -43,6 +43,8 @@ def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: F
         found: what ``reading`` returned for it.
         reading: the layout, applied to a scratch copy too.
     """
+    if isinstance(found, Skipped):
+        return found
     if isinstance(found, DepthwiseWeights):
         return Skipped("depthwise", "its class is not registered: register a layout for it")
     guessed = f"guessed from the names of its layers; {found.note}".rstrip("; ")

@@ -71,7 +71,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
             raise CannotRunError(f"its buffer {name} is on the meta device")
         memo[id(buffer)] = buffer.detach().to("cpu", torch.float64 if buffer.is_floating_point() else None, copy=True)
     # FSDP2 gives each module a class of its own, which forbids copies; the class below it does not.
-    sharded = [(part, base.__new__(base)) for part in module.modules() if (base := _below_fsdp(type(part)))]
+    sharded = [(part, nn.Module.__new__(base)) for part in module.modules() if (base := _below_fsdp(type(part)))]
     memo.update((id(part), twin) for part, twin in sharded)
     # Hooks may hold anything, and may do anything: the copy has none.
     for part in module.modules():
@@ -236,7 +236,7 @@ def fresh(value: Any) -> Any:
     return value
 
 
-def _below_fsdp(cls: type) -> type | None:
+def _below_fsdp(cls: type) -> type[nn.Module] | None:
     return cls.__bases__[-1] if "__deepcopy__" in vars(cls) and cls.__bases__[0].__name__ == "FSDPModule" else None
 
 
