@@ -287,3 +287,35 @@ def test_the_probe_runs_once_for_layers_alike(monkeypatch: pytest.MonkeyPatch) -
         module.layer_idx = index
     espalier.structure_(model, generator=seeded())
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("kind", ["mamba", "encoder", "vit"])
+def test_layers_whose_weights_are_elsewhere_get_a_row(kind: str) -> None:
+    from espalier.nn.mamba import Mamba1
+
+    model: nn.Module = {
+        "mamba": lambda: Mamba1(16),
+        "encoder": lambda: nn.TransformerEncoderLayer(DIM, 2),
+        "vit": lambda: espalier.models.VisionTransformer(8, 2, 1, embed_dim=DIM, depth=1, num_heads=2),
+    }[kind]()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    [found] = [found for _, _, found in find_layers(model)]
+    assert isinstance(found, Skipped)
+    rows = espalier.structure_(nn.ModuleList([model, RandomAttention(Form())])).layers
+    assert [row.status for row in rows] == ["skipped", "written"]
+
+
+def test_an_adapter_on_a_state_space_layer_gets_a_row() -> None:
+    from espalier.nn.mamba import Mamba1
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base_layer, self.lora_A = base, nn.Linear(16, 2)
+
+    mixer = Mamba1(16)
+    mixer.x_proj = Adapted(mixer.x_proj)
+    [found] = [found for _, _, found in find_layers(mixer)]
+    assert isinstance(found, Skipped)
+    assert "LoRA" in found.reason

@@ -24,6 +24,7 @@ from espalier.init.layouts.registry import (
 )
 from espalier.init.sharded import whole
 
+_EMPTY = "its weights have no elements here (ZeRO-3 keeps them elsewhere): write before sharding"
 _CROSS = Skipped("attention", "cross-attention compares two sequences: left alone")
 
 
@@ -96,7 +97,7 @@ def _guess(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Foun
     """Return the first guess that a run of the module proves, else why the first is not proven."""
     refused: Found | None = None
     for guess in GUESSES:
-        found = guess(module)
+        found = _apply(guess, "ssm" if "conv1d" in module._modules else "attention", name, module)
         assert not isinstance(found, Mapping)
         if found is not None and not isinstance(found := _vet(name, module, found), Skipped):
             found = prove(names, name, module, found, guess)
@@ -108,7 +109,17 @@ def _guess(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Foun
 
 def _apply(layout: Layout, kind: str, name: str, module: nn.Module) -> Found | Mapping[str, Found] | None:
     try:
-        return layout(module)
+        found = layout(module)
+        if found is not None and any(parameter.numel() == 0 for parameter in module.parameters()):
+            return Skipped(kind, _EMPTY)
+        return found
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        # What a layout takes for granted does not hold: the row says so, and the other layers go on.
+        if any(hasattr(part, "base_layer") or hasattr(part, "lora_A") for part in module.modules()):
+            return Skipped(kind, "it carries an adapter (LoRA): write the base model, then add adapters")
+        if any(parameter.numel() == 0 for parameter in module.parameters()):
+            return Skipped(kind, _EMPTY)
+        return Skipped(kind, f"its layout cannot read it ({type(error).__name__}: {error}): register one for its class")
     except AttributeError as error:
         host = class_path(type(module))
         raise EspalierError(f"layer {name!r} is a {host}, but {error}: register a layout for this class") from error
