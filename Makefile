@@ -2,21 +2,32 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INTEROP ?= .venv-interop
+# The version of torch, and the package index that it comes from (pip's own if empty): CPU wheels have one of their own.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
+TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env demo test check bench docs interop sweep sweep-short lock clean
+.PHONY: env kernels demo test test-matrix check bench gpu docs interop sweep sweep-short wheel lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
+kernels:                         ## compile the C++ kernels in place, as `make env` does
+	$(BIN)/python setup.py --quiet build_ext --inplace
 demo: env                        ## the whole idea in minutes on a laptop; ends with a table and report.html
 	$(BIN)/espalier demo --out runs/demo
 test: env                        ## every test that needs no other library's environment
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+test-matrix: env                 ## every test under other instruction sets, threads, backends; PYTHON= and VENV= choose
+	PYTHON=$(BIN)/python tests/matrix.sh
 check: env                       ## style, types, import law, public surface
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q tests/test_house.py tests/test_surface.py
 bench: env                       ## side-by-side ratios, one file a question
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+gpu: env                         ## tests, speed tables and trainings on a GPU; their smallest form without one
+	$(BIN)/python experiments/gpu.py --deadline $(or $(DEADLINE),25m) --out $(or $(OUT),runs/gpu) --parallel 3
+results: env                     ## every page and picture of docs/results from the records
+	$(BIN)/python experiments/results.py
 docs: env                        ## the guide as a static site in site/
 	$(BIN)/mkdocs build --strict
 interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-linear-attention, transformers beside them
@@ -27,18 +38,15 @@ sweep: $(INTEROP)/.installed     ## every architecture that builds, written and 
 	PYTHONPATH=src:tests $(INTEROP)/bin/python experiments/sweep.py --jobs 2 --out docs/guides
 sweep-short: env                 ## the same for thirty types of transformers
 	PYTHONPATH=src:tests $(BIN)/python experiments/sweep.py --short --jobs 2 --out runs/sweep
+wheel: env                       ## the wheel, kernels included, in dist/
+	$(BIN)/python -m build --wheel
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:
 	rm -rf $(VENV) $(INTEROP) site build dist
 
-# The lock lists every package, so pip resolves nothing (--no-deps): torch comes as the pinned CPU build, and
-# torchattacks cannot drag in a torchvision that does not import beside it.
-$(VENV)/.installed: requirements/dev.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps torch==$$(sed -n 's/^torch==//p' requirements/dev.lock)
-	$(BIN)/pip install --quiet --no-deps -r requirements/dev.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+$(VENV)/.installed: requirements/dev.lock requirements/environment.py pyproject.toml setup.py $(wildcard src/espalier/nn/kernels/*.[ch]pp)
+	$(PYTHON) requirements/environment.py $(VENV) $(TORCH) $(TORCH_INDEX)
 	touch $@
 
 $(INTEROP)/.installed: requirements/interop.lock

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.checkpoints.convmixer import convert_state
 from espalier.models import ConvMixer, choose_memory_format_, fuse
-from espalier.models.convmixer_checkpoints import convert_state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.convmixer_original import original_convmixer

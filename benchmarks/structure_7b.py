@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import espalier
-from espalier.init.attention import expected_diagonal
+from espalier.init.attention.mimetic import expected_diagonal
 
 ALL_LAYERS = 32
 
@@ -57,7 +57,7 @@ def main() -> None:
         found = row.measured[f"{name}_diagonal"]
         print(f"{name} diagonal: {found:.4f}, law {wanted:.4f}, off by {abs(found / wanted - 1):.1%}")
     # Diagonal and energy together: the strengths that a product with these must have been asked for.
-    [fitted] = espalier.init.fit(layer).layers
+    [fitted] = espalier.init.fit(layer).rows["attention"]
     for name, strengths, wanted in (("qk", fitted.qk_asked, (0.7, 0.7)), ("vo", fitted.vo_asked, (0.4, -0.4))):
         print(
             f"{name} strengths behind its diagonal and energy: {strengths[0]:.3f}, {strengths[1]:.3f}, asked {wanted}"

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep_judge import judge
 from torch import nn
+
+from sweep_judge import judge
 
 LIMIT_S = 120.0
 LARGEST = 40_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,33 +15,27 @@ import espalier
 
 SOURCE = Path(espalier.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = {
+    ".".join(("espalier", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in FILES
+}
 
-# Floors of the house, the ground last: a file imports its own floor's room or floors below.
+# Floors of the house, the ground last: a file imports its own floor's rooms or floors below.
 FLOORS = [
-    {"command_line"},
     {"cli"},
-    {"study", "report", "certify"},
+    {"report"},
+    {"study"},
     {"train"},
+    {"certify", "checkpoints"},
     {"models", "data", "recipes"},
+    {"doctor"},
     {"init", "nn"},
+    {"files"},
     {"errors", "randomness"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-
-# Written out in full: a name leaves or joins the public surface on purpose or not at all.
-PUBLIC = {
-    "FilterCovariance",
-    "Mimetic",
-    "MimeticSSM",
-    "StructureReport",
-    "audit",
-    "certify",
-    "data",
-    "init",
-    "models",
-    "nn",
-    "structure_",
-}
+# What `import espalier` must not load.
+LATER = {"train", "data", "recipes", "study", "report", "cli", "checkpoints"}
 
 
 def room_of(path: Path) -> str:
@@ -70,11 +65,23 @@ def test_imports_go_down_only(path: Path) -> None:
     room = room_of(path)
     if room in ("__init__", "__main__"):
         return
-    level = LEVEL[room]
-    # study, report and certify share a floor, as do models, data and recipes, and init and nn: neighbours may visit,
-    # as long as no circle forms (the next test).
-    wrong = {other for other in imported_rooms(path) if LEVEL[other] < level}
+    # Rooms of one floor may visit each other, as long as no circle forms (the next test).
+    wrong = {other for other in imported_rooms(path) if LEVEL[other] < LEVEL[room]}
     assert not wrong, f"{path.relative_to(SOURCE)} imports upwards: {wrong}"
+
+
+def modules_of(path: Path) -> set[str]:
+    """Return the modules of this package that a file imports anywhere, for type checking too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # A name is a module of the package, or stands in the module before it.
+            names |= {
+                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            }
+    return names & MODULES.keys()
 
 
 def test_rooms_form_no_circle() -> None:
@@ -83,11 +90,37 @@ def test_rooms_form_no_circle() -> None:
         room = room_of(path)
         if room in LEVEL:
             edges.setdefault(room, set()).update(imported_rooms(path) - {room})
+    assert not circle_in(edges), f"rooms import each other in a circle: {circle_in(edges)}"
+
+
+def test_modules_form_no_circle() -> None:
+    # A package's list of public names imports its modules; those that import the list back would form a circle.
+    edges = {name: modules_of(path) - {name} for name, path in MODULES.items()}
+    assert not circle_in(edges), f"modules import each other in a circle: {circle_in(edges)}"
+
+
+def circle_in(edges: dict[str, set[str]]) -> set[str]:
+    """Return the nodes that lie on a circle or lead to one."""
     done: set[str] = set()
-    while len(done) < len(edges):
-        ready = {room for room in edges if room not in done and not (edges[room] & edges.keys()) - done}
-        assert ready, f"rooms import each other in a circle: {sorted(set(edges) - done)}"
+    while ready := {node for node in edges if node not in done and not (edges[node] & edges.keys()) - done}:
         done |= ready
+    return edges.keys() - done
+
+
+def test_no_module_is_shadowed() -> None:
+    for package in [name for name, path in MODULES.items() if path.name == "__init__.py"]:
+        for node in ast.walk(ast.parse(MODULES[package].read_text())):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    bound = f"{package}.{alias.asname or alias.name}"
+                    module = f"{node.module}.{alias.name}" in MODULES
+                    assert module or bound not in MODULES, f"{package} binds {alias.name}, the name of its module"
+
+
+def test_import_loads_no_later_room() -> None:
+    probe = "import sys, espalier; print(*[m.split('.')[1] for m in sys.modules if m.startswith('espalier.')])"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert not LATER & set(out.split())
 
 
 def test_import_pulls_torch_and_nothing_else() -> None:
@@ -110,10 +143,9 @@ def test_importtime_names_no_optional_library() -> None:
     assert not imported & heavy
 
 
-def test_public_surface_is_frozen() -> None:
-    assert set(espalier.__all__) == PUBLIC
-    for name in PUBLIC:
-        assert getattr(espalier, name) is not None
+def test_architecture_page_shows_the_tree_as_it_is() -> None:
+    writer = runpy.run_path(str(SOURCE.parent.parent / "docs" / "write_tree.py"))
+    assert writer["PAGE"].read_text() == writer["page"](), "run: python docs/write_tree.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

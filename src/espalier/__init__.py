@@ -1,18 +1,21 @@
 """Espalier: networks whose weights carry structure from the first step."""
 
-from espalier import certify, data, init, models, nn
+from espalier import certify, doctor, init, models, nn
+from espalier.doctor import Diagnosis, diagnose
 from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "FilterCovariance",
     "Mimetic",
     "MimeticSSM",
     "StructureReport",
     "audit",
     "certify",
-    "data",
+    "diagnose",
+    "doctor",
     "init",
     "models",
     "nn",

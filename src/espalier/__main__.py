@@ -1,5 +1,5 @@
 """``python -m espalier`` is the ``espalier`` command."""
 
-from espalier.command_line import main
+from espalier.cli.main import main
 
 raise SystemExit(main())

@@ -22,3 +22,14 @@ def derive_generator(seed: int, *keys: int | str, device: torch.device | str = "
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # manual_seed takes 64 bits; keep 63 so that every backend reads the same non-negative number.
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def cpu_generator(generator: torch.Generator | None) -> torch.Generator | None:
+    """Return a generator for draws on the CPU: the given one, or for one of another device one that it seeds.
+
+    Noise that is drawn on the CPU and copied is the same on every device. ``None`` stays: torch's global CPU generator.
+    """
+    if generator is None or generator.device.type == "cpu":
+        return generator
+    seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=generator.device)
+    return torch.Generator(device="cpu").manual_seed(int(seed))

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from espalier.certify import UncertifiableError, lipschitz_bound, register_lipschitz
 from espalier.certify import bound as bound_module
 from espalier.models.convmixer import Residual
-from espalier.nn.lipschitz import ConvexSum, InvertibleDownsampling, MaxMin, ScaledAvgPool2d, spectral_norm
-from espalier.nn.normalize import Normalize
+from espalier.nn.lipschitz.activations import MaxMin
+from espalier.nn.lipschitz.constant import spectral_norm
+from espalier.nn.lipschitz.normalisation import Normalize
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum
 
 
 def steepest(net: nn.Module, shape: tuple[int, ...], points: int = 4, scale: float = 1.0) -> float:

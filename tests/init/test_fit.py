@@ -12,7 +12,7 @@ from torch import nn
 import espalier
 from espalier.errors import EspalierError
 from espalier.init import Mimetic, StructureFit, fit
-from espalier.init.fit import strength_behind
+from espalier.init.families.attention import strength_behind
 from espalier.models import VisionTransformer
 from reference.attention_reference import head_products, off_diagonal_std, value_output_product
 
@@ -28,7 +28,7 @@ def vit(depth: int = 2, dim: int = 192, heads: int = 3) -> VisionTransformer:
 def test_least_squares_of_every_head_and_of_values() -> None:
     model = vit()
     nn.init.normal_(model.blocks[1].attn.qkv.weight, mean=0.01, std=0.1, generator=seeded())
-    row = fit(model).layers[1]
+    row = fit(model).rows["attention"][1]
     attention = model.blocks[1].attn
     q, k, v = attention.qkv.weight.detach().chunk(3)
     products = [*head_products(q, k, 3), value_output_product(v, attention.proj.weight.detach())]
@@ -44,7 +44,7 @@ def test_least_squares_of_every_head_and_of_values() -> None:
 def test_what_was_asked_for_is_found_behind_the_truncation(qk: tuple[float, float], dim: int, heads: int) -> None:
     model = vit(1, dim, heads)
     espalier.structure_(model, attention=Mimetic(qk=qk, vo=(0.3, -0.5)), generator=seeded(1))
-    row = fit(model).layers[0]
+    row = fit(model).rows["attention"][0]
     assert row.qk_asked == pytest.approx(qk, abs=0.06)
     assert row.vo_asked == pytest.approx((0.3, -0.5), abs=0.03)
 
@@ -66,7 +66,7 @@ def test_a_model_of_another_width_and_depth_is_started_like_this_one() -> None:
     found = StructureFit.from_dict(json.loads(json.dumps(fit(teacher).to_dict())))
     assert found == fit(teacher)
     student = vit(5, 96, 2)
-    report = espalier.structure_(student, attention=found.mimetic(), generator=seeded(3))
+    report = espalier.structure_(student, attention=found.specs()["attention"], generator=seeded(3))
     diagonals = [row.measured["vo_diagonal"] for row in report.layers]
     assert diagonals == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5], abs=0.05)
     assert str(found).count("ask for") == 4

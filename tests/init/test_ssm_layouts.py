@@ -255,7 +255,7 @@ def test_the_convolution_inside_a_mixer_is_not_a_layer_of_its_own() -> None:
 def test_views_share_storage_so_that_ties_stay_tied() -> None:
     model = nn.ModuleList([own_mixer("mamba1"), own_mixer("mamba1")])
     model[1].x_proj.weight = model[0].x_proj.weight
-    with pytest.raises(VerificationError, match="layer '0' changed after it was written"):
+    with pytest.raises(VerificationError, match="layer '0': it changed after it was written"):
         espalier.structure_(model, ssm=espalier.MimeticSSM(gain=1.0), generator=seeded())
     pointer = model[0].x_proj.weight.data_ptr()
     espalier.structure_(model[0], generator=seeded())

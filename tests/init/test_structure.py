@@ -138,7 +138,7 @@ def test_generator_decides_everything_and_layers_draw_apart() -> None:
 def test_shared_weights_are_caught_by_the_verification() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(32, 2), nn.MultiheadAttention(32, 2)])
     model[1].in_proj_weight = model[0].in_proj_weight
-    with pytest.raises(VerificationError, match=r"layer '0' changed after it was written"):
+    with pytest.raises(VerificationError, match=r"layer '0': it changed after it was written"):
         espalier.structure_(model, generator=seeded())
 
 

@@ -10,8 +10,8 @@ import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import espalier
+from espalier.checkpoints.convmixer import convert_state, load_model
 from espalier.models import ConvMixer, FeatureNet, register_with_timm
-from espalier.models.convmixer_checkpoints import convert_state, load_model
 from espalier.models.convmixer_family import CONVMIXERS
 from reference.convmixer_original import original_convmixer
 

@@ -59,11 +59,11 @@ def test_intermediate_maps_are_what_the_blocks_return(spatial_dims: int) -> None
     x = torch.randn(2, 3, *(9,) * spatial_dims, generator=seeded())
     expected = [net.blocks[: index + 1](net.stem(x)) for index in range(4)]
     last, maps = net.forward_intermediates(x, indices=[0, -2])
-    assert torch.equal(last, expected[3])
-    assert [torch.equal(a, b) for a, b in zip(maps, (expected[0], expected[2]), strict=True)] == [True, True]
+    torch.testing.assert_close(last, expected[3])
+    torch.testing.assert_close(tuple(maps), (expected[0], expected[2]))
     assert len(net.forward_intermediates(x, intermediates_only=True)) == 4
     early = net.forward_intermediates(x, indices=[1], stop_early=True)
-    assert torch.equal(early[0], expected[1])
+    torch.testing.assert_close(early[0], expected[1])
 
 
 def test_backbone_says_its_channels_and_reductions_and_drops_what_it_does_not_need() -> None:
@@ -72,7 +72,7 @@ def test_backbone_says_its_channels_and_reductions_and_drops_what_it_does_not_ne
     expected = [net.blocks[: index + 1](net.stem(x)) for index in (1, 2)]
     backbone = FeatureNet(net, (-2, 1))
     maps = backbone(x)
-    assert [torch.equal(a, b) for a, b in zip(maps, expected, strict=True)] == [True, True]
+    torch.testing.assert_close(list(maps), expected)
     assert backbone.out_indices == [1, 2]
     for index, (channels, reduction) in enumerate(
         zip(backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True)
@@ -106,7 +106,7 @@ def test_pooling_and_dropout_are_timm_s() -> None:
     pooled = nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
     torch.testing.assert_close(net(x), net.head(pooled))
     net.reset_classifier(0, "")
-    assert torch.equal(net(x), features)
+    torch.testing.assert_close(net(x), features)
     net.train()
     assert 0.3 < float((net.forward_head(torch.ones(1, 8, 32, 32)) == 0).float().mean()) < 0.7
     with pytest.raises(EspalierError, match="unknown global_pool 'max'"):

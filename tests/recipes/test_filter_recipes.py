@@ -10,19 +10,14 @@ import torch
 from torch import nn
 
 from espalier import models
-from espalier.command_line import main
+from espalier.cli.main import main
+from espalier.cli.recipe_flags import merge_keyword_fields, split_keyword_fields
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, FilterStatistics, depthwise_layers, filter_covariance
 from espalier.models import ConvMixer
 from espalier.recipes import ARMS, INITS, Recipe, apply_arm, get_recipe
-from espalier.recipes.arms_filters import FILTER_SWITCHES, SWITCH_ARMS, TRANSFER_ARMS
-from espalier.recipes.override import merge_keyword_fields, split_keyword_fields
-from espalier.study import plan_study
-from espalier.study.plan import Scale
-from espalier.study.ready import ready_plans
-from espalier.study.ready_filters import FILTER_STUDIES
+from espalier.recipes.validation import resolve_recipe
 from espalier.train import load_run, train
-from espalier.train.config import resolve_recipe
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -66,22 +61,6 @@ def test_published_settings(name: str, parameters: int, fields: dict) -> None:
     with torch.device("meta"):
         model = models.build_model(recipe.model, num_classes=classes, in_chans=3, img_size=32, **recipe.model_args)
     assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-def test_every_switch_has_a_trained_and_a_frozen_arm_and_departs_in_that_alone() -> None:
-    base = get_recipe("convmixer_filters")
-    default = FilterCovariance()
-    for name, switches in FILTER_SWITCHES.items():
-        thawed, frozen = (apply_arm(base, f"covariance-{name}{suffix}") for suffix in ("", "-frozen"))
-        assert replace(thawed, freeze="depthwise") == frozen
-        assert replace(thawed, init=base.init, init_args=base.init_args) == base
-        assert FilterCovariance(**switches) != default
-        model, reference = net(), net()
-        INITS["covariance"](model, generator=seeded(1), **thawed.init_args)
-        INITS["covariance"](reference, generator=seeded(1))
-        pairs = zip(depthwise_layers(model), depthwise_layers(reference), strict=True)
-        assert any(not torch.equal(a.weight, b.weight) for (_, a), (_, b) in pairs), name
-    assert {**SWITCH_ARMS, **TRANSFER_ARMS}.items() <= ARMS.items()
 
 
 def test_transferred_filters_follow_another_network_s_statistics(tmp_path: Path) -> None:
@@ -135,22 +114,6 @@ def test_a_file_as_init_means_transferred(tokens: list[str], tmp_path: Path, mon
     recipe = merge_keyword_fields(get_recipe("convmixer_filters"), found)
     assert apply_arm(recipe, "transferred-frozen").init_args == found["init_args"]
     assert apply_arm(recipe, "covariance").init_args == {}
-
-
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", FILTER_STUDIES)
-def test_studies_can_be_planned(name: str, scale: Scale, tmp_path: Path) -> None:
-    plans = ready_plans(name, scale)
-    assert len({plan.name for plan in plans}) == len(plans)
-    for plan in plans:
-        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, tmp_path / plan.name)
-        assert len(study.trials()) == len(plan.arms) * len(plan.lrs) * 3
-        if scale == "gpu":
-            assert (plan.recipe.model_args["dim"], plan.recipe.model_args["depth"]) == (256, 8)
-    if name != "filter-worth":
-        [plan] = plans
-        assert len(plan.arms) == len(FILTER_SWITCHES) + 2
-        assert {bool(ARMS[arm]["freeze"]) for arm in plan.arms} == {name == "filter-switches"}
 
 
 def test_the_command_measures_runs_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

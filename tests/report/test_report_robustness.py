@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from espalier.certify.runs import attack_path, attack_run, certificate_path, certify_run
-from espalier.nn.cayley_conv import CayleyConv2d
-from espalier.nn.cayley_linear import CayleyLinear
+from espalier.nn.orthogonal.conv import CayleyConv2d
+from espalier.nn.orthogonal.linear import CayleyLinear
 from espalier.recipes import get_recipe
 from espalier.report.robustness import _survival, layer_spectra, robustness
 from espalier.report.section import Context, Plot
 from espalier.train import load_run, train
+from espalier.train.certify_runs import attack_path, attack_run, certificate_path, certify_run
 
 
 def test_a_run_without_a_certificate_has_no_section_and_one_with_it_shows_its_numbers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import trial_runners
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
 from espalier.study import Study, launch, plan_study
-from espalier.study.launch import claim, drain
+from espalier.study.launcher import claim, drain
 from espalier.train import RunInterrupted
 from fabricated_runs import fabricate_usual
 
@@ -105,7 +105,7 @@ def test_a_claimed_trial_is_left_to_its_holder(study: Study, log: Path) -> None:
 CLAIM = """
 import sys, time
 from espalier.study import load_study
-from espalier.study.launch import claim
+from espalier.study.launcher import claim
 study = load_study(sys.argv[1])
 with claim(study, study.trials()[int(sys.argv[2])]) as mine:
     print(mine, flush=True)

@@ -17,6 +17,7 @@ from espalier.study.statistics import (
     first_crossing,
     paired_difference,
     rate_window,
+    sign_flip_p,
     t_interval,
 )
 
@@ -179,3 +180,49 @@ def test_first_crossing_against_a_fine_grid(values: list[float], target: float) 
         # The grid may step over a peak that touches the target, never find an earlier crossing.
         assert ours <= hits[0] + 1e-9
         assert np.interp(ours, range(len(values)), values) >= target - 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), min_size=2, max_size=8))
+def test_an_interval_of_shares_stays_between_0_and_1(values: list[float]) -> None:
+    free, cut = t_interval(values), t_interval(values, limits=(0.0, 1.0))
+    assert 0.0 <= cut.low <= cut.mean <= cut.high + 1e-12 <= 1.0 + 1e-12
+    assert (cut.low, cut.high) == pytest.approx((max(free.low, 0.0), min(free.high, 1.0)))
+    difference = paired_difference(
+        dict(enumerate(values)), dict(enumerate(reversed(values))), limits=(0.0, 1.0), generator=generator()
+    )
+    assert difference is not None
+    assert -1.0 <= difference.t.low <= difference.t.high <= 1.0
+
+
+def test_cutting_at_the_limits_keeps_the_coverage() -> None:
+    # Means of three Bernoulli-like scores: whenever the free interval covers the true mean, so does the cut one.
+    stream = np.random.default_rng(0)
+    for truth in (0.05, 0.5, 0.9):
+        for _ in range(200):
+            values = stream.beta(8 * truth, 8 * (1 - truth), size=3).tolist()
+            free, cut = t_interval(values), t_interval(values, limits=(0.0, 1.0))
+            assert (free.low <= truth <= free.high) == (cut.low <= truth <= cut.high)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(-5, 5), min_size=2, max_size=9))
+def test_sign_flips_against_every_choice_of_signs(values: list[int]) -> None:
+    # Whole numbers, so that equal sums are equal and no rounding decides a tie.
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
+    expected = sum(total >= abs(sum(values)) for total in sums) / len(sums)
+    assert sign_flip_p(values) == pytest.approx(expected)
+    assert sign_flip_p([value / 7 for value in values]) == pytest.approx(expected)
+
+
+def test_sign_flips_of_few_and_of_many_seeds() -> None:
+    assert math.isnan(sign_flip_p([1.0]))
+    assert sign_flip_p([1.0, 2.0, 3.0]) == 0.25
+    assert sign_flip_p([1.0] * 10) == pytest.approx(2 / 1024)
+    many = sign_flip_p([0.1] * 20)
+    assert many == sign_flip_p([0.1] * 20) < 1e-3
+    with pytest.raises(EspalierError, match="nothing to test"):
+        sign_flip_p([])

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from espalier.recipes import Recipe
-from espalier.study import Summary, launch, plan_study, summarise
+from espalier.study import Summary, launch, markdown_table, plan_study, summarise, text_table
 from espalier.study.table import rate_rows
 from fabricated_runs import fabricate, fabricate_usual, usual_score
 
@@ -78,7 +78,7 @@ def test_a_rate_that_diverged_for_one_seed_cannot_win(tmp_path: Path) -> None:
     assert arm.best_lr == 1e-3
     assert arm.window.high == 1e-3
     assert arm.diverged == 1
-    assert "1 diverged" in summarise(tmp_path).table()
+    assert "1 diverged" in text_table(summarise(tmp_path))
 
 
 def test_nothing_is_hidden_in_an_unfinished_study(tmp_path: Path) -> None:
@@ -93,29 +93,29 @@ def test_nothing_is_hidden_in_an_unfinished_study(tmp_path: Path) -> None:
     summary = summarise(tmp_path)
     mimetic = summary.arms[1]
     assert (mimetic.planned, mimetic.finished, mimetic.failed) == (3, 1, 1)
-    text = summary.table()
+    text = text_table(summary)
     assert "1 of 3, 1 failed, 1 unfinished" in text
     assert "2 of 3, 1 unfinished" in text
     assert "failed: mimetic lr=0.001 seed=1: ValueError: no | such thing" in text
     assert "mimetic against default: +3.0 points on one paired seed, no difference shown (n = 1" in text
-    assert r"ValueError: no \| such thing" in summary.markdown()
+    assert r"ValueError: no \| such thing" in markdown_table(summary)
 
 
 def test_an_empty_study_has_a_table_of_dashes(tmp_path: Path) -> None:
     plan_study(RECIPE, ["default", "mimetic"], LRS, [0], tmp_path)
     summary = summarise(tmp_path)
     assert summary.arms[0].best_lr is None
-    assert "0 of 3, 3 unfinished" in summary.table()
-    assert "no paired runs to compare yet" in summary.table()
+    assert "0 of 3, 3 unfinished" in text_table(summary)
+    assert "no paired runs to compare yet" in text_table(summary)
 
 
 def test_words_of_the_table(usual: Summary) -> None:
-    text = usual.table()
+    text = text_table(usual)
     assert "mimetic is +3.0 points over default, [+3.0, +3.0], 3 paired seeds" in text
-    assert "80.0 ± 2.5" in text
+    assert "80.0 [77.5, 82.5]" in text
     assert "× 1 " in text  # the window holds one of three rates
     assert "3.84 of 4" in text
-    lines = usual.markdown().splitlines()
+    lines = markdown_table(usual).splitlines()
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
     assert any("chosen on the scores that are reported" in line for line in lines)
 
@@ -125,7 +125,7 @@ def test_no_difference_is_called_that(tmp_path: Path) -> None:
     worse = {"default": [0.80, 0.80, 0.80], "mimetic": [0.80, 0.85, 0.78], "covariance": [0.70, 0.71, 0.70]}
     for trial in study.trials():
         fabricate(trial.recipe, trial.path, worse[trial.arm][trial.seed])
-    text = summarise(tmp_path).table()
+    text = text_table(summarise(tmp_path))
     assert "mimetic against default: no difference shown, +1.0 points [−" in text
     assert "covariance is −9.7 points under default, [−11.1, −8.2], 3 paired seeds" in text
     assert "not reached" in text
@@ -138,6 +138,6 @@ def test_rates_stand_beside_each_other_with_paired_differences(usual: Summary) -
     for row, ours, theirs in zip(rows, arm.rates, base.rates, strict=True):
         # The fabricated arm is three points better for every seed, so the paired interval has no width.
         assert row[2].endswith("(+3.0 [+3.0, +3.0])")
-        assert row[1].split(" ± ")[0] == f"{100 * sum(theirs.scores.values()) / 3:.1f}"
-        assert row[2].split(" ± ")[0] == f"{100 * sum(ours.scores.values()) / 3:.1f}"
-    assert all("| " + " | ".join(row) + " |" in usual.markdown().splitlines() for row in rows)
+        assert row[1].split(" [")[0] == f"{100 * sum(theirs.scores.values()) / 3:.1f}"
+        assert row[2].split(" [")[0] == f"{100 * sum(ours.scores.values()) / 3:.1f}"
+    assert all("| " + " | ".join(row) + " |" in markdown_table(usual).splitlines() for row in rows)

@@ -55,11 +55,14 @@ def test_rows_and_result(tmp_path: Path) -> None:
     inputs, labels = next(iter(BlobSource().eval_batches("test", 100)))
     with torch.no_grad():
         accuracy = (run.model()(inputs).argmax(1) == labels).double().mean().item()
-    assert accuracy == run.result["score"]
+    # In a batch of another size, an image on the border between two classes may fall to the other side.
+    assert run.result["score"] == pytest.approx(accuracy, abs=1.5 / len(labels))
     assert not torch.equal(run.model("start").stem.weight, run.model().stem.weight)
     names = {"recipe.json", "environment.json", "model.json", "start.safetensors", "metrics.jsonl"}
     assert {path.name for path in run.path.iterdir()} == names | {"final.safetensors", "result.json"}
-    assert json.loads((run.path / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    # The build after the + ("2.14.1+cu130") is named by torch alone, not by every wheel of it.
+    recorded = json.loads((run.path / "environment.json").read_text())["packages"]["torch"]
+    assert recorded.partition("+")[0] == torch.__version__.partition("+")[0]
 
 
 @pytest.mark.parametrize("kind", ["blobs", "soft", "echo"])

@@ -1,11 +1,11 @@
 """What can be proved about a trained network: Lipschitz bounds, certified radii, and attacks that try to break them."""
 
-from espalier.certify import rules as _rules  # registers torch's own layers
 from espalier.certify.attack import autoattack_l2, pgd_l2
-from espalier.certify.bound import UncertifiableError, lipschitz_bound, register_lipschitz
+from espalier.certify.attack_report import AttackReport, CertificateBrokenError, challenge
+from espalier.certify.bound import lipschitz_bound, register_lipschitz
 from espalier.certify.certificate import Certificate
-from espalier.certify.challenge import AttackReport, CertificateBrokenError, challenge
 from espalier.certify.radius import certify
+from espalier.certify.refusal import UncertifiableError
 
 __all__ = [
     "AttackReport",
@@ -19,5 +19,3 @@ __all__ = [
     "pgd_l2",
     "register_lipschitz",
 ]
-
-del _rules

@@ -1,36 +1,47 @@
-"""An upper bound on the ℓ2 Lipschitz constant of a network, or the name of the module that has none."""
+"""An upper bound on the ℓ2 Lipschitz constant of a network, from its operations as they really happen.
+
+A copy of the network is run on a value that carries its bound (``espalier.certify.bounded``), so that a module counts
+as often as it is used, and hooks, patches, functional calls, operations in place and broadcasting count where they
+happen. On the way, a layer whose class has a rule or a constant of its own is taken at its word, as long as it runs the
+code of that class; every other module is followed into its forward pass.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from espalier.certify import code, elementwise, linear, shapes
+from espalier.certify.arithmetic import unit, up
+from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
+from espalier.certify.layers import DECLARED, LAYERS
+from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz import Lipschitz, LipschitzComposite
+from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
+from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
+from espalier.nn.lipschitz.residual import ConvexSum
 
-Rule = Callable[[Any], float]
+Rule = Callable[[Any], float | None]
 
-
-class UncertifiableError(EspalierError):
-    """No Lipschitz constant can be stated for a module; the message names the module and says why.
-
-    Args:
-        reason: why not, and what to do.
-        module: path and class of the module; a rule leaves it out, the walk adds it.
-    """
-
-    def __init__(self, reason: str, module: str = "") -> None:
-        super().__init__(f"no Lipschitz constant for {module}: {reason}" if module else reason)
-        self.module = module
+Rounding = Callable[[Any, float], tuple[float, float]]
 
 
-_RULES: dict[type[nn.Module], Rule] = {}
+class _Statement(NamedTuple):
+    constant: Rule
+    rounding: Rounding | None
 
 
-def register_lipschitz(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
+_RULES: dict[type[nn.Module], _Statement] = {}
+
+
+def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = None) -> Callable[[Rule], Rule]:
     """Make a function known as the ℓ2 Lipschitz constant of modules of ``classes`` (decorator).
 
         @register_lipschitz(MyLayer)
@@ -38,125 +49,222 @@ def register_lipschitz(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
             return spectral_norm(module.weight)
 
     The rule is asked with the module at every call, so it sees the present weights and mode; it may raise
-    ``UncertifiableError`` with the reason alone, the path is added. It holds for subclasses that keep ``forward``. Your
-    own modules can state their constant themselves instead: see ``espalier.nn.lipschitz``.
+    ``UncertifiableError`` with the reason alone, the path is added. It is about the code that the class has now: it
+    holds for subclasses that override nothing, and for no class or module that was changed since. It must be about a
+    forward pass that leaves its input alone. Your own modules can state their constant themselves instead: see
+    ``espalier.nn.lipschitz``. A constant says nothing about rounding: for ``certify``, the operations inside need
+    rules, too, or ``rounding`` is stated.
 
     Args:
         classes: the module classes; a second registration replaces the first.
+        rounding: returns (α, β) for a module and the unit roundoff: the forward pass as it runs on x, without
+            overflow, is off by at most α·‖x‖ + β. The forward pass is then not looked into.
     """
 
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(classes, rule))
+        for cls in classes:
+            code.record(cls)
+            _RULES[cls] = _Statement(rule, rounding)
         return rule
 
     return register
 
 
-def lipschitz_bound(net: nn.Module) -> float:
+for _rule, _classes in DECLARED:
+    register_lipschitz(*_classes)(_rule)
+for _cls in (ConvexSum, Normalize, NormalizedLinear):  # they state their own
+    code.record(_cls)
+
+
+def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     """Return an upper bound on the ℓ2 Lipschitz constant of ``net`` with its present weights and mode.
 
-    The product of what its modules state, rounded up: ``nn.Sequential`` is walked, a module with
-    ``lipschitz_constant`` (or ``lipschitz_constant_from``) is believed, the layers of torch that
-    ``espalier.certify.rules`` knows are computed, and everything else is refused: a forward pass can hold anything.
+    It is about the map in real arithmetic; the operators of orthogonal layers are measured as they are kept, in
+    float64. Every operation of the forward pass needs a rule, or a module around it whose class has one or states its
+    constant; everything else is refused by name.
 
     Args:
         net: the network, its input normalisation included.
+        example: images (B, …) of the size in question. Without it, what depends on the size is refused.
 
     Raises:
-        UncertifiableError: a module without a known finite constant, named by its path.
+        UncertifiableError: an operation or a module without a known finite constant, with the path of the module.
     """
-    return _bound(net, "")
+    analysis = Analysis(rounding=False)
+    twin = prepare(net, torch.float64, analysis)
+    images = None if example is None else example.detach().to(device_of(twin), torch.float64)
+    with torch.no_grad(), plain_arithmetic(twin):
+        result = run(twin, analysis, analysis.start(images))
+    if not math.isfinite(result.lipschitz):
+        raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
+    return result.lipschitz
 
 
-def chain(net: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a composition in order, with their paths: ``nn.Sequential`` opened, all else as it is.
+def prepare(net: nn.Module, dtype: torch.dtype, analysis: Analysis) -> nn.Module:
+    """Return a copy of a network in one precision that can be run on values with bounds.
 
-    Raises:
-        UncertifiableError: a container that is not the plain composition it looks like.
-    """
-    if isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward:
-        _refuse_changed(net, path)
-        for name, child in net.named_children():
-            yield from chain(child, f"{path}.{name}" if path else name)
-    else:
-        yield path, net
-
-
-def product_up(constants: Iterator[float]) -> float:
-    """Return the product of non-negative factors, rounded up at every step that rounds."""
-    total = 1.0
-    for constant in constants:
-        exact = 1.0 in (total, constant) or 0.0 in (total, constant)
-        total = total * constant if exact else math.nextafter(total * constant, math.inf)
-    return total
-
-
-def _bound(net: nn.Module, path: str) -> float:
-    return product_up(module_bound(module, where) for where, module in chain(net, path))
-
-
-def module_bound(module: nn.Module, path: str) -> float:
-    """Return the constant of one module that is not a plain composition.
+    Compiled and wrapped models (``torch.compile``, DataParallel, DistributedDataParallel) are taken for the module
+    inside, which computes the same.
 
     Args:
-        module: the module.
-        path: its name, for the error.
+        net: the network; it is left alone.
+        dtype: of its floating parameters and buffers.
+        analysis: what the copy notes its modules in.
+    """
+    try:
+        twin = copy.deepcopy(_inner(net)).to(dtype)
+    except Exception as error:
+        raise UncertifiableError(f"it cannot be copied: {_line(error)}", type(net).__name__) from error
+    for parent in twin.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                parent._modules[name] = _inner(child)
+    for path, module in twin.named_modules():
+        vars(module)["forward"] = _Watched(module, path, module.forward, analysis)
+    return twin
+
+
+def run(net: nn.Module, analysis: Analysis, x: Bounded) -> Bound:
+    """Run a prepared network on one value.
 
     Raises:
-        UncertifiableError: no finite constant is known.
+        UncertifiableError: see ``lipschitz_bound``.
     """
-    _refuse_changed(module, path)
-    try:
-        constant = float(_stated(module, path))
-    except UncertifiableError as error:
-        if error.module:
+    result = net(x)
+    if not isinstance(result, Bounded):
+        what = "scores that do not depend on the images" if isinstance(result, Tensor) else type(result).__name__
+        raise UncertifiableError(f"it returns {what}: one tensor is needed", type(net).__name__)
+    if result.version != result.memory.version:
+        raise UncertifiableError("it returns numbers that were changed in place through another tensor",
+                                 type(net).__name__)  # fmt: skip
+    return result.bound
+
+
+def _inner(net: nn.Module) -> nn.Module:
+    name, home = type(net).__name__, type(net).__module__
+    while home.startswith("torch.") and name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        net = net._orig_mod if name == "OptimizedModule" else net.module  # type: ignore[assignment]
+        name, home = type(net).__name__, type(net).__module__
+    return net
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Return the device of a network's tensors, the CPU if it has none."""
+    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+
+
+def plain_arithmetic(net: nn.Module) -> torch.autocast:
+    """Return a context in which a network runs in the precision of its tensors."""
+    return torch.autocast(device_of(net).type, enabled=False)
+
+
+@dataclass
+class _Watched:
+    """The forward pass of one module of a prepared network."""
+
+    module: nn.Module
+    path: str
+    forward: Callable[..., Any]
+    analysis: Analysis
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it; a layer that is given one value with a bound, and has a rule or a constant, uses it."""
+        given = list(bounded_in((*args, *kwargs.values())))
+        if not given:
+            return self.forward(*args, **kwargs)
+        kind, analysis = type(self.module).__name__, self.analysis
+        label = f"{self.path} ({kind})" if self.path else kind
+        analysis.path.append(label)
+        analysis.calls += 1
+        calls, before = analysis.calls, given[0].bound
+        try:
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], Bounded)
+            result = self._by_rule(args[0]) if alone else self.forward(*args, **kwargs)
+        except EspalierError as error:
+            if isinstance(error, UncertifiableError) and not error.module:
+                raise analysis.refuse(str(error)) from None
             raise
-        raise _refusal(module, path, str(error)) from None
-    if not math.isfinite(constant) or constant < 0:
-        raise _refusal(module, path, f"its constant is {constant}: are its weights finite?")
-    return constant
+        except Exception as error:
+            raise analysis.refuse(f"its forward pass fails on a value with a bound: {_line(error)}") from error
+        finally:
+            analysis.path.pop()
+        if analysis.calls == calls and isinstance(result, Bounded) and alone:
+            analysis.note(label, before, result.bound)
+        return result
+
+    def _by_rule(self, x: Bounded) -> Any:
+        module, analysis, reason = self.module, self.analysis, None
+        known = next((cls for cls in type(module).__mro__ if cls in LAYERS or cls in _RULES), None)
+        if known is not None:
+            reason = code.change(module, known, self.forward, analysis.verified)
+            if reason is None and known in LAYERS:
+                made = LAYERS[known].function(analysis, module, analysis.read(x, "it"), self.forward)
+                return Bounded(made, analysis, x.memory if LAYERS[known].alias else None)
+            if reason is None:
+                return self._declared(x, partial(_RULES[known].constant, module), _RULES[known].rounding)
+        statement, why = self._own_statement()
+        if statement is not None:
+            return self._declared(x, statement)
+        if reason or why:
+            analysis.notes[analysis.path[-1]] = reason or why or ""
+        return self.forward(x)
+
+    def _own_statement(self) -> tuple[Callable[[], float | None] | None, str | None]:
+        module, cls = self.module, type(self.module)
+        for protocol, method in ((LipschitzComposite, "lipschitz_constant_from"), (Lipschitz, "lipschitz_constant")):
+            if not isinstance(module, protocol):
+                continue
+            code.record(cls)
+            reason = code.self_declared(cls, method) or code.change(module, cls, self.forward, self.analysis.verified)
+            if reason is None:
+                statement = getattr(module, method)
+                return (partial(statement, self._of_child) if method.endswith("_from") else statement), None
+            return None, reason
+        return None, None
+
+    def _of_child(self, child: nn.Module) -> float:
+        """Return the constant of a module inside, whatever the size of its input."""
+        probe = self.analysis.probe()
+        result = child(probe)
+        if probe.memory.version:
+            raise self.analysis.refuse("a module inside changes its input in place: give an example=")
+        if not isinstance(result, Bounded):
+            raise self.analysis.refuse("a module inside does not return one tensor")
+        return result.bound.lipschitz
+
+    def _declared(self, x: Bounded, constant: Callable[[], float | None], rounding: Rounding | None = None) -> Any:
+        """Use a stated constant; with numbers the forward pass is followed, too, for its rounding."""
+        analysis, bound = self.analysis, self.analysis.read(x, "it")
+        try:
+            stated = constant()
+        except UncertifiableError:
+            if bound.value is None:
+                raise
+            return self.forward(x)
+        if stated is None:
+            return self.forward(x)
+        stated = float(stated)
+        if not (math.isfinite(stated) and stated >= 0):
+            raise UncertifiableError(f"its constant is {stated}: are its weights finite?")
+        total = up(stated, bound.lipschitz)
+        if bound.value is None:
+            return Bounded(Bound(None, total), analysis, x.memory)
+        if not analysis.rounding or rounding is not None:
+            given = bound.value.clone()
+            value = self.forward(given)
+            if not torch.equal(given, bound.value) or not isinstance(value, Tensor) or len(value) != len(given):
+                raise UncertifiableError("it changes its input in place, or does not return one value per image")
+            relative, absolute = rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0)
+            made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
+            return Bounded(made, analysis, x.memory)
+        result = self.forward(x)
+        if isinstance(result, Bounded) and result.bound.lipschitz > total:
+            result.bound = replace(result.bound, lipschitz=total)
+        return result
 
 
-def _stated(module: nn.Module, path: str) -> float:
-    rule = _rule(type(module))
-    if rule is not None:
-        return rule(module)
-    if isinstance(module, LipschitzComposite) and _speaks_for_itself(module, "lipschitz_constant_from"):
-        names = {child: name for name, child in module.named_modules()}
-        return module.lipschitz_constant_from(
-            lambda child: _bound(child, ".".join(filter(None, (path, names.get(child, "?")))))
-        )
-    if isinstance(module, Lipschitz) and _speaks_for_itself(module, "lipschitz_constant"):
-        return module.lipschitz_constant()
-    raise UncertifiableError(
-        "nothing is known about its forward pass: give it lipschitz_constant(), or register_lipschitz a rule"
-    )
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _rule(cls: type[nn.Module]) -> Rule | None:
-    # A subclass that brings its own forward is another function: the rule of its parent says nothing about it.
-    known = (parent for parent in cls.__mro__ if parent in _RULES)
-    return next((_RULES[parent] for parent in known if cls.forward is parent.forward), None)
-
-
-def _speaks_for_itself(module: nn.Module, method: str) -> bool:
-    """Say whether the statement is at least as derived as the forward pass that it is about."""
-    order = type(module).__mro__
-    return _first(order, method) <= _first(order, "forward")
-
-
-def _first(order: tuple[type, ...], name: str) -> int:
-    return next(index for index, cls in enumerate(order) if name in vars(cls))
-
-
-def _refuse_changed(module: nn.Module, path: str) -> None:
-    """Refuse a module whose call is not its class's forward pass."""
-    if "forward" in vars(module):
-        raise _refusal(module, path, "its forward pass was replaced on the instance")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise _refusal(module, path, "a forward hook can change what it computes: remove the hook")
-
-
-def _refusal(module: nn.Module, path: str, reason: str) -> UncertifiableError:
-    kind = type(module).__name__
-    return UncertifiableError(reason, f"{path} ({kind})" if path else kind)
+del elementwise, linear, shapes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
 from espalier.errors import EspalierError
-from espalier.train.checkpoint import write_json
+from espalier.files import write_json
 
 EPSILONS = (36 / 255, 72 / 255, 108 / 255)
 """The radii of the literature, in [0, 1] pixel units."""
@@ -32,9 +32,14 @@ class Certificate:
     last_layer: bool
     """Whether the rows of the last layer were used pair by pair."""
     rounding: float
-    """Largest difference between a score in float64 and as the network computes it."""
+    """Largest bound, over the images, on how far rounding moves a difference of two scores."""
     assumptions: tuple[str, ...] = field(repr=False)
     """What the certificate rests on, in words."""
+    arithmetic: str = "unstated"
+    """In which the certified scores are computed: ``"float64"`` or ``"float32"``; 0.1.0 did not state it."""
+    slack: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
+    """Per module, in the order of the forward pass: path and class, Lipschitz constant, and the largest bound on the
+    rounding error that it adds to its own result."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -63,8 +68,18 @@ class Certificate:
         lines = [f"{left:<{width}}  {right:>18}" for left, right in rows]
         lines.insert(1, f"{'─' * width}  {'─' * 18}")
         median = sorted(self.radii)[len(self) // 2]
-        summary = f"{len(self)} images; median radius {median:.4g}; Lipschitz constant {self.lipschitz:.6g}"
+        summary = (
+            f"{len(self)} images; median radius {median:.4g}; Lipschitz constant {self.lipschitz:.6g}; "
+            f"arithmetic {self.arithmetic}, rounding of score differences at most {self.rounding:.3g}"
+        )
         return "\n".join([*lines, "", summary, *(f"- {text}" for text in self.assumptions)])
+
+    def slack_table(self) -> str:
+        """Return for every module its constant and the rounding that it adds, as plain text."""
+        width = max((len(path) for path, _, _ in self.slack), default=6)
+        head = f"{'module':<{width}}  {'constant':>12}  {'rounding':>9}"
+        rows = [f"{path:<{width}}  {constant:>12.9g}  {added:>9.2e}" for path, constant, added in self.slack]
+        return "\n".join([head, f"{'─' * width}  {'─' * 12}  {'─' * 9}", *rows])
 
     def __str__(self) -> str:
         """Return the table at the radii of the literature."""
@@ -91,7 +106,8 @@ class Certificate:
         except (OSError, ValueError) as error:
             raise EspalierError(f"cannot read certificate {path}: {error}") from error
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        if not isinstance(values, dict) or not needed <= set(values) <= names:
             raise EspalierError(f"{path} is not a certificate: its fields must be {', '.join(sorted(names))}")
         return cls(**{name: _frozen(value) for name, value in values.items()})
 
@@ -105,4 +121,4 @@ def in_255(eps: float) -> str:
 
 def _frozen(value: Any) -> Any:
     # Only radii hold None: an infinite radius, for which JSON has no number.
-    return tuple(math.inf if item is None else item for item in value) if isinstance(value, list) else value
+    return tuple(math.inf if item is None else _frozen(item) for item in value) if isinstance(value, list) else value

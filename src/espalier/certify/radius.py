@@ -1,152 +1,168 @@
-"""Certified radii: how far every image can move, in ℓ2 over [0, 1] pixels, before the network may change its mind.
+"""Certified radii: how far every image can move, in ℓ2 over [0, 1] pixels, before the prediction can change.
 
 For a network W·b(x) + v with an L-Lipschitz body b, the score difference f_y − f_j is L·‖w_y − w_j‖-Lipschitz, so
 
     radius = min over j ≠ y of (f_y − f_j) / (L·‖w_y − w_j‖).
 
-Where the last module is no linear layer, the vector of scores is L-Lipschitz and the difference of two of them √2·L.
+Where the last operation is not linear, the vector of scores is L-Lipschitz and the difference of two of them √2·L.
 (Tsuzuku, Sato & Sugiyama, arXiv 1802.04034, sections 3 and 4; Singla, Singla & Feizi, arXiv 2108.04062, section 4.)
 
-Note [Rounding]: L bounds the exact map of the stored parameters. Margins are taken from a float64 copy of the network,
-whose rounding is far below everything else, and lose 2δ, where δ is ``SAFETY`` times the largest difference between
-any score in float64 and as the network computes it. So a radius speaks of the network as it runs, not only of the
-ideal one, provided its rounding error near an image is at most ``SAFETY`` times the largest that was met.
+Note [Rounding]: a certificate is about the network as it runs, in float64 or in float32. With a running bound, scores
+as computed differ from those in real arithmetic by at most a + b·r for every image within r (see
+``espalier.certify.bounded``), for a difference of two of them as well. With m the difference as computed at x and G its
+growth, it stays positive within r if m − a − G·r − (a + b·r) > 0:
+
+    radius = min over j ≠ y of (m − 2a) / (G + b),
+
+cut off where a number on the way could overflow. Every bound holds for sums in any order, with or without fused
+operations, with or without denormal numbers: for any number of threads, batch size and library, as long as products are
+summed as products (no TF32, no Winograd).
 """
 
 from __future__ import annotations
 
-import copy
 import math
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from espalier.certify.bound import chain, module_bound, product_up
+from espalier.certify.arithmetic import gamma, image_norms
+from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
+from espalier.certify.bounded import Analysis, Bound
 from espalier.certify.certificate import Certificate
-from espalier.errors import EspalierError
-from espalier.nn.lipschitz import NormalizedLinear
+from espalier.certify.refusal import UncertifiableError
+from espalier.errors import EspalierError, unknown_name
 
-SAFETY = 4.0
-"""How many times the largest rounding error that was measured is taken off every score."""
+ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
 
-_UP = 1.0 + 1e-12
-"""What every quotient is rounded by: more than float64 can lose in the norms and products of one network."""
+_UP = 1.0 + 1e-9
+"""What bounds are rounded up by at the end: far more than float64 can lose in their own computation."""
 
 
 class ScoreBound(NamedTuple):
-    """How fast differences of scores can grow: pair (y, j) by at most ``pairs[y, j]`` per unit of distance."""
+    """How differences of scores can change around some images: see Note [Rounding]."""
 
-    pairs_CC: Tensor
-    """In float64, on the CPU; zero on the diagonal."""
+    growth_CC: Tensor
+    """G, in float64; zero on the diagonal."""
+    error_NCC: Tensor
+    """a."""
+    error_growth_CC: Tensor
+    """b."""
     lipschitz: float
     """Of the part below the last layer if ``last_layer``, else of the vector of scores."""
     last_layer: bool
-    """Whether the weights of the last layer were used pair by pair."""
+    """Whether the rows of the last linear layer were used pair by pair."""
 
 
-def certify(net: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 256) -> Certificate:
+def certify(
+    net: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 256, arithmetic: str = "float64"
+) -> Certificate:
     """Return the certified radius of every image; see the top of this file for formula and rounding.
 
     Args:
         net: maps images to scores (B, C); its input normalisation is part of it. It is neither trained nor moved: its
             present weights and mode are certified.
-        images: (N, C, H, W) (any shape after N) floating, in [0, 1]: distances are in these units.
+        images: (N, C, H, W) (any shape after N) floating, in [0, 1]: distances are in these units. An image nearby
+            need not stay in that range.
         labels: (N,) class indices.
         batch_size: images per forward pass.
+        arithmetic: ``"float64"``: the certificate is about ``net.double()``, and rounding costs next to nothing.
+            ``"float32"``: about ``net.float()``, with the larger bound that its rounding has. Images are converted; for
+            float32 that is a shift, and it is charged.
 
     Raises:
-        EspalierError: images outside [0, 1] or not finite, or labels that do not fit them.
-        UncertifiableError: a module without a known Lipschitz constant.
+        EspalierError: images outside [0, 1] or not finite, labels that do not fit them, or an unknown arithmetic.
+        UncertifiableError: an operation without a rule, named with the path of its module; a network that is random or
+            depends on what it computed before.
     """
+    if arithmetic not in ARITHMETIC:
+        raise unknown_name("arithmetic", arithmetic, ARITHMETIC)
     check_pixels(images, labels)
-    # The bound is that of the float64 copy: both halves of the quotient speak of one and the same map.
-    twin = copy.deepcopy(net).double()
-    scores_NC, difference = exact_scores(net, twin, images, batch_size)
-    bound = score_bound(twin, scores_NC.shape[1])
-    if labels.max() >= scores_NC.shape[1]:
-        raise EspalierError(f"labels go up to {int(labels.max())}, the network has {scores_NC.shape[1]} scores")
-    predictions_N = scores_NC.argmax(1)
-    radii_N = certified_radii(scores_NC, labels.cpu(), bound.pairs_CC, slack=2 * SAFETY * difference)
+    dtype = ARITHMETIC[arithmetic]
+    analysis = Analysis()
+    twin = prepare(net, dtype, analysis)
+    _refuse_shortcuts(dtype, device_of(twin))
+    radii, predictions, roundings = [], [], []
+    with torch.no_grad(), plain_arithmetic(twin):
+        for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
+            scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype)
+            if theirs.max() >= scores.shape[1]:
+                raise EspalierError(f"labels go up to {int(labels.max())}, the network has {scores.shape[1]} scores")
+            assert analysis.room is not None
+            radii.append(certified_radii(scores, theirs, bound, analysis.room.cpu()))
+            predictions.append(scores.argmax(1))
+            roundings.append(bound.error_NCC.amax((1, 2)))
+    rounding = torch.cat(roundings).max().item()
     return Certificate(
-        radii=tuple(radii_N.tolist()),
+        radii=tuple(torch.cat(radii).tolist()),
         labels=tuple(labels.tolist()),
-        predictions=tuple(predictions_N.tolist()),
+        predictions=tuple(torch.cat(predictions).tolist()),
         lipschitz=bound.lipschitz,
         last_layer=bound.last_layer,
-        rounding=difference,
-        assumptions=_assumptions(bound, difference),
+        rounding=rounding,
+        assumptions=_assumptions(bound, arithmetic, rounding),
+        arithmetic=arithmetic,
+        slack=tuple((path, *numbers) for path, numbers in analysis.modules.items()),
     )
 
 
-def certified_radii(scores_NC: Tensor, labels_N: Tensor, pairs_CC: Tensor, slack: float = 0.0) -> Tensor:
-    """Return min over j ≠ y of (f_y − f_j − slack) / pairs[y, j], 0 where that is not positive.
+def certified_radii(scores_NC: Tensor, labels_N: Tensor, bound: ScoreBound, room_N: Tensor | None = None) -> Tensor:
+    """Return min over j ≠ y of (f_y − f_j − 2a) / (G + b), 0 where that is not positive.
 
-    A point is certified at ε if its radius is strictly greater. NaN among the scores of an image gives 0.
+    A point is certified at ε if its radius is strictly greater. NaN or infinity among the scores of an image gives 0.
 
     Args:
-        scores_NC: float64 scores.
+        scores_NC: as computed, in float64.
         labels_N: class indices y.
-        pairs_CC: largest growth of f_y − f_j per unit of distance; a pair that cannot change (0) is no threat.
-        slack: what rounding can take from a difference.
+        bound: how score differences can change; a pair that cannot is no threat.
+        room_N: radius up to which nothing overflows.
 
     Returns:
         (N,) in float64; infinite where no pair can change.
     """
-    margins_NC = scores_NC.gather(1, labels_N[:, None]) - scores_NC - slack
-    growth_NC = pairs_CC[labels_N] * _UP
+    own_N1 = scores_NC.gather(1, labels_N[:, None])
+    # The difference and the quotient are rounded, too.
+    lost_NC = 1e-15 * (own_N1.abs() + scores_NC.abs())
+    error_NC = bound.error_NCC[torch.arange(len(labels_N)), labels_N]
+    margins_NC = own_N1 - scores_NC - 2 * _UP * error_NC - lost_NC
+    growth_NC = (bound.growth_CC + bound.error_growth_CC)[labels_N] * _UP
     radii_NC = torch.where(growth_NC > 0, margins_NC / growth_NC, torch.where(margins_NC > 0, math.inf, -math.inf))
     radii_NC.scatter_(1, labels_N[:, None], math.inf)
     radii_N = radii_NC.amin(1)
+    if room_N is not None:
+        radii_N = torch.minimum(radii_N, room_N)
     # A comparison with NaN is false, so NaN ends at zero together with wrong predictions.
     return torch.where((radii_N > 0) & torch.isfinite(scores_NC).all(1), radii_N, 0.0)
 
 
-def score_bound(net: nn.Module, classes: int) -> ScoreBound:
-    """Return how fast the differences of the scores of ``net`` can grow.
-
-    Args:
-        net: the network.
-        classes: number of its scores.
-
-    Raises:
-        UncertifiableError: a module without a known Lipschitz constant.
-    """
-    modules = list(chain(net))
-    path, last = modules[-1]
-    weight_CF = _classifier_weight(last)
-    if weight_CF is None or len(weight_CF) != classes:
-        total = product_up(module_bound(module, where) for where, module in modules)
-        return ScoreBound(total * math.sqrt(2.0) * (1.0 - torch.eye(classes, dtype=torch.float64)), total, False)
-    module_bound(last, path)  # refuses hooks and weights that are not finite
-    body = product_up(module_bound(module, where) for where, module in modules[:-1])
-    distances_CC = torch.stack([torch.linalg.vector_norm(weight_CF - row, dim=1) for row in weight_CF])
-    return ScoreBound(body * distances_CC, body, True)
-
-
-@torch.no_grad()
-def exact_scores(net: nn.Module, twin: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, float]:
-    """Return the scores of a float64 copy of ``net`` and the largest difference to those that ``net`` computes.
-
-    Args:
-        net: the network.
-        twin: its copy in float64.
-        images: floating; each network sees them in its own precision and on its own device.
-        batch_size: images per forward pass.
-
-    Returns:
-        (N, C) in float64 on the CPU, and the largest difference over all finite scores.
-    """
-    like = next(net.parameters(), torch.empty(0))
-    scores, difference = [], 0.0
-    for batch in images.to(like.dtype).split(batch_size):
-        exact = twin(batch.to(like.device).double()).cpu()
-        if exact.ndim != 2:
-            raise EspalierError(f"the network returns {tuple(exact.shape)} for a batch: scores (B, C) are needed")
-        gap = (exact - net(batch.to(like.device)).double().cpu()).abs()
-        difference = max(difference, torch.where(torch.isfinite(gap), gap, 0.0).max().item())
-        scores.append(exact)
-    return torch.cat(scores), difference
+def score_bound(scores: Bound) -> ScoreBound:
+    """Return how the differences of scores (N, C) with a bound can change."""
+    classes = scores.numbers.shape[1]
+    assert scores.error is not None
+    if scores.rows is None:
+        pairs_CC = math.sqrt(2.0) * (1 + 1e-15) * (1.0 - torch.eye(classes, dtype=torch.float64))
+        error_NCC = scores.error.cpu()[:, None, None] * pairs_CC
+        return ScoreBound(scores.lipschitz * pairs_CC, error_NCC, scores.growth * pairs_CC, scores.lipschitz, False)
+    source, weight, bias, terms = scores.rows
+    dtype, weight_CF = scores.numbers.dtype, weight.double().cpu()
+    assert source.error is not None
+    distances_CC = torch.stack([image_norms(weight_CF - row) for row in weight_CF])
+    distances_CC.fill_diagonal_(0.0)
+    # Every score is a sum of n products and the bias, rounded by itself.
+    u, tiny = gamma(terms + 1, dtype), torch.finfo(dtype).tiny * 1e6
+    rows_C = (u + tiny) * image_norms(weight_CF) + tiny
+    lifts_C = torch.zeros(classes, dtype=torch.float64) if bias is None else u * bias.double().abs().cpu()
+    size_N, slope = source.size
+    own_NC = rows_C * size_N.cpu()[:, None] + lifts_C + tiny * terms
+    error_NCC = distances_CC * source.error.cpu()[:, None, None] + own_NC[:, :, None] + own_NC[:, None, :]
+    off = 1.0 - torch.eye(classes, dtype=torch.float64)
+    error_growth_CC = distances_CC * source.growth + (rows_C[:, None] + rows_C) * slope * off
+    growth_CC = source.lipschitz * distances_CC
+    if source.lipschitz > 0:  # a product that vanishes in float64 is still not 0
+        growth_CC = torch.where(distances_CC > 0, growth_CC.clamp_min(1e-300), growth_CC)
+    return ScoreBound(growth_CC, error_NCC * off, error_growth_CC, source.lipschitz, True)
 
 
 def check_pixels(images: Tensor, labels: Tensor) -> None:
@@ -169,28 +185,63 @@ def check_pixels(images: Tensor, labels: Tensor) -> None:
         )
 
 
-def _classifier_weight(module: nn.Module) -> Tensor | None:
-    """Return the matrix (C, F) of a last layer that is linear, in float64 on the CPU."""
-    if isinstance(module, NormalizedLinear):
-        weight = copy.deepcopy(module).double().classifier_weight()
-    elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        weight = module.weight
-    else:
-        return None
-    return weight.detach().double().cpu()
+def _bounded_scores(
+    twin: nn.Module, analysis: Analysis, images: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ScoreBound]:
+    """Return the scores of a batch in float64 on the CPU, as a plain run of the network gives them, and their bound."""
+    batch = images.to(device_of(twin), dtype)
+    # An image in more digits is rounded first: a shift of at most u times its norm.
+    shift = torch.finfo(dtype).eps / 2 * (1 + 1e-6) if dtype == torch.float32 else 0.0
+    traced = run(twin, analysis, analysis.start(batch, shift))
+    if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
+        raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")
+    # The same without bounds, as a user runs it. A network that is random, that keeps count, or that tells a value with
+    # a bound from a tensor, gives itself away if it is further off than rounding can take it.
+    plain = twin(batch.clone())
+    assert traced.error is not None
+    gap = (plain.double() - traced.numbers.double()).abs()
+    allowed = 2 * _UP * traced.error[:, None] + 1e-300
+    alike = (gap <= allowed) | (plain == traced.numbers) | ~torch.isfinite(traced.numbers)
+    if plain.shape != traced.numbers.shape or not bool(alike.all()):
+        raise UncertifiableError(
+            f"run again it gives scores that differ by {gap.max().item():.3g}, more than rounding can: is it random, or "
+            "does it depend on what it computed before?",
+            type(twin).__name__,
+        )
+    bad = ~torch.isfinite(plain).all(1, keepdim=True)
+    scores = torch.where(bad, math.nan, traced.numbers.double())
+    return scores.cpu(), score_bound(traced)
 
 
-def _assumptions(bound: ScoreBound, difference: float) -> tuple[str, ...]:
+def _refuse_shortcuts(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse settings under which float32 products are not float32 products."""
+    if dtype != torch.float32:
+        return
+    if torch.get_float32_matmul_precision() != "highest":
+        raise EspalierError(
+            "float32 matrix products are set to fewer digits: torch.set_float32_matmul_precision('highest') first"
+        )
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        raise EspalierError(
+            "float32 convolutions are set to fewer digits: torch.backends.cudnn.allow_tf32 = False first"
+        )
+    if os.environ.get("DNNL_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("", "STRICT"):
+        raise EspalierError("DNNL_DEFAULT_FPMATH_MODE asks for fewer digits: unset it")
+
+
+def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[str, ...]:
     how = (
-        "the distances between the rows of the last layer, pair by pair, times the product of the constants below it"
+        "the distances between the rows of the last layer, pair by pair, times the constant of what is below it"
         if bound.last_layer
-        else "√2 times the product of the constants of all modules"
+        else "√2 times the constant of the network"
     )
     return (
         "Distances are ℓ2 over pixels in [0, 1], all channels together; a perturbed image need not stay in that range.",
-        f"Score differences grow at most by {how} ({bound.lipschitz:.6g}); every module states its own constant.",
+        f"Score differences grow at most by {how} ({bound.lipschitz:.6g}), over the operations as they ran.",
         "A point counts at ε only if it is classified correctly and its radius is strictly greater than ε.",
-        f"Margins come from float64 and lose 2 × {SAFETY:g} × {difference:.3g} for rounding: the largest difference to "
-        f"the scores as computed, times {SAFETY:g}; no larger rounding error is assumed to occur near these images.",
-        "The certificate is about these weights, these images and deterministic evaluation.",
+        f"It is about the network as evaluated in {arithmetic}: rounding moves a score difference at these images by at "
+        f"most {rounding:.3g}, proved step by step for every image within the radius, as is that nothing overflows.",
+        "Sums may run in any order and with fused operations, but product by product (no TF32, no Winograd); "
+        "elementary functions are right to 4 units in the last place.",
+        "The certificate is about these weights and deterministic evaluation, in which images do not meet.",
     )

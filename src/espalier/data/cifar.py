@@ -10,8 +10,8 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from espalier.data.files import read_checked
 from espalier.data.labelled import ImageData, LabelledImages
+from espalier.files import read_checked
 
 CIFAR10_MD5: Mapping[str, str] = MappingProxyType(
     {

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from espalier.data.labelled import ImageData, LabelledImages, stratified_order
 from espalier.errors import EspalierError, require
+from espalier.files import cache_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ def _list_classes(root: Path) -> dict[str, list[Path]]:
 def _load(root: Path, classes: dict[str, list[Path]], class_names: Sequence[str], size: int) -> LabelledImages:
     files = [file for paths in classes.values() for file in paths]
     labels_N = torch.tensor([class_names.index(name) for name, paths in classes.items() for _ in paths])
-    cache = _cache_folder() / f"folder-{_fingerprint(root, files, size)}.safetensors"
+    cache = cache_folder() / f"folder-{_fingerprint(root, files, size)}.safetensors"
     images_NCHW = _read_cache(cache)
     if images_NCHW is None:
         images_NCHW = _decode_all(files, size)
@@ -116,37 +116,18 @@ def _decode(file: Path, size: int) -> np.ndarray:
     return np.array(operations.fit(upright, (size, size), image_module.Resampling.BICUBIC))
 
 
-def _cache_folder() -> Path:
-    named = os.environ.get("ESPALIER_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "espalier"
-
-
 def _read_cache(cache: Path) -> Tensor | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not cache.is_file():
-        return None
+    # A cache that cannot be read is worth no more than none: decode again and overwrite it.
     try:
-        return load_file(cache)["images"]
-    except (SafetensorError, OSError, KeyError):
-        # A cache that cannot be read is worth no more than none: decode again and overwrite it.
+        return read_tensors(cache).get("images")
+    except EspalierError:
         return None
 
 
 def _write_cache(cache: Path, images_NCHW: Tensor) -> None:
-    from safetensors.torch import save
-
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=cache.parent, prefix=cache.stem, suffix=".part", delete=False) as part:
-            try:
-                part.write(save({"images": images_NCHW}))
-                part.close()
-                os.replace(part.name, cache)
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        write_tensors(cache, {"images": images_NCHW})
     except OSError as error:
         raise EspalierError(
             f"cannot write {cache} ({error.strerror}): set ESPALIER_CACHE to a folder with room"

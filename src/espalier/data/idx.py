@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.data.files import read_checked
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.errors import EspalierError
+from espalier.files import read_checked
 
 FASHION_MNIST_MD5: Mapping[str, str] = MappingProxyType(
     {

@@ -17,7 +17,7 @@ from espalier.data.folder import read_folder
 from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.errors import EspalierError, unknown_name
-from espalier.nn.normalize import Normalize
+from espalier.nn.lipschitz.normalisation import Normalize
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:

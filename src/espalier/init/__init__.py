@@ -1,18 +1,14 @@
 """Closed forms: structured weights on tensors, and on whole models."""
 
-from espalier.init.attention import Mimetic, measure_attention, mimetic_attention_
-from espalier.init.depthwise import (
-    FilterCovariance,
-    depthwise_covariance_,
-    depthwise_layers,
-    filter_covariance,
-    sample_filters,
-)
-from espalier.init.filter_fit import covariance_fit
-from espalier.init.filter_statistics import FilterStatistics
-from espalier.init.fit import AttentionFit, StructureFit, fit
+from espalier.init.attention.mimetic import Mimetic, measure_attention, mimetic_attention_
+from espalier.init.attention.near_identity import near_identity, near_identity_factors
+from espalier.init.families import AttentionFit
+from espalier.init.filters.closed_form import depthwise_covariance_, depthwise_layers, filter_covariance, sample_filters
+from espalier.init.filters.fit import covariance_fit
+from espalier.init.filters.spec import FilterCovariance
+from espalier.init.filters.statistics import FilterStatistics
 from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, SSMWeights, register_layout
-from espalier.init.near_identity import near_identity, near_identity_factors
+from espalier.init.model_fit import StructureFit, fit
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_, token_memory
 from espalier.init.structure import VerificationError, audit, structure_

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["written", "present", "changed", "absent", "lost", "skipped"]
+Status = Literal["written", "present", "changed", "absent", "lost", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class LayerReport:
 
     ``status`` is ``written`` (by this call, and verified), ``present`` or ``absent`` (an audit), ``lost`` (it was there
     in the report that the audit was held against), ``changed`` (it still is, in other bits than those of ``mark``, the
-    fingerprint that ``structure_(guard=True)`` takes) or ``skipped`` (left alone; the note says why).
+    fingerprint that ``structure_(guard=True)`` takes), ``failed`` (its weights cannot work, or writing or
+    measuring them failed; the note says why) or ``skipped`` (left alone; the note says why).
     """
 
     layer: str
@@ -30,14 +32,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class StructureReport:
-    """Every layer that a layout recognised, in module order; prints as a table."""
+    """Every layer that a layout recognised, in module order; prints as a table.
+
+    Attributes:
+        layers: one row a layer.
+        notes: what is to be known of the whole model.
+    """
 
     layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether no layer lost its structure."""
-        return all(row.status != "lost" for row in self.layers)
+        """Whether no layer lost its structure or failed."""
+        return all(row.status not in ("lost", "failed") for row in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and dictionaries for JSON."""
@@ -46,7 +54,12 @@ class StructureReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StructureReport:
         """Return the report that ``to_dict`` gave."""
-        return cls(tuple(LayerReport(**row) for row in data["layers"]))
+        rows = []
+        for row in data["layers"]:
+            # Strict JSON has no NaN: what could not be measured is null there.
+            measured = {name: math.nan if value is None else value for name, value in row["measured"].items()}
+            rows.append(LayerReport(**{**row, "measured": measured}))
+        return cls(tuple(rows), tuple(data.get("notes", ())))
 
     def __str__(self) -> str:
         header = ("layer", "kind", "host", "status", "asked", "measured")
@@ -56,7 +69,8 @@ class StructureReport:
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:], *notes])
 
 
 def measured_in_words(row: LayerReport) -> str:

@@ -73,10 +73,14 @@ def reshard(model: nn.Module) -> None:
 
 
 def agree(seeds: Sequence[int], model: nn.Module) -> list[int]:
-    """Return rank 0's seeds on every rank of a sharded model, the given ones on any other model."""
+    """Return rank 0's seeds on every rank of a model that is sharded or inside DDP, the given ones on any other."""
     shared = list(seeds)
-    if is_sharded(model):
-        torch.distributed.broadcast_object_list(shared, src=0)
+    if not _distributed():
+        return shared
+    replicas = [part for part in model.modules() if isinstance(part, nn.parallel.DistributedDataParallel)]
+    if replicas or is_sharded(model):
+        group = replicas[0].process_group if replicas else None
+        torch.distributed.broadcast_object_list(shared, group=group, group_src=0)
     return shared
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, get_args
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.init.depthwise import FilterCovariance
+from espalier.init.filters.spec import FilterCovariance
+from espalier.randomness import cpu_generator
 
 DecayRule = Literal["constant", "scaled"]
 Convolution = bool | Literal["covariance"]
@@ -203,9 +204,10 @@ def _write_rates(a_log: Tensor, decay: float, rule: DecayRule, generator: torch.
         a_log.fill_(max(-decay, _LOWEST_LOG_RATE))
         return
     if a_log.ndim == 2:
-        rates = torch.arange(1.0, a_log.shape[1] + 1, device=a_log.device)
+        rates = torch.arange(1, a_log.shape[1] + 1, dtype=torch.float64, device="cpu")
     else:
-        rates = torch.empty(a_log.shape, device=a_log.device).uniform_(*_REFERENCE_RATES, generator=generator)
+        low, high = _REFERENCE_RATES
+        rates = low + (high - low) * _noise(torch.rand, a_log, generator)
     a_log.copy_((-decay * rates.log()).clamp_min(_LOWEST_LOG_RATE).expand_as(a_log))
 
 
@@ -218,17 +220,23 @@ def _correlate(
     w_b: Tensor, w_c: Tensor, rho: float, state_size: int, gain: float | None, generator: torch.Generator | None
 ) -> None:
     if gain is None:
-        deviation = float(w_b.float().square().mean().sqrt())
+        keys = w_b.cpu().double()
+        deviation = float(keys.square().mean().sqrt())
     else:
         deviation = (gain / state_size) ** 0.5
-        w_b.copy_(deviation * torch.randn(w_b.shape, generator=generator, device=w_b.device))
-    fresh = deviation * torch.randn(w_b.shape, generator=generator, device=w_b.device)
-    w_c.copy_(rho * w_b.float() + (1 - rho**2) ** 0.5 * fresh)
+        keys = deviation * _noise(torch.randn, w_b, generator)
+        w_b.copy_(keys)
+    w_c.copy_(rho * keys + (1 - rho**2) ** 0.5 * deviation * _noise(torch.randn, w_b, generator))
 
 
 def _scatter(w_delta: Tensor, size: float, generator: torch.Generator | None) -> None:
     bound = size * w_delta.shape[1] ** -0.5
-    w_delta.copy_(bound * (2 * torch.rand(w_delta.shape, generator=generator, device=w_delta.device) - 1))
+    w_delta.copy_(bound * (2 * _noise(torch.rand, w_delta, generator) - 1))
+
+
+def _noise(sampler: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw numbers of a tensor's shape in float64 on the CPU: the same ones for every device and type of weights."""
+    return sampler(like.shape, generator=cpu_generator(generator), dtype=torch.float64, device="cpu")
 
 
 def _write_taps(

@@ -2,119 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
-from espalier.errors import EspalierError
-from espalier.init.attention import Mimetic
-from espalier.init.depthwise import FilterCovariance
-from espalier.init.families import FAMILIES, Family, Place
-from espalier.init.layouts import Skipped, find_layers
-from espalier.init.layouts.registry import Weights
+from espalier.errors import EspalierError, unknown_name
+from espalier.init.adapters import without_adapters
+from espalier.init.families import FAMILIES, Family, Specs, family_of
+from espalier.init.families.base import Place, on_meta
+from espalier.init.layouts import Layer, Skipped, locate_layers
+from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
-from espalier.init.ssm import MimeticSSM
+from espalier.randomness import cpu_generator
 
 # Statuses of layers that carried structure when their report was made.
 _CARRIED = ("written", "present", "changed")
-
-# Name, host, family, views (or why there are none), place among the layers of the family.
-Layer = tuple[str, str, Family, Weights | Skipped, Place]
+# A part that stood out (a score of 1) is lost when less than this is left of the score.
+_LEFT = 0.5
 
 
 class VerificationError(RuntimeError):
     """A layer's weights do not show what was just written: something shares or computes them."""
 
 
+@dataclass(frozen=True)
+class _Site:
+    """A located layer, its family, and its place (index, count) among the layers of that family."""
+
+    layer: Layer
+    family: Family
+    place: Place
+
+    def row(self, status: str, note: str = "") -> LayerReport:
+        return LayerReport(self.layer.name, self.family.kind, self.layer.host, status, note=note)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def structure_(
     model: nn.Module,
     *,
-    attention: Mimetic | None = Mimetic(),  # noqa: B008 (frozen)
-    ssm: MimeticSSM | None = MimeticSSM(),  # noqa: B008 (frozen)
-    depthwise: FilterCovariance | None = FilterCovariance(),  # noqa: B008 (frozen)
     generator: torch.Generator | None = None,
     guard: bool = False,
+    **specs: Unpack[Specs],
 ) -> StructureReport:
     """Write structure into every layer that a layout recognises, in place, then measure it and report.
 
     Self-attention gets mimetic products, state-space layers start as causal linear attention, depthwise convolutions
     get covariance-structured filters. On the meta device nothing is written and the rows say so: call it again after
     ``to_empty()``. Call it **last**, after anything that draws weights of its own (``post_init``,
-    ``reset_parameters``), and ``audit`` after anything that touches weights. On a sharded model (FSDP2, DTensor) every
-    rank calls it: one layer at a time is gathered, written and sharded again, and the weights are those of a single
-    process with the same generator.
+    ``reset_parameters``), and ``audit`` after anything that touches weights.
+
+    A seed gives the same structure on every device and number of threads, up to rounding; see Note [The same draw
+    everywhere] in ``near_identity``. On a model that is sharded (FSDP2, DTensor) or wrapped by DDP every rank calls it,
+    and rank 0's generator counts: one layer at a time is gathered, written and sharded again, and the weights are those
+    of a single process. A model that is not wrapped yet is each rank's own, until DDP sends rank 0's weights.
+
+    A layer that cannot be read, written or measured gets a row ``skipped`` or ``failed`` with the reason, and the
+    others go on.
 
     Args:
         model: any module; the library it comes from need not be known as long as a layout covers its classes.
-        attention: strengths for self-attention, or ``None`` to leave it alone.
-        ssm: what to write into state-space layers, or ``None`` to leave them alone.
-        depthwise: covariance for depthwise filters, or ``None`` to leave them alone.
         generator: source of all noise; each layer draws from a stream of its own.
         guard: keep a fingerprint of every written layer's bits in the report, so that ``audit(model, against=report)``
             tells weights that were touched from weights that were not. Nothing is left in the model.
+        specs: ``attention``, a ``Mimetic`` with the strengths for self-attention; ``ssm``, a ``MimeticSSM`` with what
+            to write into state-space layers; ``depthwise``, a ``FilterCovariance`` for depthwise filters. Left out:
+            the published defaults. ``None`` leaves the layers of a family alone.
 
     Returns:
         One row a layer; ``print`` shows it as a table.
 
     Raises:
-        EspalierError: the model holds nothing that was asked for.
+        EspalierError: the model holds nothing that was asked for, no layer could be written, or a spec does not fit.
         VerificationError: a layer does not show what was written into it.
     """
-    asked: dict[str, object] = {"attention": attention, "ssm": ssm, "depthwise": depthwise}
+    for name in specs:
+        if name not in FAMILIES:
+            raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
+    asked: dict[str, Any] = {kind: family.default for kind, family in FAMILIES.items()} | specs
     reshard(model)
-    layers = [found for found in _layers(model, shapes=True) if asked[found[2].kind] is not None]
-    _refuse_nothing(model, layers, asked)
+    sites = [site for site in _sites(model) if asked[site.family.kind] is not None]
+    if all(isinstance(site.layer.found, Skipped) for site in sites):
+        raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
-    seeds = agree([int(torch.randint(2**62, (), generator=generator)) for _ in layers], model)
-    opened = (found for found in _layers(model) if asked[found[2].kind] is not None)
-    written: list[LayerReport] = []
-    marks: dict[str, tuple[float, ...]] = {}
-    for (name, host, family, weights, place), seed in zip(opened, seeds, strict=True):
-        if isinstance(weights, Skipped) or (why := _left_alone(family, weights, asked[family.kind], place)):
-            note = weights.reason if isinstance(weights, Skipped) else why
-            written.append(LayerReport(name, family.kind, host, "skipped", note=note))
-            continue
-        stream = torch.Generator(device=family.device(weights)).manual_seed(seed)
-        text = family.write(weights, asked[family.kind], place, stream)
-        marks[name] = family.fingerprint(weights)
-        written.append(LayerReport(name, family.kind, host, "written", text, note=family.note(weights)))
-    return _verify(model, written, marks, asked, guard)
+    generator = cpu_generator(generator)
+    draws = [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in sites]
+    rows: list[LayerReport] = []
+    sums: list[dict[str, float]] = []
+    remarks: dict[str, None] = {}
+    for site, seed in zip(sites, agree(draws, model), strict=True):
+        spec, taken = asked[site.family.kind], dict[str, float]()
+        stream = torch.Generator(device="cpu").manual_seed(seed)
+        rows.append(_attempt(site, lambda: _write(site, spec, stream, taken)))  # noqa: B023 (called at once)
+        sums.append(taken)
+        if rows[-1].status == "written":
+            remarks[site.family.remark(site.layer.found, spec, site.layer.module, model)] = None
+    statuses = {row.status for row in rows}
+    if "failed" in statuses and "written" not in statuses:
+        raise _nothing_written(model, asked, rows)
+    for index, site in enumerate(sites):
+        if rows[index].status == "written":
+            check = (site, rows[index], asked[site.family.kind], sums[index], guard)
+            rows[index] = _attempt(site, lambda: _verify(*check))  # noqa: B023 (called at once)
+    return StructureReport(tuple(rows), tuple(filter(None, remarks)))
 
 
 @torch.no_grad()
 def audit(model: nn.Module, against: StructureReport | None = None) -> StructureReport:
     """Measure how much structure a model's weights carry now, layer by layer.
 
+    Below an adapter (LoRA) the base layer's weights are measured.
+
     Args:
         model: any module, before or after wrapping, sharding, loading or training.
         against: an earlier report; layers that carried structure in it and do not now are called ``lost``, also when
-            the layer itself is gone.
+            the layer itself is gone. A layer is found again through wrappers and prefixes, and by its bits where the
+            report is guarded.
 
     Returns:
         One row a layer: ``present`` when the structure stands out from chance, else ``absent`` or ``lost``. A layer
-        that lost one of several parts is ``lost``, and its note names them; ``changed`` is one whose structure stands
-        out and whose bits are not those that ``guard=True`` recorded.
+        that lost one of several parts (one of two products, or its sign) is ``lost``, and its note names them;
+        ``changed`` is one whose structure stands out and whose bits are not those that ``guard=True`` recorded;
+        ``failed`` is one whose weights cannot work (NaN, rates out of range), and its note says why.
 
     Raises:
         EspalierError: no layer of the model is recognised.
     """
     reshard(model)
-    before = {} if against is None else {_plain(row.layer): row for row in against.layers}
-    rows = []
-    for name, host, family, weights, _ in _layers(model):
-        earlier = before.pop(_plain(name), None)
-        if isinstance(weights, Skipped) or family.on_meta(weights):
-            note = weights.reason if isinstance(weights, Skipped) else "on the meta device"
-            rows.append(LayerReport(name, family.kind, host, "skipped", note=note))
-            continue
-        measured = family.measure(weights)
-        row = LayerReport(name, family.kind, host, "present", measured=measured, note=family.note(weights))
-        rows.append(_judge(row, family, weights, earlier))
-    gone = [row for row in before.values() if row.status in _CARRIED]
+    sites = list(_sites(model))
+    before = [] if against is None else list(against.layers)
+    names = [(site.layer.name, site.family.kind) for site in sites]
+    earlier = match_rows(before, names, lambda index: _bits(sites[index]))
+    rows = [_attempt(site, lambda: _measure(site, earlier.get(index)), ()) for index, site in enumerate(sites)]  # noqa: B023
+    met = {id(row) for row in earlier.values()}
+    gone = [row for row in before if id(row) not in met and row.status in _CARRIED]
     rows += [replace(row, status="lost", measured={}, note="the layer is gone") for row in gone]
     if not rows:
         raise EspalierError(
@@ -123,79 +148,130 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
     return StructureReport(tuple(rows))
 
 
-def _refuse_nothing(model: nn.Module, layers: Sequence[Layer], asked: Mapping[str, object]) -> None:
-    """Raise if no layer can be written."""
-    if any(not isinstance(weights, Skipped) for _, _, _, weights, _ in layers):
-        return
+def _sites(model: nn.Module) -> Sequence[_Site]:
+    located = [(layer, family_of(layer.found)) for layer in locate_layers(model)]
+    families = [family for _, family in located]
+    return [
+        _Site(layer, family, (families[:index].count(family), families.count(family)))
+        for index, (layer, family) in enumerate(located)
+    ]
+
+
+def _attempt(
+    site: _Site,
+    step: Callable[[], LayerReport],
+    fatal: tuple[type[Exception], ...] = (EspalierError, VerificationError),
+) -> LayerReport:
+    """Return the row that a step makes: the one place where what a layer raises becomes a ``failed`` row.
+
+    Where something is written, an ``EspalierError`` speaks of the arguments and a ``VerificationError`` of the whole
+    model: both end the call.
+    """
+    try:
+        return step()
+    except Exception as error:
+        if isinstance(error, fatal):
+            raise type(error)(f"layer {site.layer.name!r}: {error}") from error
+        words = str(error).strip().splitlines() or ["no message"]
+        return site.row("failed", f"{type(error).__name__}: {words[0]}")
+
+
+def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequence[LayerReport]) -> EspalierError:
     wanted = " or ".join(kind for kind, spec in asked.items() if spec is not None) or "anything"
-    reasons = "".join(f"; {name}: {w.reason}" for name, _, _, w, _ in layers[:3] if isinstance(w, Skipped))
-    raise EspalierError(
+    reasons = "".join(f"; {row.layer}: {row.note}" for row in rows[:3])
+    return EspalierError(
         f"model {type(model).__name__} has no {wanted} layer to structure{reasons}: "
         "register a layout for its classes (espalier.init.register_layout)"
     )
 
 
-def _left_alone(family: Family, weights: Weights, spec: object, place: Place) -> str:
-    """Return why a layer that could be written is not, or the empty string."""
-    if not family.chooses(spec, place):
-        return "not among the layers asked for"
-    return "on the meta device: run again later" if family.on_meta(weights) else ""
+def _write(site: _Site, spec: object, stream: torch.Generator, sums: dict[str, float]) -> LayerReport:
+    """Write one layer, and put the sums of its views into ``sums``."""
+    family, found = site.family, site.layer.found
+    if isinstance(found, Skipped):
+        return site.row("skipped", found.reason)
+    if not family.selects(spec, site.place):
+        return site.row("skipped", "not among the layers asked for")
+    with site.layer.open() as weights:
+        if isinstance(weights, Skipped):
+            return site.row("skipped", weights.reason)
+        if on_meta(weights):
+            return site.row("skipped", "on the meta device: run again later")
+        text = family.write(weights, spec, site.place, stream)
+        sums.update(family.sums(weights))
+        note = family.note(weights, site.layer.module)
+    return replace(site.row("written", note), asked=text)
 
 
-def _judge(row: LayerReport, family: Family, weights: Weights, earlier: LayerReport | None) -> LayerReport:
-    """Return the row of a measured layer with its status, given what an earlier report says of it."""
-    parts = family.parts(row.measured)
-    if earlier is None or earlier.status not in _CARRIED:
-        row = row if parts else replace(row, status="absent")
-    elif gone := (family.parts(earlier.measured) if earlier.measured else frozenset()) - parts:
-        note = f"lost: {', '.join(sorted(gone))}"
-        row = replace(row, status="lost", note="; ".join(filter(None, (row.note, note))) if parts else row.note)
-    elif not parts:
-        row = replace(row, status="lost")
-    elif earlier.mark and earlier.mark != family.bits(weights):
-        row = replace(row, status="changed")
-    return row if earlier is None else replace(row, asked=earlier.asked, mark=earlier.mark)
-
-
-def _verify(
-    model: nn.Module,
-    written: list[LayerReport],
-    marks: dict[str, tuple[float, ...]],
-    asked: Mapping[str, object],
-    guard: bool,
-) -> StructureReport:
-    """Measure every written layer through fresh views, and raise at the first that shows something else."""
-    rows = {row.layer: row for row in written}
-    for name, _, family, weights, place in _layers(model):
-        if name not in marks or isinstance(weights, Skipped):
-            continue
-        if family.fingerprint(weights) != marks[name]:
-            raise VerificationError(f"layer {name!r} changed after it was written: it shares its weight with another")
+def _verify(site: _Site, row: LayerReport, spec: object, sums: Mapping[str, float], guard: bool) -> LayerReport:
+    """Measure a written layer through fresh views, and raise if it shows something else."""
+    family = site.family
+    with site.layer.open() as weights:
+        if isinstance(weights, Skipped):
+            raise VerificationError(f"it can no longer be read: {weights.reason}")
+        now = family.sums(weights)
+        if damage := family.damage(weights, now):
+            return replace(row, status="failed", note=damage)
+        if now != sums:
+            raise VerificationError("it changed after it was written: it shares its weight with another")
         measured = family.measure(weights)
-        if wrong := family.contradiction(weights, asked[family.kind], place, measured):
-            raise VerificationError(f"layer {name!r}: {wrong}")
-        rows[name] = replace(rows[name], measured=measured, mark=family.bits(weights) if guard else "")
-    return StructureReport(tuple(rows.values()))
+        if wrong := family.verify(weights, spec, site.place, measured):
+            raise VerificationError(wrong)
+        return replace(row, measured=measured, mark=family.bits(weights) if guard else "")
 
 
-def _layers(model: nn.Module, *, shapes: bool = False) -> Iterator[Layer]:
-    """Yield every recognised layer with its family and its place (index, count) among the layers of that family."""
-    kinds = [_kind(weights) for _, _, weights in find_layers(model, shapes=True)]
-    seen = dict.fromkeys(kinds, 0)
-    for name, host, weights in find_layers(model, shapes=shapes):
-        kind = _kind(weights)
-        family = next(family for family in FAMILIES if family.kind == kind)
-        yield name, host, family, weights, (seen[kind], kinds.count(kind))
-        seen[kind] += 1
+def _measure(site: _Site, earlier: LayerReport | None) -> LayerReport:
+    """Return the row of a layer as it is now; below adapters where it has some."""
+    found, family = site.layer.found, site.family
+    if not isinstance(found, Skipped):
+        with site.layer.open() as weights:
+            return _judge(site, weights, earlier)
+    with without_adapters(site.layer.module) as adapted:
+        if adapted:
+            with site.layer.open() as weights:
+                if not isinstance(weights, Skipped):
+                    row = _judge(site, weights, earlier)
+                    return replace(row, note="; ".join(filter(None, (row.note, "measured below its adapter"))))
+    return LayerReport(site.layer.name, family.kind, site.layer.host, "skipped", note=found.reason)
 
 
-def _kind(weights: Weights | Skipped) -> str:
-    if isinstance(weights, Skipped):
-        return weights.kind
-    return next(family.kind for family in FAMILIES if isinstance(weights, family.weights))
+def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerReport:
+    """Measure a layer's open weights and hold them against an earlier row."""
+    family = site.family
+    if isinstance(weights, Skipped) or on_meta(weights):
+        return site.row("skipped", weights.reason if isinstance(weights, Skipped) else "on the meta device")
+    row = site.row("present", family.note(weights, site.layer.module))
+    if earlier is not None:
+        row = replace(row, asked=earlier.asked, mark=earlier.mark)
+    if damage := family.damage(weights, family.sums(weights)):
+        return replace(row, status="failed", note=damage)
+    measured = family.measure(weights)
+    row = replace(row, measured=measured)
+    if excess := family.excess(measured):
+        return replace(row, status="failed", note=excess)
+    scores = family.scores(measured)
+    shown = any(abs(score) >= 1 for score in scores.values())
+    before: dict[str, float] = {}
+    if earlier is not None and earlier.status in _CARRIED and earlier.measured:
+        before = {part: score for part, score in family.scores(earlier.measured).items() if abs(score) >= 1}
+    losses = {part: loss for part, score in before.items() if (loss := _loss(part, score, scores.get(part, 0.0)))}
+    # A product that is lost altogether needs no word on its heads.
+    if lost := [loss for part, loss in losses.items() if part.partition(" of ")[0] not in losses.keys() - {part}]:
+        return replace(row, status="lost", note="; ".join(filter(None, (row.note, f"lost: {', '.join(lost)}"))))
+    if not shown:
+        return replace(row, status="absent")
+    changed = earlier is not None and bool(earlier.mark) and earlier.mark != family.bits(weights)
+    return replace(row, status="changed" if changed and before else "present")
 
 
-def _plain(name: str) -> str:
-    """Return a layer's name without what wrappers put into it (DDP, torch.compile, Fabric)."""
-    wrappers = {"module", "_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+def _loss(part: str, before: float, now: float) -> str:
+    """Return a part's name if it no longer stands out as it did, saying so if only its sign is another."""
+    if now * before > 0 and abs(now) >= _LEFT:
+        return ""
+    return f"{part} (its sign is the other)" if now * before < 0 and abs(now) >= 1 else part
+
+
+def _bits(site: _Site) -> str:
+    """Return the digest of a layer's weights, below adapters where it has some; empty where it cannot be read."""
+    with without_adapters(site.layer.module), site.layer.open() as weights:
+        return "" if isinstance(weights, Skipped) or on_meta(weights) else site.family.bits(weights)

@@ -21,7 +21,6 @@ from espalier.models.lipschitz import (
     OrthogonalConvMixer,
     OrthogonalConvNet,
 )
-from espalier.models.mamba_checkpoints import convert_mamba_state_dict
 from espalier.models.memory_format import MemoryFormatChoice, choose_memory_format_
 from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
@@ -42,7 +41,6 @@ __all__ = [
     "VisionTransformer",
     "build_model",
     "choose_memory_format_",
-    "convert_mamba_state_dict",
     "fuse",
     "register_with_timm",
 ]

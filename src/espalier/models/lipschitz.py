@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.orthogonal_layers import orthogonal_conv
-from espalier.nn.cayley_conv import CayleyConv2d
-from espalier.nn.cayley_linear import CayleyLinear
-from espalier.nn.lipschitz import ConvexSum, InvertibleDownsampling, MaxMin, NormalizedLinear, ScaledAvgPool2d
+from espalier.nn.lipschitz.activations import MaxMin
+from espalier.nn.lipschitz.normalisation import NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.orthogonal.conv import CayleyConv2d
+from espalier.nn.orthogonal.linear import CayleyLinear
 
 HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
 
@@ -264,7 +267,7 @@ class OrthogonalConvNet(LipschitzNet):
     width ``widths[i]``, and the next one begins with a matrix on blocks of 2 × 2 pixels, which halves the image; two
     orthogonal linear layers and the head follow, with MaxMin after each but the head. With one stage it is a patch net.
     An image of half the side has a quarter of the frequencies and of the activations, so that a net on patches takes
-    many more steps in the same time (measured in docs/results/robustness.md).
+    many more steps in the same time (measured in docs/results/archive/robustness.md).
 
     Args:
         widths: channels of every stage.

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.nn.cayley_conv import CayleyConv2d
-from espalier.nn.lipschitz import kernel_norm
+from espalier.nn.lipschitz.constant import kernel_norm
+from espalier.nn.orthogonal.conv import CayleyConv2d
 
 PEERS = {"aoc": ("AOC", "AdaptiveOrthoConv2d"), "soc": ("adaptiveSOC", "AdaptiveSOCConv2d")}
 

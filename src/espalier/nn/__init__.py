@@ -1,17 +1,22 @@
 """Layers that carry structure by construction."""
 
-from espalier.nn.backend import Backend, backend, use_backend
-from espalier.nn.causal_conv import causal_conv_silu
-from espalier.nn.cayley import cayley
-from espalier.nn.cayley_checkpoint import load_original_state_dict
-from espalier.nn.cayley_conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
-from espalier.nn.cayley_linear import CayleyLinear
-from espalier.nn.cayley_parametrization import parametrize_cayley
-from espalier.nn.gated_norm import GatedRMSNorm
-from espalier.nn.mamba import Mamba1, Mamba2, MambaState
-from espalier.nn.mixing import mixing_matrix
-from espalier.nn.selective_scan import selective_scan
-from espalier.nn.ssd import ssd
+from espalier.nn.kernels.backend import Backend, backend, use_backend
+from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite, kernel_norm, spectral_norm
+from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
+from espalier.nn.orthogonal.linear import CayleyLinear
+from espalier.nn.orthogonal.original import load_original_state_dict
+from espalier.nn.orthogonal.parametrization import parametrize_cayley
+from espalier.nn.orthogonal.transform import cayley
+from espalier.nn.ssm.causal_conv import causal_conv_silu
+from espalier.nn.ssm.gated_norm import GatedRMSNorm
+from espalier.nn.ssm.mamba import Mamba1, Mamba2, MambaState
+from espalier.nn.ssm.mixing import mixing_matrix
+from espalier.nn.ssm.selective_scan import selective_scan
+from espalier.nn.ssm.ssd import ssd
 
 __all__ = [
     "Backend",
@@ -20,17 +25,28 @@ __all__ = [
     "CayleyConv3d",
     "CayleyConvTranspose2d",
     "CayleyLinear",
+    "ConvexSum",
     "GatedRMSNorm",
+    "GroupSort",
+    "InvertibleDownsampling",
+    "Lipschitz",
+    "LipschitzComposite",
     "Mamba1",
     "Mamba2",
     "MambaState",
+    "MaxMin",
+    "Normalize",
+    "NormalizedLinear",
+    "ScaledAvgPool2d",
     "backend",
     "causal_conv_silu",
     "cayley",
+    "kernel_norm",
     "load_original_state_dict",
     "mixing_matrix",
     "parametrize_cayley",
     "selective_scan",
+    "spectral_norm",
     "ssd",
     "use_backend",
 ]

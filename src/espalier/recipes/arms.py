@@ -4,34 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 from espalier.errors import unknown_name
-from espalier.recipes.arms_filters import SWITCH_ARMS, TRANSFER_ARMS
 from espalier.recipes.base import Recipe
-
-# The parts of mimetic state-space initialisation as MimeticSSM takes them: (left alone, written).
-SSM_PARTS: Mapping[str, tuple[Any, Any]] = {
-    "decay": (None, 8.0),
-    "delta": (None, 1.0),
-    "correlate": (None, 1.0),
-    "convolution": (False, True),
-}
-
-
-def ssm_part_arms() -> dict[str, Mapping[str, Any]]:
-    """Return the 15 arms that write some of the four parts: ``ssm-decay``, ``ssm-decay+delta``, …
-
-    The sixteenth, which writes none, is ``default``; ``ssm-decay+delta+correlate`` is ``mimetic-ssm``.
-    """
-    arms: dict[str, Mapping[str, Any]] = {}
-    for chosen in list(product((False, True), repeat=len(SSM_PARTS)))[1:]:
-        name = "ssm-" + "+".join(part for part, written in zip(SSM_PARTS, chosen, strict=True) if written)
-        parts = {part: SSM_PARTS[part][written] for part, written in zip(SSM_PARTS, chosen, strict=True)}
-        arms[name] = {"init": "mimetic_ssm", "init_args": parts, "freeze": ""}
-    return arms
-
 
 ARMS: dict[str, Mapping[str, Any]] = {
     "default": {"init": "default", "init_args": {}, "freeze": ""},
@@ -49,7 +25,6 @@ ARMS: dict[str, Mapping[str, Any]] = {
         "freeze": "",
     },
     "mimetic-ssm-last": {"init": "mimetic_ssm", "init_args": {"layers": -1}, "freeze": ""},
-    **ssm_part_arms(),
     "structured": {"init": "structured", "init_args": {}, "freeze": ""},
     "truncated-normal": {"init": "truncated_normal", "init_args": {}, "freeze": ""},
     "uniform-values": {"init": "uniform_values", "init_args": {}, "freeze": ""},
@@ -58,8 +33,9 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "semi-orthogonal": {"init": "semi_orthogonal", "init_args": {}, "freeze": ""},
     "impulse": {"init": "impulse", "init_args": {}, "freeze": ""},
     "mlp-mean-shift": {"init": "mlp_mean_shift", "init_args": {}, "freeze": ""},
-    **TRANSFER_ARMS,
-    **SWITCH_ARMS,
+    # The statistics stay those of the recipe: --init STATISTICS.safetensors.
+    "transferred": {"init": "transferred", "freeze": ""},
+    "transferred-frozen": {"init": "transferred", "freeze": "depthwise"},
 }
 
 

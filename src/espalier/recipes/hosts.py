@@ -55,8 +55,8 @@ def convnext_filters() -> Recipe:
     """Return a small ConvNeXt of transformers (kernel 7, stem of stride 4) on 2,000 CIFAR-10 images.
 
     Test accuracy on 2,000 images, under a minute on one CPU core: ``espalier compare convnext_filters --arms default
-    covariance-convnext default-frozen covariance-convnext-frozen``. Residual branches start at full scale: at the
-    class's own 1e-6 a run this short trains the stem and the head alone.
+    covariance default-frozen covariance-frozen``. Residual branches start at full scale: at the class's own 1e-6 a run
+    this short trains the stem and the head alone.
     """
     return Recipe(
         name="convnext_filters",

@@ -17,9 +17,9 @@ from espalier.init import (
     Mimetic,
     MimeticSSM,
     StructureReport,
-    attention_arms,
     structure_,
 )
+from espalier.init.attention import baselines
 
 Init = Callable[..., StructureReport | None]
 
@@ -121,10 +121,10 @@ INITS: dict[str, Init] = {
     "covariance": covariance,
     "transferred": transferred,
     "structured": structured,
-    "truncated_normal": _peer(attention_arms.truncated_normal_),
-    "uniform_values": _peer(attention_arms.uniform_values_),
-    "zero_output": _peer(attention_arms.zero_output_),
-    "semi_orthogonal": _peer(attention_arms.semi_orthogonal_),
-    "impulse": _peer(attention_arms.impulse_),
-    "mlp_mean_shift": _peer(attention_arms.mlp_mean_shift_),
+    "truncated_normal": _peer(baselines.truncated_normal_),
+    "uniform_values": _peer(baselines.uniform_values_),
+    "zero_output": _peer(baselines.zero_output_),
+    "semi_orthogonal": _peer(baselines.semi_orthogonal_),
+    "impulse": _peer(baselines.impulse_),
+    "mlp_mean_shift": _peer(baselines.mlp_mean_shift_),
 }

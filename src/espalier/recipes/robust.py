@@ -35,7 +35,7 @@ def digits_robust() -> Recipe:
     """Return a small Cayley net on scikit-learn's 8×8 digits: clean and certified accuracy, seconds on one CPU core.
 
     ``espalier train digits_robust && espalier certify runs/digits_robust``; nothing is downloaded. Measured in
-    docs/results/robustness.md.
+    docs/results/archive/robustness.md.
     """
     return _centred(
         name="digits_robust",
@@ -51,7 +51,7 @@ def kwlarge_fashion() -> Recipe:
     """Return KWLarge on Fashion-MNIST: clean and certified accuracy, minutes on a CPU.
 
     ``espalier train kwlarge_fashion --data DIR``, then ``espalier certify`` on its folder. Measured in
-    docs/results/robustness.md.
+    docs/results/archive/robustness.md.
     """
     return _centred(
         name="kwlarge_fashion",
@@ -69,7 +69,7 @@ def kwlarge_fashion_tempered() -> Recipe:
     """Return KWLarge on Fashion-MNIST with cross-entropy on tempered margins and a cosine after a warm-up.
 
     The better recipe here: the same net and cost as ``kwlarge_fashion``, larger certified radii. ``espalier train
-    kwlarge_fashion_tempered --data DIR``. Measured in docs/results/robustness.md.
+    kwlarge_fashion_tempered --data DIR``. Measured in docs/results/archive/robustness.md.
     """
     return replace(kwlarge_fashion(), name="kwlarge_fashion_tempered", **_TEMPERED)
 
@@ -80,7 +80,7 @@ def kwlarge_cifar10() -> Recipe:
 
     Adam, lr 0.01 in a piecewise line, batch 256, 200 epochs, crop and flip, multi-margin loss with margin 0.5, the
     mean subtracted only (arXiv 2104.07167, section 5): ``espalier train kwlarge_cifar10 --data DIR``. Not yet run here
-    at full length; sixteen epochs are measured in docs/results/robustness.md.
+    at full length; sixteen epochs are measured in docs/results/archive/robustness.md.
     """
     return _centred(
         name="kwlarge_cifar10",
@@ -99,7 +99,7 @@ def orthogonal_fashion() -> Recipe:
 
     Two orthogonal convolutions on patches of 4 × 4, the two linear layers of ``kwlarge_fashion`` and the better recipe:
     as many parameters, a third of the time a step, so about three times the epochs. ``espalier train orthogonal_fashion
-    --data DIR``, then ``espalier certify`` on its folder. Measured in docs/results/robustness.md.
+    --data DIR``, then ``espalier certify`` on its folder. Measured in docs/results/archive/robustness.md.
     """
     return replace(
         kwlarge_fashion_tempered(),
@@ -116,7 +116,7 @@ def orthogonal_cifar10() -> Recipe:
 
     To ``kwlarge_cifar10`` what ``orthogonal_fashion`` is to ``kwlarge_fashion``, at the same number of epochs.
     ``espalier train orthogonal_cifar10 --data DIR``. Not yet run here at full length; 32 epochs are measured in
-    docs/results/robustness.md.
+    docs/results/archive/robustness.md.
     """
     return replace(
         kwlarge_cifar10(),

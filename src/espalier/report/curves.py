@@ -10,7 +10,6 @@ from espalier.errors import require
 from espalier.report.section import Context, Plot, Section, arm_colours
 from espalier.study.statistics import Interval
 from espalier.study.summary import ArmSummary, Summary
-from espalier.study.table import is_share
 from espalier.train import Run
 
 
@@ -19,7 +18,7 @@ def learning_curves(summary: Summary, context: Context) -> Section | None:
     arms = [arm for arm in summary.arms if arm.curve]
     if not arms:
         return None
-    factor = 100 if is_share(summary) else 1
+    factor = 100 if summary.is_share else 1
     traces = [trace for arm in arms for trace in _band(arm, context.colours[arm.arm], factor)]
     behind = ", ".join(f"{arm.arm}: {max(point.score.n for point in arm.curve)} at lr {arm.best_lr:g}" for arm in arms)
     caption = (
@@ -29,7 +28,7 @@ def learning_curves(summary: Summary, context: Context) -> Section | None:
     )
     ends = [factor * end for arm in arms for point in arm.curve for end in _ends(point.score)]
     figure = _figure(traces, "epoch", _axis_name(summary))
-    figure.update_yaxes(range=_axis_range(ends, share=is_share(summary)))
+    figure.update_yaxes(range=_axis_range(ends, share=summary.is_share))
     return Section("Learning curves", (Plot(figure, caption),))
 
 
@@ -38,7 +37,7 @@ def score_over_rate(summary: Summary, context: Context) -> Section | None:
     arms = [arm for arm in summary.arms if any(point.scores or point.diverged for point in arm.rates)]
     if not arms:
         return None
-    factor = 100 if is_share(summary) else 1
+    factor = 100 if summary.is_share else 1
     scores = [score for arm in arms for point in arm.rates for score in point.scores.values()]
     # Diverged runs have no score: they stand under all that have one.
     floor = factor * (min(scores) - 0.08 * max(max(scores) - min(scores), 1e-3)) if scores else 0.0
@@ -46,7 +45,7 @@ def score_over_rate(summary: Summary, context: Context) -> Section | None:
     figure = _figure(traces, "learning rate", _axis_name(summary))
     rates = sorted({point.lr for arm in arms for point in arm.rates})
     figure.update_xaxes(type="log", tickvals=rates, ticktext=[f"{rate:g}" for rate in rates])
-    shown = f"{100 * summary.tolerance:g} points" if is_share(summary) else f"{summary.tolerance:g}"
+    shown = f"{100 * summary.tolerance:g} points" if summary.is_share else f"{summary.tolerance:g}"
     count = len(scores) + sum(len(point.diverged) for arm in arms for point in arm.rates)
     caption = (
         f"Dots are single runs, {count} in all; lines join the means, the ring is an arm's best rate, and the thick "
@@ -161,7 +160,7 @@ def _axis_range(ends: Sequence[float], *, share: bool) -> list[float]:
 
 
 def _axis_name(summary: Summary) -> str:
-    return f"{summary.metric}, %" if is_share(summary) else summary.metric
+    return f"{summary.metric}, %" if summary.is_share else summary.metric
 
 
 def _interval(score: Interval, factor: float) -> str:

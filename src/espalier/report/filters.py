@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from espalier.init.filter_fit import pooled_covariance
+from espalier.init.filters.fit import pooled_covariance
 from espalier.init.layouts import DepthwiseWeights
 from espalier.report.raster import Panel, Row, mosaic, picture_table, shrink
 from espalier.report.section import Section

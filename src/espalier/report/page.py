@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from espalier.errors import EspalierError, require
+from espalier.files import write_bytes
 from espalier.report.pictures import PICTURES, picture_sections
 from espalier.report.run_sections import RUN_SECTIONS
 from espalier.report.section import Context, Markup, Plot, Section, arm_colours
@@ -21,7 +22,6 @@ from espalier.report.views import View
 from espalier.study import Summary, summarise
 from espalier.study.trial import STUDY, TRIALS
 from espalier.train import Run, load_run
-from espalier.train.checkpoint import write_bytes
 from espalier.train.run import RECIPE
 
 

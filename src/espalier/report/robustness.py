@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.certificate import Certificate
-from espalier.certify.runs import attack_path, certificate_path, pixel_net
 from espalier.errors import EspalierError, require
-from espalier.nn.cayley_conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
-from espalier.nn.cayley_linear import CayleyLinear
+from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
+from espalier.nn.orthogonal.linear import CayleyLinear
 from espalier.report.raster import photograph
 from espalier.report.section import Context, Markup, Plot, Section, paragraph, table
 from espalier.train import Run
+from espalier.train.certify_runs import attack_path, certificate_path, pixel_net
 
 _ORTHOGONAL = (CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d, CayleyLinear)
 _DIRECTIONS = 64

@@ -12,6 +12,7 @@ from espalier.init import StructureReport
 from espalier.init.report import measured_in_words
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.report.curves import run_curves
+from espalier.report.health import health
 from espalier.report.robustness import robustness
 from espalier.report.section import Context, Markup, Section, counted, folded, paragraph, table
 from espalier.train import Run
@@ -80,5 +81,5 @@ def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-RUN_SECTIONS: tuple[RunSection, ...] = (outcome, run_curves, robustness, structure, recipe, environment)
+RUN_SECTIONS: tuple[RunSection, ...] = (outcome, run_curves, robustness, structure, health, recipe, environment)
 """In the order of the page; the pictures follow the curves' end. A room that measures runs adds its own."""

@@ -9,7 +9,7 @@ from espalier.report.pictures import picture_sections
 from espalier.report.section import Context, Markup, Section, bullets, counted, folded, paragraph, table
 from espalier.study import Trial
 from espalier.study.summary import ArmSummary, Summary
-from espalier.study.table import HEADER, assumptions, cells, first_line, is_share, number, sentences
+from espalier.study.table import HEADER, assumptions, cells, first_line, number, sentences
 from espalier.train import Run
 
 StudySection = Callable[[Summary, Context], Section | None]
@@ -22,7 +22,7 @@ def headline(summary: Summary, context: Context) -> Section:
         f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, {counted(recipe.epochs, 'epoch')} of "
         f"batches of {recipe.batch_size}; {counted(len(study.arms), 'arm')} × "
         f"{counted(len(study.lrs), 'learning rate')} × {counted(len(study.seeds), 'seed')}, "
-        f"{len(summary.runs)} of {len(study.trials())} runs finished."
+        f"{len(summary.records)} of {len(study.trials())} runs finished."
     )
     changes = [[arm, ", ".join(f"{key} = {value!r}" for key, value in made.items()) or "nothing"]
                for arm, made in study.arms.items()]  # fmt: skip
@@ -61,23 +61,23 @@ def trials(summary: Summary, context: Context) -> Section:
 
 
 def _trial_row(trial: Trial, summary: Summary, context: Context) -> list[str | Markup]:
-    run = summary.runs.get(trial.path)
-    result = (run.result if run is not None else None) or {}
-    score, step = result.get("score"), result.get("step_seconds")
-    state = "finished" if run is not None else "unfinished"
-    if result.get("diverged"):
+    record = summary.records.get(trial.path)
+    score, step = (None, None) if record is None else (record.score, record.step_seconds)
+    state = "finished" if record is not None else "unfinished"
+    if record is not None and record.diverged:
         state = "diverged"
     elif trial.failure is not None:
         state = f"failed: {first_line(trial.failure)}"
-    link = context.link(trial.path, str(trial.path.relative_to(summary.study.path)))
+    name = str(trial.path.relative_to(summary.study.path))
+    link: str | Markup = Markup(context.link(trial.path, name)) if trial.path.exists() else "a record"
     return [
         trial.arm,
         f"{trial.lr:g}",
         str(trial.seed),
-        "–" if score is None else number(score, is_share(summary)),
+        "–" if score is None else number(score, summary.is_share),
         state,
         "–" if step is None else f"{1e3 * step:.3g}",
-        Markup(link),
+        link,
     ]
 
 

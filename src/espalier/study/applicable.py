@@ -7,8 +7,6 @@ from torch import Tensor
 from espalier import data
 from espalier.errors import EspalierError
 from espalier.recipes import ARMS, Recipe, apply_arm
-from espalier.recipes.arms import ssm_part_arms
-from espalier.recipes.arms_filters import SWITCH_ARMS
 from espalier.train.build import build_run_model, freeze_
 
 
@@ -16,9 +14,7 @@ def applicable_arms(recipe: Recipe) -> list[str]:
     """Return every arm that applies to a recipe's model and differs from the arms before it, the default first.
 
     Each arm is tried on the model that a trial of it would train: one that finds nothing to write or to freeze is left
-    out, and so is one that writes the very weights of an earlier arm (``structured`` on a model with one family). The
-    switches of the closed form and the combinations of state-space parts have studies of their own
-    (``filter-switches``, ``which-part``).
+    out, and so is one that writes the very weights of an earlier arm (``structured`` on a model with one family).
 
     Raises:
         EspalierError: the recipe's data or model cannot be built.
@@ -27,8 +23,7 @@ def applicable_arms(recipe: Recipe) -> list[str]:
     build_run_model(apply_arm(recipe, "default"), source)
     names: list[str] = []
     states: list[list[tuple[Tensor, bool]]] = []
-    elsewhere = {*SWITCH_ARMS, *ssm_part_arms()}
-    for arm in [name for name in ARMS if name not in elsewhere]:
+    for arm in ARMS:
         try:
             model, _ = build_run_model(apply_arm(recipe, arm), source)
             freeze_(model, apply_arm(recipe, arm))

@@ -9,8 +9,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from espalier.errors import unknown_name
 from espalier.randomness import derive_generator
+from espalier.study.record import Record
 from espalier.study.statistics import (
+    UNLIMITED,
     Interval,
     PairedDifference,
     Window,
@@ -20,8 +23,7 @@ from espalier.study.statistics import (
     rate_window,
     t_interval,
 )
-from espalier.study.table import markdown_table, text_table
-from espalier.study.trial import Study, Trial, load_study
+from espalier.study.trial import RESULT, Study, Trial, load_study
 from espalier.train import Run, load_run
 
 LEVEL = 0.95
@@ -95,73 +97,83 @@ class Summary:
     tolerance: float
     arms: tuple[ArmSummary, ...]
     failures: tuple[tuple[Trial, str], ...]
-    runs: Mapping[Path, Run] = field(repr=False)
-    """The finished runs by folder."""
+    records: Mapping[Path, Record] = field(repr=False)
+    """What the finished trials left behind, by folder, whether or not the folder is here."""
 
-    def table(self) -> str:
-        """Return the result as a plain-text table with its sentences and assumptions."""
-        return text_table(self)
+    @property
+    def is_share(self) -> bool:
+        """Whether scores are shares of one: they read better in percent, and no interval leaves 0 to 100 %."""
+        return is_share(self.metric)
 
-    def markdown(self) -> str:
-        """Return the same as Markdown."""
-        return markdown_table(self)
+    def difference(self, arm: str, baseline: str) -> PairedDifference | None:
+        """Return the difference of two arms over their shared seeds, each at its own best rate; None without any.
+
+        Raises:
+            EspalierError: the study has no such arm.
+        """
+        known = {each.arm: each for each in self.arms}
+        for name in (arm, baseline):
+            if name not in known:
+                raise unknown_name("arm of this study", name, known)
+        one = known[arm]
+        return _paired(arm, _scores_at(one.rates, one.best_lr), known[baseline], self.metric, self.level)
 
     def run(self, arm: str, lr: float, seed: int) -> Run | None:
-        """Return one finished run, None where there is none."""
-        return self.runs.get(self.study.trial(arm, lr, seed).path)
+        """Return one finished run, None where there is none or its folder is not here."""
+        trial = self.study.trial(arm, lr, seed)
+        return load_run(trial.path) if (trial.path / RESULT).exists() else None
 
 
-def summarise(folder: Path | str, *, level: float = LEVEL, tolerance: float = TOLERANCE) -> Summary:
-    """Summarise the finished runs of a study; what is missing, diverged or failed is counted, never hidden.
+def summarise(study: Study | Path | str, *, level: float = LEVEL, tolerance: float = TOLERANCE) -> Summary:
+    """Summarise the finished trials of a study; what is missing, diverged or failed is counted, never hidden.
+
+    Records and run folders serve alike.
 
     A diverged run has no score. A rate at which any seed diverged can neither be the best nor lie in the window:
     leaving such seeds out of a mean would favour the arm that diverges.
 
     Args:
-        folder: the study folder.
+        study: the study, or its folder.
         level: confidence level of every interval.
         tolerance: how far below the best mean score a rate may lie to count for the window, in units of the score.
 
     Raises:
         EspalierError: not a study folder, or a damaged run in it.
     """
-    study = load_study(folder)
+    study = study if isinstance(study, Study) else load_study(study)
     trials = study.trials()
-    runs = {trial.path: load_run(trial.path) for trial in trials if trial.finished}
-    metric = next((str(run.result["metric"]) for run in runs.values() if run.result), "score")
+    records = study.outcomes()
+    metric = next((record.metric for record in records.values()), "score")
     arms: list[ArmSummary] = []
     for arm in study.arms:
         mine = [trial for trial in trials if trial.arm == arm]
-        arms.append(_summarise_arm(study, mine, runs, metric, arms[0] if arms else None, level, tolerance))
+        arms.append(_summarise_arm(study, mine, records, metric, arms[0] if arms else None, level, tolerance))
     failures = tuple((trial, text) for trial in trials if (text := trial.failure) is not None)
-    return Summary(study, metric, level, tolerance, tuple(arms), failures, runs)
+    return Summary(study, metric, level, tolerance, tuple(arms), failures, records)
 
 
 def _summarise_arm(
     study: Study,
     trials: Sequence[Trial],
-    runs: Mapping[Path, Run],
+    records: Mapping[Path, Record],
     metric: str,
     baseline: ArmSummary | None,
     level: float,
     tolerance: float,
 ) -> ArmSummary:
     arm = trials[0].arm
-    rates = tuple(_rate_point(lr, [trial for trial in trials if trial.lr == lr], runs) for lr in study.lrs)
+    rates = tuple(_rate_point(lr, [trial for trial in trials if trial.lr == lr], records) for lr in study.lrs)
     means = {point.lr: point.mean for point in rates if point.counts}
     best = best_rate(means)
     scores = _scores_at(rates, best)
-    curve = _curve([runs[t.path] for t in trials if t.lr == best and t.path in runs], metric, level)
-    times = [t for trial in trials if (t := _result(runs, trial).get("step_seconds")) is not None]
+    mine = [records[trial.path] for trial in trials if trial.path in records]
+    curve = _curve([record for record in mine if record.lr == best], score_limits(metric), level)
+    times = [record.step_seconds for record in mine if record.step_seconds is not None]
     step_seconds = median(times) if times else math.nan
-    score = t_interval(list(scores.values()), level) if scores else None
+    score = t_interval(list(scores.values()), level, score_limits(metric)) if scores else None
     target = baseline.score if baseline else score
     goal = target.mean if target else math.nan
     values = [point.score.mean for point in curve]
-    difference = None
-    if baseline is not None:
-        generator = derive_generator(0, "bootstrap", arm)
-        difference = paired_difference(scores, _scores_at(baseline.rates, baseline.best_lr), level, generator=generator)
     return ArmSummary(
         arm=arm,
         changes=study.arms[arm],
@@ -169,49 +181,56 @@ def _summarise_arm(
         best_lr=best,
         window=rate_window(means, study.lrs, tolerance),
         score=score,
-        difference=difference,
+        difference=None if baseline is None else _paired(arm, scores, baseline, metric, level),
         curve=curve,
         epochs_to_baseline=first_crossing([point.epoch for point in curve], values, goal),
         steps_to_baseline=first_crossing([point.step for point in curve], values, goal),
-        epochs=study.recipe.epochs,
+        epochs=int(study.arms[arm].get("epochs", study.recipe.epochs)),
         step_seconds=step_seconds,
         step_ratio=step_seconds / (baseline.step_seconds if baseline else step_seconds),
         planned=len(trials),
-        finished=sum(trial.path in runs for trial in trials),
+        finished=len(mine),
         diverged=sum(len(point.diverged) for point in rates),
         failed=sum(trial.failure is not None for trial in trials),
     )
 
 
-def _result(runs: Mapping[Path, Run], trial: Trial) -> Mapping[str, Any]:
-    run = runs.get(trial.path)
-    return run.result if run is not None and run.result is not None else {}
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of one."""
+    return metric.endswith("accuracy")
 
 
-def _rate_point(lr: float, trials: Sequence[Trial], runs: Mapping[Path, Run]) -> RatePoint:
-    results = {trial.seed: _result(runs, trial) for trial in trials}
-    diverged = tuple(seed for seed, result in results.items() if result.get("diverged"))
-    scores = {
-        seed: float(result["score"])
-        for seed, result in results.items()
-        if seed not in diverged and result.get("score") is not None
-    }
-    return RatePoint(lr, scores, diverged)
+def score_limits(metric: str) -> tuple[float, float]:
+    """Return the least and the largest score that a metric can have."""
+    return (0.0, 1.0) if is_share(metric) else UNLIMITED
+
+
+def _paired(
+    arm: str, scores: Mapping[int, float], baseline: ArmSummary, metric: str, level: float
+) -> PairedDifference | None:
+    theirs = _scores_at(baseline.rates, baseline.best_lr)
+    generator = derive_generator(0, "bootstrap", arm)
+    return paired_difference(scores, theirs, level, limits=score_limits(metric), generator=generator)
+
+
+def _rate_point(lr: float, trials: Sequence[Trial], records: Mapping[Path, Record]) -> RatePoint:
+    found = {trial.seed: records[trial.path] for trial in trials if trial.path in records}
+    diverged = tuple(seed for seed, record in found.items() if record.diverged)
+    return RatePoint(lr, {seed: record.score for seed, record in found.items() if record.score is not None}, diverged)
 
 
 def _scores_at(rates: Sequence[RatePoint], lr: float | None) -> Mapping[int, float]:
     return next((point.scores for point in rates if point.lr == lr), {})
 
 
-def _curve(runs: Sequence[Run], metric: str, level: float) -> tuple[CurvePoint, ...]:
+def _curve(records: Sequence[Record], limits: tuple[float, float], level: float) -> tuple[CurvePoint, ...]:
     """Return the mean curve over the steps at which every run was evaluated."""
-    tables = [{row["step"]: row for row in run.rows if row.get(metric) is not None} for run in runs]
+    tables = [{step: (epoch, seconds, score) for epoch, step, seconds, score in record.curve} for record in records]
     if not tables:
         return ()
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
     points = []
-    for step in shared:
+    for step in sorted(set.intersection(*(set(table) for table in tables))):
         rows = [table[step] for table in tables]
-        score = t_interval([float(row[metric]) for row in rows], level)
-        points.append(CurvePoint(rows[0]["epoch"], step, fmean(row["seconds"] for row in rows), score))
+        score = t_interval([score for _, _, score in rows], level, limits)
+        points.append(CurvePoint(rows[0][0], step, fmean(seconds for _, seconds, _ in rows), score))
     return tuple(points)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from espalier.study.solving import THRESHOLD
+from espalier.study.solving_table import NOTES, solving_tables
 from espalier.study.statistics import Interval, t_interval
-
-if TYPE_CHECKING:
-    from espalier.study.summary import ArmSummary, Summary
+from espalier.study.summary import ArmSummary, Summary, score_limits
 
 HEADER = (
     "arm",
@@ -38,7 +38,7 @@ def sentence(arm: ArmSummary, summary: Summary) -> str:
     base = summary.arms[0].arm
     if arm.difference is None:
         return f"{arm.arm} against {base}: no paired runs to compare yet"
-    t, points = arm.difference.t, is_share(summary)
+    t, points = arm.difference.t, summary.is_share
     size = number(t.mean, points, sign=True) + (" points" if points else "")
     if not t.defined:
         return f"{arm.arm} against {base}: {size} on one paired seed, no difference shown (n = 1 has no interval)"
@@ -59,7 +59,7 @@ def counts(arm: ArmSummary) -> str:
 
 def assumptions(summary: Summary) -> list[str]:
     """Return what the numbers rest on, in a few sentences."""
-    points = is_share(summary)
+    points = summary.is_share
     tolerance = f"{100 * summary.tolerance:g} points" if points else f"{summary.tolerance:g}"
     base = summary.arms[0].arm
     return [
@@ -67,7 +67,8 @@ def assumptions(summary: Summary) -> list[str]:
         f"best learning rate; brackets hold {100 * summary.level:g} % intervals.",
         "Differences are paired by seed (same base weights, same batches) and judged by Student's t interval, which "
         "assumes independent seeds with normal scatter and is not adjusted for the number of arms; the percentile "
-        "bootstrap stands beside it and is too narrow for few seeds. An interval that covers zero shows no difference.",
+        "bootstrap stands beside it and is too narrow for few seeds. An interval that covers zero shows no difference."
+        + (" No interval leaves 0 to 100 %: the mean cannot." if points else ""),
         "The best learning rate is chosen on the scores that are reported, for every arm alike, so scores are "
         "slightly optimistic. A rate at which any seed diverged cannot be the best.",
         f"The window is the ratio of the largest to the smallest rate, without a gap around the best, whose mean "
@@ -88,33 +89,45 @@ def text_table(summary: Summary) -> str:
 
 
 def markdown_table(summary: Summary) -> str:
-    """Return the summary as Markdown for a page of results."""
-    rows = [HEADER, ("---",) * len(HEADER), *(tuple(map(_escaped, row)) for row in cells(summary))]
-    table = ["| " + " | ".join(row) + " |" for row in rows]
-    said = [f"- {_escaped(text)}" for text in sentences(summary)]
+    """Return the summary as Markdown for a page of results: what was found, and what it rests on."""
+    notes = [f"- {text}" for text in (*assumptions(summary), *(NOTES if solving_tables(summary) else ()))]
+    return "\n".join([*markdown_findings(summary), "", "What the numbers rest on:", "", *notes, ""])
+
+
+def markdown_findings(summary: Summary) -> list[str]:
+    """Return the lines of the summary's tables and sentences, without what they rest on."""
     failures = [f"- failed: {trial}: {_escaped(first_line(text))}" for trial, text in summary.failures]
-    notes = [f"- {text}" for text in assumptions(summary)]
-    parts = [table, ["", *said, *failures]]
+    lines = markdown_rows([HEADER, *cells(summary)])
+    lines += ["", *(f"- {_escaped(text)}" for text in sentences(summary)), *failures]
     if len(summary.study.lrs) > 1:
-        heading = "Score by learning rate, with the difference to the baseline at the same rate:"
-        parts.append(["", heading, "", *_rate_lines(summary)])
-    parts.append(["", "What the numbers rest on:", "", *notes, ""])
-    return "\n".join(line for part in parts for line in part)
+        header = ("lr", *(arm.arm for arm in summary.arms))
+        lines += ["", "Score by learning rate, with the difference to the baseline at the same rate:", ""]
+        lines += markdown_rows([header, *rate_rows(summary)])
+    for rows, words in zip(solving_tables(summary), ("over all rates and seeds", "by learning rate"), strict=False):
+        lines += ["", f"Runs that reach {100 * THRESHOLD:g} %, {words}:", "", *markdown_rows(rows)]
+    return lines
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of text, the first the header, as the lines of a Markdown table."""
+    lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
+    return [lines[0], "| " + " | ".join(["---"] * len(rows[0])) + " |", *lines[1:]]
 
 
 def rate_rows(summary: Summary) -> list[tuple[str, ...]]:
     """Return one row of text a learning rate: every arm's mean score, and how far it is from the baseline there."""
-    percent, base = is_share(summary), summary.arms[0]
+    percent, base = summary.is_share, summary.arms[0]
     rows = []
     for index, lr in enumerate(summary.study.lrs):
         row = [f"{lr:g}"]
         for arm in summary.arms:
             point, beside = arm.rates[index], base.rates[index].scores
             values = list(point.scores.values())
-            text = mean_and_interval(t_interval(values, summary.level) if values else None, percent=percent)
+            limits = score_limits(summary.metric)
+            text = mean_and_interval(t_interval(values, summary.level, limits) if values else None, percent=percent)
             gaps = [score - beside[seed] for seed, score in point.scores.items() if seed in beside]
             if arm is not base and gaps:
-                text += f" ({_bracketed(t_interval(gaps, summary.level), percent)})"
+                text += f" ({_bracketed(t_interval(gaps, summary.level, _gap_limits(summary)), percent)})"
             row.append(text + (f", {len(point.diverged)} diverged" if point.diverged else ""))
         rows.append(tuple(row))
     return rows
@@ -126,20 +139,17 @@ def first_line(text: str) -> str:
 
 
 def mean_and_interval(interval: Interval | None, *, percent: bool) -> str:
-    """Return ``mean ± half width``; ``n = 1`` where there is no interval, a dash where there is nothing."""
+    """Return ``mean [low, high]``; ``n = 1`` where there is no interval, a dash where there is nothing."""
     if interval is None:
         return "–"
     mean = number(interval.mean, percent)
-    return f"{mean} ± {number(interval.high - interval.mean, percent)}" if interval.defined else f"{mean} (n = 1)"
-
-
-def _rate_lines(summary: Summary) -> list[str]:
-    head = ("lr", *(_escaped(arm.arm) for arm in summary.arms))
-    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rate_rows(summary))]
+    if not interval.defined:
+        return f"{mean} (n = 1)"
+    return f"{mean} [{number(interval.low, percent)}, {number(interval.high, percent)}]"
 
 
 def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
-    percent, difference = is_share(summary), arm.difference
+    percent, difference = summary.is_share, arm.difference
     return (
         arm.arm,
         "–" if arm.best_lr is None else f"{arm.best_lr:g}",
@@ -147,7 +157,11 @@ def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
         mean_and_interval(arm.score, percent=percent),
         "baseline" if arm is summary.arms[0] else _bracketed(difference.t if difference else None, percent),
         _bracketed(difference.bootstrap if difference else None, percent, mean=False),
-        "not reached" if math.isnan(arm.epochs_to_baseline) else f"{arm.epochs_to_baseline:.3g} of {arm.epochs}",
+        "–"
+        if not arm.curve
+        else "not reached"
+        if math.isnan(arm.epochs_to_baseline)
+        else f"{arm.epochs_to_baseline:.3g} of {arm.epochs}",
         "–" if math.isnan(arm.step_seconds) else f"{1e3 * arm.step_seconds:.3g} ms (× {arm.step_ratio:.2f})",
         counts(arm),
     )
@@ -180,9 +194,9 @@ def number(value: float, percent: bool, *, sign: bool = False) -> str:
     return (text if sign else text.removeprefix("+")).replace("-", "−")
 
 
-def is_share(summary: Summary) -> bool:
-    """Return whether scores are shares of one, which read better in percent."""
-    return summary.metric.endswith("accuracy")
+def _gap_limits(summary: Summary) -> tuple[float, float]:
+    low, high = score_limits(summary.metric)
+    return low - high, high - low
 
 
 def _escaped(text: str) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, unknown_name
+from espalier.files import write_json
 from espalier.recipes import Recipe, apply_arm
-from espalier.train.checkpoint import write_json
-from espalier.train.config import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
+from espalier.recipes.validation import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
+from espalier.study.record import Record, recipe_digest, record_run
+from espalier.study.records import by_trial, read_records
+from espalier.train import load_run
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
+RECORDS = "records.jsonl"
+"""Records in a study folder: trials that need not be run again, whether or not their run folders are here."""
 
 # Steps of √10 around the recipe's own rate: a factor of 100 in all, fine enough to see where a window ends.
 _AUTO_STEPS = (-2, -1, 0, 1, 2)
@@ -29,11 +34,23 @@ class Trial:
     lr: float
     seed: int
     path: Path
+    record: Record | None = field(default=None, repr=False)
+    """What it left behind, if it ran elsewhere or its folder was cleared away."""
 
     @property
     def finished(self) -> bool:
-        """Whether the run has a result (a diverged run has one)."""
-        return (self.path / RESULT).exists()
+        """Whether the trial has a record or its run a result (a diverged run has one)."""
+        return self.record is not None or (self.path / RESULT).exists()
+
+    def outcome(self, study: str) -> Record | None:
+        """Return the trial's record, or one made from its run folder; None while it is not finished.
+
+        Raises:
+            EspalierError: a damaged run folder.
+        """
+        if self.record is None and self.finished:
+            return record_run(load_run(self.path), study, self.arm)
+        return self.record
 
     @property
     def failure(self) -> str | None:
@@ -59,20 +76,52 @@ class Study:
     arms: Mapping[str, Mapping[str, Any]]
     lrs: tuple[float, ...]
     seeds: tuple[int, ...]
+    arm_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Seeds of the arms that do not have them all."""
+    records: Mapping[tuple[str, str], Record] = field(default_factory=dict, repr=False)
+    """Trials that are finished elsewhere, by arm and digest of the recipe."""
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
 
     def trials(self) -> tuple[Trial, ...]:
         """Return every trial, seed by seed: a study that is cut short has compared all arms on its first seeds."""
-        return tuple(self.trial(arm, lr, seed) for seed in self.seeds for lr in self.lrs for arm in self.arms)
+        return tuple(
+            self.trial(arm, lr, seed)
+            for seed in self.seeds
+            for lr in self.lrs
+            for arm in self.arms
+            if seed in self.arm_seeds.get(arm, self.seeds)
+        )
 
     def trial(self, arm: str, lr: float, seed: int) -> Trial:
         """Return one trial."""
         recipe = recipe_from_dict({**recipe_to_dict(self.recipe), **self.arms[arm], "lr": lr, "seed": seed})
-        return Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}")
+        record = self.records.get((arm, recipe_digest(recipe))) if self.records else None
+        return Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}", record)
+
+    def outcomes(self) -> dict[Path, Record]:
+        """Return what every finished trial left behind, by its folder.
+
+        Raises:
+            EspalierError: a damaged run folder.
+        """
+        return {t.path: record for t in self.trials() if (record := t.outcome(self.name)) is not None}
+
+    def with_records(self, records: Iterable[Record]) -> Study:
+        """Return the study with these records, too, counted as finished trials, whatever study they name.
+
+        Raises:
+            EspalierError: two records of one trial contradict each other.
+        """
+        return replace(self, records=by_trial([*self.records.values(), *records]))
 
 
 def plan_study(
     recipe: Recipe,
-    arms: Sequence[str],
+    arms: Sequence[str] | Mapping[str, Mapping[str, Any]],
     lrs: Sequence[float] | Literal["auto"],
     seeds: Sequence[int],
     out: Path | str,
@@ -84,7 +133,8 @@ def plan_study(
 
     Args:
         recipe: what all arms share.
-        arms: names of ``espalier.recipes.ARMS``, the baseline first.
+        arms: names of ``espalier.recipes.ARMS``, or the recipe fields that each of your own arms changes, by its name;
+            the baseline first.
         lrs: peak learning rates, or ``"auto"`` (see ``learning_rates``).
         seeds: seeds that every arm shares, so that differences are paired.
         out: the study folder; made when missing.
@@ -96,7 +146,7 @@ def plan_study(
     rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
     if not arms:
         raise EspalierError("arms is empty: name at least one, the baseline first")
-    changes: dict[str, Mapping[str, Any]] = {arm: _changes(recipe, arm) for arm in arms}
+    changes = arm_changes(recipe, arms)
     if (out / STUDY).exists():
         there = load_study(out)
         _refuse_another(there, recipe, changes)
@@ -104,7 +154,7 @@ def plan_study(
         rates, numbers = {*rates, *there.lrs}, {*numbers, *there.seeds}
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EspalierError(f"out {out} exists and is not a study folder: choose another folder")
-    study = Study(out, recipe, changes, tuple(sorted(rates)), tuple(sorted(numbers)))
+    study = Study(out, recipe, changes, tuple(sorted(rates)), tuple(sorted(numbers)), records=_records(out))
     for trial in study.trials():
         resolve_recipe(trial.recipe)
     _write(study)
@@ -125,11 +175,13 @@ def load_study(path: Path | str) -> Study:
         known = {field.name for field in fields(Recipe)}
         if not all(set(changes) <= known for changes in plan["arms"].values()):
             raise KeyError("a field that no recipe has")
-        return Study(path, recipe, dict(plan["arms"]), tuple(map(float, plan["lrs"])), tuple(map(int, plan["seeds"])))
+        rates, seeds = tuple(map(float, plan["lrs"])), tuple(map(int, plan["seeds"]))
+        study = Study(path, recipe, dict(plan["arms"]), rates, seeds)
     except OSError as error:
         raise EspalierError(f"{path} is not a study folder: it has no {STUDY}") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise EspalierError(f"{file} is damaged ({error}): plan the study in another folder") from error
+    return replace(study, records=_records(path))
 
 
 def learning_rates(centre: float, lrs: Sequence[float] | Literal["auto"]) -> set[float]:
@@ -156,10 +208,40 @@ def _seeds(seeds: Sequence[int]) -> set[int]:
     return set(seeds)
 
 
-def _changes(recipe: Recipe, arm: str) -> dict[str, Any]:
-    """Return the fields that ``arm`` changes in ``recipe``, as plain JSON values."""
-    before, after = recipe_to_dict(recipe), recipe_to_dict(resolve_recipe(apply_arm(recipe, arm)))
-    return {name: value for name, value in after.items() if value != before[name]}
+def arm_changes(recipe: Recipe, arms: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the fields that every arm changes in ``recipe``, as plain JSON values, by arm.
+
+    Args:
+        recipe: what all arms share, resolved.
+        arms: names of ``espalier.recipes.ARMS``, or the fields that each of your own arms changes, by its name.
+
+    Raises:
+        EspalierError: an unknown arm or field, a value that the recipe refuses, or a name that is no name of a folder.
+    """
+    before = recipe_to_dict(recipe)
+    changes: dict[str, Mapping[str, Any]] = {}
+    for arm in arms:
+        if not arm or set(arm) & set("/\\\0") or arm.startswith("."):
+            raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
+        after = apply_arm(recipe, arm) if not isinstance(arms, Mapping) else _with_fields(recipe, arm, arms[arm])
+        values = recipe_to_dict(resolve_recipe(after))
+        changes[arm] = {name: value for name, value in values.items() if value != before[name]}
+    return changes
+
+
+def _with_fields(recipe: Recipe, arm: str, values: Mapping[str, Any]) -> Recipe:
+    known = [each.name for each in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise unknown_name(f"field of arm {arm!r}", name, known)
+        if name in ("lr", "seed"):
+            raise EspalierError(f"arm {arm!r} changes {name}: every arm gets the same rates and seeds")
+    return replace(recipe, **values)
+
+
+def _records(path: Path) -> Mapping[tuple[str, str], Record]:
+    file = path / RECORDS
+    return by_trial(read_records(file)) if file.exists() else {}
 
 
 def _refuse_another(there: Study, recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> None:

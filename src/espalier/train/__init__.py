@@ -1,7 +1,7 @@
 """Training: one loop, and run folders that survive a kill."""
 
+from espalier.recipes.validation import load_recipe, save_recipe
 from espalier.train.build import build_run_model, environment
-from espalier.train.config import load_recipe, save_recipe
 from espalier.train.loop import train
 from espalier.train.run import Run, RunInterrupted, load_run
 

@@ -80,7 +80,7 @@ def freeze_(model: nn.Module, recipe: Recipe) -> None:
     """
     if not recipe.freeze:
         return
-    from espalier.init.depthwise import depthwise_layers
+    from espalier.init.filters.closed_form import depthwise_layers
 
     layers = depthwise_layers(model)
     if not layers:
@@ -120,11 +120,21 @@ def environment() -> dict[str, Any]:
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "git_commit": _git_commit(),
         "platform": platform.platform(),
+        "processor": _processor(),
         "machine": platform.node(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _processor() -> str:
+    """Return the processor's model as Linux names it, elsewhere what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
+from espalier.files import load_weights, tensors_bytes
 
 # Note [Replacing a folder]
 # A folder that is not empty cannot be replaced by one rename. A new checkpoint is written as ``checkpoint.partial``,
@@ -41,51 +40,6 @@ class Counters:
     """Number of those steps."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file through a temporary sibling and a rename; on failure nothing is left of it."""
-    # One name per file, so that whoever writes it again also clears what a kill left behind.
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary sibling and a rename; NaN is refused."""
-    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def weights_bytes(model: nn.Module) -> bytes:
-    """Return the model's state as a safetensors file; every entry is contiguous and stands for itself."""
-    from safetensors.torch import save
-
-    # The clone undoes channels-last strides and separates tied weights: safetensors refuses both.
-    tensors = {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
-    }
-    return save(tensors)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy the state saved at ``path`` into ``model``, in place, keeping its memory layout and device.
-
-    Raises:
-        EspalierError: the file is missing, is not a safetensors file, or does not fit the model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.load_state_dict(load_file(path))
-    except (FileNotFoundError, SafetensorError) as error:
-        raise EspalierError(f"cannot read weights {path}: {error}") from error
-    except RuntimeError as error:
-        raise EspalierError(f"weights {path} do not fit the model: {' '.join(str(error).split())[:300]}") from error
-
-
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -106,7 +60,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        (partial / "model.safetensors").write_bytes(weights_bytes(model))
+        (partial / "model.safetensors").write_bytes(tensors_bytes(model.state_dict()))
         state = io.BytesIO()
         averaged = None if averages is None else dict(averages)
         torch.save({"optimizer": optimizer.state_dict(), "ema": averaged, "counters": asdict(counters)}, state)

@@ -19,21 +19,18 @@ from torch import Tensor, nn
 from espalier import data
 from espalier.data.source import Source
 from espalier.errors import EspalierError, require
+from espalier.files import load_weights, write_json, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
+from espalier.recipes.validation import resolve_recipe
 from espalier.train.build import build_optimizer, build_run_model, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
     Counters,
     drop_checkpoint,
     load_checkpoint,
-    load_weights,
     save_checkpoint,
     settle,
-    weights_bytes,
-    write_bytes,
-    write_json,
 )
-from espalier.train.config import resolve_recipe
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
 from espalier.train.losses import Loss, build_loss, target_count
@@ -288,7 +285,7 @@ def _finish(s: _Session, *, diverged: bool) -> None:
     split, last = s.source.eval_splits[0], s.rows[-1]
     if not diverged:
         with s.averages.applied() if s.averages is not None else nullcontext():
-            write_bytes(s.out / FINAL, weights_bytes(s.model))
+            write_tensors(s.out / FINAL, s.model.state_dict())
     times = [row["step_seconds"] for row in s.rows if row["step_seconds"] is not None]
     result = {
         "score": None if diverged else last[f"{split}/accuracy"],

@@ -17,10 +17,10 @@ from torch import nn
 from espalier import data
 from espalier.data.source import Source
 from espalier.errors import EspalierError
+from espalier.files import load_weights, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
+from espalier.recipes.validation import first_difference, load_recipe, recipe_to_dict
 from espalier.train.build import build_bare_model, environment
-from espalier.train.checkpoint import load_weights, weights_bytes, write_bytes, write_json
-from espalier.train.config import first_difference, load_recipe, recipe_to_dict
 
 if TYPE_CHECKING:
     from espalier.init import StructureReport
@@ -122,7 +122,7 @@ def create_folder(
         write_json(partial / MODEL, finite({"name": recipe.model, "args": model_args}))
         if report is not None:
             write_json(partial / STRUCTURE, finite(dataclasses.asdict(report)))
-        write_bytes(partial / START, weights_bytes(model))
+        write_tensors(partial / START, model.state_dict())
         write_bytes(partial / METRICS, b"")
         os.replace(partial, out)
     except BaseException:

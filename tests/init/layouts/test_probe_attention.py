@@ -92,10 +92,9 @@ def test_notes_say_what_stands_between_product_and_score() -> None:
         (Form(norm="layer"), "up to scale"),
         (Form(gate=True), "before the gate"),
     ):
-        [found] = found_in(RandomAttention(form)).values()
-        assert isinstance(found, AttentionWeights), found
-        assert words in found.note
-        assert "proven by a run" in found.note
+        [row] = espalier.structure_(RandomAttention(form), generator=seeded()).layers
+        assert words in row.note
+        assert "proven by a run" in row.note
 
 
 class Caller(nn.Module):
@@ -291,7 +290,7 @@ def test_the_probe_runs_once_for_layers_alike(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["mamba", "encoder", "vit"])
 def test_layers_whose_weights_are_elsewhere_get_a_row(kind: str) -> None:
-    from espalier.nn.mamba import Mamba1
+    from espalier.nn.ssm.mamba import Mamba1
 
     model: nn.Module = {
         "mamba": lambda: Mamba1(16),
@@ -307,7 +306,7 @@ def test_layers_whose_weights_are_elsewhere_get_a_row(kind: str) -> None:
 
 
 def test_an_adapter_on_a_state_space_layer_gets_a_row() -> None:
-    from espalier.nn.mamba import Mamba1
+    from espalier.nn.ssm.mamba import Mamba1
 
     class Adapted(nn.Module):
         def __init__(self, base: nn.Module) -> None:

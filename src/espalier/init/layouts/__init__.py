@@ -9,7 +9,7 @@ from espalier.init.layouts import (
     torch_attention,
     transformers,
 )  # each registers its layouts
-from espalier.init.layouts.find import find_layers
+from espalier.init.layouts.find import Layer, find_layers, locate_layers
 from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
@@ -22,9 +22,11 @@ from espalier.init.layouts.registry import (
 __all__ = [
     "AttentionWeights",
     "DepthwiseWeights",
+    "Layer",
     "SSMWeights",
     "Skipped",
     "find_layers",
+    "locate_layers",
     "register_guess",
     "register_layout",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from espalier.init.depthwise import is_depthwise
+from espalier.init.filters.closed_form import is_depthwise
 from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped, refuse_computed, register_layout
 
 
-@register_layout(nn.Conv1d, kind="depthwise")
-@register_layout(nn.Conv2d, kind="depthwise")
-@register_layout(nn.Conv3d, kind="depthwise")
+@register_layout(nn.Conv1d)
+@register_layout(nn.Conv2d)
+@register_layout(nn.Conv3d)
 def depthwise_convolution(module: nn.Module) -> Found | None:
     """Return a view of the filters, (channels, 1, *kernel), of a depthwise convolution; other ones are left alone."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -11,8 +11,6 @@ from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, ref
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
 ROTARY = "rotary positions: the QK product holds at distance zero"
-_NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k", "logit_scale"}
-_OUTPUT_NORMS = ("norm", "g_norm", "o_norm", "inner_attn_ln")
 
 
 def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> Found:
@@ -87,7 +85,7 @@ def _assemble(module: nn.Module, weights: Sequence[Tensor], heads: int, names: S
     biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
     biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
-    return AttentionWeights(q, k, v, out, heads, groups, found, "; ".join(filter(None, (note, _remarks(module)))))
+    return AttentionWeights(q, k, v, out, heads, groups, found, note)
 
 
 def _matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor] | Skipped:
@@ -132,16 +130,3 @@ def _stated(owner: object, names: Sequence[str]) -> int:
 def _unknown_heads(heads: int) -> str:
     stated = f"{heads} heads do not divide its rows" if heads else "its number of heads is not stated"
     return f"{stated}: register a layout for its class"
-
-
-def _remarks(module: nn.Module) -> str:
-    inside = {name.rpartition(".")[2] for name, part in module.named_modules() if not isinstance(part, nn.Identity)}
-    inside |= {name.rpartition(".")[2] for name, _ in module.named_parameters()}
-    remarks = []
-    if inside & _NORMS:
-        remarks.append("queries and keys are normalised: their product holds up to scale")
-    if any(not isinstance(getattr(module, name, nn.Identity()), nn.Identity) for name in _OUTPUT_NORMS):
-        remarks.append("a norm stands before the output projection: the VO product holds up to scale")
-    if {"gate", "g_proj"} & inside:
-        remarks.append("gated: the VO product holds before the gate")
-    return "; ".join(remarks)

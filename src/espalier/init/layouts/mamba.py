@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.registry import (
     Found,
+    Refused,
     Skipped,
     SSMWeights,
     refuse_computed,
@@ -16,11 +17,11 @@ from espalier.init.layouts.registry import (
 _TRANSFORMERS = "transformers.models."
 
 
-@register_layout("espalier.nn.mamba.Mamba1", kind="ssm")
-@register_layout("mamba_ssm.modules.mamba_simple.Mamba", kind="ssm")
-@register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer", kind="ssm")
+@register_layout("espalier.nn.ssm.mamba.Mamba1")
+@register_layout("mamba_ssm.modules.mamba_simple.Mamba")
+@register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer")
+@register_layout(_TRANSFORMERS + "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer")
+@register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer")
 def mamba1(module: nn.Module) -> Found:
     """Return views into ``x_proj`` (rows Δ-rank, B, C), ``dt_proj``, ``A_log`` and ``conv1d``."""
     if refused := refuse_computed(module, "ssm"):
@@ -36,15 +37,15 @@ def mamba1(module: nn.Module) -> Found:
     )  # fmt: skip
 
 
-@register_layout("espalier.nn.mamba.Mamba2", kind="ssm")
-@register_layout("mamba_ssm.modules.mamba2.Mamba2", kind="ssm")
-@register_layout("fla.layers.mamba2.Mamba2", kind="ssm")
-@register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "zamba2.modeling_zamba2.Zamba2MambaMixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer", kind="ssm")
-@register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer", kind="ssm")
+@register_layout("espalier.nn.ssm.mamba.Mamba2")
+@register_layout("mamba_ssm.modules.mamba2.Mamba2")
+@register_layout("fla.layers.mamba2.Mamba2")
+@register_layout(_TRANSFORMERS + "mamba2.modeling_mamba2.Mamba2Mixer")
+@register_layout(_TRANSFORMERS + "bamba.modeling_bamba.BambaMixer")
+@register_layout(_TRANSFORMERS + "falcon_h1.modeling_falcon_h1.FalconH1Mixer")
+@register_layout(_TRANSFORMERS + "zamba2.modeling_zamba2.Zamba2MambaMixer")
+@register_layout(_TRANSFORMERS + "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer")
+@register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
 def mamba2(module: nn.Module) -> Found:
     """Return views into ``in_proj``, whose last rows are B, C and Δ, and ``dt_bias``, ``A_log`` and ``conv1d``."""
     groups = _first_of(module, "groups", "n_groups", "ngroups")
@@ -53,7 +54,7 @@ def mamba2(module: nn.Module) -> Found:
 
 @register_guess
 def guess_mamba(module: nn.Module) -> Found | None:
-    """Return the mixer that a module's names look like, or ``None``.
+    """Return the mixer that a module's names look like, saying that it is a guess, or ``None``.
 
     Mamba-2's B and C are what its convolution sees beside the value path; they are read as one group.
     """
@@ -86,7 +87,7 @@ def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
     )  # fmt: skip
 
 
-@register_layout(_TRANSFORMERS + "zamba.modeling_zamba.ZambaMambaMixer", kind="ssm")
+@register_layout(_TRANSFORMERS + "zamba.modeling_zamba.ZambaMambaMixer")
 def zamba(module: nn.Module) -> Found:
     """Leave it alone: it keeps one set of maps a head in bare tensors."""
     return Skipped("ssm", "Zamba keeps a set of maps a head: no layout yet")
@@ -95,14 +96,18 @@ def zamba(module: nn.Module) -> Found:
 def _common(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return ``A_log`` and the convolution's taps and bias."""
     conv = module.get_submodule("conv1d")
-    assert isinstance(conv, nn.Conv1d)
+    if not isinstance(conv, nn.Conv1d):
+        raise Refused("ssm", f"conv1d is a {type(conv).__name__}: write before it is replaced")
     bias = None if conv.bias is None else conv.bias.detach()
     return module.get_parameter("A_log").detach(), conv.weight.detach(), bias
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     layer = module.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
+    if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
+        raise Refused("ssm", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
+    if not isinstance(layer, nn.Linear):
+        raise Refused("ssm", f"{name} is a {type(layer).__name__} and no linear layer: write before it is replaced")
     return layer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.depthwise import Convolution
+from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.prove import cached, module_key, token_widths
 from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced

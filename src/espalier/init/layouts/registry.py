@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,9 +16,11 @@ class AttentionWeights:
 
     Every weight acts as ``y = x Wᵀ``: q is (H·k, d), k and v are (H_kv·k, d), out is (d, H·k); hosts that store the
     transpose hand out transposed views, and hosts that keep each head's q, k and v together hand them out as
-    (H, k, d). ``biases`` are those of the four projections that exist.
+    (H, k, d). ``biases`` are those of the four projections that exist. ``causal`` says whether a token sees only those
+    before it, where that is known.
     """
 
+    kind: ClassVar[str] = "attention"
     q: Tensor
     k: Tensor
     v: Tensor
@@ -27,6 +29,7 @@ class AttentionWeights:
     num_kv_heads: int
     biases: tuple[Tensor, ...] = ()
     note: str = ""
+    causal: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ class DepthwiseWeights:
     ``centre`` is the tap that meets the output's own position: the middle one, or the last one of a causal convolution.
     """
 
+    kind: ClassVar[str] = "depthwise"
     weight: Tensor
-    centre: Literal["middle", "last"] = "middle"
     note: str = ""
+    centre: Literal["middle", "last"] = "middle"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class SSMWeights:
     added to Δ beside ``delta_bias``: both hosts that have them and those that do not start at zero there.
     """
 
+    kind: ClassVar[str] = "ssm"
     family: Literal["mamba1", "mamba2"]
     w_b: Tensor
     w_c: Tensor
@@ -80,13 +85,13 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 COMPUTED = "its weights are computed by a hook before each call: remove the hook, write, put it back"
 
-# By the class's dotted path: the layout, and the family it is of.
-LAYOUTS: dict[str, tuple[Layout, str]] = {}
+# By the class's dotted path.
+LAYOUTS: dict[str, Layout] = {}
 # Layouts for classes that nobody registered.
 GUESSES: list[Layout] = []
 
 
-def register_layout(host: str | type[nn.Module], *, kind: str = "attention") -> Callable[[AnyLayout], AnyLayout]:
+def register_layout(host: str | type[nn.Module]) -> Callable[[AnyLayout], AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
     The function takes a module and returns views of its weights (``AttentionWeights``, ``SSMWeights``,
@@ -97,12 +102,11 @@ def register_layout(host: str | type[nn.Module], *, kind: str = "attention") -> 
 
     Args:
         host: the class, or its dotted path such as ``"transformers.models.vit.modeling_vit.ViTAttention"``.
-        kind: the family that its rows belong to if they cannot be read: ``"attention"``, ``"ssm"``, ``"depthwise"``.
     """
     path = host if isinstance(host, str) else class_path(host)
 
     def register(layout: AnyLayout) -> AnyLayout:
-        LAYOUTS[path] = layout, kind
+        LAYOUTS[path] = layout
         return layout
 
     return register
@@ -116,6 +120,14 @@ def register_guess(layout: AnyLayout) -> AnyLayout:
     """
     GUESSES.append(layout)
     return layout
+
+
+class Refused(Exception):
+    """Raised inside a layout for a part that it cannot read: the layer becomes ``Skipped(kind, reason)``."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.skipped = Skipped(kind, reason)
 
 
 def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.build import KernelBuildError, build
+from espalier.nn.kernels.arguments import CONV_BACKWARD, CONV_FORWARD, SCAN_BACKWARD, SCAN_FORWARD
+from espalier.nn.kernels.library import call
 
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Enough pieces of work for any number of threads, fixed so that results do not depend on it.
 WORK_ITEMS = 32
-
-
-def load() -> Path:
-    """Compile if need be, load, and return the library's path.
-
-    Raises:
-        KernelBuildError: it cannot be compiled or loaded; the message says why.
-    """
-    return _library()[0]
-
-
-@cache
-def _library() -> tuple[Path, ctypes.CDLL]:
-    path = build()
-    try:
-        return path, ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelBuildError(f"cannot load {path}: {error}") from error
-
-
-def call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> None:
-    """Run a kernel of the library on the tensors' memory; the caller has made contiguous what must be so."""
-    function = getattr(_library()[1], f"{name}_{_SUFFIX[dtype]}")
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    function(*pointers, (ctypes.c_int64 * len(shape))(*shape), ctypes.c_int(torch.get_num_threads()))
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -56,27 +28,26 @@ def padded(size: int, dtype: torch.dtype) -> int:
     return -(-size // _width(dtype)) * _width(dtype)
 
 
-def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None, softplus: bool = False) -> tuple[int, ...]:
-    """Return (B, L, E, N, steps per piece, groups of channel blocks, the stride of the gate's rows, softplus)."""
+def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None, softplus: bool = False) -> dict[str, int]:
+    """Return the sizes by the kernel's names: ``piece`` steps at a time, ``groups`` of channel blocks."""
     batch, length, channels = x_BLE.shape
-    piece = min(length, max(8, min(64, 512 // states)))
     blocks = -(-channels // _width(x_BLE.dtype))
-    return (
-        batch,
-        length,
-        channels,
-        states,
-        piece,
-        min(blocks, -(-WORK_ITEMS // batch)),
-        0 if gate is None else gate.stride(1),
-        int(softplus),
-    )
+    return {
+        "batch": batch,
+        "length": length,
+        "channels": channels,
+        "states": states,
+        "piece": min(length, max(8, min(64, 512 // states))),
+        "groups": min(blocks, -(-WORK_ITEMS // batch)),
+        "gate_stride": 0 if gate is None else gate.stride(1),
+        "softplus": int(softplus),
+    }
 
 
 def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for (y, final state, states at the start of each piece if they are kept)."""
-    batch, length, channels, states, piece, *_ = _scan_shape(x_BLE, a_EN.shape[1])
-    width = _width(x_BLE.dtype)
+    batch, length, channels = x_BLE.shape
+    states, piece, width = a_EN.shape[1], _scan_shape(x_BLE, a_EN.shape[1])["piece"], _width(x_BLE.dtype)
     kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
     return x_BLE.new_empty(x_BLE.shape), x_BLE.new_empty(batch, channels, states), x_BLE.new_empty(kept)
 
@@ -103,8 +74,9 @@ def selective_scan_cpu(
     bias, d, initial = (None if t is None else t.contiguous() for t in (bias, d, initial))
     gate = None if gate is None else rows(gate)
     y, final, starts = _scan_outputs(x, a, keep)
-    tensors = (x, delta, bias, a, b, c, d, gate, initial, y, final, starts if keep else None)
-    call("scan_forward", x.dtype, tensors, _scan_shape(x, a.shape[1], gate, softplus))
+    inputs = {"x": x, "delta": delta, "bias": bias, "a": a, "b": b, "c": c, "d": d, "gate": gate, "initial": initial}
+    outputs = {"y": y, "final": final, "starts": starts if keep else None}
+    call(SCAN_FORWARD, x.dtype, **inputs, **outputs, **_scan_shape(x, a.shape[1], gate, softplus))
     return y, final, starts
 
 
@@ -132,13 +104,15 @@ def selective_scan_backward_cpu(
     x, delta, a, b, c, dy = (t.contiguous() for t in (x, delta, a, b, c, dy))
     bias, d, df = (None if t is None else t.contiguous() for t in (bias, d, df))
     gate = None if gate is None else rows(gate)
-    batch, length, channels, states, _, groups, *_ = shape = _scan_shape(x, a.shape[1], gate, softplus)
+    shape = _scan_shape(x, a.shape[1], gate, softplus)
+    batch, length, channels, states, groups = *x.shape, a.shape[1], shape["groups"]
     dx, ddelta, dgate = torch.empty_like(x), torch.empty_like(x), x.new_empty(0 if gate is None else x.shape)
     da, dinitial = x.new_empty(batch, channels, states), x.new_empty(batch, channels, states)
     db, dc = (x.new_empty(batch, groups, length, states) for _ in range(2))
     dd, dbias = (x.new_empty(batch, channels) for _ in range(2))
-    inputs = (x, delta, bias, a, b, c, d, gate, starts, dy, df)
-    call("scan_backward", x.dtype, (*inputs, dx, ddelta, dbias, da, db, dc, dd, dgate, dinitial), shape)
+    inputs = {"x": x, "delta": delta, "bias": bias, "a": a, "b": b, "c": c, "d": d, "gate": gate, "starts": starts}
+    outputs = {"dx": dx, "ddelta": ddelta, "dbias": dbias, "da": da, "db": db, "dc": dc, "dd": dd, "dgate": dgate}
+    call(SCAN_BACKWARD, x.dtype, **inputs, dy=dy, dfinal=df, **outputs, dinitial=dinitial, **shape)
     return dx, ddelta, dbias.sum(0), da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dgate, dinitial
 
 
@@ -169,8 +143,9 @@ def _scan_backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor
 selective_scan_cpu.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
-def _conv_shape(x_BLC: Tensor, taps: int) -> tuple[int, int, int, int, int]:
-    return (*x_BLC.shape, taps, x_BLC.stride(1))
+def _conv_shape(x_BLC: Tensor, taps: int) -> dict[str, int]:
+    batch, length, channels = x_BLC.shape
+    return {"batch": batch, "length": length, "channels": channels, "taps": taps, "stride": x_BLC.stride(1)}
 
 
 def rows(x_BLC: Tensor) -> Tensor:
@@ -186,7 +161,7 @@ def causal_conv_silu_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     x, weight = rows(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape)
-    call("conv_forward", x.dtype, (x, weight, bias, y), _conv_shape(x, weight.shape[1]))
+    call(CONV_FORWARD, x.dtype, x=x, weight=weight, bias=bias, y=y, **_conv_shape(x, weight.shape[1]))
     return y
 
 
@@ -205,7 +180,8 @@ def causal_conv_silu_backward_cpu(
     batch, _, channels = x.shape
     dx = x.new_empty(x.shape)
     dweight, dbias = x.new_empty(batch, channels, weight.shape[1]), x.new_empty(batch, channels)
-    call("conv_backward", x.dtype, (x, weight, bias, dy, dx, dweight, dbias), _conv_shape(x, weight.shape[1]))
+    tensors = {"x": x, "weight": weight, "bias": bias, "dy": dy, "dx": dx, "dweight": dweight, "dbias": dbias}
+    call(CONV_BACKWARD, x.dtype, **tensors, **_conv_shape(x, weight.shape[1]))
     return dx, dweight.sum(0), dbias.sum(0)
 
 

@@ -7,6 +7,7 @@
 // example only; where channels do not come in 16s, blocks hold 8 columns and zeros. Axes are halved while they are
 // even, the last 16 points in registers; an odd number takes matrices of cosines and sines, halved by symmetry.
 
+#include "parallel.hpp"
 #include "spectral.hpp"
 
 namespace {
@@ -310,7 +311,7 @@ template <class T> const T* axes(const Shape& s, const T* tables, Axis<T>* out) 
 
 // Blocks that are read and written together, so that their rows fill neighbouring cache lines.
 template <class T> struct Group {
-  Group(const Shape& s, int threads)
+  Group(const Shape& s, int64_t threads)
       : lanes(s.lanes<T>()), pixels(s.rows * s.width), block(pixels * kWidth<T>),
         longest(std::max({s.width, s.lead > 0 ? s.size[0] : 1, s.lead > 1 ? s.size[1] : 1})),
         count(std::clamp<int64_t>(std::min(kTogether / int64_t(sizeof(T)) / block, s.columns / (lanes * threads)),
@@ -322,14 +323,14 @@ template <class T> struct Group {
   T *blocks, *work;
 };
 
-template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int threads) {
+template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_im, const Shape& s, int64_t threads) {
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
-#pragma omp parallel num_threads(threads)
-  {
+  const int64_t step = Group<T>(s, threads).columns();
+  parallel((s.columns + step - 1) / step, threads, [&](Items items) {
     Group<T> group(s, threads);
-#pragma omp for schedule(static)
-    for (int64_t column = 0; column < s.columns; column += group.columns()) {
+    for (int64_t item; items.next(item);) {
+      const int64_t column = item * step;
       const int64_t count = std::min(group.columns(), s.columns - column);
       if (!s.columns_first) read_rows(s, x + column, count, group.blocks, group.block);
       T* block = group.blocks;
@@ -340,18 +341,18 @@ template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_i
       }
       separate(s, weights, group.blocks, group.block, count, out_re + column, out_im + column);
     }
-  }
+  });
 }
 
 template <class T>
-void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, T* x, const Shape& s, int threads) {
+void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, T* x, const Shape& s, int64_t threads) {
   Axis<T> axis[3];
   const T* weights = axes(s, tables, axis);
-#pragma omp parallel num_threads(threads)
-  {
+  const int64_t step = Group<T>(s, threads).columns();
+  parallel((s.columns + step - 1) / step, threads, [&](Items items) {
     Group<T> group(s, threads);
-#pragma omp for schedule(static)
-    for (int64_t column = 0; column < s.columns; column += group.columns()) {
+    for (int64_t item; items.next(item);) {
+      const int64_t column = item * step;
       const int64_t count = std::min(group.columns(), s.columns - column);
       combine(s, weights, in_re + column, in_im + column, count, group.blocks, group.block);
       T* block = group.blocks;
@@ -363,23 +364,28 @@ void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, 
       }
       if (!s.columns_first) write_rows(s, group.blocks, group.block, count, x + column);
     }
-  }
+  });
+}
+
+template <class T> struct DftAnalyse {
+  int64_t size, threads;
+  const T *x, *tables;
+  T *re, *im;
+  Shape shape;
+};
+template <class T> void run(const DftAnalyse<T>& a) { analyse(a.x, a.tables, a.re, a.im, a.shape, a.threads); }
+
+template <class T> struct DftSynthesise {
+  int64_t size, threads;
+  const T *re, *im, *tables, *bias;
+  T* x;
+  Shape shape;
+};
+template <class T> void run(const DftSynthesise<T>& a) {
+  synthesise(a.re, a.im, a.tables, a.bias, a.x, a.shape, a.threads);
 }
 
 }  // namespace
 
-#define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" void dft_analyse_##SUFFIX(const T* x, const T* tables, T* re, T* im, const int64_t* shape, int threads) { \
-    Shape s;                                                                                                           \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    analyse(x, tables, re, im, s, threads);                                                                            \
-  }                                                                                                                    \
-  extern "C" void dft_synthesise_##SUFFIX(const T* re, const T* im, const T* tables, const T* bias, T* x,              \
-                                          const int64_t* shape, int threads) {                                         \
-    Shape s;                                                                                                           \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    synthesise(re, im, tables, bias, x, s, threads);                                                                   \
-  }
-
-ESPALIER_EXPORT(float, f32)
-ESPALIER_EXPORT(double, f64)
+ESPALIER_KERNEL(dft_analyse, DftAnalyse)
+ESPALIER_KERNEL(dft_synthesise, DftSynthesise)

@@ -1,5 +1,6 @@
 // Mamba-2's gated norm, forward and backward, for CPUs.
 
+#include "parallel.hpp"
 #include "vectors.hpp"
 
 namespace {
@@ -36,66 +37,76 @@ template <class T> struct NormRow {
 };
 
 template <class T>
-void norm_forward(const T* y, const T* z, const T* weight, const T* eps, T* out, const NormShape& s, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t item = 0; item < s.items; item++) {
-    NormRow<T> row(s.width);
-    for (int64_t r = s.first(item); r < s.first(item + 1); r++)
-      for (int64_t group = 0; group < s.groups; group++) {
-        const int64_t at = (r * s.groups + group) * s.width;
-        row.fill(row.y, y + at);
-        row.fill(row.z, z + r * s.stride + group * s.width);
-        const T scale = row.gate(*eps);
-        for (int64_t i = 0; i < s.width; i++) out[at + i] = row.v[i] * scale * weight[group * s.width + i];
-      }
-  }
+void norm_forward(const T* y, const T* z, const T* weight, T eps, T* out, const NormShape& s, int64_t threads) {
+  parallel(s.items, threads, [&](Items items) {
+    for (int64_t item; items.next(item);) {
+      NormRow<T> row(s.width);
+      for (int64_t r = s.first(item); r < s.first(item + 1); r++)
+        for (int64_t group = 0; group < s.groups; group++) {
+          const int64_t at = (r * s.groups + group) * s.width;
+          row.fill(row.y, y + at);
+          row.fill(row.z, z + r * s.stride + group * s.width);
+          const T scale = row.gate(eps);
+          for (int64_t i = 0; i < s.width; i++) out[at + i] = row.v[i] * scale * weight[group * s.width + i];
+        }
+    }
+  });
 }
 
 template <class T>
-void norm_backward(const T* y, const T* z, const T* weight, const T* eps, const T* dout, T* dy, T* dz, T* dweight,
-                   const NormShape& s, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t item = 0; item < s.items; item++) {
-    NormRow<T> row(s.width);
-    T* dw = dweight + item * s.groups * s.width;
-    for (int64_t r = s.first(item); r < s.first(item + 1); r++)
-      for (int64_t group = 0; group < s.groups; group++) {
-        const int64_t at = (r * s.groups + group) * s.width;
-        row.fill(row.y, y + at);
-        row.fill(row.z, z + r * s.stride + group * s.width);
-        row.fill(row.w, weight + group * s.width);
-        row.fill(row.g, dout + at);
-        const T scale = row.gate(*eps);
-        Vec<T> sum{};
-        for (int64_t i = 0; i < row.padded; i += kLanes<T>) sum += load(&row.g[i]) * load(&row.w[i]) * load(&row.v[i]);
-        T total = 0;
-        for (int64_t i = 0; i < kLanes<T>; i++) total += sum[i];
-        const T shift = scale * scale * scale * total / T(s.width);
-        for (int64_t i = 0; i < s.width; i++) {
-          const T g = row.g[i], silu = row.z[i] * row.s[i], dv = g * row.w[i] * scale - shift * row.v[i];
-          dw[group * s.width + i] += g * row.v[i] * scale;
-          dy[at + i] = dv * silu;
-          dz[at + i] = dv * row.y[i] * (row.s[i] + silu * (T(1) - row.s[i]));
+void norm_backward(const T* y, const T* z, const T* weight, T eps, const T* dout, T* dy, T* dz, T* dweight,
+                   const NormShape& s, int64_t threads) {
+  parallel(s.items, threads, [&](Items items) {
+    for (int64_t item; items.next(item);) {
+      NormRow<T> row(s.width);
+      T* dw = dweight + item * s.groups * s.width;
+      for (int64_t r = s.first(item); r < s.first(item + 1); r++)
+        for (int64_t group = 0; group < s.groups; group++) {
+          const int64_t at = (r * s.groups + group) * s.width;
+          row.fill(row.y, y + at);
+          row.fill(row.z, z + r * s.stride + group * s.width);
+          row.fill(row.w, weight + group * s.width);
+          row.fill(row.g, dout + at);
+          const T scale = row.gate(eps);
+          Vec<T> sum{};
+          for (int64_t i = 0; i < row.padded; i += kLanes<T>) sum += load(&row.g[i]) * load(&row.w[i]) * load(&row.v[i]);
+          T total = 0;
+          for (int64_t i = 0; i < kLanes<T>; i++) total += sum[i];
+          const T shift = scale * scale * scale * total / T(s.width);
+          for (int64_t i = 0; i < s.width; i++) {
+            const T g = row.g[i], silu = row.z[i] * row.s[i], dv = g * row.w[i] * scale - shift * row.v[i];
+            dw[group * s.width + i] += g * row.v[i] * scale;
+            dy[at + i] = dv * silu;
+            dz[at + i] = dv * row.y[i] * (row.s[i] + silu * (T(1) - row.s[i]));
+          }
         }
-      }
-  }
+    }
+  });
+}
+
+template <class T> struct NormForward {
+  int64_t size, threads;
+  const T *y, *z, *weight;
+  T* out;
+  NormShape shape;
+  double eps;
+};
+template <class T> void run(const NormForward<T>& a) {
+  norm_forward(a.y, a.z, a.weight, T(a.eps), a.out, a.shape, a.threads);
+}
+
+template <class T> struct NormBackward {
+  int64_t size, threads;
+  const T *y, *z, *weight, *dout;
+  T *dy, *dz, *dweight;
+  NormShape shape;
+  double eps;
+};
+template <class T> void run(const NormBackward<T>& a) {
+  norm_backward(a.y, a.z, a.weight, T(a.eps), a.dout, a.dy, a.dz, a.dweight, a.shape, a.threads);
 }
 
 }  // namespace
 
-#define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" void norm_forward_##SUFFIX(const T* y, const T* z, const T* weight, const T* eps, T* out,                 \
-                                        const int64_t* shape, int threads) {                                           \
-    NormShape s;                                                                                                       \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    norm_forward(y, z, weight, eps, out, s, threads);                                                                  \
-  }                                                                                                                    \
-  extern "C" void norm_backward_##SUFFIX(const T* y, const T* z, const T* weight, const T* eps, const T* dout, T* dy,  \
-                                         T* dz, T* dweight, const int64_t* shape, int threads) {                       \
-    NormShape s;                                                                                                       \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    norm_backward(y, z, weight, eps, dout, dy, dz, dweight, s, threads);                                               \
-  }
-
-ESPALIER_EXPORT(float, f32)
-ESPALIER_EXPORT(double, f64)
+ESPALIER_KERNEL(norm_forward, NormForward)
+ESPALIER_KERNEL(norm_backward, NormBackward)

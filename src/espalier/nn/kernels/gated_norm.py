@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.cpu import WORK_ITEMS, call, rows
+from espalier.nn.kernels.arguments import NORM_BACKWARD, NORM_FORWARD
+from espalier.nn.kernels.cpu import WORK_ITEMS, rows
+from espalier.nn.kernels.library import call
 
 
-def _shape(z: Tensor, groups: int) -> tuple[int, int, int, int, int]:
+def _shape(z: Tensor, groups: int) -> dict[str, int]:
     count = z.shape[0] * z.shape[1]
-    return count, groups, z.shape[2] // groups, z.stride(1), min(count, WORK_ITEMS)
+    return {
+        "rows": count,
+        "groups": groups,
+        "width": z.shape[2] // groups,
+        "stride": z.stride(1),
+        "items": min(count, WORK_ITEMS),
+    }
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -24,7 +32,7 @@ def gated_norm_cpu(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     """Return ``weight · v / √(mean(v²) + eps)``, v = y · SiLU(z), the mean over each group of the last dimension."""
     y, z = y.contiguous(), _flat(z)
     out = torch.empty_like(y)
-    call("norm_forward", y.dtype, (y, z, weight.contiguous(), y.new_tensor(eps), out), _shape(z, groups))
+    call(NORM_FORWARD, y.dtype, y=y, z=z, weight=weight.contiguous(), out=out, eps=eps, **_shape(z, groups))
     return out
 
 
@@ -38,11 +46,11 @@ def gated_norm_backward_cpu(
     y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of (y, z, weight)."""
-    y, z, dout = y.contiguous(), _flat(z), dout.contiguous()
+    y, z, weight, dout = y.contiguous(), _flat(z), weight.contiguous(), dout.contiguous()
     shape = _shape(z, groups)
-    dy, dz, dweight = torch.empty_like(y), torch.empty_like(y), y.new_zeros(shape[-1], y.shape[-1])
-    inputs = (y, z, weight.contiguous(), y.new_tensor(eps), dout)
-    call("norm_backward", y.dtype, (*inputs, dy, dz, dweight), shape)
+    dy, dz, dweight = torch.empty_like(y), torch.empty_like(y), y.new_zeros(shape["items"], y.shape[-1])
+    inputs = {"y": y, "z": z, "weight": weight, "dout": dout}
+    call(NORM_BACKWARD, y.dtype, **inputs, eps=eps, dy=dy, dz=dz, dweight=dweight, **shape)
     return dy, dz, dweight.sum(0)
 
 

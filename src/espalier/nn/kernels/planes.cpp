@@ -6,6 +6,7 @@
 // cache line, and while they are multiplied the lines of those that come next are fetched: their rows lie too far apart
 // for a processor to see them coming.
 
+#include "parallel.hpp"
 #include "spectral.hpp"
 
 namespace {
@@ -205,18 +206,16 @@ struct Product {
 
 template <class T>
 void product(const T* a_re, const T* a_im, const T* b_re, const T* b_im, T* c_re, T* c_im,
-             const Product& s, int threads) {
+             const Product& s, int64_t threads) {
   const Signs signs{s.conj_a == s.conj_b, s.conj_b != 0};
-#pragma omp parallel num_threads(threads)
-  {
+  parallel(s.count, threads, [&](Items items) {
     Scratch<T> scratch(scratch_size<T>());
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.count; i++)
+    for (int64_t i; items.next(i);)
       multiply<T>({a_re + i * s.a[0], a_im + i * s.a[0], s.a[1], s.a[2]},
                   {b_re + i * s.b[0], b_im + i * s.b[0], s.b[1], s.b[2]},
                   {c_re + i * s.c[0], c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha), s.add != 0,
                   scratch.data(), s.a[0], s.b[0]);
-  }
+  });
 }
 
 // Gauss-Jordan with row pivots on at most kLeaf rows.
@@ -287,28 +286,34 @@ template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
   multiply<T>(constant(x), constant(c), a, half, rest, half, plain, T(-1), true, scratch);
 }
 
-template <class T> void invert_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
+template <class T> void invert_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int64_t threads) {
+  parallel(count, threads, [&](Items items) {
     Scratch<T> scratch(scratch_size<T>()), temporary(2 * (n + kLeaf) * (n + kLeaf) + 64);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i; items.next(i);)
       invert<T>({re + i * batch, im + i * batch, row, 1}, n, temporary.data(), scratch.data());
-  }
+  });
+}
+
+template <class T> struct PlanesProduct {
+  int64_t size, threads;
+  const T *a_re, *a_im, *b_re, *b_im;
+  T *c_re, *c_im;
+  Product shape;
+};
+template <class T> void run(const PlanesProduct<T>& a) {
+  product(a.a_re, a.a_im, a.b_re, a.b_im, a.c_re, a.c_im, a.shape, a.threads);
+}
+
+template <class T> struct PlanesInvert {
+  int64_t size, threads;
+  T *re, *im;
+  int64_t count, n, batch, row;
+};
+template <class T> void run(const PlanesInvert<T>& a) {
+  invert_all(a.re, a.im, a.count, a.n, a.batch, a.row, a.threads);
 }
 
 }  // namespace
 
-#define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" void planes_product_##SUFFIX(const T* a_re, const T* a_im, const T* b_re, const T* b_im, T* c_re,         \
-                                          T* c_im, const int64_t* shape, int threads) {                                \
-    Product s;                                                                                                         \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    product(a_re, a_im, b_re, b_im, c_re, c_im, s, threads);                                                           \
-  }                                                                                                                    \
-  extern "C" void planes_invert_##SUFFIX(T* re, T* im, const int64_t* shape, int threads) {                            \
-    invert_all(re, im, shape[0], shape[1], shape[2], shape[3], threads);                                               \
-  }
-
-ESPALIER_EXPORT(float, f32)
-ESPALIER_EXPORT(double, f64)
+ESPALIER_KERNEL(planes_product, PlanesProduct)
+ESPALIER_KERNEL(planes_invert, PlanesInvert)

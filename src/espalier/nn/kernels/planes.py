@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from espalier.nn.backend import choose
-from espalier.nn.kernels.cpu import call
+from espalier.nn.kernels.arguments import DFT_ANALYSE, DFT_SYNTHESISE, PLANES_INVERT, PLANES_PRODUCT
+from espalier.nn.kernels.backend import choose
+from espalier.nn.kernels.library import call, usable
 from espalier.nn.precision import recording
 
 Pair = tuple[Tensor, Tensor]
 
 _ROWS = 6  # of a register tile, as in spectral.hpp
+_STEPS = ("a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column", "c_batch", "c_row")
 
 
 def compiled(*tensors: Tensor) -> bool:
     """Return whether the kernels can run on these tensors: no graph of any kind is being recorded through them."""
     if recording() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return False
-    return (
-        all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
-        and choose("orthogonal", "cpu") == "compiled"
-    )
+    return usable(*tensors) and choose("orthogonal", "cpu") == "compiled"
 
 
 def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, alpha: int) -> Pair:
@@ -34,16 +33,18 @@ def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, 
     """
     (count, m, k), n = a[0].shape, b[0].shape[2]
     c = into if into is not None else (a[0].new_empty(count, m, n), a[0].new_empty(count, m, n))
-    steps = *a[0].stride(), *b[0].stride(), *c[0].stride()[:2]
-    shape = count, m, k, n, *steps, conj_a, conj_b, into is not None, alpha
-    call("planes_product", a[0].dtype, (*a, *b, *c), shape)
+    steps = dict(zip(_STEPS, (*a[0].stride(), *b[0].stride(), *c[0].stride()[:2]), strict=True))
+    parts = {"a_re": a[0], "a_im": a[1], "b_re": b[0], "b_im": b[1], "c_re": c[0], "c_im": c[1]}
+    flags = {"conj_a": conj_a, "conj_b": conj_b, "add": into is not None, "alpha": alpha}
+    call(PLANES_PRODUCT, a[0].dtype, **parts, count=count, m=m, k=k, n=n, **steps, **flags)
     return c
 
 
 def invert_(a: Pair) -> Pair:
     """Invert contiguous planes (N, n, n) in place, by halves down to leaves of 16 rows."""
     count, n, _ = a[0].shape
-    call("planes_invert", a[0].dtype, a, (count, n, *a[0].stride()[:2]))
+    batch, row, _ = a[0].stride()
+    call(PLANES_INVERT, a[0].dtype, re=a[0], im=a[1], count=count, n=n, batch=batch, row=row)
     return a
 
 
@@ -69,10 +70,20 @@ def pairs(channels: int, dtype: torch.dtype) -> bool:
     return channels % (64 // dtype.itemsize) == 0
 
 
-def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired: bool) -> tuple[int, ...]:
+def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired: bool) -> dict[str, int]:
     *lead, width = size
-    rows = functools.reduce(int.__mul__, lead, 1)
-    return len(lead), width, rows, columns, first, *lead, *[0] * (2 - len(lead)), channels, paired
+    size_0, size_1 = *lead, *[0] * (2 - len(lead))
+    return {
+        "lead": len(lead),
+        "width": width,
+        "rows": math.prod(lead),
+        "columns": columns,
+        "columns_first": first,
+        "size_0": size_0,
+        "size_1": size_1,
+        "channels": channels,
+        "paired": paired,
+    }
 
 
 def analyse(x: Tensor, tables: Tensor, frequencies: int, *, paired: bool) -> Pair:
@@ -80,7 +91,8 @@ def analyse(x: Tensor, tables: Tensor, frequencies: int, *, paired: bool) -> Pai
     *size, columns = x.shape
     x, first = _images(x)
     planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
-    call("dft_analyse", x.dtype, (x, tables, *planes), _shape(size, columns, first, 1, paired))
+    sizes = _shape(size, columns, first, 1, paired)
+    call(DFT_ANALYSE, x.dtype, x=x, tables=tables, re=planes[0], im=planes[1], **sizes)
     return planes
 
 
@@ -92,5 +104,6 @@ def synthesise(
     columns = real.shape[1]
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
-    call("dft_synthesise", real.dtype, (real, imag, tables, bias, room), _shape(size, columns, first, channels, paired))
+    sizes = _shape(size, columns, first, channels, paired)
+    call(DFT_SYNTHESISE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=room, **sizes)
     return room

@@ -6,6 +6,7 @@
 // piece from it. Work is shared out by (batch entry, group of blocks), never by thread, so results do not depend on how
 // many threads there are.
 
+#include "parallel.hpp"
 #include "vectors.hpp"
 
 namespace {
@@ -108,53 +109,54 @@ inline void advance(const T* xs, const T* deltas, const T* rates, const T* b, co
 
 template <class T>
 void scan_forward(const T* x, const T* delta, const T* bias, const T* a, const T* b, const T* c, const T* d,
-                  const T* gate, const T* initial, T* y, T* final_state, T* starts, const Shape& s, int threads) {
+                  const T* gate, const T* initial, T* y, T* final_state, T* starts, const Shape& s, int64_t threads) {
   constexpr int64_t W = kWidth<T>, V = kLanes<T>;
   const int64_t N = s.states, K = s.piece, all_blocks = (s.channels + W - 1) / W;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < s.batch * s.groups; item++) {
-    const Work work(s, item, W);
-    const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
-    Room<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W), shift(work.blocks * W);
-    Room<T> xs(tiles), deltas(tiles), gates(tiles), ys(tiles);
-    if (d) std::memcpy(skip, d + work.start, size_t(work.channels) * sizeof(T));
-    if (bias) std::memcpy(shift, bias + work.start, size_t(work.channels) * sizeof(T));
-    for (int64_t i = 0; i < work.blocks; i++) {
-      const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
-      state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
-      if (initial) state_in(&state[i * block], initial + (work.batch * s.channels + e) * N, N, width, T(1));
-    }
-    for (int64_t p = 0; p < s.pieces(); p++) {
-      const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
-      const int64_t at = row * s.channels + work.start;
-      if (starts)
-        std::memcpy(starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block, state,
-                    size_t(work.blocks * block) * sizeof(T));
-      tiles_in<T>(xs, x + at, steps, K, s.channels, work.channels);
-      tiles_in<T>(deltas, delta + at, steps, K, s.channels, work.channels);
-      if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+  parallel(s.batch * s.groups, threads, [&](Items items) {
+    for (int64_t item; items.next(item);) {
+      const Work work(s, item, W);
+      const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
+      Room<T> rates(work.blocks * block), state(work.blocks * block), skip(work.blocks * W), shift(work.blocks * W);
+      Room<T> xs(tiles), deltas(tiles), gates(tiles), ys(tiles);
+      if (d) std::memcpy(skip, d + work.start, size_t(work.channels) * sizeof(T));
+      if (bias) std::memcpy(shift, bias + work.start, size_t(work.channels) * sizeof(T));
       for (int64_t i = 0; i < work.blocks; i++) {
-        const int64_t next = std::min(K, s.length - t0 - steps), there = at + steps * s.channels + i * W;
-        fetch<W>(x + there, next, s.channels);
-        fetch<W>(delta + there, next, s.channels);
-        if (gate) fetch<W>(gate + (row + steps) * s.gate_stride + work.start + i * W, next, s.gate_stride);
-        if (s.softplus) steps_from<T>(&deltas[i * tile], &shift[i * W], nullptr, steps);
-        advance(&xs[i * tile], &deltas[i * tile], &rates[i * block], b + row * N, c + row * N, &state[i * block],
-                &ys[i * tile], steps, N);
-        for (int64_t w = 0; w < steps * W; w += V) {
-          T* out = &ys[i * tile + w];
-          Vec<T> value = load(out) + load(&skip[i * W + w % W]) * load(&xs[i * tile + w]);
-          if (gate) value *= load(&gates[i * tile + w]) * sigmoid<T>(load(&gates[i * tile + w]));
-          store(out, value);
-        }
+        const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
+        state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
+        if (initial) state_in(&state[i * block], initial + (work.batch * s.channels + e) * N, N, width, T(1));
       }
-      tiles_out<T>(y + at, ys, steps, K, s.channels, work.channels);
+      for (int64_t p = 0; p < s.pieces(); p++) {
+        const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
+        const int64_t at = row * s.channels + work.start;
+        if (starts)
+          std::memcpy(starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block, state,
+                      size_t(work.blocks * block) * sizeof(T));
+        tiles_in<T>(xs, x + at, steps, K, s.channels, work.channels);
+        tiles_in<T>(deltas, delta + at, steps, K, s.channels, work.channels);
+        if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+        for (int64_t i = 0; i < work.blocks; i++) {
+          const int64_t next = std::min(K, s.length - t0 - steps), there = at + steps * s.channels + i * W;
+          fetch<W>(x + there, next, s.channels);
+          fetch<W>(delta + there, next, s.channels);
+          if (gate) fetch<W>(gate + (row + steps) * s.gate_stride + work.start + i * W, next, s.gate_stride);
+          if (s.softplus) steps_from<T>(&deltas[i * tile], &shift[i * W], nullptr, steps);
+          advance(&xs[i * tile], &deltas[i * tile], &rates[i * block], b + row * N, c + row * N, &state[i * block],
+                  &ys[i * tile], steps, N);
+          for (int64_t w = 0; w < steps * W; w += V) {
+            T* out = &ys[i * tile + w];
+            Vec<T> value = load(out) + load(&skip[i * W + w % W]) * load(&xs[i * tile + w]);
+            if (gate) value *= load(&gates[i * tile + w]) * sigmoid<T>(load(&gates[i * tile + w]));
+            store(out, value);
+          }
+        }
+        tiles_out<T>(y + at, ys, steps, K, s.channels, work.channels);
+      }
+      for (int64_t i = 0; i < work.blocks; i++) {
+        const int64_t e = work.start + i * W;
+        state_out(final_state + (work.batch * s.channels + e) * N, &state[i * block], N, std::min(W, s.channels - e));
+      }
     }
-    for (int64_t i = 0; i < work.blocks; i++) {
-      const int64_t e = work.start + i * W;
-      state_out(final_state + (work.batch * s.channels + e) * N, &state[i * block], N, std::min(W, s.channels - e));
-    }
-  }
+  });
 }
 
 // One piece of one block, backwards: recompute states and decays, then walk back with the state's gradient in `carry`.
@@ -227,88 +229,92 @@ template <class T> struct Gradients {
 
 template <class T>
 void scan_backward(const T* x, const T* delta, const T* bias, const T* a, const T* b, const T* c, const T* d,
-                   const T* gate, const T* starts, const T* dy, const T* dfinal, Gradients<T> to, const Shape& s, int threads) {
+                   const T* gate, const T* starts, const T* dy, const T* dfinal, Gradients<T> to, const Shape& s, int64_t threads) {
   constexpr int64_t W = kWidth<T>, V = kLanes<T>;
   const int64_t N = s.states, K = s.piece, all_blocks = (s.channels + W - 1) / W;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < s.batch * s.groups; item++) {
-    const Work work(s, item, W);
-    const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
-    Room<T> rates(work.blocks * block), carry(work.blocks * block), rates_grad(work.blocks * block);
-    Room<T> skip(work.blocks * W), shift(work.blocks * W), skip_grad(work.blocks * W), shift_grad(work.blocks * W);
-    Room<T> xs(tiles), deltas(tiles), slopes(tile), dys(tiles), gates(tiles), b_sums(K * N * V), c_sums(K * N * V);
-    if (d) std::memcpy(skip, d + work.start, size_t(work.channels) * sizeof(T));
-    if (bias) std::memcpy(shift, bias + work.start, size_t(work.channels) * sizeof(T));
-    for (int64_t i = 0; i < work.blocks; i++) {
-      const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
-      state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
-      if (dfinal) state_in(&carry[i * block], dfinal + (work.batch * s.channels + e) * N, N, width, T(1));
-    }
-    Piece<T> piece(K, N);
-    for (int64_t p = s.pieces() - 1; p >= 0; p--) {
-      const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
-      const int64_t at = row * s.channels + work.start;
-      std::memset(b_sums, 0, size_t(K * N * V) * sizeof(T));
-      std::memset(c_sums, 0, size_t(K * N * V) * sizeof(T));
-      tiles_in<T>(xs, x + at, steps, K, s.channels, work.channels);
-      tiles_in<T>(deltas, delta + at, steps, K, s.channels, work.channels);
-      tiles_in<T>(dys, dy + at, steps, K, s.channels, work.channels);
-      if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
-      const T* start = starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block;
+  parallel(s.batch * s.groups, threads, [&](Items items) {
+    for (int64_t item; items.next(item);) {
+      const Work work(s, item, W);
+      const int64_t tile = K * W, tiles = work.blocks * tile, block = N * W;
+      Room<T> rates(work.blocks * block), carry(work.blocks * block), rates_grad(work.blocks * block);
+      Room<T> skip(work.blocks * W), shift(work.blocks * W), skip_grad(work.blocks * W), shift_grad(work.blocks * W);
+      Room<T> xs(tiles), deltas(tiles), slopes(tile), dys(tiles), gates(tiles), b_sums(K * N * V), c_sums(K * N * V);
+      if (d) std::memcpy(skip, d + work.start, size_t(work.channels) * sizeof(T));
+      if (bias) std::memcpy(shift, bias + work.start, size_t(work.channels) * sizeof(T));
       for (int64_t i = 0; i < work.blocks; i++) {
-        T *xi = &xs[i * tile], *di = &deltas[i * tile], *ri = &rates[i * block];
-        const int64_t next = std::min(K, t0), there = at - next * s.channels + i * W;
-        fetch<W>(x + there, next, s.channels);
-        fetch<W>(delta + there, next, s.channels);
-        fetch<W>(dy + there, next, s.channels);
-        if (gate) fetch<W>(gate + (row - next) * s.gate_stride + work.start + i * W, next, s.gate_stride);
-        if (s.softplus) steps_from<T>(di, &shift[i * W], slopes, steps);
-        piece.recompute(xi, di, ri, start + i * block, b + row * N, steps, N);
-        piece.walk_back(xi, di, gate ? &gates[i * tile] : nullptr, &dys[i * tile], ri, &skip[i * W], &carry[i * block],
-                        &rates_grad[i * block], &skip_grad[i * W], b + row * N, c + row * N, b_sums,
-                        c_sums, steps, N);
-        for (int64_t w = 0; s.softplus && w < steps * W; w += V) {
-          T* sum = &shift_grad[i * W + w % W];
-          const Vec<T> gradient = load(di + w) * load(&slopes[w]);
-          store(di + w, gradient);
-          store(sum, load(sum) + gradient);
-        }
+        const int64_t e = work.start + i * W, width = std::min(W, s.channels - e);
+        state_in(&rates[i * block], a + e * N, N, width, T(kLog2E));
+        if (dfinal) state_in(&carry[i * block], dfinal + (work.batch * s.channels + e) * N, N, width, T(1));
       }
-      tiles_out<T>(to.dx + at, xs, steps, K, s.channels, work.channels);
-      tiles_out<T>(to.ddelta + at, deltas, steps, K, s.channels, work.channels);
-      if (gate) tiles_out<T>(to.dgate + at, gates, steps, K, s.channels, work.channels);
-      sum_lanes<T>(to.db + (item * s.length + t0) * N, b_sums, steps * N);
-      sum_lanes<T>(to.dc + (item * s.length + t0) * N, c_sums, steps * N);
+      Piece<T> piece(K, N);
+      for (int64_t p = s.pieces() - 1; p >= 0; p--) {
+        const int64_t t0 = p * K, steps = std::min(K, s.length - t0), row = work.batch * s.length + t0;
+        const int64_t at = row * s.channels + work.start;
+        std::memset(b_sums, 0, size_t(K * N * V) * sizeof(T));
+        std::memset(c_sums, 0, size_t(K * N * V) * sizeof(T));
+        tiles_in<T>(xs, x + at, steps, K, s.channels, work.channels);
+        tiles_in<T>(deltas, delta + at, steps, K, s.channels, work.channels);
+        tiles_in<T>(dys, dy + at, steps, K, s.channels, work.channels);
+        if (gate) tiles_in<T>(gates, gate + row * s.gate_stride + work.start, steps, K, s.gate_stride, work.channels);
+        const T* start = starts + ((work.batch * s.pieces() + p) * all_blocks + work.first) * block;
+        for (int64_t i = 0; i < work.blocks; i++) {
+          T *xi = &xs[i * tile], *di = &deltas[i * tile], *ri = &rates[i * block];
+          const int64_t next = std::min(K, t0), there = at - next * s.channels + i * W;
+          fetch<W>(x + there, next, s.channels);
+          fetch<W>(delta + there, next, s.channels);
+          fetch<W>(dy + there, next, s.channels);
+          if (gate) fetch<W>(gate + (row - next) * s.gate_stride + work.start + i * W, next, s.gate_stride);
+          if (s.softplus) steps_from<T>(di, &shift[i * W], slopes, steps);
+          piece.recompute(xi, di, ri, start + i * block, b + row * N, steps, N);
+          piece.walk_back(xi, di, gate ? &gates[i * tile] : nullptr, &dys[i * tile], ri, &skip[i * W], &carry[i * block],
+                          &rates_grad[i * block], &skip_grad[i * W], b + row * N, c + row * N, b_sums,
+                          c_sums, steps, N);
+          for (int64_t w = 0; s.softplus && w < steps * W; w += V) {
+            T* sum = &shift_grad[i * W + w % W];
+            const Vec<T> gradient = load(di + w) * load(&slopes[w]);
+            store(di + w, gradient);
+            store(sum, load(sum) + gradient);
+          }
+        }
+        tiles_out<T>(to.dx + at, xs, steps, K, s.channels, work.channels);
+        tiles_out<T>(to.ddelta + at, deltas, steps, K, s.channels, work.channels);
+        if (gate) tiles_out<T>(to.dgate + at, gates, steps, K, s.channels, work.channels);
+        sum_lanes<T>(to.db + (item * s.length + t0) * N, b_sums, steps * N);
+        sum_lanes<T>(to.dc + (item * s.length + t0) * N, c_sums, steps * N);
+      }
+      for (int64_t i = 0; i < work.blocks; i++) {
+        const int64_t e = work.start + i * W, at = work.batch * s.channels + e, width = std::min(W, s.channels - e);
+        state_out(to.da + at * N, &rates_grad[i * block], N, width);
+        state_out(to.dinitial + at * N, &carry[i * block], N, width);
+        std::memcpy(to.dd + at, &skip_grad[i * W], size_t(width) * sizeof(T));
+        std::memcpy(to.dbias + at, &shift_grad[i * W], size_t(width) * sizeof(T));
+      }
     }
-    for (int64_t i = 0; i < work.blocks; i++) {
-      const int64_t e = work.start + i * W, at = work.batch * s.channels + e, width = std::min(W, s.channels - e);
-      state_out(to.da + at * N, &rates_grad[i * block], N, width);
-      state_out(to.dinitial + at * N, &carry[i * block], N, width);
-      std::memcpy(to.dd + at, &skip_grad[i * W], size_t(width) * sizeof(T));
-      std::memcpy(to.dbias + at, &shift_grad[i * W], size_t(width) * sizeof(T));
-    }
-  }
+  });
+}
+
+template <class T> struct ScanForward {
+  int64_t size, threads;
+  const T *x, *delta, *bias, *a, *b, *c, *d, *gate, *initial;
+  T *y, *final_state, *starts;
+  Shape shape;
+};
+template <class T> void run(const ScanForward<T>& a) {
+  scan_forward(a.x, a.delta, a.bias, a.a, a.b, a.c, a.d, a.gate, a.initial, a.y, a.final_state, a.starts, a.shape,
+               a.threads);
+}
+
+template <class T> struct ScanBackward {
+  int64_t size, threads;
+  const T *x, *delta, *bias, *a, *b, *c, *d, *gate, *starts, *dy, *dfinal;
+  Gradients<T> to;
+  Shape shape;
+};
+template <class T> void run(const ScanBackward<T>& a) {
+  scan_backward(a.x, a.delta, a.bias, a.a, a.b, a.c, a.d, a.gate, a.starts, a.dy, a.dfinal, a.to, a.shape, a.threads);
 }
 
 }  // namespace
 
-#define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" void scan_forward_##SUFFIX(const T* x, const T* delta, const T* bias, const T* a, const T* b, const T* c, \
-                                        const T* d, const T* gate, const T* initial, T* y, T* final_state, T* starts,  \
-                                        const int64_t* shape, int threads) {                                           \
-    Shape s;                                                                                                           \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    scan_forward(x, delta, bias, a, b, c, d, gate, initial, y, final_state, starts, s, threads);                       \
-  }                                                                                                                    \
-  extern "C" void scan_backward_##SUFFIX(const T* x, const T* delta, const T* bias, const T* a, const T* b,            \
-                                         const T* c, const T* d, const T* gate, const T* starts, const T* dy,          \
-                                         const T* dfinal, T* dx, T* ddelta, T* dbias, T* da, T* db, T* dc, T* dd,      \
-                                         T* dgate, T* dinitial, const int64_t* shape, int threads) {                   \
-    Shape s;                                                                                                           \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    scan_backward<T>(x, delta, bias, a, b, c, d, gate, starts, dy, dfinal,                                             \
-                     {dx, ddelta, dbias, da, db, dc, dd, dgate, dinitial}, s, threads);                                \
-  }
-
-ESPALIER_EXPORT(float, f32)
-ESPALIER_EXPORT(double, f64)
+ESPALIER_KERNEL(scan_forward, ScanForward)
+ESPALIER_KERNEL(scan_backward, ScanBackward)

@@ -9,6 +9,7 @@
 // The backward pass uses the states before each chunk, which the forward pass kept, and makes the rest again. How it
 // forms the gradient of the decays without a Q × Q matrix is told in ssd.py, Note [No gradient of the Q×Q decays].
 
+#include "parallel.hpp"
 #include "products.hpp"
 
 namespace {
@@ -87,45 +88,46 @@ void scale_rows(T* out, int64_t step, const T* in, int64_t in_step, const T* fac
 
 template <class T>
 void ssd_forward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* initial, T* y,
-                 T* final_state, T* kept, const SsdShape& s, int threads) {
+                 T* final_state, T* kept, const SsdShape& s, int64_t threads) {
   const int64_t H = s.heads(), P = padded<T>(s.width), N = s.states, size = N * P;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < s.batch * s.groups * s.parts; item++) {
-    const Work work(s, item);
-    Maps<T> maps(s.chunk, N);
-    Decays<T> decays(s.chunk);
-    Room<T> values(s.chunk * P), into(s.chunk * P), out(s.chunk * P), states((work.last - work.first) * size);
-    if (initial)
-      for (int64_t h = work.first; h < work.last; h++)
-        copy_rows<T>(states + (h - work.first) * size, P, initial + (work.batch * H + h) * N * s.width, s.width, N,
-                     s.width);
-    for (int64_t k = 0; k < s.chunks(); k++) {
-      const int64_t q = std::min(s.chunk, s.length - k * s.chunk), row = work.batch * s.length + k * s.chunk;
-      const bool begun = k > 0 || initial, go_on = final_state || k + 1 < s.chunks();
-      maps.fill(b + row * s.b_stride + work.group * N, c + row * s.c_stride + work.group * N, q, s);
-      for (int64_t h = work.first; h < work.last; h++) {
-        T* state = states + (h - work.first) * size;
-        const T* from = x + row * s.x_stride + h * s.width;
-        decays.fill(delta + row * H + h, H, a[h], q, maps.scores);
-        scale_rows<T>(values, P, from, s.x_stride, decays.steps, q, s.width);
-        multiply<T>(q, P, q, {decays.mixing, 1, maps.Q}, values, P, {out, P}, Terms::k_up_to_i);
-        if (begun) multiply<T>(q, P, N, {maps.c, maps.N, 1}, state, P, {out, P, T(1), decays.start});
-        const T skip = d ? d[h] : T(0);
-        for (int64_t i = 0; i < q; i++)
-          for (int64_t p = 0; p < s.width; p++)
-            y[((row + i) * H + h) * s.width + p] = out[i * P + p] + skip * from[i * s.x_stride + p];
-        if (!go_on) continue;
-        scale_rows<T>(into, P, values, P, decays.end, q, P);
-        multiply<T>(N, P, q, {maps.b, 1, maps.N}, into, P, {state, P, begun ? decays.whole : T(0)});
-        if (kept && k + 1 < s.chunks())
-          std::memcpy(kept + ((work.batch * H + h) * (s.chunks() - 1) + k) * size, state, size_t(size) * sizeof(T));
+  parallel(s.batch * s.groups * s.parts, threads, [&](Items items) {
+    for (int64_t item; items.next(item);) {
+      const Work work(s, item);
+      Maps<T> maps(s.chunk, N);
+      Decays<T> decays(s.chunk);
+      Room<T> values(s.chunk * P), into(s.chunk * P), out(s.chunk * P), states((work.last - work.first) * size);
+      if (initial)
+        for (int64_t h = work.first; h < work.last; h++)
+          copy_rows<T>(states + (h - work.first) * size, P, initial + (work.batch * H + h) * N * s.width, s.width, N,
+                       s.width);
+      for (int64_t k = 0; k < s.chunks(); k++) {
+        const int64_t q = std::min(s.chunk, s.length - k * s.chunk), row = work.batch * s.length + k * s.chunk;
+        const bool begun = k > 0 || initial, go_on = final_state || k + 1 < s.chunks();
+        maps.fill(b + row * s.b_stride + work.group * N, c + row * s.c_stride + work.group * N, q, s);
+        for (int64_t h = work.first; h < work.last; h++) {
+          T* state = states + (h - work.first) * size;
+          const T* from = x + row * s.x_stride + h * s.width;
+          decays.fill(delta + row * H + h, H, a[h], q, maps.scores);
+          scale_rows<T>(values, P, from, s.x_stride, decays.steps, q, s.width);
+          multiply<T>(q, P, q, {decays.mixing, 1, maps.Q}, values, P, {out, P}, Terms::k_up_to_i);
+          if (begun) multiply<T>(q, P, N, {maps.c, maps.N, 1}, state, P, {out, P, T(1), decays.start});
+          const T skip = d ? d[h] : T(0);
+          for (int64_t i = 0; i < q; i++)
+            for (int64_t p = 0; p < s.width; p++)
+              y[((row + i) * H + h) * s.width + p] = out[i * P + p] + skip * from[i * s.x_stride + p];
+          if (!go_on) continue;
+          scale_rows<T>(into, P, values, P, decays.end, q, P);
+          multiply<T>(N, P, q, {maps.b, 1, maps.N}, into, P, {state, P, begun ? decays.whole : T(0)});
+          if (kept && k + 1 < s.chunks())
+            std::memcpy(kept + ((work.batch * H + h) * (s.chunks() - 1) + k) * size, state, size_t(size) * sizeof(T));
+        }
       }
+      if (final_state)
+        for (int64_t h = work.first; h < work.last; h++)
+          copy_rows<T>(final_state + (work.batch * H + h) * N * s.width, s.width, states + (h - work.first) * size, P, N,
+                       s.width);
     }
-    if (final_state)
-      for (int64_t h = work.first; h < work.last; h++)
-        copy_rows<T>(final_state + (work.batch * H + h) * N * s.width, s.width, states + (h - work.first) * size, P, N,
-                     s.width);
-  }
+  });
 }
 
 template <class T> struct Gradients {
@@ -227,64 +229,68 @@ template <class T> struct Backward {
 template <class T>
 void ssd_backward(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d, const T* initial,
                   const T* y, const T* final_state, const T* kept, const T* dy, const T* dfinal, Gradients<T> to,
-                  const SsdShape& s, int threads) {
+                  const SsdShape& s, int64_t threads) {
   const int64_t H = s.heads(), N = s.states, plain = N * s.width, last = s.chunks() - 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < s.batch * s.groups * s.parts; item++) {
-    const Work work(s, item);
-    Backward<T> pass(s);
-    const int64_t size = pass.size, count = work.last - work.first, state_at = work.batch * H + work.first;
-    Room<T> starts(count * size), ends(count * size), dstates(count * size);
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = (state_at + i) * plain;
-      if (initial) copy_rows<T>(starts + i * size, pass.P, initial + at, s.width, N, s.width);
-      if (dfinal) copy_rows<T>(ends + i * size, pass.P, final_state + at, s.width, N, s.width);
-      if (dfinal) copy_rows<T>(dstates + i * size, pass.P, dfinal + at, s.width, N, s.width);
-      to.da[state_at + i] = to.dd[state_at + i] = T(0);
-    }
-    for (int64_t k = last; k >= 0; k--) {
-      const int64_t q = std::min(s.chunk, s.length - k * s.chunk), row = work.batch * s.length + k * s.chunk;
-      pass.begin(b + row * s.b_stride + work.group * N, c + row * s.c_stride + work.group * N, q);
+  parallel(s.batch * s.groups * s.parts, threads, [&](Items items) {
+    for (int64_t item; items.next(item);) {
+      const Work work(s, item);
+      Backward<T> pass(s);
+      const int64_t size = pass.size, count = work.last - work.first, state_at = work.batch * H + work.first;
+      Room<T> starts(count * size), ends(count * size), dstates(count * size);
       for (int64_t i = 0; i < count; i++) {
-        const int64_t h = work.first + i, at = row * H + h;
-        const T* states = kept + (state_at + i) * last * size;
-        const T* before = k > 0 ? states + (k - 1) * size : initial ? starts + i * size : nullptr;
-        const T* after = k < last ? states + k * size : ends + i * size;
-        T* dstate = dstates + i * size;
-        pass.decays.fill(delta + at, H, a[h], q, pass.maps.scores);
-        const T product = pass.head(x + row * s.x_stride + h * s.width, dy + at * s.width, q, before, after,
-                                    k < last || dfinal ? dstate : nullptr, before ? dstate : nullptr);
-        pass.finish_head(y + at * s.width, d ? d[h] : T(0), a[h], product, q, to.dx + at * s.width, to.ddelta + at,
-                         to.da + work.batch * H + h, to.dd + work.batch * H + h);
+        const int64_t at = (state_at + i) * plain;
+        if (initial) copy_rows<T>(starts + i * size, pass.P, initial + at, s.width, N, s.width);
+        if (dfinal) copy_rows<T>(ends + i * size, pass.P, final_state + at, s.width, N, s.width);
+        if (dfinal) copy_rows<T>(dstates + i * size, pass.P, dfinal + at, s.width, N, s.width);
+        to.da[state_at + i] = to.dd[state_at + i] = T(0);
       }
-      const int64_t out = ((work.batch * s.parts + work.part) * s.length + k * s.chunk) * s.groups + work.group;
-      pass.end(q, to.db + out * N, to.dc + out * N, s.groups * N);
+      for (int64_t k = last; k >= 0; k--) {
+        const int64_t q = std::min(s.chunk, s.length - k * s.chunk), row = work.batch * s.length + k * s.chunk;
+        pass.begin(b + row * s.b_stride + work.group * N, c + row * s.c_stride + work.group * N, q);
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t h = work.first + i, at = row * H + h;
+          const T* states = kept + (state_at + i) * last * size;
+          const T* before = k > 0 ? states + (k - 1) * size : initial ? starts + i * size : nullptr;
+          const T* after = k < last ? states + k * size : ends + i * size;
+          T* dstate = dstates + i * size;
+          pass.decays.fill(delta + at, H, a[h], q, pass.maps.scores);
+          const T product = pass.head(x + row * s.x_stride + h * s.width, dy + at * s.width, q, before, after,
+                                      k < last || dfinal ? dstate : nullptr, before ? dstate : nullptr);
+          pass.finish_head(y + at * s.width, d ? d[h] : T(0), a[h], product, q, to.dx + at * s.width, to.ddelta + at,
+                           to.da + work.batch * H + h, to.dd + work.batch * H + h);
+        }
+        const int64_t out = ((work.batch * s.parts + work.part) * s.length + k * s.chunk) * s.groups + work.group;
+        pass.end(q, to.db + out * N, to.dc + out * N, s.groups * N);
+      }
+      if (initial)
+        for (int64_t i = 0; i < count; i++)
+          copy_rows<T>(to.dinitial + (state_at + i) * plain, s.width, dstates + i * size, pass.P, N, s.width);
     }
-    if (initial)
-      for (int64_t i = 0; i < count; i++)
-        copy_rows<T>(to.dinitial + (state_at + i) * plain, s.width, dstates + i * size, pass.P, N, s.width);
-  }
+  });
+}
+
+template <class T> struct SsdForward {
+  int64_t size, threads;
+  const T *x, *delta, *a, *b, *c, *d, *initial;
+  T *y, *final_state, *kept;
+  SsdShape shape;
+};
+template <class T> void run(const SsdForward<T>& a) {
+  ssd_forward(a.x, a.delta, a.a, a.b, a.c, a.d, a.initial, a.y, a.final_state, a.kept, a.shape, a.threads);
+}
+
+template <class T> struct SsdBackward {
+  int64_t size, threads;
+  const T *x, *delta, *a, *b, *c, *d, *initial, *y, *final_state, *kept, *dy, *dfinal;
+  Gradients<T> to;
+  SsdShape shape;
+};
+template <class T> void run(const SsdBackward<T>& a) {
+  ssd_backward(a.x, a.delta, a.a, a.b, a.c, a.d, a.initial, a.y, a.final_state, a.kept, a.dy, a.dfinal, a.to, a.shape,
+               a.threads);
 }
 
 }  // namespace
 
-#define ESPALIER_EXPORT(T, SUFFIX)                                                                                     \
-  extern "C" void ssd_forward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,     \
-                                       const T* initial, T* y, T* final_state, T* kept, const int64_t* shape,          \
-                                       int threads) {                                                                  \
-    SsdShape s;                                                                                                        \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    ssd_forward(x, delta, a, b, c, d, initial, y, final_state, kept, s, threads);                                      \
-  }                                                                                                                    \
-  extern "C" void ssd_backward_##SUFFIX(const T* x, const T* delta, const T* a, const T* b, const T* c, const T* d,    \
-                                        const T* initial, const T* y, const T* final_state, const T* kept,             \
-                                        const T* dy, const T* dfinal, T* dx, T* ddelta, T* da, T* db, T* dc, T* dd,    \
-                                        T* dinitial, const int64_t* shape, int threads) {                              \
-    SsdShape s;                                                                                                        \
-    std::memcpy(&s, shape, sizeof s);                                                                                  \
-    ssd_backward<T>(x, delta, a, b, c, d, initial, y, final_state, kept, dy, dfinal,                                   \
-                    {dx, ddelta, da, db, dc, dd, dinitial}, s, threads);                                               \
-  }
-
-ESPALIER_EXPORT(float, f32)
-ESPALIER_EXPORT(double, f64)
+ESPALIER_KERNEL(ssd_forward, SsdForward)
+ESPALIER_KERNEL(ssd_backward, SsdBackward)

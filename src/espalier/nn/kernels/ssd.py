@@ -7,19 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.cpu import call, padded, rows
+from espalier.nn.kernels.arguments import SSD_BACKWARD, SSD_FORWARD
+from espalier.nn.kernels.cpu import padded, rows
+from espalier.nn.kernels.library import call
 
 # Heads of one piece of work share what their group's B and C cost, so there are fewer pieces than in the other kernels.
 _WORK_ITEMS = 16
 
 
-def _shape(x: Tensor, b: Tensor, c: Tensor, heads: int, groups: int, chunk: int) -> tuple[int, ...]:
-    """Return (B, L, G, heads a group, P, N, chunk, pieces of work a group, the rows' strides of x, b and c)."""
+def _shape(x: Tensor, b: Tensor, c: Tensor, heads: int, groups: int, chunk: int) -> dict[str, int]:
+    """Return the sizes by the kernel's names: ``share`` heads a group, ``parts`` pieces of work a group."""
     batch, length, _ = x.shape
     share = heads // groups
-    parts = min(share, -(-_WORK_ITEMS // (batch * groups)))
-    sizes = (groups, share, x.shape[2] // heads, b.shape[2] // groups, min(chunk, length), parts)
-    return (batch, length, *sizes, x.stride(1), b.stride(1), c.stride(1))
+    return {
+        "batch": batch,
+        "length": length,
+        "groups": groups,
+        "share": share,
+        "width": x.shape[2] // heads,
+        "states": b.shape[2] // groups,
+        "chunk": min(chunk, length),
+        "parts": min(share, -(-_WORK_ITEMS // (batch * groups))),
+        "x_stride": x.stride(1),
+        "b_stride": b.stride(1),
+        "c_stride": c.stride(1),
+    }
 
 
 def _outputs(
@@ -57,10 +69,11 @@ def ssd_cpu(
 
     Heads and groups are flat: x and y are (B, L, H·P), b and c (B, L, G·N), delta (B, L, H), states (B, H, N, P).
     """
-    x, delta, a, b, c, d, initial = tensors = _ready(x, delta, a, b, c, d, initial)
+    x, delta, a, b, c, d, initial = _ready(x, delta, a, b, c, d, initial)
     y, final, kept = _outputs(x, b, delta.shape[2], groups, chunk, need_state, keep)
-    outputs = (y, final if need_state else None, kept if keep else None)
-    call("ssd_forward", x.dtype, (*tensors, *outputs), _shape(x, b, c, delta.shape[2], groups, chunk))
+    inputs = {"x": x, "delta": delta, "a": a, "b": b, "c": c, "d": d, "initial": initial}
+    outputs = {"y": y, "final": final if need_state else None, "kept": kept if keep else None}
+    call(SSD_FORWARD, x.dtype, **inputs, **outputs, **_shape(x, b, c, delta.shape[2], groups, chunk))
     return y, final, kept
 
 
@@ -94,12 +107,14 @@ def ssd_backward_cpu(
     batch, length, heads = delta.shape
     shape = _shape(x, b, c, heads, groups, chunk)
     dx, ddelta = x.new_empty(x.shape), torch.empty_like(delta)
-    db, dc = (x.new_empty(batch, shape[7], length, b.shape[2]) for _ in range(2))
+    db, dc = (x.new_empty(batch, shape["parts"], length, b.shape[2]) for _ in range(2))
     da, dd = x.new_empty(batch, heads), x.new_empty(batch, heads)
     dinitial = x.new_empty(0) if initial is None else torch.empty_like(initial)
-    inputs = (x, delta, a, b, c, d, initial, y, final, kept, dy, dfinal)
-    call("ssd_backward", x.dtype, (*inputs, dx, ddelta, da, db, dc, dd, dinitial), shape)
-    db, dc = (t[:, 0] if shape[7] == 1 else t.sum(1) for t in (db, dc))
+    inputs = {"x": x, "delta": delta, "a": a, "b": b, "c": c, "d": d, "initial": initial}
+    kept_by_forward = {"y": y, "final": final, "kept": kept, "dy": dy, "dfinal": dfinal}
+    outputs = {"dx": dx, "ddelta": ddelta, "da": da, "db": db, "dc": dc, "dd": dd, "dinitial": dinitial}
+    call(SSD_BACKWARD, x.dtype, **inputs, **kept_by_forward, **outputs, **shape)
+    db, dc = (t[:, 0] if shape["parts"] == 1 else t.sum(1) for t in (db, dc))
     return dx, ddelta, da.sum(0), db, dc, dd.sum(0), dinitial
 
 

@@ -1,0 +1,338 @@
+"""Networks that are drawn to fool a certificate, and attacks that are sure to notice: see ``certificate_attack.py``.
+
+``draw`` takes a ``random.Random``, so that a seed names a network and hypothesis can shrink one. The parts are all those
+that a certificate has rules for, put together in the ways that once went uncounted: modules used twice, branches that
+broadcast, operations in place, hooks, patches, functional calls, extreme scales, every dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from espalier import nn as enn
+
+ACTIVATIONS: tuple[Callable[[bool], nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.SELU, lambda inplace: nn.Hardtanh(-1.0, 0.7, inplace),
+    lambda inplace: nn.ELU(1.3, inplace), lambda inplace: nn.LeakyReLU(3.0, inplace),
+    lambda inplace: nn.LeakyReLU(-0.5, inplace), lambda inplace: nn.GELU(), lambda inplace: nn.Tanh(),
+    lambda inplace: nn.Sigmoid(), lambda inplace: nn.Softsign(), lambda inplace: nn.Softshrink(0.1),
+    lambda inplace: nn.LogSigmoid(), lambda inplace: nn.Tanhshrink(), lambda inplace: nn.PReLU(1, -2.0),
+)  # fmt: skip
+
+
+class Function(nn.Module):
+    """A forward pass of plain operations around some modules."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.name, self.function, self.parts = name, function, nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the function makes of x and the parts."""
+        return self.function(x, *self.parts)
+
+    def extra_repr(self) -> str:
+        """Show which one."""
+        return self.name
+
+
+def _mutate(x: Tensor) -> Tensor:
+    y = x * 1.0
+    z = y
+    y.mul_(2.0).add_(0.25)
+    return z + x
+
+
+def _halves(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 1)
+    return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), 1)
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "x + x": lambda x: x + x,
+    "grey minus three means": lambda x: (
+        x[:, :1] - torch.tensor([0.1, 0.2, 0.3], dtype=x.dtype).view(3, *[1] * (x.ndim - 2))
+    ),
+    "times constants": lambda x: x * torch.linspace(-2, 2, x.shape[1], dtype=x.dtype).view(-1, *[1] * (x.ndim - 2)),
+    "divided": lambda x: x / 0.3,
+    "in place": _mutate,
+    "halves": _halves,
+    "sorted": lambda x: x.sort(dim=1).values,
+    "rolled": lambda x: x.roll(1, -1) - x.flip(-1),
+    "absolute": lambda x: x.abs().clamp(max=0.8),
+    "twice beside itself": lambda x: torch.cat((x, 2 * x), 1),
+    "minus its mean": lambda x: x - x.mean(1, keepdim=True),
+    "sum of channels": lambda x: x.sum(1, keepdim=True).expand(x.shape),
+    "transposed": lambda x: x.transpose(1, -1).contiguous().view(x.shape),
+    "float32 and back": lambda x: x.float().to(x.dtype) + 0.5,
+    "one less": lambda x: 1 - x.neg().relu(),
+    "stacked": lambda x: torch.stack((x, x), 1).amax(1),
+}
+"""Of values (B, C, …), which keep the number of dimensions."""
+
+INNER: dict[str, Callable[..., Tensor]] = {
+    "residual": lambda x, f: x + f(x),
+    "weighted": lambda x, f: 0.3 * x - 1.5 * f(x),
+    "twice": lambda x, f: f(f(x)),
+    "beside": lambda x, f: torch.cat((x, f(x)), 1),
+    "lerp": lambda x, f: torch.lerp(x, f(x), 0.7),
+    "same twice": lambda x, f: f(x) + f(x),
+    "larger": lambda x, f: torch.maximum(x, f(x)),
+    "in place sum": lambda x, f: f(x).add_(x),
+}
+"""With a part that keeps the shape."""
+
+
+class Draw:
+    """One network, drawn part by part for images of a given shape."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.torch = torch.Generator().manual_seed(rng.randrange(2**31))
+
+    def chance(self, share: float) -> bool:
+        """Return True in about ``share`` of the draws."""
+        return self.rng.random() < share
+
+    def spatial(self, channels: int, depth: int) -> nn.Module:
+        """Return a part for (B, C, H, W)."""
+        rng, c = self.rng, channels
+        k = rng.choice([1, 2, 3])
+        mode = rng.choice(["zeros", "zeros", "circular", "reflect", "replicate"])
+        parts: list[Callable[[], nn.Module]] = [
+            lambda: nn.Conv2d(c, rng.choice([c, 2 * c]), k, padding=k // 2 if mode == "zeros" else (k - 1) // 2,
+                              stride=rng.choice([1, 1, 2]), padding_mode=mode),
+            lambda: nn.ConvTranspose2d(c, c, k, stride=rng.choice([1, 2]), padding=rng.choice([0, (k - 1) // 2])),
+            lambda: enn.CayleyConv2d(c, rng.choice([c, 2 * c]), k, padding_mode=rng.choice(["circular", "zeros"])),
+            lambda: enn.CayleyConv2d(c, c, k, groups=c),
+            lambda: enn.CayleyConvTranspose2d(c, c, k),
+            lambda: nn.AvgPool2d(2, rng.choice([1, 2])),
+            lambda: nn.MaxPool2d(2, 1),
+            lambda: enn.ScaledAvgPool2d(2),
+            lambda: enn.InvertibleDownsampling(1),
+            lambda: nn.ReflectionPad2d(1),
+            lambda: nn.CircularPad2d(1),
+            lambda: nn.ReplicationPad2d((0, 2, 1, 0)),
+            lambda: nn.ZeroPad2d(1),
+            lambda: nn.ConstantPad2d(1, 0.7),
+            lambda: self._norm(c),
+            lambda: enn.Normalize([0.2] * c, [rng.choice([0.25, 1.0, 3.0])] * c),
+            lambda: self.elementwise(c),
+        ]  # fmt: skip
+        return self._wrapped(rng.choice(parts)(), lambda: self.spatial_same(c, depth - 1), depth)
+
+    def spatial_same(self, channels: int, depth: int) -> nn.Module:
+        """Return a part for (B, C, H, W) that keeps the shape."""
+        parts = [
+            lambda: nn.Conv2d(channels, channels, 3, padding=1, padding_mode=self.rng.choice(["zeros", "circular"])),
+            lambda: enn.CayleyConv2d(channels, channels, 3),
+            lambda: self.activation(),
+        ]
+        return self.rng.choice(parts)()
+
+    def vector(self, features: int, depth: int) -> nn.Module:
+        """Return a part for (B, F)."""
+        f, wide = features, self.rng.choice([features, 2 * features, max(1, features // 2)])
+        parts: list[Callable[[], nn.Module]] = [
+            lambda: nn.Linear(f, wide),
+            lambda: enn.CayleyLinear(f, wide),
+            lambda: nn.utils.parametrizations.orthogonal(nn.Linear(f, f)),
+            lambda: self.elementwise(f),
+            lambda: nn.Dropout(0.5),
+        ]
+        same = self.rng.choice([lambda: nn.Linear(f, f), lambda: enn.CayleyLinear(f, f), self.activation])
+        return self._wrapped(self.rng.choice(parts)(), same, depth)
+
+    def activation(self) -> nn.Module:
+        """Return an activation, often in place."""
+        return self.rng.choice(ACTIVATIONS)(self.chance(0.4))
+
+    def elementwise(self, channels: int) -> nn.Module:
+        """Return an activation or some plain operations."""
+        if channels % 2 == 0 and self.chance(0.4):
+            return self.rng.choice([enn.MaxMin(), enn.GroupSort(2)])
+        if self.chance(0.5):
+            return self.activation()
+        names = [name for name in FUNCTIONS if channels % 2 == 0 or name != "halves"]
+        name = self.rng.choice(names)
+        return Function(name, FUNCTIONS[name])
+
+    def _norm(self, channels: int) -> nn.Module:
+        norm = nn.BatchNorm2d(channels)
+        norm.running_var.copy_(torch.rand(channels, generator=self.torch) * 2 + 0.01)
+        norm.running_mean.copy_(torch.randn(channels, generator=self.torch))
+        return norm
+
+    def _wrapped(self, part: nn.Module, same: Callable[[], nn.Module], depth: int) -> nn.Module:
+        """Return the part, or a part with something around it, or something that was done to it."""
+        if depth > 0 and self.chance(0.35):
+            inner = same()
+            if self.chance(0.3):
+                return nn.Sequential(part) if self.chance(0.2) else enn.ConvexSum(inner, 0.3)
+            name = self.rng.choice(list(INNER))
+            return Function(name, INNER[name], inner)
+        if self.chance(0.12):
+            part.register_forward_hook(self.rng.choice([
+                lambda module, args, out: 3.0 * out, lambda module, args, out: out.mul_(2.0),
+                lambda module, args, out: out + out.abs(),
+            ]))  # fmt: skip
+        if self.chance(0.08):
+            part.register_forward_pre_hook(self.rng.choice([
+                lambda module, args: (2.5 * args[0],), lambda module, args: (args[0].mul_(1.5),),
+            ]))  # fmt: skip
+        if self.chance(0.08):
+            patched = types.MethodType(lambda self, x: 4.0 * type(self).forward(self, x), part)
+            part.forward = patched  # type: ignore[method-assign]
+        return part
+
+    def scaled(self, net: nn.Module) -> None:
+        """Multiply some weights by extreme numbers."""
+        for name, parameter in net.named_parameters():
+            with torch.no_grad():
+                if name.endswith("alpha") and self.chance(0.1):
+                    parameter.fill_(self.rng.choice([1e-6, 1e3, 1e6, 1e9]))
+                elif name.endswith("bias") and self.chance(0.1):
+                    parameter.mul_(self.rng.choice([2.0**23, 2.0**40, 1e-30]))
+                elif parameter.ndim > 1 and self.chance(0.1):
+                    parameter.mul_(self.rng.choice([1e-12, 1e4, 1e12, 1e-25, 1e25, 30.0]))
+
+    def network(self) -> tuple[nn.Module, tuple[int, ...]]:
+        """Return a network in evaluation mode, and the shape of its images."""
+        channels, side = self.rng.choice([1, 2, 3, 4]), self.rng.choice([4, 5, 6])
+        shape, layers = (channels, side, side), []
+        x = torch.rand(2, *shape, generator=self.torch)
+        for stage, count in (("spatial", self.rng.randint(0, 4)), ("flatten", 1), ("vector", self.rng.randint(0, 4))):
+            for _ in range(count):
+                part = nn.Flatten() if stage == "flatten" else getattr(self, stage)(x.shape[1], 1)
+                reused = self.rng.choice(layers) if layers and self.chance(0.15) else part
+                for candidate in (reused, part):
+                    try:
+                        y = nn.Sequential(candidate).eval()(x.clone())
+                    except Exception:  # does not fit, in one of many ways: not drawn
+                        continue
+                    if y.ndim == (2 if stage != "spatial" else 4) and 0 < y[0].numel() <= 256 and len(y) == 2:
+                        layers.append(candidate)
+                        x = y.detach()
+                        break
+        if x.ndim != 2:
+            layers.append(nn.Flatten())
+            x = x.flatten(1)
+        heads: list[Callable[[int, int], nn.Module]] = [nn.Linear, enn.NormalizedLinear, enn.CayleyLinear]
+        layers.append(self.rng.choice(heads)(x.shape[1], self.rng.choice([2, 3])))
+        net = nn.Sequential(*layers).eval()
+        for parameter in net.parameters():
+            parameter.requires_grad_(False)
+        if self.chance(0.4):
+            self.scaled(net)
+        net = net.to(self.rng.choice([torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16]))
+        return net, shape
+
+
+class Attack(NamedTuple):
+    """What was tried on one certified network."""
+
+    certified: int
+    """Images with a radius above 0."""
+    tried: int
+    """Images within their radius that were evaluated."""
+    violations: int
+    """How many of them changed the class, or gave a score that is not finite."""
+    tightness: float
+    """The largest share of its margin that an attack took from a certified image."""
+
+
+def attack(
+    net: nn.Module, images: Tensor, labels: Tensor, radii: tuple[float, ...], dtype: torch.dtype, seed: int
+) -> Attack:
+    """Attack every certified image just within its radius: along gradients, singular vectors and random directions.
+
+    The oracle is a plain copy of the network in the certified precision; gradients and Jacobians come from a float64
+    copy. Distances are measured in float64, between the images that are evaluated.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    run, smooth = copy.deepcopy(net).to(dtype), copy.deepcopy(net).double()
+    tried = violations = certified = 0
+    taken = 0.0
+    for image, label, radius in zip(images.double(), labels.tolist(), radii, strict=True):
+        if not radius > 0:
+            continue
+        certified += 1
+        points = _nearby(smooth, image, label, min(radius, 1e8), generator)
+        distances = (points - image).flatten(1).norm(dim=1)
+        points = points[distances <= radius * (1 - 1e-12)]
+        with torch.no_grad():
+            scores = run(points.to(dtype)).double()
+            start = run(image[None].to(dtype)).double()[0]
+        margins = scores[:, [label]] - scores
+        margins[:, label] = math.inf
+        tried += len(points)
+        violations += int(((scores.argmax(1) != label) | ~torch.isfinite(scores).all(1)).sum())
+        first = start[label] - start
+        first[label] = math.inf
+        least, smallest = first.min().item(), margins.min().item() if len(points) else math.inf
+        if least > 0 and math.isfinite(smallest):
+            taken = max(taken, 1 - smallest / least)
+    return Attack(certified, tried, violations, taken)
+
+
+def _nearby(net: nn.Module, image: Tensor, label: int, radius: float, generator: torch.Generator) -> Tensor:
+    """Return points at up to ``radius`` from an image, the likeliest ones to change its class."""
+    reach = radius * (1 - 1e-9)
+    random_ones = torch.randn(4, *image.shape, generator=generator, dtype=torch.float64)
+    directions = [*random_ones]
+    try:
+        jacobian = torch.autograd.functional.jacobian(lambda x: net(x[None].clone())[0], image)
+        rows = jacobian.flatten(1)
+        if torch.isfinite(rows).all() and rows.abs().max() > 0:
+            others = [row for j, row in enumerate(rows) if j != label]
+            directions += [(other - rows[label]).view(image.shape) for other in others]
+            directions += list((rows / rows.abs().max()).svd().V.mT[:2].reshape(-1, *image.shape))
+    except (RuntimeError, NotImplementedError):
+        pass  # no gradient through this network: random directions are left
+    points = [image]
+    for direction in directions:
+        norm = direction.norm()
+        if norm > 0 and torch.isfinite(norm):
+            points += [image + sign * reach * direction / norm for sign in (-1.0, 1.0)]
+    found = torch.stack(points)
+    best = _ascend(net, found, image, label, reach)
+    return torch.cat((found, image + 0.5 * (found - image), best))
+
+
+def _ascend(net: nn.Module, points: Tensor, image: Tensor, label: int, reach: float) -> Tensor:
+    """Return the points after a few steps of projected gradient ascent on the margin."""
+    for _ in range(3):
+        leaf = points.detach().requires_grad_(True)
+        try:
+            scores = net(leaf.clone())
+            others = scores.scatter(1, torch.full((len(scores), 1), label), -math.inf).amax(1)
+            (gradient,) = torch.autograd.grad((others - scores[:, label]).sum(), leaf)
+        except (RuntimeError, NotImplementedError):
+            return points
+        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *[1] * image.ndim)
+        step = torch.where(torch.isfinite(gradient / norms), gradient / norms, 0.0)
+        delta = points + reach * step - image
+        sizes = delta.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *[1] * image.ndim)
+        points = (image + delta * (reach / sizes).clamp(max=1.0)).detach()
+    return points
+
+
+def steepness(net: nn.Module, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> float:
+    """Return the largest slope that is found between random pairs of images, near and far, in float64."""
+    run, found = copy.deepcopy(net).to(dtype), 0.0
+    for size in (1e-3, 1.0, 1e3):
+        a = torch.rand(16, *shape, generator=generator, dtype=torch.float64)
+        b = a + size * torch.randn(16, *shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            y = run(a.clone()) - run(b.clone())
+        slopes = y.flatten(1).norm(dim=1) / (a - b).flatten(1).norm(dim=1)
+        found = max(found, *slopes[torch.isfinite(slopes)].tolist(), 0.0)
+    return found

@@ -1,0 +1,163 @@
+"""The claims of the papers, in our words, and what here bears on each: the table of docs/results/index.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments import attention, convmixer, filters, recall, robustness
+from experiments.evidence import Judge, across, better, extra_better, not_run, sooner, weakest
+from experiments.experiment import Experiment
+
+SSM = "mimetic SSMs (2410.11135)"
+ATTENTION = "mimetic attention (2305.09828)"
+FILTERS = "filter covariances (2210.03651)"
+CONVMIXER, CAYLEY = "ConvMixer (2201.09792)", "Cayley layers (2104.07167)"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the table."""
+
+    key: str
+    paper: str
+    says: str
+    setting: str
+    """What was run here, and how far it is from the paper's setting."""
+    judge: Judge = not_run
+    page: str = ""
+    """The page that shows it."""
+    experiments: Sequence[Experiment] = ()
+
+    @property
+    def command(self) -> str:
+        """The command that adds to its records."""
+        names = [experiment.name for experiment in self.experiments]
+        more = f" … ({len(names)} studies)" if len(names) > 3 else ""
+        return f"`python experiments/queue.py --only {' '.join(names[:3])}`{more}" if names else "–"
+
+
+CLAIMS: Sequence[Claim] = (
+    Claim(
+        "S1.1",
+        SSM,
+        "A state-space model that starts like attention learns to copy more easily.",
+        "Mamba-1, 2 layers, width 64, strings of up to 12 symbols, 600 steps, 8 rates, best against best; the paper: "
+        "strings of 50 and more, wider and deeper, longer training",
+        better(recall.WINDOW, "mimetic-ssm", "default"),
+        "recall.md",
+        [recall.WINDOW],
+    ),
+    Claim(
+        "S1.2",
+        SSM,
+        "… and associative recall.",
+        "multi-query recall at zoology's length 64, 4 pairs, vocabulary 8,192, width 64; 2,000 steps of 64, a fiftieth "
+        "of zoology's examples",
+        weakest([better(recall.MQAR[net], "mimetic-ssm", "default") for net in recall.MQAR]),
+        "recall.md",
+        [*recall.MQAR.values(), recall.CONTROL],
+    ),
+    Claim(
+        "S1.3",
+        SSM,
+        "… across architectures.",
+        "copying as in S1.1; Mamba-1 and Mamba-2, 1, 2 and 4 layers, state 16 and 64, width 64 and 128, two rates",
+        across(recall.ACROSS, "mimetic-ssm", "default"),
+        "recall.md",
+        recall.ACROSS,
+    ),
+    Claim("S1.4", SSM, "… because its layers can mimic attention.", "–"),
+    Claim(
+        "S1.5",
+        SSM,
+        "… and generalises to longer strings.",
+        "S1.1's runs on strings of 2 and 4 times the training length",
+        extra_better(recall.WINDOW, "mimetic-ssm", "default", ("test_2x/accuracy", "test_4x/accuracy")),
+        "recall.md",
+        [recall.WINDOW],
+    ),
+    Claim(
+        "S2.1",
+        ATTENTION,
+        "Vision transformers on CIFAR-10 end higher.",
+        "all 50,000 images, 128 wide, 6 layers, patch 4, 10 epochs, bf16; the paper: 192 wide, 12 layers, patch 2, "
+        "hundreds of epochs, strong augmentation",
+        better(attention.CIFAR10, "mimetic", "default"),
+        "attention.md",
+        [attention.CIFAR10],
+    ),
+    Claim(
+        "S2.2",
+        ATTENTION,
+        "… and train faster.",
+        "S2.1's runs: epochs until a run passes the final score of the default start with the same seed",
+        sooner(attention.CIFAR10, "mimetic", "default"),
+        "attention.md",
+        [attention.CIFAR10],
+    ),
+    Claim("S2.3", ATTENTION, "… and on ImageNet.", "–"),
+    Claim("S2.4", ATTENTION, "… because pre-trained attention looks so.", "–"),
+    Claim("S3.1", FILTERS, "Learned filters have a structured covariance.", "–"),
+    Claim("S3.2", FILTERS, "The covariances of small nets start larger ones well.", "–"),
+    Claim(
+        "S3.3",
+        FILTERS,
+        "The closed form beats starts that treat every weight alike.",
+        "ConvMixer-48/4 (kernel 9, patch 2) and a small ConvNeXt on 2,000 images, 8 epochs; the paper: wider and "
+        "deeper nets, all images, longer training",
+        weakest([better(each, "covariance", "default") for each in (filters.WORTH[0], filters.CONVNEXT)]),
+        "filters.md",
+        [filters.WORTH[0], filters.CONVNEXT],
+    ),
+    Claim(
+        "S3.4",
+        FILTERS,
+        "Structured filters that stay frozen can beat filters that are trained.",
+        "as S3.3; frozen closed form against torch's filters, trained",
+        weakest([better(each, "covariance-frozen", "default") for each in (filters.WORTH[0], filters.CONVNEXT)]),
+        "filters.md",
+        [filters.WORTH[0], filters.CONVNEXT],
+    ),
+    Claim(
+        "S4.1",
+        CONVMIXER,
+        "At equal parameters and data it beats ViT, MLP-Mixer and ResNet.",
+        "0.3 million parameters each, 10,000 CIFAR-10 images, 10 epochs, crop and flip, four rates for each; the "
+        "paper: 20 to 50 million, ImageNet, 150 epochs and more",
+        weakest([better(convmixer.EQUAL_PARAMETERS, *pair) for pair in convmixer.EQUAL_PARAMETERS.pairs]),
+        "convmixer.md",
+        [convmixer.EQUAL_PARAMETERS],
+    ),
+    Claim("S4.2", CONVMIXER, "The published recipe reaches 92.6 % after 25 epochs.", "–"),
+    Claim(
+        "S4.3",
+        CONVMIXER,
+        "Patches are part of the reason: at equal cost, nets on patches end higher than nets on pixels.",
+        "patches of 2 and 4 pixels against single pixels at equal multiply-adds, ConvMixer and ViT, 5,000 images",
+        weakest([better(each, f"patch-{patch}", "patch-1") for each in convmixer.PATCHES.values() for patch in (2, 4)]),
+        "convmixer.md",
+        [*convmixer.PATCHES.values()],
+    ),
+    Claim("S5.1", CAYLEY, "Layers are orthogonal to high degree, also large convolutions.", "–"),
+    Claim(
+        "S5.2",
+        CAYLEY,
+        "Nets of them are better certified than nets of other deterministic layers.",
+        "our patch net on Fashion-MNIST with Cayley, AOC and SOC convolutions, certified accuracy at 36/255, rates "
+        "swept, at equal epochs and at equal time; the paper: KWLarge and ResNet9 on CIFAR-10, 200 epochs, BCOP, RKO",
+        weakest(
+            [
+                better(each, "cayley", other)
+                for each in (robustness.EQUAL_EPOCHS, robustness.EQUAL_TIME)
+                for other in ("aoc", "soc")
+            ]
+        ),
+        "robustness.md",
+        [robustness.EQUAL_EPOCHS, robustness.EQUAL_TIME],
+    ),
+    Claim("S5.3", CAYLEY, "They scale to larger nets.", "–"),
+    Claim("S5.4", CAYLEY, "KWLarge: 75.3 % clean and 59.2 % certified after 200 epochs.", "–"),
+    Claim("own 1", "ours", "The mimetic start of SSMs widens the learning-rate window.", "–"),
+    Claim("own 2", "ours", "Certified accuracy per minute of training.", "–"),
+)

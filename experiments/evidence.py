@@ -1,0 +1,185 @@
+"""From records to a verdict on a claim, by rules that are fixed here and the same for every claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+from espalier.study import Record, Summary, summarise
+from espalier.study.solving import measure_solving
+from espalier.study.solving_table import p_text, share_text
+from espalier.study.statistics import Interval, first_crossing, t_interval
+from espalier.study.summary import ArmSummary
+from experiments.experiment import ROW_SEEDS, Experiment
+
+SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run at this scale"
+
+# Note [Verdicts]
+# A claim says that a figure is above zero: a paired difference, or a saving. With fewer than ROW_SEEDS values there is
+# no verdict but "not run at this scale". Otherwise the 95 % interval decides: above zero is "shown", below zero is
+# "contradicted", and an interval that holds zero is "not shown". Nothing else is looked at.
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the records say of a claim."""
+
+    verdict: str
+    n: int
+    text: str
+
+
+@dataclass
+class Results:
+    """The records, and the summaries that are made of them."""
+
+    records: Sequence[Record]
+    _made: dict[tuple[str, str], Summary] = field(default_factory=dict)
+
+    def summary(self, experiment: Experiment, metric: str = "") -> Summary:
+        """Return the summary of an experiment, scored by its own metric or another."""
+        key = (experiment.name, metric)
+        if key not in self._made:
+            self._made[key] = summarise(experiment.study(Path("runs/queue"), self.records, metric))
+        return self._made[key]
+
+
+Judge = Callable[[Results], Evidence]
+
+
+def verdict(interval: Interval | None) -> str:
+    """Return the verdict on the claim that a figure is above zero (Note [Verdicts])."""
+    if interval is None or interval.n < ROW_SEEDS:
+        return NOT_RUN
+    if interval.low > 0:
+        return SHOWN
+    return CONTRADICTED if interval.high < 0 else NOT_SHOWN
+
+
+def not_run(results: Results) -> Evidence:
+    """Judge a claim for which there is no experiment yet."""
+    return Evidence(NOT_RUN, 0, "–")
+
+
+def better(experiment: Experiment, arm: str, baseline: str, metric: str = "") -> Judge:
+    """Judge that an arm beats another, each at its own best rate, over paired seeds."""
+    return partial(_better, experiment=experiment, arm=arm, baseline=baseline, metric=metric)
+
+
+def all_better(experiment: Experiment, pairs: Sequence[tuple[str, str]]) -> Judge:
+    """Judge that every pair's first arm beats its second: the weakest of the verdicts stands."""
+    return partial(_weakest, judges=[better(experiment, arm, baseline) for arm, baseline in pairs])
+
+
+def weakest(judges: Sequence[Judge]) -> Judge:
+    """Judge a claim that needs several: the weakest of the verdicts stands."""
+    return partial(_weakest, judges=judges)
+
+
+def across(experiments: Sequence[Experiment], arm: str, baseline: str) -> Judge:
+    """Judge that an arm beats another over many settings: the mean difference of each setting is one value."""
+    return partial(_across, experiments=experiments, arm=arm, baseline=baseline)
+
+
+def extra_better(experiment: Experiment, arm: str, baseline: str, metrics: Sequence[str]) -> Judge:
+    """Judge that an arm beats another by other figures, at the rates that the score chose."""
+    return partial(_extra_better, experiment=experiment, arm=arm, baseline=baseline, metrics=metrics)
+
+
+def sooner(experiment: Experiment, arm: str, baseline: str) -> Judge:
+    """Judge that an arm reaches the baseline's final score in fewer epochs, seed by seed."""
+    return partial(_sooner, experiment=experiment, arm=arm, baseline=baseline)
+
+
+def _better(results: Results, experiment: Experiment, arm: str, baseline: str, metric: str) -> Evidence:
+    summary = results.summary(experiment, metric)
+    difference = summary.difference(arm, baseline)
+    if difference is None:
+        return Evidence(NOT_RUN, 0, "–")
+    factor = 100 if summary.is_share else 1
+    text = f"{arm} over {baseline}: {interval_text(difference.t, factor)}"
+    found = {row.arm: row for row in measure_solving(summary)} if summary.is_share else {}
+    if found and any(row.solved.solved for row in found.values()):
+        text += f"; solve it: {share_text(found[baseline].solved)} and {share_text(found[arm].solved)}"
+        p = found[arm].p
+        text += "" if p is None else f", p = {p_text(p)}".replace("= <", "<")
+    return Evidence(verdict(difference.t), difference.t.n, text)
+
+
+def _weakest(results: Results, judges: Sequence[Judge]) -> Evidence:
+    found = [judge(results) for judge in judges]
+    order = (NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN)
+    text = "; ".join(each.text for each in found if each.text != "–") or "–"
+    return Evidence(min((each.verdict for each in found), key=order.index), min(each.n for each in found), text)
+
+
+def _across(results: Results, experiments: Sequence[Experiment], arm: str, baseline: str) -> Evidence:
+    differences = [results.summary(experiment).difference(arm, baseline) for experiment in experiments]
+    whole = [found for found in differences if found is not None and found.t.n >= ROW_SEEDS]
+    if len(whole) < ROW_SEEDS:
+        return Evidence(NOT_RUN, len(whole), "–")
+    interval = t_interval([found.t.mean for found in whole], limits=(-1.0, 1.0))
+    won = sum(found.t.low > 0 for found in whole)
+    lost = sum(found.t.high < 0 for found in whole)
+    text = (
+        f"mean over {len(whole)} of {len(experiments)} settings {interval_text(interval, 100)}; alone, {won} are above "
+        f"zero and {lost} below"
+    )
+    return Evidence(verdict(interval), len(whole), text)
+
+
+def _extra_better(
+    results: Results, experiment: Experiment, arm: str, baseline: str, metrics: Sequence[str]
+) -> Evidence:
+    summary = results.summary(experiment)
+    rates = {each.arm: each.best_lr for each in summary.arms}
+    parts, verdicts, count = [], [], 0
+    for metric in metrics:
+        values = [_extra(summary, name, rates[name], metric) for name in (arm, baseline)]
+        gaps = [values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())]
+        interval = t_interval(gaps, limits=(-1.0, 1.0)) if gaps else None
+        verdicts.append(verdict(interval))
+        if interval is not None:
+            count = interval.n
+            means = " and ".join(f"{100 * fmean(found.values()):.1f}" for found in reversed(values))
+            parts.append(f"{metric.partition('/')[0]}: {means} %, {interval_text(interval, 100)}")
+    order = (NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN)
+    return Evidence(min(verdicts, key=order.index), count, "; ".join(parts) or "–")
+
+
+def _extra(summary: Summary, arm: str, lr: float | None, metric: str) -> Mapping[int, float]:
+    found = [record for record in summary.records.values() if record.arm == arm and record.lr == lr]
+    return {record.seed: record.extra[metric] for record in found if metric in record.extra}
+
+
+def _sooner(results: Results, experiment: Experiment, arm: str, baseline: str) -> Evidence:
+    summary = results.summary(experiment)
+    arms = {each.arm: each for each in summary.arms}
+    goals = _final(arms[baseline])
+    savings = []
+    for record in summary.records.values():
+        if record.arm == arm and record.lr == arms[arm].best_lr and record.seed in goals and not record.diverged:
+            epochs, scores = [row[0] for row in record.curve], [row[3] for row in record.curve]
+            reached = first_crossing(epochs, scores, goals[record.seed])
+            # A run that never gets there has saved nothing, at best.
+            savings.append(1 - reached / record.epochs if reached == reached else 0.0)
+    if not savings:
+        return Evidence(NOT_RUN, 0, "–")
+    interval = t_interval(savings, limits=(-1.0, 1.0))
+    text = f"share of the epochs saved: {interval_text(interval, 100)} %"
+    return Evidence(verdict(interval), interval.n, text)
+
+
+def _final(arm: ArmSummary) -> Mapping[int, float]:
+    return next((point.scores for point in arm.rates if point.lr == arm.best_lr), {})
+
+
+def interval_text(interval: Interval, factor: float = 1) -> str:
+    """Return ``+3.0 [+1.2, +4.8]``."""
+    mean, low, high = (
+        f"{factor * value:+.1f}".replace("-", "−") for value in (interval.mean, interval.low, interval.high)
+    )
+    return f"{mean} [{low}, {high}]" if interval.defined else f"{mean} (n = 1)"

@@ -1,0 +1,1 @@
+"""The parts of ``experiments/gpu.py``: where results go, how things are timed, and what is timed and trained."""

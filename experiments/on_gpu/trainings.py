@@ -1,0 +1,142 @@
+"""Which trainings run on a GPU, in which order, and how many at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from espalier.train import load_run
+
+# What a training may take beyond its budget before it is stopped: its start, its last evaluation, its certificate.
+_GRACE = 40.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: a recipe, what is changed of it, and the seconds that it may take."""
+
+    study: str
+    recipe: str
+    arm: str = "default"
+    seed: int = 0
+    seconds: float = 120.0
+    epochs: int = 0
+    """The most epochs; 0 takes as many as fit the seconds."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    certified: bool = False
+    """Also certify the test images."""
+
+    @property
+    def name(self) -> str:
+        """Return a name for its folder."""
+        return f"{self.study}-{self.arm}-seed{self.seed}"
+
+
+_FAST = {"precision": "bf16", "channels_last": True}
+_VIT = {"precision": "bf16"}
+_COPY = {
+    "data_args": {"vocab_size": 29, "length": 50, "steps_per_epoch": 100},
+    "model_args": {"dim": 64, "pattern": "mamba1*2", "state_size": 64},
+    "lr": 3e-3,
+    "eval_every": 10,
+}
+
+
+def plans() -> list[Plan]:
+    """Return every training in order of worth: the published number, then pairs of arms, then nets at equal time."""
+    first = [Plan("convmixer_cifar10", "convmixer_cifar10", seconds=360, epochs=25, changes=_FAST)]
+    vit = [
+        Plan("cifar10_vit", "cifar10_vit", arm, seed, 150, 15, _VIT)
+        for seed in (0, 1, 2)
+        for arm in ("default", "mimetic")
+    ]
+    nets = [
+        Plan("certified_at_equal_time", recipe, recipe, 0, 240, certified=True)
+        for recipe in ("kwlarge_cifar10", "orthogonal_cifar10")
+    ]
+    recall = [
+        Plan("copying_50", "copy_mamba1", arm, seed, 200, 100, _COPY)
+        for seed in (0, 1)
+        for arm in ("default", "mimetic-ssm")
+    ]
+    return [*first, *vit[:2], *nets, *recall[:2], *vit[2:4], *recall[2:], *vit[4:]]
+
+
+def smallest_plans() -> list[Plan]:
+    """Return trainings of seconds that take every path."""
+    few = {"data_args": {"train_limit": 320, "test_limit": 100}}
+    copy = {"data_args": {"vocab_size": 8, "length": 4, "steps_per_epoch": 5}, "eval_every": 1}
+    return [
+        Plan("smallest_vit", "digits_vit", "mimetic", 0, 20, 1, few),
+        Plan("smallest_certified", "digits_robust", "digits_robust", 0, 20, 1, few, certified=True),
+        Plan("smallest_copying", "copy_mamba1", "mimetic-ssm", 0, 20, 1, copy),
+    ]
+
+
+@dataclass
+class _Running:
+    plan: Plan
+    process: subprocess.Popen[str]
+    folder: Path
+    stop_at: float
+
+
+def train_all(job: Any) -> None:
+    """Run the plans, up to ``job.parallel`` at a time, each in a process of its own, until the time is over.
+
+    A training that was finished by an earlier call is not run again. One that does not fit the time left is not begun.
+    """
+    waiting = [plan for plan in (smallest_plans() if job.smallest else plans()) if not _done(job, plan)]
+    running: list[_Running] = []
+    while waiting or running:
+        while waiting and len(running) < job.parallel:
+            plan = waiting.pop(0)
+            if job.clock.left() < plan.seconds + 10:
+                job.results.add("not begun", study=plan.study, arm=plan.arm, seed=plan.seed)
+                continue
+            running.append(_start(job, plan))
+        for one in list(running):
+            if one.process.poll() is None and time.monotonic() < min(one.stop_at, job.clock.deadline):
+                continue
+            running.remove(one)
+            _collect(job, one)
+            job.results.write()
+        time.sleep(0.2)
+
+
+def _done(job: Any, plan: Plan) -> bool:
+    outcome = job.work / plan.name / "outcome.json"
+    return outcome.exists()
+
+
+def _start(job: Any, plan: Plan) -> _Running:
+    folder = job.work / plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps({**asdict(plan), "data": job.data and str(job.data.resolve())}))
+    command = [sys.executable, str(Path(__file__).parent / "one_training.py"), str(folder)]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+    print(f"began {plan.name}", flush=True)
+    return _Running(plan, process, folder, time.monotonic() + plan.seconds + _GRACE)
+
+
+def _collect(job: Any, one: _Running) -> None:
+    """Record what a training left: its result, or how far it came and why it ended."""
+    plan, row = one.plan, {"study": one.plan.study, "arm": one.plan.arm, "seed": one.plan.seed}
+    stopped = one.process.poll() is None
+    if stopped:
+        one.process.kill()
+    status = one.process.wait()
+    outcome = one.folder / "outcome.json"
+    if status == 0 and outcome.exists():
+        more = json.loads(outcome.read_text())
+        job.results.add_run(plan.study, plan.arm, load_run(one.folder / "run"), **more, shared_by=job.parallel)
+        return
+    why = "stopped at its deadline" if stopped else (one.folder / "log.txt").read_text()[-600:]
+    rows = load_run(one.folder / "run").rows if (one.folder / "run" / "recipe.json").exists() else []
+    job.results.add("unfinished", **row, why=why, last_row=str(rows[-1] if rows else ""))

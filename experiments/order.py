@@ -1,0 +1,36 @@
+"""The order of worth: what the queue runs first when nobody knows how long it may run.
+
+What no page shows yet comes before more of what is known, and cheap before dear: a row of the table that is missing
+says less than one with a wide interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments import attention, convmixer, filters, recall, robustness
+from experiments.experiment import Experiment
+
+ORDER: Sequence[Experiment] = (
+    recall.MQAR["mamba2"],
+    recall.CONTROL,
+    recall.WINDOW,
+    filters.WORTH[0],
+    robustness.EQUAL_EPOCHS,
+    recall.MQAR["mamba1"],
+    recall.MQAR["hybrid"],
+    robustness.EQUAL_TIME,
+    filters.CONVNEXT,
+    recall.LAYERS,
+    recall.TEXT,
+    convmixer.EQUAL_PARAMETERS,
+    convmixer.PATCHES["convmixer"],
+    attention.SMALL,
+    *recall.ACROSS,
+    attention.CIFAR10,
+    convmixer.PATCHES["vit"],
+    *filters.WORTH[1:],
+    recall.PARTS,
+    *recall.CAPACITY,
+    *filters.SWITCHED,
+)

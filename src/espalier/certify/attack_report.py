@@ -1,0 +1,236 @@
+"""A certificate put to the test: every certified point is attacked at its own radius, and none may fall."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from espalier.certify.attack import autoattack_l2, distance, fooled, pgd_l2, towards
+from espalier.certify.certificate import EPSILONS, Certificate, in_255
+from espalier.certify.radius import check_pixels
+from espalier.errors import EspalierError
+from espalier.files import write_json
+
+_GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
+"""Certified points are attacked at these multiples of their radius: at it, and beyond it for the distance."""
+
+_SPREAD = 0.9
+"""AutoAttack takes one radius for many images: groups are formed whose smallest radius is this share of the largest."""
+
+
+class CertificateBrokenError(Exception):
+    """A point was moved to another class within its certified radius: the certificate, and its code, are wrong."""
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """What attacks found, beside what is certified; made by ``challenge``."""
+
+    eps: tuple[float, ...]
+    """Radii in [0, 1] pixel units."""
+    accuracy: tuple[float, ...]
+    """Share of the images that are right at each of them after the attack."""
+    certified_accuracy: tuple[float, ...]
+    """Share that is certified at each of them."""
+    clean_accuracy: float
+    """Share that is right without an attack."""
+    attacked: int
+    """Certified points that were attacked at their own radius."""
+    broken: tuple[int, ...]
+    """Images that fell within their certified radius: none, if the certificate holds."""
+    distances: tuple[float | None, ...] = field(repr=False)
+    """Distance of the nearest wrong image that was found, None where none was (0: wrong from the start)."""
+    tightness: float | None
+    """Median over the certified points that fell of certified radius / distance found."""
+    attacks: tuple[str, ...]
+    """What was tried."""
+
+    def check(self) -> None:
+        """Raise if a certified point fell.
+
+        Raises:
+            CertificateBrokenError: names the points.
+        """
+        if self.broken:
+            first = ", ".join(map(str, self.broken[:5]))
+            raise CertificateBrokenError(
+                f"{len(self.broken)} of {self.attacked} certified points fell within their radius (images {first}): "
+                "the certificate is wrong, please report it"
+            )
+
+    def table(self) -> str:
+        """Return accuracy under attack and certified accuracy by ε as plain text."""
+        rows = [("ε", "under attack", "certified"), ("0 (clean)", _percent(self.clean_accuracy), "")]
+        rows += [
+            (in_255(eps), _percent(attacked), _percent(certified))
+            for eps, attacked, certified in zip(self.eps, self.accuracy, self.certified_accuracy, strict=True)
+        ]
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{name:<{width}}  {attacked:>12}  {certified:>9}".rstrip() for name, attacked, certified in rows]
+        lines.insert(1, f"{'─' * width}  {'─' * 12}  {'─' * 9}")
+        verdict = "none fell" if not self.broken else f"{len(self.broken)} FELL"
+        tight = "" if self.tightness is None else f"; median radius / distance found {self.tightness:.3f}"
+        lines += ["", f"{self.attacked} certified points attacked at their own radius: {verdict}{tight}"]
+        return "\n".join([*lines, *(f"- {text}" for text in self.attacks)])
+
+    def __str__(self) -> str:
+        """Return the table."""
+        return self.table()
+
+    def save(self, path: Path | str) -> Path:
+        """Write the report as JSON, whole or not at all, and return the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(self))
+        return path
+
+
+def challenge(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    certificate: Certificate,
+    eps: Sequence[float] = EPSILONS,
+    *,
+    steps: int = 40,
+    restarts: int = 1,
+    autoattack: bool = False,
+    queries: int = 5000,
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+) -> AttackReport:
+    """Attack a certified network at every ``eps``, and every certified point at its own radius and beyond.
+
+    Args:
+        net: the network that was certified, in evaluation mode.
+        images: the (N, …) images that were certified, in [0, 1].
+        labels: their classes.
+        certificate: what ``certify`` said of them.
+        eps: radii at which the accuracy under attack is wanted.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD.
+        autoattack: try AutoAttack on what PGD leaves: certified points in groups, at the smallest radius of a group, at
+            least 90 % of their own; what is left standing is not tried again at a smaller radius.
+        queries: of AutoAttack's Square; 5,000 is the standard.
+        batch_size: images per forward pass.
+        generator: source of PGD's starts, on the images' device.
+
+    Raises:
+        EspalierError: a certificate of other images.
+        MissingExtraError: AutoAttack is wanted and torchattacks is not installed.
+    """
+    check_pixels(images, labels)
+    if tuple(labels.tolist()) != certificate.labels:
+        raise EspalierError(f"the certificate is about {len(certificate)} other images: give those it was made for")
+    hunt = _Hunt(net, images, labels, batch_size)
+    clean = hunt.standing()
+    radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
+    certified_N = (radii_N > 0) & torch.isfinite(radii_N)
+    for growth in _GROWTH:
+        hunt.pgd(radii_N * growth, certified_N, steps, restarts, generator)
+    for value in eps:
+        hunt.pgd(torch.full_like(radii_N, value), clean, steps, restarts, generator)
+    if autoattack:
+        hunt.autoattack(radii_N, certified_N, clean, eps, queries)
+    fell_N = hunt.distances_N < radii_N
+    ratios = (radii_N / hunt.distances_N)[certified_N & hunt.distances_N.isfinite()]
+    return AttackReport(
+        eps=tuple(eps),
+        accuracy=tuple((hunt.distances_N > value).double().mean().item() for value in eps),
+        certified_accuracy=tuple(certificate.certified_accuracy(value) for value in eps),
+        clean_accuracy=clean.double().mean().item(),
+        attacked=int(certified_N.sum()),
+        broken=tuple(fell_N.nonzero()[:, 0].tolist()),
+        distances=tuple(value if math.isfinite(value) else None for value in hunt.distances_N.tolist()),
+        tightness=ratios.median().item() if len(ratios) else None,
+        attacks=_in_words(steps, restarts, queries if autoattack else None),
+    )
+
+
+class _Hunt:
+    """The nearest wrong image found so far for every image, as a distance (0 where the network is wrong anyway).
+
+    Every search looks at images that stand so far within its radius; what it finds counts for all radii.
+    """
+
+    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
+        self.net, self.images, self.labels, self.batch_size = net, images, labels, batch_size
+        wrong_N = torch.cat(
+            [
+                fooled(net, some, theirs)
+                for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+            ]
+        )
+        self.distances_N = torch.where(wrong_N, 0.0, math.inf).double()
+        self.withstood_N = torch.zeros_like(self.distances_N)
+
+    def standing(self) -> Tensor:
+        """Return (N,) whether no wrong image was found at all."""
+        return torch.isinf(self.distances_N)
+
+    def pgd(
+        self, radius_N: Tensor, chosen_N: Tensor, steps: int, restarts: int, generator: torch.Generator | None
+    ) -> None:
+        """Try PGD on the chosen images that stand within their radius."""
+        indices = (chosen_N & (self.distances_N > radius_N)).nonzero()[:, 0]
+        for some in indices.split(self.batch_size) if len(indices) else ():
+            images, labels = self.images[some], self.labels[some]
+            radius = radius_N[some].to(images.dtype)
+            found = pgd_l2(self.net, images, labels, radius, steps=steps, restarts=restarts, generator=generator)
+            self._note(some, found)
+
+    def autoattack(
+        self, radii_N: Tensor, certified_N: Tensor, clean_N: Tensor, eps: Sequence[float], queries: int
+    ) -> None:
+        """Try AutoAttack on certified images at (nearly) their own radius, then on all that were right at every ε."""
+        for indices, value in _groups(radii_N, certified_N, self.batch_size):
+            self._auto(indices, value, queries)
+        for value in sorted(eps, reverse=True):
+            self._auto(clean_N.nonzero()[:, 0], value, queries)
+
+    def _auto(self, indices: Tensor, eps: float, queries: int) -> None:
+        """Try AutoAttack on those of the images that stand within ``eps`` and did not withstand it in a larger ball."""
+        indices = indices[(self.distances_N[indices] > eps) & (self.withstood_N[indices] < eps)]
+        for some in indices.split(self.batch_size) if len(indices) else ():
+            self._note(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps, queries=queries))
+            self.withstood_N[some] = eps
+
+    def _note(self, indices: Tensor, found: Tensor) -> None:
+        fell = fooled(self.net, found, self.labels[indices])
+        if not fell.any():
+            return
+        indices, found = indices[fell], found[fell]
+        nearest = towards(self.net, self.images[indices], found, self.labels[indices])
+        distances = distance(self.images[indices], nearest)
+        self.distances_N[indices] = torch.minimum(self.distances_N[indices], distances)
+
+
+def _groups(radii_N: Tensor, certified_N: Tensor, largest: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield certified images of nearly one radius, with the smallest of theirs."""
+    indices = certified_N.nonzero()[:, 0]
+    indices = indices[radii_N[indices].argsort(descending=True)]
+    start = 0
+    while start < len(indices):
+        radii = radii_N[indices[start : start + largest]]
+        count = int((radii >= _SPREAD * radii[0]).sum())
+        yield indices[start : start + count], radii[count - 1].item()
+        start += count
+
+
+def _in_words(steps: int, restarts: int, queries: int | None) -> tuple[str, ...]:
+    multiples = ", ".join(f"{growth:g}" for growth in _GROWTH)
+    pgd = f"PGD in ℓ2, {steps} steps, {restarts} random start(s), at every ε and at {multiples} times the own radius"
+    auto = (
+        f"AutoAttack in ℓ2 (APGD-CE, APGD-T, FAB-T, Square with {queries} queries) on what PGD left, at every ε and, "
+        f"in groups, at {100 * _SPREAD:g} to 100 % of the own radius"
+    )
+    return (pgd,) if queries is None else (pgd, auto)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

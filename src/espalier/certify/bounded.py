@@ -1,0 +1,326 @@
+"""A value of a forward pass that carries what is proved about it, so that a bound sees the operations as they happen.
+
+The images of a batch enter a network as a ``Bounded``: to the network it is a tensor, to torch it is one whose every
+operation is looked up in a table of rules. A rule computes the operation on the numbers, as it would have been, and
+with it, for h* the map in real arithmetic and ĥ the one that runs,
+
+    ‖h*(x′) − h*(x)‖ ≤ L·‖x′ − x‖                                       for all x, x′
+    ‖ĥ(x′) − h*(x′)‖ ≤ a(x) + b·r                                       for all x′ with ‖x′ − x‖ ≤ r
+
+per image x and for every radius r. L and b are numbers, a one number per image: every rule is affine in r, because
+‖ĥ(x′)‖ ≤ ‖ĥ(x)‖ + 2a + (L + b)·r. An operation without a rule is refused by name, and so is whatever would look at the
+numbers: a branch, a comparison, an index that depends on the input.
+
+Without numbers (``value`` None) only L is carried, for a network whose image size is not known; what needs to know it
+is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.certify.arithmetic import Norms, add_up, image_norms, up
+from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
+from espalier.certify.refusal import UncertifiableError
+
+NEEDS_EXAMPLE = "what it does depends on the size of its input: give an example= of the images"
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What is proved about one tensor of a forward pass; see the top of this file."""
+
+    value: Tensor | None
+    """ĥ(x), (N, …) as computed; None where no image size is given."""
+    lipschitz: float
+    """L."""
+    error: Tensor | None = None
+    """a, (N,) in float64."""
+    growth: float = 0.0
+    """b."""
+    rows: Rows | None = None
+    """Of a value that is a linear map of another one: that map, for bounds on differences of its components."""
+
+    @cached_property
+    def size(self) -> tuple[Tensor, float]:
+        """Return s (N,) and t with ‖ĥ(x′)‖ ≤ s + t·r."""
+        assert self.value is not None
+        assert self.error is not None
+        return image_norms(self.value) + 2 * self.error, add_up(self.lipschitz, self.growth)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Return the value; where there is none, the operation that asks needs to know the image size."""
+        if self.value is None:
+            raise UncertifiableError(NEEDS_EXAMPLE)
+        return self.value
+
+
+class Rows(NamedTuple):
+    """A value (N, C) = h·Wᵀ + b."""
+
+    source: Bound
+    """h."""
+    weight: Tensor
+    """W (C, F)."""
+    bias: Tensor | None
+    terms: int
+    """How many products one component sums."""
+
+
+class Term(NamedTuple):
+    """What one operand adds to the bound of a result."""
+
+    operand: Bound
+    factor: float
+    """Lipschitz constant of the result in this operand."""
+    rounding: float = 0.0
+    """Rounding error of the operation, per unit of the operand's norm."""
+    peak: float | None = None
+    """Largest number that is met on the way, per unit of the operand's norm; None: ``factor``."""
+
+
+class _Memory:
+    """Tensors that may share their numbers: a change of one in place is a change of all."""
+
+    __slots__ = ("version",)
+
+    def __init__(self) -> None:
+        self.version = 0
+
+
+@dataclass
+class Analysis:
+    """One pass through a network: what the rules share."""
+
+    rounding: bool = True
+    """Whether rounding is wanted beside the constants."""
+    norms: Norms = field(default_factory=Norms)
+    room: Tensor | None = None
+    """(N,): up to which radius nothing overflows."""
+    path: list[str] = field(default_factory=list)
+    """The modules that are being run, outermost first."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Why a module's own rule is not used, by path."""
+    calls: int = 0
+    """How many modules were run."""
+    verified: dict[tuple[type, type], str | None] = field(default_factory=dict)
+    """What of a class was changed since its rule was entered, or None."""
+    modules: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
+
+    def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
+        """Return the images as the first value: the identity, off by ``shift`` times their norm, if they were rounded."""
+        if images is None:
+            return self.probe()
+        self.room = images.new_full((len(images),), math.inf, dtype=torch.float64)
+        lost = torch.finfo(images.dtype).tiny * math.sqrt(images[0].numel()) if shift else 0.0
+        return Bounded(Bound(images, 1.0, shift * image_norms(images) + lost, shift), self)
+
+    def probe(self) -> Bounded:
+        """Return a value of its own, of no known size."""
+        return Bounded(Bound(None, 1.0), self)
+
+    def read(self, x: Bounded, what: str) -> Bound:
+        """Return the bound of a value, unless its numbers were changed behind its back."""
+        if x.version != x.memory.version:
+            raise self.refuse(f"{what} reads numbers that were changed in place through another tensor")
+        return x.bound
+
+    def note(self, label: str, before: Bound, after: Bound) -> None:
+        """Keep what one module made of a value, the worst of all its calls."""
+        constant = after.lipschitz / before.lipschitz if before.lipschitz > 0 else 0.0
+        slack = 0.0
+        if after.error is not None and before.error is not None and len(after.error):
+            slack = max(0.0, (after.error - constant * before.error).max().item())
+        then = self.modules.get(label, (0.0, 0.0))
+        self.modules[label] = max(constant, then[0]), max(slack, then[1])
+
+    def combine(
+        self,
+        value: Tensor | None,
+        terms: Sequence[Term],
+        *,
+        constant: float | Tensor = 0.0,
+        absolute: float | Tensor = 0.0,
+        joint: bool = False,
+        rows: Rows | None = None,
+    ) -> Bound:
+        """Return the bound of a result.
+
+        Args:
+            value: the result as computed.
+            terms: what every operand adds.
+            constant: norm of what is added besides, (N,) or one for all: it counts only for overflow.
+            absolute: rounding error that does not grow with the operands.
+            joint: the operands are parts of the result (as in a concatenation): their changes add in squares.
+            rows: see ``Bound``.
+        """
+        lipschitz = _total([up(term.factor, term.operand.lipschitz) for term in terms], joint)
+        if value is None:
+            return Bound(None, lipschitz)
+        dtype = value.dtype
+        errors, peaks, tops = [], [], []
+        # Numbers below the smallest normal one may be flushed to zero: results, operands, and up to 10¹² weights.
+        tiny = torch.finfo(dtype).tiny
+        flushed = tiny * math.sqrt(value[0].numel())
+        for operand, factor, rounding, peak in terms:
+            assert operand.error is not None
+            size, slope = operand.size
+            high, lost = max(factor, peak or 0.0), add_up(rounding, tiny * 1e6)
+            errors.append((factor * operand.error + lost * size, add_up(up(factor, operand.growth), up(lost, slope))))
+            peaks.append(high * size)
+            tops.append(high * slope)
+            flushed += high * tiny * math.sqrt(operand.numbers[0].numel())
+        self._leave_room(torch.stack(peaks).sum(0) + constant, sum(tops), dtype)
+        # The error of a concatenation is bounded by the sum of those of its parts, too: no squares are needed there.
+        error = torch.stack([a for a, _ in errors]).sum(0) + absolute + flushed
+        return Bound(value, lipschitz, error, add_up(*(b for _, b in errors)), rows)
+
+    def exact(self, x: Bound, value: Tensor | None, factor: float = 1.0) -> Bound:
+        """Return the bound of a result that is not rounded: numbers of the operand, in other places or chosen among."""
+        if value is None:
+            return Bound(None, up(factor, x.lipschitz))
+        assert x.error is not None
+        return Bound(value, up(factor, x.lipschitz), factor * x.error, up(factor, x.growth))
+
+    def _leave_room(self, peak: Tensor, slope: float, dtype: torch.dtype) -> None:
+        """Note up to which radius numbers of size peak + slope·r are finite."""
+        assert self.room is not None
+        # A quarter of the range: intermediate sums may be a few times larger than what they end in.
+        limit = torch.finfo(dtype).max / 4 if dtype.is_floating_point else math.inf
+        left = limit - peak
+        room = left / slope if slope > 0 else torch.where(left > 0, math.inf, -math.inf)
+        room = torch.where(torch.isnan(left) | (left <= 0), -math.inf, room)
+        self.room = torch.minimum(self.room.to(room.device), room)
+
+    def refuse(self, reason: str) -> UncertifiableError:
+        """Return the refusal of what the present module does."""
+        where = self.path[-1] if self.path else "the network"
+        note = next((self.notes[path] for path in reversed(self.path) if path in self.notes), None)
+        return UncertifiableError(f"{reason} ({note})" if note else reason, where)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do one operation by its rule."""
+        full = full_name(function)
+        name, writes = in_place(full)
+        rule = OPERATIONS.get(name)
+        if rule is None or kwargs.get("out") is not None:
+            raise self.refuse(unknown(full))
+        operands = list(bounded_in((*args, *kwargs.values())))
+        for operand in operands:
+            self.read(operand, full)
+        args, kwargs = rule.arguments(args, kwargs)
+        allowed = list(bounded_in(args[: rule.values]))
+        if len(allowed) != len(operands):
+            raise self.refuse(f"{full} takes a value that depends on the image where only a constant is known")
+        device = next((x.bound.value.device.type for x in operands if x.bound.value is not None), "cpu")
+        if torch.is_autocast_enabled(device):
+            raise self.refuse(f"{full} runs under autocast: its arithmetic is not the one that is certified")
+        try:
+            given = rule.signature.bind(self, *(_opened(arg) for arg in args), **kwargs)
+        except TypeError as error:
+            raise self.refuse(f"{full} has no rule for these arguments ({error})") from error
+        try:
+            result = rule.function(*given.args, **given.kwargs)
+        except UncertifiableError as error:
+            raise error if error.module else self.refuse(f"{full}: {error}") from None
+        if writes or given.arguments.get("inplace"):
+            return self._assign(full, args[0], result)
+        memory = allowed[0].memory if rule.alias else None
+        return _closed(result, self, memory)
+
+    def _assign(self, name: str, target: Any, result: Any) -> Any:
+        """Change a value in place; other tensors that share its numbers are not to be read any more."""
+        if not isinstance(target, Bounded) or not isinstance(result, Bound):
+            raise self.refuse(f"{name} writes what depends on the image into a tensor that did not")
+        old = target.bound.value
+        if old is not None and result.value is not None:
+            if old.shape != result.value.shape:
+                raise self.refuse(f"{name} would change the shape of its target")
+            if old.dtype != result.value.dtype:
+                raise self.refuse(f"{name} would change the dtype of its target")
+        target.memory.version += 1
+        target.version = target.memory.version
+        target.bound = result
+        return target
+
+
+class Bounded(Tensor):
+    """To a network a tensor, to torch's operations a value with a bound."""
+
+    bound: Bound
+    analysis: Analysis
+    memory: _Memory
+    version: int
+
+    @staticmethod
+    def __new__(cls, bound: Bound, analysis: Analysis, memory: _Memory | None = None) -> Bounded:
+        """Return a tensor without numbers of its own: nothing can read them but a rule."""
+        value = torch.empty(1, dtype=torch.float64) if bound.value is None else bound.value
+        made: Bounded = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
+        made.bound, made.analysis, made.memory = bound, analysis, memory or _Memory()
+        made.version = made.memory.version
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Everything is done in ``__new__``."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do an operation by its rule, or refuse it."""
+        kwargs = kwargs or {}
+        first = next(bounded_in((*args, *kwargs.values())), None)
+        if first is None:
+            raise UncertifiableError(unknown(full_name(func)))
+        return first.analysis.call(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse what came past the table: it would have no numbers to work on."""
+        first = next(bounded_in((*args, *(kwargs or {}).values())), None)
+        error = unknown(str(func))
+        raise first.analysis.refuse(error) if first is not None else UncertifiableError(error)
+
+
+def bounded_in(items: Iterable[Any]) -> Iterator[Bounded]:
+    """Yield the values with a bound among arguments, however deep in lists."""
+    for item in items:
+        if isinstance(item, Bounded):
+            yield item
+        elif isinstance(item, list | tuple):
+            yield from bounded_in(item)
+        elif isinstance(item, dict):
+            yield from bounded_in(item.values())
+
+
+def _opened(item: Any) -> Any:
+    if isinstance(item, Bounded):
+        return item.bound
+    return type(item)(_opened(part) for part in item) if type(item) in (list, tuple) else item
+
+
+def _closed(result: Any, analysis: Analysis, memory: _Memory | None) -> Any:
+    if isinstance(result, Bound):
+        return Bounded(result, analysis, memory)
+    if isinstance(result, tuple) and any(isinstance(part, Bound) for part in result):
+        parts = (_closed(part, analysis, memory) for part in result)
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
+    return result
+
+
+def _total(parts: list[float], joint: bool) -> float:
+    if not joint or len(parts) < 2:
+        return add_up(*parts)
+    return math.nextafter(math.hypot(*parts), math.inf) * (1 + 2.0**-50)

@@ -1,0 +1,285 @@
+"""Rules of operations on single numbers: sums, products with constants, activations.
+
+Rounding is charged per number: one unit for each of the steps, and a few for elementary functions, whose libraries
+(SLEEF, MKL, libm) promise one to four units in the last place.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espalier.certify.arithmetic import tensor_norm, unit, up
+from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.operations import operation
+from espalier.certify.refusal import UncertifiableError
+
+_ELEMENTARY = 16
+"""Units of rounding that an activation made of elementary functions is charged with."""
+
+
+def _spread(result: Tensor, operand: Tensor) -> float:
+    """Return how many numbers of the result come from one of the operand: √ of it is what broadcasting costs."""
+    return result.numel() / max(1, operand.numel())
+
+
+def _keeps_batch(result: Tensor, *operands: Tensor) -> None:
+    """Refuse a result in which an image meets other images, or a constant that differs between images."""
+    batch = len(result)
+    for operand in operands:
+        if operand.ndim != result.ndim or len(operand) != batch:
+            raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+
+
+def _constant(x: Bound, other: Any) -> Any:
+    """Return a number or a constant tensor that combines with x image by image."""
+    if isinstance(other, Tensor):
+        if not (other.is_floating_point() or other.dtype in (torch.int64, torch.int32, torch.uint8)):
+            raise UncertifiableError(f"a constant of {other.dtype} has no rule")
+        other = other.detach()
+        if x.value is None and other.numel() > 1:
+            raise UncertifiableError("how a constant broadcasts depends on the size of its input: give an example=")
+        if x.value is not None and (
+            other.ndim > x.value.ndim or (other.ndim == x.value.ndim and len(other) not in (0, 1))
+        ):
+            raise UncertifiableError("a constant that differs from image to image is added or multiplied")
+    elif not isinstance(other, int | float) or isinstance(other, bool):
+        raise UncertifiableError(f"an operand of type {type(other).__name__} has no rule")
+    return other
+
+
+def _norm_of(other: Any, result: Tensor) -> float:
+    """Return the norm of a constant spread over one image of the result."""
+    if isinstance(other, Tensor):
+        return up(tensor_norm(other), math.sqrt(result[0].numel() / max(1, other.numel())) * (1 + 1e-15))
+    return abs(other) * math.sqrt(result[0].numel()) * (1 + 1e-15)
+
+
+def _sum(analysis: Analysis, x: Bound, other: Any, *, sign: float, alpha: float = 1, first: float = 1.0) -> Bound:
+    """Return first·x + sign·alpha·other; a value or a constant."""
+    share = abs(alpha)
+    if isinstance(other, Bound):
+        if x.value is None or other.value is None:
+            raise UncertifiableError("how its operands broadcast depends on their size: give an example=")
+        value = first * x.value + sign * alpha * other.value
+        _keeps_batch(value, x.value, other.value)
+        u, spreads = unit(value.dtype), (_spread(value, x.value), _spread(value, other.value))
+        factors = math.sqrt(spreads[0]), up(share, math.sqrt(spreads[1]))
+        terms = [Term(x, factors[0], 2 * u * factors[0]), Term(other, factors[1], 3 * u * factors[1])]
+        return analysis.combine(value, terms)
+    other = _constant(x, other)
+    if x.value is None:
+        return Bound(None, x.lipschitz)
+    value = first * x.value + sign * alpha * other
+    _keeps_batch(value, value)
+    if len(value) != len(x.value):
+        raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+    u, factor, added = unit(value.dtype), math.sqrt(_spread(value, x.value)), share * _norm_of(other, value)
+    return analysis.combine(value, [Term(x, factor, 2 * u * factor)], constant=added, absolute=3 * u * added)
+
+
+@operation("add", "torch.Tensor.__add__", "torch.Tensor.__radd__", values=2)
+def add(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
+    """x + α·y: constants add, and broadcasting multiplies by the root of the copies."""
+    if not isinstance(input, Bound):
+        return _sum(analysis, other, input, sign=1.0) if alpha == 1 else _scaled_sum(analysis, input, other, alpha)
+    return _sum(analysis, input, other, sign=1.0, alpha=alpha)
+
+
+def _scaled_sum(analysis: Analysis, constant: Any, x: Bound, alpha: float) -> Bound:
+    return _sum(analysis, multiply(analysis, x, alpha), constant, sign=1.0)
+
+
+@operation("sub", "subtract", "torch.Tensor.__sub__", values=2)
+def subtract(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
+    """x − α·y."""
+    if not isinstance(input, Bound):
+        return _scaled_sum(analysis, input, other, -alpha)
+    return _sum(analysis, input, other, sign=-1.0, alpha=alpha)
+
+
+@operation("rsub", "torch.Tensor.__rsub__", values=2)
+def subtract_from(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
+    """y − α·x."""
+    return subtract(analysis, other, input, alpha=alpha)
+
+
+@operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", values=2)
+def multiply(analysis: Analysis, input: Any, other: Any) -> Bound:
+    """c·x: the largest |c|. A product of two values has no constant."""
+    if not isinstance(input, Bound):
+        input, other = other, input
+    return _product(analysis, input, other, lambda x, c: x * c, 1.0)
+
+
+@operation("div", "divide", "true_divide", "torch.Tensor.__truediv__", "torch.Tensor.__div__", values=2)
+def divide(analysis: Analysis, input: Any, other: Any, *, rounding_mode: str | None = None) -> Bound:
+    """x / c: one over the smallest |c|."""
+    if not isinstance(input, Bound) or rounding_mode is not None:
+        raise UncertifiableError("a constant divided by a value, or a quotient that is cut, has no constant")
+    return _product(analysis, input, other, lambda x, c: x / c, -1.0)
+
+
+def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any], Tensor], power: float) -> Bound:
+    if isinstance(c, Bound):
+        raise UncertifiableError("a product or quotient of two values that depend on the image has no constant")
+    c = _constant(x, c)
+    sizes = c.double().abs() if isinstance(c, Tensor) else torch.tensor(abs(c), dtype=torch.float64)
+    largest = (sizes if power > 0 else 1.0 / sizes).max().item() if sizes.numel() else 0.0
+    largest = up(largest, 1 + 2.0**-50) if power < 0 and largest != 1.0 else largest
+    if not math.isfinite(largest):
+        raise UncertifiableError(f"its factor goes up to {largest}: are its constants finite, and not zero?")
+    if x.value is None:
+        return Bound(None, up(largest, x.lipschitz))
+    value = compute(x.value, c)
+    if len(value) != len(x.value) or value.ndim != x.value.ndim:
+        raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+    factor = up(largest, math.sqrt(_spread(value, x.value)))
+    return analysis.combine(value, [Term(x, factor, up(3 * unit(value.dtype), factor))])
+
+
+@operation("lerp", values=2)
+def interpolate(analysis: Analysis, input: Any, end: Any, weight: Any) -> Bound:
+    """(1 − w)·x + w·y for one number w: |1 − w|·L(x) + |w|·L(y)."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise UncertifiableError("a weight for every number has no rule: give one for all of them")
+        share = weight.detach().double().item()
+    else:
+        share = float(weight)
+    if not (isinstance(input, Bound) and isinstance(end, Bound)):
+        raise UncertifiableError("it needs two values that depend on the image")
+    value = torch.lerp(input.numbers, end.numbers, weight)
+    _keeps_batch(value, input.numbers, end.numbers)
+    shares, u = (abs(1 - share) * (1 + 2.0**-50), abs(share)), unit(value.dtype)
+    terms = []
+    for operand, own in zip((input, end), shares, strict=True):
+        spread = math.sqrt(_spread(value, operand.numbers))
+        # x + w(y − x): the difference, the product and the sum round numbers of either operand, times |w| or |1 − w|.
+        terms.append(Term(operand, up(own, spread), up(8 * u, sum(shares), spread), up(2 * sum(shares), spread)))
+    return analysis.combine(value, terms)
+
+
+def _choice(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Bound]:
+    def rule(analysis: Analysis, input: Any, other: Any) -> Bound:
+        """The larger or smaller of two numbers: of two values, no more than both change together."""
+        if not isinstance(input, Bound):
+            input, other = other, input
+        if isinstance(other, Bound):
+            value = compute(input.numbers, other.numbers)
+            _keeps_batch(value, input.numbers, other.numbers)
+            terms = [Term(x, math.sqrt(_spread(value, x.numbers))) for x in (input, other)]
+            return analysis.combine(value, terms, joint=True)
+        other = _constant(input, other)
+        if not isinstance(other, Tensor):
+            raise UncertifiableError("it takes tensors: use clamp for a number")
+        value = compute(input.numbers, other)
+        _keeps_batch(value, value)
+        if len(value) != len(input.numbers):
+            raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+        return analysis.combine(value, [Term(input, math.sqrt(_spread(value, input.numbers)))])
+
+    return rule
+
+
+operation("maximum", "fmax", "max", values=2)(_choice(torch.maximum))
+operation("minimum", "fmin", "min", values=2)(_choice(torch.minimum))
+
+
+def activation(
+    *names: str, slope: Any = 1.0, units: float = 0.0, offset: Any = 0.0
+) -> Callable[[Callable[..., Tensor]], Callable[..., Bound]]:
+    """Enter the rule of a function of one number.
+
+    Args:
+        names: see ``operation``.
+        slope: the largest one, or a function of the other arguments that returns it.
+        units: of rounding, relative to slope·|x| + offset; 0 if the result is a number of the input, or 0.
+        offset: size of the result near 0, or a function of the other arguments that returns it.
+    """
+
+    def enter(compute: Callable[..., Tensor]) -> Callable[..., Bound]:
+        @operation(*names)
+        def rule(analysis: Analysis, input: Bound, *args: Any, inplace: bool = False, **kwargs: Any) -> Bound:
+            if any(isinstance(arg, Tensor | Bound) for arg in (*args, *kwargs.values())):
+                raise UncertifiableError("it takes numbers: tensors in their place have no rule")
+            steepest = float(slope(*args, **kwargs) if callable(slope) else slope)
+            if not math.isfinite(steepest):
+                raise UncertifiableError(f"its slope goes up to {steepest}: are its constants finite?")
+            value = None if input.value is None else compute(input.value, *args, **kwargs)
+            if not units or value is None:
+                return analysis.exact(input, value, steepest)
+            size = float(offset(*args, **kwargs) if callable(offset) else offset) * math.sqrt(value[0].numel())
+            u = units * unit(value.dtype)
+            return analysis.combine(value, [Term(input, steepest, up(u, max(1.0, steepest)))], absolute=u * size)
+
+        return rule
+
+    return enter
+
+
+activation("neg", "negative", "torch.Tensor.__neg__")(torch.neg)
+activation("abs", "absolute", "torch.Tensor.__abs__")(torch.abs)
+activation("relu", "F.relu")(torch.relu)
+activation("F.relu6")(F.relu6)
+activation("F.hardtanh", units=1, offset=lambda min_val=-1.0, max_val=1.0: max(abs(min_val), abs(max_val)))(F.hardtanh)
+activation("clamp", "clip", units=1, offset=lambda min=None, max=None: builtins.max(abs(min or 0.0), abs(max or 0.0)))(
+    torch.clamp
+)
+activation("clamp_min", units=1, offset=lambda min: abs(min))(torch.clamp_min)
+activation("clamp_max", units=1, offset=lambda max: abs(max))(torch.clamp_max)
+activation("F.leaky_relu", slope=lambda negative_slope=0.01: builtins.max(1.0, abs(negative_slope)), units=3)(
+    F.leaky_relu
+)
+activation("F.softshrink", units=3, offset=lambda lambd=0.5: abs(lambd))(F.softshrink)
+activation("F.softsign", units=4)(F.softsign)
+activation("F.hardsigmoid", slope=0.1667, units=8, offset=1.0)(F.hardsigmoid)
+activation("F.hardswish", slope=1.5, units=16, offset=1.0)(F.hardswish)
+activation("tanh", "F.tanh", units=_ELEMENTARY)(torch.tanh)
+activation("sigmoid", "F.sigmoid", slope=0.25, units=_ELEMENTARY, offset=1.0)(torch.sigmoid)
+activation("F.logsigmoid", units=_ELEMENTARY, offset=1.0)(F.logsigmoid)
+activation("F.tanhshrink", units=_ELEMENTARY)(F.tanhshrink)
+activation("sin", units=_ELEMENTARY, offset=1.0)(torch.sin)
+activation("cos", units=_ELEMENTARY, offset=1.0)(torch.cos)
+activation("atan", "arctan", units=_ELEMENTARY)(torch.atan)
+activation("F.elu", slope=lambda alpha=1.0: builtins.max(1.0, abs(alpha)), units=_ELEMENTARY,
+           offset=lambda alpha=1.0: abs(alpha))(F.elu)  # fmt: skip
+# The largest slopes of the others, rounded up in the last digit that is given.
+activation("F.selu", "torch.selu", slope=1.7581, units=_ELEMENTARY, offset=2.0)(F.selu)
+activation("F.gelu", slope=1.13, units=_ELEMENTARY, offset=1.0)(F.gelu)
+activation("F.silu", slope=1.1, units=_ELEMENTARY, offset=1.0)(F.silu)
+activation("F.mish", slope=1.09, units=_ELEMENTARY, offset=1.0)(F.mish)
+
+
+@operation("prelu", "F.prelu")
+def prelu(analysis: Analysis, input: Bound, weight: Tensor) -> Bound:
+    """The largest of 1 and |slope|."""
+    steepest = max(1.0, weight.detach().double().abs().max().item())
+    if not math.isfinite(steepest):
+        raise UncertifiableError(f"its slope goes up to {steepest}: are its weights finite?")
+    value = None if input.value is None else F.prelu(input.value, weight)
+    if value is None:
+        return analysis.exact(input, None, steepest)
+    return analysis.combine(value, [Term(input, steepest, 3 * unit(value.dtype) * steepest)])
+
+
+@operation(*(f"F.{kind}" for kind in ("dropout", "dropout1d", "dropout2d", "dropout3d")), alias=True)
+def dropout(analysis: Analysis, input: Bound, p: float = 0.5, training: bool = True, inplace: bool = False) -> Bound:
+    """Nothing in evaluation mode."""
+    if training and p > 0:
+        raise UncertifiableError("dropout draws at random in training mode: call eval() first")
+    return input
+
+
+@operation("F.alpha_dropout", "F.feature_alpha_dropout", alias=True)
+def alpha_dropout(
+    analysis: Analysis, input: Bound, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Bound:
+    """Nothing in evaluation mode."""
+    return dropout(analysis, input, p, training)

@@ -1,0 +1,233 @@
+"""Rules of whole layers: ours, whose kernels the rules of operations cannot follow, and some of torch's.
+
+| layer | constant |
+|---|---|
+| CayleyLinear, CayleyConv | √(1 + ‖QᴴQ − I‖), of the operator that runs |
+| MaxMin, GroupSort, InvertibleDownsampling, ScaledAvgPool2d | 1 |
+| Conv1d/2d/3d | ``kernel_norm``, times the constant of the padding |
+| BatchNorm (evaluation) | max |γ| / √(var + ε) |
+| CircularPad | √(how often one pixel can appear in the padded image) |
+
+The rounding of an orthogonal convolution is charged step by step: both transforms, the product at every frequency, the
+bias. Their reference is the map x ↦ F⁻¹Q̂Fx with the spectrum Q̂ as it is kept, so what its construction lost is in
+‖Q̂ᴴQ̂ − I‖.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from espalier.certify import code
+from espalier.certify.arithmetic import gamma, orthogonality_excess, per_axis, root_up, tensor_norm, unit, up, windows
+from espalier.certify.bounded import Analysis, Bound, Rows, Term
+from espalier.certify.linear import affine, batch_norm_scale, finite
+from espalier.certify.refusal import UncertifiableError
+from espalier.certify.shapes import padding_factor
+from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.constant import kernel_norm
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
+from espalier.nn.orthogonal.linear import CayleyLinear, orthogonal_matrix
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Layer(NamedTuple):
+    """The rule of a layer class."""
+
+    function: Callable[[Analysis, Any, Bound, Forward], Bound]
+    alias: bool
+    """Whether the result may share its numbers with the input."""
+
+
+LAYERS: dict[type[nn.Module], Layer] = {}
+
+
+def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[..., Bound]], Callable[..., Bound]]:
+    """Enter the rule of layer classes (decorator)."""
+
+    def enter(function: Callable[..., Bound]) -> Callable[..., Bound]:
+        for cls in classes:
+            code.record(cls)
+            LAYERS[cls] = Layer(function, alias)
+        return function
+
+    return enter
+
+
+@layer(MaxMin, GroupSort)
+def permutation(analysis: Analysis, module: nn.Module, x: Bound, forward: Forward) -> Bound:
+    """1, and no rounding: numbers of the input in an order that depends on them."""
+    return analysis.exact(x, None if x.value is None else forward(x.value))
+
+
+@layer(InvertibleDownsampling, alias=True)
+def downsampling(analysis: Analysis, module: InvertibleDownsampling, x: Bound, forward: Forward) -> Bound:
+    """1, and no rounding: the same numbers in other places."""
+    _expect(x, 4)
+    return analysis.exact(x, None if x.value is None else forward(x.value))
+
+
+@layer(ScaledAvgPool2d, alias=True)
+def scaled_pooling(analysis: Analysis, module: ScaledAvgPool2d, x: Bound, forward: Forward) -> Bound:
+    """1: the sum over K pixels divided by √K."""
+    _expect(x, 4)
+    if x.value is None or module.kernel_size == 1:
+        return analysis.exact(x, x.value)
+    inputs = math.prod(x.value.shape[2:]) if module.kernel_size is None else module.kernel_size**2
+    # The constant 1/√K is itself rounded, which the reference does not undo.
+    norm = 1.0 + 8 * unit(x.value.dtype)
+    return affine(
+        analysis, x, forward(x.value), norm=norm, size=norm, terms=inputs + 6, bias=None, peak=1.01 * math.sqrt(inputs)
+    )
+
+
+@layer(CayleyLinear)
+def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forward: Forward) -> Bound:
+    """√(1 + ‖QᵀQ − I‖) of the matrix that runs."""
+    if x.value is None:
+        return _unmeasured(x, module)
+    _expect_evaluation(module, x.value)
+    q = orthogonal_matrix(module, 1, x.value.dtype)[0]  # type: ignore[arg-type]
+    if x.value.ndim < 2:
+        raise UncertifiableError("it maps the batch: give one row per image")
+    value = forward(x.value)
+    rows = Rows(x, q.detach(), _detached(module.bias), q.shape[1]) if value.ndim == 2 else None
+    return affine(
+        analysis, x, value, norm=_orthogonal_norm(analysis, q[None]), size=analysis.norms.size(q), terms=q.shape[1],
+        bias=module.bias, rows=rows,
+    )  # fmt: skip
+
+
+@layer(CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d)
+def orthogonal_convolution(analysis: Analysis, module: CayleyConv2d, x: Bound, forward: Forward) -> Bound:
+    """√(1 + max ‖QᴴQ − I‖) over the frequencies of the operator that runs; zero padding then cropping only contracts."""
+    if x.value is None:
+        return _unmeasured(x, module)
+    _expect_evaluation(module, x.value)
+    _expect(x, module.dim + 2)
+    value, dtype = forward(x.value), x.value.dtype
+    if math.prod(module.kernel_size) == 1:
+        q = orthogonal_matrix(module, module.groups, dtype)  # type: ignore[arg-type]
+        size = max(tensor_norm(matrix) for matrix in q)
+        terms = max(q.shape[-2:])
+        return affine(analysis, x, value, norm=_orthogonal_norm(analysis, q), size=size, terms=terms, bias=module.bias)
+    side = module.torus(tuple(x.value.shape[2:]))
+    planes = module.operator(side, dtype)
+    norm, largest = analysis.norms.of("spectrum", planes, _spectrum_norms)
+    finite(norm)
+    ways = sum(_transform_rounding(n, dtype) for n in side)
+    product = math.sqrt(2) * gamma(2 * planes.shape[-2] + 2, dtype) * largest
+    # Forward transform, product, inverse transform: the relative errors of three factors, one after the other.
+    relative = ((1 + ways) ** 2 * (1 + product / norm) - 1) * norm * (1 + 1e-12)
+    bias = module.bias
+    added = 0.0 if bias is None else tensor_norm(bias) * math.sqrt(value[0].numel() / len(bias)) * (1 + 1e-12)
+    rounding = relative + 4 * unit(dtype) * norm
+    peak = norm * math.prod(side) * max(1.0, largest)
+    flushed = torch.finfo(dtype).tiny * math.prod(side) * 8 * planes.shape[-1] * math.sqrt(x.value[0].numel())
+    return analysis.combine(
+        value, [Term(x, norm, rounding, peak)], constant=added, absolute=4 * unit(dtype) * added + flushed
+    )
+
+
+def _transform_rounding(n: int, dtype: torch.dtype) -> float:
+    """Return the relative rounding error of a discrete Fourier transform over n points, by matrices or faster.
+
+    A product with the matrix of cosines and sines, ‖·‖_F = n, is off by √2·γ₂ₙ·n·‖x‖, and the transform has norm √n;
+    the matrix itself is off by at most 8 units per number. A butterfly is off by less than a few units, and there are
+    log₂ n of them. All of that stays below 4(n + 8)·√n units.
+    """
+    return 4 * (n + 8) * math.sqrt(n) * unit(dtype) if n > 1 else 0.0
+
+
+def _spectrum_norms(planes: Tensor) -> tuple[float, float]:
+    """Return bounds on the largest spectral and the largest Frobenius norm over the frequencies."""
+    real, imag = planes.detach().double()
+    largest = math.sqrt((real.square() + imag.square()).sum((1, 2)).max().item()) * (1 + 1e-12)
+    return root_up(1.0 + orthogonality_excess(real, imag)), largest
+
+
+def _orthogonal_norm(analysis: Analysis, q: Tensor) -> float:
+    return analysis.norms.of("orthogonal", q, lambda matrices: root_up(1.0 + orthogonality_excess(matrices, None)))
+
+
+_MODERATE = 1e3
+"""Up to this |α| an operator is orthogonal to six digits or better, whatever the image size."""
+
+
+def _unmeasured(x: Bound, module: Any) -> Bound:
+    """Return the bound of an exactly orthogonal map: no operator is at hand where the image size is not known."""
+    alpha = module.alpha.detach().double().abs().item()
+    if not (alpha <= _MODERATE and torch.isfinite(module.weight).all()):
+        raise UncertifiableError(
+            f"its scale α is {alpha:g}: are its weights finite? Above {_MODERATE:g} it is orthogonal only as far as "
+            "rounding lets it, which is measured at one image size: give an example="
+        )
+    return Bound(None, x.lipschitz)
+
+
+def _expect_evaluation(module: Any, value: Tensor) -> None:
+    if module.training:
+        raise UncertifiableError("its operator is not formed in training mode: call eval() first")
+    if value.dtype != module.weight.dtype:
+        raise UncertifiableError(f"it is given {value.dtype} and has {module.weight.dtype}: use one precision")
+
+
+def _expect(x: Bound, ndim: int) -> None:
+    if x.value is not None and x.value.ndim != ndim:
+        raise UncertifiableError(f"its input has {x.value.ndim} dimensions, batch included: {ndim} are needed")
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+# -- constants of torch's layers that are smaller than what their operations would give one by one, or need no size
+
+
+def convolution(module: nn.Conv2d) -> float | None:
+    """Return a bound for every image size; see ``kernel_norm``. None with zeros around: its operations tell as much.
+
+    Raises:
+        UncertifiableError: circular padding wider than the kernel reaches.
+    """
+    if module.padding_mode == "zeros":
+        return None
+    # Around the border of a torus whose side the stride does not divide, a pixel can lie in as many patches as taps.
+    plain = set(module.dilation) == {1} and (module.padding_mode != "circular" or set(module.stride) == {1})
+    cover = windows(module.kernel_size, module.stride) if plain else None
+    return up(kernel_norm(module.weight, module.groups, cover), _padding_of_convolution(module))
+
+
+def _padding_of_convolution(module: nn.Conv2d) -> float:
+    pads = module._reversed_padding_repeated_twice
+    if module.padding_mode != "circular":
+        return padding_factor(pads, module.padding_mode)
+    reach = [d * (k - 1) for d, k in zip(reversed(module.dilation), reversed(module.kernel_size), strict=True)]
+    # Within the kernel's reach every tap still sees each pixel once, and the shifts stay permutations.
+    if any(pads[2 * i] + pads[2 * i + 1] > most for i, most in enumerate(reach)):
+        raise UncertifiableError("its circular padding is wider than the kernel reaches: lower padding")
+    return 1.0
+
+
+def batch_norm(module: nn.BatchNorm2d) -> float:
+    """Return max |γ| / √(var + ε) of the running statistics."""
+    scale = batch_norm_scale(module.running_var, module.weight, module.eps, module.training)
+    return scale.abs().max().item() * (1 + 1e-14)
+
+
+def circular_padding(module: Any) -> float:
+    """Return √Π(1 + sides that are padded): a pixel can appear once more for every padded side of an axis."""
+    return padding_factor(per_axis(module.padding, 2), "circular")
+
+
+DECLARED: tuple[tuple[Callable[[Any], float | None], tuple[type[nn.Module], ...]], ...] = (
+    (convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    (batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    (circular_padding, (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)),
+)

@@ -1,0 +1,328 @@
+"""Rules of linear maps with constant weights, and of pooling; c is the number of windows that can cover one input.
+
+| operation | constant |
+|---|---|
+| linear, product with a matrix | spectral norm, from float64 |
+| convolution and its transpose | ``kernel_norm``, for every image size |
+| average and maximum pooling | √(c·K)/divisor over windows of K inputs; √c |
+| sum, mean, maximum over axes of K | √K; 1/√K; 1 |
+| batch norm in evaluation | max |γ| / √(var + ε) |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espalier.certify.arithmetic import gamma, per_axis, root_up, tensor_norm, unit, up, windows
+from espalier.certify.bounded import Analysis, Bound, Rows, Term
+from espalier.certify.operations import operation
+from espalier.certify.refusal import UncertifiableError
+
+
+def finite(norm: float) -> float:
+    """Return the norm of a map, or refuse one that is not finite."""
+    if not math.isfinite(norm):
+        raise UncertifiableError(f"its constant is {norm}: are its weights finite?")
+    return norm
+
+
+def affine(
+    analysis: Analysis,
+    x: Bound,
+    value: Tensor | None,
+    *,
+    norm: float,
+    size: float,
+    terms: int,
+    bias: Tensor | None,
+    rows: Rows | None = None,
+    peak: float = 0.0,
+) -> Bound:
+    """Return the bound of Wx + b.
+
+    Args:
+        analysis: the analysis.
+        x: the operand.
+        value: what was computed.
+        norm: of W.
+        size: of the map with the absolute values of W: what γₙ multiplies. The Frobenius norm is one.
+        terms: n, how many products one number of the result sums.
+        bias: b, one number per channel.
+        rows: the map, if it is the network's last one.
+        peak: norm of what is summed before it is divided, where that is larger.
+    """
+    finite(norm)
+    if value is None:
+        return Bound(None, up(norm, x.lipschitz))
+    rounding, added = gamma(terms + 1, value.dtype), 0.0
+    if bias is not None:
+        added = up(tensor_norm(bias), math.sqrt(value[0].numel() / max(1, bias.numel())) * (1 + 1e-15))
+    flushed = torch.finfo(value.dtype).tiny * terms * math.sqrt(value[0].numel())
+    term = Term(x, norm, up(rounding, max(norm, size)), max(norm, size, peak))
+    return analysis.combine(value, [term], constant=added, absolute=rounding * added + flushed, rows=rows)
+
+
+@operation("F.linear")
+def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None = None) -> Bound:
+    """The spectral norm of the weights."""
+    if input.value is not None and input.value.ndim < 2:
+        raise UncertifiableError("it maps the batch: give one row per image")
+    value = None if input.value is None else F.linear(input.value, weight, bias)
+    detached = None if bias is None else bias.detach()
+    rows = Rows(input, weight.detach(), detached, weight.shape[1]) if weight.ndim == 2 else None
+    norms = analysis.norms
+    matrix = weight if weight.ndim == 2 else weight[None]
+    return affine(
+        analysis, input, value, norm=norms.matrix(matrix), size=norms.size(weight), terms=weight.shape[-1], bias=bias,
+        rows=rows if value is not None and value.ndim == 2 else None,
+    )  # fmt: skip
+
+
+@operation("matmul", "torch.Tensor.__matmul__", "mm")
+def product(analysis: Analysis, input: Bound, other: Tensor) -> Bound:
+    """x·W, by the rule of linear."""
+    if not isinstance(other, Tensor) or other.ndim != 2:
+        raise UncertifiableError("only products with a constant matrix have a rule")
+    return linear(analysis, input, other.mT)
+
+
+def _convolution(function: Callable[..., Tensor], axes: int, *, transposed: bool) -> Callable[..., Bound]:
+    def rule(
+        analysis: Analysis,
+        input: Bound,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        output_padding: Any = 0,
+    ) -> Bound:
+        """The least of the bounds of ``kernel_norm``; the transpose has the norm of the convolution."""
+        if input.value is not None and input.value.ndim != axes + 2:
+            raise UncertifiableError(f"it takes the batch for channels: give (B, C, …) with {axes} axes of pixels")
+        value = None
+        if input.value is not None:
+            middle = (output_padding, groups, dilation) if transposed else (dilation, groups)
+            value = function(input.value, weight, bias, stride, padding, *middle)
+        taps = math.prod(weight.shape[2:])
+        plain = set(per_axis(dilation, axes)) == {1}
+        cover = windows(weight.shape[2:], per_axis(stride, axes)) if plain else None
+        # One number sums all taps of the channels it sees, and in a transpose only those of its own phase.
+        terms = taps * (weight.shape[0] // groups if transposed else weight.shape[1])
+        return affine(
+            analysis, input, value, norm=analysis.norms.kernel(weight, groups, cover),
+            size=analysis.norms.absolute_kernel(weight, groups), terms=terms, bias=bias,
+        )  # fmt: skip
+
+    def transpose_rule(
+        analysis: Analysis,
+        input: Bound,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Bound:
+        return rule(analysis, input, weight, bias, stride, padding, dilation, groups, output_padding)
+
+    return transpose_rule if transposed else rule
+
+
+for _axes, _pair in enumerate(
+    ((F.conv1d, F.conv_transpose1d), (F.conv2d, F.conv_transpose2d), (F.conv3d, F.conv_transpose3d)), start=1
+):
+    operation(f"F.conv{_axes}d", f"torch.conv{_axes}d")(_convolution(_pair[0], _axes, transposed=False))
+    operation(f"F.conv_transpose{_axes}d", f"torch.conv_transpose{_axes}d")(
+        _convolution(_pair[1], _axes, transposed=True)
+    )
+
+
+class _Window(NamedTuple):
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def inputs(self) -> int:
+        return math.prod(self.kernel)
+
+    @classmethod
+    def of(cls, input: Bound, axes: int, kernel_size: Any, stride: Any) -> _Window:
+        if input.value is not None and input.value.ndim != axes + 2:
+            raise UncertifiableError(f"it takes the batch for channels: give (B, C, …) with {axes} axes of pixels")
+        kernel = per_axis(kernel_size, axes)
+        # torch takes an empty list, like None, for windows side by side.
+        given = stride is not None and not (isinstance(stride, Sequence) and not stride)
+        return cls(kernel, per_axis(stride, axes) if given else kernel)
+
+
+def _average_pooling(function: Callable[..., Tensor], axes: int) -> Callable[..., Bound]:
+    def rule(
+        analysis: Analysis,
+        input: Bound,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Bound:
+        """√(c·K)/divisor, which is 1/√K without overlap."""
+        window = _Window.of(input, axes, kernel_size, stride)
+        if ceil_mode or (any(per_axis(padding, axes)) and not count_include_pad):
+            raise UncertifiableError("windows at the border are averaged over fewer pixels: use ScaledAvgPool2d")
+        divisor = abs(divisor_override or window.inputs)
+        norm = root_up(windows(*window) * window.inputs) / divisor
+        norm = norm if norm * divisor == root_up(windows(*window) * window.inputs) else math.nextafter(norm, math.inf)
+        value = None
+        if input.value is not None:
+            extra = () if axes == 1 else (divisor_override,)
+            value = function(input.value, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+        summed = root_up(windows(*window) * window.inputs)
+        return affine(analysis, input, value, norm=norm, size=norm, terms=window.inputs + 2, bias=None, peak=summed)
+
+    return rule
+
+
+def _max_pooling(function: Callable[..., Tensor], axes: int) -> Callable[..., Bound]:
+    def rule(
+        analysis: Analysis,
+        input: Bound,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Bound:
+        """√c, which is 1 without overlap: a pixel can be the largest of c windows."""
+        if return_indices:
+            raise UncertifiableError("it returns indices: set return_indices=False")
+        window = _Window.of(input, axes, kernel_size, stride)
+        value = None
+        if input.value is not None:
+            value = function(input.value, kernel_size, stride, padding, dilation, ceil_mode)
+        plain = set(per_axis(dilation, axes)) == {1}
+        return analysis.exact(input, value, root_up(windows(*window) if plain else window.inputs))
+
+    return rule
+
+
+def _adaptive_pooling(function: Callable[..., Tensor], axes: int, *, mean: bool) -> Callable[..., Bound]:
+    def rule(analysis: Analysis, input: Bound, output_size: Any, return_indices: bool = False) -> Bound:
+        """1/√K for averages over K pixels and 1 for maxima, where all windows are alike."""
+        size = per_axis(output_size, axes)
+        if input.value is None:
+            if set(size) != {1} or return_indices:
+                raise UncertifiableError("its windows depend on the image size: give an example=")
+            return Bound(None, input.lipschitz)
+        if input.value.ndim != axes + 2 or return_indices:
+            raise UncertifiableError("it returns indices, or takes the batch for channels")
+        sides = input.value.shape[2:]
+        if any(goal is not None and (goal < 1 or side % goal) for side, goal in zip(sides, size, strict=True)):
+            raise UncertifiableError("its windows overlap or differ in size: choose an output that divides the image")
+        value = function(input.value, output_size)
+        if not mean:
+            return analysis.exact(input, value)
+        inputs = math.prod(sides) // math.prod(value.shape[2:])
+        norm = math.nextafter(1 / math.sqrt(inputs), 1.0) if inputs > 1 else 1.0
+        return affine(analysis, input, value, norm=norm, size=norm, terms=inputs + 2, bias=None, peak=math.sqrt(inputs))
+
+    return rule
+
+
+for _axes in (1, 2, 3):
+    _pools = {kind: getattr(F, f"{kind}_pool{_axes}d") for kind in ("avg", "max", "adaptive_avg", "adaptive_max")}
+    operation(f"F.avg_pool{_axes}d", f"torch.avg_pool{_axes}d")(_average_pooling(_pools["avg"], _axes))
+    operation(f"F.max_pool{_axes}d", f"torch.max_pool{_axes}d", f"F.max_pool{_axes}d_with_indices")(
+        _max_pooling(_pools["max"], _axes)
+    )
+    for _kind in ("avg", "max"):
+        operation(f"F.adaptive_{_kind}_pool{_axes}d")(
+            _adaptive_pooling(_pools[f"adaptive_{_kind}"], _axes, mean=_kind == "avg")
+        )
+
+
+def _axes_of(input: Bound, dim: Any) -> tuple[int, ...]:
+    """Return the axes of a reduction, counted from the front; the batch is not among them."""
+    ndim = input.numbers.ndim
+    axes = range(ndim) if dim is None else ([dim] if isinstance(dim, int) else list(dim) or range(ndim))
+    found = tuple(axis % ndim for axis in axes)
+    if 0 in found:
+        raise UncertifiableError("it reduces the batch, so that images would meet: name the other axes")
+    return found
+
+
+def _sums(analysis: Analysis, input: Bound, value: Tensor, axes: tuple[int, ...], *, mean: bool) -> Bound:
+    count = math.prod(input.numbers.shape[axis] for axis in axes)
+    norm = root_up(count) if not mean else math.nextafter(1 / math.sqrt(max(1, count)), math.inf)
+    return affine(
+        analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None, peak=math.sqrt(count) * (1 + 1e-15)
+    )
+
+
+@operation("sum")
+def total(analysis: Analysis, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
+    """√K."""
+    axes = _axes_of(input, dim)
+    return _sums(analysis, input, input.numbers.sum(axes, keepdim), axes, mean=False)
+
+
+@operation("mean")
+def mean(analysis: Analysis, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
+    """1/√K."""
+    axes = _axes_of(input, dim)
+    return _sums(analysis, input, input.numbers.mean(axes, keepdim), axes, mean=True)
+
+
+@operation("amax")
+def largest(analysis: Analysis, input: Bound, dim: Any = (), keepdim: bool = False) -> Bound:
+    """1."""
+    return analysis.exact(input, input.numbers.amax(_axes_of(input, dim), keepdim))
+
+
+@operation("amin")
+def smallest(analysis: Analysis, input: Bound, dim: Any = (), keepdim: bool = False) -> Bound:
+    """1."""
+    return analysis.exact(input, input.numbers.amin(_axes_of(input, dim), keepdim))
+
+
+def batch_norm_scale(var: Tensor | None, weight: Tensor | None, eps: float, training: bool) -> Tensor:
+    """Return γ / √(var + ε) in float64."""
+    if training or var is None:
+        raise UncertifiableError("batch norm mixes the images of a batch in training mode: call eval() first")
+    scale = (var.detach().double() + eps).rsqrt()
+    return scale if weight is None else scale * weight.detach().double()
+
+
+@operation("F.batch_norm")
+def batch_norm(
+    analysis: Analysis,
+    input: Bound,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Bound:
+    """The largest |γ| / √(var + ε)."""
+    scale = batch_norm_scale(running_var, weight, eps, training)
+    norm = finite(scale.abs().max().item() * (1 + 1e-14))
+    if input.value is None:
+        return Bound(None, up(norm, input.lipschitz))
+    value = F.batch_norm(input.value, running_mean, running_var, weight, bias, False, momentum, eps)
+    moved = torch.zeros_like(scale) if running_mean is None else running_mean.detach().double().abs() * scale.abs()
+    moved = moved if bias is None else moved + bias.detach().double().abs()
+    pixels = value[0].numel() / max(1, len(scale))
+    added, u = tensor_norm(moved) * math.sqrt(pixels), 16 * unit(value.dtype)
+    return analysis.combine(value, [Term(input, norm, u * norm)], constant=added, absolute=u * added)

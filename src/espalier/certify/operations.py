@@ -1,0 +1,96 @@
+"""The table of operations that a certificate has rules for, by torch's own names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Rule(NamedTuple):
+    """What the table holds for one operation."""
+
+    function: Callable[..., Any]
+    """Takes the analysis, and the arguments of the operation with bounds in place of values."""
+    values: int
+    """How many leading arguments may depend on the image."""
+    alias: bool
+    """Whether the result may share its numbers with the first operand."""
+    signature: inspect.Signature
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with the operands in front, however they were given."""
+        kwargs, front = dict(kwargs), list(args)
+        for names in (("input", "self", "tensors"), ("other", "end"))[: self.values]:
+            given = [name for name in names if name in kwargs]
+            if given and len(front) < self.values:
+                front.append(kwargs.pop(given[0]))
+        return tuple(front), {name: value for name, value in kwargs.items() if name != "out"}
+
+
+OPERATIONS: dict[str, Rule] = {}
+"""By torch's full name, without the underscore of operations in place."""
+
+
+def operation(*names: str, values: int = 1, alias: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a rule (decorator).
+
+    Args:
+        names: ``F.name`` for torch.nn.functional's; ``name`` for torch.name and the method of tensors; a name with
+            ``torch.`` as it is. Operations in place have the rule of the others.
+        values: how many leading arguments may depend on the image.
+        alias: whether the result may share its numbers with the first operand.
+    """
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            if name.startswith("torch."):
+                keys = [name]
+            elif name.startswith("F."):
+                keys = [f"torch.nn.functional.{name[2:]}"]
+            else:
+                keys = [f"torch.{name}", f"torch.Tensor.{name}"]
+            OPERATIONS.update(dict.fromkeys(keys, Rule(function, values, alias, inspect.signature(function))))
+        return function
+
+    return enter
+
+
+def full_name(function: Callable[..., Any]) -> str:
+    """Return torch's name of an operation, or what the function calls itself."""
+    try:
+        name = torch.overrides.resolve_name(function)
+    except Exception:  # it is not told which errors a callable that it never met can raise
+        name = None
+    return name or getattr(function, "__qualname__", None) or str(function)
+
+
+def in_place(name: str) -> tuple[str, bool]:
+    """Return the name of the operation that makes a new tensor, and whether this one works in place."""
+    if name.endswith(".__get__"):
+        return name, False
+    last = name.rpartition(".")[2]
+    if last.startswith("__i") and last.endswith("__") and last not in ("__index__", "__int__", "__invert__"):
+        return name.replace(last, f"__{last[3:]}"), True
+    if last.endswith("_") and not last.endswith("__"):
+        return name[:-1], True
+    return name, False
+
+
+def unknown(name: str) -> str:
+    """Return why an operation is refused."""
+    short = name.removesuffix(".__get__")
+    if short.rpartition(".")[2] in _LOOKS:
+        return (
+            f"{short} looks at the numbers: what is done next would depend on the image, and no bound holds across that"
+        )
+    return f"nothing is known about {short}: use operations that have a rule, or state the constant of the module"
+
+
+_LOOKS = {
+    "__bool__", "__float__", "__int__", "__index__", "__complex__", "item", "tolist", "numpy", "__array__", "gt", "lt",
+    "ge", "le", "eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "allclose", "equal", "argmax", "argmin",
+    "nonzero", "where", "__contains__", "any", "all", "data_ptr", "untyped_storage", "storage", "__repr__", "__format__",
+}  # fmt: skip

@@ -1,0 +1,180 @@
+"""ConvMixer checkpoints of every origin: the paper's ``nn.Sequential``, timm's class and ours, both ways, bit for bit.
+
+| module | paper | timm and ours |
+|---|---|---|
+| patch embedding: convolution, norm | ``0``, ``2`` | ``stem.0``, ``stem.2`` |
+| block i of d | ``3 + i`` | ``blocks.i`` |
+| head | ``3 + d + 2`` | ``head`` |
+
+Inside a block the names are the same. ``"espalier"`` and ``"timm"`` mean one layout under two names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.errors import EspalierError, unknown_name
+from espalier.files import read_tensors
+from espalier.models.convmixer import ConvMixer
+
+LAYOUTS = ("espalier", "timm", "original")
+State = dict[str, Tensor]
+
+_STEM_MODULES = 3
+# Between the last block and the head of the original stand the pooling and the flattening.
+_MODULES_BEFORE_HEAD = 2
+_NESTED = ("state_dict", "model", "state_dict_ema", "model_ema")
+_WRAPPERS = ("module.", "_orig_mod.")
+_SHOWN = 3
+
+
+def load_checkpoint_file(path: str | Path) -> State:
+    """Read a ConvMixer checkpoint and return its weights under our names, checked against the model they belong to.
+
+    Files that end in ``.safetensors`` are read as such, all others by ``torch.load(weights_only=True)``: code in them
+    is not run. Weights may lie under ``state_dict``, ``model`` or their averaged counterparts, and behind the prefixes
+    of DDP (``module.``) and torch.compile.
+
+    Args:
+        path: the file.
+
+    Raises:
+        EspalierError: it cannot be read, or is no whole ConvMixer; the message says what is missing or unexpected.
+    """
+    path = Path(path)
+    state = _without_wrappers(read_tensors(path))
+    try:
+        state = convert_state(state, "espalier")
+        with torch.device("meta"):
+            expected = ConvMixer(**model_arguments(state)).state_dict()
+        _refuse_misfits(state, expected)
+    except EspalierError as error:
+        raise EspalierError(f"checkpoint {path}: {error}") from None
+    return state
+
+
+def load_model(path: str | Path, activation: str = "gelu") -> ConvMixer:
+    """Build the ConvMixer that a checkpoint file belongs to, with its weights, in evaluation mode.
+
+    Args:
+        path: the file, in any of the layouts.
+        activation: which the weights do not tell: ``"relu"`` for the published 768/32, ``"gelu"`` for the others.
+
+    Raises:
+        EspalierError: see ``load_checkpoint_file``.
+    """
+    state = load_checkpoint_file(path)
+    model = ConvMixer(**model_arguments(state), activation=activation)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def convert_state(state: Mapping[str, Tensor], to: str) -> State:
+    """Return the same tensors under the names of another layout, in the same order.
+
+    Args:
+        state: weights of a ConvMixer in any layout.
+        to: ``"espalier"``, ``"timm"`` or ``"original"``.
+
+    Raises:
+        EspalierError: an unknown layout, or names that are no ConvMixer's.
+    """
+    if to not in LAYOUTS:
+        raise unknown_name("layout", to, LAYOUTS)
+    original = any(re.match(r"\d+\.", name) for name in state)
+    if original == (to == "original"):
+        return dict(state)
+    depth = _depth(state, original)
+    rename = _from_original if original else _to_original
+    return {rename(name, depth): tensor for name, tensor in state.items()}
+
+
+def model_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of ``ConvMixer`` that weights under our names give away: all but the activation.
+
+    Raises:
+        EspalierError: the names that they are read from are missing.
+    """
+    depth = _depth(state, original=False)
+    try:
+        stem, mixer = state["stem.0.weight"], state["blocks.0.0.fn.0.weight"]
+        head = state.get("head.weight")
+        return {
+            "dim": stem.shape[0],
+            "depth": depth,
+            "kernel_size": mixer.shape[2],
+            "patch_size": stem.shape[2],
+            "in_chans": stem.shape[1],
+            "num_classes": 0 if head is None else head.shape[0],
+            "spatial_dims": stem.ndim - 2,
+        }
+    except KeyError as error:
+        raise EspalierError(f"it is no ConvMixer's: {error.args[0]} is missing") from None
+    except IndexError:
+        raise EspalierError("it is no ConvMixer's: stem.0.weight and blocks.0.0.fn.0.weight are no kernels") from None
+
+
+def _depth(state: Mapping[str, Tensor], original: bool) -> int:
+    pattern = r"(\d+)\.0\.fn\.0\.weight" if original else r"blocks\.(\d+)\.0\.fn\.0\.weight"
+    blocks = [int(found[1]) for name in state if (found := re.fullmatch(pattern, name))]
+    if not blocks:
+        raise EspalierError(f"it is no ConvMixer's: it has no block, only {_some(state) or 'nothing'}")
+    return max(blocks) + 1 - (_STEM_MODULES if original else 0)
+
+
+def _from_original(name: str, depth: int) -> str:
+    number, dot, rest = name.partition(".")
+    if not number.isdigit():
+        raise EspalierError(f"unexpected {name} among the numbers of an nn.Sequential")
+    index = int(number)
+    if index < _STEM_MODULES:
+        return f"stem.{name}"
+    if index < _STEM_MODULES + depth:
+        return f"blocks.{index - _STEM_MODULES}{dot}{rest}"
+    # Whatever else it is, it keeps its name and is reported as unexpected.
+    return f"head{dot}{rest}" if index == _STEM_MODULES + depth + _MODULES_BEFORE_HEAD else name
+
+
+def _to_original(name: str, depth: int) -> str:
+    part, _, rest = name.partition(".")
+    if part == "stem":
+        return rest
+    if part == "head":
+        return f"{_STEM_MODULES + depth + _MODULES_BEFORE_HEAD}.{rest}"
+    number, dot, inner = rest.partition(".")
+    if part != "blocks" or not number.isdigit():
+        raise EspalierError(f"unexpected {name}: a ConvMixer has stem, blocks and head")
+    return f"{int(number) + _STEM_MODULES}{dot}{inner}"
+
+
+def _without_wrappers(state: State) -> State:
+    """Return the weights without the prefixes that wrappers of the whole model put before every name."""
+    for prefix in _WRAPPERS * 2:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    # Files from before torch 0.4.1 lack the counters; nothing but a momentum of None reads them.
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [
+        f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+    if any(names for _, names in found):
+        raise EspalierError("; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found if names))
+
+
+def _some(names: Any) -> str:
+    shown = list(names)
+    return ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")

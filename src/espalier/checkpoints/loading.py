@@ -1,0 +1,88 @@
+"""Models from other libraries by name: ``espalier:vit``, ``timm:vit_tiny_patch16_224``, ``transformers:FOLDER``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from espalier.checkpoints.by_shape import skeleton
+from espalier.errors import EspalierError, require, unknown_name
+from espalier.files import read_tensors
+from espalier.init.layouts.linears import HEADS
+from espalier.models import MODELS, build_model
+
+
+def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.Module:
+    """Build the model that ``HOST:NAME`` names, with the host's own initial weights.
+
+    Args:
+        spec: ``espalier:NAME``, ``timm:NAME`` or ``transformers:FOLDER``; the folder holds a ``config.json``, and its
+            weights are loaded when a safetensors file lies beside it.
+        generator: source of our own models' initial weights; other hosts draw from torch's global state.
+
+    Raises:
+        EspalierError: an unknown host or name, a file that does not exist, or a folder without a
+            readable ``config.json``.
+        MissingExtraError: the host library is not installed.
+    """
+    host, colon, name = spec.partition(":")
+    if not colon:
+        raise EspalierError(
+            f"model {spec!r}: no such file or folder: name one that exists, or write espalier:NAME, timm:NAME or "
+            "transformers:FOLDER"
+        )
+    if host == "espalier":
+        if name not in MODELS:
+            raise unknown_name("model", name, MODELS)
+        return build_model(name)
+    if host == "timm":
+        timm = require("timm", "timm")
+        if name not in timm.list_models():
+            raise unknown_name("timm model", name, timm.list_models())
+        return timm.create_model(name, pretrained=False)
+    if host == "transformers":
+        return _open_transformers(Path(name))
+    raise unknown_name("host", host, ("espalier", "timm", "transformers"))
+
+
+def _open_transformers(folder: Path) -> nn.Module:
+    transformers = require("transformers", "transformers")
+    config_file = folder / "config.json"
+    try:
+        architectures = json.loads(config_file.read_text()).get("architectures") or []
+    except (OSError, json.JSONDecodeError) as error:
+        raise EspalierError(
+            f"model {folder}: cannot read {config_file} ({error}): name a folder that has one"
+        ) from None
+    # Only classes that the installed library ships: a folder must not bring code of its own.
+    known = [getattr(transformers, name) for name in architectures if hasattr(transformers, name)]
+    cls = known[0] if known else transformers.AutoModel
+    if any(folder.glob("*.safetensors")):
+        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return cls(config) if known else transformers.AutoModel.from_config(config)
+
+
+def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
+    """Return modules that hold a checkpoint's weights: enough to audit and fit, not to run.
+
+    Args:
+        path: a ``.safetensors`` file, or one that ``torch.save`` wrote (read with ``weights_only=True``).
+        num_heads: query heads of every attention layer; a ``config.json`` beside the file says it otherwise.
+
+    Raises:
+        EspalierError: the file cannot be read safely, or holds no tensors by name.
+    """
+    return skeleton(read_tensors(path), num_heads or _stated_heads(path.with_name("config.json")))
+
+
+def _stated_heads(config_file: Path) -> int | None:
+    try:
+        config = json.loads(config_file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    found = [config.get(name) for name in HEADS]
+    return next((heads for heads in found if isinstance(heads, int)), None)

@@ -1,0 +1,359 @@
+"""The commands: one typed function each, nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from espalier.errors import EspalierError
+from espalier.recipes import Recipe, recipe_functions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from espalier.init import StructureFit
+    from espalier.init.families import Specs
+
+# Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
+
+
+def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False) -> None:
+    """Show the whole idea in minutes: structure, training with and without it, a fair comparison, a page.
+
+    Args:
+        out: folder of the runs and the page.
+        workers: processes that train side by side.
+        smallest: one seed, one learning rate, one epoch: checks that everything runs, shows nothing.
+    """
+    from espalier.report import write_report
+    from espalier.study import launch, plan_study, summarise, text_table
+    from espalier.study.demo import demo_plans
+    from espalier.train.certify_runs import demo_certificate
+
+    folders = []
+    for plan in demo_plans(smallest=smallest):
+        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
+        launch(study, workers=workers)
+        folders.append(study.path)
+        print(f"\n{plan.title}\n{text_table(summarise(study.path))}", flush=True)
+    run, table = demo_certificate(out, smallest=smallest)
+    folders.append(run)
+    print(f"\nA net of orthogonal layers on digits: what is proved about it\n{table}", flush=True)
+    print(f"\nreport: {write_report(folders, out / 'report.html')}")
+
+
+def train(recipe: Recipe, out: Path, resume: Literal["auto", "never"] = "auto", quiet: bool = False) -> None:
+    """Train one recipe into a run folder; the same command goes on where a stopped one was.
+
+    Args:
+        recipe: the recipe, with any field changed.
+        out: the run folder.
+        resume: go on from the folder's checkpoint, or refuse a folder that has one.
+        quiet: print no progress.
+    """
+    from espalier.train import train as run_training
+
+    run = run_training(recipe, out, resume=resume, progress=False if quiet else None)
+    print(json.dumps(run.result, indent=2))
+
+
+def compare(
+    recipe: Recipe,
+    arms: Sequence[str],
+    out: Path,
+    lrs: Sequence[str] = ("auto",),
+    seeds: int = 3,
+    workers: int = 2,
+    cluster: Literal["local", "slurm"] = "local",
+) -> None:
+    """Train every arm at every learning rate and seed, then print the table and write the page.
+
+    Args:
+        recipe: the recipe that all arms share.
+        arms: the arms, or "all" that apply to the model; the first is the baseline.
+        out: folder of the study.
+        lrs: learning rates, or "auto" for five around the recipe's own.
+        seeds: how many paired seeds.
+        workers: processes (or Slurm jobs) that share the trials.
+        cluster: where the workers run.
+    """
+    from espalier.report import write_report
+    from espalier.study import applicable_arms, launch, plan_study, summarise, text_table
+
+    named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
+    study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
+    launch(study, workers=workers, cluster=cluster)
+    print(text_table(summarise(study.path)))
+    print(f"report: {write_report([study.path], out / 'report.html')}")
+
+
+def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:
+    """Say how much structure a model's weights carry now, layer by layer.
+
+    Args:
+        model: a run folder, a checkpoint (.safetensors, or weights that torch saved), a folder with config.json, or a
+            model as `espalier structure` takes it.
+        picture: write heat maps of the weights to this HTML file.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
+    """
+    from espalier.init import audit as audit_model
+
+    net = _open_model(model, heads)
+    print(audit_model(net))
+    if picture is not None:
+        from espalier.report import write_weight_pictures
+
+        print(f"pictures: {write_weight_pictures(net, picture)}")
+
+
+def doctor(
+    model: str,
+    json: bool = False,
+    strict: bool = False,
+    probe: bool = False,
+    against: Path | None = None,
+    heads: int | None = None,
+) -> None:
+    """Say what is wrong with a model's weights before the first step; status 1 if there is an error.
+
+    Args:
+        model: a checkpoint (.safetensors, a sharded index, a folder of either, or weights that torch saved; read tensor
+            by tensor), a run folder, or a model as `espalier structure` takes it.
+        json: print the findings as JSON.
+        strict: status 1 on warnings too.
+        probe: also run a made-up batch through the model, forward and backward.
+        against: a checkpoint that the model should hold: weights that differ are errors.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
+    """
+    from espalier.doctor import diagnose
+    from espalier.doctor.sources import weight_files
+
+    path = Path(model)
+    stored = path.is_file() or (path.is_dir() and not (path / "recipe.json").exists() and bool(weight_files(path)))
+    subject = path if stored and not probe else _open_model(model, heads)
+    diagnosis = diagnose(subject, "synthetic" if probe else None, against=against, heads=heads)
+    print(diagnosis.to_json() if json else diagnosis)
+    if status := diagnosis.exit_status(strict):
+        raise SystemExit(status)
+
+
+def fit(model: str, out: Path | None = None, heads: int | None = None) -> None:
+    """Read a trained model's strengths off its weights: what to ask for, to start another model like it.
+
+    Args:
+        model: as `espalier audit` takes it.
+        out: write the fit to this JSON file; `espalier structure MODEL --like FILE` starts a model from it.
+        heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
+    """
+    from espalier.files import write_json
+    from espalier.init import fit as fit_model
+
+    found = fit_model(_open_model(model, heads))
+    print(found)
+    if out is not None:
+        write_json(out, found.to_dict())
+        print(f"fit: {out}")
+
+
+def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0, like: Path | None = None) -> None:
+    """Build a model, write structure into it, verify it, and save the weights as safetensors.
+
+    Args:
+        model: `espalier:NAME`, `timm:NAME` or `transformers:FOLDER` (a folder that holds config.json).
+        out: the file to write.
+        seed: seed of the noise.
+        like: a file that `espalier fit` wrote: every family that it has gets its strengths, others are left alone.
+    """
+    from espalier.files import write_tensors
+    from espalier.init import structure_
+    from espalier.randomness import derive_generator
+
+    net = _open_model(model)
+    specs: Specs = {} if like is None else _read_fit(like).specs()
+    print(structure_(net, **specs, generator=derive_generator(seed, "structure")))
+    print(f"weights: {write_tensors(out, net.state_dict())}")
+
+
+def report(folders: Sequence[Path], out: Path = Path("report.html")) -> None:
+    """Write one page over run folders and studies.
+
+    Args:
+        folders: run folders and study folders.
+        out: the HTML file.
+    """
+    from espalier.report import write_report
+
+    print(f"report: {write_report(list(folders), out)}")
+
+
+def records(action: Literal["export", "merge"], paths: Sequence[Path], to: Path = Path("records.jsonl")) -> None:
+    """Write what finished trials left behind as one line each, or merge such files; what TO holds already stays.
+
+    Trials that a study folder's records.jsonl names count as finished there: merge into it to go on elsewhere.
+
+    Args:
+        action: export reads study folders, merge reads files of records.
+        paths: study folders, or files of records.
+        to: the file of records; it is replaced as a whole, and not at all if records contradict each other.
+    """
+    from espalier.study.records import add_records, read_records
+    from espalier.study.trial import load_study
+
+    if action == "export":
+        found = [record for path in paths for record in load_study(path).outcomes().values()]
+    else:
+        found = [record for path in paths for record in read_records(path)]
+    print(f"records: {to}: {len(add_records(found, to))} trials")
+
+
+def convert(checkpoint: Path, to: Literal["timm", "original", "espalier"] = "timm", out: Path | None = None) -> None:
+    """Rename the weights of a ConvMixer checkpoint for timm, for the paper's nn.Sequential or for this library.
+
+    Args:
+        checkpoint: safetensors or torch file in any of the three layouts; no code in it is run.
+        to: the layout to write.
+        out: safetensors file to write; by default beside the checkpoint, with the layout in its name.
+    """
+    from espalier.checkpoints.convmixer import convert_state, load_checkpoint_file
+    from espalier.files import write_tensors
+
+    state = convert_state(load_checkpoint_file(checkpoint), to)
+    name = checkpoint.name.removesuffix(".safetensors").removesuffix(".tar").removesuffix(".pth")
+    print(f"weights: {write_tensors(out or checkpoint.with_name(f'{name}.{to}.safetensors'), state)}")
+
+
+def statistics(models: Sequence[str], out: Path = Path("statistics.safetensors")) -> None:
+    """Measure the covariance of a trained network's depthwise filters, layer by layer, for `--init transferred`.
+
+    Args:
+        models: run folders of one shape (other seeds, other widths), pooled; or models as `espalier structure` takes
+            them.
+        out: the file to write.
+    """
+    from espalier.init import FilterStatistics
+
+    measured = FilterStatistics.from_model([_open_model(model) for model in models])
+    for layer in measured.layers:
+        print(f"{layer.name}: kernel {'×'.join(map(str, layer.kernel_size))}, {layer.filters} filters")
+    print(f"statistics: {measured.save(out)}")
+
+
+def certify(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        out: the file of the certificate; RUN-certificate.json beside the run folder by default.
+    """
+    from espalier.train import load_run
+    from espalier.train.certify_runs import certificate_path, certify_run, parse_eps
+
+    radii = parse_eps(eps)
+    certificate = certify_run(load_run(run), limit)
+    print(certificate.table(radii))
+    print(f"certificate: {certificate.save(out or certificate_path(run))}")
+
+
+def attack(
+    run: Path,
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
+    limit: int | None = None,
+    steps: int = 40,
+    restarts: int = 1,
+    autoattack: bool = False,
+    queries: int = 5000,
+    out: Path | None = None,
+) -> None:
+    """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
+
+    Args:
+        run: a finished run on images.
+        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
+        limit: how many test images; all by default.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD.
+        autoattack: also try AutoAttack on what PGD leaves.
+        queries: of AutoAttack's Square, most of the time; 5,000 is the standard.
+        out: the file of the report; RUN-attack.json beside the run folder by default.
+    """
+    from espalier.certify import CertificateBrokenError
+    from espalier.train import load_run
+    from espalier.train.certify_runs import attack_path, attack_run, parse_eps
+
+    report = attack_run(
+        load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, eps=parse_eps(eps)
+    )
+    print(report)
+    print(f"report: {report.save(out or attack_path(run))}")
+    try:
+        report.check()
+    except CertificateBrokenError as error:
+        print(f"espalier: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def recipes() -> None:
+    """List the recipes with the first line of what each one says of itself."""
+    functions = recipe_functions()
+    width = max(map(len, functions))
+    for name, function in sorted(functions.items()):
+        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+
+
+def _open_model(spec: str, heads: int | None = None) -> nn.Module:
+    """Open a run folder's final weights, a checkpoint, a folder with config.json, or a model by host and name."""
+    from espalier.checkpoints.loading import open_checkpoint, open_host_model
+    from espalier.train import load_run
+
+    path = Path(spec)
+    if path.is_file():
+        return open_checkpoint(path, heads)
+    if (path / "config.json").is_file():
+        return open_host_model(f"transformers:{spec}")
+    return load_run(path).model() if path.is_dir() else open_host_model(spec)
+
+
+def _read_fit(path: Path) -> StructureFit:
+    from espalier.init import StructureFit
+
+    try:
+        return StructureFit.from_dict(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EspalierError(f"like {path}: is not a fit ({error!r}): name a file that espalier fit wrote") from None
+
+
+def _rates(texts: Sequence[str]) -> list[float] | Literal["auto"]:
+    if list(texts) == ["auto"]:
+        return "auto"
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise EspalierError(f"lrs {' '.join(texts)!r}: write numbers such as 1e-3 3e-3, or auto") from None
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "compare": compare,
+    "audit": audit,
+    "doctor": doctor,
+    "fit": fit,
+    "structure": structure,
+    "convert": convert,
+    "statistics": statistics,
+    "certify": certify,
+    "attack": attack,
+    "report": report,
+    "records": records,
+    "recipes": recipes,
+}

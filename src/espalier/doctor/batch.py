@@ -1,0 +1,135 @@
+"""The batch that the probe runs: a user's, brought into one form, or one made from the model's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError
+
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one forward pass, and targets where they are not among them."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    targets: Tensor | None = None
+
+    def run(self, model: nn.Module) -> Any:
+        """Return the model's output."""
+        return model(*self.arguments, **self.keywords)
+
+
+def as_batch(model: nn.Module, example: Any) -> Batch:
+    """Return an example as a batch on the model's device.
+
+    Args:
+        model: the module that takes it.
+        example: a tensor, a mapping of keyword arguments, ``(inputs, integer targets)`` or a tuple of arguments.
+
+    Raises:
+        EspalierError: an example of another kind.
+    """
+    first = next(model.parameters(), torch.zeros(()))
+    device = first.device if first.device.type != "meta" else torch.device("cpu")
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        floating = value.is_floating_point() and first.is_floating_point()
+        return value.to(device, first.dtype) if floating else value.to(device)
+
+    if isinstance(example, Tensor):
+        return Batch((move(example),), {})
+    if isinstance(example, Mapping):
+        return Batch((), {key: move(value) for key, value in example.items()})
+    if isinstance(example, tuple | list):
+        parts = [move(part) for part in example]
+        last = parts[-1] if parts else None
+        if len(parts) == 2 and isinstance(last, Tensor) and not last.is_floating_point():
+            inputs = parts[0]
+            keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+            return Batch(() if keywords else (inputs,), {k: move(v) for k, v in keywords.items()}, last)
+        return Batch(tuple(parts), {})
+    raise EspalierError(f"example {type(example).__name__}: pass a tensor, a mapping, a tuple, or 'synthetic'")
+
+
+def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
+    """Make small batches from what a model says of its inputs: its configuration, timm's, or the first layer it has.
+
+    Returns:
+        Batches to try in order; a model that does not state its image size may take the second or third.
+
+    Raises:
+        EspalierError: the model says nothing of its inputs.
+    """
+    while isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    config = getattr(model, "config", None)
+
+    def setting(*names: str) -> int | None:
+        for source in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None), model):
+            for name in names:
+                value = getattr(source, name, None)
+                if isinstance(value, tuple | list) and value:
+                    value = value[0]
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
+        return None
+
+    timm = _from_timm(model, generator)
+    if timm is not None:
+        return [timm]
+    stated = _from_settings(model, setting, generator)
+    found = [stated] if stated is not None else _from_first_layer(model, generator)
+    if not found:
+        raise EspalierError(f"example: {type(model).__name__} does not say what it takes: pass a batch")
+    return found
+
+
+def _from_timm(model: nn.Module, generator: torch.Generator) -> tuple[Tensor] | None:
+    described = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = described.get("input_size") if isinstance(described, Mapping) else None
+    size = getattr(model, "input_size", None) or size
+    if isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(part, int) for part in size):
+        return (torch.randn(_BATCH, *size, generator=generator),)
+    return None
+
+
+def _from_settings(model: nn.Module, setting: Callable[..., int | None], generator: torch.Generator) -> Any:
+    main = getattr(model, "main_input_name", "")
+    vocabulary, side = setting("vocab_size"), setting("image_size", "img_size")
+    if vocabulary and main in ("", "input_ids"):
+        length = min(32, setting("max_position_embeddings", "n_positions", "max_len") or 32)
+        ids = torch.randint(vocabulary, (_BATCH, length), generator=generator)
+        if not main:
+            return (ids,)
+        batch = {"input_ids": ids}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = ids[:, : max(2, length // 2)]
+        return batch
+    if side and main in ("", "pixel_values"):
+        images = torch.randn(_BATCH, setting("num_channels", "in_chans") or 3, side, side, generator=generator)
+        return {"pixel_values": images} if main else (images,)
+    if type(model).__module__.startswith("torchvision.models"):
+        return (torch.randn(_BATCH, 3, 224, 224, generator=generator),)
+    return None
+
+
+def _from_first_layer(model: nn.Module, generator: torch.Generator) -> list[Any]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return [(torch.randint(module.num_embeddings, (_BATCH, 16), generator=generator),)]
+        if isinstance(module, nn.Linear):
+            return [(torch.randn(32, module.in_features, generator=generator),)]
+        if isinstance(module, nn.Conv2d):
+            channels = module.in_channels
+            return [(torch.randn(_BATCH, channels, s, s, generator=generator),) for s in (32, 64, 224, 28, 16, 8)]
+    return []

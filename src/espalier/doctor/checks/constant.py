@@ -1,0 +1,121 @@
+"""Weights without noise where units must differ: constant matrices, equal rows, products zero on both sides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from espalier.doctor.finding import Finding
+from espalier.doctor.patient import Patient
+from espalier.doctor.record import Record
+from espalier.doctor.registry import register_check
+
+# Weights that feed a product: with zero here neither this nor what follows gets a gradient.
+_READS = re.compile(
+    r"(^|[._])(q|k|query|key|qkv|wq|wk|wqkv|c_attn|query_key_value|q_proj|k_proj|qkv_proj|to_q|to_k|to_qkv|in_proj|"
+    r"in_proj_weight|fc1|up_proj|gate_proj|gate_up_proj|c_fc|w1|w3|lin1|linear1|intermediate\.dense|x_proj|conv1d)$",
+    re.IGNORECASE,
+)
+_FACTORS = ("weight", "adapter")
+_USUAL = "noise of standard deviation 0.02 to 1/√fan-in"
+
+
+@register_check("constant")
+def constant(patient: Patient) -> Iterator[Finding]:
+    """One number everywhere in a matrix: the units of the layer never become different.
+
+    Zero is usual where a branch is to start closed (output projections, LoRA's B, position tables, heads): a note
+    there, an error in queries, keys, first layers of an MLP and token embeddings.
+    """
+    for record in patient.records:
+        stats = record.stats
+        if stats is None or not record.matrix or not stats.constant or record.role in ("norm", "ssm", "gain"):
+            continue
+        value = stats.minimum
+        name = record.layer or record.leaf
+        vital = bool(_READS.search(name) or _READS.search(record.leaf)) or record.role == "embedding"
+        if value == 0 and not (vital and record.trainable | (patient.model is None)):
+            if record.role == "position" or patient.trained:
+                continue
+            yield Finding(
+                "note", record.name, "constant", "all zero", _USUAL,
+                "usual for a branch that starts closed; otherwise draw it",
+            )  # fmt: skip
+        elif value == 0:
+            yield Finding(
+                "error", record.name, "constant", "all zero", _USUAL, "draw it: no gradient passes a zero here"
+            )
+        elif record.role == "weight" and record.trainable | (patient.model is None):
+            # What is not called a weight may be a mixing coefficient that starts at one on purpose.
+            multiplies = "weight" in record.leaf or "kernel" in record.leaf
+            yield Finding(
+                "error" if multiplies else "note",
+                record.name,
+                "constant",
+                f"every entry is {value:.4g}",
+                _USUAL,
+                "draw it from noise: equal units get equal gradients and stay equal",
+            )
+
+
+@register_check("equal-units", scope="tensor")
+def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
+    """Output units, heads, experts or shards of one weight that repeat each other."""
+    stats, values = record.stats, record.values
+    if stats is None or values is None or not record.matrix or stats.constant or stats.nonfinite:
+        return
+    if record.role not in ("weight", "adapter", "embedding") or not (record.trainable or patient.model is None):
+        return
+    count = len(values)
+    parts = {count, 2, 4, 8, 16, *([patient.heads] if patient.heads else [])}
+    for number in sorted(part for part in parts if 1 < part <= count and count % part == 0):
+        pieces = values.reshape(number, -1)
+        # Rows of few levels, as of identities and averages, repeat on purpose.
+        length = pieces.shape[1]
+        if length < 4 or not _all_equal(pieces) or int(pieces[0].unique().numel()) < min(length // 2, 64):
+            continue
+        what = "rows" if number == count and values.ndim == 2 else "slices"
+        yield Finding(
+            "error", record.name, "equal-units", f"{number} equal {what}", f"{what} that differ",
+            "draw each on its own: repeats come from one seed for every shard, expert or head, or from copying",
+        )  # fmt: skip
+        return
+
+
+def _all_equal(pieces: Tensor) -> bool:
+    head = pieces[:, :256]
+    return bool((head == head[:1]).all()) and bool(torch.equal(pieces[1:], pieces[:1].expand_as(pieces[1:])))
+
+
+@register_check("closed-twice")
+def closed_twice(patient: Patient) -> Iterator[Finding]:
+    """Both factors of a product are zero, so that neither ever gets a gradient (LoRA's A and B, a whole branch)."""
+    matrices = [r for r in patient.records if r.matrix and r.stats is not None and r.role != "norm"]
+    zero = {r.name for r in matrices if r.stats is not None and r.stats.constant and r.stats.minimum == 0}
+    for record in matrices:
+        other = record.name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        if other != record.name and record.name in zero and other in zero:
+            yield Finding(
+                "error", record.name, "closed-twice", "LoRA's A and B are both zero", "A drawn, B zero",
+                "draw A (kaiming_uniform_) after the adapter was added",
+            )  # fmt: skip
+    # A branch: all matrices below one module. Mixing coefficients, which are no "weight", may well be zero together.
+    below: dict[str, list[Record]] = {}
+    for record in matrices:
+        parts = record.layer.split(".")
+        for depth in range(1, len(parts)):
+            below.setdefault(".".join(parts[:depth]), []).append(record)
+    closed = [
+        layer
+        for layer, members in below.items()
+        if len(members) > 1 and all(m.name in zero and m.leaf == "weight" and m.role in _FACTORS for m in members)
+    ]
+    for layer in closed:
+        if not any(layer.startswith(f"{other}.") for other in closed):
+            yield Finding(
+                "error", layer, "closed-twice", f"all its {len(below[layer])} weights are zero", "at most one of them",
+                "draw all but the last",
+            )  # fmt: skip

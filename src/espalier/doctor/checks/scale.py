@@ -1,0 +1,87 @@
+"""The size of weights: against their fan-in, against the same weight of other layers, and through depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import median
+
+from espalier.doctor.finding import Finding
+from espalier.doctor.patient import Patient
+from espalier.doctor.record import Record
+from espalier.doctor.registry import register_check
+
+# Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does
+# before a ReLU, 0.58 is torch's default, and 0.02 in a matrix of 53,248 × 16,384, among the largest published, is 2.6.
+_LARGEST = 4.0
+_SMALLEST = 1e-5
+
+
+@register_check("scale", fresh_only=True)
+def scale(patient: Patient) -> Iterator[Finding]:
+    """A weight whose outputs are many times larger than its inputs, or all but zero."""
+    for record in patient.records:
+        stats = record.stats
+        if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or stats.constant:
+            continue
+        fan = min(record.fans)
+        gain = stats.rms * math.sqrt(fan)
+        if gain > _LARGEST and stats.noise and record.trainable | (patient.model is None):
+            severity, remedy = ("error" if gain > 100 * _LARGEST else "warning"), "scale it down"
+        elif 0 < gain < _SMALLEST:
+            severity, remedy = "warning", "scale it up, or set it to zero if the branch is to start closed"
+        else:
+            continue
+        yield Finding(
+            severity,  # type: ignore[arg-type]
+            record.name,
+            "scale",
+            f"rms {stats.rms:.3g}, {gain:.2g} over the root of {fan}",
+            "0.02, or 0.5 to 1.4 over the root of the smaller fan",
+            remedy,
+        )
+
+
+@register_check("out-of-line")
+def out_of_line(patient: Patient) -> Iterator[Finding]:
+    """One layer's weight far larger or smaller than the same weight of its siblings, or one that grows with depth.
+
+    Starts that follow the depth smoothly (as BEiT's) are none of this: a layer must also differ from its neighbours.
+    """
+    far, near = (25.0, 12.0) if patient.trained else (4.0, 2.5)
+    for members in _siblings(patient).values():
+        sizes = [math.log(member.stats.rms) for member in members if member.stats is not None]
+        middle = median(sizes)
+        spread = 1.4826 * median(abs(size - middle) for size in sizes)
+        odd = []
+        for index, size in enumerate(sizes):
+            beside = [sizes[i] for i in (index - 1, index + 1) if 0 <= i < len(sizes)]
+            lonely = all(abs(size - other) > math.log(near) for other in beside)
+            if lonely and abs(size - middle) > max(math.log(far), 6 * spread):
+                odd.append(index)
+        # More than a few odd ones are a pattern of the architecture, not a fault of a layer.
+        for index in odd if len(odd) <= max(1, len(sizes) // 6) else ():
+            member, ratio = members[index], math.exp(sizes[index] - middle)
+            yield Finding(
+                "warning", member.name, "out-of-line",
+                f"rms {math.exp(sizes[index]):.3g}, {ratio:.2g} times its siblings'", f"near {math.exp(middle):.3g}",
+                "initialise this layer as its siblings are: it was replaced, loaded in part, or written twice",
+            )  # fmt: skip
+        rises = [later - earlier for earlier, later in pairwise(sizes)]
+        if not patient.trained and len(sizes) >= 4 and min(rises) > 0.05 and sum(rises) > math.log(8):
+            yield Finding(
+                "warning", members[-1].name, "out-of-line",
+                f"rms grows {math.exp(sum(rises)):.2g} times from the first layer to the last", "constant, or falling",
+                "scale residual branches down with depth (1/√(2·layers)), not up",
+            )  # fmt: skip
+
+
+def _siblings(patient: Patient) -> dict[tuple[object, ...], list[Record]]:
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in patient.records:
+        stats = record.stats
+        if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or not stats.noise:
+            continue
+        groups.setdefault((record.pattern, record.shape), []).append(record)
+    return {key: members for key, members in groups.items() if len(members) >= 4}

@@ -1,0 +1,85 @@
+"""What will be trained: frozen parameters, the optimiser's groups, and the row that padding reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from espalier.doctor.finding import Finding
+from espalier.doctor.patient import Patient
+from espalier.doctor.record import Record, plain_name
+from espalier.doctor.registry import register_check
+
+
+@register_check("padding-row", scope="tensor", fresh_only=True)
+def padding_row(record: Record, patient: Patient) -> Iterator[Finding]:
+    """The embedding row at ``padding_idx`` is zero: it gets no gradient, so noise there stays for good."""
+    module, values = record.module, record.values
+    if not isinstance(module, nn.Embedding) or record.leaf != "weight" or values is None or record.stats is None:
+        return
+    lookup = record.role == "embedding" and module.padding_idx is not None
+    if not lookup or not record.trainable or not record.stats.noise:
+        return
+    size = float(values[module.padding_idx].float().square().mean().sqrt())
+    if size > 0:
+        # Attention masks what was padded; means, convolutions and recurrences read it.
+        masked = patient.model is not None and any("att" in type(m).__name__.lower() for m in patient.model.modules())
+        yield Finding(
+            "note" if masked else "warning",
+            record.name,
+            "padding-row",
+            f"rms {size:.3g} in row {module.padding_idx}",
+            "zero",
+            "zero the row after initialising: it never gets a gradient",
+        )
+
+
+@register_check("frozen")
+def frozen(patient: Patient) -> Iterator[Finding]:
+    """Parameters that want no gradient: all of them is an error when there is an optimiser."""
+    if patient.model is None:
+        return
+    parameters = [r for r in patient.records if not r.buffer and not r.dtype.is_complex]
+    still = [r for r in parameters if not r.trainable and r.dtype.is_floating_point]
+    if not still:
+        return
+    everything = len(still) == len(parameters)
+    first = ", ".join(record.name for record in still[:2]) + (", …" if len(still) > 2 else "")
+    yield Finding(
+        "note" if not everything else "error" if patient.optimizer is not None else "warning",
+        "" if everything else still[0].name, "frozen",
+        f"{len(still)} of {len(parameters)} parameters want no gradient ({first})", "all are trained",
+        "call requires_grad_(True) on what is to learn",
+    )  # fmt: skip
+
+
+@register_check("optimizer")
+def optimizer(patient: Patient) -> Iterator[Finding]:
+    """Every trainable parameter is in a group of the optimiser, and every parameter in a group is the model's."""
+    if patient.optimizer is None or patient.model is None:
+        return
+    held = {id(p): p for group in patient.optimizer.param_groups for p in group["params"]}
+    own = {id(p): plain_name(name) for name, p in patient.model.named_parameters()}
+    wanted = {id(p): p for p in patient.model.parameters() if p.requires_grad}
+    strangers = [p for key, p in held.items() if key not in own]
+    shapes = Counter(tuple(p.shape) for p in strangers)
+    for key, parameter in wanted.items():
+        if key in held:
+            continue
+        shape = tuple(parameter.shape)
+        replaced = shapes[shape] > 0
+        shapes[shape] -= replaced
+        yield Finding(
+            "error", own[key], "optimizer",
+            "replaced after the optimiser was made" if replaced else "in no group of the optimiser",
+            "in one group", "make the optimiser after the last change to the model, from model.parameters()",
+        )  # fmt: skip
+    lost = [p for p in strangers if isinstance(p, torch.Tensor)]
+    if lost:
+        yield Finding(
+            "error", "", "optimizer", f"{len(lost)} of its {len(held)} parameters are not the model's", "none",
+            "make the optimiser after to(), sharding, resizing and wrapping",
+        )  # fmt: skip

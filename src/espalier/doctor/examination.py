@@ -1,0 +1,135 @@
+"""``diagnose``: read every tensor once, run every check, and probe with a batch if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.doctor.diagnosis import Diagnosis, sort_findings
+from espalier.doctor.finding import Finding
+from espalier.doctor.patient import Patient
+from espalier.doctor.probe import probe
+from espalier.doctor.registry import CHECKS, Check
+from espalier.doctor.sources import Source, open_module, open_weights
+from espalier.doctor.stats import measure
+from espalier.errors import EspalierError
+from espalier.init import StructureReport
+
+# Where the checks are explained; the anchor is the check's name.
+GUIDE = "guides/before-you-train.md"
+
+
+@torch.no_grad()
+def diagnose(
+    model: nn.Module | str | Path,
+    example: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    against: Any = None,
+    *,
+    heads: int | None = None,
+) -> Diagnosis:
+    """Say what is wrong with a model's weights before the first step, and what to do about it.
+
+    The static checks read one tensor at a time. A sharded model (FSDP2, DTensor) is gathered tensor by tensor, and
+    every rank must call; ranks are compared with each other if ``torch.distributed`` has several. Nothing is
+    changed: with ``example`` the model runs forward and backward once, and its parameters, gradients, buffers, mode and
+    the random state are as before.
+
+    Args:
+        model: a module, or the path of a checkpoint: a ``.safetensors`` file, a sharded index, a folder of either, or a
+            file that ``torch.save`` wrote. A checkpoint is streamed, and no code of it runs.
+        example: a batch to probe with: what ``model(...)`` takes, as a tensor, a mapping of keyword arguments, or
+            (inputs, labels); ``"synthetic"`` makes one from the model's own configuration; ``None`` does not probe.
+        optimizer: the optimiser that is to train the model: are all parameters in it, and are they still the model's?
+        against: an earlier ``StructureReport`` (did the structure survive?), or what the model should hold, as a
+            state dictionary or the path of a checkpoint.
+        heads: query heads of a bare checkpoint, where no config.json beside it says so.
+
+    Returns:
+        The findings, most severe first; ``print`` shows a table, ``exit_status()`` is what a script gates on.
+
+    Raises:
+        EspalierError: the checkpoint cannot be read, or no example can be made for this model.
+    """
+    patient, source = _admit(model, optimizer, against, heads)
+    found: list[tuple[Check, Finding]] = []
+    numbers = 0
+    for record in map(source.record, source.names):
+        if record.values is not None and _plain(record.values):
+            record = replace(record, stats=measure(record.values))
+        numbers += 0 if record.values is None else record.values.numel()
+        if record.values is not None:
+            found += [(c, f) for c in _checks("tensor") for f in c.function(record, patient)]
+        # Only the numbers are kept: a whole model need not fit into memory.
+        patient.records.append(replace(record, values=None))
+    found += [(c, f) for c in _checks("model") for f in c.function(patient)]
+    kept = [finding for check, finding in found if not (check.fresh_only and patient.trained)]
+    if example is not None:
+        if patient.model is None:
+            raise EspalierError("example: a bare checkpoint has no code to run: pass a module to probe it")
+        kept += probe(patient.model, example, trained=patient.trained)
+    kept = [f if f.page else replace(f, page=f"{GUIDE}#{f.check}") for f in kept]
+    return Diagnosis(sort_findings(kept), len(patient.records), numbers, patient.trained)
+
+
+def _admit(
+    model: nn.Module | str | Path, optimizer: torch.optim.Optimizer | None, against: Any, heads: int | None
+) -> tuple[Patient, Source]:
+    if isinstance(against, str | Path):
+        against = _Stored(Path(against))
+    elif against is not None and not isinstance(against, StructureReport | Mapping):
+        raise EspalierError(f"against {type(against).__name__}: pass a StructureReport, a state dictionary or a path")
+    if isinstance(model, nn.Module):
+        _reshard(model)
+        source = open_module(model)
+    elif Path(model).exists():
+        source = open_weights(Path(model))
+    else:
+        raise EspalierError(f"model {str(model)!r} is neither a module nor a path: name a checkpoint that exists")
+    known = source.config.get("num_attention_heads") or source.config.get("n_head")
+    heads = heads or (known if isinstance(known, int) else None)
+    module = model if isinstance(model, nn.Module) else None
+    patient = Patient(module, source.config, source.load, optimizer, against, heads, aliases=dict(source.aliases))
+    return patient, source
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors by name, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._source = open_weights(path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._source.names:
+            raise KeyError(name)
+        return self._source.load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.names)
+
+    def __len__(self) -> int:
+        return len(self._source.names)
+
+
+def _plain(values: torch.Tensor) -> bool:
+    """Return whether a tensor's numbers can be read as they lie: no quantised subclass, no sparse layout."""
+    return type(values) is torch.Tensor and values.is_floating_point() and values.layout == torch.strided
+
+
+def _checks(scope: str) -> list[Check]:
+    return [check for check in CHECKS.values() if check.scope == scope]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 keeps after a forward pass, so that shards are what is read."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,165 @@
+"""What the probe's numbers mean: thresholds, and the words of the findings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from torch import Tensor
+
+from espalier.doctor.finding import Finding, Severity
+from espalier.doctor.watch import Activity
+
+# Over the depth of a healthy network activations change by at most some ten times.
+_GROWTH = 100.0
+# Batch norm alone multiplies gradients by about 1.2 a layer, backwards (ConvMixer-768/32: 4e4 from end to end).
+_GRADIENTS = 1e6
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Root mean square of every parameter's gradient, and the parameters that got none."""
+
+    sizes: dict[str, float]
+    missing: tuple[str, ...]
+
+
+def judge_activity(activity: Activity, depth: Sequence[tuple[str, float]]) -> list[Finding]:
+    """Return findings on a forward pass, given the outputs' sizes along the blocks."""
+    broken = next((name for name, size in activity.sizes.items() if not math.isfinite(size)), None)
+    if broken is not None:
+        return [
+            Finding(
+                "error", broken, "activations", "NaN or infinity in its output", "finite activations",
+                "look at this module's weights and inputs: it is the first whose output is not finite",
+            )
+        ]  # fmt: skip
+    findings = []
+    if len(depth) >= 3 and depth[0][1] > 0:
+        (first, start), (last, end) = depth[0], depth[-1]
+        ratio = end / start
+        if ratio > _GROWTH or ratio < 1 / _GROWTH:
+            grows = ratio > 1
+            findings.append(
+                Finding(
+                    "error" if ratio > _GROWTH**2 or ratio < _GROWTH**-3 else "warning", last, "activations",
+                    f"rms {end:.3g}, {ratio:.2g} times that of {first}", "within 100 times over the depth",
+                    "scale residual branches down with depth, or normalise" if grows
+                    else "scale the weights up: the signal dies out with depth",
+                )
+            )  # fmt: skip
+    for name, share in activity.dead.items():
+        if share >= 0.5:
+            findings.append(
+                Finding(
+                    "error" if share >= 0.95 else "warning", name, "dead-units", f"{share:.0%} of units always zero",
+                    "under 10 %", "look at the bias before it (large and negative?) and at the size of its inputs",
+                )
+            )  # fmt: skip
+    for name, share in activity.saturated.items():
+        if share >= 0.7:
+            findings.append(
+                Finding(
+                    "warning", name, "saturated", f"{share:.0%} of its entries are at a bound", "under 30 %",
+                    "scale down what comes in: at the bounds no gradient passes",
+                )
+            )  # fmt: skip
+    for name, entropy in activity.entropy.items():
+        if entropy < 0.1:
+            findings.append(
+                Finding(
+                    "warning", name, "attention-entropy", f"{entropy:.2g} of uniform's", "over 0.5 at the start",
+                    "scale queries and keys down: each query sees one key, and its softmax passes no gradient",
+                )
+            )  # fmt: skip
+    return findings
+
+
+def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> list[Finding]:
+    """Return a finding if the loss is far from that of a model that knows nothing, ln(classes).
+
+    Without targets the mean over all of them counts: log Σ exp z − mean z, which is ln C for equal logits.
+    """
+    classes = logits.shape[-1]
+    flat = logits.detach().reshape(-1, classes).double()
+    unknowing = float((flat.logsumexp(-1) - flat.mean(-1)).mean())
+    measured = unknowing if loss is None else float(loss.detach())
+    usual = math.log(classes)
+    # Trained weights may be sure of themselves; of made-up targets that says nothing.
+    if trained and loss is None:
+        return []
+    excess = measured - usual
+    if not math.isfinite(measured) or excess > max(1.0, 0.15 * usual):
+        what = "loss" if loss is not None else "loss over all targets"
+        return [
+            Finding(
+                "error" if not excess < 3 * usual else "warning", "", "loss", f"{what} {measured:.3g}",
+                f"ln {classes:,} = {usual:.3g} before training",
+                "scale the last layer (or the tied embedding) down: its logits are far too sure",
+            )
+        ]  # fmt: skip
+    return []
+
+
+def judge_gradients(gradients: Gradients, *, unused: Severity | None) -> list[Finding]:
+    """Return findings on a backward pass.
+
+    Args:
+        gradients: of every parameter.
+        unused: how severe it is that a parameter gets none; ``None`` where the loss is no training loss.
+    """
+    findings = []
+    sizes = gradients.sizes
+    broken = [name for name, size in sizes.items() if not math.isfinite(size)]
+    if broken:
+        findings.append(
+            Finding(
+                "error", broken[-1], "gradients", f"NaN or infinity in {len(broken)} gradients", "finite gradients",
+                "look for a division, root or norm of zero in the backward pass behind this layer",
+            )
+        )  # fmt: skip
+    finite = {name: size for name, size in sizes.items() if math.isfinite(size)}
+    if finite and not any(finite.values()):
+        findings.append(
+            Finding(
+                "error", "", "gradients", "every gradient is zero", "gradients everywhere",
+                "something cuts the graph or multiplies by zero: look at the findings above",
+            )
+        )  # fmt: skip
+    # Weights of a chain of blocks: their typical gradient, first block against last.
+    blocks: dict[str, list[float]] = {}
+    for name, size in finite.items():
+        parts = name.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if index is not None and size > 0 and parts[-1] == "weight":
+            blocks.setdefault(".".join(parts[: index + 1]), []).append(size)
+    ends = list(blocks.items())
+    if len(ends) >= 3:
+        (first, start), (last, end) = ((n, median(v)) for n, v in (ends[0], ends[-1]))
+        ratio = start / end
+        if not 1 / _GRADIENTS < ratio < _GRADIENTS:
+            findings.append(
+                Finding(
+                    "warning", first, "gradients", f"{ratio:.2g} times the gradient of {last}", "within 1e6 end to end",
+                    "the gradient vanishes or explodes on its way: scale the residual branches, or normalise",
+                )
+            )  # fmt: skip
+    if unused is not None:
+        usual, remedy = "one for every parameter", "use it in forward, freeze it, or drop it: DDP waits for it"
+        findings += [Finding(unused, name, "no-gradient", "no gradient", usual, remedy) for name in gradients.missing]
+    return findings
+
+
+def judge_bfloat16(activity: Activity | None) -> list[Finding]:
+    """Return a finding if a pass under bfloat16 autocast is not finite where that in float32 was."""
+    broken = next((n for n, size in activity.sizes.items() if not math.isfinite(size)), None) if activity else None
+    if broken is None:
+        return []
+    return [
+        Finding(
+            "error", broken, "bfloat16", "NaN or infinity under bfloat16 autocast", "finite, as in float32",
+            "run this module in float32 (torch.autocast(enabled=False))",
+        )
+    ]  # fmt: skip

@@ -1,0 +1,204 @@
+"""One forward and one backward pass with a batch: is the signal neither lost nor blown up, does every part learn?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espalier.doctor.batch import Batch, as_batch, synthetic
+from espalier.doctor.finding import Finding, Severity
+from espalier.doctor.judge import (
+    Gradients,
+    judge_activity,
+    judge_bfloat16,
+    judge_gradients,
+    judge_loss,
+)
+from espalier.doctor.record import plain_name
+from espalier.doctor.watch import Activity, watch
+from espalier.errors import EspalierError
+
+
+def probe(model: nn.Module, example: Any, *, trained: bool = False) -> list[Finding]:
+    """Run a batch through a model, forward and backward, and say what looks wrong.
+
+    The pass is a training step without the step: training mode, so that batch norm uses the batch. Parameters,
+    gradients, buffers, modes and random state are afterwards what they were.
+
+    Args:
+        model: the module; its parameters must have storage.
+        example: what ``as_batch`` takes, or ``"synthetic"``.
+        trained: the weights are trained: the loss on made-up targets says nothing.
+
+    Raises:
+        EspalierError: no batch can be made of ``example``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Compiled code hides what happens in it.
+    model = getattr(model, "_orig_mod", model)
+    with _as_before(model), torch.enable_grad():
+        model.train()
+        batch = _working_batch(model, example, generator)
+        with watch(model) as activity:
+            output = _forward(model, batch)
+        findings = judge_activity(activity, _depth(model, activity))
+        broken = any(finding.check == "activations" and finding.severity == "error" for finding in findings)
+        logits, loss, stated = _loss(output, batch, model, generator)
+        if logits is not None and not broken:
+            findings += judge_loss(logits, loss if stated else None, trained=trained)
+        if loss is not None and loss.requires_grad and not broken:
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            # A made-up batch may leave out inputs, such as an encoder's states, that training has.
+            real: Severity = "note" if isinstance(example, str) else "warning"
+            findings += judge_gradients(_gradients(model), unused=real if stated or logits is not None else None)
+        if not broken:
+            findings += judge_bfloat16(_under_bfloat16(model, batch))
+    return findings
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Put back modes, buffers, gradients and the random state after a ``with`` block."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    copies = {id(b): b.detach().clone() for _, own in buffers for b in own.values() if b is not None and not b.is_meta}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    # Autograd adds into a gradient in place where there is one.
+    for parameter in gradients:
+        parameter.grad = None
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for module, own in buffers:
+                module._buffers.clear()
+                module._buffers.update(own)
+                for buffer in own.values():
+                    if buffer is not None and id(buffer) in copies:
+                        buffer.copy_(copies[id(buffer)])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+def _working_batch(model: nn.Module, example: Any, generator: torch.Generator) -> Batch:
+    """Return the example, or the first synthetic batch that the model takes."""
+    if not isinstance(example, str):
+        return as_batch(model, example)
+    if example != "synthetic":
+        raise EspalierError(f"example {example!r}: pass a batch, or 'synthetic'")
+    reason: Exception | None = None
+    for candidate in synthetic(model, generator):
+        batch = as_batch(model, candidate)
+        try:
+            with torch.no_grad():
+                _forward(model, batch)
+        except Exception as error:  # whatever a model raises at a batch of the wrong shape
+            reason = error
+            continue
+        return batch
+    text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    raise EspalierError(f"example 'synthetic': {type(model).__name__} does not take it ({text}): pass a batch")
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    try:
+        return batch.run(model)
+    except ValueError as error:
+        # Batch norm refuses a batch of one in training mode.
+        if "more than 1 value per channel" not in str(error):
+            raise
+        model.eval()
+        return batch.run(model)
+
+
+def _depth(model: nn.Module, activity: Activity) -> list[tuple[str, float]]:
+    """Return the sizes of the outputs of the longest chain of blocks of one class, in order."""
+    chains: list[list[tuple[str, float]]] = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= 3:
+            names = [plain_name(f"{prefix}.{index}".lstrip(".")) for index in range(len(module))]
+            chain = [(name, activity.sizes[name]) for name in names if name in activity.sizes]
+            if len({type(block) for block in module}) == 1 and len(chain) == len(module):
+                chains.append(chain)
+    return max(chains, key=len, default=[])
+
+
+def _loss(
+    output: Any, batch: Batch, model: nn.Module, generator: torch.Generator
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return the logits over classes, a loss to differentiate, and whether the loss is the task's own."""
+    own = getattr(output, "loss", None)
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Tensor):
+        logits = output
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    first = logits if isinstance(logits, Tensor) else _first_tensor(output)
+    classes = isinstance(logits, Tensor) and logits.ndim in (2, 3) and _is_classifier(model, batch, logits)
+    if isinstance(own, Tensor) and own.ndim == 0:
+        return (logits if classes else None), own, True
+    if classes:
+        assert isinstance(logits, Tensor)
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        if batch.targets is not None and batch.targets.numel() == len(flat):
+            return logits, F.cross_entropy(flat, batch.targets.reshape(-1).long(), ignore_index=-100), True
+        targets = torch.randint(flat.shape[-1], (len(flat),), generator=generator).to(flat.device)
+        return logits, F.cross_entropy(flat, targets), False
+    if first is None:
+        return None, None, False
+    return None, first.float().square().mean(), False
+
+
+def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
+    """Return whether the last dimension counts classes: as many as the model or its configuration names."""
+    if batch.targets is not None:
+        return True
+    config = getattr(model, "config", None)
+    named = [getattr(s, n, None) for s in (config, model) for n in ("vocab_size", "num_labels", "num_classes")]
+    named += [getattr(getattr(config, "text_config", None), "vocab_size", None)]
+    return logits.shape[-1] > 1 and logits.shape[-1] in [size for size in named if isinstance(size, int)]
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.requires_grad), None)
+
+
+def _gradients(model: nn.Module) -> Gradients:
+    norms: dict[str, float] = {}
+    missing = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            missing.append(plain_name(name))
+        else:
+            gradient = parameter.grad
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            norms[plain_name(name)] = float(gradient.double().norm()) / math.sqrt(gradient.numel())
+    return Gradients(norms, tuple(missing))
+
+
+def _under_bfloat16(model: nn.Module, batch: Batch) -> Activity | None:
+    """Run the batch again under bfloat16 autocast; ``None`` where that is no question or not possible."""
+    first = next(model.parameters(), None)
+    if first is None or first.dtype != torch.float32 or first.device.type not in ("cpu", "cuda"):
+        return None
+    with torch.no_grad(), watch(model) as activity, torch.autocast(first.device.type, torch.bfloat16):
+        try:
+            _forward(model, batch)
+        except (RuntimeError, NotImplementedError):  # an operator without a bfloat16 kernel: nothing is known
+            return None
+    return activity

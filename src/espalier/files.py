@@ -1,0 +1,164 @@
+"""Files that appear whole or not at all, weights that are read without running code, and the cache folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import pickle
+import secrets
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError
+
+_STALE_SECONDS = 3600.0
+# Where training scripts keep the weights within what they save.
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file through a temporary sibling of its own name and a rename; on failure nothing is left of it.
+
+    Two processes that write one file at the same time each write a sibling of their own: the last rename wins. What a
+    kill left behind is cleared by whoever writes the file again an hour later or more.
+
+    Raises:
+        EspalierError: the folder does not exist.
+        OSError: the file cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise EspalierError(f"file {path}: folder {path.parent} does not exist: make it first")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):  # its writer may just have renamed it
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON through ``write_bytes``; NaN is refused (ValueError)."""
+    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write tensors as safetensors through ``write_bytes`` and return the path; see ``tensors_bytes``."""
+    write_bytes(path, tensors_bytes(tensors, metadata))
+    return path
+
+
+def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return tensors as a safetensors file; every entry is contiguous, on the CPU, and stands for itself.
+
+    The copies undo channels-last strides and separate tied weights: safetensors refuses both.
+    """
+    from safetensors.torch import save
+
+    apart = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return save(apart, None if metadata is None else dict(metadata))
+
+
+def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+    """Return the tensors that a file holds by name, on the CPU, without running code that is in it.
+
+    Files that end in ``.safetensors`` are read as such, all others by ``torch.load(weights_only=True)``; there the
+    weights may lie under ``state_dict``, ``model`` or their averaged counterparts.
+
+    Args:
+        path: the file.
+        mapped: map a file of torch's into memory rather than reading it whole, where its format allows.
+
+    Raises:
+        EspalierError: the file is missing, cannot be read safely, or holds no tensors by name.
+    """
+    if not path.is_file():
+        raise EspalierError(f"there is no checkpoint {path}: name a file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            # timm's scripts keep their command line beside the weights: a plain bag of values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                # Files from before torch 1.6 are no zip archives and cannot be mapped.
+                mapped = mapped and zipfile.is_zipfile(path)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # both readers raise half a dozen kinds for a damaged or hostile file
+        reason = "it would run code" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise EspalierError(f"checkpoint {path} cannot be read safely: {reason}") from None
+    for name in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    found = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not found:
+        raise EspalierError(f"checkpoint {path} holds no tensors by name, nor under any of {', '.join(_NESTED)}")
+    return found
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy the state saved at ``path`` into ``model``, in place, keeping its memory layout and device.
+
+    Raises:
+        EspalierError: the file is missing, cannot be read safely, or does not fit the model.
+    """
+    state = read_tensors(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise EspalierError(f"weights {path} do not fit the model: {' '.join(str(error).split())[:300]}") from error
+
+
+def read_checked(path: Path, md5: str) -> bytes:
+    """Return the content of ``path`` after comparing its md5 with the published one.
+
+    The bytes that were hashed are the bytes returned, so nobody can swap the file in between.
+
+    Raises:
+        EspalierError: the file is missing, unreadable or not the published one; the message names it.
+    """
+    content = read_file(path)
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise EspalierError(f"{path} has md5 {found}, the published file {md5}: fetch it again")
+    return content
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of ``path``.
+
+    Raises:
+        EspalierError: the file is missing or unreadable; the message names it.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``ESPALIER_CACHE``, or ``espalier`` in the user's cache folder."""
+    if named := os.environ.get("ESPALIER_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "espalier"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

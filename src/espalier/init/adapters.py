@@ -1,0 +1,36 @@
+"""Adapters (LoRA and its kin): the layers below them, for the length of a look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[bool]:
+    """Put the layers below adapters in the adapters' place inside a module for the length of a ``with`` block.
+
+    An adapter is known by its ``base_layer``, as peft names it. Weights are not copied and the adapters come back
+    untouched, also after an exception.
+
+    Yields:
+        Whether there is an adapter in the module.
+    """
+    over = [
+        (owner, name, child)
+        for owner in module.modules()
+        for name, child in owner.named_children()
+        if isinstance(getattr(child, "base_layer", None), nn.Module)
+    ]
+    try:
+        for owner, name, child in over:
+            base = child
+            while isinstance(below := getattr(base, "base_layer", None), nn.Module):
+                base = below
+            owner._modules[name] = base
+        yield bool(over)
+    finally:
+        for owner, name, child in over:
+            owner._modules[name] = child

@@ -1,0 +1,240 @@
+"""The family of self-attention: two products written, measured, judged and fitted, and what stands between them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.attention.mimetic import (
+    PRESETS,
+    Mimetic,
+    Strength,
+    expected_diagonal,
+    measure_attention,
+    mimetic_attention_,
+)
+from espalier.init.attention.near_identity import near_identity, split
+from espalier.init.families.base import Family, Place
+from espalier.init.layouts import AttentionWeights
+
+# A product counts as structured when its diagonal is this many standard errors from its other entries: with independent
+# weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
+_Z = 8.0
+# How far a verified diagonal may be from the one asked for, beside the sampling error of its noise.
+_TOLERANCE = 0.1
+# The law of a truncated αZ + βI depends on the width hardly at all, so one width tells it for all.
+_PILOT = 192
+_ANGLES = 25
+
+# What libraries call the things that change what a product means.
+_QK_NORM = re.compile(
+    r"(q|k|qk|query|key)_?(l|layer_?|rms_?)?(norm|ln)|(layer_?|rms_?)?(norm|ln)_?(q|k|qk|query|key)|logit_scale",
+    re.IGNORECASE,
+)
+_OUTPUT_NORM = re.compile(
+    r"(o|g|out|output|sub|attn_?sub|inner_?attn|attn|head|group)?_?(layer_?)?(norm|ln)", re.IGNORECASE
+)
+_GATE = re.compile(r"(\w+_)?gat(e|es|ed|ing)(_\w+)?|g_proj|to_gates?", re.IGNORECASE)
+_ROTARY = re.compile(r"\w*(rotary|rope)\w*|freqs_cis", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class AttentionFit:
+    """What one layer's products are near to.
+
+    Attributes:
+        layer: its name.
+        qk_heads: (α, β) of every head: least squares of W_Q W_Kᵀ on αZ + βI, with Z's entries of variance 1/d.
+        vo: (α, β) of Σ_h W_V,h W_proj,h, in the same way.
+        qk_asked, vo_asked: the strengths that ``Mimetic`` must be given for products of this size. A product of rank
+            k < d keeps only part of what is asked, so these are larger than the fitted ones.
+    """
+
+    layer: str
+    qk_heads: tuple[Strength, ...]
+    vo: Strength
+    qk_asked: Strength
+    vo_asked: Strength
+
+    def __str__(self) -> str:
+        heads = [sum(strengths) / len(self.qk_heads) for strengths in zip(*self.qk_heads, strict=True)]
+        pairs = (heads, self.vo, self.qk_asked, self.vo_asked)
+        fitted_qk, fitted_vo, qk, vo = (f"{pair[0]:.3g}·Z {pair[1]:+.3g}·I" for pair in pairs)
+        return f"{self.layer or '(model)'}: qk {fitted_qk}, vo {fitted_vo}; ask for qk {qk}, vo {vo}"
+
+
+class AttentionFamily(Family):
+    """Self-attention, whose two products are set near multiples of the identity."""
+
+    kind = "attention"
+    default = Mimetic()
+    row = AttentionFit
+
+    def write(self, weights: AttentionWeights, spec: Mimetic, place: Place, generator: torch.Generator) -> str:
+        """Write both products and zero the biases."""
+        spec = spec.at(*place)
+        mimetic_attention_(
+            weights.q, weights.k, weights.v, weights.out, weights.num_heads, num_kv_heads=weights.num_kv_heads,
+            qk=spec.qk, vo=spec.vo, noise=spec.noise, method=spec.method, generator=generator,
+        )  # fmt: skip
+        for bias in weights.biases:
+            bias.zero_()
+        pairs = (("qk", spec.qk), ("vo", spec.vo))
+        return ", ".join(f"{name} {pair[0]:.4g}·Z {pair[1]:+.4g}·I" for name, pair in pairs if pair is not None)
+
+    def measure(self, weights: AttentionWeights) -> dict[str, float]:
+        """Return the figures of ``measure_attention``."""
+        return measure_attention(
+            weights.q, weights.k, weights.v, weights.out, weights.num_heads, weights.num_kv_heads
+        )  # fmt: skip
+
+    def verify(self, weights: AttentionWeights, spec: Mimetic, place: Place, measured: Mapping[str, float]) -> str:
+        """Hold both diagonals against those that the best approximation of what was asked has."""
+        dim = weights.q.shape[-1]
+        head_share = weights.q.numel() / weights.num_heads / dim**2
+        rank_share = min(weights.v.numel() / dim**2, 1.0)
+        # With grouped queries only one query head in a group has the best approximation; the others keep less of it.
+        slack = _TOLERANCE if weights.num_heads == weights.num_kv_heads else 1.0
+        spec = spec.at(*place)
+        for name, pair, share in (("qk", spec.qk, head_share), ("vo", spec.vo, rank_share)):
+            if pair is None:
+                continue
+            asked = expected_diagonal(*pair, round(share, 4))
+            error = abs(measured[f"{name}_diagonal"] - asked)
+            scatter = (abs(pair[0]) + abs(pair[1])) / dim**0.5
+            if not error <= slack * abs(asked) + 6 * scatter / (weights.num_heads if name == "qk" else dim) ** 0.5:
+                return f"{name} diagonal is {measured[f'{name}_diagonal']:.3g} where {asked:.3g} was written"
+        return ""
+
+    def scores(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Return both products' scores, and that of the head whose query-key product stands out least."""
+        names = {"qk": "qk_z", "qk of every head": "qk_least_z", "vo": "vo_z"}
+        return {part: measured[name] / _Z for part, name in names.items() if name in measured}  # older reports have two
+
+    def fit(self, name: str, weights: AttentionWeights) -> AttentionFit:
+        """Return the fit of every head, of values and outputs, and the strengths behind them."""
+        dim, heads = weights.q.shape[-1], weights.num_heads
+        shared = heads // weights.num_kv_heads
+        q_HKD = weights.q.reshape(heads, -1, dim)
+        k_HKD = weights.k.reshape(weights.num_kv_heads, -1, dim).repeat_interleave(shared, 0)
+        pairs = tuple(_head_strength(q, k) for q, k in zip(q_HKD, k_HKD, strict=True))
+        measured = self.measure(weights)
+        qk, vo = ((measured[f"{p}_off"] * dim**0.5, measured[f"{p}_diagonal"]) for p in ("qk", "vo"))
+        fractions = (q_HKD.shape[1] / dim, weights.v.numel() / dim**2)
+        return AttentionFit(name, pairs, vo, strength_behind(qk, fractions[0]), strength_behind(vo, fractions[1]))
+
+    def spec(self, rows: Sequence[AttentionFit]) -> Mimetic | None:
+        """Return the strengths of every layer; a model of another depth takes those between them."""
+        return Mimetic(layers=tuple((row.qk_asked, row.vo_asked) for row in rows)) if rows else None
+
+    def lines(self, rows: Sequence[AttentionFit]) -> list[str]:
+        """Return a heading and a line a layer."""
+        return ["layer: fitted qk (mean of heads) and vo as αZ + βI; the strengths to ask for", *map(str, rows)]
+
+    def note(self, weights: AttentionWeights, module: nn.Module) -> str:
+        """Add to the layout's note what stands between the products and the scores or the output."""
+        return "; ".join(filter(None, (weights.note, *_between(module, weights.note))))
+
+    def remark(self, weights: AttentionWeights, spec: Mimetic, module: nn.Module, model: nn.Module) -> str:
+        """Warn where a causal model gets the strengths that were found on images."""
+        vision = PRESETS["vision"]
+        if spec.layers or (spec.qk != vision.qk and spec.vo != vision.vo) or not _is_causal(weights, module, model):
+            return ""
+        return (
+            "its attention is causal and got the strengths of vision models, which nothing here shows to help on text: "
+            'compare Mimetic.preset("language")'
+        )
+
+
+def _between(module: nn.Module, said: str) -> Iterator[str]:
+    """Yield what changes the meaning of the products, known by names of parts and arguments, unless said already."""
+    parts = [name for name, part in module.named_modules() if not isinstance(part, nn.Identity)]
+    names = {name.rpartition(".")[2] for name in (*parts, *dict(module.named_parameters()))}
+    arguments = inspect.signature(module.forward).parameters
+    turned = any(map(_ROTARY.fullmatch, (*names, *arguments))) or "tuple" in str(
+        getattr(arguments.get("position_embeddings"), "annotation", "")
+    )
+    if turned and "rotary" not in said:
+        yield "rotary positions: the QK product holds at distance zero"
+    if any(map(_QK_NORM.fullmatch, names)) and "are normalised" not in said:
+        yield "queries and keys are normalised: their product holds up to scale"
+    # A norm that is registered before the projections acts on the input.
+    children = [name for name, part in module.named_children() if not isinstance(part, nn.Identity)]
+    first = next((i for i, name in enumerate(children) if _holds_matrix(module.get_submodule(name))), 0)
+    if any(map(_OUTPUT_NORM.fullmatch, children[first:])) and "before the output projection" not in said:
+        yield "a norm stands before the output projection: the VO product holds up to scale"
+    if any(map(_GATE.fullmatch, names)) and "gate" not in said:
+        yield "gated: the VO product holds before the gate"
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim == 2 for parameter in module.parameters())
+
+
+def _is_causal(weights: AttentionWeights, module: nn.Module, model: nn.Module) -> bool:
+    """Return whether a token sees only earlier ones: as the views say, else the module, its class, or the model."""
+    if weights.causal is not None:
+        return weights.causal
+    stated = [part.is_causal for part in module.modules() if isinstance(getattr(part, "is_causal", None), bool)]
+    if stated:
+        return any(stated)
+    names = "".join(type(part).__name__ for part in (module, model))
+    decoder = getattr(getattr(model, "config", None), "is_decoder", False) is True
+    return decoder or "Causal" in names or type(model).__name__.endswith("LMHeadModel")
+
+
+def _head_strength(q_KD: Tensor, k_KD: Tensor) -> Strength:
+    """Return (α, β) of one head, without ever holding a d × d matrix."""
+    q, k = q_KD.float(), k_KD.float()
+    dim = q.shape[1]
+    diagonal = (q * k).sum(0)
+    square = ((q @ q.mT) * (k @ k.mT)).sum() - diagonal.square().sum()
+    return float((square.clamp_min(0) / max(dim - 1, 1)).sqrt()), float(diagonal.mean())
+
+
+def strength_behind(fitted: Strength, fraction: float) -> Strength:
+    """Return the (α, β) whose best approximation in ``fraction`` of the rank has the fitted strengths.
+
+    Truncation scales with its target, so only the angle between α and β has to be found: the angle of the fitted pair
+    is a rising function of it, tabulated on one matrix of 192 rows. A pair nearer to the identity than any truncated
+    one can be is taken for the identity alone.
+
+    Args:
+        fitted: (α, β) of a product of rank k.
+        fraction: k/d.
+    """
+    if fraction >= 1:
+        return fitted
+    alpha, beta = fitted
+    norm, angle = math.hypot(alpha, beta), math.atan2(abs(beta), alpha)
+    angles, kept = _truncation(round(fraction, 4))
+    place = min(max(sum(a <= angle for a in angles) - 1, 0), _ANGLES - 2)
+    step = angles[place + 1] - angles[place]
+    share = min(max((angle - angles[place]) / step if step > 0 else 1.0, 0.0), 1.0)
+    asked = (place + share) / (_ANGLES - 1) * math.pi / 2
+    size = norm / (kept[place] + share * (kept[place + 1] - kept[place]))
+    return size * math.cos(asked), math.copysign(size * math.sin(asked), beta)
+
+
+@lru_cache(maxsize=32)
+def _truncation(fraction: float) -> tuple[list[float], list[float]]:
+    """Return, for targets cosθ·Z + sinθ·I with θ from 0 to π/2, the angle and the size of what truncation leaves."""
+    angles, sizes = [], []
+    rank = max(1, round(fraction * _PILOT))
+    for step in range(_ANGLES):
+        theta = step / (_ANGLES - 1) * math.pi / 2
+        target = near_identity(
+            _PILOT, math.cos(theta), math.sin(theta), generator=torch.Generator(device="cpu").manual_seed(0)
+        )
+        left, right = split(target, rank)
+        alpha, beta = _head_strength(left.mT, right.mT)
+        angles.append(math.atan2(max(beta, 0.0), alpha))
+        sizes.append(math.hypot(alpha, beta))
+    return angles, sizes

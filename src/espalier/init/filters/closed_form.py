@@ -1,0 +1,252 @@
+"""The covariance of depthwise filters in closed form, and filters drawn from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import TypedDict, TypeGuard, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError, unknown_name
+from espalier.randomness import cpu_generator
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+VARIANTS = ("clip", "abs", "psd")
+MASKS = ("x", "y")
+CENTRES = ("middle", "last")
+SCALES = ("raw", "unit", "match_default")
+
+# Below this share of the largest eigenvalue a negative one is rounding; beyond it the matrix is no covariance.
+_NEGATIVE_SHARE = 1e-5
+
+
+class Switches(TypedDict, total=False):
+    """The choices that the closed form leaves open, as keyword arguments; ``filter_covariance`` says what each does."""
+
+    sigma_is_std: bool
+    wrap: bool | None
+    mask: str
+    centre: str
+    variant: str
+    scale: str
+
+
+def filter_covariance(
+    kernel_size: int | Sequence[int],
+    sigma: float,
+    *,
+    dim: int = 2,
+    dtype: torch.dtype = torch.float64,
+    **switches: Unpack[Switches],
+) -> Tensor:
+    """Return the closed-form covariance of depthwise filters: ``Σ(x, y) = ½(z_x + z_y)·g(x − y) − ½·z_x·z_y``.
+
+    ``g(x − y) = exp(−‖x − y‖²/2s)``, ``z_x = g(x − c)``, c = ⌊k/2⌋ along every axis (0-based; for an even kernel the
+    tap right of the middle). Pixels are numbered in row-major order, as ``weight.flatten(2)`` lists them. The raw form
+    is not positive semi-definite for k ≥ 5, so it is repaired in float64 and then rounded once.
+
+    Args:
+        kernel_size: k, or one k per axis. An axis of length 1 adds nothing; every other has at least 3 taps.
+        sigma: s in squared taps, or its root if ``sigma_is_std``.
+        dim: axes of a kernel that is given as one number.
+        dtype: of the result.
+        sigma_is_std: read ``sigma`` as a standard deviation (s = σ²) instead of a variance (s = σ, the default).
+        wrap: measure x − y around a torus. Default: yes, except for ``"psd"``, which holds only without.
+        mask: ``"x"`` damps by z_x (default); ``"y"`` is the transposed mask, ½(z_x + z_y)·g − ¼(z_x² + z_y²), which
+            has a largely negative spectrum and is here to be studied.
+        centre: ``"middle"`` is ⌊k/2⌋ (default); ``"last"`` is k − 1, the present in a causal convolution.
+        variant: ``"clip"`` sets negative eigenvalues to 0 (default), ``"abs"`` takes their absolute values, and
+            ``"psd"`` is our form that has none: ``√(z_x z_y)·(g(x − y) − ½√(z_x z_y))``, with the same diagonal.
+        scale: ``"raw"`` (default); ``"unit"`` makes E‖F‖² = 1; ``"match_default"`` makes it 1/3, as torch's default.
+
+    Returns:
+        Σ, shape (K, K), K the product of the kernel's sizes.
+
+    Raises:
+        EspalierError: a kernel under 3, a sigma that is not positive and finite, or an unknown or contradictory switch.
+
+    Source: arXiv 2210.03651, section 4; the repaired and positive variants are ours.
+    """
+    variant, scale = switches.get("variant", "clip"), switches.get("scale", "raw")
+    covariance_KK = unrepaired_covariance(kernel_sizes(kernel_size, dim), sigma, **switches)
+    if variant != "psd":
+        eigenvalues, basis = torch.linalg.eigh(covariance_KK)
+        repaired = eigenvalues.clamp_min(0) if variant == "clip" else eigenvalues.abs()
+        covariance_KK = (basis * repaired) @ basis.mT
+        covariance_KK = (covariance_KK + covariance_KK.mT) / 2
+    if scale != "raw":
+        covariance_KK /= covariance_KK.trace() * (1 if scale == "unit" else 3)
+    return covariance_KK.to(dtype)
+
+
+def unrepaired_covariance(sizes: tuple[int, ...], sigma: float, **switches: Unpack[Switches]) -> Tensor:
+    """Return the closed form before negative eigenvalues are repaired and before scaling, float64.
+
+    Args:
+        sizes: taps along every axis, as ``kernel_sizes`` returns them.
+        sigma: as in ``filter_covariance``.
+        switches: as in ``filter_covariance``.
+
+    Returns:
+        Shape (K, K); symmetric; positive semi-definite for the variant ``"psd"`` only.
+    """
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise EspalierError(f"sigma {sigma} must be a positive finite number")
+    psd = check_switches(switches)
+    sigma_is_std, wrap = switches.get("sigma_is_std", False), switches.get("wrap")
+    last = switches.get("centre", "middle") == "last"
+
+    def gauss(distance: Tensor) -> Tensor:
+        # Divided before squaring: a tiny standard deviation must not underflow into 0/0.
+        return torch.exp(-((distance / sigma) ** 2) / 2 if sigma_is_std else -(distance**2) / (2 * sigma))
+
+    near, damp = [], []
+    for size in sizes:
+        taps = torch.arange(size, dtype=torch.float64, device="cpu")
+        apart = (taps[:, None] - taps).abs()
+        if not psd and (wrap is None or wrap):
+            apart = torch.minimum(apart, size - apart)
+        near.append(gauss(apart))
+        damp.append(gauss(taps - (size - 1 if last else size // 2)))
+    # A Gaussian of a squared distance factors over the axes.
+    g_KK, z_K = reduce(torch.kron, near), reduce(torch.kron, damp)
+    if psd:
+        root_KK = torch.outer(z_K.sqrt(), z_K.sqrt())
+        return root_KK * (g_KK - root_KK / 2)
+    mask = z_K[:, None] if switches.get("mask", "x") == "x" else z_K[None, :]
+    one_sided_KK = mask * (g_KK - z_K[None, :] / 2)
+    return (one_sided_KK + one_sided_KK.mT) / 2
+
+
+def check_switches(switches: Switches) -> bool:
+    """Refuse unknown or contradictory switches; return whether the variant is the positive one."""
+    for name in switches:
+        if name not in Switches.__annotations__:
+            raise unknown_name("argument", name, Switches.__annotations__)
+    for name, known in (("variant", VARIANTS), ("mask", MASKS), ("centre", CENTRES), ("scale", SCALES)):
+        value = switches.get(name)
+        if value is not None and value not in known:
+            raise unknown_name(name, str(value), known)
+    psd = switches.get("variant") == "psd"
+    if psd and switches.get("wrap"):
+        raise EspalierError("wrap True contradicts variant 'psd', which is positive only unwrapped: leave wrap out")
+    if psd and switches.get("mask", "x") != "x":
+        raise EspalierError("mask 'y' contradicts variant 'psd', which damps both sides alike: leave mask out")
+    return psd
+
+
+def kernel_sizes(kernel_size: int | Sequence[int], dim: int = 2) -> tuple[int, ...]:
+    """Return the taps along every axis of a kernel given as one number or as one number per axis.
+
+    Raises:
+        EspalierError: no axis, an axis of 2 taps or of fewer than 1, or no axis of at least 3.
+    """
+    sizes = (kernel_size,) * dim if isinstance(kernel_size, int) else tuple(int(size) for size in kernel_size)
+    if not any(size >= 3 for size in sizes) or any(size < 1 or size == 2 for size in sizes):
+        raise EspalierError(
+            f"kernel_size {kernel_size} is too small: give at least 3 taps an axis (or 1 beside others)"
+        )
+    return sizes
+
+
+def sample_filters(
+    covariance: Tensor, count: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Draw Gaussian filters of mean 0 and a given covariance: ``F = Z Σ^½``, computed in float64 and rounded once.
+
+    The symmetric root is unique, so a seed gives the same filters whatever basis the eigensolver picks.
+
+    Args:
+        covariance: Σ, shape (K, K).
+        count: filters to draw.
+        generator: source of the noise; torch's global one if left out. Drawing is on the CPU.
+        dtype: of the result; the covariance's if left out.
+
+    Returns:
+        Filters, shape (count, K), on the CPU.
+
+    Raises:
+        EspalierError: Σ is not square, finite, symmetric and positive semi-definite.
+    """
+    eigenvalues, basis = covariance_spectrum(covariance.cpu())
+    root_KK = (basis * eigenvalues.clamp_min(0).sqrt()) @ basis.mT
+    noise = torch.randn(count, len(basis), generator=cpu_generator(generator), dtype=torch.float64, device="cpu")
+    return (noise @ root_KK).to(dtype or covariance.dtype)
+
+
+def covariance_spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues (K) and eigenvectors (K, K) of a covariance, float64, ascending.
+
+    Raises:
+        EspalierError: it is not square, finite, symmetric and, but for rounding, positive semi-definite.
+    """
+    size = covariance.shape[-1] if covariance.ndim else 0
+    sigma_KK = covariance.detach().double()
+    if size == 0 or sigma_KK.shape != (size, size) or not sigma_KK.isfinite().all():
+        raise EspalierError(f"covariance of shape {tuple(covariance.shape)} must be a finite square matrix")
+    if (sigma_KK - sigma_KK.mT).abs().max() > _NEGATIVE_SHARE * sigma_KK.abs().max():
+        raise EspalierError("covariance is not symmetric: pass (Σ + Σᵀ)/2")
+    eigenvalues, basis = torch.linalg.eigh((sigma_KK + sigma_KK.mT) / 2)
+    if eigenvalues[0] < -_NEGATIVE_SHARE * eigenvalues[-1].abs():
+        raise EspalierError(f"covariance has the eigenvalue {eigenvalues[0]:.3g} < 0: clip its spectrum first")
+    return eigenvalues, basis
+
+
+def depthwise_covariance_(
+    weight: Tensor, sigma: float, *, generator: torch.Generator | None = None, **switches: Unpack[Switches]
+) -> Tensor:
+    """Fill depthwise filters in place with draws from the closed-form covariance ``Σ(sigma)``.
+
+    Args:
+        weight: shape (h, 1, *k) of a 1-, 2- or 3-D depthwise convolution. Left alone on the meta device and if empty.
+        sigma: as in ``filter_covariance``.
+        generator: source of the filters; torch's global one if left out.
+        switches: as in ``filter_covariance``.
+
+    Returns:
+        The weight.
+
+    Raises:
+        EspalierError: the weight is not depthwise, or an argument that ``filter_covariance`` refuses.
+
+    Source: arXiv 2210.03651.
+    """
+    return fill_filters_(weight, filter_covariance(depthwise_kernel(weight), sigma, **switches), generator)
+
+
+def fill_filters_(weight: Tensor, covariance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill depthwise filters (h, 1, *k) in place with draws from a (K, K) covariance; no-op if meta or empty."""
+    if weight.is_meta or weight.numel() == 0:
+        return weight
+    filters_HK = sample_filters(covariance, weight.shape[0], generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return weight.copy_(filters_HK.view(weight.shape))
+
+
+def depthwise_kernel(weight: Tensor) -> tuple[int, ...]:
+    """Return the kernel's sizes of a depthwise weight (h, 1, *k).
+
+    Raises:
+        EspalierError: the weight has another shape.
+    """
+    if weight.ndim < 3 or weight.shape[1] != 1:
+        raise EspalierError(f"weight of shape {tuple(weight.shape)} is not depthwise: pass (channels, 1, *kernel)")
+    return tuple(weight.shape[2:])
+
+
+def is_depthwise(module: nn.Module) -> TypeGuard[Convolution]:
+    """Return whether a module is a convolution with groups = input = output channels > 1 and more than one tap."""
+    return (
+        isinstance(module, Convolution)
+        and module.groups == module.in_channels == module.out_channels > 1
+        and max(module.kernel_size) > 1
+    )
+
+
+def depthwise_layers(model: nn.Module) -> list[tuple[str, Convolution]]:
+    """Return the name and module of every depthwise convolution of a model, in the order of registration."""
+    return [(name, module) for name, module in model.named_modules() if is_depthwise(module)]

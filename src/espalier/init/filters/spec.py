@@ -1,0 +1,145 @@
+"""What to write into all depthwise layers of a model: a schedule of σ over depth, or measured statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.errors import EspalierError, unknown_name
+from espalier.init.filters.closed_form import (
+    Switches,
+    check_switches,
+    depthwise_kernel,
+    fill_filters_,
+    filter_covariance,
+    kernel_sizes,
+)
+from espalier.init.filters.statistics import FilterStatistics
+
+DEPTH_RULES = ("ends", "starts", "middles", "stops")
+
+
+class Schedule(NamedTuple):
+    """σ over fractional depth d: ``σ(d) = σ₀ + v·d + ½·a·d²``."""
+
+    sigma0: float
+    v: float
+    a: float
+
+
+# Remembered or inferred and not settled by experiment: our presets, not quotations of the paper.
+PRESETS = {
+    "patch-1": Schedule(0.16, 0.32, 2.88),
+    "patch-2": Schedule(0.08, 0.37, 2.9),
+    "convnext": Schedule(0.15, 0.5, 0.25),
+}
+# The middle one: it fits the networks of our own recipes best.
+PRESETS["closed-form"] = PRESETS["patch-2"]
+
+
+@dataclass(frozen=True)
+class FilterCovariance:
+    """How to initialise all depthwise layers of a model: a schedule of σ over depth, or measured statistics.
+
+    ``σ(d) = σ₀ + v·d + ½·a·d²`` over fractional depth d in [0, 1], σ in squared taps. A preset gives (σ₀, v, a); any of
+    the three replaces the preset's. ``FilterCovariance()`` is the published closed form (variance, wrapped, masked,
+    clipped, raw scale) with the schedule ``"patch-2"``: nearly a single tap at the start and std ≈ 1.4 taps at the end.
+
+    Raises:
+        EspalierError: an unknown preset or switch, a σ(d) that is not positive, or a schedule beside statistics.
+
+    Source: arXiv 2210.03651. The presets' numbers are unverified (see the guide).
+    """
+
+    preset: str = "closed-form"
+    """``"closed-form"``, ``"patch-1"``, ``"patch-2"`` or ``"convnext"``."""
+    sigma0: float | None = None
+    """σ of the first layer."""
+    v: float | None = None
+    """Growth of σ per unit of depth."""
+    a: float | None = None
+    """Growth of that growth."""
+    sigma_is_std: bool = False
+    """Read σ as a standard deviation instead of a variance."""
+    wrap: bool | None = None
+    """Measure the distance of taps around a torus; left out: yes, except for the variant ``"psd"``."""
+    mask: str = "x"
+    """``"x"``, or ``"y"`` for the transposed mask."""
+    centre: str = "middle"
+    """``"middle"``, or ``"last"`` for causal convolutions."""
+    variant: str = "clip"
+    """``"clip"``, ``"abs"`` or ``"psd"``."""
+    scale: str = "raw"
+    """``"raw"``, ``"unit"`` or ``"match_default"``."""
+    depth_rule: str = "ends"
+    """Depth of layer i of n: ``"ends"`` i/(n−1), ``"starts"`` i/n, ``"middles"`` (i+½)/n, ``"stops"`` (i+1)/n."""
+    statistics: FilterStatistics | None = None
+    """Measured covariances that replace the closed form."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise unknown_name("filter covariance preset", self.preset, PRESETS)
+        if self.depth_rule not in DEPTH_RULES:
+            raise unknown_name("depth_rule", self.depth_rule, DEPTH_RULES)
+        check_switches(self.switches)
+        if self.statistics is not None:
+            if (self.sigma0, self.v, self.a) != (None, None, None) or self.preset != "closed-form":
+                raise EspalierError("statistics replace the closed form: give either them or a preset, sigma0, v and a")
+            return
+        for name, published in PRESETS[self.preset]._asdict().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, published)
+        lowest = min(map(self.sigma_at, self._turning_points()))
+        if not (math.isfinite(lowest) and lowest > 0):
+            raise EspalierError(f"sigma falls to {lowest:.3g} over depth: choose sigma0, v and a that keep it positive")
+
+    @property
+    def switches(self) -> Switches:
+        """The keyword arguments of ``filter_covariance``."""
+        return Switches(
+            sigma_is_std=self.sigma_is_std,
+            wrap=self.wrap,
+            mask=self.mask,
+            centre=self.centre,
+            variant=self.variant,
+            scale=self.scale,
+        )
+
+    def sigma_at(self, depth: float) -> float:
+        """Return σ at a fractional depth in [0, 1].
+
+        Raises:
+            EspalierError: the depth lies outside, or the filters come from statistics and have no σ.
+        """
+        if self.sigma0 is None or self.v is None or self.a is None:
+            raise EspalierError("filters drawn from statistics have no sigma: ask covariance() instead")
+        if not 0 <= depth <= 1:
+            raise EspalierError(f"depth {depth} is outside 0…1: pass the fraction of the depthwise layers passed")
+        return self.sigma0 + self.v * depth + self.a * depth**2 / 2
+
+    def depth_of(self, index: int, count: int) -> float:
+        """Return the fractional depth of layer ``index`` of ``count`` (½ for one on its own under ``"ends"``)."""
+        if self.depth_rule == "ends":
+            return index / (count - 1) if count > 1 else 0.5
+        return (index + {"starts": 0.0, "middles": 0.5, "stops": 1.0}[self.depth_rule]) / count
+
+    def covariance(self, kernel_size: int | Sequence[int], depth: float, *, dim: int = 2) -> Tensor:
+        """Return the covariance (K, K), float64, of the filters at a fractional depth."""
+        if self.statistics is not None:
+            return self.statistics.covariance_at(depth, kernel_sizes(kernel_size, dim))
+        return filter_covariance(kernel_size, self.sigma_at(depth), dim=dim, **self.switches)
+
+    def write_(self, weight: Tensor, depth: float, *, generator: torch.Generator | None = None) -> str:
+        """Fill the filters (h, 1, *k) of the layer at a fractional depth in place and return in words with what."""
+        fill_filters_(weight, self.covariance(depthwise_kernel(weight), depth), generator)
+        return f"statistics at depth {depth:.2f}" if self.statistics is not None else f"σ {self.sigma_at(depth):.3g}"
+
+    def _turning_points(self) -> list[float]:
+        """Return the depths at which σ can be smallest: the ends, and the parabola's vertex if it lies between."""
+        vertex = -self.v / self.a if self.a and self.v is not None else 0.0
+        return [0.0, 1.0, min(max(vertex, 0.0), 1.0)]

@@ -1,0 +1,81 @@
+"""Read strengths off a trained model: the arguments with which ``structure_`` starts another model like this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.errors import EspalierError
+from espalier.init.attention.mimetic import as_tuples
+from espalier.init.families import FAMILIES, LayerFit, Specs, family_of
+from espalier.init.layouts import Skipped, locate_layers
+
+
+@dataclass(frozen=True)
+class StructureFit:
+    """The fits of a model's layers, in module order and family by family; prints as a table.
+
+    Attributes:
+        rows: the fits of every family that the model has, by the keyword of ``structure_``.
+    """
+
+    rows: Mapping[str, tuple[LayerFit, ...]]
+
+    def specs(self) -> Specs:
+        """Return the arguments of ``structure_``; ``None`` for a family that the model had none of."""
+        # One entry a family, and Specs names them.
+        return {kind: family.spec(self.rows.get(kind, ())) for kind, family in FAMILIES.items()}  # type: ignore[return-value]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and dictionaries for JSON."""
+        return {kind: [asdict(row) for row in rows] for kind, rows in self.rows.items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StructureFit:
+        """Return the fit that ``to_dict`` gave.
+
+        Raises:
+            KeyError: a family that is not known.
+        """
+        return cls(
+            {
+                kind: tuple(FAMILIES[kind].row(**{key: as_tuples(value) for key, value in row.items()}) for row in rows)
+                for kind, rows in data.items()
+            }
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(line for kind, rows in self.rows.items() for line in FAMILIES[kind].lines(rows))
+
+
+@torch.no_grad()
+def fit(model: nn.Module) -> StructureFit:
+    """Fit every layer that a layout recognises and say what to ask ``structure_`` for.
+
+    Attention: both products to αZ + βI. State-space layers: Ā, Δ, the correlation of W_C and W_B, the convolution.
+    Depthwise filters: σ of the closed form. ``structure_(other, **fit(trained).specs())`` starts another model, of any
+    width and depth, with this one's strengths: the noise is fresh, only its size and the identity's are taken over.
+
+    Args:
+        model: a trained model, or what ``skeleton`` makes of a checkpoint.
+
+    Raises:
+        EspalierError: the model has no layer that a layout recognises, or a layer's weights are damaged (NaN).
+    """
+    rows: dict[str, list[LayerFit]] = {kind: [] for kind in FAMILIES}
+    for layer in locate_layers(model):
+        with layer.open() as weights:
+            if isinstance(weights, Skipped):
+                continue
+            family = family_of(weights)
+            damage = family.damage(weights, family.sums(weights)) or family.excess(family.measure(weights))
+            if damage:
+                raise EspalierError(f"layer {layer.name!r} cannot be fitted: {damage}: fit a model that trained well")
+            rows[family.kind].append(family.fit(layer.name, weights))
+    if not any(rows.values()):
+        raise EspalierError(f"model {type(model).__name__} has no structure to fit: register a layout for its layers")
+    return StructureFit({kind: tuple(found) for kind, found in rows.items() if found})

@@ -1,0 +1,157 @@
+"""Find, check and open the compiled kernels that came with the package, and call them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.nn.kernels.arguments import KINDS, Arguments
+
+FOLDER = Path(__file__).parent
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_X86_LEVELS = (4, 3, 2)
+
+
+class KernelError(RuntimeError):
+    """The kernels are not here or cannot be used; the message says why."""
+
+
+def load() -> Path:
+    """Open the best library for this processor, and return its path.
+
+    Raises:
+        KernelError: there is none, or it is damaged, or made for other sources; the message says why.
+    """
+    return _library()[0]
+
+
+def candidates() -> list[Path]:
+    """Return the libraries for this machine, the fastest first, whether or not they were built."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return [FOLDER / f"x86_64_v{level}.so" for level in _X86_LEVELS]
+    return [FOLDER / "arm64.so"] if machine in ("arm64", "aarch64") else []
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Open one library, if it is what the build wrote and its structures are ours.
+
+    The checksum comes first: a truncated or overwritten library can crash the process while it is opened.
+
+    Raises:
+        KernelError: it is missing or damaged, or a structure has another size there.
+    """
+    try:
+        wanted = path.with_suffix(".sha256").read_text().split()[0]
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise KernelError(f"{path.name} is not in the package: {error}") from error
+    if found != wanted:
+        raise KernelError(f"{path.name} is damaged: its SHA-256 is not the one noted when it was built")
+    try:
+        library = ctypes.CDLL(str(path))
+        for kind in KINDS:
+            size = getattr(library, f"{kind.kernel}_size")
+            size.restype = ctypes.c_int64
+            if size() != ctypes.sizeof(kind):
+                raise KernelError(f"{path.name} was built from other sources: {kind.kernel} takes {size()} bytes there")
+        library.espalier_set_team.argtypes = [ctypes.c_void_p]
+        library.espalier_set_team(_team())
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"cannot use {path.name}: {error}") from error
+    return library
+
+
+@cache
+def _library() -> tuple[Path, ctypes.CDLL]:
+    paths = candidates()
+    if not paths:
+        raise KernelError(f"there are none for {platform.machine()}")
+    lowest = open_library(paths[-1])
+    if len(paths) == 1:
+        return paths[0], lowest
+    level = lowest.espalier_processor_level()
+    complaint = f"this processor is below {paths[-1].stem}"
+    for path, needs in zip(paths, _X86_LEVELS, strict=True):
+        if needs <= level:
+            try:
+                return path, open_library(path)
+            except KernelError as error:
+                complaint = str(error)
+    raise KernelError(complaint)
+
+
+def _team() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded, None if it has another kind.
+
+    GNU's and LLVM's runtimes have it. They are found among what is loaded already: nothing new is.
+    """
+    if os.name != "posix":
+        return None
+    beside = Path(torch.__file__).parent
+    bundled = itertools.chain(*(beside.glob(f"{place}/lib*omp*") for place in ("lib", "../torch.libs", ".dylibs")))
+    for name in (*map(str, bundled), "libgomp.so.1", "libiomp5.so", "libomp.so"):
+        try:
+            runtime = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Return whether kernels may read these tensors' memory: plain strided CPU tensors, float32 or float64.
+
+    What has no memory of its own, or means something else than its memory says, goes the torch way: subclasses, fake
+    and functional tensors, those wrapped by ``torch.func``, tensors with the negative or conjugate bit; and while a
+    mode watches every operation, so do all.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(tensor is None or _is_plain(tensor) for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.dtype in _SUFFIX
+        and not tensor.is_neg()
+        and not torch._is_functional_tensor(tensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and (tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0)
+    )
+
+
+def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:
+    """Run a kernel on the tensors' memory; the caller has made contiguous what must be so.
+
+    Args:
+        kind: the kernel's structure, from ``arguments``.
+        dtype: the precision that it runs in.
+        values: every field of the structure by name but ``size`` and ``threads``.
+    """
+    if values.keys() != kind.names:
+        raise TypeError(f"{kind.kernel} takes {sorted(kind.names)}, got {sorted(values)}")
+    given: dict[str, Any] = {n: _address(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+    arguments = kind(size=ctypes.sizeof(kind), threads=torch.get_num_threads(), **given)
+    status = getattr(_library()[1], f"{kind.kernel}_{_SUFFIX[dtype]}")(ctypes.byref(arguments))
+    if status:
+        raise MemoryError(f"no memory for {kind.kernel}") if status == 2 else KernelError(f"{kind.kernel}: {status}")
+
+
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise KernelError(f"a tensor of {tuple(tensor.shape)} has no memory that a kernel could read")
+    return address

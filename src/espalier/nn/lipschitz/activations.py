@@ -1,0 +1,119 @@
+"""Activations that sort channels: gradient-preserving, Lipschitz constant 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError
+from espalier.nn.precision import recording
+
+
+class MaxMin(nn.Module):
+    """Sort channel j and channel j + C/2: (max(a, b), min(a, b)), a gradient-preserving activation.
+
+    Its Jacobian is a permutation wherever it exists, so its Lipschitz constant is 1 and no gradient is lost.
+
+    Shapes: (B, C, …) → (B, C, …), C even.
+
+    Raises:
+        EspalierError: an odd number of channels.
+
+    Source: Anil, Lucas & Grosse, arXiv 1811.05381, section 4.2 (GroupSort with groups of two).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the larger halves, then the smaller ones."""
+        a, b = _groups(x, 2).unbind(1)
+        if recording():
+            return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
+        sorted_x: Tensor = _SortPairs.apply(x)
+        return sorted_x
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0
+
+
+class _SortPairs(torch.autograd.Function):
+    """MaxMin in the memory layout of its input, with an exchange as the backward pass: equal numbers stay in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return (max(a, b), min(a, b)) for the halves a and b of x."""
+        a, b = x.chunk(2, dim=1)
+        swapped = torch.lt(a, b, out=torch.empty_like(a))
+        ctx.save_for_backward(swapped)
+        y = torch.empty_like(x)
+        high, low = y.chunk(2, dim=1)
+        torch.maximum(a, b, out=high)
+        torch.minimum(a, b, out=low)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the gradient of x: sent back to where each number came from."""
+        sent_back: Tensor = _Exchange.apply(grad, *ctx.saved_tensors)
+        return sent_back
+
+
+class _Exchange(torch.autograd.Function):
+    """Exchange the halves of x where ``swapped`` is 1: its own inverse, and its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, swapped: Tensor) -> Tensor:
+        """Return x with its halves exchanged where asked."""
+        ctx.save_for_backward(swapped)
+        a, b = x.chunk(2, dim=1)
+        y = torch.empty_like(x)
+        first, second = y.chunk(2, dim=1)
+        # Exact at weights 0 and 1, and many times faster on a CPU than a choice by a mask.
+        torch.lerp(a, b, swapped, out=first)
+        torch.lerp(b, a, swapped, out=second)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the exchanged gradient."""
+        return _Exchange.apply(grad, *ctx.saved_tensors), None
+
+
+class GroupSort(nn.Module):
+    """Sort groups of ``group_size`` channels, largest first; group j holds channels j, j + C/g, j + 2C/g, …
+
+    Args:
+        group_size: g, at least 2; ``GroupSort(2)`` equals ``MaxMin``.
+
+    Shapes: (B, C, …) → (B, C, …), C divisible by g.
+
+    Raises:
+        EspalierError: a group below 2, or channels that do not divide into groups.
+
+    Source: Anil, Lucas & Grosse, arXiv 1811.05381, section 4.2.
+    """
+
+    def __init__(self, group_size: int = 2) -> None:
+        super().__init__()
+        if group_size < 2:
+            raise EspalierError(f"group_size {group_size} sorts nothing: choose at least 2")
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sorted channels."""
+        return _groups(x, self.group_size).sort(dim=1, descending=True).values.flatten(1, 2)
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0
+
+    def extra_repr(self) -> str:
+        """Show the group size in ``print(model)``."""
+        return f"group_size={self.group_size}"
+
+
+def _groups(x: Tensor, size: int) -> Tensor:
+    if x.shape[1] % size:
+        raise EspalierError(f"{x.shape[1]} channels do not divide into groups of {size}: choose another width")
+    return x.unflatten(1, (size, x.shape[1] // size))

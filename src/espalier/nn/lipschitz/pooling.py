@@ -1,0 +1,78 @@
+"""Smaller maps without a larger norm: blocks of pixels as channels, and scaled averages."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.errors import EspalierError
+
+
+class InvertibleDownsampling(nn.Module):
+    """Move every s×s block of pixels into channels: an isometry that halves (for s = 2) height and width.
+
+    Args:
+        factor: s, at least 1.
+
+    Shapes: (B, C, H, W) → (B, C·s², H/s, W/s).
+
+    Raises:
+        EspalierError: a factor below 1, or sides that it does not divide.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        if factor < 1:
+            raise EspalierError(f"factor {factor} of a downsampling: choose at least 1")
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rearranged pixels."""
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise EspalierError(f"image of {x.shape[-2]}×{x.shape[-1]}: sides must be divisible by {self.factor}")
+        return F.pixel_unshuffle(x, self.factor)
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0
+
+    def extra_repr(self) -> str:
+        """Show the factor in ``print(model)``."""
+        return f"factor={self.factor}"
+
+
+class ScaledAvgPool2d(nn.Module):
+    """Average over k×k blocks, times k: the sum over a block divided by the root of its size, exactly 1-Lipschitz.
+
+    Plain average pooling has constant 1/k: a net that uses it throws away a factor k of every margin.
+
+    Args:
+        kernel_size: k; None pools the whole map, whatever its size, to 1×1.
+
+    Shapes: (B, C, H, W) → (B, C, ⌊H/k⌋, ⌊W/k⌋); pixels beyond the last whole block are dropped.
+
+    Raises:
+        EspalierError: a kernel below 1.
+    """
+
+    def __init__(self, kernel_size: int | None = None) -> None:
+        super().__init__()
+        if kernel_size is not None and kernel_size < 1:
+            raise EspalierError(f"kernel_size {kernel_size} of a pooling: choose at least 1, or None for the whole map")
+        self.kernel_size = kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scaled averages."""
+        if self.kernel_size is None:
+            return x.sum((-2, -1), keepdim=True) * (x.shape[-2] * x.shape[-1]) ** -0.5
+        if self.kernel_size == 1:
+            return x
+        return F.avg_pool2d(x, self.kernel_size) * self.kernel_size
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0
+
+    def extra_repr(self) -> str:
+        """Show the kernel in ``print(model)``."""
+        return f"kernel_size={self.kernel_size}"

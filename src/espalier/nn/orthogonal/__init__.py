@@ -1,0 +1,1 @@
+"""Orthogonal layers: the Cayley transform of matrices and of kernels' spectra."""

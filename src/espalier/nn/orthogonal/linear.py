@@ -1,0 +1,117 @@
+"""The orthogonal linear layer, and what it shares with pointwise convolutions."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.errors import EspalierError
+from espalier.nn.orthogonal.apply import apply_cayley_matrix
+from espalier.nn.orthogonal.spectrum.cache import OperatorCache
+from espalier.nn.orthogonal.transform import cayley
+from espalier.nn.precision import exact, without_autocast
+
+
+class _Scaled(Protocol):
+    weight: nn.Parameter
+    alpha: nn.Parameter
+    training: bool
+    _cache: OperatorCache
+
+
+class CayleyLinear(nn.Module):
+    """Linear map with an orthogonal matrix: ``y = cayley(α·W/‖W‖) x + b``.
+
+    Rows are orthonormal if it has no more outputs than inputs, columns if it has no fewer, so its Lipschitz constant
+    is 1. Training applies the matrix to the batch without forming it, and can be differentiated once; evaluation keeps
+    the matrix, built in float64, while the parameters keep their contents.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: add a learned vector.
+        device: of the parameters.
+        dtype: of the parameters. Half-precision ones, and any autocast, still compute in float32.
+        generator: source of the initial weights.
+
+    Parameters: ``weight`` (out, in) and ``bias`` uniform on ±1/√in, and the scale ``alpha``, ‖weight‖ at the start.
+
+    Shapes: (..., in) → (..., out).
+
+    Raises:
+        EspalierError: a width below 1; on the input, another width.
+
+    Source: arXiv 2104.07167, section 4.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features) < 1:
+            raise EspalierError(f"in_features {in_features} and out_features {out_features} must be at least 1")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._cache = OperatorCache()
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters; see ``draw_``."""
+        draw_(self.weight, self.alpha, self.bias, generator)
+
+    @without_autocast
+    def forward(self, x: Tensor) -> Tensor:
+        """Return Qx + b for x (..., in)."""
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise EspalierError(f"input is {tuple(x.shape)}: give (..., {self.in_features})")
+        wide, weight, alpha, bias = exact(x, self.weight, self.alpha, self.bias)
+        if not self.training:
+            return F.linear(wide, orthogonal_matrix(self, 1, wide.dtype)[0], bias).to(x.dtype)
+        y = apply_cayley_matrix(wide, scaled(weight, alpha))
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the shape in ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+@torch.no_grad()
+def draw_(weight: Tensor, alpha: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:
+    """Draw weight and bias uniformly from ±1/√fan-in, torch's default, and set α to ‖weight‖; no-op on meta."""
+    if weight.is_meta:
+        return
+    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+    weight.uniform_(-bound, bound, generator=generator)
+    alpha.copy_(torch.linalg.vector_norm(weight.double()))
+    if bias is not None:
+        bias.uniform_(-bound, bound, generator=generator)
+
+
+def scaled(weight: Tensor, alpha: Tensor) -> Tensor:
+    """Return ``α·w/‖w‖``, and zeros with finite gradients for a weight of zeros."""
+    return weight * (alpha / torch.linalg.vector_norm(weight).clamp_min(torch.finfo(weight.dtype).eps))
+
+
+def orthogonal_matrix(layer: _Scaled, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return the Cayley transforms (G, outputs/G, inputs/G) of a layer's matrices, from its cache in evaluation."""
+
+    def build(weight: Tensor, alpha: Tensor) -> Tensor:
+        return cayley(scaled(*exact(weight, alpha)).view(groups, -1, weight.shape[1]))
+
+    if layer.training:
+        return build(layer.weight, layer.alpha).to(dtype)
+    return layer._cache.get(("matrix", groups), (layer.weight, layer.alpha), build, dtype)

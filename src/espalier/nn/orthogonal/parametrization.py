@@ -1,0 +1,64 @@
+"""Orthogonal weights for plain linear layers, by ``torch.nn.utils.parametrize``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from espalier.errors import EspalierError
+from espalier.nn.orthogonal.transform import cayley
+
+
+def parametrize_cayley(module: nn.Module, name: str = "weight") -> nn.Module:
+    """Make a matrix of a module orthogonal in place: ``Q = B·cayley(W)`` with W learned and B a fixed rotation.
+
+    The matrix starts as the orthogonal one nearest to what it was, and so does any matrix assigned later
+    (``module.weight = matrix``): B becomes it, extended to a square rotation, and W becomes zero. All orthogonal
+    matrices can be reached that way, reflections included.
+
+    Args:
+        module: e.g. an ``nn.Linear``.
+        name: of the parameter, a matrix; (semi-)orthogonal along its shorter side.
+
+    Returns:
+        The module. ``parametrize.remove_parametrizations(module, name)`` makes the matrix a plain parameter again.
+
+    Raises:
+        EspalierError: there is no such parameter, or it is no matrix.
+
+    Source: arXiv 2104.07167, section 4; the fixed rotation as in arXiv 1909.09501.
+    """
+    matrix = getattr(module, name, None)
+    if not isinstance(matrix, Tensor):
+        raise EspalierError(f"{type(module).__name__} has no parameter {name!r}: name one of its matrices")
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise EspalierError(f"{name!r} of shape {tuple(matrix.shape)} is no matrix: for convolutions use CayleyConv2d")
+    parametrize.register_parametrization(module, name, _Cayley(matrix))
+    return module
+
+
+class _Cayley(nn.Module):
+    """W ↦ B·cayley(W), or cayley(W)·Bᵀ for wide matrices."""
+
+    base: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        side = max(matrix.shape)
+        self.register_buffer("base", torch.eye(side, dtype=matrix.dtype, device=matrix.device))
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the orthogonal matrix."""
+        with torch.autocast(w.device.type, enabled=False):
+            q = cayley(w)
+            return q @ self.base.mT if w.shape[0] < w.shape[1] else self.base @ q
+
+    @torch.no_grad()
+    def right_inverse(self, matrix: Tensor) -> Tensor:
+        """Turn the base to the orthogonal matrix nearest to the one given, and return W = 0."""
+        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+        left, _, right = torch.linalg.svd(tall.double())
+        width = tall.shape[1]
+        self.base.copy_(torch.cat((left[:, :width] @ right, left[:, width:]), 1))
+        return torch.zeros_like(matrix)

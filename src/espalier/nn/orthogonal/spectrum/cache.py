@@ -1,0 +1,121 @@
+"""What evaluation keeps: orthogonal operators for the sizes seen last, valid for the parameters' present contents."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from espalier.nn.precision import outside_graphs, without_autocast
+
+# Note [Contents, not versions]
+# A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.
+# The certificate of a net stands or falls with its weights, so the cache compares their contents. That reads the
+# parameters once a forward pass, far less than the product with the spectrum reads, and no write can be missed.
+#
+# Note [One snapshot]
+# Threads share a layer, and one may write its parameters while another builds. Under a lock the parameters are copied
+# first, and what is built is built from the copies: an entry always belongs to the contents that are kept beside it.
+
+_ENTRIES = 4
+
+Build = Callable[..., Tensor]
+
+
+class OperatorCache:
+    """Results by key for one state of some parameters; copying or pickling it gives an empty one.
+
+    At most four keys are kept, the oldest goes first. Threads may share it; see Note [One snapshot].
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._contents: list[Tensor] = []
+        self._entries: dict[Hashable, Tensor] = {}
+
+    @outside_graphs
+    def get(self, key: Hashable, parameters: Sequence[Tensor], build: Build, dtype: torch.dtype) -> Tensor:
+        """Return ``build(*parameters)``, made in float64 and rounded once, differentiable in the parameters.
+
+        Nothing is built if it was before, for this key and dtype, and the parameters have the contents they had then.
+        Gradients of other tensors never pass here, so an attack on a net's input does not pay for its parameters' ones.
+
+        Args:
+            key: image size, and whatever else but the parameters the result depends on.
+            parameters: what the result is built from. See Note [Contents, not versions].
+            build: the differentiable function that makes it.
+            dtype: of the result.
+        """
+        if torch.compiler.is_exporting():
+            return build(*parameters).to(dtype)  # a graph must hold how the operator follows from its parameters
+        with _untraced(), torch.inference_mode(False), torch.no_grad():
+            planes = self._planes((key, dtype), parameters, build)
+        if torch.jit.is_tracing() or not (
+            torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        ):
+            return planes
+        result: Tensor = _Reattach.apply(planes, build, *parameters)
+        return result
+
+    def _planes(self, key: tuple[Hashable, torch.dtype], parameters: Sequence[Tensor], build: Build) -> Tensor:
+        with self._lock:
+            if not self._current(parameters):
+                self._entries = {}
+                self._contents = [parameter.detach().clone() for parameter in parameters]
+            if key not in self._entries:
+                made = build(*(copy.double() for copy in self._contents)).to(key[1])
+                while len(self._entries) >= _ENTRIES:
+                    del self._entries[next(iter(self._entries))]
+                self._entries[key] = made
+            return self._entries[key]
+
+    def _current(self, parameters: Sequence[Tensor]) -> bool:
+        return len(parameters) == len(self._contents) and all(
+            now.device == then.device and now.dtype == then.dtype and torch.equal(now, then)
+            for now, then in zip(parameters, self._contents, strict=True)
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OperatorCache:
+        """Return an empty cache."""
+        return OperatorCache()
+
+    def __reduce__(self) -> tuple[type[OperatorCache], tuple[()]]:
+        """Pickle as an empty cache."""
+        return OperatorCache, ()
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Hide what happens from ``torch.jit.trace``, to which its results are then constants."""
+    tracer: Any = torch._C  # its setter has no type
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        tracer._set_tracing_state(state)
+
+
+class _Reattach(torch.autograd.Function):
+    """A cached result out; its gradient is carried to the parameters by building it again."""
+
+    @staticmethod
+    def forward(ctx: Any, cached: Tensor, build: Build, *parameters: Tensor) -> Tensor:
+        """Return the cached tensor as a new view."""
+        ctx.build = build
+        ctx.save_for_backward(*parameters)
+        return cached.view_as(cached)
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the parameters."""
+        with torch.enable_grad():
+            again = [parameter.detach().requires_grad_() for parameter in ctx.saved_tensors]
+            return None, None, *torch.autograd.grad(ctx.build(*again), again, grad)

@@ -1,0 +1,142 @@
+"""Orthogonal convolutions of images (*S, B, C) on their own torus: by the factored system, or a cached spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.nn.kernels.planes import Pair
+from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
+from espalier.nn.orthogonal.spectrum.operator import apply_cayley
+from espalier.nn.orthogonal.spectrum.split_complex import product
+from espalier.nn.orthogonal.transform import cayley_planes
+from espalier.nn.precision import recording, without_autocast
+
+
+class Taps(NamedTuple):
+    """A kernel as one matrix per tap and group, tall, and where its taps lie."""
+
+    matrices: Tensor
+    """(T, G, rows, columns), rows ≥ columns: transposed if the operator is wide."""
+    offsets: tuple[tuple[int, ...], ...]
+    """Per axis, the position of each tap relative to the output pixel."""
+    wide: bool
+    """Whether the operator has fewer outputs than inputs."""
+
+    @classmethod
+    def of(cls, weight: Tensor, groups: int, dilation: Sequence[int], *, adjoint: bool = False) -> Taps:
+        """Return the taps of a weight (outputs, inputs/G, *K), or those of the adjoint operator.
+
+        The tap (k − 1)//2 of every axis lies on the output pixel, as in torch's ``padding="same"``.
+        """
+        outputs, inputs, *kernel = weight.shape
+        matrices = weight.reshape(groups, outputs // groups, inputs, -1).permute(3, 0, 1, 2)
+        sign = -1 if adjoint else 1
+        offsets = tuple(
+            tuple(sign * d * (tap - (k - 1) // 2) for tap in range(k)) for k, d in zip(kernel, dilation, strict=True)
+        )
+        wide = (outputs // groups < inputs) != adjoint and outputs // groups != inputs
+        # The adjoint of a wide operator is tall, and both are built from the same transposed matrices.
+        return cls(matrices.mT if wide != adjoint else matrices, offsets, wide)
+
+
+def convolve(x: Tensor, taps: Taps, bias: Tensor | None) -> Tensor:
+    """Apply the orthogonal operator of a kernel, differentiable in both: what training uses.
+
+    Args:
+        x: images (*S, B, C).
+        taps: the kernel, scaled.
+        bias: one number per output channel.
+
+    Returns:
+        (*S, B, outputs).
+    """
+    angles = tap_angles(x.shape[:-2], taps.offsets, x.dtype, x.device)
+    groups = taps.matrices.shape[1]
+    return _between_transforms(x, groups, bias, lambda rows: apply_cayley(rows, taps.matrices, angles, wide=taps.wide))
+
+
+def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
+    """Return the planes of Qᵀ at every frequency of a torus, (2, F·G, inputs, outputs), differentiable.
+
+    Args:
+        taps: the kernel, scaled.
+        size: of the torus.
+    """
+    matrices = taps.matrices
+    angles = tap_angles(size, taps.offsets, matrices.dtype, matrices.device)
+    flat = matrices.reshape(matrices.shape[0], -1)
+    planes = ((table @ flat).view(-1, *matrices.shape[2:]) for table in angles)
+    q = torch.stack(cayley_planes(*planes))
+    return q if taps.wide else q.mT.contiguous()
+
+
+def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) -> Tensor:
+    """Apply an operator whose spectrum is known: what evaluation uses.
+
+    Args:
+        x: images (*S, B, C).
+        planes: what ``spectrum`` returned for the size of these images.
+        groups: G.
+        bias: one number per output channel.
+    """
+    return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, planes))
+
+
+class _Multiply(torch.autograd.Function):
+    """``product`` of two pairs of planes, differentiable any number of times; the same digits with and without it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_r: Tensor, x_i: Tensor, q_r: Tensor, q_i: Tensor) -> Pair:
+        """Return the planes of x·q."""
+        ctx.save_for_backward(x_r, x_i, q_r, q_i)
+        return _product((x_r, x_i), (q_r, q_i))
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ∂x = ∂y·qᴴ and ∂q = xᴴ·∂y."""
+        x_r, x_i, q_r, q_i = ctx.saved_tensors
+        grad_x = grad_q = (None, None)
+        if any(ctx.needs_input_grad[:2]):
+            grad_x = _Multiply.apply(real, imag, q_r.mT, -q_i.mT)
+        if any(ctx.needs_input_grad[2:]):
+            grad_q = _Multiply.apply(x_r.mT, -x_i.mT, real, imag)
+        return *grad_x, *grad_q
+
+
+def _product(x: Pair, q: Pair) -> Pair:
+    re, im = product(x, q)
+    assert im is not None  # both factors have two planes
+    return re, im
+
+
+def _multiply(x: Pair, planes: Tensor) -> Pair:
+    if recording():
+        return _product(x, (planes[0], planes[1]))
+    result: Pair = _Multiply.apply(*x, planes[0], planes[1])
+    return result
+
+
+def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
+    """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
+    *size, batch, channels = x.shape
+    forth = tables(size, x.dtype, x.device, inverse=False, channels=channels)
+    real, imag = to_spectrum(x.reshape(*size, -1), forth)
+    frequencies = len(real)
+
+    def to_rows(plane: Tensor) -> Tensor:
+        rows = plane.view(frequencies, batch, groups, channels // groups).transpose(1, 2)
+        return rows.reshape(-1, batch, channels // groups)
+
+    def from_rows(plane: Tensor) -> Tensor:
+        return plane.view(-1, groups, batch, plane.shape[-1]).transpose(1, 2).reshape(frequencies, -1)
+
+    y_real, y_imag = operator((to_rows(real), to_rows(imag)))
+    spectrum = from_rows(y_real), from_rows(y_imag)
+    back = tables(size, x.dtype, x.device, inverse=True, channels=groups * y_real.shape[-1])
+    images = to_images(spectrum, back, bias)
+    return images.view(*size, batch, -1)

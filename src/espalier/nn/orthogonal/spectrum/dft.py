@@ -1,0 +1,293 @@
+"""The real discrete Fourier transform of images as matrix products, in planes, over one to three axes.
+
+Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (F, N). Both
+directions are real-linear maps, so the backward pass of each is the transpose, which is the other one with other
+weights.
+
+Note [Half the frequencies]: real images have conjugate spectra at f and −f, so one of each such pair is kept. The last
+axis is cut to its first half plus one; in the columns of this half spectrum that are their own mirror images, at 0 and
+at half of an even width, the frequency that comes later goes too. Those left follow each other in the half spectrum's
+order: 34 of 8 × 5 for images of 8 × 8. The inverse transform counts a frequency twice where it stands for its mirror
+image; that is all in which the two directions differ.
+
+Note [DFT as GEMM]: for the 8 to 64 points of these images, one product with a cosine and a sine matrix is faster than
+an FFT and the permutations around it. The compiled kernel takes a few columns at a time through all axes at once, by
+a fast transform where the number of points is even.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.nn.kernels import planes as kernels
+from espalier.nn.kernels.planes import Pair
+from espalier.nn.orthogonal.spectrum.split_complex import product
+from espalier.nn.precision import recording, without_autocast
+
+
+@functools.lru_cache(maxsize=64)
+def counts(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many of its frequencies each one of the half spectrum stands for: 0 if left out, 1, or 2 in one.
+
+    See Note [Half the frequencies].
+    """
+    *lead, width = size
+    mirror = [0]
+    for n in lead:
+        mirror = [row * n + -f % n for row in mirror for f in range(n)]
+    halves = [2 * f % width == 0 for f in range(width // 2 + 1)]
+    return tuple(
+        2 * (row < image) if holds_images and row != image else 1
+        for row, image in enumerate(mirror)
+        for holds_images in halves
+    )
+
+
+class Tables(NamedTuple):
+    """The matrices of one transform: the half-spectrum ones of the last axis, the complex ones of the others."""
+
+    size: tuple[int, ...]
+    """Of the images."""
+    last: Tensor
+    """(2, W//2 + 1, W): cosine and minus sine."""
+    others: tuple[Pair, ...]
+    """Planes (n, n) of e^(−iθ) for every axis but the last."""
+    weights: Tensor
+    """Of each frequency of the half spectrum, 0 if it is left out."""
+    weighted: bool
+    """Whether a frequency that is kept has a weight other than 1."""
+    kept: Tensor
+    """(F): which ones are not left out."""
+    place: Tensor
+    """Of each frequency of the half spectrum among those kept, 0 if it is left out."""
+    packed: Tensor | None
+    """All of this as the compiled kernels of a CPU read it."""
+    paired: bool
+    """Whether they may take two columns at once."""
+
+
+def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool, channels: int) -> Tables:
+    """Return the matrices for images of ``size``, with the weights of the inverse transform if asked.
+
+    They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
+    Columns are (B, C) with C ``channels``, and no example can tell what else is in its batch.
+    """
+    build = _build_tables if recording() else _kept_tables
+    return build(tuple(int(n) for n in size), dtype, device, inverse, kernels.pairs(channels, dtype))
+
+
+def _build_tables(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool, paired: bool
+) -> Tables:
+    *lead, width = size
+    half, times = width // 2 + 1, counts(size)
+    kept = [f for f, count in enumerate(times) if count]
+    before = itertools.accumulate((count > 0 for count in times), initial=0)
+    if inverse:
+        # Frequencies between 0 and half the width stand for those above, too.
+        shares = [count * (1 if 2 * (f % half) % width == 0 else 2) / math.prod(size) for f, count in enumerate(times)]
+    else:
+        shares = [float(count > 0) for count in times]
+    cos, sin = _angles(half, width)
+    weights = torch.tensor(shares, dtype=torch.float64).to(dtype)
+    return Tables(
+        size,
+        torch.stack((cos, -sin)).to(device, dtype),
+        tuple((c.to(device, dtype), -s.to(device, dtype)) for c, s in (_angles(n, n) for n in lead)),
+        weights.to(device),
+        inverse,
+        torch.tensor(kept, device=device),
+        torch.tensor([n if count else 0 for n, count in zip(before, times, strict=False)], device=device),
+        _packed(size, weights) if device.type == "cpu" else None,
+        paired,
+    )
+
+
+def _packed(size: tuple[int, ...], weights: Tensor) -> Tensor:
+    """Return for every axis, the last one first, its roots of unity and the matrices of its odd part; then the weights.
+
+    The cosines are those of points up to odd/2, the sines those from 1 on.
+    """
+    *lead, width = size
+    parts = []
+    for n in (width, *lead):
+        roots, odd = _angles(2, n), n // (n & -n)
+        parts += [table[1 % n, : n // 2] for table in roots]
+        if odd > 1:
+            cos, sin = _angles(odd, odd)
+            few = odd // 2 + 1
+            parts += [kernels.packed_matrix(cos[:few, :few]), kernels.packed_matrix(sin[1:few, 1:few])]
+    return torch.cat([*(part.to(weights.dtype) for part in parts), weights])
+
+
+_kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def tap_angles(
+    size: Sequence[int], offsets: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+) -> Angles:
+    """Return the angles of a correlation's taps: tap o turns by ``2π Σ_a f_a o_a / n_a`` at the frequency f.
+
+    Args:
+        size: of the images, (n_a). Frequencies are those of ``analyse``, in its order.
+        offsets: per axis, where its taps lie relative to the output pixel.
+        dtype: of the result, which is computed in float64 and kept for later calls.
+        device: of the result.
+    """
+    build = _build_angles if recording() else _kept_angles
+    return build(tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
+
+
+def _build_angles(
+    size: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
+) -> Angles:
+    theta = torch.zeros(1, 1, dtype=torch.float64)
+    for axis, (n, taps) in enumerate(zip(size, offsets, strict=True)):
+        count = n // 2 + 1 if axis == len(size) - 1 else n
+        turns = torch.outer(torch.arange(count), torch.tensor(taps)) % n
+        here = turns.double() * (2 * math.pi / n)
+        theta = (theta[:, None, :, None] + here[None, :, None, :]).reshape(theta.shape[0] * count, -1)
+    theta = theta.index_select(0, torch.tensor([f for f, count in enumerate(counts(size)) if count]))
+    return Angles(theta.cos().to(device, dtype), theta.sin().to(device, dtype))
+
+
+_kept_angles = functools.lru_cache(maxsize=64)(_build_angles)
+
+
+def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
+    turns = torch.outer(torch.arange(rows), torch.arange(n)) % n  # reduced as integers: exact at any size
+    theta = turns.double() * (2 * math.pi / n)
+    return theta.cos(), theta.sin()
+
+
+def analyse(x: Tensor, matrices: Tables) -> Pair:
+    """Return the planes (F, N) of the weighted transform of x (*S, N)."""
+    if matrices.packed is not None and kernels.compiled(x):
+        return kernels.analyse(x, matrices.packed, len(matrices.kept), paired=matrices.paired)
+    *lead, width, columns = x.shape
+    rows = _columns_last(x).reshape(-1, width, columns)
+    real, imag = (torch.matmul(table, rows) for table in matrices.last)
+    for axis in reversed(range(len(lead))):
+        real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
+    real, imag = (plane.reshape(-1, columns) for plane in (real, imag))
+    if len(matrices.kept) != len(matrices.place):
+        real, imag = (plane.index_select(0, matrices.kept) for plane in (real, imag))
+    if matrices.weighted:
+        weights = matrices.weights.index_select(0, matrices.kept)[:, None]
+        real, imag = real * weights, imag * weights
+    return real, imag
+
+
+def _columns_last(x: Tensor) -> Tensor:
+    """Return x (*S, N) contiguous if it is a view of (N, *S): one flat transpose is the fastest way to reorder it."""
+    if not recording() and kernels.columns_first(x):
+        return x.movedim(-1, 0).flatten(1).t().contiguous().view(x.shape)
+    return x
+
+
+def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
+    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (F, N) → (*S, N).
+
+    ``columns_first`` asks for images that lie in memory as (N, *S).
+    """
+    real, imag = spectrum
+    if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
+        packed, size, paired = matrices.packed, matrices.size, matrices.paired
+        return kernels.synthesise(spectrum, packed, size, bias, first=columns_first, paired=paired)
+    _, half, width = matrices.last.shape
+    lead, columns = matrices.size[:-1], real.shape[-1]
+    if matrices.weighted or len(matrices.kept) != len(matrices.place):
+        weights = matrices.weights[:, None]
+        real, imag = (plane.index_select(0, matrices.place) * weights for plane in (real, imag))
+    for axis in range(len(lead)):
+        real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=True)
+    real, imag = (plane.reshape(-1, half, columns) for plane in (real, imag))
+    last_r, last_i = (m.mT.expand(real.shape[0], width, half) for m in matrices.last)
+    images = torch.baddbmm(torch.bmm(last_r, real), last_i, imag)
+    if bias is not None:
+        images = (images.view(-1, columns // len(bias), len(bias)) + bias).view(images.shape)
+    images = images.reshape(*lead, width, columns)
+    if columns_first and lead:
+        images = images.flatten(0, -2).t().contiguous().view(columns, *lead, width).movedim(0, -1)
+    return images
+
+
+def _mix(spectrum: Pair, lead: Sequence[int], axis: int, matrix: Pair, *, conj: bool) -> Pair:
+    """Multiply one axis by a complex (n, n) matrix."""
+    n, before = lead[axis], math.prod(lead[:axis])
+    parts = (matrix[0].expand(before, n, n), matrix[1].expand(before, n, n))
+    real, imag = (plane.reshape(before, n, -1) for plane in spectrum)
+    re, im = product(parts, (real, imag), conj_a=conj)
+    assert im is not None  # both factors have two planes
+    return re, im
+
+
+class Analyse(torch.autograd.Function):
+    """``analyse`` with its transpose as the backward pass: nothing but the matrices is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrices: Tables) -> Pair:
+        """See ``analyse``."""
+        ctx.tables, ctx.columns_first = matrices, kernels.columns_first(x)
+        return analyse(x, matrices)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the images, in their layout."""
+        return Synthesise.apply(real, imag, None, ctx.tables, ctx.columns_first), None
+
+
+class Synthesise(torch.autograd.Function):
+    """``synthesise``, with the transpose as the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, real: Tensor, imag: Tensor, bias: Tensor | None, matrices: Tables, columns_first: bool
+    ) -> Tensor:
+        """See ``synthesise``."""
+        ctx.tables = matrices
+        ctx.bias_size = 0 if bias is None else len(bias)
+        return synthesise((real, imag), matrices, bias, columns_first=columns_first)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the spectra and of the bias."""
+        real, imag = Analyse.apply(grad, ctx.tables)
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            # The transpose of the inverse transform has the images' mean at frequency 0.
+            mean = real[0].view(-1, ctx.bias_size).sum(0)
+            grad_bias = mean * math.prod(grad.shape[:-1])
+        return real, imag, grad_bias, None, None
+
+
+def to_spectrum(x: Tensor, matrices: Tables) -> Pair:
+    """Return ``analyse(x, matrices)``, differentiable."""
+    if recording():
+        return analyse(x, matrices)
+    planes: Pair = Analyse.apply(x, matrices)
+    return planes
+
+
+def to_images(spectrum: Pair, matrices: Tables, bias: Tensor | None = None) -> Tensor:
+    """Return ``synthesise(spectrum, matrices, bias)``, differentiable."""
+    if recording():
+        return synthesise(spectrum, matrices, bias)
+    images: Tensor = Synthesise.apply(*spectrum, bias, matrices, False)
+    return images

@@ -1,0 +1,66 @@
+"""The gated RMS normalisation at the end of a Mamba-2 mixer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from espalier.nn.kernels.backend import choose
+from espalier.nn.precision import exact, without_autocast
+
+
+class GatedRMSNorm(nn.Module):
+    """``weight · v / √(mean(v²) + eps)`` with v = y · SiLU(z), the mean over each group of channels."""
+
+    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Normalise y gated by z in float32 or better, and return it in the dtype of y.
+
+        Only the inputs are kept for the backward pass, which computes the rest again.
+        """
+        dtype = y.dtype
+        y, z, weight = exact(y, z, self.weight)
+        if choose("gated_norm", y.device.type) == "compiled":
+            from espalier.nn.kernels.gated_norm import gated_norm_cpu
+
+            return gated_norm_cpu(y, z, weight, self.groups, self.eps).to(dtype)
+        return _GatedNorm.apply(y, z, weight, self.groups, self.eps).to(dtype)
+
+
+def _gate(y: Tensor, z: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return v = y · SiLU(z) by groups, (…, G, E/G), and 1/√(mean(v²) + eps), (…, G, 1)."""
+    gated = (F.silu(z) * y).unflatten(-1, (groups, -1))
+    return gated, gated.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+class _GatedNorm(torch.autograd.Function):
+    """The normalisation in plain torch, with a backward pass by hand."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+        ctx.save_for_backward(y, z, weight)
+        ctx.groups, ctx.eps = groups, eps
+        gated, scale = _gate(y, z, groups, eps)
+        return gated.mul_(scale).flatten(-2).mul_(weight)
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        y, z, weight = ctx.saved_tensors
+        gated, scale = _gate(y, z, ctx.groups, ctx.eps)
+        grad = dout.unflatten(-1, (ctx.groups, -1))
+        dweight = (grad * gated).mul_(scale).flatten(-2).flatten(0, -2).sum(0)
+        grad = grad * weight.view(ctx.groups, -1)
+        shift = (grad * gated).mean(-1, keepdim=True) * scale.pow(3)
+        dgated = grad.mul_(scale).addcmul_(shift, gated, value=-1).flatten(-2)
+        return dgated * F.silu(z), torch.ops.aten.silu_backward(dgated * y, z), dweight, None, None

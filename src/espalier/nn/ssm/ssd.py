@@ -1,0 +1,379 @@
+"""The Mamba-2 recurrence (state-space duality): chunks of attention-like matrix products, one state between chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from espalier.errors import EspalierError
+from espalier.nn.kernels.backend import choose
+from espalier.nn.precision import exact, without_autocast
+from espalier.nn.ssm.optional_inputs import check_rest
+
+# Note [Segments]
+# Within a chunk of Q tokens the recurrence is a Q×Q matrix per head; between chunks only the state travels. Doing all
+# chunks at once needs B·H·L·Q numbers several times over, which leave the cache and the memory bar; doing one chunk at
+# a time makes many small calls. So several chunks, a segment, are done at once, as many as keep the Q×Q matrices near
+# the cache size. The backward pass of a short batch reuses what the forward pass made of a segment; that of a long one,
+# where it would have left the cache and filled the memory, recomputes it from the state at the segment's start.
+_SEGMENT_NUMBERS = 1 << 18
+_KEPT_NUMBERS = 1 << 23
+
+# Note [No gradient of the Q×Q decays]
+# With c the cumulated log-decay in a chunk, ∂c_i collects Σ_j over the rows minus the columns of (∂M ∘ M). Row sums are
+# ⟨∂y_i, y_i⟩ and column sums ⟨x̄_i, ∂x̄_i⟩ with x̄ = Δx, both of which exist anyway, so the Q×Q product is never formed.
+# The difference cancels more digits the longer it is cumulated, so it is cumulated within a chunk only and restarted
+# from ⟨state, ∂state⟩ at the chunk's end.
+
+
+def ssd(
+    x_BLHP: Tensor,
+    delta_BLH: Tensor,
+    a_H: Tensor,
+    b_BLGN: Tensor,
+    c_BLGN: Tensor,
+    d_H: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_state: bool = False,
+    chunk_size: int = 64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the Mamba-2 recurrence ``S_t = exp(Δ_t a) S_{t−1} + Δ_t B_t x_tᵀ``, ``y_t = S_tᵀ C_t + D x_t`` per head.
+
+    States and decays are float32 (float64 for float64 input) whatever autocast says. Heads h of group g = h·G/H share
+    B and C. Any length is accepted.
+
+    Args:
+        x_BLHP: values, (batch, length, heads, width of a head).
+        delta_BLH: step sizes Δ ≥ 0.
+        a_H: decay rates a ≤ 0.
+        b_BLGN: input maps, G groups, state size N.
+        c_BLGN: output maps.
+        d_H: skip weights.
+        initial_state: state before the first token, (B, H, N, P); zero if none is given.
+        mask: (B, L), true at real tokens; others leave the state as it is and give 0.
+        return_state: also return the state after the last token.
+        chunk_size: tokens per chunk; changes speed, not results.
+
+    Returns:
+        y of the shape and dtype of ``x_BLHP``, and with ``return_state`` the state (B, H, N, P).
+
+    Raises:
+        EspalierError: shapes that do not fit together, or a chunk size below 1.
+
+    Source: arXiv 2405.21060, sections 6 and 7.
+    """
+    _check(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, chunk_size)
+    batch, length, heads, width = x_BLHP.shape
+    check_rest(d_H, initial_state, mask, (batch, length, heads), (batch, heads, b_BLGN.shape[3], width))
+    dtype = x_BLHP.dtype
+    x, delta, a, b, c, d, state = exact(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
+    if mask is not None:
+        delta = delta * mask[..., None]
+    name = choose("ssd", x.device.type)
+    if name == "compiled":
+        y, final = _compiled((x, delta, a, b, c, d, state), chunk_size, return_state)
+    elif name == "mamba_ssm":
+        from espalier.nn.kernels.cuda import ssd_mamba_ssm
+
+        y, final = ssd_mamba_ssm(x, delta, a, b, c, d, state, chunk_size)
+    else:
+        y, final = _grouped(x, delta, a, b, c, d, state, chunk_size, return_state)
+    if mask is not None:
+        y = y * mask[..., None, None]
+    y = y.to(dtype)
+    return (y, final) if return_state else y
+
+
+def ssd_step(
+    x_BHP: Tensor, delta_BH: Tensor, a_H: Tensor, b_BGN: Tensor, c_BGN: Tensor, d_H: Tensor | None, state_BHNP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advance the Mamba-2 recurrence of ``ssd`` by one token and return (y_BHP, the new state)."""
+    x, delta, a, b, c, d = exact(x_BHP, delta_BH, a_H, b_BGN, c_BGN, d_H)
+    repeats = x.shape[1] // b.shape[1]
+    b_BHN, c_BHN = b.repeat_interleave(repeats, 1), c.repeat_interleave(repeats, 1)
+    decay_BH = torch.exp(delta * a)
+    state = decay_BH[..., None, None] * state_BHNP + (delta[..., None] * b_BHN)[..., None] * x[..., None, :]
+    y = (c_BHN[..., None] * state).sum(2)
+    if d is not None:
+        y = y + d[:, None] * x
+    return y.to(x_BHP.dtype), state
+
+
+def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size: int) -> None:
+    if x.ndim != 4 or delta.shape != x.shape[:3] or a.shape != x.shape[2:3]:
+        raise EspalierError(
+            f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}: give (B, L, H, P), (B, L, H), (H,)"
+        )
+    if b.ndim != 4 or b.shape != c.shape or b.shape[:2] != x.shape[:2]:
+        raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, G, N)")
+    if x.shape[2] % b.shape[2]:
+        raise EspalierError(f"{x.shape[2]} heads do not share {b.shape[2]} groups evenly: make heads a multiple of it")
+    if not x.numel():
+        raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
+    if chunk_size < 1:
+        raise EspalierError(f"chunk_size is {chunk_size}: give at least 1")
+
+
+def _compiled(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool) -> tuple[Tensor, Tensor]:
+    """Run the C++ kernel, which takes heads and groups flat."""
+    from espalier.nn.kernels.cpu import needs_grad
+    from espalier.nn.kernels.ssd import ssd_cpu
+
+    x, delta, a, b, c, d, state = tensors
+    groups = b.shape[2]
+    flat = (x.flatten(2), delta, a, b.flatten(2), c.flatten(2), d, state)
+    y, final, _ = ssd_cpu(*flat, groups, chunk_size, need_state, needs_grad(*tensors))
+    return y.view(x.shape), final
+
+
+def _grouped(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    state: Tensor | None,
+    chunk_size: int,
+    need_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fold groups into the batch, so that the core sees one B and one C for all its heads."""
+    batch, length, heads, width = x.shape
+    groups, size = b.shape[2:]
+    share = heads // groups
+    alpha = delta * a
+    d_GH = None if d is None else d.reshape(groups, share)
+    if groups > 1:
+        x = x.reshape(batch, length, groups, share, width).transpose(1, 2).reshape(-1, length, share, width)
+        delta, alpha = (
+            t.reshape(batch, length, groups, share).transpose(1, 2).reshape(-1, length, share) for t in (delta, alpha)
+        )
+        d_GH = None if d_GH is None else d_GH.repeat(batch, 1)
+    b, c = (t.transpose(1, 2).reshape(-1, length, size) for t in (b, c))
+    if state is not None:
+        state = state.reshape(-1, share, size, width).transpose(1, 2).contiguous()
+    y, final = _Chunked.apply(x, delta, alpha, b, c, d_GH, state, min(chunk_size, length), need_state)
+    if groups > 1:
+        y = y.reshape(batch, groups, length, share, width).transpose(1, 2).reshape(batch, length, heads, width)
+    return y, final.transpose(1, 2).reshape(batch, heads, size, width)
+
+
+def _segments(batch: int, length: int, heads: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, number of chunks, chunk size): full segments, then the ragged last chunk on its own."""
+    whole = length // chunk
+    together = max(1, _SEGMENT_NUMBERS // (batch * heads * chunk * chunk))
+    for first in range(0, whole, together):
+        yield first * chunk, min(together, whole - first), chunk
+    if length % chunk:
+        yield whole * chunk, 1, length % chunk
+
+
+class _Segment(NamedTuple):
+    """What both passes need of one segment: n chunks of Q tokens."""
+
+    x_BnQHP: Tensor
+    delta_BnQH: Tensor
+    b_mQN: Tensor  # m = B·n
+    c_mQN: Tensor
+    cum_BnQH: Tensor
+    decay_BnHQQ: Tensor
+    scores_BnQQ: Tensor
+    into_BnQHP: Tensor | None  # Δx decayed to the chunk's end; None where nobody asks for the state after
+    states_BnNHP: Tensor | None  # state before each chunk; None when it is zero
+    after_BNHP: Tensor | None
+
+    def made(self) -> tuple[Any, ...]:
+        """Return all that is not a part of the inputs."""
+        return tuple(self)[-_MADE:]
+
+
+_MADE = len(_Segment._fields) - 4
+
+
+def _inputs(tensors: tuple[Tensor, ...], place: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    """Return one segment's share of (x, delta, b, c), by chunks."""
+    start, n, q = place
+    x, delta, b, c = (t[:, start : start + n * q].unflatten(1, (n, q)) for t in tensors)
+    return x, delta, b.reshape(x.shape[0] * n, q, -1), c.reshape(x.shape[0] * n, q, -1)
+
+
+def _prepare(
+    tensors: tuple[Tensor, ...], alpha_BLH: Tensor, place: tuple[int, int, int], state: Tensor | None, go_on: bool
+) -> _Segment:
+    """Compute decays, scores and the states before each chunk of one segment."""
+    start, n, q = place
+    x, delta, b, c = _inputs(tensors, place)
+    batch, _, _, heads, width = x.shape
+    cum = alpha_BLH[:, start : start + n * q].unflatten(1, (n, q)).cumsum(2)
+    cum_BnHQ = cum.transpose(2, 3).contiguous()
+    # Above the diagonal the exponent would be positive and could overflow: cut it at 0, the scores are 0 there.
+    decay = (cum_BnHQ[..., :, None] - cum_BnHQ[..., None, :]).clamp_max_(0).exp_()
+    scores = torch.bmm(c, b.mT).tril_().view(batch, n, q, q)
+    if not go_on and state is None and n == 1:
+        return _Segment(x, delta, b, c, cum, decay, scores, None, None, None)
+    into = x * (delta * torch.exp(cum[:, :, -1:] - cum))[..., None]
+    updates = torch.bmm(b.mT, into.reshape(batch * n, q, heads * width)).view(batch, n, -1, heads, width)
+    whole_BnH = cum[:, :, -1].exp()
+    first = state
+    states = None if state is None and n == 1 else torch.empty_like(updates)
+    for k in range(n):
+        if states is not None:
+            states[:, k] = 0 if first is None else first
+        first = updates[:, k] if first is None else torch.addcmul(updates[:, k], whole_BnH[:, k, None, :, None], first)
+    return _Segment(x, delta, b, c, cum, decay, scores, into, states, first)
+
+
+def _heads_first(tensor_BnQHP: Tensor) -> Tensor:
+    """Return (B·n·H, Q, P), contiguous, for the products with a Q×Q matrix per head."""
+    return tensor_BnQHP.transpose(2, 3).reshape(-1, tensor_BnQHP.shape[2], tensor_BnQHP.shape[4])
+
+
+def _reverse_cumsum(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.flip(dim).cumsum(dim).flip(dim)
+
+
+class _Chunked(torch.autograd.Function):
+    """The recurrence for one group, with a backward pass by hand."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any,
+        x_BLHP: Tensor,
+        delta_BLH: Tensor,
+        alpha_BLH: Tensor,
+        b_BLN: Tensor,
+        c_BLN: Tensor,
+        d_GH: Tensor | None,
+        initial_BNHP: Tensor | None,
+        chunk: int,
+        need_state: bool,
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, heads, width = x_BLHP.shape
+        y = torch.empty_like(x_BLHP, memory_format=torch.contiguous_format)
+        state, states = initial_BNHP, []
+        inputs = (x_BLHP, delta_BLH, b_BLN, c_BLN)
+        kept: list[Tensor | None] = []
+        places = list(_segments(batch, length, heads, chunk))
+        keep = batch * length * heads * chunk <= _KEPT_NUMBERS and any(ctx.needs_input_grad)
+        for place in places:
+            states.append(state)
+            go_on = need_state or place is not places[-1]
+            seg = _prepare(inputs, alpha_BLH, place, state, go_on)
+            state = seg.after_BNHP
+            kept += seg.made() if keep else ()
+            _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d_GH)
+        if state is None or not need_state:
+            final = x_BLHP.new_zeros(batch, b_BLN.shape[-1], heads, width)
+        else:
+            final = state if state is not initial_BNHP else state.clone()
+        ctx.save_for_backward(*inputs, alpha_BLH, d_GH, y, *states, *kept)
+        ctx.places, ctx.need_state = places, need_state
+        if not need_state:
+            ctx.mark_non_differentiable(final)
+        return y, final
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dy, dfinal = gradients
+        x, delta, b, c, alpha, d, y, *rest = ctx.saved_tensors
+        inputs, states, kept = (x, delta, b, c), rest[: len(ctx.places)], rest[len(ctx.places) :]
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, alpha, b, c))
+        dstate = dfinal if ctx.need_state else None
+        dd_BH = None if d is None else x.new_zeros(x.shape[0], x.shape[2])
+        for place, state in zip(reversed(ctx.places), reversed(states), strict=True):
+            if kept:
+                made, kept = kept[-_MADE:], kept[:-_MADE]
+                seg = _Segment(*_inputs(inputs, place), *made)
+            else:
+                seg = _prepare(inputs, alpha, place, state, dstate is not None)
+            span = slice(place[0], place[0] + place[1] * place[2])
+            parts = (dy[:, span].unflatten(1, place[1:]), y[:, span].unflatten(1, place[1:]))
+            results, dstate, skip = _segment_backward(seg, parts, d, dstate)
+            for grad, result in zip(grads, results, strict=True):
+                grad[:, span] = result.flatten(1, 2)
+            if dd_BH is not None:
+                dd_BH += skip
+        dd = None if dd_BH is None else (dd_BH if d.shape[0] > 1 or x.shape[0] == 1 else dd_BH.sum(0, keepdim=True))
+        return (*grads, dd, dstate if ctx.needs_input_grad[6] else None, None, None)
+
+
+def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
+    """Write y = (decayed scores) Δx + decay · C S + D x into one segment of the output."""
+    batch, n, q, heads, width = seg.x_BnQHP.shape
+    values = _heads_first(seg.x_BnQHP * seg.delta_BnQH[..., None])
+    mixing = (seg.decay_BnHQQ * seg.scores_BnQQ[:, :, None]).view(-1, q, q)
+    y = torch.bmm(mixing, values).view(batch, n, heads, q, width).transpose(2, 3)
+    if seg.states_BnNHP is not None:
+        past = torch.bmm(seg.c_mQN, seg.states_BnNHP.view(batch * n, -1, heads * width)).view(batch, n, q, heads, width)
+        y = torch.addcmul(y, past, seg.cum_BnQH.exp()[..., None])
+    if d_GH is not None:
+        y = torch.addcmul(y, seg.x_BnQHP, d_GH[:, None, None, :, None])
+    y_BTHP.unflatten(1, (n, q)).copy_(y)
+
+
+def _segment_backward(
+    seg: _Segment, outputs: tuple[Tensor, Tensor], d_GH: Tensor | None, dafter: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
+    """Return gradients of (x, delta, alpha, b, c), of the state before the segment, and of D per batch entry."""
+    x, delta = seg.x_BnQHP, seg.delta_BnQH
+    dy, y = outputs
+    batch, n, q, heads, width = x.shape
+    flat = (batch * n, q, heads * width)
+    dy_h, values_h = _heads_first(dy), _heads_first(x * delta[..., None])
+    # The part inside chunks.
+    dmixing = torch.bmm(dy_h, values_h.mT).view(batch, n, heads, q, q).mul_(seg.decay_BnHQQ)
+    dscores = dmixing.sum(2).tril_().view(-1, q, q)
+    mixing = (seg.decay_BnHQQ * seg.scores_BnQQ[:, :, None]).view(-1, q, q)
+    dvalues = torch.bmm(mixing.mT, dy_h).view(batch, n, heads, q, width).transpose(2, 3)
+    dc, db = torch.bmm(dscores, seg.b_mQN), torch.bmm(dscores.mT, seg.c_mQN)
+    # The part through the states.
+    whole_BnH = seg.cum_BnQH[:, :, -1].exp()
+    ends_BnH = None
+    dbefore = dafter
+    if seg.states_BnNHP is not None or dafter is not None:
+        from_BnQHP = dy * seg.cum_BnQH.exp()[..., None]
+        through = torch.bmm(seg.c_mQN.mT, from_BnQHP.reshape(flat)).view(batch, n, -1, heads, width)
+        dends = torch.empty_like(through)
+        for k in reversed(range(n)):
+            dends[:, k] = 0 if dbefore is None else dbefore
+            if dbefore is not None:
+                dbefore = torch.addcmul(through[:, k], whole_BnH[:, k, None, :, None], dbefore)
+            else:
+                dbefore = through[:, k]
+        if seg.states_BnNHP is not None:
+            dc.baddbmm_(from_BnQHP.reshape(flat), seg.states_BnNHP.view(batch * n, -1, heads * width).mT)
+        if seg.into_BnQHP is not None:
+            flat_dends = dends.view(batch * n, -1, heads * width)
+            db.baddbmm_(seg.into_BnQHP.reshape(flat), flat_dends.mT)
+            back = torch.bmm(seg.b_mQN, flat_dends).view(batch, n, q, heads, width)
+            dvalues = torch.addcmul(dvalues, back, torch.exp(seg.cum_BnQH[:, :, -1:] - seg.cum_BnQH)[..., None])
+            ends_BnH = _end_products(seg, dends)
+    rows, skip, columns = (dy * y).sum(-1), (dy * x).sum(-1), (x * dvalues).sum(-1)
+    if d_GH is not None:
+        rows = rows - skip * d_GH[:, None, None]
+    dcum = rows - columns * delta
+    if ends_BnH is not None:
+        dcum[:, :, -1] += ends_BnH
+    dx = dvalues * delta[..., None]
+    if d_GH is not None:
+        dx = torch.addcmul(dx, dy, d_GH[:, None, None, :, None])
+    shape = (batch, n, q, -1)
+    return (dx, columns, _reverse_cumsum(dcum, 2), db.view(shape), dc.view(shape)), dbefore, skip.sum((1, 2))
+
+
+def _end_products(seg: _Segment, dends_BnNHP: Tensor) -> Tensor:
+    """Return ⟨state after chunk, its gradient⟩ per chunk and head; see Note [No gradient of the Q×Q decays]."""
+    assert seg.after_BNHP is not None
+    last = (seg.after_BNHP * dends_BnNHP[:, -1]).sum((1, 3))[:, None]
+    if seg.states_BnNHP is None or dends_BnNHP.shape[1] == 1:
+        return last
+    return torch.cat([(seg.states_BnNHP[:, 1:] * dends_BnNHP[:, :-1]).sum((2, 4)), last], dim=1)

@@ -1,0 +1,154 @@
+"""Recipes as files, checked field by field."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from espalier.errors import EspalierError, unknown_name
+from espalier.files import write_json
+from espalier.recipes.base import Recipe
+
+_TYPES: dict[str, Any] = get_type_hints(Recipe)
+
+
+def resolve_recipe(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` as it comes back from its file, every field checked: what a run is made from.
+
+    Raises:
+        EspalierError: a field of the wrong type, or a value that no run can have.
+    """
+    resolved = recipe_from_dict(recipe_to_dict(recipe))
+    _check_values(resolved)
+    return resolved
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain JSON values.
+
+    Raises:
+        EspalierError: a value that JSON cannot hold.
+    """
+    for name in _TYPES:
+        try:
+            json.dumps(_plain(getattr(recipe, name)), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise EspalierError(f"recipe field {name!r} cannot be saved ({error}): use plain finite values") from error
+    return {name: _plain(value) for name, value in asdict(recipe).items()}
+
+
+def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Build a recipe from plain values; lists become tuples, missing fields keep their defaults.
+
+    Args:
+        values: values by field name.
+        where: what the message of an error begins with.
+
+    Raises:
+        EspalierError: unknown field, wrong type, or no name.
+    """
+    for name, value in values.items():
+        if name not in _TYPES:
+            raise EspalierError(f"{where}: {unknown_name('field', name, _TYPES)}")
+        if not _fits(_tuples(value), _TYPES[name]):
+            raise EspalierError(f"{where}: field {name!r} is {value!r}: it must be {_in_words(_TYPES[name])}")
+    if "name" not in values:
+        raise EspalierError(f"{where}: field 'name' is missing")
+    return Recipe(**{name: _convert(_tuples(value), _TYPES[name]) for name, value in values.items()})
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as JSON, atomically."""
+    write_json(path, recipe_to_dict(recipe))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from its JSON file.
+
+    Raises:
+        EspalierError: missing file, not JSON, unknown or ill-typed fields.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise EspalierError(f"there is no recipe file {path}") from error
+    except ValueError as error:
+        raise EspalierError(f"recipe file {path} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise EspalierError(f"recipe file {path} does not hold an object of fields")
+    return recipe_from_dict(values, where=f"recipe file {path}")
+
+
+def first_difference(mine: Recipe, other: Recipe) -> str | None:
+    """Return the name of the first field in which two recipes differ, None if they are equal."""
+    return next((f.name for f in fields(Recipe) if getattr(mine, f.name) != getattr(other, f.name)), None)
+
+
+def _check_values(recipe: Recipe) -> None:
+    positive = ("lr", "eps", "epochs", "batch_size", "accumulate", "eval_every", "eval_batch_size", "checkpoint_every")
+    for name in positive:
+        if not getattr(recipe, name) > 0:
+            raise EspalierError(f"{name} {getattr(recipe, name)} must be positive")
+    for name in ("weight_decay", "warmup_epochs", "clip_norm", "threads", "crop_padding", "mixup", "cutmix"):
+        if getattr(recipe, name) < 0:
+            raise EspalierError(f"{name} {getattr(recipe, name)} must not be negative")
+    for name in ("ema_decay", "label_smoothing", "erasing"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise EspalierError(f"{name} {getattr(recipe, name)} must lie in [0, 1)")
+    if not all(0 <= beta < 1 for beta in recipe.betas):
+        raise EspalierError(f"betas {recipe.betas} must lie in [0, 1)")
+    if recipe.batch_size % recipe.accumulate:
+        raise EspalierError(f"batch_size {recipe.batch_size} is not divisible by accumulate {recipe.accumulate}")
+    if recipe.warmup_epochs > recipe.epochs:
+        raise EspalierError(f"warmup_epochs {recipe.warmup_epochs} is longer than the {recipe.epochs} epochs")
+    if recipe.schedule == "piecewise" and recipe.warmup_epochs:
+        raise EspalierError("schedule 'piecewise' begins with a warm-up of its own: set warmup_epochs to 0")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is not None:  # Mapping[str, Any]
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    # 1 and 1.0 must make the same run folder: a whole number in a float field becomes a float.
+    if kind is float:
+        return float(value)
+    if get_origin(kind) is tuple:
+        return tuple(map(_convert, value, get_args(kind)))
+    return value
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("collections.abc.", "")

@@ -1,0 +1,253 @@
+"""What a finished trial leaves behind: one line of JSON, small enough to commit, enough to rebuild every table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+from espalier.errors import EspalierError
+from espalier.recipes import Recipe
+from espalier.recipes.validation import recipe_to_dict
+from espalier.train import Run
+from espalier.train.run import ENVIRONMENT, RESULT
+
+MAX_BYTES = 1500
+"""Largest line, newline included."""
+SCORE_DIGITS = 6
+"""Decimals that a record keeps of a score: finer than one example in 100,000."""
+TOLERANCE = 2e-6
+"""Two scores of one trial that are further apart than their rounding contradict each other."""
+_CURVE_DIGITS, _MOST_POINTS = 4, 24
+_PACKAGES = ("espalier", "torch", "transformers")
+
+# What a machine or its owner chooses: it changes where, how fast and in which order of rounding a trial runs, not what
+# the trial is. The rate and the seed stay in: they are part of what a trial is.
+MACHINE_FIELDS = frozenset(
+    {"name", "data_path", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
+)
+"""Recipe fields that a digest leaves out."""
+
+CurveRow = tuple[float, int, float, float]
+"""Epoch, step, seconds of training, score."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished trial. A diverged one has no score; ``extra`` holds a few more figures of the final model."""
+
+    study: str
+    arm: str
+    lr: float
+    seed: int
+    digest: str
+    """Of the trial's resolved recipe (``recipe_digest``)."""
+    metric: str
+    score: float | None
+    diverged: bool
+    epochs: int
+    steps: int
+    seconds: float
+    """Training time, evaluation excluded."""
+    step_seconds: float | None
+    """Median step."""
+    curve: tuple[CurveRow, ...]
+    """Evaluations, thinned to a couple of dozen; the first and the last are always there."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str = ""
+    processor: str = ""
+    date: str = ""
+    """Day on which the trial ended, UTC."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes two records one trial: study, arm and digest."""
+        return self.study, self.arm, self.digest
+
+    def line(self) -> str:
+        """Return the record as one line of JSON of at most ``MAX_BYTES``; a long curve is thinned until it fits.
+
+        Raises:
+            EspalierError: it does not fit without any curve.
+        """
+        record = self
+        while len(text := record._json()) + 1 > MAX_BYTES:
+            if len(record.curve) <= 2:
+                raise EspalierError(
+                    f"record of {self.arm} lr={self.lr:g} seed={self.seed} in {self.study} takes {len(text)} bytes, "
+                    f"{MAX_BYTES} are allowed: keep fewer figures in extra"
+                )
+            record = replace(record, curve=_thinned(record.curve, len(record.curve) - 1))
+        return text + "\n"
+
+    def _json(self) -> str:
+        # ASCII, so that bytes and characters are the same number and no editor's encoding matters.
+        values = {name.name: getattr(self, name.name) for name in fields(self)}
+        return json.dumps(values, allow_nan=False, separators=(",", ":"))
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of what a trial is: its recipe without ``MACHINE_FIELDS``.
+
+    Fields at their default do not count, so that a field that a later version adds changes no digest. A file that the
+    recipe names counts by its name without its folder.
+    """
+    default = recipe_to_dict(Recipe(name=""))
+    values = {
+        name: _without_folders(value)
+        for name, value in recipe_to_dict(recipe).items()
+        if name not in MACHINE_FIELDS and value != default[name]
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None = None) -> Record:
+    """Return the record of a finished run.
+
+    Args:
+        run: the run folder, read back.
+        study: name of its study.
+        arm: its arm.
+        extra: figures of the final model to keep beside the score; by default the accuracies of the other splits.
+
+    Raises:
+        EspalierError: the run is not finished, or a figure is not finite.
+    """
+    result = run.result
+    if result is None:
+        raise EspalierError(f"run {run.path} is not finished: it leaves no record yet")
+    metric = str(result["metric"])
+    rows = [row for row in run.rows if row.get(metric) is not None]
+    curve = [(row["epoch"], row["step"], round(row["seconds"], 1), round(row[metric], _CURVE_DIGITS)) for row in rows]
+    if extra is None:
+        last = run.rows[-1] if run.rows and not result["diverged"] else {}
+        extra = {k: v for k, v in last.items() if k.endswith("/accuracy") and k != metric and v is not None}
+    if not all(math.isfinite(value) for value in extra.values()):
+        raise EspalierError(f"run {run.path}: extra figures {dict(extra)} are not finite: leave them out")
+    path = run.path / ENVIRONMENT
+    where = json.loads(path.read_text()) if path.exists() else {}
+    packages = where.get("packages", {})
+    step = result["step_seconds"]
+    return Record(
+        study=study,
+        arm=arm,
+        lr=run.recipe.lr,
+        seed=run.recipe.seed,
+        digest=recipe_digest(run.recipe),
+        metric=metric,
+        score=None if result["score"] is None else round(result["score"], SCORE_DIGITS),
+        diverged=bool(result["diverged"]),
+        epochs=int(result["epochs"]),
+        steps=int(result["steps"]),
+        seconds=round(result["seconds"], 1),
+        step_seconds=None if step is None else float(f"{step:.4g}"),
+        curve=_thinned(curve, _MOST_POINTS),
+        extra={key: round(value, SCORE_DIGITS) for key, value in extra.items()},
+        versions={name: packages[name] for name in _PACKAGES if name in packages} | _python(where),
+        commit=where.get("git_commit") or "",
+        processor=where.get("gpu") or where.get("processor") or "",
+        date=datetime.fromtimestamp((run.path / RESULT).stat().st_mtime, UTC).date().isoformat(),
+    )
+
+
+def record_from_line(line: str) -> Record:
+    """Read one line back.
+
+    Raises:
+        ValueError: it is no record; the message says what is wrong with it.
+    """
+    try:
+        values = json.loads(line, parse_constant=lambda name: _refuse(f"{name} is not a finite number"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(values, dict):
+        raise ValueError("not an object of fields")
+    known = {each.name for each in fields(Record)}
+    needed = {"study", "arm", "lr", "seed", "digest", "metric", "score", "diverged", "epochs", "steps", "curve"}
+    if values.keys() - known or needed - values.keys():
+        unknown, missing = sorted(values.keys() - known), sorted(needed - values.keys())
+        raise ValueError(
+            " and ".join([f"unknown fields {unknown}"] * bool(unknown) + [f"no {missing}"] * bool(missing))
+        )
+    for name, kind in _KINDS.items():
+        if name in values and not kind(values[name]):
+            raise ValueError(f"field {name!r} is {values[name]!r}")
+    if values["diverged"] != (values["score"] is None):
+        raise ValueError(f"diverged is {values['diverged']} and score is {values['score']}")
+    curve = tuple((row[0], row[1], row[2], row[3]) for row in values.pop("curve"))
+    return Record(**{"seconds": 0.0, "step_seconds": None, **values, "curve": curve})
+
+
+def contradiction(records: Sequence[Record]) -> str | None:
+    """Return in what the records of one trial contradict each other beyond rounding, None where they agree."""
+    if len({record.diverged for record in records}) > 1:
+        return "diverged and not"
+    figures: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in {"score": record.score, **record.extra}.items():
+            if value is not None:
+                figures.setdefault(name, []).append(value)
+    for name, values in figures.items():
+        if max(values) - min(values) > TOLERANCE:
+            return f"{name} {' and '.join(f'{value:g}' for value in sorted(set(values)))}"
+    return None
+
+
+def _python(where: Mapping[str, Any]) -> dict[str, str]:
+    return {"python": where["python"]} if "python" in where else {}
+
+
+def _thinned(rows: Sequence[CurveRow], most: int) -> tuple[CurveRow, ...]:
+    """Keep at most ``most`` ≥ 2 rows, spread evenly, with both ends."""
+    if len(rows) <= most:
+        return tuple(rows)
+    return tuple(rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) and _is_count(row[1]) for row in value
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_KINDS = {
+    **dict.fromkeys(("study", "arm", "digest", "metric"), lambda value: _is_text(value) and bool(value)),
+    **dict.fromkeys(("commit", "processor", "date"), _is_text),
+    **dict.fromkeys(("seed", "epochs", "steps"), _is_count),
+    "lr": lambda value: _is_number(value) and value > 0,
+    "score": lambda value: value is None or _is_number(value),
+    "step_seconds": lambda value: value is None or _is_number(value),
+    "seconds": _is_number,
+    "diverged": lambda value: isinstance(value, bool),
+    "curve": _is_curve,
+    "extra": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+}

@@ -1,0 +1,107 @@
+"""Files of records: read with line numbers, merged without losing or averaging anything, safe under two writers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from espalier.errors import EspalierError
+from espalier.files import write_bytes
+from espalier.study.record import Record, contradiction, record_from_line
+
+_WAIT_SECONDS = 60.0
+
+# Note [Merging]
+# Records with the same key are the same trial. If they agree, one stays: the one with the most extra figures, then the
+# oldest, then the first in the order of its text: an order that does not depend on which file was read first. If they
+# do not agree (two processors may round a chaotic training apart, or the code has changed), neither is right by itself,
+# so nothing is written and the user decides.
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """Read a file of records.
+
+    Raises:
+        EspalierError: it cannot be read, or holds lines that are no records; the message names the first of them.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EspalierError(f"records {path} cannot be read ({error}): name a file of records") from error
+    records, wrong = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                records.append(record_from_line(line))
+            except ValueError as error:
+                wrong.append(f"line {number} is no record: {error}")
+    if wrong:
+        more = f", and {len(wrong) - 1} more such lines" if len(wrong) > 1 else ""
+        raise EspalierError(f"{path}: {wrong[0]}{more}; delete it and run its trial again")
+    return records
+
+
+def combine(records: Iterable[Record]) -> list[Record]:
+    """Return one record a trial, in a fixed order: idempotent and independent of the order (Note [Merging]).
+
+    Raises:
+        EspalierError: records of one trial contradict each other; all of them are listed.
+    """
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.key, []).append(record)
+    conflicts = [
+        f"{group[0].study}: {group[0].arm} lr={group[0].lr:g} seed={group[0].seed}: {found}"
+        for group in groups.values()
+        if (found := contradiction(group)) is not None
+    ]
+    if conflicts:
+        raise EspalierError(
+            f"{len(conflicts)} trials have records that contradict each other: {'; '.join(sorted(conflicts))}: delete "
+            "the line of each that is not to stand (they may come from different versions or processors)"
+        )
+    kept = [
+        min(group, key=lambda record: (-len(record.extra), record.date, record.line())) for group in groups.values()
+    ]
+    return sorted(kept, key=lambda record: (record.study, record.arm, record.lr, record.seed, record.digest))
+
+
+def by_trial(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """Return records by arm and digest, whatever study they name.
+
+    Raises:
+        EspalierError: two records of one trial contradict each other.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for record in records:
+        before = found.setdefault((record.arm, record.digest), record)
+        if (conflict := contradiction([before, record])) is not None:
+            raise EspalierError(
+                f"records of {record.arm} lr={record.lr:g} seed={record.seed} in {before.study} and {record.study} "
+                f"contradict each other: {conflict}: delete the line that is not to stand"
+            )
+    return found
+
+
+def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
+    """Add records to a file and return all that it holds then; it is replaced as a whole, under a lock beside it.
+
+    Raises:
+        EspalierError: the file holds lines that are no records, records contradict each other (then nothing is
+            written), or another process holds the lock for a minute.
+    """
+    from filelock import FileLock, Timeout  # torch depends on it
+
+    to = Path(to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(to.with_name(f".{to.name}.lock"), timeout=_WAIT_SECONDS):
+            before = to.read_bytes() if to.exists() else None
+            combined = combine([*(read_records(to) if before is not None else ()), *records])
+            content = "".join(record.line() for record in combined).encode()
+            if content != before:
+                write_bytes(to, content)
+    except Timeout:
+        raise EspalierError(f"records {to} are locked by another process: try again when it has ended") from None
+    return combined

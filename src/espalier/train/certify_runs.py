@@ -1,0 +1,132 @@
+"""Certificates and attacks of trained runs: the files lie beside the run folder, which is never written again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from espalier.certify.attack_report import AttackReport, challenge
+from espalier.certify.certificate import EPSILONS, Certificate
+from espalier.certify.radius import certify
+from espalier.data import ImageSource
+from espalier.errors import EspalierError
+from espalier.randomness import derive_generator
+from espalier.recipes import get_recipe
+from espalier.train import Run, load_run, train
+
+
+def certificate_path(run: Path | str) -> Path:
+    """Return where the certificate of a run lies: ``RUN-certificate.json``, beside the folder."""
+    return _beside(run, "certificate")
+
+
+def attack_path(run: Path | str) -> Path:
+    """Return where the attack report of a run lies: ``RUN-attack.json``, beside the folder."""
+    return _beside(run, "attack")
+
+
+def certify_run(run: Run, limit: int | None = None) -> Certificate:
+    """Certify the final network of a run on its test images.
+
+    Args:
+        run: a finished run on images.
+        limit: how many of the test images, in their stored order; None: all.
+
+    Raises:
+        EspalierError: an unfinished or diverged run, or one whose data are no images.
+        UncertifiableError: a module without a known Lipschitz constant.
+    """
+    return certify(*pixel_net(run, limit))
+
+
+def attack_run(
+    run: Run,
+    limit: int | None = None,
+    *,
+    steps: int = 40,
+    restarts: int = 1,
+    autoattack: bool = False,
+    queries: int = 5000,
+    eps: tuple[float, ...] = EPSILONS,
+) -> AttackReport:
+    """Certify the final network of a run on its test images and attack it; see ``challenge``.
+
+    The starts of PGD come from the stream (seed of the run, "attack"), so the report can be made again.
+
+    Args:
+        run: a finished run on images.
+        limit: how many of the test images; None: all.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD.
+        autoattack: also try AutoAttack.
+        queries: of AutoAttack's Square; 5,000 is the standard.
+        eps: radii at which the accuracy under attack is wanted.
+
+    Raises:
+        EspalierError: as ``certify_run``.
+    """
+    net, images, labels = pixel_net(run, limit)
+    generator = derive_generator(run.recipe.seed, "attack")
+    return challenge(
+        net, images, labels, certify(net, images, labels), eps,
+        steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, generator=generator,
+    )  # fmt: skip
+
+
+def pixel_net(run: Run, limit: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a run's final network as a function of pixels in [0, 1], in evaluation mode, and its test images.
+
+    Raises:
+        EspalierError: an unfinished or diverged run, or one whose data are no images.
+    """
+    source = run.source()
+    if not isinstance(source, ImageSource):
+        raise EspalierError(f"run {run.path} was trained on {run.recipe.dataset!r}: only runs on images are certified")
+    images, labels = source.images("test", limit)
+    return nn.Sequential(source.normalizer, run.model()).eval(), images, labels
+
+
+def parse_eps(texts: tuple[str, ...]) -> tuple[float, ...]:
+    """Return radii given as ``36/255`` or ``0.1``.
+
+    Raises:
+        EspalierError: text that is no number from 0.
+    """
+    try:
+        values = tuple(float(Fraction(text)) for text in texts)
+    except (ValueError, ZeroDivisionError):
+        raise EspalierError(f"eps {' '.join(texts)!r}: write radii such as 36/255 or 0.1") from None
+    if not all(value >= 0 for value in values):
+        raise EspalierError(f"eps {' '.join(texts)!r}: a radius cannot be negative")
+    return values
+
+
+def demo_certificate(out: Path, *, smallest: bool = False) -> tuple[Path, str]:
+    """Train a small Cayley net on digits into ``out/digits_robust``, certify it, attack it; return the run folder and
+    both tables.
+
+    Args:
+        out: folder of the run; the certificate and the attack report lie there too.
+        smallest: one epoch and few images: everything runs, nothing is shown.
+
+    Raises:
+        CertificateBrokenError: a certified point fell.
+    """
+    recipe = get_recipe("digits_robust")
+    recipe = replace(recipe, epochs=1) if smallest else recipe
+    train(recipe, out / recipe.name, progress=False)
+    run = load_run(out / recipe.name)
+    certificate = certify_run(run)
+    certificate.save(certificate_path(run.path))
+    report = attack_run(run, 20 if smallest else 120, steps=20)
+    report.save(attack_path(run.path))
+    report.check()
+    return run.path, f"{certificate}\n\n{report}"
+
+
+def _beside(run: Path | str, what: str) -> Path:
+    folder = Path(run).resolve()
+    return folder.with_name(f"{folder.name}-{what}.json")

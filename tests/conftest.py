@@ -1,0 +1,36 @@
+"""What holds for every test: workers share the cores, and a run ends with what it skipped and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Generator
+
+import pytest
+
+# A busy machine draws its examples slowly and passes all the same. The environment of `make interop` has no hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any-machine")
+
+# Two workers with as many threads each as there are cores wait for each other, spinning: share the cores out. Read when
+# torch is loaded, which is after this file, and by the processes that tests start.
+if (_WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """List every reason to skip with its number of tests, as the last lines but that of the counts."""
+    yield
+    # A skip's report carries (path, line, "Skipped: why").
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    if reasons:
+        terminalreporter.section("not run here, and how to run it")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count} test{'s' if count > 1 else ''}: {reason}")

@@ -1,0 +1,131 @@
+"""Every layer and model on the device, forward and backward, against itself in float64 on the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cases_gpu import CASES, NETWORKS, ORTHOGONAL, Case, oracle, run, worst_error
+from espalier.nn import causal_conv_silu, mixing_matrix, selective_scan, ssd
+from reference.selective_scan_reference import selective_scan_loop
+from reference.ssd_reference import ssd_loop
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:espalier runs Mamba:UserWarning")]
+
+# Float32 rounding (6e-8) grown by the longest chains here: 700 steps of a scan, or ten orthogonal layers in a row.
+FLOAT32 = 2e-4
+IMAGES = {name: case for name, case in NETWORKS.items() if len(case.shape) == 4}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_and_backward_in_float32(case: Case, device: torch.device) -> None:
+    module, x = case.seeded()
+    exact = oracle(module, x)
+    error, where = worst_error(run(module.to(device), x.to(device)), exact)
+    assert error <= FLOAT32, f"{where} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_float64_is_exact(case: Case, device: torch.device) -> None:
+    module, x = case.seeded()
+    exact = oracle(module, x)
+    x = x.double() if x.is_floating_point() else x
+    error, where = worst_error(run(module.double().to(device), x.to(device)), exact)
+    assert error <= 1e-8, f"{where} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bf16_autocast_is_near(case: Case, device: torch.device) -> None:
+    module, x = case.seeded()
+    with torch.no_grad():
+        exact = copy.deepcopy(module)(x)
+        module, x = module.to(device), x.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = module(x)
+    assert torch.isfinite(y).all()
+    error = float((y.cpu().float() - exact).norm() / exact.norm())
+    assert error <= 0.05, f"off by {error:.1e}"
+
+
+@pytest.mark.parametrize("case", ORTHOGONAL.values(), ids=ORTHOGONAL)
+def test_evaluation_uses_what_training_has(case: Case, device: torch.device) -> None:
+    module, x = case.seeded()
+    module, x = module.to(device), x.to(device)
+    trained = module.train()(x)
+    for _ in range(2):  # the second pass reads the cache
+        torch.testing.assert_close(module.eval()(x), trained, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        next(module.parameters()).mul_(-0.5)
+    torch.testing.assert_close(module.eval()(x), module.train()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_orthogonal_layers_keep_norms(device: torch.device) -> None:
+    for name in ("conv2d", "conv2d-large-map", "conv2d-many-channels", "conv3d"):
+        module, x = ORTHOGONAL[name].seeded()
+        module, x = module.to(device).eval(), x.to(device)
+        with torch.no_grad():
+            y = module(x) - module(torch.zeros_like(x))  # the bias taken off
+        sizes = y.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+        torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", IMAGES.values(), ids=IMAGES)
+def test_channels_last_and_contiguous_agree(case: Case, device: torch.device) -> None:
+    module, x = case.seeded()
+    module, x = module.to(device), x.to(device)
+    one = run(copy.deepcopy(module), x)
+    two = run(module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+    error, where = worst_error(two, {name: value.cpu().double() for name, value in one.items()})
+    assert error <= FLOAT32, f"{where} is off by {error:.1e}"
+
+
+def test_selective_scan_against_the_loop(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, delta = torch.randn(2, 70, 6, generator=generator), torch.rand(2, 70, 6, generator=generator)
+    a, b, c = -torch.rand(6, 5, generator=generator), *torch.randn(2, 2, 70, 5, generator=generator)
+    d, initial = torch.randn(6, generator=generator), torch.randn(2, 6, 5, generator=generator)
+    exact = selective_scan_loop(*(t.double() for t in (x, delta, a, b, c, d, initial)))
+    x, delta, a, b, c, d, initial = (t.to(device) for t in (x, delta, a, b, c, d, initial))
+    found = selective_scan(x, delta, a, b, c, d, initial_state=initial, return_state=True)
+    for mine, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_ssd_against_the_loop(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, delta = torch.randn(2, 70, 4, 6, generator=generator), torch.rand(2, 70, 4, generator=generator)
+    a, b, c = -torch.rand(4, generator=generator), *torch.randn(2, 2, 70, 2, 5, generator=generator)
+    d, initial = torch.randn(4, generator=generator), torch.randn(2, 4, 5, 6, generator=generator)
+    exact = ssd_loop(*(t.double() for t in (x, delta, a, b, c, d, initial)))
+    x, delta, a, b, c, d, initial = (t.to(device) for t in (x, delta, a, b, c, d, initial))
+    found = ssd(x, delta, a, b, c, d, initial_state=initial, return_state=True, chunk_size=16)
+    for mine, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_convolution_against_a_plain_one(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(2, 9, 6, generator=generator), torch.randn(6, 4, generator=generator)
+    bias, history = torch.randn(6, generator=generator), torch.randn(2, 3, 6, generator=generator)
+    padded = torch.cat([history, x], dim=1).double()
+    exact = F.silu(F.conv1d(padded.mT, weight.double()[:, None], bias.double(), groups=6).mT)
+    found = causal_conv_silu(x.to(device), weight.to(device), bias.to(device), history=history.to(device))
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba1", "mamba2"])
+def test_steps_and_mixing_matrix_follow_the_whole_sequence(name: str, device: torch.device) -> None:
+    module, x = CASES[name].seeded()
+    module, x = module.to(device).eval(), x.to(device)
+    with torch.no_grad():
+        whole = module(x)
+        first, state = module(x[:, :30], return_state=True)
+        rest = []
+        for step in range(30, x.shape[1]):
+            y, state = module(x[:, step : step + 1], state=state, return_state=True)
+            rest.append(y)
+        torch.testing.assert_close(torch.cat([first, *rest], dim=1), whole, rtol=1e-4, atol=1e-5)
+        assert torch.isfinite(mixing_matrix(module, x[:1, :9])).all()

@@ -1,0 +1,140 @@
+"""Lipschitz parts against the singular values of their own Jacobians, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError
+from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.constant import spectral_norm
+from espalier.nn.lipschitz.normalisation import NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum
+
+
+def jacobian_norm(module: nn.Module, x: Tensor) -> float:
+    """Return the largest singular value of the Jacobian at ``x``, without a batch axis, in float64."""
+    jacobian = torch.autograd.functional.jacobian(lambda one: module(one[None])[0].flatten(), x)
+    return torch.linalg.svdvals(jacobian.reshape(-1, x.numel())).max().item()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_max_min_sorts_pairs_of_channels() -> None:
+    x = torch.tensor([[1.0, 5.0, 3.0, 2.0]])
+    assert MaxMin()(x).tolist() == [[3.0, 5.0, 1.0, 2.0]]
+
+
+def test_max_min_sends_gradients_back_where_numbers_came_from_and_keeps_the_layout() -> None:
+    x = draw(3, 4, 5, 2).permute(2, 1, 3, 0).requires_grad_()
+    a, b = x.chunk(2, dim=1)
+    plain = torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
+    weights = draw(5, 4, 2, 3, seed=1)
+    ours = MaxMin()(x)
+    assert torch.equal(ours, plain)
+    assert ours.stride() == x.stride()
+    assert torch.equal(*(torch.autograd.grad(y, x, weights)[0] for y in (ours, plain)))
+    assert torch.autograd.gradgradcheck(MaxMin(), (x,))
+    equal = torch.ones(1, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(MaxMin()(equal), equal, torch.arange(4.0)[None])
+    assert gradient.tolist() == [[0, 1, 2, 3]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(2, 5), groups=st.integers(1, 4), spatial=st.sampled_from([(), (3,), (2, 3)]))
+def test_group_sort_is_a_sort_of_every_group(size: int, groups: int, spatial: tuple[int, ...]) -> None:
+    x = draw(2, size * groups, *spatial)
+    y = GroupSort(size)(x)
+    for j in range(groups):
+        members = list(range(j, size * groups, groups))
+        assert torch.equal(y[:, members], x[:, members].sort(dim=1, descending=True).values)
+    if size == 2:
+        assert torch.equal(y, MaxMin()(x))
+    # A permutation of the channels at every pixel: norms stay what they are.
+    assert torch.equal(y.sort(dim=1).values, x.sort(dim=1).values)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (MaxMin(), (4, 3, 2)),
+        (GroupSort(3), (6, 2, 2)),
+        (InvertibleDownsampling(2), (2, 4, 6)),
+        (ScaledAvgPool2d(1), (2, 4, 6)),
+        (ScaledAvgPool2d(2), (2, 4, 6)),
+        (ScaledAvgPool2d(3), (1, 7, 6)),
+        (ScaledAvgPool2d(), (3, 4, 5)),
+    ],
+    ids=str,
+)
+def test_the_stated_constant_is_exact(module: nn.Module, shape: tuple[int, ...]) -> None:
+    stated = module.lipschitz_constant()
+    assert jacobian_norm(module, draw(*shape)) == pytest.approx(stated, abs=1e-12)
+
+
+def test_plain_average_pooling_loses_the_factor_that_scaled_pooling_keeps() -> None:
+    x = draw(2, 4, 4)
+    assert jacobian_norm(nn.AvgPool2d(2), x) == pytest.approx(0.5, abs=1e-12)
+    assert torch.allclose(ScaledAvgPool2d(2)(x[None]), 2 * nn.AvgPool2d(2)(x[None]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(coefficient=st.floats(0.01, 0.99), gain=st.floats(0.1, 3.0))
+def test_a_convex_sum_reaches_its_constant_and_no_more(coefficient: float, gain: float) -> None:
+    # f = gain·x: the combination is a multiple of the identity, so its constant is known exactly.
+    inner = nn.Linear(3, 3, bias=False).double()
+    with torch.no_grad():
+        inner.weight.copy_(gain * torch.eye(3, dtype=torch.float64))
+    module = ConvexSum(inner, coefficient).double()
+    stated = module.lipschitz_constant_from(lambda child: gain)
+    assert stated == pytest.approx(1 - coefficient + coefficient * gain, rel=1e-6)
+    assert jacobian_norm(module, draw(3)) == pytest.approx(stated, rel=1e-9)
+
+
+def test_the_coefficient_of_a_convex_sum_learns_and_stays_between_0_and_1() -> None:
+    module, x = ConvexSum(nn.ReLU(), 0.3), -torch.ones(1, 2)
+    module(x).sum().backward()
+    # ∂/∂logit of −2(1 − c) is 2c(1 − c).
+    assert module.logit.grad.item() == pytest.approx(2 * 0.3 * 0.7, rel=1e-6)
+    for extreme in (-200.0, 200.0):
+        with torch.no_grad():
+            module.logit.fill_(extreme)
+        assert module.lipschitz_constant_from(lambda child: 3.0) == pytest.approx(1.0 if extreme < 0 else 3.0)
+
+
+def test_normalised_rows_have_unit_norm_whatever_the_weights_are() -> None:
+    layer = NormalizedLinear(5, 3).double()
+    with torch.no_grad():
+        layer.weight.mul_(torch.tensor([[100.0], [1.0], [1e-3]]))
+    jacobian = torch.autograd.functional.jacobian(layer, draw(5))
+    assert torch.allclose(jacobian.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    assert layer.lipschitz_constant() == pytest.approx(torch.linalg.svdvals(jacobian).max().item(), rel=1e-12)
+    assert layer.lipschitz_constant() >= torch.linalg.svdvals(jacobian).max().item()
+
+
+def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
+    assert 3.0 <= spectral_norm(torch.diag(torch.tensor([1.0, -3.0, 2.0]))) <= 3.0 * (1 + 1e-12)
+    assert spectral_norm(torch.tensor([[float("nan")]])) != spectral_norm(torch.zeros(1, 1))
+    assert not spectral_norm(torch.tensor([[float("inf"), 0.0]])) < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: MaxMin()(torch.zeros(1, 3)), "3 channels"),
+        (lambda: GroupSort(1), "group_size 1"),
+        (lambda: ConvexSum(nn.Identity(), 1.0), "coefficient 1.0"),
+        (lambda: InvertibleDownsampling(2)(torch.zeros(1, 1, 3, 4)), "3×4"),
+        (lambda: InvertibleDownsampling(0), "factor 0"),
+        (lambda: ScaledAvgPool2d(0), "kernel_size 0"),
+    ],
+)
+def test_bad_input_is_named(call: object, words: str) -> None:
+    with pytest.raises(EspalierError, match=words):
+        call()  # type: ignore[operator]
