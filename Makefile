@@ -7,7 +7,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
 TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test test-matrix check bench gpu docs interop wheel lock clean results
+.PHONY: env kernels demo test test-matrix check bench gpu docs interop sweep sweep-short wheel lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -34,6 +34,10 @@ interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-lin
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop --override-ini addopts=-ra
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop/conftest.py \
 		tests/init/layouts/test_transformers_layouts.py --override-ini addopts=-ra
+sweep: $(INTEROP)/.installed     ## every architecture that builds, written and judged; writes the page of supported models
+	PYTHONPATH=src:tests $(INTEROP)/bin/python experiments/sweep.py --jobs 2 --out docs/guides
+sweep-short: env                 ## the same for thirty types of transformers
+	PYTHONPATH=src:tests $(BIN)/python experiments/sweep.py --short --jobs 2 --out runs/sweep
 wheel: env                       ## the wheel, kernels included, in dist/
 	$(BIN)/python -m build --wheel
 lock: env                        ## write requirements/dev.lock from the environment as it stands

@@ -19,7 +19,7 @@ def build() -> VisionTransformer:
     """Return a small vision transformer, equal on every rank, with a depthwise convolution beside it."""
     model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3)
     model.init_weights(torch.Generator().manual_seed(1))
-    model.mixer = nn.Conv2d(5, 5, 5, groups=5)  # shards of unequal size
+    model.mixer = nn.Conv2d(5, 5, 5, padding=2, groups=5)  # shards of unequal size
     for parameter in model.mixer.parameters():
         nn.init.ones_(parameter)
     return model

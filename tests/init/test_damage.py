@@ -219,7 +219,7 @@ def test_a_layout_or_a_measure_that_fails_costs_one_row() -> None:
 
     @register_layout(Odd)
     def odd(module: nn.Module) -> AttentionWeights:
-        return AttentionWeights(*(module.w.detach().clone()[:, :5] for _ in range(4)), 4, 4)  # shapes that do not fit
+        return AttentionWeights(*(module.w.detach()[:, :5] for _ in range(4)), 4, 4)  # shapes that do not fit
 
     model = nn.ModuleDict({"broken": Broken(), **mixed()})
     rows = {row.layer: row for row in espalier.structure_(model, generator=seeded()).layers}

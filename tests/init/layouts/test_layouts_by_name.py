@@ -157,8 +157,6 @@ def test_what_cannot_be_known_is_not_guessed() -> None:
     module = Plain(FOUR)
     del module.num_heads
     assert "number of heads is not stated" in reason(module)
-    module = Plain(("query_key_value", "dense"))
-    assert "order of rows" in reason(module)
     module = Plain(FOUR)
     module.num_heads = 5
     assert "5 heads do not divide" in reason(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -50,6 +50,8 @@ class DepthwiseFamily(Family):
 
     def write(self, weights: DepthwiseWeights, spec: FilterCovariance, place: Place, generator: torch.Generator) -> str:
         """Draw the filters of the layer's depth."""
+        if weights.centre == "last":
+            spec = replace(spec, centre="last")
         return spec.write_(weights.weight, spec.depth_of(*place), generator=generator)
 
     def measure(self, weights: DepthwiseWeights) -> dict[str, float]:

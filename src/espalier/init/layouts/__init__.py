@@ -9,14 +9,12 @@ from espalier.init.layouts import (
     torch_attention,
     transformers,
 )  # each registers its layouts
+from espalier.init.layouts.find import Layer, find_layers, locate_layers
 from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
-    Layer,
     Skipped,
     SSMWeights,
-    find_layers,
-    locate_layers,
     register_guess,
     register_layout,
 )

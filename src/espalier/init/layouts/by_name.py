@@ -1,13 +1,11 @@
-"""Self-attention in a class that nobody registered, recognised by the names and shapes of its linear layers."""
+"""Self-attention in a class that nobody registered, read from the names of its linear layers; the probe must agree."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from torch import nn
 
 from espalier.init.layouts.linears import fused, paired, separate
-from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, register_guess
+from espalier.init.layouts.registry import Found, Skipped, register_guess
 
 # Names of queries, keys and values that belong together, and of the output projection beside them.
 TRIPLES = (
@@ -20,28 +18,50 @@ TRIPLES = (
     ("to_q", "to_k", "to_v"),
     ("q_lin", "k_lin", "v_lin"),
     ("query_proj", "key_proj", "value_proj"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_linear", "k_linear", "v_linear"),
     ("q", "k", "v"),
 )
-FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv")
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "to_out", "out_lin", "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o")
+FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
+OUTPUTS = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "to_out",
+    "out_lin",
+    "linear_out",
+    "out_linear",
+    "proj_out",
+    "wo",
+    "Wo",
+    "w_o",
+    "W_o",
+    "proj",
+    "dense",
+    "out",
+    "o",
+)
 
 
 @register_guess
 def guess_attention(module: nn.Module) -> Found | None:
-    """Return the self-attention that a module's linear layers look like, saying that it is a guess, or ``None``.
+    """Return the self-attention that a module's linear layers look like, or ``None``.
 
     Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), the first three in
     a child and the last in another (BERT's), one fused layer whose rows are all queries, all keys, all values
-    (nanoGPT's ``c_attn``, ``to_qkv``), and ``to_q`` beside a fused ``to_kv``. A fused ``query_key_value`` is skipped:
-    libraries disagree on the order of its rows.
+    (nanoGPT's ``c_attn``, ``to_qkv``), and ``to_q`` beside a fused ``to_kv``.
     """
-    found = _guess(module)
-    if isinstance(found, AttentionWeights):
-        return replace(found, note="; ".join(filter(None, ("guessed from the names of its layers", found.note))))
-    return found
+    return _guess(module, by_head=False)
 
 
-def _guess(module: nn.Module) -> Found | None:
+@register_guess
+def guess_rows_by_head(module: nn.Module) -> Found | None:
+    """Return the other reading of a fused layer: queries, keys and values of each head together (GPT-NeoX's)."""
+    names = {name for name, _ in module.named_children()}
+    return _guess(module, by_head=True) if names & set(FUSED) else None
+
+
+def _guess(module: nn.Module, *, by_head: bool) -> Found | None:
     children = dict(module.named_children())
     out = next((_linear_in(children[name], name) for name in OUTPUTS if name in children), None)
     triple = next((names for names in TRIPLES if children.keys() >= set(names)), None)
@@ -49,15 +69,15 @@ def _guess(module: nn.Module) -> Found | None:
     inner = next((name for name in ("self", "attention") if name in children), None)
     if inner and hasattr(children.get("output"), "dense") and hasattr(children[inner], "query"):
         return separate(module, f"{inner}.query", f"{inner}.key", f"{inner}.value", "output.dense")
-    if "query_key_value" in children:
-        return Skipped("attention", "the order of rows in query_key_value is not known: register a layout")
     if triple is None and single is None and not children.keys() >= {"to_q", "to_kv"}:
         return None
     if out is None:
         return Skipped("attention", "it has queries, keys and values but no output projection: left alone")
     if triple is not None:
         return separate(module, *triple, out)
-    return fused(module, single, out) if single is not None else paired(module, "to_q", "to_kv", out)
+    if single is not None:
+        return fused(module, single, out, by_head=by_head)
+    return paired(module, "to_q", "to_kv", out)
 
 
 def _linear_in(layer: nn.Module, name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_parametrized
+from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_computed
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
@@ -89,7 +89,7 @@ def _assemble(module: nn.Module, weights: Sequence[Tensor], heads: int, names: S
 
 
 def _matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor] | Skipped:
-    if refused := refuse_parametrized(module, "attention"):
+    if refused := refuse_computed(module, "attention"):
         return refused
     parts = [_matrix(module, name) for name in names]
     refusals = [part for part in parts if isinstance(part, Skipped)]
@@ -114,7 +114,7 @@ def _matrix(module: nn.Module, name: str) -> Tensor | Skipped:
 
 def _count_heads(module: nn.Module, rows: int) -> int:
     """Return the number of query heads that the module states, or 0."""
-    for owner in (module, getattr(module, "self", None)):
+    for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
         if heads := _stated(owner, HEADS):
             return heads
         if width := _stated(owner, WIDTHS):

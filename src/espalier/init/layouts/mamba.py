@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from espalier.init.layouts.registry import (
@@ -11,7 +9,7 @@ from espalier.init.layouts.registry import (
     Refused,
     Skipped,
     SSMWeights,
-    refuse_parametrized,
+    refuse_computed,
     register_guess,
     register_layout,
 )
@@ -26,7 +24,7 @@ _TRANSFORMERS = "transformers.models."
 @register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer")
 def mamba1(module: nn.Module) -> Found:
     """Return views into ``x_proj`` (rows Δ-rank, B, C), ``dt_proj``, ``A_log`` and ``conv1d``."""
-    if refused := refuse_parametrized(module, "ssm"):
+    if refused := refuse_computed(module, "ssm"):
         return refused
     rates, taps, conv_bias = _common(module)
     maps, steps = _linear(module, "x_proj"), _linear(module, "dt_proj")
@@ -69,12 +67,12 @@ def guess_mamba(module: nn.Module) -> Found | None:
         found = mamba1(module)
     elif "dt_bias" in bare:
         found = _mamba2(module, 1, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
-    return replace(found, note="guessed from the names of its layers") if isinstance(found, SSMWeights) else found
+    return found
 
 
 def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
     """Return a Mamba-2's views; ``share`` are the rows of B, all groups of it."""
-    if refused := refuse_parametrized(module, "ssm"):
+    if refused := refuse_computed(module, "ssm"):
         return refused
     rates, taps, conv_bias = _common(module)
     maps, heads = _linear(module, "in_proj"), len(rates)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_parametrized, register_layout
+from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_computed, register_layout
 
 
 @register_layout(nn.MultiheadAttention)
 def multihead_attention(module: nn.Module) -> Found:
     """Return views into ``in_proj_weight`` (rows q, k, v) and ``out_proj``."""
     assert isinstance(module, nn.MultiheadAttention)
-    if refused := refuse_parametrized(module, "attention"):
+    if refused := refuse_computed(module, "attention"):
         return refused
     if module.in_proj_weight is None:
         return Skipped("attention", "keys or values have a width of their own (kdim, vdim): this is cross-attention")

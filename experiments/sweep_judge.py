@@ -1,0 +1,228 @@
+"""The sweep's judge: what a model's layers compute after ``structure_``, read out of forward passes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import espalier
+from espalier.errors import EspalierError
+from espalier.init.layouts.scratch import calls, fresh, leaves, untraced
+
+# Notes after which the report's figures are not the forward pass's.
+RESCALED = re.compile(r"up to scale|gate|norm|softmax|up to their scale|fixed factors|sink")
+PROBES = 32
+
+
+class Watch(TorchDispatchMode):
+    """Keeps every softmax's input, and who was running then."""
+
+    def __init__(self, stack: list[str]) -> None:
+        super().__init__()
+        self.stack, self.seen = stack, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default):
+            self.seen.append((self.stack[-1] if self.stack else "", args[0].movedim(args[1], -1)))
+        return func(*args, **(kwargs or {}))
+
+
+def judge(model: nn.Module) -> dict[str, Any]:
+    """Write structure into a model and return a verdict for every layer."""
+    reports, why = [], ""
+    try:
+        reports = list(espalier.structure_(model, generator=torch.Generator().manual_seed(0)).layers)
+    except EspalierError as error:
+        why = str(error).splitlines()[0]
+        try:
+            reports = list(espalier.audit(model).layers)
+        except EspalierError:
+            reports = []
+        if any(row.status != "skipped" for row in reports):
+            return {"result": "crash", "why": why}
+    used, attending = run_whole(model.double())
+    layers = []
+    for row in reports:
+        verdict, note = ("skipped", row.note) if row.status == "skipped" else judge_row(model, row, used)
+        layers.append({"layer": row.layer, "host": row.host, "kind": row.kind, "verdict": verdict, "note": note})
+    covered = [row.layer for row in reports if row.kind in ("attention", "ssm")]
+    for name in dict.fromkeys([*attending, *named_attention(model)]):
+        if not any(name == c or name.startswith(f"{c}.") or c.startswith(f"{name}.") or not c for c in covered):
+            host = type(model.get_submodule(name)).__name__
+            layers.append({"layer": name, "host": host, "kind": "attention", "verdict": "silent", "note": "no row"})
+    return {"result": "judged", "layers": layers}
+
+
+def named_attention(model: nn.Module) -> list[str]:
+    """Return modules whose class is called attention and that hold two matrices or more of their own."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if re.search(r"Attention|Attn", type(module).__name__)
+        and sum(p.ndim == 2 for p in module.parameters()) >= 2
+        and name
+    ]
+
+
+def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Run a model on whatever inputs it takes; return every module's inputs, and where tokens met tokens."""
+    used: dict[str, tuple[Any, Any]] = {}
+    stack: list[str] = []
+    handles = []
+
+    def leave(*_: Any) -> None:
+        if stack:
+            stack.pop()
+
+    for name, module in model.named_modules():
+
+        def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            stack.append(name)
+            used.setdefault(name, (fresh(args), fresh(kwargs)))
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    attending: list[str] = []
+    for inputs in whole_inputs(model):
+        inputs = double(inputs)
+        stack.clear()
+        with untraced(), Watch(stack) as watch:
+            try:
+                model(*inputs.pop("args", ()), **inputs)
+            except Exception:
+                continue
+            finally:
+                attending += [n for n, s in watch.seen if s.ndim >= 3 and s.shape[-1] == s.shape[-2] > 1 and n]
+        break
+    for handle in handles:
+        handle.remove()
+    return used, attending
+
+
+def double(value: Any) -> Any:
+    """Return nested inputs with every floating-point tensor in float64."""
+    if isinstance(value, dict):
+        return {key: double(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(double, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def whole_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield inputs that models take: tokens, an image, sound."""
+    ids = torch.arange(1, 9)[None]
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None) or getattr(model, "img_size", None)
+    size = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, size or 224))[-1]
+    size = size if isinstance(size, int) else 224
+    bins = getattr(config, "num_mel_bins", 16)
+    image = torch.randn(1, getattr(config, "num_channels", 3), size, size)
+    yield {"input_ids": ids}
+    yield {"input_ids": ids, "decoder_input_ids": ids}
+    yield {"pixel_values": image}
+    yield {"input_ids": ids, "pixel_values": image}
+    yield {"input_values": torch.randn(1, 4000)}
+    yield {
+        "input_features": torch.randn(1, bins, 2 * getattr(config, "max_source_positions", 32)),
+        "decoder_input_ids": ids,
+    }
+    yield {"input_features": torch.randn(1, 64, bins)}
+    yield {"inputs_embeds": torch.randn(1, 8, getattr(config, "hidden_size", 32))}
+    yield {"args": (torch.randn(1, 3, size, size),)}
+
+
+def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
+    """Return the verdict on a written layer, with the note that belongs to it."""
+    if row.kind != "attention":
+        return "written", row.note
+    module = model.get_submodule(row.layer)
+    inputs = [used[row.layer]] if row.layer in used else []
+    inputs += [(call.args, call.kwargs) for call in calls(module, width_of(module), heads_of(module))]
+    why = ""
+    for args, kwargs in inputs:
+        try:
+            qk, vo = products(module, args, kwargs)
+        except Exception as error:
+            why = why or f"{type(error).__name__}: {error}".splitlines()[0][:80]
+            continue
+        asked_qk, asked_vo = row.measured["qk_diagonal"], row.measured["vo_diagonal"]
+        right = any(abs(one - asked_qk) <= 0.15 * abs(asked_qk) + 0.03 for one in qk)
+        right = right and abs(vo - asked_vo) <= 0.15 * abs(asked_vo) + 0.03
+        if right:
+            return "proved", row.note
+        if RESCALED.search(row.note):
+            return "rescaled", row.note
+        return "wrong", f"qk {', '.join(f'{one:.2f}' for one in qk)} for {asked_qk:.2f}, vo {vo:.2f} for {asked_vo:.2f}"
+    return "not run", f"{row.note}; the judge: {why}".strip("; ")
+
+
+def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], float]:
+    """Return the mean diagonals of W_Q W_Kᵀ, under each scale that a layer may use, and of W_V W_out."""
+    keys = [key for key, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    first = args[0] if args else kwargs[keys[0]]
+    dim = first.shape[-1]
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(4))[:PROBES].tolist()
+    qk, vo, scales = 0.0, 0.0, {1.0}
+    zero = one_run(module, args, kwargs, keys, torch.zeros(dim, dtype=torch.float64))
+    for index in order:
+        unit = torch.zeros(dim, dtype=torch.float64)
+        unit[index] = 1.0
+        scores, out = one_run(module, args, kwargs, keys, unit)
+        moved = (scores - zero[0]).diagonal(0, -1, -2)
+        qk += float(moved[moved.abs() < 1e6].mean()) / len(order)
+        vo += float((out - zero[1])[..., index].mean()) / len(order)
+        heads = scores.numel() // scores.shape[-1] ** 2 // max(1, first.numel() // dim // scores.shape[-1])
+        scales |= {(dim / heads) ** -0.5, dim**-0.5}
+    scales |= {float(s) for n in ("scaling", "scale", "scale_attn") if isinstance(s := getattr(module, n, None), float)}
+    scales |= {
+        w**-0.5 for n in ("head_dim", "attention_head_size", "d_kv") if isinstance(w := getattr(module, n, None), int)
+    }
+    return [qk / scale for scale in sorted(scales) if scale], vo
+
+
+def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a layer with every token equal; return its scores and the output of its last linear map."""
+    last: list[Tensor] = []
+    handles = [
+        part.register_forward_hook(lambda _, __, out: last.append(out))
+        for part in module.modules()
+        if not list(part.children()) and any(p.ndim == 2 for p in part.parameters())
+    ]
+    args, kwargs = fresh(args), fresh(kwargs)
+    same = args[0] if args else kwargs[keys[0]]
+    filled = token.to(same.dtype).expand(same.shape).clone()
+    # Whatever has the same values as the tokens (query, key, value) stays equal to them.
+    args = tuple(
+        filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a for a in args
+    )
+    kwargs = {
+        k: filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a
+        for k, a in kwargs.items()
+    }
+    kwargs = {k: v for k, v in kwargs.items() if "past" not in k and "cache" not in k}
+    try:
+        with untraced(), Watch([]) as watch:
+            out = module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    scores = [s for _, s in watch.seen if s.ndim >= 3 and s.shape[-1] - s.shape[-2] in (0, 1)]
+    mapped = [part for part in last if isinstance(part, Tensor) and part.shape[-1] == len(token)]
+    final = mapped[-1] if mapped and not isinstance(module, nn.MultiheadAttention) else next(leaves(out))
+    return scores[0][..., : scores[0].shape[-2]], final
+
+
+def width_of(module: nn.Module) -> int:
+    """Return the input width of a layer's first matrix."""
+    return next(p.shape[-1] for p in module.parameters() if p.ndim == 2)
+
+
+def heads_of(module: nn.Module) -> int:
+    """Return the number of heads that a layer states."""
+    names = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
+    return next((n for name in names if isinstance(n := getattr(module, name, None), int)), 4)

@@ -1,0 +1,225 @@
+"""Which modules of a model are layers that can be written: registered ones, proven guesses, and why the rest is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
+from espalier.init.layouts.probe_depthwise import align
+from espalier.init.layouts.prove import prove, prove_use
+from espalier.init.layouts.registry import (
+    COMPUTED,
+    GUESSES,
+    LAYOUTS,
+    AttentionWeights,
+    DepthwiseWeights,
+    Found,
+    Layout,
+    Refused,
+    Skipped,
+    class_path,
+    refuse_computed,
+)
+from espalier.init.sharded import whole
+
+_CROSS = Skipped("attention", "cross-attention compares two sequences: left alone")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a layer is, and how to get at its weights.
+
+    Attributes:
+        name: its dotted name in the model.
+        host: the class of the module that holds it.
+        module: that module.
+        child: the layer's name inside the module, where a module holds several; else empty.
+        names: every module of the model, to find what calls this one.
+        found: its weights, or why it is left alone. Of a sharded layer only the shapes: its views are on the meta
+            device, and ``open`` gathers them.
+    """
+
+    name: str
+    host: str
+    module: nn.Module
+    child: str
+    names: Mapping[str, nn.Module]
+    found: Found
+
+    @contextmanager
+    def open(self) -> Iterator[Found]:
+        """Give fresh views of the layer's whole weights for the length of a ``with`` block.
+
+        What is written to the views of a sharded layer reaches the shards when the block is left, from rank 0's values
+        on every rank; after an exception nothing is written. Every rank must enter.
+        """
+        with whole(self.module):
+            place = self.name[: len(self.name) - len(self.child)].rstrip(".")
+            found = _read(self.names, place, self.module)
+            layers = found if isinstance(found, Mapping) else {"": found}
+            weights = layers.get(self.child) or (self.found if isinstance(self.found, Skipped) else None)
+            if weights is None:
+                raise RuntimeError(f"layer {self.name!r} is no longer what its layout found: it changed meanwhile")
+            yield weights
+
+
+def locate_layers(model: nn.Module) -> list[Layer]:
+    """Return every layer that a layout knows, in module order, each module once, without gathering any weights.
+
+    Modules inside a recognised one are not looked at again. A class that nobody registered gives weights only where a
+    run of the module proves them (see ``probe_attention``). A module that its layout cannot read, or that looks like
+    attention and is not understood, becomes one ``Skipped`` layer with the reason, and the others go on: no attention
+    goes without a row.
+    """
+    names = dict(model.named_modules())
+    attention = {name for name, module in names.items() if _is_attention(module)}
+    # What has attention inside it is named for that: the innermost is the layer.
+    attention -= {name[:dot] for name in attention for dot in _dots(name)} | ({""} if len(attention) > 1 else set())
+    inside: list[str] = []
+    located = []
+    for name, module in names.items():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        host = type(module).__name__
+        with whole(module, shapes=True):
+            found = _read(names, name, module)
+        if found is None:
+            if name in attention:
+                located.append(Layer(name, host, module, "", names, _not_understood(module)))
+            continue
+        prefix = f"{name}." if name else ""
+        inside.append(prefix)
+        for child, weights in (found if isinstance(found, Mapping) else {"": found}).items():
+            located.append(Layer(prefix + child if child else name, host, module, child, names, weights))
+    return located
+
+
+def find_layers(model: nn.Module) -> Iterator[tuple[str, str, Found]]:
+    """Yield ``(name, host class, weights)`` of every layer of ``locate_layers``, each opened while it is looked at."""
+    for layer in locate_layers(model):
+        with layer.open() as weights:
+            yield layer.name, layer.host, weights
+
+
+def _read(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found | Mapping[str, Found] | None:
+    """Return what may be written of a module, or why it may not, or ``None`` where nothing is recognised."""
+    host = next((cls for cls in type(module).__mro__ if class_path(cls) in LAYOUTS), None)
+    if host is None:
+        return _guess(names, name, module)
+    layout = LAYOUTS[class_path(host)]
+    found = _apply(layout, module)
+    if isinstance(found, Mapping):
+        # A subclass may call its parts as it likes: they are looked at one by one.
+        own = _has_own_code(type(module), host)
+        return (
+            None if own else {child: _vet(f"{name}.{child}".lstrip("."), module, part) for child, part in found.items()}
+        )
+    if found is None or isinstance(found := _vet(name, module, found), Skipped):
+        return found
+    if isinstance(found, DepthwiseWeights) and host.__module__.startswith("torch."):
+        return align(names, name, module, found, own_code=_has_own_code(type(module), host))
+    if _has_own_code(type(module), host):
+        return prove(names, name, module, found, layout)
+    if host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
+        return prove_use(names, name, module, found)
+    return found
+
+
+def _guess(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found | None:
+    """Return the first guess that a run of the module proves, else why the first is not proven."""
+    refused: Found | None = None
+    for guess in GUESSES:
+        found = _apply(guess, module)
+        assert not isinstance(found, Mapping)
+        if found is not None and not isinstance(found := _vet(name, module, found), Skipped):
+            found = prove(names, name, module, found, guess)
+        if found is not None and not isinstance(found, Skipped):
+            return found
+        refused = refused or found
+    return refused
+
+
+def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | None:
+    """Ask a layout about a module; what it raises becomes ``Skipped`` with the reason."""
+    try:
+        return layout(module)
+    except Exception as error:  # a layout may be anyone's, and one layer that it cannot read must not stop the others
+        if any(parameter.numel() == 0 for parameter in module.parameters()):
+            return Skipped(_kind_of(module), _EMPTY)
+        if isinstance(error, Refused):
+            return error.skipped
+        words = str(error).strip().splitlines() or ["no message"]
+        reason = f"{class_path(type(module))} cannot be read ({type(error).__name__}: {words[0]})"
+        return Skipped(_kind_of(module), f"{reason}: register a layout for this class")
+
+
+_EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
+_QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
+
+
+def _unless_unusable(weights: Found) -> Found:
+    """Return views that hold numbers of at least two bytes, or else why they cannot be written."""
+    if isinstance(weights, Skipped):
+        return weights
+    values = [value for value in vars(weights).values() if isinstance(value, Tensor)]
+    if any(value.numel() == 0 for value in values):
+        return Skipped(weights.kind, _EMPTY)
+    if any(not value.is_floating_point() or value.element_size() < 2 for value in values):
+        return Skipped(weights.kind, _QUANTISED)
+    return weights
+
+
+def _kind_of(module: nn.Module) -> str:
+    """Return the family of a layer whose layout failed, by what only that family has."""
+    if hasattr(module, "A_log"):
+        return "ssm"
+    return "depthwise" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "attention"
+
+
+def _vet(name: str, module: nn.Module, found: Found) -> Found:
+    """Return what a layout read, or why it must not be written whatever the module computes."""
+    if isinstance(found := _unless_unusable(found), Skipped):
+        return found
+    if isinstance(found, AttentionWeights) and (reads_cross(name) or says_cross(module)):
+        return _CROSS
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    views = [view for field in vars(found).values() for view in (field if isinstance(field, tuple) else (field,))]
+    if any(isinstance(view, Tensor) and view.untyped_storage()._cdata not in own for view in views):
+        return Skipped(found.kind, COMPUTED)
+    return refuse_computed(module, found.kind) or found
+
+
+def _has_own_code(cls: type, host: type) -> bool:
+    """Return whether a subclass of a registered class redefines anything of it."""
+    theirs = {
+        name for base in host.__mro__ if base is not nn.Module and issubclass(base, nn.Module) for name in vars(base)
+    }
+    theirs = (theirs | {"forward", "__init__"}) - {"__module__", "__doc__", "__annotations__", "__constants__"}
+    theirs -= {"__parameters__", "__orig_bases__", "__static_attributes__", "__firstlineno__"}
+    between = cls.__mro__[: cls.__mro__.index(host)]
+    return any(theirs & set(vars(base)) for base in between if base is not nn.Module)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    registered = class_path(type(module)) in LAYOUTS and _kind_of(module) == "attention"
+    return registered or looks_like_attention(module)
+
+
+def _not_understood(module: nn.Module) -> Skipped:
+    """Return why a module that looks like attention is left alone."""
+    children = {name for name, _ in module.named_children()}
+    if any(name.startswith(("kv_a_proj", "kv_down", "kv_a")) for name in children):
+        return Skipped(
+            "attention", "multi-head latent attention: its keys and values go through a latent, no layout yet"
+        )
+    if says_cross(module):
+        return _CROSS
+    return Skipped("attention", "it looks like attention, in a form that no layout knows: register one for its class")
+
+
+def _dots(name: str) -> list[int]:
+    return [position for position, letter in enumerate(name) if letter == "."]

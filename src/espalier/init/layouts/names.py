@@ -1,0 +1,84 @@
+"""What the names of modules say: whether attention compares two sequences, and whether a module is attention at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+_ATTENTION = frozenset({"attention", "attentions", "attn", "att", "attend", "mha", "mhsa", "msa", "sdpa", "mqa", "gqa"})
+# Words that make an attention module compare two sequences.
+_CROSS = frozenset(
+    {"cross", "xattn", "xatt", "xattention", "encdec", "src", "source", "memory", "mem", "context", "ctx"}
+)
+_CROSS |= {"pool", "pooling", "pooler", "attnpool", "crossattn", "crossattention", "resampler", "coattn", "decenc"}
+# Words that say nothing of the kind of attention: the name of what holds it is read then.
+_PLAIN = _ATTENTION | {"self", "fn", "module", "inner", "layer", "attentionlayer", "mh"}
+_SELF = frozenset({"self", "selfattn", "selfattention", "sattn", "intra"})
+# Names of maps to queries, keys and values; two kinds of them in one module make attention.
+_MAPS = (
+    re.compile(r"^(to_?q|w_?q|q|query|queries|q_?(proj|lin)\w*|query_\w+|q_(a|b|down|up|layer)\w*|linear_q)$", re.I),
+    re.compile(r"^(to_?kv?|w_?kv?|k|key|keys|k_?(proj|lin)\w*|key_\w+|k_(a|b|down|up|layer)\w*|linear_k|kv\w*)$", re.I),
+    re.compile(r"^(to_?k?v|w_?k?v|v|value|values|v_?(proj|lin)\w*|value_\w+|v_layer\w*|linear_v|kv\w*)$", re.I),
+)  # fmt: skip
+_FUSED = re.compile(r"^(\w*qkv\w*|c_attn|query_key_value|in_proj_weight)$", re.I)
+
+
+def reads_cross(name: str) -> bool:
+    """Return whether a dotted name says that keys come from another sequence (``src_attn``, ``cross.mha``).
+
+    Only the words that name the attention itself count: ``cross_encoder.layers.0.self_attn`` attends to itself.
+    """
+    for part in reversed(name.split(".")):
+        words = set(split_words(part))
+        if words & _SELF and part != "self":  # "self" alone is BERT's name for half a module
+            return False
+        if words & _CROSS or (words & {"encoder", "enc"} and words & _ATTENTION and len(words) < 4):
+            return True
+        if not part.isdigit() and not words <= _PLAIN:
+            return False
+    return False
+
+
+def reads_self(name: str) -> bool:
+    """Return whether a dotted name says that an attention layer attends to its own tokens (``self_attn``)."""
+    return any(set(split_words(part)) & _SELF for part in name.split(".")[-2:])
+
+
+def says_cross(module: nn.Module) -> bool:
+    """Return whether a module, or a part of it, says of itself that it is cross-attention."""
+    for owner in (module, *module.children()):
+        for name, value in vars(owner).items():
+            words = set(split_words(name)) if value is True else set()
+            if "cross" in words and not words & {"add", "has", "use"}:
+                return True
+    return "cross" in split_words(type(module).__name__) and "self" not in split_words(type(module).__name__)
+
+
+def denies_cross(module: nn.Module) -> bool:
+    """Return whether a module says of itself that it is not cross-attention."""
+    return any(
+        getattr(owner, name, None) is False
+        for owner in (module, *module.children())
+        for name in ("is_cross_attention", "is_cross_attn", "is_cross")
+    )
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Return whether a module's class or the names of its maps read as attention, and it holds two matrices or more."""
+    words = set(split_words(type(module).__name__))
+    own = [name for name, _ in module.named_children()] + [name for name, _ in module.named_parameters(recurse=False)]
+    named = bool(words & _ATTENTION) or _holds_maps(own)
+    return named and sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2
+
+
+def _holds_maps(names: Iterable[str]) -> bool:
+    names = list(names)
+    kinds = sum(any(pattern.match(name) for name in names) for pattern in _MAPS)
+    return kinds >= 2 or any(_FUSED.match(name) for name in names)
+
+
+def split_words(name: str) -> list[str]:
+    """Return the lower-case words of a name in snake or camel case: ``TFCrossAttn2D`` is tf, cross, attn, 2, d."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]

@@ -1,0 +1,300 @@
+"""What a reading of attention weights must survive before it is written: tests on the module's own scores and output.
+
+Note [What proves a layout]
+Let a module compute, for head h and tokens i and j, scores S_h(i, j) = f(W_Q,h x_i)ᵀ R(i, j) f(W_K,g x_j) + b_h(i, j)
+and outputs Σ_h W_out,h Σ_j softmax(S_h)(i, j) · W_V,g x_j, with any rotation R that is the identity at i = j, any odd f
+that treats the channels of a head alike (none, an RMS norm, a unit norm) and any positional b. Then views of the right
+rows, and only those, show the following, which is tested on random weights and tokens in float64:
+
+1. signs ε_h on a head's queries and η_g on a group's keys turn S − b into ε_h η_g (S − b): heads and groups;
+2. signs (or a permutation) on the channels of keys and of the queries that meet them leave S(i, i) as it is: channels;
+3. a small push of W_Q by a ⊗ v moves S(i, j) in proportion to v·x_i, one of W_K in proportion to v·x_j, with the same
+   x_i and x_j: what is a query, what is a key, and that both come from the same tokens;
+4. signs (or a permutation) on value rows and the output columns that meet them leave the output as it is, and on either
+   alone do not: values and outputs;
+5. a push of W_V moves an output through other tokens' values than its own: it is a value and not a gate.
+
+Scores are what reaches the softmax; fused kernels are told to take the products one by one, so that it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from espalier.init.layouts.registry import AttentionWeights
+from espalier.init.layouts.scratch import Call, run
+
+# Several libraries take scores or softmax in float32, whatever the type.
+_RELATIVE = 1e-4
+_PUSH = 1e-3
+_PUSHED = 0.05
+_MASKED = -1e20
+
+
+class Unproven(Exception):
+    """The views are not what the module computes with, and how that shows.
+
+    ``shapes`` says that the scores were not even of the shape expected: inputs of another form may do better.
+    """
+
+    def __init__(self, reason: str, *, shapes: bool = False) -> None:
+        super().__init__(reason)
+        self.shapes = shapes
+
+
+class Seen(NamedTuple):
+    """One run: scores (H, L, L), all outputs in one vector, and the first of them token by token, if it has tokens."""
+
+    scores_HLL: Tensor
+    out: Tensor
+    tokens_LX: Tensor | None
+
+
+class _Softmaxes(TorchDispatchMode):
+    """Keeps what reaches every softmax, and along which axis it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default):
+            scores, dim = args[:2]
+            self.inputs.append(scores.movedim(dim, -1).detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) -> str:
+    """Return a note on how scores and products differ from plain ones, after a proof that views mean what they say.
+
+    Args:
+        module: a scratch copy of the layer (``copy_for_probe``), inside ``untraced``.
+        weights: views into that copy.
+        call: inputs that it runs on.
+
+    Raises:
+        Unproven: the module computes something else with these rows.
+        CannotRunError: it does not run on these inputs.
+    """
+    heads, groups = weights.num_heads, weights.num_kv_heads
+    # One axis of channels a head, whatever the storage.
+    q_HKD = _by_head(weights.q, heads)
+    k_GKD = _by_head(weights.k, groups)
+    v_GKD = _by_head(weights.v, groups)
+    out_HKD = _by_head(weights.out.mT, heads)
+    trial = _Trial(module, call, heads, (q_HKD, k_GKD, v_GKD, out_HKD))
+    generator = torch.Generator().manual_seed(2)
+    base = trial.look()
+    note = _prove_scores(trial, base, generator)
+    _prove_tokens(trial, base, generator)
+    _prove_values(trial, base, generator)
+    return note
+
+
+class _Trial:
+    """Runs of a copy with changed weights; ``parts`` are views (heads or groups, channels, d) of q, k, v and outᵀ."""
+
+    def __init__(self, module: nn.Module, call: Call, heads: int, parts: tuple[Tensor, ...]) -> None:
+        self.module, self.call, self.heads, self.parts = module, call, heads, parts
+        self.groups, self.width = parts[1].shape[:2]
+        self.values = parts[2].shape[1]
+
+    def look(self, **changes: Callable[[Tensor], Tensor]) -> Seen:
+        """Run with some of q, k, v and out replaced by functions of themselves; the copy is left as it was."""
+        with _changed(dict(zip("qkvo", self.parts, strict=True)), changes), _Softmaxes() as seen:
+            tensors = run(self.module, self.call)
+        axis = next((i for i, size in enumerate(tensors[0].shape) if size == self.call.length), None)
+        tokens = None if axis is None else tensors[0].movedim(axis, 0).flatten(1).double()
+        return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
+
+    def _scores(self, inputs: list[Tensor]) -> Tensor:
+        length = self.call.length
+        # One column more is a sink that takes what no token does.
+        inputs = [s[..., :length] if s.shape[-2:] == (length, length + 1) else s for s in inputs]
+        fits = [s for s in inputs if s.shape[-2:] == (length, length) and s.numel() == self.heads * length**2]
+        if len(fits) == 1:
+            return fits[0].reshape(self.heads, length, length).double()
+        if len(fits) > 1:
+            raise Unproven("it takes several softmaxes over the tokens")
+        shapes = ", ".join(str(tuple(s.shape)) for s in inputs[:2])
+        if not shapes:
+            raise Unproven(
+                "no softmax was seen: it is no softmax attention, or not in a form that can be watched", shapes=True
+            )
+        if any(s.shape[-1] < length and s.shape[-2] == length for s in inputs):
+            raise Unproven(
+                f"{length} queries meet fewer keys (scores {shapes}): keys from a shorter sequence", shapes=True
+            )
+        raise Unproven(f"its scores, {shapes}, are not those of {self.heads} heads over {length} tokens", shapes=True)
+
+
+def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
+    """Tests 1 and 2 of the note; return what was found to stand between the product and the score."""
+    bias = trial.look(q=torch.zeros_like, k=torch.zeros_like).scores_HLL
+    shown = base.scores_HLL - bias
+    if not _clear(shown[_open(base.scores_HLL)]):
+        raise Unproven("its scores do not depend on these queries and keys")
+    share = trial.heads // trial.groups
+    for _ in range(3):
+        signs_H, signs_G = _signs(generator, trial.heads), _signs(generator, trial.groups)
+        turned = trial.look(q=_times(signs_H), k=_times(signs_G)).scores_HLL - bias
+        both = (signs_H * signs_G.repeat_interleave(share))[:, None, None]
+        if not _close(turned, both * shown, base.scores_HLL):
+            raise Unproven("a head's scores are not made of the rows that were read as its queries and keys")
+    orders_GK = _orders(generator, trial.groups, trial.width)
+    changes = [{"q": _taken(orders_GK.repeat_interleave(share, 0)), "k": _taken(orders_GK)}]
+    for _ in range(2):
+        signs_GK = _signs(generator, trial.groups, trial.width)
+        changes.append({"q": _times(signs_GK.repeat_interleave(share, 0)), "k": _times(signs_GK)})
+    paired = [trial.look(**change).scores_HLL for change in changes]
+    own = base.scores_HLL.diagonal(0, 1, 2)
+    kept = [_close(scores.diagonal(0, 1, 2), own, own) for scores in paired]
+    if not kept[0] and not (kept[1] and kept[2]):
+        raise Unproven("channels of its queries and keys do not meet in the order that was read")
+    alone = trial.look(q=changes[kept.index(True)]["q"]).scores_HLL
+    if trial.width > 1 and _close(alone, base.scores_HLL, base.scores_HLL):
+        raise Unproven("its scores do not depend on the order of channels")
+    notes = []
+    if not all(
+        _close(scores, base.scores_HLL, base.scores_HLL) for scores, same in zip(paired, kept, strict=True) if same
+    ):
+        notes.append("rotary positions: the QK product holds at distance zero")
+    doubled = trial.look(q=lambda q: 2 * q).scores_HLL - bias
+    if _close(doubled, shown, base.scores_HLL):
+        notes.append("queries and keys are normalised: their product holds up to scale")
+    elif not _close(doubled, 2 * shown, base.scores_HLL):
+        notes.append("scores are no linear function of the QK product: it holds up to their scale")
+    return "; ".join(notes)
+
+
+def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None:
+    """Test 3 of the note: pushes of W_Q and W_K by a ⊗ v, two of each."""
+    dim = trial.parts[0].shape[-1]
+    ways = torch.randn(2, dim, generator=generator, dtype=torch.float64)
+    moved: dict[str, list[Tensor]] = {"q": [], "k": []}
+    for name, size in (("q", trial.heads), ("k", trial.groups)):
+        push = torch.randn(size, trial.width, 1, generator=generator, dtype=torch.float64) * _PUSH
+        for way_D in ways:
+            pushed = trial.look(**{name: _pushed(push * way_D)})
+            moved[name].append(pushed.scores_HLL - base.scores_HLL)
+    (q1, q2), (k1, k2) = moved["q"], moved["k"]
+    own = [part.diagonal(0, 1, 2) for part in (q1, q2, k1, k2)]
+    seen = _open(base.scores_HLL)
+    if not _same_direction((q1, q2), (own[0][:, :, None], own[1][:, :, None]), seen):
+        raise Unproven("what was read as queries is not: a score does not follow its row's token through it")
+    if not _same_direction((k1, k2), (own[2][:, None, :], own[3][:, None, :]), seen):
+        raise Unproven("what was read as keys is not: a score does not follow its column's token through it")
+    if not _same_direction((own[0], own[1]), (own[2], own[3]), seen.diagonal(0, 1, 2)):
+        raise Unproven("its keys come from other tokens than its queries: cross-attention")
+
+
+def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None:
+    """Tests 4 and 5 of the note."""
+    share = trial.heads // trial.groups
+    signs_GK = _signs(generator, trial.groups, trial.values)
+    orders_GK = _orders(generator, trial.groups, trial.values)
+    for value, out in (
+        (_times(signs_GK), _times(signs_GK.repeat_interleave(share, 0))),
+        (_taken(orders_GK), _taken(orders_GK.repeat_interleave(share, 0))),
+    ):
+        if _near(trial.look(v=value, o=out).out, base.out):
+            break
+    else:
+        raise Unproven("columns of its output projection do not meet the values that were read as theirs")
+    if trial.values > 1 and (_near(trial.look(v=value).out, base.out) or _near(trial.look(o=out).out, base.out)):
+        raise Unproven("its output does not depend on what was read as values and output projection")
+    if _near(trial.look(q=torch.zeros_like).out, base.out):
+        raise Unproven("its output does not depend on its scores")
+    # Were it a gate, an output would follow its own token through these rows, as its queries do.
+    dim = trial.parts[2].shape[-1]
+    ways = torch.randn(2, dim, generator=generator, dtype=torch.float64)
+    pushes = torch.zeros(trial.groups, trial.values, 1, dtype=torch.float64)
+    pushes[0, 0] = _PUSH
+    queries = torch.zeros(trial.heads, trial.width, 1, dtype=torch.float64)
+    queries[0] = _PUSH
+    outs, scores = [], []
+    for way_D in ways:
+        outs.append(trial.look(v=_pushed(pushes * way_D)).tokens_LX)
+        pushed = trial.look(q=_pushed(queries * way_D)).scores_HLL
+        scores.append((pushed - base.scores_HLL)[0].diagonal())
+    if base.tokens_LX is None or outs[0] is None or outs[1] is None:
+        raise Unproven("its output has no axis of tokens")
+    moves = (outs[0] - base.tokens_LX, outs[1] - base.tokens_LX)
+    if _same_direction(moves, (scores[0][:, None], scores[1][:, None]), torch.ones_like(moves[0]).bool()):
+        raise Unproven("what was read as values moves no other token's output: a gate")
+
+
+def _by_head(part: Tensor, count: int) -> Tensor:
+    """Return a view of (count·K, d) or (count, K, d) weights as (count, K, d)."""
+    return part if part.ndim == 3 else part.unflatten(0, (count, -1))
+
+
+@contextmanager
+def _changed(parts: dict[str, Tensor], changes: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    kept = {name: parts[name].clone() for name in changes}
+    for name, change in changes.items():
+        parts[name].copy_(change(kept[name]))
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            parts[name].copy_(value)
+
+
+def _signs(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return signs of which at least one is −1, so that they change something."""
+    signs = torch.randint(2, shape, generator=generator).double() * 2 - 1
+    signs.view(-1)[0] = -1
+    return signs
+
+
+def _times(signs: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda part: part * signs.reshape(*signs.shape, *(1,) * (part.ndim - signs.ndim))
+
+
+def _orders(generator: torch.Generator, count: int, size: int) -> Tensor:
+    """Return a permutation of the channels for each head or group, (count, size): its own, so that it tells heads."""
+    return torch.stack([torch.randperm(size, generator=generator) for _ in range(count)])
+
+
+def _pushed(by: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda part: part + by
+
+
+def _taken(orders: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda part: torch.stack([channels[order] for channels, order in zip(part, orders, strict=True)])
+
+
+def _open(scores: Tensor) -> Tensor:
+    """Return which scores are not masked."""
+    return scores.isfinite() & (scores > _MASKED)
+
+
+def _close(a: Tensor, b: Tensor, scores: Tensor) -> bool:
+    """Return whether two sets of scores agree where they are not masked."""
+    seen = _open(scores)
+    return bool(seen.any()) and _near(a[seen], b[seen])
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool(a.isfinite().all()) and float((a - b).abs().max()) <= _RELATIVE * float(b.abs().max())
+
+
+def _clear(values: Tensor) -> bool:
+    return values.numel() > 0 and float(values.abs().max()) > 1e-6
+
+
+def _same_direction(pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], seen: Tensor) -> bool:
+    """Return whether (a₁, a₂), the moves along the two ways, is a multiple of (b₁, b₂): up to the push's own size."""
+    cross = pair[0] * other[1] - pair[1] * other[0]
+    size = (pair[0].square() + pair[1].square()).sqrt() * (other[0].square() + other[1].square()).sqrt()
+    cross, size = cross.expand(seen.shape)[seen], size.expand(seen.shape)[seen]
+    if not _clear(size / _PUSH**2):
+        return False
+    return float(cross.norm()) <= _PUSHED * float(size.norm())

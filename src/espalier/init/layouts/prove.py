@@ -1,0 +1,228 @@
+"""From a reading of a module's weights to a verdict, by running the module or its owner; once per class and shape."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.layouts.names import denies_cross, reads_self
+from espalier.init.layouts.probe_attention import Unproven, prove_attention
+from espalier.init.layouts.registry import AttentionWeights, DepthwiseWeights, Found, Layout, Skipped, SSMWeights
+from espalier.init.layouts.scratch import (
+    Call,
+    CannotRunError,
+    calls,
+    calls_of_part,
+    copy_for_probe,
+    optional_sequences,
+    owner_of,
+    untraced,
+)
+
+# Attributes that number a layer and change nothing of what its rows mean.
+_NUMBERS = frozenset(
+    {"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx", "training"}
+)
+_MODULE_FIELDS = frozenset(vars(nn.Module()))
+# Verdicts by what decides them: a note, or a refusal.
+_KNOWN: dict[Any, str | Unproven | CannotRunError] = {}
+_KEPT = 4096
+
+
+def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: Found, reading: Layout) -> Found:
+    """Return the weights, with a note on what was found, if a run of the module proves them; else why not.
+
+    Args:
+        names: all modules of the model, to find the one that calls this one.
+        name, module: the layer.
+        found: what ``reading`` returned for it.
+        reading: the layout, applied to a scratch copy too.
+    """
+    if isinstance(found, Skipped):
+        return found
+    if isinstance(found, DepthwiseWeights):
+        return Skipped("depthwise", "its class is not registered: register a layout for it")
+    guessed = f"guessed from the names of its layers; {found.note}".rstrip("; ")
+    if type(names[""]) is nn.Module:
+        # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
+        return replace(found, note=guessed)
+    if isinstance(found, SSMWeights):
+        return Skipped("ssm", "its class is not registered: register a layout for it")
+    if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
+        return replace(found, note=guessed)
+    try:
+        remarks = cached((module_key(module), reading), lambda: _prove_alone(module, reading))
+    except Unproven as error:
+        return Skipped("attention", f"not proven by a run of it: {error}")
+    except CannotRunError as alone:
+        try:
+            remarks = _with_owner(names, name, module, reading)
+        except Unproven as error:
+            return Skipped("attention", f"not proven by a run of it: {error}")
+        except CannotRunError as error:
+            return Skipped("attention", f"it cannot be run to prove its rows: {alone}; {error}")
+    else:
+        if refused := _other_keys(names, name, module):
+            return refused
+    parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
+    return replace(found, note="; ".join(dict.fromkeys(parts)))
+
+
+def prove_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: AttentionWeights) -> Found:
+    """Return the weights of ``nn.MultiheadAttention`` if whoever calls it hands it one sequence; else why not.
+
+    A layer that is the model, or stands in containers only, is taken at its word.
+    """
+    owner = owner_of(names, name)
+    if owner is None or type(owner[1]) is nn.TransformerEncoderLayer or type(names[""]) is nn.Module:
+        return found
+    try:
+        for call in _calls(owner, name, module, found.q.shape[-1], found.num_heads):
+            query, key, *_ = _bound(module, call).values()
+            if query.shape != key.shape or not torch.equal(query, key):
+                return Skipped("attention", "its keys come from other tokens than its queries: cross-attention")
+    except CannotRunError as error:
+        return Skipped("attention", f"whose keys it gets cannot be proven: {error}")
+    return found
+
+
+def _prove_alone(module: nn.Module, reading: Layout) -> str:
+    """Prove a layer on inputs made from its own signature."""
+    with untraced():
+        twin = copy_for_probe(module)
+        views = reading(twin)
+        assert isinstance(views, AttentionWeights)
+        why: CannotRunError | Unproven = CannotRunError("")
+        for call in calls(twin, views.q.shape[-1], views.num_heads):
+            if call.sequences > 1:
+                raise CannotRunError("it takes two sequences")
+            try:
+                return prove_attention(twin, views, call)
+            except Unproven as error:
+                why = error if isinstance(why, CannotRunError) or why.shapes else why
+                if not error.shapes:
+                    break
+            except CannotRunError as error:
+                why = why if isinstance(why, Unproven) or str(why) else error
+        raise why
+
+
+def _with_owner(names: Mapping[str, nn.Module], name: str, module: nn.Module, reading: Layout) -> str:
+    """Prove a layer on the inputs that its owner gives it."""
+    owner = owner_of(names, name)
+    if owner is None:
+        raise CannotRunError("nothing in the model calls it")
+
+    def verdict() -> str:
+        assert owner is not None
+        with untraced():
+            twin = copy_for_probe(module)
+            views = reading(twin)
+            assert isinstance(views, AttentionWeights)
+            width = views.q.shape[-1]
+            notes = [prove_attention(twin, views, call) for call in _calls(owner, name, module, width, views.num_heads)]
+        return notes[0]
+
+    return cached((module_key(module), reading, module_key(owner[1]), name[len(owner[0]) :]), verdict)
+
+
+def _other_keys(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Skipped | None:
+    """Return why a layer that may be handed another sequence's keys must be taken to be, or ``None``."""
+    others = optional_sequences(module)
+    owner = owner_of(names, name)
+    if not others or denies_cross(module) or owner is None:
+        return None
+    try:
+        made = _calls(owner, name, module, _width(module), 0)
+    except CannotRunError as error:
+        if reads_self(name):
+            return None
+        return Skipped("attention", f"it may be given other keys ({', '.join(others)}), and {error}")
+    for call in made:
+        bound = _bound(module, call)
+        first = next(iter(bound.values()))
+        for other in others:
+            value = bound.get(other)
+            if isinstance(value, Tensor) and (value.shape != first.shape or not torch.equal(value, first)):
+                return Skipped("attention", "its keys come from other tokens than its queries: cross-attention")
+    return None
+
+
+def _calls(owner: tuple[str, nn.Module], name: str, module: nn.Module, width: int, heads: int) -> list[Call]:
+    """Return what the owner hands to a layer, or raise why that cannot be seen."""
+    path = name[len(owner[0]) :].lstrip(".")
+
+    def made() -> list[Call]:
+        with untraced():
+            twin = copy_for_probe(owner[1])
+            seen = calls_of_part(twin, path, [width, *token_widths(owner[1])], heads)
+        sized = []
+        for call in seen:
+            first = next(iter(_bound(module, call).values()), None)
+            length = first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.ndim else call.length
+            sized.append(replace(call, length=length))
+        return sized
+
+    return cached((module_key(owner[1]), path, width, heads, "calls"), made)
+
+
+def _bound(module: nn.Module, call: Call) -> dict[str, Any]:
+    return dict(inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments)
+
+
+def _width(module: nn.Module) -> int:
+    return next((p.shape[-1] for p in module.parameters() if p.ndim == 2), 8)
+
+
+def token_widths(owner: nn.Module) -> list[int]:
+    """Return the widths of token that the first layers of a module take."""
+    names = ("in_features", "in_channels", "embed_dim", "normalized_shape")
+    stated = [getattr(part, name, None) for part in owner.modules() for name in names]
+    sizes = [size[-1] if isinstance(size, tuple) and size else size for size in stated]
+    return list(dict.fromkeys(size for size in sizes if isinstance(size, int)))[:3]
+
+
+def cached(key: Any, compute: Callable[[], Any]) -> Any:
+    """Return a verdict, or raise it again if it was a refusal."""
+    if key not in _KNOWN:
+        if len(_KNOWN) >= _KEPT:
+            _KNOWN.clear()
+        try:
+            _KNOWN[key] = compute()
+        except (Unproven, CannotRunError) as error:
+            _KNOWN[key] = error
+    verdict = _KNOWN[key]
+    if isinstance(verdict, Exception):
+        raise verdict
+    return verdict
+
+
+def module_key(module: nn.Module) -> Any:
+    """Return all that decides what a module computes but its values: classes, shapes, plain attributes, settings."""
+    parts = []
+    for name, part in module.named_modules():
+        shapes = tuple((key, tuple(p.shape)) for key, p in part._parameters.items() if p is not None)
+        buffers = tuple((key, tuple(b.shape), b.is_meta) for key, b in part._buffers.items() if b is not None)
+        parts.append((name, type(part), shapes, buffers, _plain(vars(part), deep=True)))
+    return tuple(parts)
+
+
+def _plain(attributes: Mapping[str, Any], *, deep: bool) -> tuple[Any, ...]:
+    kept = []
+    for key, value in attributes.items():
+        if key in _NUMBERS or key in _MODULE_FIELDS:
+            continue
+        if isinstance(value, bool | int | float | str | torch.dtype | None) or (
+            isinstance(value, tuple | list) and all(isinstance(part, bool | int | float | str) for part in value)
+        ):
+            kept.append((key, tuple(value) if isinstance(value, list) else value))
+        elif key == "forward" or inspect.isroutine(value):
+            kept.append((key, id(value)))
+        elif deep and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+            kept.append((key, _plain(vars(value), deep=False)))
+    return tuple(kept)

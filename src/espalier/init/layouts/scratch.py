@@ -1,0 +1,304 @@
+"""Runs of a module that leave no trace: a float64 copy with weights of its own, and inputs made from its signature."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A copy holds eight bytes an element; beyond this it is not made.
+_LARGEST = 2**28
+# Modules that call nothing of their own accord: whoever holds them decides what their parts see.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Arguments by how their names read. An optional sequence decides which keys are seen.
+_SEQUENCE = re.compile(
+    r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states)$|key_value|cross|latent"
+)
+_NO_SEQUENCE = re.compile(r"mask|past|cache|pos|bias|len|ids|idx|index|output|use_|return|scale|gate|num|size|shape")
+_ROTARY = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$")
+_ZEROS = re.compile(r"residual|alibi|bias")
+
+
+class CannotRunError(Exception):
+    """A module that cannot be copied or run on made-up inputs, and why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Inputs that a module runs on: ``length`` tokens, and whether it was handed a second sequence."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    length: int
+    sequences: int = 1
+
+
+def copy_for_probe(module: nn.Module) -> nn.Module:
+    """Return a float64 copy on the CPU, in evaluation mode, without hooks, its weights drawn anew.
+
+    Matrices are uniform with deviation ~ 1/√fan-in, biases 0, other vectors 1 and numbers ½: so a gate that starts
+    closed is open, and a norm acts alike on all its channels. The original is not touched and not kept alive.
+
+    Raises:
+        CannotRunError: the copy would be too large, or something in the module cannot be copied.
+    """
+    if any("forward" in vars(part) for part in module.modules()):
+        raise CannotRunError("its forward was replaced on the instance")
+    parameters = dict(module.named_parameters())
+    if sum(parameter.numel() for parameter in parameters.values()) > _LARGEST:
+        raise CannotRunError("it is too large to be copied")
+    generator = torch.Generator().manual_seed(20240229)
+    memo: dict[int, Any] = {}
+    for name, parameter in parameters.items():
+        value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
+        if parameter.ndim >= 2 and parameter.numel():
+            bound = (3 / parameter[0].numel()) ** 0.5 if parameter[0].numel() else 0.0
+            value.uniform_(-bound, bound, generator=generator)
+        else:
+            value.fill_(0.5 if parameter.ndim == 0 else 0.0 if "bias" in name.rpartition(".")[2] else 1.0)
+        memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise CannotRunError(f"its buffer {name} is on the meta device")
+        memo[id(buffer)] = buffer.detach().to("cpu", torch.float64 if buffer.is_floating_point() else None, copy=True)
+    # FSDP2 gives each module a class of its own, which forbids copies; the class below it does not.
+    sharded = [(part, nn.Module.__new__(base)) for part in module.modules() if (base := _below_fsdp(type(part)))]
+    memo.update((id(part), twin) for part, twin in sharded)
+    # Hooks may hold anything, and may do anything: the copy has none.
+    for part in module.modules():
+        memo.update((id(value), type(value)()) for key, value in vars(part).items() if "_hooks" in key)
+    try:
+        for part, bare in sharded:
+            bare.__dict__.update(
+                (key, copy.deepcopy(value, memo)) for key, value in vars(part).items() if "composable_api" not in key
+            )
+        twin = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise CannotRunError(f"it cannot be copied ({_first_line(error)})") from error
+    for part in twin.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
+            config._attn_implementation_internal = "eager"  # the copy's own: kernels of other kinds need a GPU
+    return twin.eval()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Run on the CPU without gradients, autocast, fused kernels, warnings or a trace in torch's generators."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.callback(torch.set_default_dtype, default)
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        yield
+
+
+def run(module: nn.Module, call: Call) -> list[Tensor]:
+    """Return the floating-point tensors of a module's output on fresh copies of a call's inputs.
+
+    Raises:
+        CannotRunError: it raises, or returns no tensor.
+    """
+    torch.default_generator.manual_seed(0)  # of the fork that ``untraced`` made: repeated calls draw the same numbers
+    try:
+        out = module(*fresh(call.args), **fresh(call.kwargs))
+    except Exception as error:
+        raise CannotRunError(_first_line(error)) from error
+    tensors = [part for part in leaves(out) if part.is_floating_point()]
+    if not tensors:
+        raise CannotRunError("it returns no tensor")
+    return tensors
+
+
+def calls(module: nn.Module, width: int, heads: int = 0) -> Iterator[Call]:
+    """Yield inputs that a module may run on, the most usual first: made from its signature alone.
+
+    Args:
+        module: the module.
+        width: of a token.
+        heads: query heads, if known: rotary tables are as wide as one.
+    """
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not named:
+        return
+    generator = torch.Generator().manual_seed(1)
+    first, rest = named[0], named[1:]
+    needs = [p for p in rest if p.default is p.empty or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")]
+    rotary = any(_ROTARY.search(p.name) for p in needs)
+    share = width // heads if heads and width % heads == 0 else 8
+    widths = _rotary_widths(module, share) if rotary else [0]
+    sequences = 1 + sum(p.default is p.empty and _is_sequence(p) for p in rest)
+    for length, turn, zero_masks in itertools.product(_lengths(module, width, heads), widths, (False, True)):
+        if zero_masks and not any("mask" in p.name for p in needs):
+            continue
+        for shape in ((1, length, width), (length, 1, width), (length, width)):
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            values = {p.name: _argument(p, x, length, turn, heads, zero_masks, generator) for p in needs}
+            positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
+            keywords = values if first.kind is not first.KEYWORD_ONLY else {first.name: x, **values}
+            yield Call((x, *positional) if first.kind is not first.KEYWORD_ONLY else (), keywords, length, sequences)
+
+
+def optional_sequences(module: nn.Module) -> list[str]:
+    """Return the names of optional arguments that read as if they held another sequence's keys."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.default is not p.empty and _is_sequence(p)]
+
+
+def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module] | None:
+    """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = names.get(name)
+        if module is None or type(module) is nn.Module or isinstance(module, _CONTAINERS):
+            continue
+        # A wrapper that hands on whatever it gets knows no more than the module itself.
+        kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds and (
+            inspect.Parameter.VAR_KEYWORD not in kinds or len(kinds) > 2
+        ):
+            return name, module
+    return None
+
+
+def calls_of_part(owner: nn.Module, path: str, widths: Sequence[int], heads: int) -> list[Call]:
+    """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
+
+    Raises:
+        CannotRunError: it runs on none of them, or never calls the part.
+    """
+    why = ""
+    for width in dict.fromkeys(widths):
+        for call in calls(owner, width, heads):
+            seen: list[Call] = []
+
+            def record(_: nn.Module, args: Any, kwargs: Any, length: int = call.length, seen: Any = seen) -> None:
+                seen.append(Call(fresh(args), fresh(kwargs), length))
+
+            handle = owner.get_submodule(path).register_forward_pre_hook(record, with_kwargs=True)
+            try:
+                run(owner, call)
+            except CannotRunError as error:
+                why = why or str(error)
+            finally:
+                handle.remove()
+            if seen:
+                return seen
+    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists, dictionaries and output records."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(leaves, value.values()))
+    elif isinstance(value, tuple | list):
+        yield from itertools.chain.from_iterable(map(leaves, value))
+
+
+def fresh(value: Any) -> Any:
+    """Return nested arguments with every tensor cloned, so that a module that writes to its input spoils nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: fresh(part) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(fresh, value))
+    return value
+
+
+def _below_fsdp(cls: type) -> type[nn.Module] | None:
+    return cls.__bases__[-1] if "__deepcopy__" in vars(cls) and cls.__bases__[0].__name__ == "FSDPModule" else None
+
+
+def _is_sequence(parameter: inspect.Parameter) -> bool:
+    return bool(_SEQUENCE.search(parameter.name)) and not _NO_SEQUENCE.search(parameter.name)
+
+
+def _lengths(module: nn.Module, width: int, heads: int) -> list[int]:
+    """Return numbers of tokens to try: one that is no width, and those that a windowed module states."""
+    share = width // heads if heads else 0
+    lengths = [length for length in (6, 10) if length not in (width, share)][:1]
+    for name in ("window_area", "num_patches", "seq_len", "window_size"):
+        stated = getattr(module, name, None)
+        if isinstance(stated, int) and 1 < stated <= 400:
+            lengths += [stated, stated * stated] if name == "window_size" else [stated]
+        elif isinstance(stated, tuple | list) and all(isinstance(size, int) for size in stated):
+            lengths.append(torch.Size(stated).numel())
+    return [length for length in dict.fromkeys(lengths) if length <= 400]
+
+
+def _rotary_widths(module: nn.Module, share: int) -> list[int]:
+    stated = [getattr(module, name, None) for name in ("head_dim", "rotary_ndims", "rotary_dim", "qk_rope_head_dim")]
+    known = [width for width in stated if isinstance(width, int) and width > 1]
+    return list(dict.fromkeys([*known, share, share // 2, *(width // 2 for width in known)]))
+
+
+def _argument(
+    parameter: inspect.Parameter, x: Tensor, length: int, turn: int, heads: int, zeros: bool, generator: torch.Generator
+) -> Any:
+    """Return what a required argument may be, by its name."""
+    name, stated = parameter.name, str(parameter.annotation)
+    if _ROTARY.search(name):
+        # The same angle for all channels fits every way to pair them.
+        angles = (torch.arange(length)[:, None] * torch.full((turn,), 0.3, dtype=torch.float64))[None]
+        if stated == "torch.Tensor" or "freqs" in name:
+            return torch.polar(torch.ones_like(angles), angles)
+        return angles.cos(), angles.sin()
+    if "mask" in name:
+        return torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None
+    if name == "alibi":
+        return torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)
+    if _ZEROS.search(name):
+        return torch.zeros_like(x)
+    if "cu_seqlens" in name:
+        return torch.tensor([0, length], dtype=torch.int32)
+    if re.search(r"position_ids|positions|^pos$", name):
+        return torch.arange(length)[None]
+    if name.lower() in ("h", "height"):
+        return 2
+    if name.lower() in ("w", "width"):
+        return length // 2
+    if re.search(r"past|cache", name):
+        return None
+    if re.search(r"^output|^use_|^return", name) or stated == "bool":
+        return False
+    if stated == "int":
+        return 0
+    if _is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:120] if text else type(error).__name__
