@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from espalier import cli
+from espalier.cli.commands import compare
 from espalier.recipes import ARMS, get_recipe
 from espalier.study import applicable_arms
 
@@ -37,5 +37,5 @@ def test_compare_expands_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr("espalier.study.plan_study", plan_study)
     recipe = get_recipe("digits_convmixer")
     with pytest.raises(Stop):
-        cli.compare(recipe, ["all"], tmp_path)
+        compare(recipe, ["all"], tmp_path)
     assert planned == applicable_arms(recipe)

@@ -69,7 +69,9 @@ def _trial_row(trial: Trial, summary: Summary, context: Context) -> list[str | M
     elif trial.failure is not None:
         state = f"failed: {first_line(trial.failure)}"
     name = str(trial.path.relative_to(summary.study.path))
-    link: str | Markup = Markup(context.link(trial.path, name)) if trial.path.exists() else "a record"
+    link: str | Markup = Markup(context.link(trial.path, name))
+    if trial.record is not None and not trial.path.exists():
+        link = "a record"
     return [
         trial.arm,
         f"{trial.lr:g}",
