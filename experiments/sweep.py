@@ -76,11 +76,10 @@ def main() -> int:
         # Before torchvision, which does not import beside a CPU build of torch without it.
         importlib.import_module("reference.torchvision_operators")
     libraries = ["transformers"] if options.short else options.library.split(",")
+    modules = {"transformers": "transformers.modeling_utils", "fla": "fla.layers"}
     for library in libraries:
         # Imported once, before the forks: it takes longer than most models.
-        importlib.import_module(
-            {"transformers": "transformers.modeling_utils", "fla": "fla.layers"}.get(library, library)
-        )
+        importlib.import_module(modules.get(library, library))
     builds = [(library, *found) for library in libraries for found in BUILDERS[library]()]
     wanted = SHORT if options.short else options.only.split(",") if options.only else None
     builds = [build for build in builds if wanted is None or build[1] in wanted]
