@@ -15,7 +15,7 @@ from espalier.cli.recipe_flags import merge_keyword_fields, split_keyword_fields
 from espalier.errors import EspalierError
 from espalier.init import FilterCovariance, FilterStatistics, depthwise_layers, filter_covariance
 from espalier.models import ConvMixer
-from espalier.recipes import ARMS, INITS, Recipe, apply_arm, get_recipe
+from espalier.recipes import INITS, Recipe, apply_arm, get_recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train import load_run, train
 
@@ -133,7 +133,7 @@ def test_the_command_measures_runs_pooled(tmp_path: Path, capsys: pytest.Capture
     assert main(["statistics", str(tmp_path / "0"), "--out", str(tmp_path / "no" / "s.safetensors")]) == 2
 
 
-@pytest.mark.parametrize("arm", ["covariance-psd-frozen", "transferred-frozen"])
+@pytest.mark.parametrize("arm", ["covariance-frozen", "transferred-frozen"])
 def test_frozen_filters_stay_what_they_were_drawn_as(arm: str, tmp_path: Path) -> None:
     path = FilterStatistics.from_model(net()).save(tmp_path / "s.safetensors")
     base: Recipe = replace(
@@ -152,9 +152,9 @@ def test_frozen_filters_stay_what_they_were_drawn_as(arm: str, tmp_path: Path) -
     assert not torch.equal(start.head.weight, final.head.weight)
 
 
-def test_the_psd_arm_draws_from_the_psd_form() -> None:
+def test_filters_of_the_psd_form_have_its_covariance() -> None:
     model = net(width=20_000, depth=1)
-    INITS["covariance"](model, generator=seeded(5), **ARMS["covariance-psd"]["init_args"])
+    INITS["covariance"](model, generator=seeded(5), variant="psd")
     filters = model.blocks[0][0].fn[0].weight.detach().flatten(1).double()
     target = filter_covariance(5, FilterCovariance().sigma_at(0.5), variant="psd")
     bound = ((target.trace() ** 2 + target.square().sum()) / len(filters)).sqrt()
