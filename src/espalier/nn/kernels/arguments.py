@@ -65,7 +65,7 @@ DFT_ANALYSE = _arguments("dft_analyse", "x tables re im", _DFT)
 DFT_SYNTHESISE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
 
 _DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
-DEPTHWISE_FORWARD = _arguments("depthwise_forward", "x taps bias y", _DEPTHWISE)
+DEPTHWISE_FORWARD = _arguments("depthwise_forward", "x taps bias scale shift y", _DEPTHWISE)
 DEPTHWISE_BACKWARD = _arguments("depthwise_backward", "x dy add taps dx dtaps dbias", f"{_DEPTHWISE} shares")
 
 _GELU_NORM = "rows channels fixed"

@@ -5,6 +5,7 @@
 // would compete for a few places of the first cache. There each tap is one multiplication a pixel.
 
 #include "channels.hpp"
+#include "gelu.hpp"
 
 namespace {
 
@@ -62,10 +63,17 @@ inline void row_sums(Frame<T>& frame, int64_t y, int64_t x, const T* taps, int64
   }
 }
 
+// What becomes of a sum: add + sum, or with `norm` add + scale·GELU(sum) + shift, a batch norm in evaluation.
+template <class T> struct Finish {
+  Vec<T> start{}, scale{}, shift{};
+  bool norm = false;
+  Vec<T> operator()(Vec<T> sum) const { return norm ? sum * normal_cdf(sum) * scale + shift : sum; }
+};
+
 template <class S, int N>
 inline void tile(Frame<Sum<S>>& frame, int64_t y, int64_t x, const Sum<S>* taps, int64_t rows, int64_t columns,
-                 Vec<Sum<S>> start, const S* add, S* out, int64_t below,
-                 int64_t wanted, int64_t channels, int64_t count) {
+                 const Finish<Sum<S>>& finish, const S* add, S* out, int64_t below, int64_t wanted, int64_t channels,
+                 int64_t count) {
   using T = Sum<S>;
   // The rows below of what is written and added: they lie too far apart for the processor to guess.
   for (int t = 0; t < N; t++) {
@@ -73,23 +81,26 @@ inline void tile(Frame<Sum<S>>& frame, int64_t y, int64_t x, const Sum<S>* taps,
     if (add) __builtin_prefetch(add + (below + t) * channels);
   }
   Vec<T> sums[N];
-  row_sums<T, N>(frame, y, x, taps, rows, columns, start, sums);
+  row_sums<T, N>(frame, y, x, taps, rows, columns, finish.start, sums);
 #pragma GCC unroll 16
-  for (int t = 0; t < N; t++)
-    if (t < wanted) write(out + t * channels, add ? sums[t] + read(add + t * channels, count) : sums[t], count);
+  for (int t = 0; t < N; t++) {
+    if (t >= wanted) break;
+    const Vec<T> value = finish(sums[t]);
+    write(out + t * channels, add ? value + read(add + t * channels, count) : value, count);
+  }
 }
 
-// A whole map: out (h, w) = start + (add +) the correlation of the frame with taps.
+// A whole map: out (h, w) = (add +) the finished correlation of the frame with taps.
 template <class S>
-void correlate(Frame<Sum<S>>& frame, const Sum<S>* taps, int64_t rows, int64_t columns, Vec<Sum<S>> start, const S* add,
-               S* out, int64_t h, int64_t w, int64_t channels, int64_t count) {
+void correlate(Frame<Sum<S>>& frame, const Sum<S>* taps, int64_t rows, int64_t columns, const Finish<Sum<S>>& finish,
+               const S* add, S* out, int64_t h, int64_t w, int64_t channels, int64_t count) {
   const int64_t tiles = (w + kTile - 1) / kTile, even = (w + tiles - 1) / tiles;
   for (int64_t y = 0; y < h; y++)
     for (int64_t x = 0; x < w; x += even) {
       const int64_t wanted = std::min(even, w - x), at = (y * w + x) * channels;
       const S* more = add ? add + at : nullptr;
       const auto run = [&](auto size) {
-        tile<S, decltype(size)::value>(frame, y, x, taps, rows, columns, start, more, out + at, w, wanted, channels,
+        tile<S, decltype(size)::value>(frame, y, x, taps, rows, columns, finish, more, out + at, w, wanted, channels,
                                       count);
       };
       switch ((wanted + kTileStep - 1) / kTileStep) {
@@ -147,11 +158,12 @@ void block_taps(T* to, const T* taps, const DepthwiseShape& s, int64_t channel, 
     store(to + (turned ? all - 1 - i : i) * kLanes<T>, read(taps + i * s.channels + channel, count));
 }
 
-// y = bias + the correlation of x with the taps. Taps and bias are in the precision of sums.
+// y = bias + the correlation of x with the taps; with a scale, y = x + scale·GELU(that) + shift, for maps that keep
+// their size. Taps and what is given by channel are in the precision of sums.
 template <class S> struct DepthwiseForward {
   int64_t size, threads;
   const S* x;
-  const Sum<S> *taps, *bias;
+  const Sum<S> *taps, *bias, *scale, *shift;
   S* y;
   DepthwiseShape shape;
 };
@@ -169,8 +181,11 @@ template <class S> void run(const DepthwiseForward<S>& a) {
         block_taps<T>(taps, a.taps, s, c, count, false);
         fill(frame, s.top, s.left, a.x + image * s.height * s.width * s.channels + c, s.height, s.width, s.channels,
              count);
-        const Vec<T> start = a.bias ? read(a.bias + c, count) : Vec<T>{};
-        correlate<S>(frame, taps, s.rows, s.columns, start, nullptr,
+        Finish<T> finish;
+        if (a.bias) finish.start = read(a.bias + c, count);
+        if ((finish.norm = a.scale)) finish.scale = read(a.scale + c, count), finish.shift = read(a.shift + c, count);
+        correlate<S>(frame, taps, s.rows, s.columns, finish,
+                     a.scale ? a.x + image * s.height * s.width * s.channels + c : nullptr,
                      a.y + image * s.out_height * s.out_width * s.channels + c, s.out_height, s.out_width, s.channels,
                      count);
       }
@@ -209,7 +224,7 @@ template <class S> void run(const DepthwiseBackward<S>& a) {
         for (int64_t image = share; image < s.batch; image += a.shares) {
           bias += fill(up, top, left, a.dy + image * out + c, s.out_height, s.out_width, s.channels, count);
           if (a.dx)
-            correlate<S>(up, taps, s.rows, s.columns, Vec<T>{}, a.add ? a.add + image * in + c : nullptr,
+            correlate<S>(up, taps, s.rows, s.columns, Finish<T>{}, a.add ? a.add + image * in + c : nullptr,
                          a.dx + image * in + c, s.height, s.width, s.channels, count);
           if (!a.dtaps) continue;
           fill(frame, s.top, s.left, a.x + image * in + c, s.height, s.width, s.channels, count);

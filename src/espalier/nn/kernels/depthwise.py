@@ -65,10 +65,19 @@ def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
     }
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Padding,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Return the convolution c, or with a scale ``x + scale·GELU(c) + shift``."""
     sizes = _sizes(x, weight, padding)
     y = _empty(x, x.shape[0], x.shape[1], sizes["out_height"], sizes["out_width"])
-    call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), bias=bias, y=y, **sizes)
+    per_channel = {"bias": bias, "scale": scale, "shift": shift}
+    call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), **per_channel, y=y, **sizes)
     return y
 
 
@@ -152,7 +161,12 @@ def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Paddi
     if needs_grad(x, taps, bias, norm.weight, norm.shift):
         return Mix.apply(x, taps, bias, norm.weight, norm.shift, norm, padding)
     x = _channels_last(x)
-    return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
+    if norm.mean is None or norm.variance is None:
+        return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
+    scale = norm.weight.double() / (norm.variance.double() + norm.eps).sqrt()
+    shift = norm.shift.double() - scale * norm.mean.double()
+    y = _convolve(x, taps, bias, padding, scale.to(taps.dtype), shift.to(taps.dtype))
+    return y, norm.mean, norm.variance
 
 
 class Depthwise(torch.autograd.Function):
