@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.features import block_indices
+from espalier.nn.depthwise import is_watched, mixing_block, pointwise_block
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -28,6 +29,28 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add the function's value to its input."""
         return x + self.fn(x)
+
+
+class Stem(nn.Sequential):
+    """``BN(act(patches))``, as one kernel after the convolution where that can run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, *size) to (B, h, *size/p)."""
+        return pointwise_block(x, *self) if len(self) == 3 else super().forward(x)
+
+
+class Block(nn.Sequential):
+    """``x + BN(act(depthwise(x)))``, then ``BN(act(pointwise))``, by few kernels where those can run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, h, *size) to the same shape."""
+        mix, *point = self
+        # Hooks on the containers between here and the convolution see their own inputs and outputs only if called.
+        if len(point) != 3 or type(mix) is not Residual or type(mix.fn) is not nn.Sequential or len(mix.fn) != 3:
+            return super().forward(x)
+        if is_watched(mix) or is_watched(mix.fn):
+            return super().forward(x)
+        return pointwise_block(mixing_block(x, *mix.fn), *point)
 
 
 class ConvMixer(nn.Module):
@@ -80,10 +103,10 @@ class ConvMixer(nn.Module):
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.embed_dim = self.head_hidden_size = dim
         self.patch_size, self.spatial_dims, self.grad_checkpointing = patch_size, spatial_dims, False
-        self.stem = nn.Sequential(conv(in_chans, dim, patch_size, patch_size), act(), norm(dim))
+        self.stem = Stem(conv(in_chans, dim, patch_size, patch_size), act(), norm(dim))
         self.blocks = nn.Sequential(
             *(
-                nn.Sequential(
+                Block(
                     Residual(nn.Sequential(conv(dim, dim, kernel_size, groups=dim, padding="same"), act(), norm(dim))),
                     conv(dim, dim, 1),
                     act(),

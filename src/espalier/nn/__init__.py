@@ -1,5 +1,6 @@
 """Layers that carry structure by construction."""
 
+from espalier.nn.depthwise import DepthwiseConv2d
 from espalier.nn.kernels.backend import Backend, backend, use_backend
 from espalier.nn.lipschitz.activations import GroupSort, MaxMin
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite, kernel_norm, spectral_norm
@@ -26,6 +27,7 @@ __all__ = [
     "CayleyConvTranspose2d",
     "CayleyLinear",
     "ConvexSum",
+    "DepthwiseConv2d",
     "GatedRMSNorm",
     "GroupSort",
     "InvertibleDownsampling",

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize, vmap
 
-from espalier.nn import CayleyConv2d, GatedRMSNorm, backend, causal_conv_silu, selective_scan, ssd, use_backend
+from espalier.nn import (
+    CayleyConv2d,
+    DepthwiseConv2d,
+    GatedRMSNorm,
+    backend,
+    causal_conv_silu,
+    selective_scan,
+    ssd,
+    use_backend,
+)
+from espalier.nn.depthwise import mixing_block, pointwise_block
 from espalier.nn.kernels import arguments, library
 from espalier.nn.kernels.library import KernelError, call, open_library, usable
 
@@ -228,6 +238,9 @@ def _hot_loops(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
     steps, decays = draw(2, 13, 24).abs(), -draw(24, 5).abs()
     layer = CayleyConv2d(6, 6, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     norm = GatedRMSNorm(24, groups=2).to(dtype)
+    torch.manual_seed(0)
+    depthwise = DepthwiseConv2d(24, (5, 3)).to(dtype)
+    pointwise, batch_norm = nn.Conv2d(24, 24, 1).to(dtype), nn.BatchNorm2d(24).to(dtype)
     return {
         "scan": lambda x: selective_scan(x, steps, decays, draw(2, 13, 5), draw(2, 13, 5, seed=2)),
         "ssd": lambda x: ssd(
@@ -235,13 +248,19 @@ def _hot_loops(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
         ).flatten(2),
         "conv": lambda x: causal_conv_silu(x, draw(24, 4), draw(24)),
         "norm": lambda x: norm(x, draw(2, 13, 24)),
+        "depthwise": lambda x: mixing_block(x.reshape(2, 24, 13, 1), depthwise, nn.GELU(), batch_norm).reshape(
+            2, 13, 24
+        ),
+        "pointwise": lambda x: pointwise_block(x.reshape(2, 24, 13, 1), pointwise, nn.GELU(), batch_norm).reshape(
+            2, 13, 24
+        ),
         "orthogonal": lambda x: layer(x[:, :12].reshape(4, 6, 4, 6)).reshape(2, 12, 24),
     }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("name", ["scan", "ssd", "conv", "norm", "orthogonal"])
+@pytest.mark.parametrize("name", ["scan", "ssd", "conv", "norm", "depthwise", "pointwise", "orthogonal"])
 def test_every_level_computes_what_torch_does(level: str, name: str, threads: int, dtype: torch.dtype) -> None:
     function, before = _hot_loops(dtype)[name], torch.get_num_threads()
     results = {}

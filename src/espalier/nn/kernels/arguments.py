@@ -63,3 +63,13 @@ PLANES_INVERT = _arguments("planes_invert", "re im", "count n batch row")
 _DFT = "lead width rows columns columns_first size_0 size_1 channels paired"
 DFT_ANALYSE = _arguments("dft_analyse", "x tables re im", _DFT)
 DFT_SYNTHESISE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
+
+_DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
+DEPTHWISE_FORWARD = _arguments("depthwise_forward", "x taps bias scale shift y", _DEPTHWISE)
+DEPTHWISE_BACKWARD = _arguments("depthwise_backward", "x dy add taps dx dtaps dbias", f"{_DEPTHWISE} shares")
+
+_GELU_NORM = "rows channels fixed"
+GELU_NORM_FORWARD = _arguments("gelu_norm_forward", "u residual bias weight shift y mean variance", _GELU_NORM, "eps")
+GELU_NORM_BACKWARD = _arguments(
+    "gelu_norm_backward", "u dy bias weight mean variance du dbias dweight dshift", _GELU_NORM, "eps"
+)

@@ -17,7 +17,7 @@ from espalier.errors import EspalierError, unknown_name
 
 BACKENDS = ("auto", "compiled", "mamba_ssm", "torch")
 _OPERATIONS = {
-    "compiled": ("selective_scan", "ssd", "causal_conv", "gated_norm", "orthogonal"),
+    "compiled": ("selective_scan", "ssd", "causal_conv", "gated_norm", "orthogonal", "depthwise"),
     "mamba_ssm": ("selective_scan", "ssd"),
 }
 _forced: ContextVar[str | None] = ContextVar("espalier_backend", default=None)

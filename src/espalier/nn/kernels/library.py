@@ -17,7 +17,8 @@ from torch import Tensor
 from espalier.nn.kernels.arguments import KINDS, Arguments
 
 FOLDER = Path(__file__).parent
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+PRECISE = (torch.float32, torch.float64)
 _X86_LEVELS = (4, 3, 2)
 
 
@@ -108,8 +109,8 @@ def _team() -> int | None:
     return None
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Return whether kernels may read these tensors' memory: plain strided CPU tensors, float32 or float64.
+def usable(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = PRECISE) -> bool:
+    """Return whether kernels may read these tensors' memory: plain strided CPU tensors of one of ``dtypes``.
 
     What has no memory of its own, or means something else than its memory says, goes the torch way: subclasses, fake
     and functional tensors, those wrapped by ``torch.func``, tensors with the negative or conjugate bit; and while a
@@ -117,7 +118,7 @@ def usable(*tensors: Tensor | None) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(tensor is None or _is_plain(tensor) for tensor in tensors)
+    return all(tensor is None or (tensor.dtype in dtypes and _is_plain(tensor)) for tensor in tensors)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -125,7 +126,6 @@ def _is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
-        and tensor.dtype in _SUFFIX
         and not tensor.is_neg()
         and not torch._is_functional_tensor(tensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -13,7 +13,10 @@
 
 namespace {
 
-constexpr int kBytes = 32;  // one vector
+#ifndef ESPALIER_VECTOR_BYTES
+#define ESPALIER_VECTOR_BYTES 32
+#endif
+constexpr int kBytes = ESPALIER_VECTOR_BYTES;  // one vector
 
 template <class T> struct Lanes;
 template <> struct Lanes<float> {
@@ -34,7 +37,9 @@ template <class T> inline Vec<T> splat(T value) { return value - Vec<T>{}; }
 
 // v within [−126, 126]; NaN stays NaN. Compilers make two instructions of each comparison where the processor has one.
 inline Vec<float> within_exponents(Vec<float> v) {
-#ifdef __AVX__
+#if ESPALIER_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(126.f), _mm512_max_ps(_mm512_set1_ps(-126.f), (__m512)v));
+#elif defined(__AVX__)
   return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(126.f), _mm256_max_ps(_mm256_set1_ps(-126.f), (__m256)v));
 #else
   v = v < -126.f ? splat<float>(-126.f) : v;

@@ -1,0 +1,209 @@
+"""Depthwise convolutions, and the GELU and batch norm around them, by compiled kernels where those can run on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as module_hooks
+
+from espalier.errors import EspalierError
+from espalier.nn.kernels.backend import choose
+from espalier.nn.kernels.depthwise import Depthwise, Norm, Padding, gelu_norm, mix
+from espalier.nn.kernels.library import usable
+from espalier.nn.precision import recording
+
+_MAPS = (torch.float32, torch.float64, torch.bfloat16)
+_LARGEST = 15  # side of a kernel that the compiled convolution is proved for
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d(channels, channels, kernel_size, groups=channels)``, faster on a CPU.
+
+    It has that layer's parameters, options, formula and gradients. The compiled kernel runs for stride and dilation 1,
+    zero padding and sides up to 15, in float32, in bfloat16 (also under autocast) with float32 sums, and in float64;
+    what it cannot take, ``nn.Conv2d`` computes. Its outputs are channels-last; frozen taps get no gradient computed.
+    Gradients of gradients are not supported: they raise an error unless ``use_backend("torch")`` is on.
+
+    Args:
+        channels: of the input and the output.
+        kernel_size: side or sides of the kernel.
+        stride: as in ``nn.Conv2d``.
+        padding: as in ``nn.Conv2d``, ``"same"`` by default.
+        dilation: as in ``nn.Conv2d``.
+        bias: whether to add one number a channel.
+        padding_mode: as in ``nn.Conv2d``.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if channels < 1:
+            raise EspalierError(f"channels is {channels}: give at least 1")
+        super().__init__(
+            channels, channels, kernel_size, stride, padding, dilation, channels, bias, padding_mode, device, dtype
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (B, C, H, W), or (C, H, W)."""
+        return _depthwise(self, input) if _takes_convolution(self, input) else super().forward(input)
+
+
+def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
+    """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of any kind, called one by one else."""
+    if not (_takes_norm(x, conv, act, norm) and isinstance(conv, nn.Conv2d)):
+        return norm(act(conv(x)))
+    plain = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
+    if not plain or conv.groups > 1:
+        return _gelu_norm(conv(x.contiguous(memory_format=torch.channels_last)), None, norm)
+    # As one matrix product over all pixels; the bias is added where GELU is computed.
+    u = F.linear(_autocast(x).permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
+    return _gelu_norm(u, conv.bias, norm)
+
+
+def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
+    """Return ``x + norm(act(conv(x)))`` for a depthwise convolution that keeps the size, fused if it can be."""
+    x = _autocast(x) if _takes_norm(x, conv, act, norm) else x
+    if not (_takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)):
+        return x + norm(act(conv(x)))
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    taps, bias = _summed(conv.weight, x), _summed(conv.bias, x)
+    y, mean, variance = mix(x, taps, bias, _norm(norm, x), _padding(conv))
+    _track(norm, mean, variance, x)
+    return y
+
+
+def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    x = _autocast(x)
+    return Depthwise.apply(x, _summed(conv.weight, x), _summed(conv.bias, x), _padding(conv))
+
+
+def _gelu_norm(u: Tensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
+    assert isinstance(norm, nn.BatchNorm2d)
+    y, mean, variance = gelu_norm(u, _summed(bias, u), _norm(norm, u))
+    _track(norm, mean, variance, u)
+    return y
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Return x as autocast would hand it to a convolution."""
+    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 else x
+
+
+def _summed(parameter: Tensor | None, x: Tensor) -> Any:
+    """Return a parameter in the precision of sums over maps like x."""
+    return None if parameter is None else parameter.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Norm:
+    fixed = not norm.training and norm.running_mean is not None
+    mean, variance = (_summed(t, x) if fixed else None for t in (norm.running_mean, norm.running_var))
+    return Norm(_summed(norm.weight, x), _summed(norm.bias, x), norm.eps, mean, variance)
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, x: Tensor) -> None:
+    """Move the running statistics as ``nn.BatchNorm2d`` does: unbiased variance; momentum None averages all."""
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return
+    count = x.numel() // x.shape[1]
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+
+
+def _padding(conv: nn.Conv2d) -> Padding:
+    """Return the rows and columns of zeros; an odd one of "same" goes last, as in torch."""
+    if conv.padding == "same":
+        (rows, columns) = (k - 1 for k in conv.kernel_size)
+        return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    rows, columns = (int(p) for p in conv.padding)
+    return rows, rows, columns, columns
+
+
+def _keeps_size(conv: nn.Module) -> bool:
+    assert isinstance(conv, nn.Conv2d)
+    top, bottom, left, right = _padding(conv)
+    return (top + bottom, left + right) == tuple(k - 1 for k in conv.kernel_size)
+
+
+def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
+    """Return whether the compiled convolution computes what ``conv`` would on x."""
+    if not (isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels and _compiled(x)):
+        return False
+    if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        return False
+    if x.ndim != 4 or x.shape[1] != conv.in_channels or not x.numel() or max(conv.kernel_size) > _LARGEST:
+        return False
+    top, bottom, left, right = _padding(conv)
+    (rows, columns), (height, width) = conv.kernel_size, x.shape[2:]
+    inside = max(top, bottom) < rows and max(left, right) < columns
+    return (
+        inside
+        and height + top + bottom >= rows
+        and width + left + right >= columns
+        and usable(conv.weight, conv.bias, dtypes=_MAPS)
+        and _same_kind(x, conv.weight, conv.bias)
+    )
+
+
+def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> bool:
+    """Return whether GELU and batch norm may be fused: the modules are torch's own, and nothing watches them."""
+    if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d or x.ndim != 4:
+        return False
+    if norm.weight is None or norm.bias is None or not (_compiled(x) and x.numel()):
+        return False
+    if norm.training and x.numel() == x.shape[1]:  # one value a channel, which torch refuses
+        return False
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return (
+        not any(is_watched(part) for part in (conv, act, norm))
+        and usable(*tensors, dtypes=_MAPS)
+        and _same_kind(x, *tensors)
+    )
+
+
+def _compiled(x: Tensor) -> bool:
+    return not recording() and usable(x, dtypes=_MAPS) and choose("depthwise", "cpu") == "compiled"
+
+
+def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Return whether torch would take these together: one dtype, or half-precision maps and float32 parameters."""
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+        kinds = {torch.float32, torch.bfloat16}
+    else:
+        kinds = {x.dtype, torch.float32} if x.dtype == torch.bfloat16 else {x.dtype}
+    return all(t is None or t.dtype in kinds for t in (x, *parameters))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether calling the module does more than its class's ``forward``: hooks, patches, parametrisations."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or hasattr(module, "parametrizations")
+        or module_hooks._has_any_global_hook()
+    )

@@ -1,0 +1,244 @@
+"""The compiled depthwise convolution, and the compiled GELU with batch norm, on channels-last maps.
+
+Maps are (B, C, H, W) in float32, bfloat16 or float64; what is summed, and every parameter, is in float32 or float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espalier.nn.kernels.arguments import (
+    DEPTHWISE_BACKWARD,
+    DEPTHWISE_FORWARD,
+    GELU_NORM_BACKWARD,
+    GELU_NORM_FORWARD,
+)
+from espalier.nn.kernels.cpu import needs_grad
+from espalier.nn.kernels.library import call
+
+Padding = tuple[int, int, int, int]  # rows of zeros above and below, columns left and right
+
+# Shares of the batch whose weight gradients are summed apart, fixed so that results do not depend on the threads.
+_SHARES = 8
+
+
+class Norm(NamedTuple):
+    """What batch norm does: scale γ, shift β, ε, and the statistics if they are given, not taken from the rows."""
+
+    weight: Tensor
+    shift: Tensor
+    eps: float
+    mean: Tensor | None
+    variance: Tensor | None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, *size: int) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _taps(weight_C1RS: Tensor) -> Tensor:
+    """Return the taps (R·S, C)."""
+    return weight_C1RS.flatten(1).T.contiguous()
+
+
+def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
+    (batch, channels, height, width), (rows, columns) = x.shape, weight.shape[2:]
+    top, bottom, left, right = padding
+    return {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "rows": rows,
+        "columns": columns,
+        "top": top,
+        "left": left,
+        "out_height": height + top + bottom - rows + 1,
+        "out_width": width + left + right - columns + 1,
+    }
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Padding,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Return the convolution c, or with a scale ``x + scale·GELU(c) + shift``."""
+    sizes = _sizes(x, weight, padding)
+    y = _empty(x, x.shape[0], x.shape[1], sizes["out_height"], sizes["out_width"])
+    per_channel = {"bias": bias, "scale": scale, "shift": shift}
+    call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), **per_channel, y=y, **sizes)
+    return y
+
+
+def _convolve_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, add: Tensor | None, padding: Padding, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x (plus ``add``), weight and bias, None where they are not wanted."""
+    shares = max(1, min(_SHARES, x.shape[0]))
+    dx = _empty(x, *x.shape) if wanted[0] else None
+    dtaps = weight.new_empty(shares, weight[0].numel(), len(weight)) if wanted[1] else None
+    dbias = weight.new_empty(shares, len(weight)) if wanted[2] else None
+    tensors = {"x": x, "dy": dy, "add": add, "taps": _taps(weight), "dx": dx, "dtaps": dtaps, "dbias": dbias}
+    call(DEPTHWISE_BACKWARD, x.dtype, **tensors, **_sizes(x, weight, padding), shares=shares)
+    dweight = None if dtaps is None else dtaps.sum(0).T.reshape(weight.shape)
+    return dx, dweight, None if dbias is None else dbias.sum(0)
+
+
+def _normalise(
+    u: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm, *, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (γ·(GELU(u + bias) − μ)/σ + β + residual, μ, σ²), the first in the memory of u if ``in_place``."""
+    fixed = norm.mean is not None
+    y, channels = u if in_place else _empty(u, *u.shape), u.shape[1]
+    mean = norm.weight.new_empty(channels) if norm.mean is None else norm.mean
+    variance = norm.weight.new_empty(channels) if norm.variance is None else norm.variance
+    call(
+        GELU_NORM_FORWARD,
+        u.dtype,
+        u=u,
+        residual=residual,
+        bias=bias,
+        weight=norm.weight,
+        shift=norm.shift,
+        y=y,
+        mean=mean,
+        variance=variance,
+        eps=norm.eps,
+        rows=u.numel() // max(1, channels),
+        channels=channels,
+        fixed=fixed,
+    )
+    return y, mean, variance
+
+
+def _normalise_backward(
+    u: Tensor, bias: Tensor | None, weight: Tensor, mean: Tensor, variance: Tensor, dy: Tensor, eps: float, fixed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (u, bias, γ, β)."""
+    du, channels = _empty(u, *u.shape), u.shape[1]
+    dbias, dweight, dshift = (weight.new_empty(channels) for _ in range(3))
+    call(
+        GELU_NORM_BACKWARD,
+        u.dtype,
+        u=u,
+        dy=dy,
+        bias=bias,
+        weight=weight,
+        mean=mean,
+        variance=variance,
+        du=du,
+        dbias=dbias,
+        dweight=dweight,
+        dshift=dshift,
+        eps=eps,
+        rows=u.numel() // max(1, channels),
+        channels=channels,
+        fixed=fixed,
+    )
+    return du, dbias, dweight, dshift
+
+
+def gelu_norm(u: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, μ, σ²) of batch norm after GELU of u + bias, and overwrite u if no gradient is wanted."""
+    if needs_grad(u, bias, norm.weight, norm.shift):
+        return GeluNorm.apply(u, bias, norm.weight, norm.shift, norm)
+    return _normalise(_channels_last(u), None, bias, norm, in_place=True)
+
+
+def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, μ, σ²) with y = x + batch norm of GELU of (x convolved with the taps + bias)."""
+    if needs_grad(x, taps, bias, norm.weight, norm.shift):
+        return Mix.apply(x, taps, bias, norm.weight, norm.shift, norm, padding)
+    x = _channels_last(x)
+    if norm.mean is None or norm.variance is None:
+        return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
+    scale = norm.weight.double() / (norm.variance.double() + norm.eps).sqrt()
+    shift = norm.shift.double() - scale * norm.mean.double()
+    y = _convolve(x, taps, bias, padding, scale.to(taps.dtype), shift.to(taps.dtype))
+    return y, norm.mean, norm.variance
+
+
+class Depthwise(torch.autograd.Function):
+    """The depthwise convolution of x with ``weight`` (C, 1, R, S), stride 1, in a frame of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
+        x = _channels_last(x)
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return _convolve(x, weight, bias, padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        return *_convolve_backward(x, weight, _channels_last(dy), None, ctx.padding, wanted), None
+
+
+class GeluNorm(torch.autograd.Function):
+    """Batch norm after GELU: (y, μ, σ²) of u + bias; only u is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, norm: Norm
+    ) -> tuple[Tensor, ...]:
+        u = _channels_last(u)
+        y, mean, variance = _normalise(u, None, bias, norm)
+        ctx.save_for_backward(u, bias, weight, mean, variance)
+        ctx.eps, ctx.fixed = norm.eps, norm.mean is not None
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        u, bias, weight, mean, variance = ctx.saved_tensors
+        grads = _normalise_backward(u, bias, weight, mean, variance, _channels_last(dy), ctx.eps, ctx.fixed)
+        du, dbias, dweight, dshift = grads
+        return du, None if bias is None else dbias, dweight, dshift, None
+
+
+class Mix(torch.autograd.Function):
+    """ConvMixer's mixing of pixels, (``x + BN(GELU(depthwise(x) + bias))``, μ, σ²); x and the convolution are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        taps: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        shift: Tensor,
+        norm: Norm,
+        padding: Padding,
+    ) -> tuple[Tensor, ...]:
+        x = _channels_last(x)
+        u = _convolve(x, taps, None, padding)
+        y, mean, variance = _normalise(u, x, bias, norm)
+        ctx.save_for_backward(x, u, taps, bias, weight, mean, variance)
+        ctx.eps, ctx.fixed, ctx.padding = norm.eps, norm.mean is not None, padding
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, u, taps, bias, weight, mean, variance = ctx.saved_tensors
+        dy = _channels_last(dy)
+        grads = _normalise_backward(u, bias, weight, mean, variance, dy, ctx.eps, ctx.fixed)
+        du, dbias, dweight, dshift = grads
+        wanted = (*ctx.needs_input_grad[:2], False)
+        dx, dtaps, _none = _convolve_backward(x, taps, du, dy, ctx.padding, wanted)
+        return dx, dtaps, None if bias is None else dbias, dweight, dshift, None, None
