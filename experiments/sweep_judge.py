@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -149,6 +150,9 @@ def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> t
             qk, vo = products(module, args, kwargs)
         except Exception as error:
             why = why or f"{type(error).__name__}: {error}".splitlines()[0][:80]
+            continue
+        if not all(map(math.isfinite, (*qk, vo))):
+            why = why or "a mask hides every token from itself"
             continue
         asked_qk, asked_vo = row.measured["qk_diagonal"], row.measured["vo_diagonal"]
         right = any(abs(one - asked_qk) <= 0.15 * abs(asked_qk) + 0.03 for one in qk)
