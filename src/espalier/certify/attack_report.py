@@ -108,7 +108,7 @@ def challenge(
     """Attack a certified network at every ``eps``, and every certified point at its own radius and beyond.
 
     Args:
-        net: the network that was certified, in evaluation mode; what is found is judged in the certificate's arithmetic.
+        net: the network that was certified, in evaluation mode; judged in the arithmetic of the certificate.
         images: the (N, …) images that were certified, in [0, 1].
         labels: their classes.
         certificate: what ``certify`` said of them.
