@@ -232,6 +232,11 @@ class Draw:
             parameter.requires_grad_(False)
         if self.chance(0.4):
             self.scaled(net)
+        kept = torch.rand(3, *shape, generator=self.torch)
+        try:
+            copy.deepcopy(net)(kept)
+        except RuntimeError:  # an operation in place on what the part before it expanded: torch refuses it, too
+            return self.network()
         net = net.to(self.rng.choice([torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16]))
         return net, shape
 

@@ -6,8 +6,8 @@ import copy
 import random
 
 import torch
-from adversarial import Draw, attack, steepness
-from hypothesis import HealthCheck, given, settings
+from adversarial import DRAW, Draw, attack, steepness
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,7 +15,10 @@ from espalier.certify import certify, lipschitz_bound
 from espalier.errors import EspalierError
 
 QUICK = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=30,
+    phases=DRAW,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
@@ -32,6 +35,7 @@ def test_no_certified_image_falls(rng: random.Random, arithmetic: str) -> None:
         certificate = certify(net, x, labels, arithmetic=arithmetic)
     except EspalierError:
         return
+    note(str(net))
     assert attack(net, x, labels, certificate.radii, dtype, 0).violations == 0
 
 
@@ -45,6 +49,7 @@ def test_no_slope_exceeds_the_bound(rng: random.Random) -> None:
         claimed = lipschitz_bound(net, torch.rand(1, *shape, generator=draw.torch))
     except EspalierError:
         return
+    note(str(net))
     assert steepness(net, shape, draw.torch, torch.float64) <= claimed * (1 + 1e-6) + 1e-6
 
 

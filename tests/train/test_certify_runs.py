@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from espalier.certify import Certificate, runs
+from espalier.certify import Certificate
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
+from espalier.train import certify_runs as runs
 from espalier.train import load_run, train
 from espalier.train.certify_runs import attack_path, certificate_path, demo_certificate, parse_eps
 

@@ -107,11 +107,8 @@ def challenge(
 ) -> AttackReport:
     """Attack a certified network at every ``eps``, and every certified point at its own radius and beyond.
 
-    Attacks search with the network as it is; a point that they find counts if the network in the arithmetic that the
-    certificate is about gets it wrong.
-
     Args:
-        net: the network that was certified, in evaluation mode.
+        net: the network that was certified, in evaluation mode; judged in the arithmetic of the certificate.
         images: the (N, …) images that were certified, in [0, 1].
         labels: their classes.
         certificate: what ``certify`` said of them.
@@ -131,7 +128,7 @@ def challenge(
     check_pixels(images, labels)
     if tuple(labels.tolist()) != certificate.labels:
         raise EspalierError(f"the certificate is about {len(certificate)} other images: give those it was made for")
-    hunt = _Hunt(net, _judge(net, certificate), images, labels, batch_size)
+    hunt = _Hunt(net, certificate, images, labels, batch_size)
     clean = hunt.standing()
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
@@ -156,20 +153,19 @@ def challenge(
     )
 
 
-def _judge(net: nn.Module, certificate: Certificate) -> nn.Module:
-    """Return the network in the arithmetic that the certificate is about."""
-    return copy.deepcopy(net).to(ARITHMETIC[certificate.arithmetic]) if certificate.arithmetic in ARITHMETIC else net
-
-
 class _Hunt:
     """The nearest wrong image found so far for every image, as a distance (0 where the network is wrong anyway).
 
     Every search looks at images that stand so far within its radius; what it finds counts for all radii. The network
-    searches in its own precision; what it finds counts if ``judge``, in the certificate's, gets it wrong.
+    searches in its own precision; what it finds counts if the one in the certificate's gets it wrong.
     """
 
-    def __init__(self, net: nn.Module, judge: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
+    def __init__(
+        self, net: nn.Module, certificate: Certificate, images: Tensor, labels: Tensor, batch_size: int
+    ) -> None:
         self.net, self.images, self.labels, self.batch_size = net, images, labels, batch_size
+        known = certificate.arithmetic in ARITHMETIC
+        judge = copy.deepcopy(net).to(ARITHMETIC[certificate.arithmetic]) if known else net
         self.judge, self.dtype = judge, next(judge.parameters(), images).dtype
         wrong_N = torch.cat(
             [

@@ -16,7 +16,8 @@ growth, it stays positive within r if m − a − G·r − (a + b·r) > 0:
 
 cut off where a number on the way could overflow. Every bound holds for sums in any order, with or without fused
 operations, with or without denormal numbers: for any number of threads, batch size and library, as long as products are
-summed as products (no TF32, no Winograd).
+summed as products (no TF32, no Winograd). What a network computes of its parameters alone, such as the operator of an
+orthogonal layer, is part of the map that is bounded, and taken as this machine computed it.
 """
 
 from __future__ import annotations
@@ -243,5 +244,7 @@ def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[s
         f"at most {rounding:.3g}, proved step by step for every image within the radius, as is that nothing overflows.",
         "Sums may run in any order and with fused operations, but product by product (no TF32, no Winograd); "
         "elementary functions are right to 4 units in the last place.",
-        "The certificate is about these weights and deterministic evaluation, in which images do not meet.",
+        "The certificate is about these weights, about what the network computes of them (orthogonal operators, "
+        "normalised rows, parametrisations) as this machine computed it, and about deterministic evaluation, in which "
+        "images do not meet.",
     )
