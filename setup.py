@@ -20,7 +20,8 @@ from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
 FOLDER = Path("src/espalier/nn/kernels")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-wrapv", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-HIDE = ["-fvisibility=hidden", "-Wno-psabi"]  # kernels pass vectors inside one file only, so their ABI is nobody's
+# Kernels pass vectors inside one file only, so their ABI is nobody's; GCC 12 warns of its own headers.
+HIDE = ["-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # The second level is for processors without AVX2, whose every vector takes two instructions: there -O3 gains nothing,
 # and takes three times as long to compile.
 LEVELS = {
