@@ -93,7 +93,7 @@ def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forwar
     if x.value is None:
         return _unmeasured(x, module)
     _expect_evaluation(module, x.value)
-    q = orthogonal_matrix(module, 1, x.value.dtype)[0]  # type: ignore[arg-type]
+    q = orthogonal_matrix(module, 1, x.value.dtype)[0]
     if x.value.ndim < 2:
         raise UncertifiableError("it maps the batch: give one row per image")
     value = forward(x.value)
@@ -113,7 +113,7 @@ def orthogonal_convolution(analysis: Analysis, module: CayleyConv2d, x: Bound, f
     _expect(x, module.dim + 2)
     value, dtype = forward(x.value), x.value.dtype
     if math.prod(module.kernel_size) == 1:
-        q = orthogonal_matrix(module, module.groups, dtype)  # type: ignore[arg-type]
+        q = orthogonal_matrix(module, module.groups, dtype)
         size = max(tensor_norm(matrix) for matrix in q)
         terms = max(q.shape[-2:])
         return affine(analysis, x, value, norm=_orthogonal_norm(analysis, q), size=size, terms=terms, bias=module.bias)
