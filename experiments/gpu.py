@@ -24,14 +24,16 @@ from pathlib import Path
 
 import torch
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from espalier.files import write_json
 from espalier.train import environment
-from on_gpu.results import Results
-from on_gpu.speed_convmixer import convmixer_tables
-from on_gpu.speed_orthogonal import orthogonal_tables
-from on_gpu.speed_scans import scan_tables
-from on_gpu.timing import Clock
-from on_gpu.trainings import train_all
+from experiments.on_gpu.results import Results
+from experiments.on_gpu.speed_convmixer import convmixer_tables
+from experiments.on_gpu.speed_orthogonal import orthogonal_tables
+from experiments.on_gpu.speed_scans import scan_tables
+from experiments.on_gpu.timing import Clock
+from experiments.on_gpu.trainings import train_all
 
 ROOT = Path(__file__).parents[1]
 

@@ -32,7 +32,7 @@ def recipe_of(plan: dict[str, Any]) -> Recipe:
     for name in ("data_args", "model_args"):
         if name in changes:
             changes[name] = {**getattr(recipe, name), **changes[name]}
-    recipe = replace(recipe, seed=plan["seed"], threads=1, checkpoint_every=1000, **changes)
+    recipe = replace(recipe, **{**changes, "seed": plan["seed"], "threads": 1, "checkpoint_every": 1000})
     if plan["arm"] != plan["recipe"]:
         recipe = apply_arm(recipe, plan["arm"])
     if plan["data"] is not None and recipe.dataset == "cifar10":

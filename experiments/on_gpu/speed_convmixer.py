@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from on_gpu.timing import measure
+from experiments.on_gpu.timing import measure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from convmixer import LAYOUTS, SHAPES, Shape, networks

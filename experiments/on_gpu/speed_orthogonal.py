@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espalier.nn import CayleyConv2d
-from on_gpu.timing import measure
+from experiments.on_gpu.timing import measure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from cayley import SHAPES, OriginalCayleyConv, Shape, skew_orthogonal

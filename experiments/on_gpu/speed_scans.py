@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.nn import ssd
-from on_gpu.timing import measure
+from experiments.on_gpu.timing import measure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from peers import plain_blocks, pscan
