@@ -52,11 +52,17 @@ def judge(model: nn.Module) -> dict[str, Any]:
         verdict, note = ("skipped", row.note) if row.status == "skipped" else judge_row(model, row, used)
         layers.append({"layer": row.layer, "host": row.host, "kind": row.kind, "verdict": verdict, "note": note})
     covered = [row.layer for row in reports if row.kind in ("attention", "ssm")]
+    attending = [name for name in attending if mixes_tokens(model.get_submodule(name))]
     for name in dict.fromkeys([*attending, *named_attention(model)]):
         if not any(name == c or name.startswith(f"{c}.") or c.startswith(f"{name}.") or not c for c in covered):
             host = type(model.get_submodule(name)).__name__
             layers.append({"layer": name, "host": host, "kind": "attention", "verdict": "silent", "note": "no row"})
     return {"result": "judged", "layers": layers}
+
+
+def mixes_tokens(module: nn.Module) -> bool:
+    """Return whether a module that takes a square softmax may be attention: hyper-connections mix their few streams."""
+    return "HyperConnection" not in type(module).__name__
 
 
 def named_attention(model: nn.Module) -> list[str]:
@@ -143,7 +149,7 @@ def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> t
         return "written", row.note
     module = model.get_submodule(row.layer)
     inputs = [used[row.layer]] if row.layer in used else []
-    inputs += [(call.args, call.kwargs) for call in calls(module, width_of(module), heads_of(module))]
+    inputs += [one_sequence(call.args, call.kwargs) for call in calls(module, width_of(module), heads_of(module))]
     why = ""
     for args, kwargs in inputs:
         try:
@@ -163,6 +169,18 @@ def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> t
             return "rescaled", row.note
         return "wrong", f"qk {', '.join(f'{one:.2f}' for one in qk)} for {asked_qk:.2f}, vo {vo:.2f} for {asked_vo:.2f}"
     return "not run", f"{row.note}; the judge: {why}".strip("; ")
+
+
+def one_sequence(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return made-up inputs whose keys and values come from the queries' own tokens, as a written layer claims."""
+    named = [k for k in kwargs if k.split("_")[0].rstrip("s") in ("key", "value", "k", "v")]
+    queries = next(
+        (kwargs[k] for k in kwargs if k.split("_")[0] in ("query", "q", "hidden")), args[0] if args else None
+    )
+    if queries is None:
+        return args, kwargs
+    same = {k: queries for k in named if isinstance(kwargs[k], Tensor) and kwargs[k].is_floating_point()}
+    return args, {**kwargs, **same}
 
 
 def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], float]:
