@@ -7,7 +7,14 @@ from espalier.init.filters.closed_form import depthwise_covariance_, depthwise_l
 from espalier.init.filters.fit import covariance_fit
 from espalier.init.filters.spec import FilterCovariance
 from espalier.init.filters.statistics import FilterStatistics
-from espalier.init.layouts import AttentionWeights, DepthwiseWeights, Skipped, SSMWeights, register_layout
+from espalier.init.layouts import (
+    AttentionWeights,
+    DepthwiseWeights,
+    LatentAttentionWeights,
+    Skipped,
+    SSMWeights,
+    register_layout,
+)
 from espalier.init.model_fit import StructureFit, fit
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_, token_memory
@@ -19,6 +26,7 @@ __all__ = [
     "DepthwiseWeights",
     "FilterCovariance",
     "FilterStatistics",
+    "LatentAttentionWeights",
     "LayerReport",
     "Mimetic",
     "MimeticSSM",

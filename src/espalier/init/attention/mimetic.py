@@ -15,6 +15,7 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.init.attention.near_identity import (
     Method,
     near_identity,
+    near_identity_corner,
     near_identity_factors,
     near_identity_heads,
     random_frame,
@@ -23,6 +24,7 @@ from espalier.init.attention.near_identity import (
 from espalier.randomness import cpu_generator
 
 Strength = tuple[float, float]
+_PILOT = 192
 
 
 @dataclass(frozen=True)
@@ -151,17 +153,17 @@ def _write_queries_and_keys(q_HKD: Tensor, k_GKD: Tensor, strength: Strength, op
     groups, rank, shared = len(k_GKD), min(width, dim), len(q_HKD) // len(k_GKD)
     noise_options = {key: options[key] for key in ("noise", "generator")}
     for group, (left, right) in enumerate(near_identity_heads(groups, dim, rank, *strength, **options)):
-        _write_rows(k_GKD[group], right)
+        write_rows(k_GKD[group], right)
         for member in range(shared):
             if member:
                 target = near_identity(dim, *strength, **noise_options).to(right)
                 # right = V S^½, so V S^-½ is its pseudo-inverse transposed: left rightᵀ = target V Vᵀ.
                 left = target @ (right / right.square().sum(0))
-            _write_rows(q_HKD[group * shared + member], left)
+            write_rows(q_HKD[group * shared + member], left)
 
 
-def _write_rows(rows_KD: Tensor, factor_DR: Tensor) -> None:
-    # A head wider than the model has rows beyond the rank; they stay zero.
+def write_rows(rows_KD: Tensor, factor_DR: Tensor) -> None:
+    """Write a factor's columns as rows; a head that is wider than the rank has rows beyond it, which become zero."""
     rows_KD.zero_()
     rows_KD[: factor_DR.shape[1]].copy_(factor_DR.mT)
 
@@ -262,14 +264,38 @@ class _Entries(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def expected_diagonal(alpha: float, beta: float, fraction: float) -> float:
-    """Return the diagonal mean that the best approximation of ``αZ + βI`` in ``fraction`` of its rank has.
+def expected_diagonal(alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0) -> float:
+    """Return the diagonal mean that the best approximation of ``αZ + βI`` in a share of its rank has.
 
-    It depends on the width hardly at all, so it is computed once on a matrix of 192 rows.
+    Args:
+        alpha, beta: the strengths.
+        rank, rows, columns: shares of the width, see ``pilot_factors``.
     """
-    if fraction >= 1:
+    if rank >= 1:
         return beta
-    size = 192
-    matrix = near_identity(size, alpha, beta, generator=torch.Generator(device="cpu").manual_seed(0))
-    left, right = split(matrix, max(1, round(fraction * size)))
-    return float((left * right).sum() / size)
+    left, right, dim = pilot_factors(alpha, beta, rank, rows, columns)
+    common = min(len(left), len(right))
+    return float((left[:common] * right[:common]).sum() / dim)
+
+
+def pilot_factors(
+    alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0
+) -> tuple[Tensor, Tensor, int]:
+    """Return the factors of the best approximation of one ``αZ + βI`` of 192 rows, which stands for every width.
+
+    What truncation leaves depends on the shares alone, hardly on the width.
+
+    Args:
+        alpha, beta: the strengths.
+        rank: k/d.
+        rows, columns: the shares of the width that latents leave of the input's space on either side.
+
+    Returns:
+        Both factors, (192 rows at most, k), and the width d that they are a corner of.
+    """
+    dim = round(_PILOT / max(rows, columns))
+    sides = (max(round(rows * dim), 1), max(round(columns * dim), 1))
+    seeded = torch.Generator(device="cpu").manual_seed(0)
+    matrix = near_identity_corner(*sides, dim, alpha, beta, generator=seeded).float()
+    left, right = split(matrix, max(1, round(rank * dim)))
+    return left, right, dim

@@ -77,26 +77,50 @@ def near_identity(
 
     Source: arXiv 2305.09828, section 3.
     """
-    return _draw(dim, alpha, beta, noise, generator).to(torch.float32).to(device)
+    return near_identity_corner(dim, dim, dim, alpha, beta, noise=noise, generator=generator).float().to(device)
 
 
-def _draw(dim: int, alpha: float, beta: float, noise: str, generator: torch.Generator | None) -> Tensor:
-    """Draw αZ + βI on the CPU, in the precision that matrices of this width are factorised in."""
+def near_identity_corner(
+    rows: int,
+    columns: int,
+    dim: int,
+    alpha: float,
+    beta: float,
+    *,
+    noise: str = "normal",
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw the first rows and columns of ``αZ + βI`` of width d: what two nested subspaces of it keep.
+
+    Args:
+        rows, columns: the corner's shape.
+        dim: d.
+        alpha, beta, noise, generator, device: as in ``near_identity_factors``.
+
+    Returns:
+        Shape (rows, columns): float64 on the CPU up to d = 512, float32 on ``device`` above.
+
+    Raises:
+        EspalierError: an unknown noise.
+    """
     if noise not in NOISES:
         raise unknown_name("noise", noise, NOISES)
     sampler, spread = (torch.randn, dim**-0.5) if noise == "normal" else (torch.rand, (12 / dim) ** 0.5)
-    matrix = sampler(dim, dim, generator=cpu_generator(generator), dtype=_precision(dim), device="cpu")
+    matrix = sampler(rows, columns, generator=cpu_generator(generator), dtype=compute_type(dim), device="cpu")
     if noise == "uniform":
         matrix.sub_(0.5)
     matrix.mul_(alpha * spread).diagonal().add_(beta)
-    return matrix
+    return matrix.to(compute_device(dim, device))
 
 
-def _precision(dim: int) -> torch.dtype:
+def compute_type(dim: int) -> torch.dtype:
+    """Return the precision in which matrices of width d are drawn and factorised."""
     return torch.float64 if dim <= _DOUBLE_UP_TO else torch.float32
 
 
-def _place(dim: int, device: torch.device | str) -> torch.device | str:
+def compute_device(dim: int, device: torch.device | str) -> torch.device | str:
+    """Return where matrices of width d are factorised for weights on ``device``."""
     return "cpu" if dim <= _DOUBLE_UP_TO else device
 
 
@@ -177,7 +201,7 @@ def near_identity_factors(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     generator = cpu_generator(generator)
-    matrix = _draw(dim, alpha, beta, noise, generator).to(_place(dim, device))
+    matrix = near_identity_corner(dim, dim, dim, alpha, beta, noise=noise, generator=generator, device=device)
     fast = _is_fast(dim, rank, method)
     width = min(-(-int(_OVERSAMPLING * rank) // 32) * 32, dim)
     if rank == dim:
@@ -230,8 +254,8 @@ def random_frame(
     dim: int, count: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Draw ``count`` ≤ d orthonormal columns, uniformly: shape (d, count), type and place as of factors of width d."""
-    noise = torch.randn(dim, count, generator=cpu_generator(generator), dtype=_precision(dim), device="cpu")
-    q, r = torch.linalg.qr(noise.to(_place(dim, device)))
+    noise = torch.randn(dim, count, generator=cpu_generator(generator), dtype=compute_type(dim), device="cpu")
+    q, r = torch.linalg.qr(noise.to(compute_device(dim, device)))
     # The signs of R's diagonal are the library's choice; with them taken out Q is uniform.
     return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
 

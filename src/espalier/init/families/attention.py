@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from espalier.init.attention.latent import mimetic_latent_attention_
 from espalier.init.attention.mimetic import (
     PRESETS,
     Mimetic,
@@ -19,19 +20,21 @@ from espalier.init.attention.mimetic import (
     expected_diagonal,
     measure_attention,
     mimetic_attention_,
+    pilot_factors,
 )
-from espalier.init.attention.near_identity import near_identity, split
 from espalier.init.families.base import Family, Place
-from espalier.init.layouts import AttentionWeights
+from espalier.init.layouts import AttentionWeights, LatentAttentionWeights
 
 # A product counts as structured when its diagonal is this many standard errors from its other entries: with independent
 # weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
 _Z = 8.0
 # How far a verified diagonal may be from the one asked for, beside the sampling error of its noise.
 _TOLERANCE = 0.1
-# The law of a truncated αZ + βI depends on the width hardly at all, so one width tells it for all.
-_PILOT = 192
 _ANGLES = 25
+
+AnyAttention = AttentionWeights | LatentAttentionWeights
+# Shares of the width: what rank the best approximation of a product has, and what latents leave on its two sides.
+Shares = tuple[float, float, float]
 
 # What libraries call the things that change what a product means.
 _QK_NORM = re.compile(
@@ -77,36 +80,39 @@ class AttentionFamily(Family):
     default = Mimetic()
     row = AttentionFit
 
-    def write(self, weights: AttentionWeights, spec: Mimetic, place: Place, generator: torch.Generator) -> str:
-        """Write both products and zero the biases."""
+    def write(self, weights: AnyAttention, spec: Mimetic, place: Place, generator: torch.Generator) -> str:
+        """Write both products and zero the biases; those of latent attention are left alone."""
         spec = spec.at(*place)
-        mimetic_attention_(
-            weights.q, weights.k, weights.v, weights.out, weights.num_heads, num_kv_heads=weights.num_kv_heads,
-            qk=spec.qk, vo=spec.vo, noise=spec.noise, method=spec.method, generator=generator,
-        )  # fmt: skip
-        for bias in weights.biases:
-            bias.zero_()
+        if isinstance(weights, LatentAttentionWeights):
+            mimetic_latent_attention_(weights, qk=spec.qk, vo=spec.vo, noise=spec.noise, generator=generator)
+        else:
+            mimetic_attention_(
+                weights.q, weights.k, weights.v, weights.out, weights.num_heads, num_kv_heads=weights.num_kv_heads,
+                qk=spec.qk, vo=spec.vo, noise=spec.noise, method=spec.method, generator=generator,
+            )  # fmt: skip
+            for bias in weights.biases:
+                bias.zero_()
         pairs = (("qk", spec.qk), ("vo", spec.vo))
         return ", ".join(f"{name} {pair[0]:.4g}·Z {pair[1]:+.4g}·I" for name, pair in pairs if pair is not None)
 
-    def measure(self, weights: AttentionWeights) -> dict[str, float]:
-        """Return the figures of ``measure_attention``."""
+    def measure(self, weights: AnyAttention) -> dict[str, float]:
+        """Return the figures of ``measure_attention``, through latents where there are any."""
+        weights = _composed(weights)
         return measure_attention(
             weights.q, weights.k, weights.v, weights.out, weights.num_heads, weights.num_kv_heads
         )  # fmt: skip
 
-    def verify(self, weights: AttentionWeights, spec: Mimetic, place: Place, measured: Mapping[str, float]) -> str:
+    def verify(self, weights: AnyAttention, spec: Mimetic, place: Place, measured: Mapping[str, float]) -> str:
         """Hold both diagonals against those that the best approximation of what was asked has."""
-        dim = weights.q.shape[-1]
-        head_share = weights.q.numel() / weights.num_heads / dim**2
-        rank_share = min(weights.v.numel() / dim**2, 1.0)
+        dim = len(weights.out)
         # With grouped queries only one query head in a group has the best approximation; the others keep less of it.
-        slack = _TOLERANCE if weights.num_heads == weights.num_kv_heads else 1.0
+        grouped = isinstance(weights, AttentionWeights) and weights.num_heads != weights.num_kv_heads
+        slack = 1.0 if grouped else _TOLERANCE
         spec = spec.at(*place)
-        for name, pair, share in (("qk", spec.qk, head_share), ("vo", spec.vo, rank_share)):
+        for name, pair, shares in zip(("qk", "vo"), (spec.qk, spec.vo), _shares(weights), strict=True):
             if pair is None:
                 continue
-            asked = expected_diagonal(*pair, round(share, 4))
+            asked = expected_diagonal(*pair, *shares)
             error = abs(measured[f"{name}_diagonal"] - asked)
             scatter = (abs(pair[0]) + abs(pair[1])) / dim**0.5
             if not error <= slack * abs(asked) + 6 * scatter / (weights.num_heads if name == "qk" else dim) ** 0.5:
@@ -118,8 +124,10 @@ class AttentionFamily(Family):
         names = {"qk": "qk_z", "qk of every head": "qk_least_z", "vo": "vo_z"}
         return {part: measured[name] / _Z for part, name in names.items() if name in measured}  # older reports have two
 
-    def fit(self, name: str, weights: AttentionWeights) -> AttentionFit:
+    def fit(self, name: str, weights: AnyAttention) -> AttentionFit:
         """Return the fit of every head, of values and outputs, and the strengths behind them."""
+        qk_shares, vo_shares = _shares(weights)
+        weights = _composed(weights)
         dim, heads = weights.q.shape[-1], weights.num_heads
         shared = heads // weights.num_kv_heads
         q_HKD = weights.q.reshape(heads, -1, dim)
@@ -127,8 +135,7 @@ class AttentionFamily(Family):
         pairs = tuple(_head_strength(q, k) for q, k in zip(q_HKD, k_HKD, strict=True))
         measured = self.measure(weights)
         qk, vo = ((measured[f"{p}_off"] * dim**0.5, measured[f"{p}_diagonal"]) for p in ("qk", "vo"))
-        fractions = (q_HKD.shape[1] / dim, weights.v.numel() / dim**2)
-        return AttentionFit(name, pairs, vo, strength_behind(qk, fractions[0]), strength_behind(vo, fractions[1]))
+        return AttentionFit(name, pairs, vo, strength_behind(qk, *qk_shares), strength_behind(vo, *vo_shares))
 
     def spec(self, rows: Sequence[AttentionFit]) -> Mimetic | None:
         """Return the strengths of every layer; a model of another depth takes those between them."""
@@ -138,11 +145,11 @@ class AttentionFamily(Family):
         """Return a heading and a line a layer."""
         return ["layer: fitted qk (mean of heads) and vo as αZ + βI; the strengths to ask for", *map(str, rows)]
 
-    def note(self, weights: AttentionWeights, module: nn.Module) -> str:
+    def note(self, weights: AnyAttention, module: nn.Module) -> str:
         """Add to the layout's note what stands between the products and the scores or the output."""
         return "; ".join(filter(None, (weights.note, *_between(module, weights.note))))
 
-    def remark(self, weights: AttentionWeights, spec: Mimetic, module: nn.Module, model: nn.Module) -> str:
+    def remark(self, weights: AnyAttention, spec: Mimetic, module: nn.Module, model: nn.Module) -> str:
         """Warn where a causal model gets the strengths that were found on images."""
         vision = PRESETS["vision"]
         if spec.layers or (spec.qk != vision.qk and spec.vo != vision.vo) or not _is_causal(weights, module, model):
@@ -151,6 +158,21 @@ class AttentionFamily(Family):
             "its attention is causal and got the strengths of vision models, which nothing here shows to help on text: "
             'compare Mimetic.preset("language")'
         )
+
+
+def _composed(weights: AnyAttention) -> AttentionWeights:
+    return weights.composed() if isinstance(weights, LatentAttentionWeights) else weights
+
+
+def _shares(weights: AnyAttention) -> tuple[Shares, Shares]:
+    """Return the shares of the width that the products of queries and keys and of values and outputs have."""
+    dim = len(weights.out)
+    head = weights.q.numel() // weights.q.shape[-1] // weights.num_heads
+    inner = weights.v.numel() // weights.v.shape[-1]
+    q_side, kv_side = weights.q.shape[-1], weights.k.shape[-1]
+    sides = ((min(head, q_side, kv_side), q_side, kv_side), (min(inner, kv_side), kv_side, dim))
+    qk, vo = (tuple(round(side / dim, 4) for side in parts) for parts in sides)
+    return qk, vo  # type: ignore[return-value]
 
 
 def _between(module: nn.Module, said: str) -> Iterator[str]:
@@ -178,7 +200,7 @@ def _holds_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim == 2 for parameter in module.parameters())
 
 
-def _is_causal(weights: AttentionWeights, module: nn.Module, model: nn.Module) -> bool:
+def _is_causal(weights: AnyAttention, module: nn.Module, model: nn.Module) -> bool:
     """Return whether a token sees only earlier ones: as the views say, else the module, its class, or the model."""
     if weights.causal is not None:
         return weights.causal
@@ -199,8 +221,8 @@ def _head_strength(q_KD: Tensor, k_KD: Tensor) -> Strength:
     return float((square.clamp_min(0) / max(dim - 1, 1)).sqrt()), float(diagonal.mean())
 
 
-def strength_behind(fitted: Strength, fraction: float) -> Strength:
-    """Return the (α, β) whose best approximation in ``fraction`` of the rank has the fitted strengths.
+def strength_behind(fitted: Strength, rank: float, rows: float = 1.0, columns: float = 1.0) -> Strength:
+    """Return the (α, β) whose best approximation in a share of the rank has the fitted strengths.
 
     Truncation scales with its target, so only the angle between α and β has to be found: the angle of the fitted pair
     is a rising function of it, tabulated on one matrix of 192 rows. A pair nearer to the identity than any truncated
@@ -208,13 +230,13 @@ def strength_behind(fitted: Strength, fraction: float) -> Strength:
 
     Args:
         fitted: (α, β) of a product of rank k.
-        fraction: k/d.
+        rank, rows, columns: shares of the width, see ``pilot_factors``.
     """
-    if fraction >= 1:
+    if rank >= 1:
         return fitted
     alpha, beta = fitted
     norm, angle = math.hypot(alpha, beta), math.atan2(abs(beta), alpha)
-    angles, kept = _truncation(round(fraction, 4))
+    angles, kept = _truncation(round(rank, 4), rows, columns)
     place = min(max(sum(a <= angle for a in angles) - 1, 0), _ANGLES - 2)
     step = angles[place + 1] - angles[place]
     share = min(max((angle - angles[place]) / step if step > 0 else 1.0, 0.0), 1.0)
@@ -224,17 +246,16 @@ def strength_behind(fitted: Strength, fraction: float) -> Strength:
 
 
 @lru_cache(maxsize=32)
-def _truncation(fraction: float) -> tuple[list[float], list[float]]:
+def _truncation(rank: float, rows: float, columns: float) -> tuple[list[float], list[float]]:
     """Return, for targets cosθ·Z + sinθ·I with θ from 0 to π/2, the angle and the size of what truncation leaves."""
     angles, sizes = [], []
-    rank = max(1, round(fraction * _PILOT))
     for step in range(_ANGLES):
         theta = step / (_ANGLES - 1) * math.pi / 2
-        target = near_identity(
-            _PILOT, math.cos(theta), math.sin(theta), generator=torch.Generator(device="cpu").manual_seed(0)
-        )
-        left, right = split(target, rank)
-        alpha, beta = _head_strength(left.mT, right.mT)
+        left, right, dim = pilot_factors(math.cos(theta), math.sin(theta), rank, rows, columns)
+        common = min(len(left), len(right))
+        beta = float((left[:common] * right[:common]).sum() / dim)
+        square = float(((left.mT @ left) * (right.mT @ right)).sum()) / dim
+        alpha = max(square - beta**2, 0.0) ** 0.5
         angles.append(math.atan2(max(beta, 0.0), alpha))
         sizes.append(math.hypot(alpha, beta))
     return angles, sizes

@@ -4,6 +4,7 @@ from espalier.init.layouts import (
     by_name,
     depthwise,
     fla,
+    latent,
     mamba,
     qkv_proj,
     torch_attention,
@@ -13,6 +14,7 @@ from espalier.init.layouts.find import Layer, find_layers, locate_layers
 from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
+    LatentAttentionWeights,
     Skipped,
     SSMWeights,
     register_guess,
@@ -22,6 +24,7 @@ from espalier.init.layouts.registry import (
 __all__ = [
     "AttentionWeights",
     "DepthwiseWeights",
+    "LatentAttentionWeights",
     "Layer",
     "SSMWeights",
     "Skipped",
@@ -31,4 +34,4 @@ __all__ = [
     "register_layout",
 ]
 
-del by_name, depthwise, fla, mamba, qkv_proj, torch_attention, transformers
+del by_name, depthwise, fla, latent, mamba, qkv_proj, torch_attention, transformers

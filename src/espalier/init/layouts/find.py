@@ -18,6 +18,7 @@ from espalier.init.layouts.registry import (
     AttentionWeights,
     DepthwiseWeights,
     Found,
+    LatentAttentionWeights,
     Layout,
     Refused,
     Skipped,
@@ -184,7 +185,7 @@ def _vet(name: str, module: nn.Module, found: Found) -> Found:
     """Return what a layout read, or why it must not be written whatever the module computes."""
     if isinstance(found := _unless_unusable(found), Skipped):
         return found
-    if isinstance(found, AttentionWeights) and (reads_cross(name) or says_cross(module)):
+    if isinstance(found, AttentionWeights | LatentAttentionWeights) and (reads_cross(name) or says_cross(module)):
         return _CROSS
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     views = [view for field in vars(found).values() for view in (field if isinstance(field, tuple) else (field,))]
@@ -214,7 +215,7 @@ def _not_understood(module: nn.Module) -> Skipped:
     children = {name for name, _ in module.named_children()}
     if any(name.startswith(("kv_a_proj", "kv_down", "kv_a")) for name in children):
         return Skipped(
-            "attention", "multi-head latent attention: its keys and values go through a latent, no layout yet"
+            "attention", "multi-head latent attention in a form that no layout knows: register one for its class"
         )
     if says_cross(module):
         return _CROSS

@@ -24,7 +24,7 @@ def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str =
     Returns:
         Views, or ``Skipped`` with the reason: parametrised, adapted (LoRA), quantised, missing or cross-attention.
     """
-    parts = _matrices(module, (q, k, v, out))
+    parts = matrices(module, (q, k, v, out))
     if isinstance(parts, Skipped):
         return parts
     return _assemble(module, parts, _count_heads(module, len(parts[0])), (q, k, v, out), note)
@@ -32,7 +32,7 @@ def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str =
 
 def paired(module: nn.Module, q: str, kv: str, out: str, *, note: str = "") -> Found:
     """Return the weights of self-attention whose keys and values come from one linear layer, keys first."""
-    parts = _matrices(module, (q, kv, out))
+    parts = matrices(module, (q, kv, out))
     if isinstance(parts, Skipped):
         return parts
     keys, values = parts[1].chunk(2)
@@ -51,7 +51,7 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
             values, the latter two fewer with grouped queries.
         note: what a reader of the report should know of this host.
     """
-    parts = _matrices(module, (qkv, out))
+    parts = matrices(module, (qkv, out))
     if isinstance(parts, Skipped):
         return parts
     rows_RD, out_DR = parts
@@ -88,7 +88,8 @@ def _assemble(module: nn.Module, weights: Sequence[Tensor], heads: int, names: S
     return AttentionWeights(q, k, v, out, heads, groups, found, note)
 
 
-def _matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor] | Skipped:
+def matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor] | Skipped:
+    """Return the weights of linear layers as (out, in), or why one of them cannot be written."""
     if refused := refuse_computed(module, "attention"):
         return refused
     parts = [_matrix(module, name) for name in names]

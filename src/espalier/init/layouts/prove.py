@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import Unproven, prove_attention
-from espalier.init.layouts.registry import AttentionWeights, DepthwiseWeights, Found, Layout, Skipped, SSMWeights
+from espalier.init.layouts.registry import (
+    AttentionWeights,
+    DepthwiseWeights,
+    Found,
+    LatentAttentionWeights,
+    Layout,
+    Skipped,
+    SSMWeights,
+)
 from espalier.init.layouts.scratch import (
     Call,
     CannotRunError,
@@ -51,8 +59,8 @@ def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: F
     if type(names[""]) is nn.Module:
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
-    if isinstance(found, SSMWeights):
-        return Skipped("ssm", "its class is not registered: register a layout for it")
+    if isinstance(found, SSMWeights | LatentAttentionWeights):
+        return Skipped(found.kind, "its class is not registered: register a layout for it")
     if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
         return replace(found, note=guessed)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,58 @@ class AttentionWeights:
     biases: tuple[Tensor, ...] = ()
     note: str = ""
     causal: bool | None = None
+
+
+@dataclass(frozen=True)
+class LatentAttentionWeights:
+    """One multi-head latent attention's projections, as views that share storage with its parameters.
+
+    Keys and values of all heads come out of one latent of r features: ``kv_down`` is (r, d), a norm with ``kv_gain``
+    (r,) follows, and then ``k`` (H, n, r) and ``v`` (H, m, r). Queries have a latent of their own, ``q_down``,
+    ``q_gain`` and ``q`` (H, n, r_q), or none, and then ``q`` is (H, n, d). ``out`` is (d, H·m). Rows that carry
+    positions are in none of the views. ``scales`` are what a host multiplies its normalised query and key-value
+    latents by.
+    """
+
+    kind: ClassVar[str] = "attention"
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    kv_down: Tensor
+    kv_gain: Tensor
+    num_heads: int
+    q_down: Tensor | None = None
+    q_gain: Tensor | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
+    note: str = ""
+    causal: bool | None = None
+
+    def composed(self) -> AttentionWeights:
+        """Return the layer as one without latents, each projection multiplied by its ``latent_map``: copies."""
+        kv_RD = latent_map(self.kv_down, self.kv_gain, self.scales[1])
+        q = self.q.to(kv_RD)
+        if self.q_down is not None and self.q_gain is not None:
+            q = q @ latent_map(self.q_down, self.q_gain, self.scales[0])
+        k, v = self.k.to(kv_RD) @ kv_RD, self.v.to(kv_RD) @ kv_RD
+        return AttentionWeights(q, k, v, self.out, self.num_heads, self.num_heads, (), self.note, self.causal)
+
+
+def latent_map(down: Tensor, gain: Tensor, scale: float) -> Tensor:
+    """Return the linear map that stands for a latent and its norm: ``G = s · diag(g) A · √r / ‖A‖_F``, (r, d).
+
+    The norm makes ``s · g ⊙ A x / rms(A x)`` of a token x. Over tokens whose features are independent and of variance
+    1, as a norm before the layer leaves them, the mean square of A x is ‖A‖²_F / r. A token's own share of it differs
+    from that mean, so products hold up to one factor a token; like the layer, G does not depend on the size of A.
+
+    Args:
+        down: A.
+        gain: g.
+        scale: s.
+    """
+    down_RD = down.to(torch.promote_types(down.dtype, torch.float32))
+    size = down_RD.norm().clamp_min(torch.finfo(down_RD.dtype).tiny)
+    return gain.to(down_RD)[:, None] * down_RD * (scale * len(down_RD) ** 0.5 / size)
 
 
 @dataclass(frozen=True)
@@ -78,7 +131,7 @@ class Skipped:
     reason: str
 
 
-Weights = AttentionWeights | DepthwiseWeights | SSMWeights
+Weights = AttentionWeights | LatentAttentionWeights | DepthwiseWeights | SSMWeights
 Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
 AnyLayout = TypeVar("AnyLayout", bound=Layout)
@@ -94,11 +147,11 @@ GUESSES: list[Layout] = []
 def register_layout(host: str | type[nn.Module]) -> Callable[[AnyLayout], AnyLayout]:
     """Teach Espalier where a module class keeps its weights (decorator).
 
-    The function takes a module and returns views of its weights (``AttentionWeights``, ``SSMWeights``,
-    ``DepthwiseWeights``), ``Skipped`` with a reason, a mapping of these by the names of its children (for a module that
-    holds several layers), or ``None`` when this instance is none of its business. It serves subclasses too, unless they
-    have their own; what it reads in a subclass with code of its own is written only if a run of that code proves it. A
-    class may be named by its dotted path, so that no library need be imported.
+    The function takes a module and returns views of its weights (``AttentionWeights``, ``LatentAttentionWeights``,
+    ``SSMWeights``, ``DepthwiseWeights``), ``Skipped`` with a reason, a mapping of these by the names of its children
+    (for a module that holds several layers), or ``None`` when this instance is none of its business. It serves
+    subclasses too, unless they have their own; what it reads in a subclass with code of its own is written only if a
+    run of that code proves it. A class may be named by its dotted path, so that no library need be imported.
 
     Args:
         host: the class, or its dotted path such as ``"transformers.models.vit.modeling_vit.ViTAttention"``.
