@@ -28,7 +28,8 @@ class MaxMin(nn.Module):
         """Return the larger halves, then the smaller ones."""
         a, b = _groups(x, 2).unbind(1)
         if recording():
-            return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
+            swapped = a < b  # equal numbers stay in place, as below: the gradient follows each to where it came from
+            return torch.cat((torch.where(swapped, b, a), torch.where(swapped, a, b)), dim=1)
         sorted_x: Tensor = _SortPairs.apply(x)
         return sorted_x
 
