@@ -1,4 +1,4 @@
-"""Orthogonal layers under torch's own tools: checkpointing, torch.func, fake tensors, second derivatives, odd tensors."""
+"""Orthogonal layers under torch's tools: checkpointing, torch.func, fake tensors, second derivatives, odd tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call, functionalize, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -72,17 +72,10 @@ def test_checkpointing_changes_no_gradient(name: str, training: bool) -> None:
     x.requires_grad_()
     wanted = [x, *layer.parameters()]
     plain = torch.autograd.grad(layer(x).square().cos().sum(), wanted)
-    for reentrant in (False, True):
-        kept = torch.autograd.grad if not reentrant else None
-        y = checkpoint(layer, x, use_reentrant=reentrant)
-        if kept is None:
-            for tensor in wanted:
-                tensor.grad = None
-            y.square().cos().sum().backward()
-            found = [tensor.grad for tensor in wanted]
-        else:
-            found = kept(y.square().cos().sum(), wanted)
-        torch.testing.assert_close(list(found), list(plain), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().cos().sum(), wanted)
+    torch.testing.assert_close(list(found), list(plain), rtol=1e-12, atol=1e-12)
+    checkpoint(layer, x, use_reentrant=True).square().cos().sum().backward()
+    torch.testing.assert_close([tensor.grad for tensor in wanted], list(plain), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -99,19 +92,14 @@ def test_models_recompute_where_asked(make: Callable[[], nn.Module]) -> None:
     found, kept = [], []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
-        held = 0
-
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal held
-            held += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            y = model(x)
-        found.append(torch.autograd.grad(y.square().sum(), list(model.parameters())))
-        kept.append(held)
+        runs: list[nn.Module] = []
+        handles = [m.register_forward_hook(lambda m, *_, runs=runs: runs.append(m)) for m in model.modules()]
+        found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+        kept.append(len(runs))
+        for handle in handles:
+            handle.remove()
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
-    assert kept[1] < kept[0]
+    assert kept[1] > kept[0]  # modules ran again
 
 
 def model_size(model: nn.Module) -> int:
@@ -137,9 +125,10 @@ def test_the_transform_is_twice_differentiable(shape: tuple[int, ...], dtype: to
 
 
 def test_a_gradient_penalty_trains_a_critic_of_orthogonal_layers() -> None:
-    critic = nn.Sequential(CayleyConv2d(2, 4, 3, generator=seeded()), MaxMin(), nn.Flatten(), CayleyLinear(64, 1)).double()
+    convolution = CayleyConv2d(2, 4, 3, generator=seeded())
+    critic = nn.Sequential(convolution, MaxMin(), nn.Flatten(), CayleyLinear(64, 1, generator=seeded())).double()
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=seeded(1), requires_grad=True)
-    weight = critic[0].weight
+    weight = convolution.weight
 
     def penalty() -> Tensor:
         (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -217,16 +206,13 @@ def test_failed_calls_leave_the_caches_usable(training: bool) -> None:
 
 @every_layer
 @both_modes
-def test_fake_tensors_pass_without_memory_and_without_traces(name: str, training: bool) -> None:
+def test_fake_tensors_pass_and_leave_nothing_behind(name: str, training: bool) -> None:
     layer, x = case(name, training)
     y = layer(x)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = copy.deepcopy(layer)
-        for parameter in fake.parameters():
-            parameter.requires_grad_()
-        shadow = mode.from_tensor(x)
-        fake_y = layer(shadow)
-        assert fake_y.shape == y.shape
+        shadow = layer(mode.from_tensor(x))
+        assert isinstance(shadow, FakeTensor)
+        assert shadow.shape == y.shape
     torch.testing.assert_close(layer(x), y, rtol=1e-12, atol=1e-12)
 
 
@@ -262,7 +248,7 @@ def test_an_empty_batch_gives_an_empty_answer(name: str, training: bool) -> None
     assert y.shape == (0, *layer(x).shape[1:])
     y.sum().backward()
     assert empty.grad.shape == empty.shape
-    assert all(p.grad is None or not p.grad.any() or p.grad.isfinite().all() for p in layer.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
 
 
 def test_parametrized_layers_take_per_sample_gradients_and_penalties() -> None:

@@ -31,7 +31,6 @@ from espalier.nn.kernels.planes import Pair
 from espalier.nn.orthogonal.spectrum.split_complex import product
 from espalier.nn.precision import recording, without_autocast
 
-
 _T = TypeVar("_T")
 
 

@@ -89,12 +89,20 @@ def _system(taps: Tensor, angles: Angles | None) -> tuple[Planes, Planes | None]
     cos, sin = angles or (None, None)
     top, low = taps[:, :, :n], taps[:, :, n:]
     # U − Uᴴ is linear in the taps: antisymmetric real part, symmetric imaginary part, one product each.
-    n_planes: Planes = emit(cos, top - top.mT), None if sin is None else emit(sin, top + top.mT)
-    n_planes[0].diagonal(dim1=1, dim2=2).add_(1)
+    real, imag = emit(cos, top - top.mT), None if sin is None else emit(sin, top + top.mT)
+    n_planes: Planes = _plus_identity(real, 1), imag
     if rows == n:
         return n_planes, None
     v: Planes = emit(cos, low), None if sin is None else emit(sin, low)
     return product(transpose(v), v, conj_a=True, into=n_planes), v
+
+
+def _plus_identity(plane: Tensor, times: int) -> Tensor:
+    """Return ``plane + times·I``, in place where nothing follows the operations."""
+    if differentiable(plane):
+        return plane + times * torch.eye(plane.shape[-1], dtype=plane.dtype, device=plane.device)
+    plane.diagonal(dim1=1, dim2=2).add_(times)
+    return plane
 
 
 def _split(a: Planes, n: int) -> tuple[Planes, Planes]:
@@ -116,10 +124,12 @@ def _below(z: Planes, v: Planes | None) -> Planes | None:
 def _twice_minus(z: Planes, x: Planes | None, right: Planes | None) -> Planes:
     """Return [2z − x, right], the identity in place of x if there is none."""
 
-    def join(plane: Tensor, minus: Tensor | None, more: Tensor | None) -> Tensor:
-        if minus is None or differentiable(plane, minus):
-            first = 2 * plane if minus is None else 2 * plane - minus
-            return first if more is None else torch.cat((first, more), -1)
+    def join(first: Tensor, more: Tensor | None) -> Tensor:
+        return first if more is None else torch.cat((first, more), -1)
+
+    def subtract(plane: Tensor, minus: Tensor, more: Tensor | None) -> Tensor:
+        if differentiable(plane, minus):
+            return join(2 * plane - minus, more)
         count, batch, n = plane.shape
         y = plane.new_empty(count, batch, n + (0 if more is None else more.shape[-1]))
         torch.lerp(minus, plane, 2.0, out=y[:, :, :n])  # one pass
@@ -127,12 +137,10 @@ def _twice_minus(z: Planes, x: Planes | None, right: Planes | None) -> Planes:
             y[:, :, n:].copy_(more)
         return y
 
-    x_r, x_i = x or (None, None)
     more_r, more_i = right or (None, None)
-    y = join(z[0], x_r, more_r), None if z[1] is None else join(z[1], x_i, more_i)
     if x is None:
-        y[0][:, :, : z[0].shape[-1]].diagonal(dim1=1, dim2=2).sub_(1)
-    return y
+        return join(_plus_identity(2 * z[0], -1), more_r), None if z[1] is None else join(2 * z[1], more_i)
+    return subtract(z[0], x[0], more_r), None if z[1] is None or x[1] is None else subtract(z[1], x[1], more_i)
 
 
 class _ApplyCayley(torch.autograd.Function):

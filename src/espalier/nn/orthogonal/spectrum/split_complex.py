@@ -28,6 +28,8 @@ Planes = tuple[Tensor, Tensor | None]
 _SMALL_LEAF, _LARGE_LEAF, _MANY = 16, 64, 16
 # Numbers per plane that are inverted together: what the temporaries of one part leave in the cache serves the next.
 _TOGETHER = 1 << 19
+# Newton's steps double the correct digits once the residual is below 1/2; to get there takes log₂(‖a‖₁‖a‖∞) of them.
+_NEWTON_STEPS = 40
 
 
 def product(
@@ -48,7 +50,8 @@ def product(
         alpha: factor of the product.
     """
     (a_r, a_i), (b_r, b_i) = a, b
-    if a_i is not None and b_i is not None and (into is None or into[1] is not None):
+    # A sum of nothing (an empty batch) is left to torch: the kernels would write nothing.
+    if a_i is not None and b_i is not None and (into is None or into[1] is not None) and a_r.shape[2]:
         pair = None if into is None or into[1] is None else (into[0], into[1])
         if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
             return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha)
@@ -161,7 +164,25 @@ def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes
 
 
 def _invert_leaf(a: Planes) -> Planes:
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return _invert_by_products(a)
     if a[1] is None:
         return torch.linalg.inv(a[0]), None
     inverse = torch.linalg.inv(torch.complex(a[0], a[1]))
     return inverse.real.contiguous(), inverse.imag.contiguous()
+
+
+def _invert_by_products(a: Planes) -> Planes:
+    """Invert by Newton's iteration ``X ← X(2I − aX)`` from ``X = aᴴ/(‖a‖₁‖a‖∞)``: ONNX has no inverse.
+
+    The singular values are at least 1, so the first residual is at most ``1 − 1/(‖a‖₁‖a‖∞)``. A complex matrix is
+    inverted as the real one [re, −im; im, re].
+    """
+    real, imag = a
+    n = real.shape[-1]
+    m = real if imag is None else torch.cat((torch.cat((real, -imag), 2), torch.cat((imag, real), 2)), 1)
+    size = m.abs()
+    x = m.mT / (size.sum(1).amax(1) * size.sum(2).amax(1))[:, None, None]
+    for _ in range(_NEWTON_STEPS):
+        x = 2 * x - torch.matmul(x, torch.matmul(m, x))
+    return (x, None) if imag is None else (x[:, :n, :n], x[:, n:, :n])
