@@ -44,12 +44,12 @@ def recording() -> bool:
     )
 
 
-def differentiable(*tensors: Tensor) -> bool:
+def differentiable(*tensors: Tensor | None) -> bool:
     """Return whether operations on these tensors are followed, by autograd or by what ``recording`` names.
 
     Their inputs must then stay as they are, and kernels that autograd does not know must not run.
     """
-    return recording() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    return recording() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

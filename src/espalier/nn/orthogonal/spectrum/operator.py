@@ -73,6 +73,7 @@ def _forward(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: boo
     if not wide:
         z = solve(x, factor, transposed=True)
         return _Solution(_twice_minus(z, x, _below(z, v)), z, factor, v)
+    assert v is not None  # a wide operator has more inputs than outputs
     head, tail = _split(x, n)
     z = solve(product(tail, v, into=contiguous(head), alpha=-1), factor)
     return _Solution(_twice_minus(z, head, None), z, factor, v)
@@ -174,8 +175,10 @@ class _ApplyCayley(torch.autograd.Function):
             grad_z = None if grads[2] is None and grads[3] is None else _filled(grads[2:], z, z_r.shape[-1])
             tail = _split((real, imag), z_r.shape[-1])[1] if ctx.wide else None
             needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-            steps = _backward_tall if tail is None else _backward_wide
-            grad_x, grad_n, grad_v = steps(grad, grad_z, z, factor, v, tail, *needs)
+            if tail is None or v is None:
+                grad_x, grad_n, grad_v = _backward_tall(grad, grad_z, z, factor, v, *needs)
+            else:
+                grad_x, grad_n, grad_v = _backward_wide(grad, grad_z, z, factor, v, tail, *needs)
             grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, taps)
         return *(grad_x or (None, None)), grad_taps, None, None
 
@@ -194,11 +197,13 @@ _Gradients = tuple[Planes | None, Planes | None, Planes | None]
 
 
 def _backward_tall(
-    grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes | None, _: None, x: bool, taps: bool
+    grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes | None, x: bool, taps: bool
 ) -> _Gradients:
     """Nᴴu = g₁ − Vᴴg₂ + ∂z/2, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
-    head, low = (grad, None) if v is None else _split(grad, z[0].shape[-1])
-    right = head if v is None else product(low, v, conj_b=True, into=contiguous(head), alpha=-1)
+    head, low, right = grad, None, grad
+    if v is not None:
+        head, low = _split(grad, z[0].shape[-1])
+        right = product(low, v, conj_b=True, into=contiguous(head), alpha=-1)
     u = solve(_with_half(right, grad_z), factor, conj=True)
     grad_x = _twice_minus(u, head, None) if x else None
     if not taps:

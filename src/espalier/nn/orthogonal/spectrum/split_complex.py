@@ -55,7 +55,7 @@ def product(
         pair = None if into is None or into[1] is None else (into[0], into[1])
         if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
             return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha)
-    followed = differentiable(*(plane for pair in (a, b, into or ()) for plane in pair if plane is not None))
+    followed = differentiable(*a, *b, *(into or ()))
     if into is not None and not followed and not into[0].is_contiguous():
         # Into a strided result, a batched GEMM takes the slow path.
         copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=contiguous(into), alpha=alpha))
