@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from espalier import models
 from espalier.models.sequence import CausalSelfAttention
@@ -134,6 +135,22 @@ def oracle(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Return what ``run`` gives for a float64 copy of the module on the CPU, in plain torch."""
     with use_backend("torch"):
         return run(copy.deepcopy(module).cpu().double(), x.cpu().double() if x.is_floating_point() else x.cpu())
+
+
+def with_decisions(compute: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return what ``compute`` gives, and which of each pair every MaxMin met was the smaller."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, MaxMin):
+            a, b = inputs[0].detach().chunk(2, dim=1)
+            found.append((a < b).cpu())
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        return compute(), found
+    finally:
+        handle.remove()
 
 
 def worst_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cases_gpu import CASES, NETWORKS, ORTHOGONAL, Case, oracle, run, worst_error
+from cases_gpu import CASES, NETWORKS, ORTHOGONAL, Case, oracle, run, with_decisions, worst_error
 from espalier.nn import causal_conv_silu, mixing_matrix, selective_scan, ssd
 from reference.selective_scan_reference import selective_scan_loop
 from reference.ssd_reference import ssd_loop
@@ -23,8 +23,13 @@ IMAGES = {name: case for name, case in NETWORKS.items() if len(case.shape) == 4}
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_backward_in_float32(case: Case, device: torch.device) -> None:
     module, x = case.seeded()
-    exact = oracle(module, x)
-    error, where = worst_error(run(module.to(device), x.to(device)), exact)
+    exact, sides = with_decisions(lambda: oracle(module, x))
+    found, own_sides = with_decisions(lambda: run(module.to(device), x.to(device)))
+    # A gradient jumps where rounding exchanges two numbers that MaxMin sorts: two of 295,000 are worth 1e-2. Such
+    # gradients are compared in float64 alone.
+    if any(not torch.equal(one, two) for one, two in zip(sides, own_sides, strict=True)):
+        found, exact = {"output": found["output"]}, {"output": exact["output"]}
+    error, where = worst_error(found, exact)
     assert error <= FLOAT32, f"{where} is off by {error:.1e}"
 
 

@@ -103,6 +103,13 @@ def test_rotated_products_depend_on_distance_alone(first: int, shift: int) -> No
     torch.testing.assert_close(here, there, atol=2e-3, rtol=1e-3)
 
 
+def test_rotations_keep_the_digits_of_their_input() -> None:
+    found = rotate(torch.ones(1, 1, 1, 8, dtype=torch.float64), 100_003)
+    angles = [100_003 * 10_000.0 ** (-i / 4) for i in range(4)]
+    expected = [math.cos(a) - math.sin(a) for a in angles] + [math.sin(a) + math.cos(a) for a in angles]
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
 @settings(deadline=None, max_examples=12)
 @given(cut=st.integers(1, 12), rope=st.booleans(), pattern=st.sampled_from(["mamba1 attention mamba2", "attention*2"]))
 def test_recurrent_equals_parallel(cut: int, rope: bool, pattern: str) -> None:

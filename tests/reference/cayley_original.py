@@ -24,9 +24,9 @@ def original_cayley(matrix: Tensor) -> Tensor:
 def original_spectrum(weight: Tensor, height: int, width: int) -> Tensor:
     """Return the kernel's half spectrum (F, outputs, inputs), the tap (k − 1)//2 of either axis at the origin."""
     outputs, inputs, rows, columns = weight.shape
-    down = torch.arange(height, dtype=torch.float64)[:, None] * ((rows - 1) // 2) / height
-    right = torch.arange(width // 2 + 1, dtype=torch.float64) * ((columns - 1) // 2) / width
-    shift = torch.polar(torch.ones((), dtype=torch.float64), -2 * math.pi * (down + right))
+    down = torch.arange(height, dtype=torch.float64, device=weight.device)[:, None] * ((rows - 1) // 2) / height
+    right = torch.arange(width // 2 + 1, dtype=torch.float64, device=weight.device) * ((columns - 1) // 2) / width
+    shift = torch.polar(down.new_ones(()), -2 * math.pi * (down + right))
     taps = torch.fft.rfft2(weight, (height, width)).reshape(outputs, inputs, -1).permute(2, 0, 1).conj()
     return shift.reshape(-1, 1, 1).to(taps.dtype) * taps
 

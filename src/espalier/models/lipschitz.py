@@ -26,7 +26,7 @@ HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
 class LipschitzNet(nn.Sequential):
     """A feature extractor and a head, run one after the other, with timm's contract.
 
-    It is a plain ``nn.Sequential`` of ``features`` and ``head``, which is why a certificate can walk it.
+    An ``nn.Sequential`` of ``features`` and ``head``, so that its parts can be taken by their places.
 
     Args:
         features: 1-Lipschitz modules, the last of which returns (B, num_features).
@@ -57,6 +57,10 @@ class LipschitzNet(nn.Sequential):
         for module in self.modules():
             if isinstance(module, CayleyConv2d | CayleyLinear | NormalizedLinear | ConvexSum):
                 module.reset_parameters(generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(input))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the features (B, num_features)."""

@@ -47,8 +47,9 @@ def rotate(x_BHLK: Tensor, first: int, base: float = 10000.0) -> Tensor:
     Source: RoFormer (arXiv 2104.09864), section 3.2, in the half-split order that most libraries store.
     """
     half = x_BHLK.shape[-1] // 2
-    steps_I = torch.arange(half, device=x_BHLK.device, dtype=torch.float32)
-    places_L = torch.arange(first, first + x_BHLK.shape[-2], device=x_BHLK.device, dtype=torch.float32)
+    dtype = torch.promote_types(x_BHLK.dtype, torch.float32)
+    steps_I = torch.arange(half, device=x_BHLK.device, dtype=dtype)
+    places_L = torch.arange(first, first + x_BHLK.shape[-2], device=x_BHLK.device, dtype=dtype)
     angles_LI = places_L[:, None] * base ** (-steps_I / half)
     cos_LI, sin_LI = angles_LI.cos().to(x_BHLK.dtype), angles_LI.sin().to(x_BHLK.dtype)
     one, two = x_BHLK[..., :half], x_BHLK[..., half:]

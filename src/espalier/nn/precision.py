@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def exact(*tensors: Tensor | None) -> list[Any]:
@@ -29,14 +30,33 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recording() -> bool:
-    """Return whether operations are being recorded into a graph, by ``torch.compile``, ``torch.export`` or tracing."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Return whether something watches every operation, so that plain ones must run and nothing may be kept.
+
+    A graph is made (``torch.compile``, ``torch.export``, tracing), ``torch.func`` transforms, forward-mode derivatives
+    are computed, or a dispatch mode (fake tensors, say) is on. What is computed then may be no tensor of its own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Return whether operations on these tensors are followed, by autograd or by what ``recording`` names.
+
+    Their inputs must then stay as they are, and kernels that autograd does not know must not run.
+    """
+    return recording() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of graphs that ``torch.compile`` makes; ``torch.export`` still sees through it.
 
-    For work that gains nothing from a compiler and loses its in-place updates. ``torch.compiler.disable`` as a
+    For work that gains nothing from a compiler and loses its in-place updates, and for backward passes by hand, of
+    which a compiler of CUDA kernels has made wrong gradients. ``torch.compiler.disable`` as a
     decorator would import the compiler with this library, which takes longer than all else in it.
     """
 

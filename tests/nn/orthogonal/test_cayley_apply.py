@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier.nn.orthogonal.apply import apply_cayley_matrix
+from espalier.nn.orthogonal.transform import apply_cayley_matrix
 from reference.cayley_original import original_cayley
 
 

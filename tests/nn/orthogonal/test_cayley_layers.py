@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espalier.errors import EspalierError
-from espalier.nn import CayleyConv2d, CayleyLinear, cayley, load_original_state_dict, parametrize_cayley
+from espalier.models import KWLarge, OrthogonalConvNet
+from espalier.nn import (
+    CayleyConv2d,
+    CayleyConvTranspose2d,
+    CayleyLinear,
+    cayley,
+    load_original_state_dict,
+    parametrize_cayley,
+)
+from espalier.nn.lipschitz.activations import GroupSort
 from reference.cayley_original import OriginalCayleyConv, OriginalCayleyLinear
 from rounding import assert_equal_up_to_rounding
 
@@ -161,6 +170,21 @@ def test_compiled_net_is_the_same_function_with_the_same_gradients(training: boo
     torch.testing.assert_close(compiled(x), net(x), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inductor_compiles_layers_of_many_shapes(dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    net = KWLarge(width=4, hidden=16, img_size=8)
+    compiled = torch.compile(net, dynamic=dynamic)
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 8, 8, generator=seeded(batch), requires_grad=True)
+        wanted = [x, *net.parameters()]
+        ours, theirs = (torch.autograd.grad(model(x).square().sum(), wanted) for model in (compiled, net))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_exported_program_is_the_same_function_and_follows_its_weights() -> None:
     net, x = small_net().eval(), images()
     program = torch.export.export(net, (x,))
@@ -174,20 +198,42 @@ def test_exported_program_is_the_same_function_and_follows_its_weights() -> None
     torch.testing.assert_close(again(x), net(x), atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the tracing exporter needs no further package
+EXPORTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv": (lambda: CayleyConv2d(3, 8, 3, stride=2, padding_mode="zeros"), (2, 3, 6, 6)),
+    "transposed": (lambda: CayleyConvTranspose2d(8, 3, 3, stride=2), (2, 8, 4, 4)),
+    "linear": (lambda: CayleyLinear(6, 5), (2, 6)),
+    "sorted": (lambda: nn.Sequential(GroupSort(2), CayleyConv2d(4, 4, 3)), (2, 4, 5, 5)),
+    "kwlarge": (lambda: KWLarge(width=4, hidden=16, img_size=8), (2, 3, 8, 8)),
+    "convnet": (lambda: OrthogonalConvNet(widths=(4,), depths=(1,), hidden=16, img_size=8), (2, 3, 8, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the exporter's, of shapes that it does not fold
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the graph holds for one image size, as it should
-def test_onnx_graph_gives_the_same_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_onnx_graphs_give_the_same_answers_for_any_batch(name: str, dynamo: bool, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
-    net, x = small_net().eval(), images()
-    path = tmp_path / "net.onnx"
-    torch.onnx.export(net, (x,), path, dynamo=False, input_names=["x"])
-    operators = {node.op_type for node in onnx.load(path).graph.node}
-    assert "MatMul" in operators
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    make, shape = EXPORTED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make().eval()
+    x, path = torch.randn(shape, generator=seeded(1)), tmp_path / "net.onnx"
+    if dynamo:
+        batch = ({0: torch.export.Dim("batch")},)
+        torch.onnx.export(net, (x,), path, dynamo=True, input_names=["x"], dynamic_shapes=batch, verbose=False)
+    else:
+        torch.onnx.export(net, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "batch"}})
+    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (answer,) = session.run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(answer), net(x).detach(), atol=1e-5, rtol=0)
+    for other in (x, torch.randn(5, *shape[1:], generator=seeded(2)), x[:1]):
+        (answer,) = session.run(None, {"x": other.numpy()})
+        torch.testing.assert_close(torch.from_numpy(answer), net(other).detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 6), (4, 7), (7, 4)])
@@ -237,6 +283,28 @@ def test_loads_the_original_net_as_the_same_function() -> None:
     ours[2] = CayleyConv2d(8, 12, 3, 2).double()
     with pytest.raises(EspalierError, match=r"2.weight is .* halves"):
         load_original_state_dict(ours, theirs.state_dict(), x)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "options"),
+    [
+        (3, 2, {}),
+        (5, 4, {}),
+        (3, 7, {}),
+        (1, 5, {}),
+        (3, 8, {"dilation": 2}),
+        (3, 8, {"padding_mode": "zeros"}),
+        (1, 6, {"stride": 3}),
+    ],
+)
+def test_refuses_layers_that_would_not_be_the_original_function(
+    kernel: int, size: int, options: dict[str, object]
+) -> None:
+    ours = nn.Sequential(CayleyConv2d(3, 4, kernel, **options))
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(EspalierError, match="original"):
+        load_original_state_dict(ours, {"0." + k: v + 1 for k, v in ours[0].state_dict().items()}, images(size=size))
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 6), (4, 7), (7, 4)])

@@ -213,3 +213,25 @@ def test_sizes_that_do_not_divide_are_refused_in_one_line() -> None:
         Mamba2(32, 8, head_dim=8, groups=3)
     with pytest.raises(EspalierError, match="state_size is 0"):
         Mamba1(32, 0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compilers_leave_the_backward_passes_by_hand_alone(family: str) -> None:
+    # Compiled for CUDA, their in-place updates gave wrong gradients of in_proj: graphs hold plain operations only.
+    graphs: list[torch.fx.GraphModule] = []
+
+    def collect(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    mixer, x = ours(family), tokens().requires_grad_()
+    torch.compiler.reset()
+    with use_backend("torch"):
+        compiled = torch.compile(mixer, backend=collect)
+        wanted = [x, *mixer.parameters()]
+        found, plain = (torch.autograd.grad(m(x).square().sum(), wanted) for m in (compiled, mixer))
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any("linear" in target for target in targets)
+    assert not [target for target in targets if "autograd" in target]

@@ -11,7 +11,7 @@ from torch import Tensor
 from espalier.nn.kernels.arguments import DFT_ANALYSE, DFT_SYNTHESISE, PLANES_INVERT, PLANES_PRODUCT
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.library import call, usable
-from espalier.nn.precision import recording
+from espalier.nn.precision import differentiable
 
 Pair = tuple[Tensor, Tensor]
 
@@ -21,7 +21,7 @@ _STEPS = ("a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column", "c_bat
 
 def compiled(*tensors: Tensor) -> bool:
     """Return whether the kernels can run on these tensors: no graph of any kind is being recorded through them."""
-    if recording() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    if differentiable(*tensors):
         return False
     return usable(*tensors) and choose("orthogonal", "cpu") == "compiled"
 

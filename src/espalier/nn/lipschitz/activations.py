@@ -26,9 +26,11 @@ class MaxMin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the larger halves, then the smaller ones."""
-        a, b = _groups(x, 2).unbind(1)
+        _check_groups(x, 2)
         if recording():
-            return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=1)
+            a, b = x.chunk(2, dim=1)
+            swapped = a < b  # equal numbers stay in place, as below: the gradient follows each to where it came from
+            return torch.cat((torch.where(swapped, b, a), torch.where(swapped, a, b)), dim=1)
         sorted_x: Tensor = _SortPairs.apply(x)
         return sorted_x
 
@@ -102,7 +104,10 @@ class GroupSort(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sorted channels."""
-        return _groups(x, self.group_size).sort(dim=1, descending=True).values.flatten(1, 2)
+        _check_groups(x, self.group_size)
+        # Sizes by name: the tracing ONNX exporter fixes the batch in ``unflatten`` and ``flatten``.
+        groups = x.reshape(x.shape[0], self.group_size, x.shape[1] // self.group_size, *x.shape[2:])
+        return groups.sort(dim=1, descending=True).values.reshape(x.shape)
 
     def lipschitz_constant(self) -> float:
         """Return 1."""
@@ -113,7 +118,6 @@ class GroupSort(nn.Module):
         return f"group_size={self.group_size}"
 
 
-def _groups(x: Tensor, size: int) -> Tensor:
+def _check_groups(x: Tensor, size: int) -> None:
     if x.shape[1] % size:
         raise EspalierError(f"{x.shape[1]} channels do not divide into groups of {size}: choose another width")
-    return x.unflatten(1, (size, x.shape[1] // size))

@@ -81,6 +81,7 @@ class _CayleyConv(nn.Module):
         """Draw the initial parameters; see ``draw_``."""
         draw_(self.weight, self.alpha, self.bias, generator)
 
+    @outside_graphs
     @without_autocast
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator to (B, C, *S) images of any size; see the class."""
@@ -109,7 +110,6 @@ class _CayleyConv(nn.Module):
                 y = y.narrow(axis, low, n)
         return channels_first(y)
 
-    @outside_graphs
     def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None) -> Tensor:
         if self.training:
             return convolve(x, self._taps(weight, alpha), bias)

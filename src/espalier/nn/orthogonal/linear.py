@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
-from espalier.nn.orthogonal.apply import apply_cayley_matrix
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
-from espalier.nn.orthogonal.transform import cayley
-from espalier.nn.precision import exact, without_autocast
+from espalier.nn.orthogonal.transform import apply_cayley_matrix, cayley
+from espalier.nn.precision import exact, outside_graphs, without_autocast
 
 
 class _Scaled(Protocol):
@@ -27,8 +26,8 @@ class CayleyLinear(nn.Module):
     """Linear map with an orthogonal matrix: ``y = cayley(α·W/‖W‖) x + b``.
 
     Rows are orthonormal if it has no more outputs than inputs, columns if it has no fewer, so its Lipschitz constant
-    is 1. Training applies the matrix to the batch without forming it, and can be differentiated once; evaluation keeps
-    the matrix, built in float64, while the parameters keep their contents.
+    is 1. Training applies the matrix to the batch without forming it; evaluation keeps the matrix, built in float64,
+    while the parameters keep their contents.
 
     Args:
         in_features: width of the input.
@@ -73,6 +72,7 @@ class CayleyLinear(nn.Module):
         """Draw the initial parameters; see ``draw_``."""
         draw_(self.weight, self.alpha, self.bias, generator)
 
+    @outside_graphs
     @without_autocast
     def forward(self, x: Tensor) -> Tensor:
         """Return Qx + b for x (..., in)."""

@@ -26,7 +26,8 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor],
         images: (B, C, H, W) of the size that the net was trained at; they go through the model once, in evaluation.
 
     Raises:
-        EspalierError: a layer that the images do not reach, or an α or a weight that is missing or of another shape.
+        EspalierError: a layer that the images do not reach, or an α or a weight that is missing or of another shape;
+            images of an odd size or smaller than a kernel at some layer, where the original computes something else.
 
     Source: github.com/locuslab/orthogonal-convolutions.
     """
@@ -42,11 +43,29 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor],
                 f"{prefix}weight is {tuple(weight.shape)} there and {tuple(layer.weight.shape)} here: give the layer "
                 "its channels and kernel (the original halves the kernel of stride-2 layers)"
             )
+        _refuse_other_functions(prefix or "model", layer, size)
         converted[prefix + "alpha"] = (alpha.double() / _half_norm_ratio(weight, layer.dilation, size)).reshape(())
     try:
         model.load_state_dict(converted)
     except RuntimeError as error:
         raise EspalierError(f"state_dict does not fit the model: {' '.join(str(error).split())}") from error
+
+
+def _refuse_other_functions(name: str, layer: CayleyConv2d, size: tuple[int, ...]) -> None:
+    """Refuse sizes at which the original's layer is no orthogonal convolution of this kernel.
+
+    Its FFT cuts a kernel off that exceeds the image, where ours wraps it around the torus; and its inverse transform
+    returns an image of even width whatever came in.
+    """
+    if set(layer.dilation) != {1} or layer.padding_mode != "circular" or layer.stride not in ((1, 1), (2, 2)):
+        raise EspalierError(
+            f"{name.rstrip('.')} has a dilation, padding or stride that the original ignores: build it without"
+        )
+    if any(k > n for k, n in zip(layer.kernel_size, size, strict=True)) or any(n % 2 for n in size):
+        raise EspalierError(
+            f"{name.rstrip('.')} sees images of {size} with a kernel of {layer.kernel_size}: the original is the same "
+            "function only on even sizes that its kernel fits into; give images of the size it was trained at"
+        )
 
 
 def _entry(state_dict: Mapping[str, Tensor], key: str) -> Tensor:

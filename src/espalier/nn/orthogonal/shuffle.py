@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -28,14 +29,14 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
         return x
     batch, channels, *size = x.shape
     check_divides(size, stride)
-    if len(set(stride)) == 1 and len(stride) == 2 and x.is_contiguous():
+    if len(set(stride)) == 1 and len(stride) == 2 and x.is_contiguous() and batch:  # torch's forgets to fold nothing
         return F.pixel_unshuffle(x, stride[0])
     cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
     axes = range(len(size))
     blocks = x.reshape(batch, channels, *cut)
     moved = blocks.permute(*(2 + 2 * a for a in axes), 0, 1, *(3 + 2 * a for a in axes))
     coarse = moved.shape[: len(size)]
-    return channels_first(moved.reshape(*coarse, batch, -1))
+    return channels_first(moved.reshape(*coarse, batch, channels * math.prod(stride)))
 
 
 def blocks_last(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -65,13 +66,13 @@ def depth_to_space(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Undo ``space_to_depth``: (B, C·∏stride, *S) → (B, C, *S·stride)."""
     if all(s == 1 for s in stride):
         return x
-    batch, _, *size = x.shape
+    batch, channels, *size = x.shape
     axes = range(len(size))
-    blocks = channels_last(x).reshape(*size, batch, -1, *stride)
+    blocks = channels_last(x).reshape(*size, batch, channels // math.prod(stride), *stride)
     inner = len(size) + 2
     moved = blocks.permute(*(axis for a in axes for axis in (a, inner + a)), len(size), len(size) + 1)
     fine = [n * s for n, s in zip(size, stride, strict=True)]
-    return channels_first(moved.reshape(*fine, batch, -1))
+    return channels_first(moved.reshape(*fine, batch, channels // math.prod(stride)))
 
 
 def channels_last(x: Tensor) -> Tensor:

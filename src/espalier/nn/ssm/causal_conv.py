@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, without_autocast
+from espalier.nn.precision import exact, outside_graphs, without_autocast
 
 
 def causal_conv_silu(
@@ -35,7 +35,7 @@ def causal_conv_silu(
 
         y = causal_conv_silu_cpu(x, weight, bias)
     else:
-        y = _Shifted.apply(x, weight, bias)
+        y = outside_graphs(_Shifted.apply)(x, weight, bias)
     return (y if history is None else y[:, history.shape[1] :]).to(dtype)
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, without_autocast
+from espalier.nn.precision import exact, outside_graphs, without_autocast
 
 
 class GatedRMSNorm(nn.Module):
@@ -32,7 +32,7 @@ class GatedRMSNorm(nn.Module):
             from espalier.nn.kernels.gated_norm import gated_norm_cpu
 
             return gated_norm_cpu(y, z, weight, self.groups, self.eps).to(dtype)
-        return _GatedNorm.apply(y, z, weight, self.groups, self.eps).to(dtype)
+        return outside_graphs(_GatedNorm.apply)(y, z, weight, self.groups, self.eps).to(dtype)
 
 
 def _gate(y: Tensor, z: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

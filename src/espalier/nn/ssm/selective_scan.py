@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, without_autocast
+from espalier.nn.precision import exact, outside_graphs, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Pieces of time in torch]
@@ -113,7 +113,7 @@ def _run(
 
         y, final = selective_scan_mamba_ssm(x, delta, a, b, c, d)
     else:
-        y, final = _Pieces.apply(x, delta, a, b, c, state)
+        y, final = outside_graphs(_Pieces.apply)(x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
     return (y if gate is None else y * F.silu(gate)), final

@@ -8,6 +8,8 @@ from typing import TypeGuard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.nn.precision import recording
+
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether calling the layer does no more than ``F.linear`` of its weight and bias."""
@@ -25,7 +27,7 @@ def split_linear(layer: nn.Module, x: Tensor, sizes: Sequence[int]) -> tuple[Ten
         x: inputs (..., in).
         sizes: how many outputs each part has; their sum is the layer's.
     """
-    if not is_plain(layer):
+    if recording() or not is_plain(layer):  # a compiler makes its own parts, and a graph reads better with one product
         parts: tuple[Tensor, ...] = layer(x).split(list(sizes), dim=-1)
         return parts
     weights = layer.weight.split(list(sizes))

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, without_autocast
+from espalier.nn.precision import exact, outside_graphs, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Segments]
@@ -158,7 +158,7 @@ def _grouped(
     b, c = (t.transpose(1, 2).reshape(-1, length, size) for t in (b, c))
     if state is not None:
         state = state.reshape(-1, share, size, width).transpose(1, 2).contiguous()
-    y, final = _Chunked.apply(x, delta, alpha, b, c, d_GH, state, min(chunk_size, length), need_state)
+    y, final = outside_graphs(_Chunked.apply)(x, delta, alpha, b, c, d_GH, state, min(chunk_size, length), need_state)
     if groups > 1:
         y = y.reshape(batch, groups, length, share, width).transpose(1, 2).reshape(batch, length, heads, width)
     return y, final.transpose(1, 2).reshape(batch, heads, size, width)

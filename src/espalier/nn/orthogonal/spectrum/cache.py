@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from espalier.nn.precision import outside_graphs, without_autocast
+from espalier.nn.precision import outside_graphs, recording, without_autocast
 
 # Note [Contents, not versions]
 # A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.
@@ -51,8 +50,10 @@ class OperatorCache:
             build: the differentiable function that makes it.
             dtype: of the result.
         """
-        if torch.compiler.is_exporting():
-            return build(*parameters).to(dtype)  # a graph must hold how the operator follows from its parameters
+        if recording() and not torch.jit.is_tracing():
+            # A graph must hold how the operator follows from its parameters, and a tensor that belongs to a transform
+            # must not outlive it.
+            return build(*(parameter.double() for parameter in parameters)).to(dtype)
         with _untraced(), torch.inference_mode(False), torch.no_grad():
             planes = self._planes((key, dtype), parameters, build)
         if torch.jit.is_tracing() or not (
@@ -113,9 +114,12 @@ class _Reattach(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the parameters."""
+        """Return the gradients of the parameters, differentiable in turn under ``create_graph``."""
+        twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            again = [parameter.detach().requires_grad_() for parameter in ctx.saved_tensors]
-            return None, None, *torch.autograd.grad(ctx.build(*again), again, grad)
+            # Views, so that the derivative by one parameter leaves the others out even if they depend on it.
+            again = [p.view_as(p) if twice else p.detach().requires_grad_() for p in ctx.saved_tensors]
+            asked = [p for p in again if p.requires_grad]
+            found = iter(torch.autograd.grad(ctx.build(*again), asked, grad, create_graph=twice))
+            return None, None, *(next(found) if p.requires_grad else None for p in again)

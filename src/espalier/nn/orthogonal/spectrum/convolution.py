@@ -12,7 +12,6 @@ from espalier.nn.kernels.planes import Pair
 from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.orthogonal.spectrum.operator import apply_cayley
 from espalier.nn.orthogonal.spectrum.split_complex import product
-from espalier.nn.orthogonal.transform import cayley_planes
 from espalier.nn.precision import recording, without_autocast
 
 
@@ -56,7 +55,13 @@ def convolve(x: Tensor, taps: Taps, bias: Tensor | None) -> Tensor:
     """
     angles = tap_angles(x.shape[:-2], taps.offsets, x.dtype, x.device)
     groups = taps.matrices.shape[1]
-    return _between_transforms(x, groups, bias, lambda rows: apply_cayley(rows, taps.matrices, angles, wide=taps.wide))
+
+    def operator(rows: Pair) -> Pair:
+        real, imag = apply_cayley(rows, taps.matrices, angles, wide=taps.wide)
+        assert imag is not None
+        return real, imag
+
+    return _between_transforms(x, groups, bias, operator)
 
 
 def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
@@ -68,10 +73,10 @@ def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
     """
     matrices = taps.matrices
     angles = tap_angles(size, taps.offsets, matrices.dtype, matrices.device)
-    flat = matrices.reshape(matrices.shape[0], -1)
-    planes = ((table @ flat).view(-1, *matrices.shape[2:]) for table in angles)
-    q = torch.stack(cayley_planes(*planes))
-    return q if taps.wide else q.mT.contiguous()
+    real, imag = apply_cayley(None, matrices, angles, wide=False)
+    assert imag is not None  # taps at angles other than zero
+    q = torch.stack((real, imag))
+    return q.mT.contiguous() if taps.wide else q
 
 
 def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) -> Tensor:
@@ -125,18 +130,20 @@ def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: C
     """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
     forth = tables(size, x.dtype, x.device, inverse=False, channels=channels)
-    real, imag = to_spectrum(x.reshape(*size, -1), forth)
-    frequencies = len(real)
+    real, imag = to_spectrum(x.reshape(*size, batch * channels), forth)
+    frequencies = len(forth.kept)
 
+    # Every size is named: an empty batch leaves nothing to infer one from.
     def to_rows(plane: Tensor) -> Tensor:
         rows = plane.view(frequencies, batch, groups, channels // groups).transpose(1, 2)
-        return rows.reshape(-1, batch, channels // groups)
+        return rows.reshape(frequencies * groups, batch, channels // groups)
 
     def from_rows(plane: Tensor) -> Tensor:
-        return plane.view(-1, groups, batch, plane.shape[-1]).transpose(1, 2).reshape(frequencies, -1)
+        apart = plane.view(frequencies, groups, batch, plane.shape[-1]).transpose(1, 2)
+        return apart.reshape(frequencies, batch * groups * plane.shape[-1])
 
     y_real, y_imag = operator((to_rows(real), to_rows(imag)))
-    spectrum = from_rows(y_real), from_rows(y_imag)
-    back = tables(size, x.dtype, x.device, inverse=True, channels=groups * y_real.shape[-1])
-    images = to_images(spectrum, back, bias)
-    return images.view(*size, batch, -1)
+    outputs = groups * y_real.shape[-1]
+    back = tables(size, x.dtype, x.device, inverse=True, channels=outputs)
+    images = to_images((from_rows(y_real), from_rows(y_imag)), back, bias)
+    return images.view(*size, batch, outputs)

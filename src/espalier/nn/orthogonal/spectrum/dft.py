@@ -20,8 +20,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from espalier.nn.kernels import planes as kernels
 from espalier.nn.kernels.planes import Pair
 from espalier.nn.orthogonal.spectrum.split_complex import product
 from espalier.nn.precision import recording, without_autocast
+
+_T = TypeVar("_T")
 
 
 @functools.lru_cache(maxsize=64)
@@ -48,6 +50,17 @@ def counts(size: tuple[int, ...]) -> tuple[int, ...]:
         for row, image in enumerate(mirror)
         for holds_images in halves
     )
+
+
+def _kept(build: Callable[..., _T], *arguments: Any) -> _T:
+    """Return ``build(*arguments)``, kept for later calls unless what is made now belongs to a graph or a transform."""
+    return build(*arguments) if recording() else _keep(build, *arguments)
+
+
+@functools.lru_cache(maxsize=128)
+def _keep(build: Callable[..., _T], *arguments: Any) -> _T:
+    with torch.inference_mode(False):  # later calls may be differentiated
+        return build(*arguments)
 
 
 class Tables(NamedTuple):
@@ -79,8 +92,7 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
     Columns are (B, C) with C ``channels``, and no example can tell what else is in its batch.
     """
-    build = _build_tables if recording() else _kept_tables
-    return build(tuple(int(n) for n in size), dtype, device, inverse, kernels.pairs(channels, dtype))
+    return _kept(_build_tables, tuple(int(n) for n in size), dtype, device, inverse, kernels.pairs(channels, dtype))
 
 
 def _build_tables(
@@ -127,9 +139,6 @@ def _packed(size: tuple[int, ...], weights: Tensor) -> Tensor:
     return torch.cat([*(part.to(weights.dtype) for part in parts), weights])
 
 
-_kept_tables = functools.lru_cache(maxsize=64)(_build_tables)
-
-
 class Angles(NamedTuple):
     """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
 
@@ -148,8 +157,7 @@ def tap_angles(
         dtype: of the result, which is computed in float64 and kept for later calls.
         device: of the result.
     """
-    build = _build_angles if recording() else _kept_angles
-    return build(tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
+    return _kept(_build_angles, tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
 
 
 def _build_angles(
@@ -163,9 +171,6 @@ def _build_angles(
         theta = (theta[:, None, :, None] + here[None, :, None, :]).reshape(theta.shape[0] * count, -1)
     theta = theta.index_select(0, torch.tensor([f for f, count in enumerate(counts(size)) if count]))
     return Angles(theta.cos().to(device, dtype), theta.sin().to(device, dtype))
-
-
-_kept_angles = functools.lru_cache(maxsize=64)(_build_angles)
 
 
 def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:

@@ -1,178 +1,253 @@
-"""Apply an orthogonal spectrum to a batch without forming it, with a hand-written backward pass.
+"""The algebra of the Cayley transform, once: of one matrix or of a spectrum, applied to a batch or formed.
 
-Per frequency f with angles θ_f,t of the taps, Ŵ = Σ_t w_t e^(iθ_f,t); wide matrices go through the transpose. With U
-the top square block of Ŵ, V the rest, N = I + U − Uᴴ + VᴴV and z the solution of the system:
+A matrix is Ŵ = Σ_t w_t e^(iθ_f,t) at every frequency f, with angles θ of the taps; one real matrix is one tap at angle
+zero. Wide matrices go through the transpose. With U the top square block of Ŵ, V the rest, N = I + U − Uᴴ + VᴴV and
+z the solution of the system:
 
     square  N z = x                y = 2z − x
     tall    N z = x                y = [2z − x; −2Vz]
     wide    Nᵀz = x₁ − Vᵀx₂        y = 2z − x₁
 
 (arXiv 2104.07167, section 4, with Q = 2N⁻¹ − I in place of N⁻¹(I − A): one product fewer and less rounding.) Batches
-are rows here, so N z = x reads z·Nᵀ = x. Gradients are those of real planes: G = ∂ℓ/∂re + i·∂ℓ/∂im.
+are rows here, so N z = x reads z·Nᵀ = x. With x = I the solution is Qᵀ itself, and z = N⁻ᵀ. Gradients are those of
+real planes: G = ∂ℓ/∂re + i·∂ℓ/∂im.
+
+Note [Twice differentiable]: the autograd function returns z beside y. Nobody uses it, so it costs nothing, but the
+backward pass reads it as an output of the forward one: under ``create_graph`` its gradient finds the way back here.
+What else the backward pass needs (N⁻¹ and V) it then computes again from the taps, by the same code on tensors that
+autograd follows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from espalier.nn.kernels.planes import Pair
 from espalier.nn.orthogonal.spectrum.dft import Angles
-from espalier.nn.orthogonal.spectrum.factor import factor_, solve
-from espalier.nn.orthogonal.spectrum.split_complex import Planes, add_gram_, contiguous, product, transpose
-from espalier.nn.precision import without_autocast
+from espalier.nn.orthogonal.spectrum.factor import Factor, factor_, solve
+from espalier.nn.orthogonal.spectrum.split_complex import Planes, contiguous, invert, product, transpose
+from espalier.nn.precision import differentiable, recording
 
 
-def system(taps: Tensor, angles: Angles) -> tuple[Planes, Planes | None]:
-    """Return the planes of N (F·G, n, n) and, unless square, of V (F·G, m, n).
+def apply_cayley(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> Planes:
+    """Return rows ``x·Qᵀ`` for the orthogonal operators Q of ``taps``, or Qᵀ itself, differentiable any times.
 
     Args:
+        x: planes (F·G, B, inputs), the second None for real matrices; None for the identity, if not ``wide``.
         taps: scaled kernel (T, G, rows, n) with rows ≥ n, already transposed if the operator is wide.
-        angles: of every tap; the matrices of the G groups of one frequency follow each other.
+        angles: of every tap; the matrices of the G groups of one frequency follow each other. None for real matrices,
+            one tap at angle zero.
+        wide: whether the operator has fewer outputs than inputs.
+
+    Returns:
+        Planes (F·G, B, outputs), without the second for real matrices.
     """
-    count, _, rows, n = taps.shape
-    top = taps[:, :, :n]
-    frequencies = angles.cos.shape[0]
+    with torch.autocast(taps.device.type, enabled=False):
+        if recording():
+            return _forward(x, taps, angles, wide=wide).y
+        real, imag = (None, None) if x is None else x
+        y: tuple[Tensor, Tensor | None, Tensor, Tensor | None] = _ApplyCayley.apply(real, imag, taps, angles, wide)
+        return y[:2]
 
-    def emit(table: Tensor, matrices: Tensor) -> Tensor:
-        return (table @ matrices.reshape(count, -1)).view(-1, matrices.shape[2], n)
 
+class _Solution(NamedTuple):
+    """What the forward pass computes."""
+
+    y: Planes
+    z: Planes
+    factor: Factor
+    v: Planes | None
+
+
+def _forward(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> _Solution:
+    n_planes, v = _system(taps, angles)
+    n = taps.shape[-1]
+    if x is None:
+        factor = Factor(invert(n_planes), whole=True)
+        z = transpose(factor.planes)
+        return _Solution(_twice_minus(z, None, _below(z, v)), z, factor, v)
+    factor = factor_(n_planes)
+    if not wide:
+        z = solve(x, factor, transposed=True)
+        return _Solution(_twice_minus(z, x, _below(z, v)), z, factor, v)
+    assert v is not None  # a wide operator has more inputs than outputs
+    head, tail = _split(x, n)
+    z = solve(product(tail, v, into=contiguous(head), alpha=-1), factor)
+    return _Solution(_twice_minus(z, head, None), z, factor, v)
+
+
+def _system(taps: Tensor, angles: Angles | None) -> tuple[Planes, Planes | None]:
+    """Return the planes of N (F·G, n, n) and, unless square, of V (F·G, m, n)."""
+    rows, n = taps.shape[2:]
+
+    def emit(table: Tensor | None, matrices: Tensor) -> Tensor:
+        flat = matrices[0] if table is None else table @ matrices.reshape(len(matrices), -1)
+        return flat.view(-1, matrices.shape[2], n)
+
+    cos, sin = angles or (None, None)
+    top, low = taps[:, :, :n], taps[:, :, n:]
     # U − Uᴴ is linear in the taps: antisymmetric real part, symmetric imaginary part, one product each.
-    n_planes = emit(angles.cos, top - top.mT), emit(angles.sin, top + top.mT)
-    n_planes[0].diagonal(dim1=1, dim2=2).add_(1)
-    assert n_planes[0].shape[0] == frequencies * taps.shape[1]
+    real, imag = emit(cos, top - top.mT), None if sin is None else emit(sin, top + top.mT)
+    n_planes: Planes = _plus_identity(real, 1), imag
     if rows == n:
         return n_planes, None
-    v = emit(angles.cos, taps[:, :, n:]), emit(angles.sin, taps[:, :, n:])
-    add_gram_(n_planes, v)
-    return n_planes, v
+    v: Planes = emit(cos, low), None if sin is None else emit(sin, low)
+    return product(transpose(v), v, conj_a=True, into=n_planes), v
 
 
-class ApplyCayley(torch.autograd.Function):
-    """Planes of the images (F·G, B, cin) and the taps in, planes of the outputs (F·G, B, cout) out."""
+def _plus_identity(plane: Tensor, times: int) -> Tensor:
+    """Return ``plane + times·I``, in place where nothing follows the operations."""
+    if differentiable(plane):
+        return plane + times * torch.eye(plane.shape[-1], dtype=plane.dtype, device=plane.device)
+    plane.diagonal(dim1=1, dim2=2).add_(times)
+    return plane
 
-    @staticmethod
-    def forward(ctx: Any, real: Tensor, imag: Tensor, taps: Tensor, cos: Tensor, sin: Tensor, wide: bool) -> Pair:
-        """Return the planes of y; the formulas stand at the top of the file."""
-        angles, x = Angles(cos, sin), (real, imag)
-        n_planes, v = system(taps, angles)
-        n = n_planes[0].shape[-1]
-        factor = factor_(n_planes)
-        x2: Pair | None = None
-        if wide and v is not None:
-            x, x2 = _split(x, n)
-            right = _both(contiguous(x))
-            product(x2, v, into=right, alpha=-1)
-            z = _both(solve(right, factor))
-        else:
-            z = _both(solve(x, factor, transposed=not wide))
-        y = _twice_minus(z, x, n if wide else taps.shape[2])
-        if v is not None and not wide:
-            _copy_right(y, _both(product(z, transpose(v), alpha=-2)))
-        ctx.wide, ctx.angles, ctx.shape = wide, angles, taps.shape
-        ctx.save_for_backward(*_both(factor), *z, *(_both(v) if v else ()), *(x2 or ()))
+
+def _split(a: Planes, n: int) -> tuple[Planes, Planes]:
+    """Return views of the first n columns and of the others."""
+    return _each(lambda plane: plane[:, :, :n], a), _each(lambda plane: plane[:, :, n:], a)
+
+
+def _each(function: Callable[..., Tensor], *planes: Planes) -> Planes:
+    """Apply ``function`` to the real parts, and to the imaginary ones if there are any."""
+    imag = [plane[1] for plane in planes]
+    return function(*(plane[0] for plane in planes)), None if imag[0] is None else function(*imag)
+
+
+def _below(z: Planes, v: Planes | None) -> Planes | None:
+    """Return −2z·Vᵀ, the columns that a tall operator has more."""
+    return None if v is None else product(z, transpose(v), alpha=-2)
+
+
+def _twice_minus(z: Planes, x: Planes | None, right: Planes | None) -> Planes:
+    """Return [2z − x, right], the identity in place of x if there is none."""
+
+    def join(first: Tensor, more: Tensor | None) -> Tensor:
+        return first if more is None else torch.cat((first, more), -1)
+
+    def subtract(plane: Tensor, minus: Tensor, more: Tensor | None) -> Tensor:
+        if differentiable(plane, minus):
+            return join(2 * plane - minus, more)
+        count, batch, n = plane.shape
+        y = plane.new_empty(count, batch, n + (0 if more is None else more.shape[-1]))
+        torch.lerp(minus, plane, 2.0, out=y[:, :, :n])  # one pass
+        if more is not None:
+            y[:, :, n:].copy_(more)
         return y
 
+    more_r, more_i = right or (None, None)
+    if x is None:
+        return join(_plus_identity(2 * z[0], -1), more_r), None if z[1] is None else join(2 * z[1], more_i)
+    return subtract(z[0], x[0], more_r), None if z[1] is None or x[1] is None else subtract(z[1], x[1], more_i)
+
+
+class _ApplyCayley(torch.autograd.Function):
+    """``apply_cayley`` with a backward pass by hand; see Note [Twice differentiable]."""
+
     @staticmethod
-    @without_autocast
-    @once_differentiable
-    def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, real: Tensor | None, imag: Tensor | None, taps: Tensor, angles: Angles | None, wide: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return the planes of y and of z; the formulas stand at the top of the file."""
+        y, z, factor, v = _forward(None if real is None else (real, imag), taps, angles, wide=wide)
+        ctx.wide, ctx.angles, ctx.whole = wide, angles, factor.whole
+        ctx.set_materialize_grads(False)
+        inputs = (real, imag) if wide else (None, None)
+        ctx.save_for_backward(*z, *factor.planes, *(v or (None, None)), taps, *inputs)
+        return *y, *z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
-        factor, z, *rest = zip(ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True)
-        v, x2 = rest[0] if rest else None, rest[1] if len(rest) > 1 else None
-        n = factor[0].shape[-1]
-        steps = _backward_wide if ctx.wide else _backward_tall
-        grad_x, grad_n, grad_v = steps((real, imag), factor, z, v, x2, n, ctx.needs_input_grad[2])
-        grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, ctx.shape)
-        return *grad_x, grad_taps, None, None, None
+        # Unpacked once: checkpointing computes each tensor again and hands it out a single time.
+        z_r, z_i, factor_r, factor_i, v_r, v_i, taps, real, imag = ctx.saved_tensors
+        z, factor = (z_r, z_i), Factor((factor_r, factor_i), ctx.whole)
+        v = None if v_r is None else (v_r, v_i)
+        with torch.autocast(taps.device.type, enabled=False):
+            if recording() or torch.is_grad_enabled():
+                n_planes, v = _system(taps, ctx.angles)
+                factor = Factor(invert(n_planes), whole=True)
+            outputs = z_r.shape[-1] if ctx.wide else taps.shape[2]
+            grad = _filled(grads[:2], z, outputs)
+            grad_z = None if grads[2] is None and grads[3] is None else _filled(grads[2:], z, z_r.shape[-1])
+            tail = _split((real, imag), z_r.shape[-1])[1] if ctx.wide else None
+            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+            if tail is None or v is None:
+                grad_x, grad_n, grad_v = _backward_tall(grad, grad_z, z, factor, v, *needs)
+            else:
+                grad_x, grad_n, grad_v = _backward_wide(grad, grad_z, z, factor, v, tail, *needs)
+            grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, taps)
+        return *(grad_x or (None, None)), grad_taps, None, None
 
 
-def _split(a: Pair, n: int) -> tuple[Pair, Pair]:
-    """Return the first n columns, contiguous, and a view of the others."""
-    head = _both(contiguous((a[0][:, :, :n], a[1][:, :, :n])))
-    return head, (a[0][:, :, n:], a[1][:, :, n:])
+def _filled(grad: tuple[Tensor | None, ...], z: Planes, columns: int) -> Planes:
+    """Return planes in which gradients that nobody gave are zeros."""
+    real, imag = (
+        like.new_zeros(*like.shape[:2], columns) if given is None and like is not None else given
+        for given, like in zip(grad, z, strict=True)
+    )
+    assert real is not None
+    return real, imag
 
 
-def _twice_minus(z: Pair, x: Pair, columns: int) -> Pair:
-    """Return 2z − x in one pass, with room for more columns on the right."""
-    count, batch, n = x[0].shape
-    y = x[0].new_empty(count, batch, columns), x[0].new_empty(count, batch, columns)
-    for out, part, minus in zip(y, z, x, strict=True):
-        torch.lerp(minus, part, 2.0, out=out[:, :, :n])
-    return y
-
-
-def _copy_right(y: Pair, low: Pair) -> None:
-    """Fill the last columns of y."""
-    for out, part in zip(y, low, strict=True):
-        out[:, :, -part.shape[-1] :].copy_(part)
-
-
-def _both(a: Planes) -> Pair:
-    assert a[1] is not None
-    return a[0], a[1]
-
-
-Gradients = tuple[Pair, Planes | None, Planes | None]
+_Gradients = tuple[Planes | None, Planes | None, Planes | None]
 
 
 def _backward_tall(
-    grad: Pair, factor: Planes, z: Planes, v: Planes | None, _: Planes | None, n: int, need_taps: bool
-) -> Gradients:
-    """Nᴴu = g₁ − Vᴴg₂, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
-    head, low = (grad, None) if v is None else _split(grad, n)
-    right = head
-    if v is not None and low is not None:
-        right = _both(contiguous(head))
-        product(low, v, conj_b=True, into=right, alpha=-1)
-    u = _both(solve(right, factor, conj=True))
-    grad_x = _twice_minus(u, head, n)
-    if not need_taps:
+    grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes | None, x: bool, taps: bool
+) -> _Gradients:
+    """Nᴴu = g₁ − Vᴴg₂ + ∂z/2, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
+    head, low, right = grad, None, grad
+    if v is not None:
+        head, low = _split(grad, z[0].shape[-1])
+        right = product(low, v, conj_b=True, into=contiguous(head), alpha=-1)
+    u = solve(_with_half(right, grad_z), factor, conj=True)
+    grad_x = _twice_minus(u, head, None) if x else None
+    if not taps:
         return grad_x, None, None
-    # G = −2uzᴴ: rows are batches, so it is −2(rows of u)ᵀ·conj(rows of z).
-    grad_n = product(transpose(u), z, conj_b=True, alpha=-2)
+    # Rows are batches, so −2uzᴴ is −2(rows of u)ᵀ·conj(rows of z).
     grad_v = None if low is None else product(transpose(low), z, conj_b=True, alpha=-2)
-    return grad_x, grad_n, grad_v
+    return grad_x, product(transpose(u), z, conj_b=True, alpha=-2), grad_v
 
 
 def _backward_wide(
-    grad: Pair, factor: Planes, z: Planes, v: Planes | None, x2: Planes | None, n: int, need_taps: bool
-) -> Gradients:
-    """conj(N)s = g, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
-    assert v is not None
-    assert x2 is not None
-    s = _both(solve(grad, factor, transposed=True, conj=True))
-    grad_x = _twice_minus(s, grad, n + x2[0].shape[-1])
-    _copy_right(grad_x, _both(product(s, transpose(v), conj_b=True, alpha=-2)))
-    if not need_taps:
+    grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes, tail: Planes, x: bool, taps: bool
+) -> _Gradients:
+    """conj(N)s = g + ∂z/2, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
+    s = solve(_with_half(grad, grad_z), factor, transposed=True, conj=True)
+    grad_x = _twice_minus(s, grad, product(s, transpose(v), conj_b=True, alpha=-2)) if x else None
+    if not taps:
         return grad_x, None, None
     grad_n = product(transpose(z), s, conj_a=True, alpha=-2)
-    grad_v = product(transpose(x2), s, conj_a=True, alpha=-2)
-    return grad_x, grad_n, grad_v
+    return grad_x, grad_n, product(transpose(tail), s, conj_a=True, alpha=-2)
 
 
-def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles, shape: tuple[int, ...]) -> Tensor:
+def _with_half(right: Planes, grad_z: Planes | None) -> Planes:
+    return right if grad_z is None else _each(lambda plane, more: plane + more / 2, right, grad_z)
+
+
+def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles | None, taps: Tensor) -> Tensor:
     """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
-    count, groups, _, n = shape
-    real, imag = _both(grad_n)
+    count, groups, _, n = taps.shape
 
-    def gather(table: Tensor, planes: Tensor) -> Tensor:
-        return (table.mT @ planes.reshape(table.shape[0], -1)).view(count, groups, -1, n)
+    def gather(table: Tensor | None, plane: Tensor) -> Tensor:
+        if table is not None:
+            plane = table.mT @ plane.reshape(table.shape[0], -1)
+        return plane.view(count, groups, -1, n)
 
-    skew, symmetric = gather(angles.cos, real), gather(angles.sin, imag)
-    top = (skew - skew.mT).add_(symmetric).add_(symmetric.mT)
+    cos, sin = angles or (None, None)
+    real, imag = grad_n
+    skew = gather(cos, real)
+    top = skew - skew.mT
+    if imag is not None:
+        symmetric = gather(sin, imag)
+        top = top.add_(symmetric).add_(symmetric.mT)
     if grad_v is None or v is None:
         return top
-    hermitian = real + real.mT, imag - imag.mT
-    product(v, hermitian, into=grad_v)
-    v_r, v_i = _both(grad_v)
-    return torch.cat((top, gather(angles.cos, v_r) + gather(angles.sin, v_i)), dim=2)
-
-
-def apply_cayley(x: Pair, taps: Tensor, angles: Angles, *, wide: bool) -> Pair:
-    """Return the orthogonal operator of ``taps`` applied to planes ``x``; see ``ApplyCayley``."""
-    result: Pair = ApplyCayley.apply(*x, taps, angles.cos, angles.sin, wide)
-    return result
+    hermitian = real + real.mT, None if imag is None else imag - imag.mT
+    v_r, v_i = product(v, hermitian, into=grad_v)
+    low = gather(cos, v_r)
+    return torch.cat((top, low if v_i is None else low + gather(sin, v_i)), dim=2)

@@ -3,7 +3,8 @@
 Note [Planes]: a complex matrix is a pair (real, imaginary) of real tensors, the second None when the matrix is real.
 Real products into contiguous results take the batched-GEMM path of the CPU, a transpose is a view, and a conjugate is
 a sign: a complex dtype would copy for every conjugate, and could not be exported. Where the compiled kernels run, one
-pass makes both planes; elsewhere, and wherever a graph is recorded, four real products do.
+pass makes both planes; elsewhere, four real products do. Where something follows the operations (``differentiable``),
+nothing is updated in place: use what a function returns, not what it was told to add to.
 
 Note [No pivoting]: every matrix inverted here is N = I + K + G with K skew-Hermitian and G positive semi-definite.
 Its Hermitian part is at least I, so is that of every Schur complement, so no pivot can vanish and ‖N⁻¹‖ ≤ 1.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from espalier.nn.kernels import planes as kernels
+from espalier.nn.precision import differentiable
 
 Planes = tuple[Tensor, Tensor | None]
 
@@ -26,6 +28,8 @@ Planes = tuple[Tensor, Tensor | None]
 _SMALL_LEAF, _LARGE_LEAF, _MANY = 16, 64, 16
 # Numbers per plane that are inverted together: what the temporaries of one part leave in the cache serves the next.
 _TOGETHER = 1 << 19
+# Newton's steps double the correct digits once the residual is below 1/2; to get there takes log₂(‖a‖₁‖a‖∞) of them.
+_NEWTON_STEPS = 40
 
 
 def product(
@@ -37,7 +41,7 @@ def product(
     into: Planes | None = None,
     alpha: int = 1,
 ) -> Planes:
-    """Return a·b, or add alpha·a·b to ``into`` in place.
+    """Return alpha·a·b, or ``into`` with it added, in place where nothing follows the operations.
 
     Args:
         a: planes (N, p, q); ``conj_a`` takes the complex conjugate.
@@ -46,31 +50,31 @@ def product(
         alpha: factor of the product.
     """
     (a_r, a_i), (b_r, b_i) = a, b
-    if a_i is not None and b_i is not None and (into is None or into[1] is not None):
+    # A sum of nothing (an empty batch) is left to torch: the kernels would write nothing.
+    if a_i is not None and b_i is not None and (into is None or into[1] is not None) and a_r.shape[2]:
         pair = None if into is None or into[1] is None else (into[0], into[1])
         if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
             return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha)
-    if into is not None and not into[0].is_contiguous():  # into a strided result, a batched GEMM takes the slow path
+    followed = differentiable(*a, *b, *(into or ()))
+    if into is not None and not followed and not into[0].is_contiguous():
+        # Into a strided result, a batched GEMM takes the slow path.
         copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=contiguous(into), alpha=alpha))
         return into
-    if into is None:
-        re = torch.bmm(a_r, b_r) if alpha == 1 else torch.bmm(a_r, b_r).mul_(alpha)
-        im = None
-    else:
-        re, im = into
-        re.baddbmm_(a_r, b_r, alpha=alpha)
+    add = torch.baddbmm if followed else Tensor.baddbmm_
+
+    def first(x: Tensor, y: Tensor, factor: float) -> Tensor:
+        if followed:
+            return torch.bmm(x, y) if factor == 1 else torch.bmm(x, y) * factor
+        return torch.bmm(x, y) if factor == 1 else torch.bmm(x, y).mul_(factor)
+
+    re, im = into or (None, None)
+    re = first(a_r, b_r, alpha) if re is None else add(re, a_r, b_r, alpha=alpha)
     if a_i is None or b_i is None:
         return re, im
-    sign_a, sign_b = -1.0 if conj_a else 1.0, -1.0 if conj_b else 1.0
-    re.baddbmm_(a_i, b_i, alpha=-alpha * sign_a * sign_b)
-    if im is None:
-        im = torch.bmm(a_i, b_r)
-        if alpha * sign_a != 1.0:
-            im.mul_(alpha * sign_a)
-    else:
-        im.baddbmm_(a_i, b_r, alpha=alpha * sign_a)
-    im.baddbmm_(a_r, b_i, alpha=alpha * sign_b)
-    return re, im
+    sign_a, sign_b = -1 if conj_a else 1, -1 if conj_b else 1
+    re = add(re, a_i, b_i, alpha=-alpha * sign_a * sign_b)
+    im = first(a_i, b_r, alpha * sign_a) if im is None else add(im, a_i, b_r, alpha=alpha * sign_a)
+    return re, add(im, a_r, b_i, alpha=alpha * sign_b)
 
 
 def transpose(a: Planes) -> Planes:
@@ -94,11 +98,6 @@ def copy_(target: Planes, source: Planes) -> None:
     target[0].copy_(source[0])
     if target[1] is not None and source[1] is not None:
         target[1].copy_(source[1])
-
-
-def add_gram_(n: Planes, v: Planes) -> None:
-    """Add VᴴV to ``n`` (N, q, q) in place, for V of shape (N, p, q)."""
-    product(transpose(v), v, conj_a=True, into=n)
 
 
 def invert(a: Planes) -> Planes:
@@ -138,18 +137,19 @@ def _invert(a: Planes, leaf: int) -> Planes:
     top = _invert(block(a, first, first), leaf)
     x = product(top, block(a, first, last))
     schur = contiguous(block(a, last, last))
-    product(block(a, last, first), x, into=schur, alpha=-1)
+    schur = product(block(a, last, first), x, into=schur, alpha=-1)
     corner = _invert(schur, leaf)
     low = product(corner, product(block(a, last, first), top))
-    product(x, low, into=top)
     right = product(x, corner)
-    return _assemble(top, right, low, corner)
+    return _assemble(product(x, low, into=top), right, low, corner)
 
 
 def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes:
     """Return [top, −right; −low, corner]."""
 
     def join(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        if differentiable(a, b, c, d):
+            return torch.cat((torch.cat((a, -b), 2), torch.cat((-c, d), 2)), 1)
         half, size = a.shape[-1], a.shape[-1] + d.shape[-1]
         whole = a.new_empty(a.shape[0], size, size)
         whole[:, :half, :half], whole[:, half:, half:] = a, d
@@ -164,7 +164,25 @@ def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes
 
 
 def _invert_leaf(a: Planes) -> Planes:
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return _invert_by_products(a)
     if a[1] is None:
         return torch.linalg.inv(a[0]), None
     inverse = torch.linalg.inv(torch.complex(a[0], a[1]))
     return inverse.real.contiguous(), inverse.imag.contiguous()
+
+
+def _invert_by_products(a: Planes) -> Planes:
+    """Invert by Newton's iteration ``X ← X(2I − aX)`` from ``X = aᴴ/(‖a‖₁‖a‖∞)``: ONNX has no inverse.
+
+    The singular values are at least 1, so the first residual is at most ``1 − 1/(‖a‖₁‖a‖∞)``. A complex matrix is
+    inverted as the real one [re, −im; im, re].
+    """
+    real, imag = a
+    n = real.shape[-1]
+    m = real if imag is None else torch.cat((torch.cat((real, -imag), 2), torch.cat((imag, real), 2)), 1)
+    size = m.abs()
+    x = m.mT / (size.sum(1).amax(1) * size.sum(2).amax(1))[:, None, None]
+    for _ in range(_NEWTON_STEPS):
+        x = 2 * x - torch.matmul(x, torch.matmul(m, x))
+    return (x, None) if imag is None else (x[:, :n, :n], x[:, n:, :n])
