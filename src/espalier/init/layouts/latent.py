@@ -60,15 +60,14 @@ def latent_attention(module: nn.Module) -> Found:
     notes = [
         "products through latents, which are normalised: they hold up to a factor a token, 1 in the mean",
         f"the {turned} features a head that carry (rotary) positions are left as they were" if turned else "",
-        "gated: the VO product holds before the gate"
-        if hasattr(module, "g_proj") or hasattr(module, "gate_proj")
-        else "",
+        "gated: the VO product holds before the gate" if gated else "",
         "a token sees those that an indexer picks, by norms and gates of its own" if indexed else "",
         "biases are left as they were" if any(module.get_submodule(name).bias is not None for name in names) else "",
     ]
+    kv_gain = module.get_parameter("kv_a_layernorm.weight").detach()
+    q_down, q_gain = (None, None) if direct else (parts[1], module.get_parameter("q_a_layernorm.weight").detach())
     return LatentAttentionWeights(
-        q.unflatten(0, (heads, -1))[:, :plain], k, v, out, kv_a[:rank], module.get_parameter("kv_a_layernorm.weight").detach(), heads,
-        None if direct else parts[1], None if direct else module.get_parameter("q_a_layernorm.weight").detach(),
+        q.unflatten(0, (heads, -1))[:, :plain], k, v, out, kv_a[:rank], kv_gain, heads, q_down, q_gain,
         (scales[0], scales[1]), "; ".join(filter(None, notes)),
     )  # fmt: skip
 
