@@ -39,9 +39,9 @@ def broken_decay() -> nn.Module:
     return model
 
 
-def lose_structure(attention: nn.Module) -> None:
+def lose_structure(attention: nn.Module, seed: int = 7) -> None:
     """Draw one layer's weights again, as a late ``reset_parameters`` would."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in attention.parameters():
             if parameter.ndim == 2:

@@ -21,6 +21,9 @@ optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
 with StructureWatch(ddp, optimizer, structure=True) as watch:
     train(ddp, optimizer, shift=float(rank))
 assert watch.checks[-1].stage == "end"
+if rank == 0:
+    print("second part", flush=True)
+torch.distributed.barrier()
 
 single = vit()
 with StructureWatch(single, initial_weights=folder / "init.safetensors", on_problem="fail"):

@@ -26,8 +26,8 @@ _KEY = "espalier_structure"
 class StructureCallback(Callback):
     """Doctor and audit when ``fit`` starts, after it restored a checkpoint, and when training ends.
 
-    The first check comes before the first step and before Lightning's sanity check; under a strategy that restores a
-    checkpoint late (FSDP), a resumed run is looked at after the sanity check. Each checkpoint carries what was measured
+    The first check comes before the first step and before Lightning's sanity check; under a strategy that restores
+    checkpoints late (FSDP) it comes after the sanity check. Each checkpoint carries what was measured
     when it was saved, and a resumed run is held against that.
 
     Args:
@@ -48,12 +48,11 @@ class StructureCallback(Callback):
         self._writes = options.get("structure", False) is not False
         self._state: dict[str, Any] | None = None
         self._restored = False
-        self._late = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what the module carries before a checkpoint is restored into it."""
         if stage == "fit":
-            self._state, self._restored, self._late = None, trainer.ckpt_path is not None, False
+            self._state, self._restored = None, False
             self.watch.attach(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -62,13 +61,12 @@ class StructureCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the weights that training starts from."""
-        self._late = self._restored and bool(trainer.strategy.restore_checkpoint_after_setup)
-        if not self._late:
+        if not trainer.strategy.restore_checkpoint_after_setup:
             self._look(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at weights that were restored after ``on_fit_start``."""
-        if self._late:
+        """Look at the weights that training starts from, where a checkpoint is restored after ``on_fit_start``."""
+        if trainer.strategy.restore_checkpoint_after_setup:
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,11 +79,13 @@ class StructureCallback(Callback):
             checkpoint[_KEY] = self.watch.state_dict()
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._writes and not self._restored and type(trainer.strategy).__name__ == "DeepSpeedStrategy":
+        # A checkpoint of weights alone calls no callback's on_load_checkpoint.
+        restored = self._restored or trainer.ckpt_path is not None
+        if self._writes and not restored and type(trainer.strategy).__name__ == "DeepSpeedStrategy":
             raise EspalierError("structure under DeepSpeed: call structure_ at the end of __init__ instead")
         # Several optimisers share the parameters out: none of them holds all.
         optimizers = trainer.optimizers
         self.watch.model, self.watch.optimizer = pl_module, optimizers[0] if len(optimizers) == 1 else None
-        if self._restored:
+        if restored:
             self.watch.loaded(self._state)
         self.watch.start()
