@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,3 +38,9 @@ def needs_data(name: str) -> pytest.MarkDecorator:
     """Skip a test unless ``$ESPALIER_DATA`` holds the data set ``name``."""
     reason = f"no data set {name}: put its files into a folder {name}, and set ESPALIER_DATA to the folder above it"
     return pytest.mark.skipif(data_folder(name) is None, reason=reason)
+
+
+def needs_library(module: str, *packages: str) -> pytest.MarkDecorator:
+    """Skip a test unless an optional library is installed."""
+    found = importlib.util.find_spec(module) is not None
+    return pytest.mark.skipif(not found, reason=f"no {module}: pip install {' '.join(packages)}")

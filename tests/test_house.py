@@ -23,6 +23,7 @@ MODULES = {
 # Floors of the house, the ground last: a file imports its own floor's rooms or floors below.
 FLOORS = [
     {"cli"},
+    {"integrations"},
     {"report"},
     {"study"},
     {"train"},

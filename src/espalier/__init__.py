@@ -1,6 +1,6 @@
 """Espalier: networks whose weights carry structure from the first step."""
 
-from espalier import certify, doctor, init, models, nn
+from espalier import certify, doctor, init, integrations, models, nn
 from espalier.doctor import Diagnosis, diagnose
 from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
 
@@ -17,6 +17,7 @@ __all__ = [
     "diagnose",
     "doctor",
     "init",
+    "integrations",
     "models",
     "nn",
     "structure_",

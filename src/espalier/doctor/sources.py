@@ -91,9 +91,8 @@ def open_weights(path: Path) -> Source:
 
 
 def _record(name: str, tensor: Tensor, module: nn.Module | None, *, buffer: bool) -> Record:
-    shape, meta = tuple(tensor.shape), tensor.is_meta or nn.parameter.is_lazy(tensor)
-    if nn.parameter.is_lazy(tensor):
-        shape = ()
+    lazy = nn.parameter.is_lazy(tensor)  # and has no shape to ask for
+    shape, meta = () if lazy else tuple(tensor.shape), lazy or tensor.is_meta
     buffer = buffer or name.endswith(("running_mean", "running_var", "inv_freq", "num_batches_tracked"))
     return Record(
         name,

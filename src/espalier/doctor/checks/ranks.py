@@ -22,6 +22,8 @@ Mark = tuple[str, str, bool]
 def ranks(patient: Patient) -> Iterator[Finding]:
     """Replicated tensors have equal bits on every rank; shards of noise have different ones.
 
+    Running statistics are not compared: each rank keeps its own between forward passes.
+
     Every rank must call; all get the same findings.
     """
     distributed = torch.distributed
@@ -53,6 +55,8 @@ def _marks(model: nn.Module) -> Iterator[tuple[str, Mark]]:
     from torch.distributed.tensor import DTensor, Shard
 
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked"):
+            continue
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             continue
         # Megatron and FSDP1 keep shards as ordinary tensors that say so.
@@ -68,5 +72,5 @@ def _marks(model: nn.Module) -> Iterator[tuple[str, Mark]]:
         if local.is_floating_point():
             stats = measure(local)
             yield plain_name(name), (kind, stats.fingerprint, stats.noise)
-        elif kind == "replica" and name.rpartition(".")[2] != "num_batches_tracked":
+        elif kind == "replica":
             yield plain_name(name), (kind, str(int(local.long().sum())), False)

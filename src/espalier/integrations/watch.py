@@ -1,0 +1,235 @@
+"""What every callback shares, and plain PyTorch uses as it is: look at a model when its weights may have gone wrong."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from espalier.doctor import diagnose
+from espalier.errors import EspalierError
+from espalier.files import read_tensors, tensors_bytes, write_bytes
+from espalier.init import StructureReport, audit, structure_
+from espalier.integrations.check import Stage, UnhealthyModelError, WatchCheck
+
+OnProblem = Literal["fail", "warn"]
+
+
+class StructureWatch:
+    """Doctor and audit at the start of a run, after a checkpoint is loaded, and at the end.
+
+    A context manager for a training loop of one's own, with or without accelerate::
+
+        with StructureWatch(model, optimizer, initial_weights="init.safetensors") as watch:
+            train(model, optimizer)
+
+    A run that goes on from a checkpoint loads it **before** the ``with`` block and then says so, by ``loaded()`` or by
+    ``load_state_dict`` with what ``state_dict`` gave when the checkpoint was saved (accelerate calls both after
+    ``register_for_checkpointing``). Then nothing is written, and the initial weights that the first run kept stay.
+
+    A clean run prints one line, on rank 0. Of several ranks every one makes every call, and a problem of one is raised
+    on all.
+
+    Attributes:
+        checks: every check so far, as a ``WatchCheck``.
+        report: what later checks are held against: the structure that was written, given, or found at the start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        structure: bool | Mapping[str, Any] = False,
+        seed: int = 0,
+        against: StructureReport | None = None,
+        on_problem: OnProblem = "fail",
+        initial_weights: bool | str | Path = True,
+    ) -> None:
+        """Remember what to do; nothing is written yet.
+
+        Args:
+            model: the module; a wrapped one (DDP, ``torch.compile``) is fine. ``None``: ``attach`` names it later.
+            optimizer: the optimiser that trains it: does it hold the model's parameters?
+            structure: call ``structure_`` at the start of a run that does not go on from a checkpoint: ``True``, or its
+                specs as ``{"attention": Mimetic(…)}``.
+            seed: of what is written, the same on every rank: the weights are those of
+                ``structure_(model, generator=torch.Generator().manual_seed(seed))``.
+            against: the report of a ``structure_`` call made before.
+            on_problem: raise ``UnhealthyModelError`` (``"fail"``), or warn and go on (``"warn"``).
+            initial_weights: keep the weights from before the first step: in memory on the CPU, in a safetensors file
+                of this name, or (``False``) not at all.
+
+        Raises:
+            EspalierError: ``on_problem`` is neither, or both ``structure`` and ``against`` are given.
+        """
+        if on_problem not in ("fail", "warn"):
+            raise EspalierError(f"on_problem {on_problem!r}: choose 'fail' or 'warn'")
+        if structure is not False and against is not None:
+            raise EspalierError("structure and against: give one: against is the report of what was written before")
+        self._structure, self._seed, self._against = structure, seed, against
+        self._on_problem, self._keep = on_problem, initial_weights
+        self._kept: dict[str, Tensor] | None = None
+        self._resumed = False
+        self.checks: list[WatchCheck] = []
+        self.report = against
+        self.model: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if model is not None:
+            self.attach(model, optimizer)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Name the model, and note what structure it carries now, before anything is loaded into it."""
+        self.model, self.optimizer, self._resumed = model, optimizer, False
+        self.report = self._against or _audit(model, None)
+
+    def start(self) -> None:
+        """Write structure where asked, look at the weights, and keep them; nothing of it after a checkpoint was loaded.
+
+        Raises:
+            UnhealthyModelError: something is wrong, and ``on_problem="fail"``.
+            EspalierError: structure was asked for and the model has no layer for it.
+        """
+        if self._resumed:
+            self._resumed = False
+            return
+        model = self._model()
+        if self._structure is not False:
+            specs = {} if self._structure is True else dict(self._structure)
+            self.report = structure_(model, generator=torch.Generator().manual_seed(self._seed), **specs)  # type: ignore[misc]
+        elif self._against is None:
+            self.report = None  # what was found when the watch was made may have been rewritten since
+        check = self._check("start", self.report)
+        self.report = self.report or check.structure
+        if self._keep is not False:
+            self._keep_weights(unwrapped(model))
+
+    def loaded(self, state: Mapping[str, Any] | None = None) -> WatchCheck:
+        """Look at a model into which a checkpoint was just loaded.
+
+        Args:
+            state: what ``state_dict`` gave when the checkpoint was saved, so that what training itself had changed by
+                then is no loss. Without it the check is held against what the model carried before.
+
+        Raises:
+            UnhealthyModelError: something is wrong, structure that did not arrive included, and ``on_problem="fail"``.
+        """
+        self._resumed = True
+        if state and state.get("structure") is not None:
+            self.report = StructureReport.from_dict(state["structure"])
+        return self._check("checkpoint loaded", self.report)
+
+    def finish(self) -> WatchCheck:
+        """Look at the trained weights; structure that training moved away is told, and is no problem.
+
+        Raises:
+            UnhealthyModelError: the weights cannot work (NaN, say), and ``on_problem="fail"``.
+        """
+        self._resumed = False
+        return self._check("end", self.report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Measure the structure of the weights that are about to be saved, as plain values for the checkpoint."""
+        found = _audit(self._model(), self.report)
+        return {"structure": None if found is None else found.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check the loaded model against what was measured when it was saved; call it after the weights are loaded."""
+        self.loaded(state)
+
+    @property
+    def initial_weights(self) -> dict[str, Tensor]:
+        """The weights from before the first step, by the names of the unwrapped model's state dictionary.
+
+        Raises:
+            EspalierError: none were kept, or the run went on from a checkpoint and there is no file.
+        """
+        if isinstance(self._keep, str | Path):
+            return read_tensors(Path(self._keep))
+        if self._kept is None:
+            raise EspalierError("initial_weights: none kept: a run that goes on from a checkpoint needs a file's name")
+        return self._kept
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resumed = False
+        if kind is None:
+            self.finish()
+
+    def _model(self) -> nn.Module:
+        if self.model is None:
+            raise EspalierError("model None: give StructureWatch a model, or attach(model) before")
+        return self.model
+
+    def _check(self, stage: Stage, against: StructureReport | None) -> WatchCheck:
+        model = self._model()
+        check = WatchCheck(stage, diagnose(model, optimizer=self.optimizer), _audit(model, against))
+        self.checks.append(check)
+        problems = _of_all_ranks(check.problems)
+        if _rank() == 0 and (stage != "end" or not check.clean):
+            print(check, flush=True)
+        if problems and self._on_problem == "fail":
+            raise UnhealthyModelError(stage, problems)
+        if problems and _rank() == 0:
+            warnings.warn(f"{stage}: {'; '.join(problems[:3])}", UserWarning, stacklevel=3)
+        return check
+
+    def _keep_weights(self, model: nn.Module) -> None:
+        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        if lazy := [name for name, value in tensors.items() if nn.parameter.is_lazy(value)]:
+            raise EspalierError(f"initial_weights: {lazy[0]} has no shape yet: run one batch before the start")
+        # Gathering a shard is collective: every rank does it, though rank 0 alone writes.
+        whole = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()
+        }
+        if isinstance(self._keep, str | Path):
+            if _rank() == 0:
+                Path(self._keep).parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(Path(self._keep), tensors_bytes(whole))
+        else:
+            self._kept = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP, DataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _audit(model: nn.Module, against: StructureReport | None) -> StructureReport | None:
+    try:
+        return audit(model, against=against)
+    except EspalierError:  # no layer that any layout recognises, now or earlier
+        return None
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def _of_all_ranks(problems: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the problems of every rank, so that all raise together: one that goes on alone would wait for ever."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return problems
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, problems)
+    own = set(everyone[0])
+    return (*everyone[0], *(f"rank {r}: {p}" for r, found in enumerate(everyone) for p in found if p not in own))

@@ -1,0 +1,153 @@
+"""The callback inside Lightning's own ``Trainer``, of both of its packages."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import broken_decay, images, lose_structure, vit
+from torch import Tensor, nn
+
+import espalier
+from espalier.integrations import UnhealthyModelError
+from needs import needs_library
+
+pytestmark = [
+    needs_library("lightning", "lightning"),
+    # What Lightning says of loaders, checkpoints and its own dependencies is none of ours.
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:(lightning|pytorch_lightning)"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR")
+
+
+def lightning() -> Any:
+    return importlib.import_module("lightning.pytorch")
+
+
+def callback(**options: Any) -> Any:
+    return espalier.integrations.lightning.StructureCallback(**options)
+
+
+def module(net: nn.Module) -> Any:
+    """Return a module around a network; it counts its steps."""
+
+    class Classifier(lightning().LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+            self.steps = 0
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            self.steps += 1
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            self.steps += 1
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Classifier(net)
+
+
+def unstructured() -> nn.Module:
+    """Return a ViT without structure: ours starts with some."""
+    net = vit(seed=3)
+    for block in net.blocks:
+        lose_structure(block.attn)
+    return net
+
+
+def trainer(folder: Path, watch: Any, **settings: Any) -> Any:
+    settings = {"max_epochs": 1, "devices": 1, "logger": False, "enable_checkpointing": False, **settings}
+    return lightning().Trainer(
+        accelerator="cpu", callbacks=[watch], default_root_dir=folder, enable_progress_bar=False,
+        enable_model_summary=False, **settings,
+    )  # fmt: skip
+
+
+def test_clean_fit_prints_one_line_and_keeps_the_first_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = module(vit())
+    before = copy.deepcopy(net.state_dict())
+    watch = callback(initial_weights=tmp_path / "init.safetensors")
+    trainer(tmp_path, watch).fit(net, images(), images())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("espalier")]
+    assert len(lines) == 1
+    assert [check.stage for check in watch.watch.checks] == ["start", "end"]
+    assert watch.watch.optimizer is not None
+    kept = watch.watch.initial_weights
+    assert kept.keys() == before.keys()
+    assert all(torch.equal(kept[name], before[name]) for name in before)
+    assert not torch.equal(net.net.head.weight, before["net.head.weight"])
+
+
+def test_planted_fault_stops_before_any_batch(tmp_path: Path) -> None:
+    net = module(broken_decay())
+    with pytest.raises(UnhealthyModelError, match="A_log"):
+        trainer(tmp_path, callback()).fit(net, images(), images())
+    assert net.steps == 0
+
+
+def test_structure_is_written_at_the_start_of_the_fit_only(tmp_path: Path) -> None:
+    reference = vit()
+    espalier.structure_(reference, generator=torch.Generator().manual_seed(2))
+    net, watch = module(vit()), callback(structure=True, seed=2)
+    first = trainer(tmp_path, watch)
+    first.fit(net, images())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    kept = watch.watch.initial_weights
+    assert all(torch.equal(kept[f"net.{name}"], value) for name, value in reference.state_dict().items())
+
+    resumed, watch = module(vit(seed=5)), callback(structure=True, seed=2)
+    trainer(tmp_path, watch, max_epochs=1).fit(resumed, images(), ckpt_path=tmp_path / "last.ckpt")
+    assert [check.stage for check in watch.watch.checks] == ["checkpoint loaded"]  # and nothing left to train
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), net.parameters(), strict=True))
+
+
+def test_structure_lost_in_a_checkpoint_stops_the_resumed_run(tmp_path: Path) -> None:
+    net = module(vit())
+    first = trainer(tmp_path, callback(structure=True))
+    first.fit(net, images())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    damaged = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    lose_structure(net.net.blocks[1].attn)
+    damaged["state_dict"] = net.state_dict()
+    torch.save(damaged, tmp_path / "damaged.ckpt")
+
+    again = module(vit())
+    with pytest.raises(UnhealthyModelError, match=r"checkpoint loaded: net\.blocks\.1\.attn: structure lost"):
+        trainer(tmp_path, callback(), max_epochs=3).fit(again, images(), ckpt_path=tmp_path / "damaged.ckpt")
+    assert again.steps == 0
+
+
+def test_checkpoint_of_a_run_without_the_callback_is_held_against_the_model(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, lightning().Callback())
+    plain.fit(module(unstructured()), images())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    net = module(vit())
+    espalier.structure_(net, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnhealthyModelError, match=r"checkpoint loaded: .*structure lost"):
+        trainer(tmp_path, callback(), max_epochs=3).fit(net, images(), ckpt_path=tmp_path / "plain.ckpt")
+    assert net.steps == 0
+
+
+def test_two_processes_write_the_same_and_print_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    net, watch = module(vit()), callback(structure=True, initial_weights=tmp_path / "init.safetensors")
+    trainer(tmp_path, watch, strategy="ddp_fork", devices=2).fit(net, images())
+    out = capfd.readouterr().out
+    assert sum(line.startswith("espalier, start") for line in out.splitlines()) == 1
+    reference = vit()
+    espalier.structure_(reference, generator=torch.Generator().manual_seed(0))
+    kept = watch.watch.initial_weights
+    assert all(torch.equal(kept[f"net.{name}"], value) for name, value in reference.state_dict().items())

@@ -1,0 +1,142 @@
+"""The callback inside the ``Trainer`` of transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_runs import lose_structure
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import espalier
+from espalier.errors import EspalierError
+from espalier.integrations import UnhealthyModelError
+from needs import needs_library
+
+pytestmark = needs_library("accelerate", "accelerate")
+transformers = pytest.importorskip("transformers", reason="no transformers: pip install transformers")
+
+
+class Tokens(Dataset[dict[str, Any]]):
+    """Sixteen sequences of random tokens."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = torch.randint(50, (8,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def llama(seed: int = 0) -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config)
+
+
+def trainer(folder: Path, model: Any, watch: Any, **settings: Any) -> Any:
+    settings = {"max_steps": 4, "save_strategy": "no", **settings}
+    args = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], disable_tqdm=True,
+        use_cpu=True, dataloader_pin_memory=False, **settings,
+    )  # fmt: skip
+    return transformers.Trainer(
+        model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[watch]
+    )
+
+
+def callback(**options: Any) -> Any:
+    return espalier.integrations.transformers.StructureCallback(**options)
+
+
+def test_clean_training_prints_one_line_and_keeps_the_first_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    watch = callback(initial_weights=tmp_path / "init.safetensors")
+    trainer(tmp_path, model, watch).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("espalier")]
+    assert len(lines) == 1
+    assert [check.stage for check in watch.watch.checks] == ["start", "end"]
+    kept = watch.watch.initial_weights
+    assert kept.keys() == before.keys()
+    assert all(torch.equal(kept[name], before[name]) for name in before)
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_planted_fault_stops_before_the_first_step(tmp_path: Path) -> None:
+    model = llama()
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.q_proj.weight)
+    held = trainer(tmp_path, model, callback())
+    with pytest.raises(UnhealthyModelError, match="start: "):
+        held.train()
+    assert held.state.global_step == 0
+
+
+def test_structure_is_written_at_the_start_and_not_on_resuming(tmp_path: Path) -> None:
+    reference = llama()
+    espalier.structure_(reference, generator=torch.Generator().manual_seed(2))
+    watch = callback(structure=True, seed=2)
+    trainer(tmp_path, llama(), watch, save_strategy="steps", save_steps=4).train()
+    kept = watch.watch.initial_weights
+    assert all(torch.equal(kept[name], value) for name, value in reference.state_dict().items())
+
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    model, watch = llama(seed=5), callback(structure=True, seed=2)
+    trainer(tmp_path, model, watch).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [check.stage for check in watch.watch.checks] == ["checkpoint loaded", "end"]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.items())
+    with pytest.raises(EspalierError, match="none kept"):
+        _ = watch.watch.initial_weights
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_structure_lost_in_a_checkpoint_stops_the_resumed_run(tmp_path: Path, restored: bool) -> None:
+    trainer(tmp_path, llama(), callback(structure=True), save_strategy="steps", save_steps=4).train()
+    lose_in(tmp_path / "checkpoint-4")
+    settings = {"max_steps": 8, "restore_callback_states_from_checkpoint": restored}
+    held = trainer(tmp_path, llama(), callback(), **settings)
+    with pytest.raises(UnhealthyModelError, match=r"checkpoint loaded: .*structure lost"):
+        held.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert held.state.global_step == 4
+
+
+def test_resuming_from_a_run_without_the_callback_saves_again(tmp_path: Path) -> None:
+    class Other(transformers.TrainerCallback):
+        """Does nothing."""
+
+    trainer(tmp_path, llama(), Other(), save_strategy="steps", save_steps=4).train()
+    again = trainer(tmp_path, llama(), callback(), max_steps=8, save_strategy="steps", save_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["StructureCallback"]["attributes"]["measured"]["structure"]["layers"]
+
+
+def test_best_model_loaded_at_the_end_is_checked(tmp_path: Path) -> None:
+    watch = callback(structure=True)
+    trainer(
+        tmp_path, llama(), watch, eval_strategy="steps", eval_steps=2, save_strategy="best",
+        metric_for_best_model="loss", load_best_model_at_end=True,
+    ).train()  # fmt: skip
+    assert [check.stage for check in watch.watch.checks] == ["start", "checkpoint loaded", "end"]
+
+
+def lose_in(folder: Path) -> None:
+    """Draw one attention layer of a saved checkpoint again."""
+    path = folder / "model.safetensors"
+    model = llama()
+    model.load_state_dict(load_file(path))
+    lose_structure(model.model.layers[1].self_attn)
+    state: dict[str, Tensor] = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt"})
