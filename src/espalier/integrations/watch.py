@@ -102,7 +102,7 @@ class StructureWatch:
         model = self._model()
         if self._structure is not False:
             specs = {} if self._structure is True else dict(self._structure)
-            self.report = structure_(model, generator=torch.Generator().manual_seed(self._seed), **specs)  # type: ignore[misc]
+            self.report = structure_(model, generator=torch.Generator().manual_seed(self._seed), **specs)
         elif self._against is None:
             self.report = None  # what was found when the watch was made may have been rewritten since
         check = self._check("start", self.report)
