@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from standins import recipe
+from train.standins import recipe
 
 from espalier.errors import EspalierError
 from espalier.recipes.validation import first_difference, load_recipe, resolve_recipe, save_recipe
