@@ -90,7 +90,7 @@ def main() -> int:
             "largest": max((result.tightness for result in attacked), default=None),
         },
         "seconds": round(time.time() - start),
-        "espalier": espalier.__version__ if hasattr(espalier, "__version__") else "0.2.0.dev",
+        "espalier": espalier.__version__,
         "torch": torch.__version__,
         "processor": _processor(),
         "command": "python experiments/certificate_attack.py " + " ".join(sys.argv[1:]),

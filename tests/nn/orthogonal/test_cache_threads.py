@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,17 +35,56 @@ def test_six_threads_and_eight_image_sizes_give_what_one_thread_gives() -> None:
                 assert torch.allclose(y, expected[(first + i) % 8], atol=1e-6)
 
 
+class SlowKey:
+    """A key that gives other threads time whenever it is looked up."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __hash__(self) -> int:
+        time.sleep(1e-3)
+        return hash(self.number)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SlowKey) and self.number == other.number
+
+
+@torch.no_grad()
+def test_threads_that_evict_each_other_s_entries_do_not_collide() -> None:
+    cache, weight, keys = OperatorCache(), torch.ones(1), [SlowKey(number) for number in range(8)]
+
+    def work(first: int) -> list[float]:
+        some = [keys[(first + i) % 8] for i in range(8)]
+        made = [cache.get(key, (weight,), lambda w, key=key: w * key.number, torch.float32).item() for key in some]
+        return [value - key.number for value, key in zip(made, some, strict=True)]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(differences == [0.0] * 8 for differences in pool.map(work, range(6)))
+
+
 @torch.no_grad()
 def test_a_write_while_an_operator_is_built_leaves_nothing_stale() -> None:
     cache, weight = OperatorCache(), torch.ones(2)
+    building, written = threading.Event(), threading.Event()
 
-    def build(value: Tensor) -> Tensor:
-        weight.fill_(5.0)  # as another thread may, at the worst moment
+    def slow(value: Tensor) -> Tensor:
+        building.set()
+        written.wait(1.0)
         return value.clone()
 
-    first = cache.get("size", (weight,), build, torch.float32)
-    assert first.tolist() == [1.0, 1.0]  # of the state that was copied
-    assert cache.get("size", (weight,), lambda value: value.clone(), torch.float32).tolist() == [5.0, 5.0]
+    def get(key: str, build: Callable[[Tensor], Tensor]) -> list[float]:
+        found: list[float] = cache.get(key, (weight,), build, torch.float32).tolist()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(get, "one size", slow)
+        building.wait()
+        weight.fill_(5.0)
+        second = pool.submit(get, "another", Tensor.clone)
+        threading.Timer(0.2, written.set).start()
+        assert first.result() == [1.0, 1.0]
+        assert second.result() == [5.0, 5.0]
+    assert get("one size", Tensor.clone) == [5.0, 5.0]
 
 
 @pytest.mark.parametrize(
