@@ -109,9 +109,9 @@ def test_what_is_no_whole_convmixer_is_refused_in_one_line(tmp_path: Path) -> No
         "other": ({"fc.weight": torch.ones(1)}, "no ConvMixer's: it has no block, only fc.weight"),
         "stemless": ({k: v for k, v in state.items() if k != "stem.0.weight"}, "stem.0.weight is missing"),
         "flat": ({**state, "stem.0.weight": torch.ones(1)}, "no kernels"),
-        "empty": ({}, "it has no block, only nothing"),
-        "number": (3, "holds no weights by name"),
-        "objects": ({"state_dict": {"a": 3}}, "holds no weights by name"),
+        "empty": ({}, "holds no tensors by name"),
+        "number": (3, "holds no tensors by name"),
+        "objects": ({"state_dict": {"a": 3}}, "holds no tensors by name"),
         "malicious": ({"state_dict": state, "x": Malicious()}, "cannot be read safely"),
     }
     for name, (content, words) in contents.items():

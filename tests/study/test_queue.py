@@ -131,7 +131,7 @@ def test_however_it_stops_no_trial_runs_on_and_it_resumes(number: signal.Signals
     queue.communicate(timeout=60)
 
 
-def wait_for(condition: object, seconds: float = 120.0) -> None:
+def wait_for(condition: object, seconds: float = 300.0) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

@@ -109,7 +109,12 @@ def drop_checkpoint(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish the replacement of a checkpoint that a kill may have cut off (Note [Replacing a folder])."""
+    """Finish the replacement of a checkpoint that a kill may have cut off (Note [Replacing a folder]).
+
+    Files that a kill left half written are removed: nobody else writes in a run folder.
+    """
+    for left in folder.glob(".*.partial"):
+        left.unlink()
     new = folder / _NEW
     if new.exists():
         shutil.rmtree(folder / _CURRENT, ignore_errors=True)
