@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train.standins import recipe
 
 from espalier.errors import EspalierError
 from espalier.recipes.validation import first_difference, load_recipe, resolve_recipe, save_recipe
+from train.standins import recipe
 
 FULL = recipe(
     betas=(0.8, 0.95),
