@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -149,7 +150,8 @@ def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> t
         return "written", row.note
     module = model.get_submodule(row.layer)
     inputs = [used[row.layer]] if row.layer in used else []
-    inputs += [one_sequence(call.args, call.kwargs) for call in calls(module, width_of(module), heads_of(module))]
+    made_up = calls(module, width_of(module), heads_of(module))
+    inputs += [one_sequence(module, call.args, call.kwargs) for call in made_up]
     why = ""
     for args, kwargs in inputs:
         try:
@@ -171,16 +173,19 @@ def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> t
     return "not run", f"{row.note}; the judge: {why}".strip("; ")
 
 
-def one_sequence(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def one_sequence(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return made-up inputs whose keys and values come from the queries' own tokens, as a written layer claims."""
-    named = [k for k in kwargs if k.split("_")[0].rstrip("s") in ("key", "value", "k", "v")]
-    queries = next(
-        (kwargs[k] for k in kwargs if k.split("_")[0] in ("query", "q", "hidden")), args[0] if args else None
-    )
-    if queries is None:
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
         return args, kwargs
-    same = {k: queries for k in named if isinstance(kwargs[k], Tensor) and kwargs[k].is_floating_point()}
-    return args, {**kwargs, **same}
+    named = bound.arguments
+    queries = next((named[k] for k in named if k.split("_")[0] in ("query", "q", "hidden")), None)
+    for name, value in named.items():
+        is_key = name.split("_")[0].rstrip("s") in ("key", "value", "k", "v")
+        if is_key and queries is not None and isinstance(value, Tensor) and value.is_floating_point():
+            named[name] = queries
+    return bound.args, bound.kwargs
 
 
 def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], float]:
@@ -211,7 +216,7 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
     """Run a layer with every token equal; return its scores and the output of its last linear map."""
     last: list[Tensor] = []
     handles = [
-        part.register_forward_hook(lambda _, __, out: last.append(out))
+        part.register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
         for part in module.modules()
         if not list(part.children()) and any(p.ndim == 2 for p in part.parameters())
     ]

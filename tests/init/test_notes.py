@@ -91,7 +91,10 @@ def test_a_norm_of_the_input_and_one_that_does_nothing_change_no_product() -> No
     model = nn.ModuleDict({
         "input": Attention("norm", nn.LayerNorm(DIM), first=True), "nothing": Attention("norm", nn.Identity())
     })  # fmt: skip
-    assert not any("output projection" in row.note for row in espalier.structure_(model).layers)
+    notes = {row.layer: row.note for row in espalier.structure_(model).layers}
+    assert not any("output projection" in note for note in notes.values())
+    assert "before the projections" in notes["input"]
+    assert "before the projections" not in notes["nothing"]
 
 
 def test_filters_that_the_closed_form_was_not_made_for_carry_a_note() -> None:

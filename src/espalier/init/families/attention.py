@@ -190,10 +190,16 @@ def _between(module: nn.Module, said: str) -> Iterator[str]:
     # A norm that is registered before the projections acts on the input.
     children = [name for name, part in module.named_children() if not isinstance(part, nn.Identity)]
     first = next((i for i, name in enumerate(children) if _holds_matrix(module.get_submodule(name))), 0)
+    if any(map(_is_norm, map(module.get_submodule, children[:first]))):
+        yield "a norm stands before the projections: both products hold for its output"
     if any(map(_OUTPUT_NORM.fullmatch, children[first:])) and "before the output projection" not in said:
         yield "a norm stands before the output projection: the VO product holds up to scale"
     if any(map(_GATE.fullmatch, names)) and "gate" not in said:
         yield "gated: the VO product holds before the gate"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _holds_matrix(module: nn.Module) -> bool:

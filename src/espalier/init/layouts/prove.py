@@ -180,7 +180,10 @@ def _calls(owner: tuple[str, nn.Module], name: str, module: nn.Module, width: in
 
 
 def _bound(module: nn.Module, call: Call) -> dict[str, Any]:
-    return dict(inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments)
+    try:
+        return dict(inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments)
+    except TypeError as error:
+        raise CannotRunError(f"{type(error).__name__}: {error}") from error
 
 
 def _width(module: nn.Module) -> int:
