@@ -209,3 +209,15 @@ def test_users_can_register_a_layout() -> None:
     x = torch.randn(3, 24, generator=seeded(2))
     espalier.structure_(model, attention=espalier.Mimetic(vo=(0.0, -0.4)), generator=seeded())
     torch.testing.assert_close(model[0].wo(model[0].wv(x)), -0.4 * x, atol=1e-5, rtol=0)
+
+
+def test_modules_with_the_very_same_weights_are_written_once() -> None:
+    first, second = (nn.MultiheadAttention(24, 3, batch_first=True) for _ in range(2))
+    for name, parameter in list(first.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        second.get_submodule(owner).register_parameter(leaf, parameter)
+    report = espalier.structure_(nn.ModuleDict({"first": first, "second": second, "own": copy.deepcopy(second)}))
+    assert [row.status for row in report.layers] == ["written", "skipped", "written"]
+    assert "those of first" in report.layers[1].note
+    q, k, _ = second.in_proj_weight.detach().chunk(3)
+    assert head_products(q, k, 3)[0].diagonal().mean() > 0.2

@@ -36,6 +36,8 @@ class _Site:
     layer: Layer
     family: Family
     place: Place
+    first: str
+    """Name of the first layer with the very same weights: its own, unless modules are tied."""
 
     def row(self, status: str, note: str = "") -> LayerReport:
         return LayerReport(self.layer.name, self.family.kind, self.layer.host, status, note=note)  # type: ignore[arg-type]
@@ -144,10 +146,24 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
 def _sites(model: nn.Module) -> Sequence[_Site]:
     located = [(layer, family_of(layer.found)) for layer in locate_layers(model)]
     families = [family for _, family in located]
+    firsts: dict[object, str] = {}
     return [
-        _Site(layer, family, (families[:index].count(family), families.count(family)))
+        _Site(
+            layer,
+            family,
+            (families[:index].count(family), families.count(family)),
+            firsts.setdefault(_memory(layer.found) or layer.name, layer.name),
+        )
         for index, (layer, family) in enumerate(located)
     ]
+
+
+def _memory(found: object) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """Return where a layer's views lie, empty if that is nowhere (on the meta device, or gathered later)."""
+    tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    if any(tensor.is_meta or tensor.numel() == 0 for tensor in tensors):
+        return ()
+    return tuple((t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape)) for t in tensors)
 
 
 def _attempt(
@@ -185,6 +201,8 @@ def _write(site: _Site, spec: object, stream: torch.Generator, sums: dict[str, f
         return site.row("skipped", found.reason)
     if not family.selects(spec, site.place):
         return site.row("skipped", "not among the layers asked for")
+    if site.first != site.layer.name:
+        return site.row("skipped", f"its weights are those of {site.first}, which is written")
     with site.layer.open() as weights:
         if isinstance(weights, Skipped):
             return site.row("skipped", weights.reason)
