@@ -158,7 +158,7 @@ def _sites(model: nn.Module) -> Sequence[_Site]:
     ]
 
 
-def _memory(found: object) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+def _memory(found: object) -> tuple[object, ...]:
     """Return where a layer's views lie, empty if that is nowhere (on the meta device, or gathered later)."""
     tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
     if any(tensor.is_meta or tensor.numel() == 0 for tensor in tensors):

@@ -188,8 +188,11 @@ def _vet(name: str, module: nn.Module, found: Found) -> Found:
     if isinstance(found, AttentionWeights | LatentAttentionWeights) and (reads_cross(name) or says_cross(module)):
         return _CROSS
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    views = [view for field in vars(found).values() for view in (field if isinstance(field, tuple) else (field,))]
-    if any(isinstance(view, Tensor) and view.untyped_storage()._cdata not in own for view in views):
+    # A bias that stays zero is a buffer in some classes (BEiT's, EVA's keys).
+    kept = own | {buffer.untyped_storage()._cdata for buffer in module.buffers()}
+    weights = [(view, own) for view in vars(found).values() if isinstance(view, Tensor)]
+    biases = [(view, kept) for views in vars(found).values() if isinstance(views, tuple) for view in views]
+    if any(isinstance(t, Tensor) and t.untyped_storage()._cdata not in known for t, known in (*weights, *biases)):
         return Skipped(found.kind, COMPUTED)
     return refuse_computed(module, found.kind) or found
 

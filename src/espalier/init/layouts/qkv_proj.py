@@ -15,6 +15,7 @@ from espalier.init.layouts.registry import Found, register_layout
 @register_layout("timm.models.beit.Attention")
 @register_layout("timm.models.swin_transformer.WindowAttention")
 @register_layout("torchvision.models.swin_transformer.ShiftedWindowAttention")
+@register_layout("torchvision.models.swin_transformer.ShiftedWindowAttentionV2")
 def qkv_proj(module: nn.Module) -> Found:
     """Return views into ``qkv.weight``, whose rows are all queries, all keys, all values, and ``proj.weight``."""
     return fused(module, "qkv", "proj")
