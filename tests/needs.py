@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from espalier.errors import EspalierError
 from espalier.nn import use_backend
@@ -22,6 +23,10 @@ def _kernels_run() -> bool:
 
 KERNELS = pytest.mark.skipif(
     not _kernels_run(), reason="the C++ kernels are not built: apt-get install g++, then make kernels"
+)
+INDUCTOR = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch's compiler writes C++ that does not compile without vectors: unset ATEN_CPU_CAPABILITY",
 )
 # The values of a parameter that goes through every implementation of the hot loops on a CPU.
 IMPLEMENTATIONS = [pytest.param("compiled", marks=KERNELS), "torch"]

@@ -271,9 +271,14 @@ def test_an_operator_that_rounding_left_far_from_orthogonal_is_measured() -> Non
         conv.weight.copy_(conv.weight[:1].expand_as(conv.weight))  # rank 1: what should cancel is lost in α²
         conv.alpha.fill_(1e9)
     x = torch.rand(1, 6, 8, 8).double()
-    exact = steepest(conv, x)
-    assert exact > 2
-    assert exact <= lipschitz_bound(conv, x)
+    try:
+        exact = steepest(conv, x)
+    except torch.linalg.LinAlgError:  # the inverse of some libraries, which pivot: singular as it is rounded
+        with pytest.raises(UncertifiableError, match="forward pass fails"):
+            lipschitz_bound(conv, x)
+    else:
+        assert exact > 2
+        assert exact <= lipschitz_bound(conv, x)
     with pytest.raises(UncertifiableError, match="give an example"):
         lipschitz_bound(conv)
     with torch.no_grad():

@@ -24,6 +24,7 @@ from espalier.nn import (
     parametrize_cayley,
 )
 from espalier.nn.lipschitz.activations import GroupSort
+from needs import INDUCTOR
 from reference.cayley_original import OriginalCayleyConv, OriginalCayleyLinear
 from rounding import assert_equal_up_to_rounding
 
@@ -170,6 +171,7 @@ def test_compiled_net_is_the_same_function_with_the_same_gradients(training: boo
     torch.testing.assert_close(compiled(x), net(x), atol=1e-6, rtol=0)
 
 
+@INDUCTOR
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")

@@ -184,11 +184,12 @@ def analyse(x: Tensor, matrices: Tables) -> Pair:
     if matrices.packed is not None and kernels.compiled(x):
         return kernels.analyse(x, matrices.packed, len(matrices.kept), paired=matrices.paired)
     *lead, width, columns = x.shape
-    rows = _columns_last(x).reshape(-1, width, columns)
+    # Every size is named here and below: an empty batch leaves nothing to infer one from.
+    rows = _columns_last(x).reshape(math.prod(lead), width, columns)
     real, imag = (torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
-    real, imag = (plane.reshape(-1, columns) for plane in (real, imag))
+    real, imag = (plane.reshape(math.prod(lead) * len(matrices.last[0]), columns) for plane in (real, imag))
     if len(matrices.kept) != len(matrices.place):
         real, imag = (plane.index_select(0, matrices.kept) for plane in (real, imag))
     if matrices.weighted:
@@ -220,11 +221,11 @@ def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, 
         real, imag = (plane.index_select(0, matrices.place) * weights for plane in (real, imag))
     for axis in range(len(lead)):
         real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=True)
-    real, imag = (plane.reshape(-1, half, columns) for plane in (real, imag))
+    real, imag = (plane.reshape(math.prod(lead), half, columns) for plane in (real, imag))
     last_r, last_i = (m.mT.expand(real.shape[0], width, half) for m in matrices.last)
     images = torch.baddbmm(torch.bmm(last_r, real), last_i, imag)
     if bias is not None:
-        images = (images.view(-1, columns // len(bias), len(bias)) + bias).view(images.shape)
+        images = (images.unflatten(-1, (columns // len(bias), len(bias))) + bias).view(images.shape)
     images = images.reshape(*lead, width, columns)
     if columns_first and lead:
         images = images.flatten(0, -2).t().contiguous().view(columns, *lead, width).movedim(0, -1)
@@ -235,7 +236,7 @@ def _mix(spectrum: Pair, lead: Sequence[int], axis: int, matrix: Pair, *, conj: 
     """Multiply one axis by a complex (n, n) matrix."""
     n, before = lead[axis], math.prod(lead[:axis])
     parts = (matrix[0].expand(before, n, n), matrix[1].expand(before, n, n))
-    real, imag = (plane.reshape(before, n, -1) for plane in spectrum)
+    real, imag = (plane.reshape(before, n, plane.numel() // (before * n)) for plane in spectrum)
     re, im = product(parts, (real, imag), conj_a=conj)
     assert im is not None  # both factors have two planes
     return re, im
