@@ -318,3 +318,12 @@ def test_an_adapter_on_a_state_space_layer_gets_a_row() -> None:
     [found] = [found for _, _, found in find_layers(mixer)]
     assert isinstance(found, Skipped)
     assert "LoRA" in found.reason
+
+
+def test_a_class_whose_mode_switch_returns_nothing_is_probed_all_the_same() -> None:
+    class Careless(RandomAttention):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    plain, careless = (cls(Form()) for cls in (RandomAttention, Careless))
+    assert type(found_in(nn.Sequential(careless))["0"]) is type(found_in(nn.Sequential(plain))["0"])

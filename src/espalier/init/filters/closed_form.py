@@ -173,7 +173,9 @@ def sample_filters(
         EspalierError: Σ is not square, finite, symmetric and positive semi-definite.
     """
     eigenvalues, basis = covariance_spectrum(covariance.cpu())
-    root_KK = (basis * eigenvalues.clamp_min(0).sqrt()) @ basis.mT
+    # What rounding left of a zero would weigh its root's 1e-8 in the filters, another one on every library.
+    noise_floor = len(basis) * torch.finfo(torch.float64).eps * float(eigenvalues[-1])
+    root_KK = (basis * eigenvalues.where(eigenvalues > noise_floor, 0.0).sqrt()) @ basis.mT
     noise = torch.randn(count, len(basis), generator=cpu_generator(generator), dtype=torch.float64, device="cpu")
     return (noise @ root_KK).to(dtype or covariance.dtype)
 

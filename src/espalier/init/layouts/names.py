@@ -22,7 +22,10 @@ _MAPS = (
     re.compile(r"^(to_?kv?|w_?kv?|k|key|keys|k_?(proj|lin)\w*|key_\w+|k_(a|b|down|up|layer)\w*|linear_k|kv\w*)$", re.I),
     re.compile(r"^(to_?k?v|w_?k?v|v|value|values|v_?(proj|lin)\w*|value_\w+|v_layer\w*|linear_v|kv\w*)$", re.I),
 )  # fmt: skip
-_FUSED = re.compile(r"^(\w*qkv\w*|c_attn|query_key_value|in_proj_weight)$", re.I)
+# The last: a dropout on attention weights, whatever the maps are called.
+_FUSED = re.compile(
+    r"^(\w*qkv\w*|(to_?)?qk(_?(proj|lin)\w*)?|attn_drop\w*|c_attn|query_key_value|in_proj_weight)$", re.I
+)
 
 
 def reads_cross(name: str) -> bool:

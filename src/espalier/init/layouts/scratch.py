@@ -88,7 +88,8 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
         config: Any = getattr(part, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
             config._attn_implementation_internal = "eager"  # the copy's own: kernels of other kinds need a GPU
-    return twin.eval()
+    twin.eval()  # some classes override train() and return nothing
+    return twin
 
 
 @contextmanager
