@@ -190,8 +190,13 @@ def _between(module: nn.Module, said: str) -> Iterator[str]:
     # A norm that is registered before the projections acts on the input.
     children = [name for name, part in module.named_children() if not isinstance(part, nn.Identity)]
     first = next((i for i, name in enumerate(children) if _holds_matrix(module.get_submodule(name))), 0)
-    if any(map(_is_norm, map(module.get_submodule, children[:first]))):
+    norms = [n for n in children if _is_norm(module.get_submodule(n)) and not _QK_NORM.fullmatch(n)]
+    if any(n in children[:first] or not _OUTPUT_NORM.fullmatch(n) for n in norms):
         yield "a norm stands before the projections: both products hold for its output"
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim <= 1]
+    scales = [name for name in own if "bias" not in name and "sink" not in name]
+    if scales and "scale" not in said:
+        yield f"learned numbers of its own ({', '.join(scales)}): its products hold up to scale"
     if any(map(_OUTPUT_NORM.fullmatch, children[first:])) and "before the output projection" not in said:
         yield "a norm stands before the output projection: the VO product holds up to scale"
     if any(map(_GATE.fullmatch, names)) and "gate" not in said:
