@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -162,10 +163,16 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         return math.nan
     stats, numpy = require("scipy.stats", "train"), require("numpy", "train")
     values = numpy.asarray(differences, dtype=float)
+    scale = float(numpy.abs(values).max()) or 1.0
+
+    def mean(x: Any, axis: int) -> Any:
+        # Means that differ by rounding alone are equal: a tie counts.
+        return numpy.round(numpy.mean(x, axis=axis) / scale, 12)
+
     # With as many resamples as there are choices of signs, scipy takes each of them once and draws nothing.
     resamples, rng = 2 ** min(n, _EXACT_SEEDS), numpy.random.default_rng(0)
     test = {"permutation_type": "samples", "n_resamples": resamples, "vectorized": True, "rng": rng}
-    return float(stats.permutation_test((values,), numpy.mean, **test).pvalue)
+    return float(stats.permutation_test((values,), mean, **test).pvalue)
 
 
 def best_rate(means: Mapping[float, float]) -> float | None:
