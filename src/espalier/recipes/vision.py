@@ -49,7 +49,7 @@ def digits_convmixer() -> Recipe:
 def fashion_vit() -> Recipe:
     """Return a small ViT on Fashion-MNIST: test accuracy, minutes on a CPU.
 
-    ``espalier train fashion_vit --data ../shared/data/fashion-mnist``.
+    ``espalier train fashion_vit --data DIR``.
     """
     return Recipe(
         name="fashion_vit",
