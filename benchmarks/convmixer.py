@@ -4,7 +4,7 @@
 
 Every way takes the same batch of one shape; ways alternate within a round, so that a drift of the machine's speed
 touches all. Medians over the rounds, and ratios to the paper's definition in the contiguous layout: above 1 is faster.
-The weights are equal; what differs is the memory layout, the class and, for inference, the folded norms of ``fuse``.
+The weights are equal; what differs is the memory layout and the class.
 ``--blocks`` cuts the depth: every block costs the same, so ratios hardly move.
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.checkpoints.convmixer import convert_state
-from espalier.models import ConvMixer, choose_memory_format_, fuse
+from espalier.models import ConvMixer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.convmixer_original import original_convmixer
@@ -59,7 +59,7 @@ def networks(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, n
     ours = ConvMixer(*arguments, num_classes=10)
     plain = original_convmixer(*arguments, 10)
     plain.load_state_dict(convert_state(ours.state_dict(), "original"))
-    ways: dict[str, nn.Module] = {"plain": plain, "ours": ours, "ours, fused": fuse(ours)}
+    ways: dict[str, nn.Module] = {"plain": plain, "ours": ours}
     if torch.version.cuda is None:
         import reference.torchvision_operators  # noqa: F401  # timm imports torchvision
     try:
@@ -112,17 +112,12 @@ def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[s
     # Else the limit of recompilations, which counts all networks together, would leave the last ones uncompiled.
     torch.compiler.reset()
     x = torch.randn(shape.batch, 3, shape.pixels, shape.pixels, device=device)
-    if precision == "float32":
-        ours = ConvMixer(shape.dim, shape.depth, shape.kernel, shape.patch, num_classes=10).to(device)
-        print(f"\n{choose_memory_format_(ours, x)}")
     times: dict[str, dict[str, list[float]]] = {"training step": {}, "inference": {}}
     ways = list(networks(shape, device, options.compile))
     for round_number in range(options.rounds + 1):
         for name, net, layout in ways:
             inputs = x.contiguous(memory_format=LAYOUTS[layout])
             for kind, run in (("training step", training_step), ("inference", inference)):
-                if kind == "training step" and "fused" in name:
-                    continue
                 taken = seconds(lambda net=net, inputs=inputs, run=run: run(net, inputs, autocast), device)
                 if round_number:  # the first one warms up and compiles
                     times[kind].setdefault(name, []).append(taken)

@@ -108,9 +108,6 @@ NETWORKS: dict[str, Case] = {
         tokens=12,
     ),
     "kwlarge": Case(lambda: models.KWLarge(width=8, hidden=32), (4, 3, 32, 32)),
-    "lipschitz-resnet9": Case(lambda: models.LipschitzResNet9(width=8), (2, 3, 32, 32)),
-    "lipschitz-wide-resnet": Case(lambda: models.LipschitzWideResNet(blocks=1, widen=1), (2, 3, 32, 32)),
-    "orthogonal-convmixer": Case(lambda: models.OrthogonalConvMixer(), (2, 3, 32, 32)),
     "orthogonal-convnet": Case(lambda: models.OrthogonalConvNet(widths=(16,), depths=(2,), hidden=32), (4, 3, 32, 32)),
 }
 CASES = {**ORTHOGONAL, **LIPSCHITZ, **SEQUENCE, **NETWORKS}

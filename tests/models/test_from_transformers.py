@@ -9,7 +9,7 @@ import espalier
 from espalier import data
 from espalier.errors import EspalierError
 from espalier.models import TransformersConvNext, TransformersViT
-from espalier.models.positions import sincos_positions
+from espalier.models.vit import sincos_positions
 from espalier.recipes import get_recipe
 from espalier.train.build import build_bare_model
 

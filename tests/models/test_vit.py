@@ -13,7 +13,7 @@ from torch import nn
 
 from espalier.errors import EspalierError
 from espalier.models import VisionTransformer, build_model
-from espalier.models.positions import sincos_positions
+from espalier.models.vit import sincos_positions
 
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}
 

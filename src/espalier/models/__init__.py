@@ -11,17 +11,9 @@ from torch import nn
 from espalier.errors import unknown_name
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
-from espalier.models.convmixer_fused import fuse
 from espalier.models.features import FeatureNet
 from espalier.models.from_transformers import TransformersConvNext, TransformersViT
-from espalier.models.lipschitz import (
-    KWLarge,
-    LipschitzResNet9,
-    LipschitzWideResNet,
-    OrthogonalConvMixer,
-    OrthogonalConvNet,
-)
-from espalier.models.memory_format import MemoryFormatChoice, choose_memory_format_
+from espalier.models.lipschitz import KWLarge, OrthogonalConvNet
 from espalier.models.sequence import SequenceModel
 from espalier.models.vit import VisionTransformer
 
@@ -30,18 +22,12 @@ __all__ = [
     "ConvMixer",
     "FeatureNet",
     "KWLarge",
-    "LipschitzResNet9",
-    "LipschitzWideResNet",
-    "MemoryFormatChoice",
-    "OrthogonalConvMixer",
     "OrthogonalConvNet",
     "SequenceModel",
     "TransformersConvNext",
     "TransformersViT",
     "VisionTransformer",
     "build_model",
-    "choose_memory_format_",
-    "fuse",
     "register_with_timm",
 ]
 
@@ -50,9 +36,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **CONVMIXERS,
     "sequence": SequenceModel,
     "kwlarge": KWLarge,
-    "lipschitz_resnet9": LipschitzResNet9,
-    "lipschitz_wide_resnet": LipschitzWideResNet,
-    "orthogonal_convmixer": OrthogonalConvMixer,
     "orthogonal_convnet": OrthogonalConvNet,
     "transformers_convnext": TransformersConvNext,
     "transformers_vit": TransformersViT,

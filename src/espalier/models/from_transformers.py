@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require
-from espalier.models.positions import sincos_positions
+from espalier.models.vit import sincos_positions
 
 
 class TransformersViT(nn.Module):

@@ -15,8 +15,7 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.models.orthogonal_layers import orthogonal_conv
 from espalier.nn.lipschitz.activations import MaxMin
 from espalier.nn.lipschitz.normalisation import NormalizedLinear
-from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
-from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling
 from espalier.nn.orthogonal.conv import CayleyConv2d
 from espalier.nn.orthogonal.linear import CayleyLinear
 
@@ -52,10 +51,9 @@ class LipschitzNet(nn.Sequential):
         | parameter | distribution |
         |---|---|
         | Cayley weights and biases, normalised head | uniform on ±1/√fan-in; α is the norm of the weights |
-        | coefficients of convex sums | their starting value, no draw |
         """
         for module in self.modules():
-            if isinstance(module, CayleyConv2d | CayleyLinear | NormalizedLinear | ConvexSum):
+            if isinstance(module, CayleyConv2d | CayleyLinear | NormalizedLinear):
                 module.reset_parameters(generator)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -93,8 +91,8 @@ class LipschitzNet(nn.Sequential):
         return {"stem": r"^features\.0\.", "blocks": r"^features\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters exempt from weight decay: scales and mixing coefficients."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("alpha", "logit"))}
+        """Return the parameters exempt from weight decay: the scales α."""
+        return {name for name, _ in self.named_parameters() if name.endswith("alpha")}
 
 
 class KWLarge(LipschitzNet):
@@ -133,133 +131,6 @@ class KWLarge(LipschitzNet):
             *_conv(layer, width, 2 * width, 3),
             *_conv(layer, 2 * width, 2 * width, 1, stride=2),
             *_dense(2 * width * rows * columns // 16, hidden),
-        ]
-        super().__init__(features, hidden, num_classes, head)
-
-
-class LipschitzResNet9(LipschitzNet):
-    """ResNet-9 of orthogonal convolutions: convex sums in place of residuals, no norms, scaled pooling.
-
-    conv(w) → conv(2w, stride 2) → [2w, 2w] → conv(4w, stride 2) → conv(8w, stride 2) → [8w, 8w] → pool → head, with
-    MaxMin after every convolution; [ ] is (1 − c)·x + c·f(x).
-
-    Args:
-        width: w.
-        img_size: side of the images, or (height, width), divisible by 8.
-        in_chans: channels of the images.
-        num_classes: classes; 0 leaves the head out.
-        layer: see ``KWLarge``.
-        head: see ``LipschitzNet``.
-    """
-
-    def __init__(
-        self,
-        width: int = 32,
-        img_size: int | tuple[int, int] = 32,
-        in_chans: int = 3,
-        num_classes: int = 10,
-        layer: str = "cayley",
-        head: str = "orthogonal",
-    ) -> None:
-        _sides(img_size, 8)
-        features = [
-            *_conv(layer, in_chans, width, 3),
-            *_conv(layer, width, 2 * width, 3, stride=2),
-            _convex(layer, 2 * width),
-            *_conv(layer, 2 * width, 4 * width, 3, stride=2),
-            *_conv(layer, 4 * width, 8 * width, 3, stride=2),
-            _convex(layer, 8 * width),
-            ScaledAvgPool2d(),
-            nn.Flatten(),
-        ]
-        super().__init__(features, 8 * width, num_classes, head)
-
-
-class LipschitzWideResNet(LipschitzNet):
-    """Wide ResNet of orthogonal convolutions: three stages of ``blocks`` convex sums of two convolutions.
-
-    conv(16) → [16w]·n → conv(32w, stride 2) → [32w]·n → conv(64w, stride 2) → [64w]·n → pool → head.
-
-    Args:
-        widen: w, the factor of the widths.
-        blocks: n, convex sums per stage.
-        img_size: side of the images, or (height, width), divisible by 4.
-        in_chans: channels of the images.
-        num_classes: classes; 0 leaves the head out.
-        layer: see ``KWLarge``.
-        head: see ``LipschitzNet``.
-    """
-
-    def __init__(
-        self,
-        widen: int = 4,
-        blocks: int = 1,
-        img_size: int | tuple[int, int] = 32,
-        in_chans: int = 3,
-        num_classes: int = 10,
-        layer: str = "cayley",
-        head: str = "orthogonal",
-    ) -> None:
-        _sides(img_size, 4)
-        features: list[nn.Module] = [*_conv(layer, in_chans, 16, 3), *_conv(layer, 16, 16 * widen, 3)]
-        for stage in range(3):
-            dim = 16 * widen * 2**stage
-            if stage:
-                features += _conv(layer, dim // 2, dim, 1, stride=2)
-            features += [_convex(layer, dim) for _ in range(blocks)]
-        super().__init__([*features, ScaledAvgPool2d(), nn.Flatten()], 64 * widen, num_classes, head)
-
-
-class OrthogonalConvMixer(LipschitzNet):
-    """ConvMixer without residuals and norms, every layer an isometry: patches, then mixing of pixels and of channels.
-
-    Pixels are moved into channels in blocks of p × p and widened to ``dim`` by an orthonormal matrix; then ``depth``
-    times an orthogonal k × k convolution and an orthogonal matrix across channels, MaxMin after each; then pooling by
-    blocks, an orthogonal layer to ``hidden`` features, and the head. Gradients keep their norm, so depth needs no
-    shortcuts, and one resolution throughout lets every layer share the cheap spectrum of a small image.
-
-    Args:
-        dim: width.
-        depth: number of blocks.
-        kernel_size: k.
-        patch_size: p, side of a patch in pixels.
-        pool: side of the blocks that are averaged at the end.
-        hidden: features of the last hidden layer.
-        groups: groups of the k × k convolutions; ``dim`` makes them depthwise.
-        img_size: side of the images, or (height, width), divisible by p·pool.
-        in_chans: channels of the images.
-        num_classes: classes; 0 leaves the head out.
-        layer: see ``KWLarge``; ``groups`` above 1 needs ``"cayley"``.
-        head: see ``LipschitzNet``.
-    """
-
-    def __init__(
-        self,
-        dim: int = 128,
-        depth: int = 4,
-        kernel_size: int = 3,
-        patch_size: int = 2,
-        pool: int = 2,
-        hidden: int = 512,
-        groups: int = 1,
-        img_size: int | tuple[int, int] = 32,
-        in_chans: int = 3,
-        num_classes: int = 10,
-        layer: str = "cayley",
-        head: str = "orthogonal",
-    ) -> None:
-        rows, columns = _sides(img_size, patch_size * pool)
-        blocks = [
-            [*_conv(layer, dim, dim, kernel_size, groups=groups), *_conv(layer, dim, dim, 1)] for _ in range(depth)
-        ]
-        features = [
-            InvertibleDownsampling(patch_size),
-            *_conv(layer, in_chans * patch_size**2, dim, 1),
-            *(module for block in blocks for module in block),
-            ScaledAvgPool2d(pool),
-            nn.Flatten(),
-            CayleyLinear(dim * rows * columns // (patch_size * pool) ** 2, hidden),
-            MaxMin(),
         ]
         super().__init__(features, hidden, num_classes, head)
 
@@ -321,24 +192,18 @@ class OrthogonalConvNet(LipschitzNet):
         super().__init__(features, hidden, num_classes, head)
 
 
-def _conv(
-    layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> tuple[nn.Module, nn.Module]:
-    return orthogonal_conv(layer, inputs, outputs, kernel_size, stride, groups), MaxMin()
+def _conv(layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return orthogonal_conv(layer, inputs, outputs, kernel_size, stride), MaxMin()
 
 
 def _dense(inputs: int, hidden: int) -> list[nn.Module]:
     return [nn.Flatten(), CayleyLinear(inputs, hidden), MaxMin(), CayleyLinear(hidden, hidden), MaxMin()]
 
 
-def _convex(layer: str, dim: int) -> ConvexSum:
-    return ConvexSum(nn.Sequential(*_conv(layer, dim, dim, 3), *_conv(layer, dim, dim, 3)))
-
-
 def _sides(img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
     rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
     if multiple < 1:
-        raise EspalierError(f"images shrunk {multiple} times: patches and pooled blocks have sides of at least 1")
+        raise EspalierError(f"images shrunk {multiple} times: patches have sides of at least 1")
     if min(rows, columns) < 1 or rows % multiple or columns % multiple:
         raise EspalierError(f"img_size {img_size}: sides must be multiples of {multiple}")
     return rows, columns

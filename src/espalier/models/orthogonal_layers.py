@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError, require, unknown_name
+from espalier.errors import require, unknown_name
 from espalier.nn.lipschitz.constant import kernel_norm
 from espalier.nn.orthogonal.conv import CayleyConv2d
 
 PEERS = {"aoc": ("AOC", "AdaptiveOrthoConv2d"), "soc": ("adaptiveSOC", "AdaptiveSOCConv2d")}
 
 
-def orthogonal_conv(
-    layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> nn.Module:
+def orthogonal_conv(layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> nn.Module:
     """Return an orthogonal convolution with circular padding and a bias.
 
     Args:
@@ -23,18 +21,15 @@ def orthogonal_conv(
         outputs: channels out.
         kernel_size: taps along each axis on the coarse grid: one tap of a layer with stride s covers s pixels.
         stride: s.
-        groups: independent parts.
 
     Raises:
-        EspalierError: an unknown layer, or groups with a peer.
+        EspalierError: an unknown layer.
         MissingExtraError: a peer is wanted and orthogonium is not installed.
     """
     if layer == "cayley":
-        return CayleyConv2d(inputs, outputs, kernel_size, stride=stride, groups=groups)
+        return CayleyConv2d(inputs, outputs, kernel_size, stride=stride)
     if layer not in PEERS:
         raise unknown_name("layer", layer, ("cayley", *PEERS))
-    if groups != 1:
-        raise EspalierError(f"groups {groups} with layer {layer!r}: only 'cayley' takes groups here")
     return PeerConv2d(layer, inputs, outputs, kernel_size * stride, stride)
 
 
