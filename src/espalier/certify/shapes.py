@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +15,44 @@ from espalier.certify.bounded import Analysis, Bound, Term
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
 
-_MEET = "it moves the batch from the front, so that images would meet"
+_MEET = "it moves, drops or repeats a part of the batch, so that images would meet"
 
 
-def _same(analysis: Analysis, x: Bound, value: Tensor | None, factor: float = 1.0) -> Bound:
-    """Return the bound of numbers of x in other places, image by image."""
-    if value is not None and (value.ndim == 0 or len(value) != len(x.numbers)):
+def _rearranged(
+    analysis: Analysis, x: Bound, compute: Callable[[Tensor], Any], ids: Callable[[Tensor], Any] | None = None,
+    *, sized: bool = False,
+) -> Any:  # fmt: skip
+    """Return the bound of numbers of x in other places: √ of how often one of them is there, found by trying it out.
+
+    Args:
+        analysis: the analysis.
+        x: the operand.
+        compute: the operation; it returns a tensor, or a tuple of them.
+        ids: the same with −1 for numbers that are not of x, if it adds some.
+        sized: the operation names the length of the batch.
+    """
+    shape, size = x.numbers.shape, math.prod(x.numbers.shape[1:])
+    # A single image could be moved along the batch unnoticed: two are tried in its place.
+    count = len(x.numbers) if sized else max(2, len(x.numbers))
+    every = torch.arange(count * size, dtype=torch.float64, device=x.numbers.device).view(count, *shape[1:])
+    values, places = compute(x.numbers), (ids or compute)(every)
+    if isinstance(values, Tensor):
+        return _placed(analysis, x, values, places, count, size)
+    return tuple(_placed(analysis, x, *pair, count, size) for pair in zip(values, places, strict=True))
+
+
+def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, count: int, size: int) -> Bound:
+    if value.ndim == 0 or len(value) != len(x.numbers) or len(places) != count:
         raise UncertifiableError(_MEET)
-    return analysis.exact(x, value, factor)
+    if not value.numel():
+        return analysis.exact(x, value)
+    own = size * torch.arange(count, dtype=torch.float64, device=places.device).view(-1, *(1,) * (places.ndim - 1))
+    inside = torch.where(places < 0, -1.0, places - own)
+    if not bool((inside == inside[:1]).all()) or inside[0].max() >= size:
+        raise UncertifiableError(_MEET)
+    return analysis.exact(
+        x, value, root_up(torch.bincount(inside[0].flatten().long() + 1, minlength=2)[1:].max().item())
+    )
 
 
 # -- what a network may ask about a tensor without looking at its numbers
@@ -68,9 +97,8 @@ def _constants(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rule
 
 
-for _name in ("zeros_like", "ones_like", "full_like", "empty_like"):
-    if _name != "empty_like":  # what an empty tensor holds is anybody's guess
-        operation(f"torch.{_name}")(_constants(getattr(torch, _name)))
+for _name in ("zeros_like", "ones_like", "full_like"):
+    operation(f"torch.{_name}")(_constants(getattr(torch, _name)))
 for _name in ("new_zeros", "new_ones", "new_full", "new_tensor"):
     operation(f"torch.Tensor.{_name}")(_constants(getattr(Tensor, _name)))
 
@@ -91,171 +119,41 @@ def copied(analysis: Analysis, input: Bound, *, memory_format: Any = None) -> Bo
     return input
 
 
-@operation("flatten", alias=True)
-def flatten(analysis: Analysis, input: Bound, start_dim: int = 0, end_dim: int = -1) -> Bound:
-    """The same numbers; the batch is left alone."""
-    if input.value is None:
-        if start_dim < 1:
-            raise UncertifiableError("it may flatten the batch: flatten from dimension 1, or give an example=")
-        return input
-    if start_dim % input.value.ndim == 0 and end_dim % input.value.ndim != 0:
-        raise UncertifiableError(_MEET)
-    return _same(analysis, input, input.value.flatten(start_dim, end_dim))
+def _enter(compute: Callable[..., Any], *names: str, alias: bool = True, sized: bool = False) -> None:
+    """Enter an operation that only moves numbers; which of them need no image size is written out below."""
+
+    @operation(*names, alias=alias)
+    def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
+        """The same numbers in other places: √ of the copies of one."""
+        if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
+            raise UncertifiableError("reading numbers as another dtype has no rule")
+        if input.value is None and _keeps_images(names[0], *args, **kwargs):
+            return input
+        return _rearranged(analysis, input, lambda x: compute(x, *args, **kwargs), sized=sized)
 
 
-@operation("unflatten", alias=True)
-def unflatten(analysis: Analysis, input: Bound, dim: int, sizes: Any) -> Bound:
-    """The same numbers; the batch is left alone."""
-    if dim == 0 or (dim < 0 and dim % input.numbers.ndim == 0):
-        raise UncertifiableError(_MEET)
-    return _same(analysis, input, None if input.value is None else input.value.unflatten(dim, sizes))
+def _keeps_images(name: str, *args: Any, **kwargs: Any) -> bool:
+    """Return whether an operation leaves the batch alone and copies nothing, whatever the size of its input."""
+    if name == "flatten":
+        return (args[0] if args else kwargs.get("start_dim", 0)) >= 1
+    return name.startswith("F.") or (name == "unflatten" and (args[0] if args else kwargs["dim"]) >= 1)
 
 
-@operation("reshape", "view", alias=True)
-def reshape(analysis: Analysis, input: Bound, *shape: Any) -> Bound:
-    """The same numbers in the same order, so that a batch of the same length holds the same images."""
-    if any(isinstance(part, torch.dtype) for part in shape):
-        raise UncertifiableError("reading numbers as another dtype has no rule")
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-    return _same(analysis, input, input.numbers.reshape(tuple(sizes)))
-
-
-def _moved(compute: Callable[..., Tensor]) -> Callable[..., Bound]:
-    def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound:
-        """The same numbers along other axes; whether the batch stays in front is tried out."""
-        # A tensor of the same shape whose elements name their image tells where every image went.
-        images = torch.arange(len(input.numbers)).view(-1, *(1,) * (input.numbers.ndim - 1)).expand(input.numbers.shape)
-        value, where = compute(input.numbers, *args, **kwargs), compute(images, *args, **kwargs)
-        own = torch.arange(len(where)).view(-1, *(1,) * (where.ndim - 1)) if where.ndim else None
-        if own is None or not bool((where == own).all()):
-            raise UncertifiableError(_MEET)
-        return _same(analysis, input, value)
-
-    return rule
-
-
-_MOVES: dict[str, Callable[..., Tensor]] = {
-    name: getattr(Tensor, name)
-    for name in ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze")
-}
-for _name, _compute in _MOVES.items():
-    operation(_name, alias=True)(_moved(_compute))
-operation("torch.Tensor.mT.__get__", alias=True)(_moved(lambda x: x.mT))
-
-
-def _image_axis(input: Bound, dim: int) -> int:
-    """Return an axis counted from the front, the batch excepted."""
-    axis = dim % input.numbers.ndim
-    if axis == 0:
-        raise UncertifiableError(_MEET)
-    return axis
-
-
-def _rearranged(compute: Callable[..., Tensor], least: int) -> Callable[..., Bound]:
-    def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound:
-        """The same numbers of every image in other places."""
-        if input.value is not None and input.value.ndim < least:
-            raise UncertifiableError("it takes the batch for channels: give (B, C, …)")
-        return _same(analysis, input, None if input.value is None else compute(input.value, *args, **kwargs))
-
-    return rule
-
-
-for _name, _compute, _least in (
-    ("pixel_shuffle", F.pixel_shuffle, 4), ("pixel_unshuffle", F.pixel_unshuffle, 4),
-    ("channel_shuffle", F.channel_shuffle, 3),
+for _name in (
+    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "flatten",
+    "unflatten", "chunk", "unbind", "narrow", "select",
 ):  # fmt: skip
-    operation(f"F.{_name}", f"torch.{_name}", alias=True)(_rearranged(_compute, _least))
-
-
-@operation("chunk", alias=True)
-def chunk(analysis: Analysis, input: Bound, chunks: int, dim: int = 0) -> tuple[Bound, ...]:
-    """Parts of every image."""
-    return _parts(analysis, input, input.numbers.chunk(chunks, _image_axis(input, dim)))
-
-
-@operation("split", "F.split", "split_with_sizes", alias=True)
-def split(analysis: Analysis, input: Bound, split_size: Any, dim: int = 0) -> tuple[Bound, ...]:
-    """Parts of every image."""
-    return _parts(analysis, input, input.numbers.split(split_size, _image_axis(input, dim)))
-
-
-@operation("unbind", alias=True)
-def unbind(analysis: Analysis, input: Bound, dim: int = 0) -> tuple[Bound, ...]:
-    """Parts of every image."""
-    return _parts(analysis, input, input.numbers.unbind(_image_axis(input, dim)))
-
-
-def _parts(analysis: Analysis, input: Bound, parts: Sequence[Tensor]) -> tuple[Bound, ...]:
-    return tuple(_same(analysis, input, part) for part in parts)
-
-
-@operation("narrow", alias=True)
-def narrow(analysis: Analysis, input: Bound, dim: int, start: int, length: int) -> Bound:
-    """A part of every image."""
-    return _same(analysis, input, input.numbers.narrow(_image_axis(input, dim), start, length))
-
-
-@operation("select", alias=True)
-def select(analysis: Analysis, input: Bound, dim: int, index: int) -> Bound:
-    """A part of every image."""
-    return _same(analysis, input, input.numbers.select(_image_axis(input, dim), index))
-
-
-@operation("torch.Tensor.__getitem__", alias=True)
-def item(analysis: Analysis, input: Bound, index: Any) -> Bound:
-    """A part of every image, by slices and numbers; the batch is taken whole."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts):
-        raise UncertifiableError("an index that is no number or slice has no rule: use index_select")
-    first = parts[0] if parts else Ellipsis
-    if not (first is Ellipsis or first == builtins.slice(None)):
-        raise UncertifiableError("it takes a part of the batch: start the index with a colon")
-    if first is Ellipsis and sum(part is not None and part is not Ellipsis for part in parts) >= input.numbers.ndim:
-        raise UncertifiableError("it takes a part of the batch: start the index with a colon")
-    return _same(analysis, input, input.numbers[index])
-
-
-@operation("index_select")
-def index_select(analysis: Analysis, input: Bound, dim: int, index: Tensor) -> Bound:
-    """Parts of every image; √ of how often the same one is taken."""
-    copies = torch.bincount(index.flatten()).max().item() if index.numel() else 0
-    return _same(analysis, input, input.numbers.index_select(_image_axis(input, dim), index), root_up(copies))
-
-
-@operation("flip")
-def flip(analysis: Analysis, input: Bound, *dims: Any) -> Bound:
-    """The same numbers in other places."""
-    given = dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
-    return _same(analysis, input, input.numbers.flip([_image_axis(input, dim) for dim in given]))
-
-
-@operation("roll")
-def roll(analysis: Analysis, input: Bound, shifts: Any, dims: Any = ()) -> Bound:
-    """The same numbers in other places."""
-    axes = [dims] if isinstance(dims, int) else list(dims)
-    if not axes:
-        raise UncertifiableError("it rolls images into each other: name the dims")
-    return _same(analysis, input, input.numbers.roll(shifts, [_image_axis(input, axis) for axis in axes]))
-
-
-@operation("expand", "broadcast_to", alias=True)
-def expand(analysis: Analysis, input: Bound, *size: Any) -> Bound:
-    """√ of the copies."""
-    sizes = tuple(size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size)
-    if len(sizes) != input.numbers.ndim:
-        raise UncertifiableError(_MEET)
-    value = input.numbers.expand(sizes)
-    return _same(analysis, input, value, root_up(value.numel() / max(1, input.numbers.numel())))
-
-
-@operation("repeat", "tile")
-def repeat(analysis: Analysis, input: Bound, *repeats: Any) -> Bound:
-    """√ of the copies."""
-    counts = tuple(repeats[0] if len(repeats) == 1 and isinstance(repeats[0], Sequence) else repeats)
-    if len(counts) != input.numbers.ndim or counts[0] != 1:
-        raise UncertifiableError(_MEET)
-    return _same(analysis, input, input.numbers.repeat(counts), root_up(math.prod(counts)))
+    _enter(getattr(Tensor, _name), _name)
+_enter(Tensor.split, "split", "F.split", "split_with_sizes")
+_enter(Tensor.reshape, "reshape", "view", sized=True)
+_enter(Tensor.expand, "expand", "broadcast_to", sized=True)
+_enter(Tensor.__getitem__, "torch.Tensor.__getitem__")
+_enter(lambda x: x.mT, "torch.Tensor.mT.__get__")
+for _name in ("index_select", "flip", "roll"):
+    _enter(getattr(Tensor, _name), _name, alias=False)
+_enter(Tensor.repeat, "repeat", "tile", alias=False)
+for _name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
+    _enter(getattr(F, _name), f"F.{_name}", f"torch.{_name}")
 
 
 def padding_factor(pads: Sequence[int], mode: str) -> float:
@@ -272,18 +170,18 @@ def padding_factor(pads: Sequence[int], mode: str) -> float:
 
 @operation("F.pad")
 def pad(analysis: Analysis, input: Bound, pad: Any, mode: str = "constant", value: float | None = None) -> Bound:
-    """1 with a constant; see ``padding_factor``."""
-    factor = padding_factor(pad, mode)
+    """√ of how often one pixel is there; see ``padding_factor`` where the image size is not known."""
     if input.value is None:
-        return Bound(None, up(factor, input.lipschitz))
-    if len(pad) >= 2 * input.value.ndim or (mode != "constant" and len(pad) > 2 * (input.value.ndim - 2)):
-        raise UncertifiableError("it pads the batch")
-    padded = F.pad(input.value, pad, mode, value)
-    if value:
-        # The number is rounded to the network's precision, and counts in what follows.
-        u = cast_unit(padded.dtype) * abs(value) * math.sqrt(padded[0].numel())
-        return analysis.combine(padded, [Term(input, factor)], constant=abs(value), absolute=u)
-    return _same(analysis, input, padded, factor)
+        return Bound(None, up(padding_factor(pad, mode), input.lipschitz))
+    fill = -1.0 if mode == "constant" else None
+    padded: Bound = _rearranged(
+        analysis, input, lambda x: F.pad(x, pad, mode, value), lambda x: F.pad(x, pad, mode, fill)
+    )
+    if not value:
+        return padded
+    # The number is rounded to the network's precision, and counts in what follows.
+    u = cast_unit(padded.numbers.dtype) * abs(value) * math.sqrt(padded.numbers[0].numel())
+    return analysis.combine(padded.value, [Term(input, 1.0)], constant=abs(value), absolute=u)
 
 
 def _joined(analysis: Analysis, tensors: Sequence[Any], dim: int, join: Callable[..., Tensor]) -> Bound:
@@ -321,7 +219,9 @@ class Sorted(NamedTuple):
 @operation("sort")
 def sort(analysis: Analysis, input: Bound, dim: int = -1, descending: bool = False, stable: bool = False) -> Sorted:
     """1: no two sorted lists are further apart than the lists."""
-    return Sorted(_same(analysis, input, input.numbers.sort(_image_axis(input, dim), descending).values))
+    if dim % input.numbers.ndim == 0:
+        raise UncertifiableError(_MEET)
+    return Sorted(analysis.exact(input, input.numbers.sort(dim, descending).values))
 
 
 # -- conversions
