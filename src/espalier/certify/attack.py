@@ -117,7 +117,7 @@ def fooled(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return (scores.argmax(1) != labels) | ~torch.isfinite(scores).all(1)
 
 
-def towards(net: nn.Module, images: Tensor, found: Tensor, labels: Tensor, halvings: int = 20) -> Tensor:
+def bisect_to_boundary(net: nn.Module, images: Tensor, found: Tensor, labels: Tensor, halvings: int = 20) -> Tensor:
     """Return wrongly classified images on the segments from ``images`` to ``found``, as near as halving finds.
 
     Args:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from espalier.certify.attack import autoattack_l2, distance, fooled, pgd_l2, towards
+from espalier.certify.attack import autoattack_l2, bisect_to_boundary, distance, fooled, pgd_l2
 from espalier.certify.certificate import EPSILONS, Certificate, in_255
 from espalier.certify.radius import ARITHMETIC, check_pixels
 from espalier.errors import EspalierError
 from espalier.files import write_json
+from espalier.tables import text_table
 
 _GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
 """Certified points are attacked at these multiples of their radius: at it, and beyond it for the distance."""
@@ -66,18 +67,15 @@ class AttackReport:
 
     def table(self) -> str:
         """Return accuracy under attack and certified accuracy by ε as plain text."""
-        rows = [("ε", "under attack", "certified"), ("0 (clean)", _percent(self.clean_accuracy), "")]
+        rows = [("ε", "under attack", "certified"), ("0 (clean)", f"{100 * self.clean_accuracy:.2f} %", "")]
         rows += [
-            (in_255(eps), _percent(attacked), _percent(certified))
+            (in_255(eps), f"{100 * attacked:.2f} %", f"{100 * certified:.2f} %")
             for eps, attacked, certified in zip(self.eps, self.accuracy, self.certified_accuracy, strict=True)
         ]
-        width = max(len(row[0]) for row in rows)
-        lines = [f"{name:<{width}}  {attacked:>12}  {certified:>9}".rstrip() for name, attacked, certified in rows]
-        lines.insert(1, f"{'─' * width}  {'─' * 12}  {'─' * 9}")
         verdict = "none fell" if not self.broken else f"{len(self.broken)} FELL"
         tight = "" if self.tightness is None else f"; median radius / distance found {self.tightness:.3f}"
-        lines += ["", f"{self.attacked} certified points attacked at their own radius: {verdict}{tight}"]
-        return "\n".join([*lines, *(f"- {text}" for text in self.attacks)])
+        summary = f"{self.attacked} certified points attacked at their own radius: {verdict}{tight}"
+        return "\n".join([text_table(rows), "", summary, *(f"- {text}" for text in self.attacks)])
 
     def __str__(self) -> str:
         """Return the table."""
@@ -113,51 +111,52 @@ def challenge(
         labels: their classes.
         certificate: what ``certify`` said of them.
         eps: radii at which the accuracy under attack is wanted.
-        steps: gradient steps of PGD.
-        restarts: random starts of PGD.
-        autoattack: try AutoAttack on what PGD leaves: certified points in groups, at the smallest radius of a group, at
-            least 90 % of their own; what is left standing is not tried again at a smaller radius.
-        queries: of AutoAttack's Square; 5,000 is the standard.
+        steps: gradient steps of PGD, from each of its ``restarts`` random starts.
+        restarts: see ``steps``.
+        autoattack: try AutoAttack where PGD found nothing: on certified points in groups, at the smallest radius of a
+            group, at least 90 % of their own; where it finds nothing, it is not tried again at a smaller radius.
+        queries: see ``autoattack_l2``.
         batch_size: images per forward pass.
         generator: source of PGD's starts, on the images' device.
 
     Raises:
-        EspalierError: a certificate of other images.
-        MissingExtraError: AutoAttack is wanted and torchattacks is not installed.
+        EspalierError: a certificate of other images, or AutoAttack without torchattacks.
     """
     check_pixels(images, labels)
     if tuple(labels.tolist()) != certificate.labels:
         raise EspalierError(f"the certificate is about {len(certificate)} other images: give those it was made for")
-    hunt = _Hunt(net, certificate, images, labels, batch_size)
-    clean = hunt.standing()
+    state = _AttackState(net, certificate, images, labels, batch_size)
+    clean_N = torch.isinf(state.distances_N)
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
-    for growth in _GROWTH:
-        hunt.pgd(radii_N * growth, certified_N, steps, restarts, generator)
-    for value in eps:
-        hunt.pgd(torch.full_like(radii_N, value), clean, steps, restarts, generator)
+    attempts = [(radii_N * growth, certified_N) for growth in _GROWTH]
+    for radius_N, chosen_N in [*attempts, *((torch.full_like(radii_N, value), clean_N) for value in eps)]:
+        state.pgd(radius_N, chosen_N, steps, restarts, generator)
     if autoattack:
-        hunt.autoattack(radii_N, certified_N, clean, eps, queries)
-    fell_N = hunt.distances_N < radii_N
-    ratios = (radii_N / hunt.distances_N)[certified_N & hunt.distances_N.isfinite()]
+        for indices, value in _groups(radii_N, certified_N, batch_size):
+            state.autoattack(indices, value, queries)
+        for value in sorted(eps, reverse=True):
+            state.autoattack(clean_N.nonzero()[:, 0], value, queries)
+    ratios = (radii_N / state.distances_N)[certified_N & state.distances_N.isfinite()]
     return AttackReport(
         eps=tuple(eps),
-        accuracy=tuple((hunt.distances_N > value).double().mean().item() for value in eps),
+        accuracy=tuple((state.distances_N > value).double().mean().item() for value in eps),
         certified_accuracy=tuple(certificate.certified_accuracy(value) for value in eps),
-        clean_accuracy=clean.double().mean().item(),
+        clean_accuracy=clean_N.double().mean().item(),
         attacked=int(certified_N.sum()),
-        broken=tuple(fell_N.nonzero()[:, 0].tolist()),
-        distances=tuple(value if math.isfinite(value) else None for value in hunt.distances_N.tolist()),
+        broken=tuple((state.distances_N < radii_N).nonzero()[:, 0].tolist()),
+        distances=tuple(value if math.isfinite(value) else None for value in state.distances_N.tolist()),
         tightness=ratios.median().item() if len(ratios) else None,
-        attacks=_in_words(steps, restarts, queries if autoattack else None),
+        attacks=_describe(steps, restarts, queries if autoattack else None),
     )
 
 
-class _Hunt:
+class _AttackState:
     """The nearest wrong image found so far for every image, as a distance (0 where the network is wrong anyway).
 
-    Every search looks at images that stand so far within its radius; what it finds counts for all radii. The network
-    searches in its own precision; what it finds counts if the one in the certificate's gets it wrong.
+    Every attack tries the images for which none was found within its radius; what it finds counts for all radii. The
+    network is attacked in its own precision; a point counts if the network in the certificate's precision gets it
+    wrong.
     """
 
     def __init__(
@@ -165,56 +164,41 @@ class _Hunt:
     ) -> None:
         self.net, self.images, self.labels, self.batch_size = net, images, labels, batch_size
         known = certificate.arithmetic in ARITHMETIC
-        judge = copy.deepcopy(net).to(ARITHMETIC[certificate.arithmetic]) if known else net
-        self.judge, self.dtype = judge, next(judge.parameters(), images).dtype
-        wrong_N = torch.cat(
-            [
-                fooled(judge, some.to(self.dtype), theirs)
-                for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-            ]
-        )
+        self.certified_net = copy.deepcopy(net).to(ARITHMETIC[certificate.arithmetic]) if known else net
+        self.dtype = next(self.certified_net.parameters(), images).dtype
+        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        wrong_N = torch.cat([fooled(self.certified_net, some.to(self.dtype), theirs) for some, theirs in batches])
         self.distances_N = torch.where(wrong_N, 0.0, math.inf).double()
-        self.withstood_N = torch.zeros_like(self.distances_N)
-
-    def standing(self) -> Tensor:
-        """Return (N,) whether no wrong image was found at all."""
-        return torch.isinf(self.distances_N)
+        self.robust_radius_N = torch.zeros_like(self.distances_N)
+        """Up to which radius AutoAttack found nothing."""
 
     def pgd(
         self, radius_N: Tensor, chosen_N: Tensor, steps: int, restarts: int, generator: torch.Generator | None
     ) -> None:
-        """Try PGD on the chosen images that stand within their radius."""
+        """Try PGD on the chosen images for which nothing was found within their radius."""
         indices = (chosen_N & (self.distances_N > radius_N)).nonzero()[:, 0]
         for some in indices.split(self.batch_size) if len(indices) else ():
-            images, labels = self.images[some], self.labels[some]
-            radius = radius_N[some].to(images.dtype)
-            found = pgd_l2(self.net, images, labels, radius, steps=steps, restarts=restarts, generator=generator)
-            self._note(some, found)
+            images, radius = self.images[some], radius_N[some].to(self.images.dtype)
+            found = pgd_l2(
+                self.net, images, self.labels[some], radius, steps=steps, restarts=restarts, generator=generator
+            )
+            self._record(some, found)
 
-    def autoattack(
-        self, radii_N: Tensor, certified_N: Tensor, clean_N: Tensor, eps: Sequence[float], queries: int
-    ) -> None:
-        """Try AutoAttack on certified images at (nearly) their own radius, then on all that were right at every ε."""
-        for indices, value in _groups(radii_N, certified_N, self.batch_size):
-            self._auto(indices, value, queries)
-        for value in sorted(eps, reverse=True):
-            self._auto(clean_N.nonzero()[:, 0], value, queries)
-
-    def _auto(self, indices: Tensor, eps: float, queries: int) -> None:
-        """Try AutoAttack on those of the images that stand within ``eps`` and did not withstand it in a larger ball."""
-        indices = indices[(self.distances_N[indices] > eps) & (self.withstood_N[indices] < eps)]
+    def autoattack(self, indices: Tensor, eps: float, queries: int) -> None:
+        """Try AutoAttack on the images for which nothing was found within ``eps``, by itself or before."""
+        indices = indices[(self.distances_N[indices] > eps) & (self.robust_radius_N[indices] < eps)]
         for some in indices.split(self.batch_size) if len(indices) else ():
-            self._note(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps, queries=queries))
-            self.withstood_N[some] = eps
+            self._record(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps, queries=queries))
+            self.robust_radius_N[some] = eps
 
-    def _note(self, indices: Tensor, found: Tensor) -> None:
+    def _record(self, indices: Tensor, found: Tensor) -> None:
         found = found.to(self.dtype)
-        fell = fooled(self.judge, found, self.labels[indices])
-        if not fell.any():
+        wrong = fooled(self.certified_net, found, self.labels[indices])
+        if not wrong.any():
             return
-        indices, found = indices[fell], found[fell]
-        nearest = towards(self.judge, self.images[indices].to(self.dtype), found, self.labels[indices])
-        distances = distance(self.images[indices], nearest)
+        indices, found = indices[wrong], found[wrong]
+        images, labels = self.images[indices].to(self.dtype), self.labels[indices]
+        distances = distance(self.images[indices], bisect_to_boundary(self.certified_net, images, found, labels))
         self.distances_N[indices] = torch.minimum(self.distances_N[indices], distances)
 
 
@@ -230,7 +214,7 @@ def _groups(radii_N: Tensor, certified_N: Tensor, largest: int) -> Iterator[tupl
         start += count
 
 
-def _in_words(steps: int, restarts: int, queries: int | None) -> tuple[str, ...]:
+def _describe(steps: int, restarts: int, queries: int | None) -> tuple[str, ...]:
     multiples = ", ".join(f"{growth:g}" for growth in _GROWTH)
     pgd = f"PGD in ℓ2, {steps} steps, {restarts} random start(s), at every ε and at {multiples} times the own radius"
     auto = (
@@ -238,7 +222,3 @@ def _in_words(steps: int, restarts: int, queries: int | None) -> tuple[str, ...]
         f"in groups, at {100 * _SPREAD:g} to 100 % of the own radius"
     )
     return (pgd,) if queries is None else (pgd, auto)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from espalier.errors import EspalierError
 from espalier.files import write_json
+from espalier.tables import text_table
 
 EPSILONS = (36 / 255, 72 / 255, 108 / 255)
 """The radii of the literature, in [0, 1] pixel units."""
@@ -64,22 +65,17 @@ class Certificate:
         """Return clean and certified accuracy as plain text, and what they rest on."""
         rows = [("ε", "certified accuracy"), ("0 (clean)", f"{100 * self.clean_accuracy:.2f} %")]
         rows += [(in_255(value), f"{100 * self.certified_accuracy(value):.2f} %") for value in eps]
-        width = max(len(left) for left, _ in rows)
-        lines = [f"{left:<{width}}  {right:>18}" for left, right in rows]
-        lines.insert(1, f"{'─' * width}  {'─' * 18}")
         median = sorted(self.radii)[len(self) // 2]
         summary = (
             f"{len(self)} images; median radius {median:.4g}; Lipschitz constant {self.lipschitz:.6g}; "
             f"arithmetic {self.arithmetic}, rounding of score differences at most {self.rounding:.3g}"
         )
-        return "\n".join([*lines, "", summary, *(f"- {text}" for text in self.assumptions)])
+        return "\n".join([text_table(rows), "", summary, *(f"- {text}" for text in self.assumptions)])
 
     def slack_table(self) -> str:
         """Return for every module its constant and the rounding that it adds, as plain text."""
-        width = max((len(path) for path, _, _ in self.slack), default=6)
-        head = f"{'module':<{width}}  {'constant':>12}  {'rounding':>9}"
-        rows = [f"{path:<{width}}  {constant:>12.9g}  {added:>9.2e}" for path, constant, added in self.slack]
-        return "\n".join([head, f"{'─' * width}  {'─' * 12}  {'─' * 9}", *rows])
+        rows = [(path, f"{constant:.9g}", f"{added:.2e}") for path, constant, added in self.slack]
+        return text_table([("module", "constant", "rounding"), *rows])
 
     def __str__(self) -> str:
         """Return the table at the radii of the literature."""

@@ -31,10 +31,8 @@ def _spread(result: Tensor, operand: Tensor) -> float:
 
 def _keeps_batch(result: Tensor, *operands: Tensor) -> None:
     """Refuse a result in which an image meets other images, or a constant that differs between images."""
-    batch = len(result)
-    for operand in operands:
-        if operand.ndim != result.ndim or len(operand) != batch:
-            raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+    if any(operand.ndim != result.ndim or len(operand) != len(result) for operand in operands):
+        raise UncertifiableError("it broadcasts along the batch, so that images would meet")
 
 
 def _constant(x: Bound, other: Any) -> Any:
@@ -61,53 +59,43 @@ def _norm_of(other: Any, result: Tensor) -> float:
     return abs(other) * math.sqrt(result[0].numel()) * (1 + 1e-15)
 
 
-def _sum(analysis: Analysis, x: Bound, other: Any, *, sign: float, alpha: float = 1, first: float = 1.0) -> Bound:
-    """Return first·x + sign·alpha·other; a value or a constant."""
-    share = abs(alpha)
-    if isinstance(other, Bound):
-        if x.value is None or other.value is None:
-            raise UncertifiableError("how its operands broadcast depends on their size: give an example=")
-        value = first * x.value + sign * alpha * other.value
-        _keeps_batch(value, x.value, other.value)
-        u, spreads = unit(value.dtype), (_spread(value, x.value), _spread(value, other.value))
-        factors = math.sqrt(spreads[0]), up(share, math.sqrt(spreads[1]))
-        terms = [Term(x, factors[0], 2 * u * factors[0]), Term(other, factors[1], 3 * u * factors[1])]
-        return analysis.combine(value, terms)
-    other = _constant(x, other)
-    if x.value is None:
-        return Bound(None, x.lipschitz)
-    value = first * x.value + sign * alpha * other
-    _keeps_batch(value, value)
-    if len(value) != len(x.value):
-        raise UncertifiableError("it broadcasts along the batch, so that images would meet")
-    u, factor, added = unit(value.dtype), math.sqrt(_spread(value, x.value)), share * _norm_of(other, value)
-    return analysis.combine(value, [Term(x, factor, 2 * u * factor)], constant=added, absolute=3 * u * added)
+def _sum(analysis: Analysis, input: Any, other: Any, alpha: float) -> Bound:
+    """Return input + α·other, each a value or a constant."""
+    values = [operand for operand in (input, other) if isinstance(operand, Bound)]
+    if len(values) == 2 and (values[0].value is None or values[1].value is None):
+        raise UncertifiableError("how its operands broadcast depends on their size: give an example=")
+    operands = [x if isinstance(x, Bound) else _constant(values[0], x) for x in (input, other)]
+    if values[0].value is None:
+        return Bound(None, up(1.0 if operands[0] is values[0] else abs(alpha), values[0].lipschitz))
+    first, second = (x.numbers if isinstance(x, Bound) else x for x in operands)
+    value = first + alpha * second
+    _keeps_batch(value, *(x.numbers for x in values))
+    terms, added, u = [], 0.0, 3 * unit(value.dtype)
+    for operand, weight in zip(operands, (1.0, abs(alpha)), strict=True):
+        if isinstance(operand, Bound):
+            factor = up(weight, math.sqrt(_spread(value, operand.numbers)))
+            terms.append(Term(operand, factor, u * factor))
+        else:
+            added += weight * _norm_of(operand, value)
+    return analysis.combine(value, terms, constant=added, absolute=u * added)
 
 
 @operation("add", "torch.Tensor.__add__", "torch.Tensor.__radd__", values=2)
 def add(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
     """x + α·y: constants add, and broadcasting multiplies by the root of the copies."""
-    if not isinstance(input, Bound):
-        return _sum(analysis, other, input, sign=1.0) if alpha == 1 else _scaled_sum(analysis, input, other, alpha)
-    return _sum(analysis, input, other, sign=1.0, alpha=alpha)
-
-
-def _scaled_sum(analysis: Analysis, constant: Any, x: Bound, alpha: float) -> Bound:
-    return _sum(analysis, multiply(analysis, x, alpha), constant, sign=1.0)
+    return _sum(analysis, input, other, alpha)
 
 
 @operation("sub", "subtract", "torch.Tensor.__sub__", values=2)
 def subtract(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
     """x − α·y."""
-    if not isinstance(input, Bound):
-        return _scaled_sum(analysis, input, other, -alpha)
-    return _sum(analysis, input, other, sign=-1.0, alpha=alpha)
+    return _sum(analysis, input, other, -alpha)
 
 
 @operation("rsub", "torch.Tensor.__rsub__", values=2)
 def subtract_from(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
     """y − α·x."""
-    return subtract(analysis, other, input, alpha=alpha)
+    return _sum(analysis, other, input, -alpha)
 
 
 @operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", values=2)
@@ -138,8 +126,7 @@ def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any],
     if x.value is None:
         return Bound(None, up(largest, x.lipschitz))
     value = compute(x.value, c)
-    if len(value) != len(x.value) or value.ndim != x.value.ndim:
-        raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+    _keeps_batch(value, x.value)
     factor = up(largest, math.sqrt(_spread(value, x.value)))
     return analysis.combine(value, [Term(x, factor, up(3 * unit(value.dtype), factor))])
 
@@ -180,9 +167,7 @@ def _choice(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Bound]
         if not isinstance(other, Tensor):
             raise UncertifiableError("it takes tensors: use clamp for a number")
         value = compute(input.numbers, other)
-        _keeps_batch(value, value)
-        if len(value) != len(input.numbers):
-            raise UncertifiableError("it broadcasts along the batch, so that images would meet")
+        _keeps_batch(value, input.numbers)
         return analysis.combine(value, [Term(input, math.sqrt(_spread(value, input.numbers)))])
 
     return rule
@@ -263,9 +248,9 @@ def prelu(analysis: Analysis, input: Bound, weight: Tensor) -> Bound:
     steepest = max(1.0, weight.detach().double().abs().max().item())
     if not math.isfinite(steepest):
         raise UncertifiableError(f"its slope goes up to {steepest}: are its weights finite?")
-    value = None if input.value is None else F.prelu(input.value, weight)
-    if value is None:
+    if input.value is None:
         return analysis.exact(input, None, steepest)
+    value = F.prelu(input.value, weight)
     return analysis.combine(value, [Term(input, steepest, 3 * unit(value.dtype) * steepest)])
 
 

@@ -179,14 +179,13 @@ def _average_pooling(function: Callable[..., Tensor], axes: int) -> Callable[...
         window = _Window.of(input, axes, kernel_size, stride)
         if ceil_mode or (any(per_axis(padding, axes)) and not count_include_pad):
             raise UncertifiableError("windows at the border are averaged over fewer pixels: use ScaledAvgPool2d")
-        divisor = abs(divisor_override or window.inputs)
-        norm = root_up(windows(*window) * window.inputs) / divisor
-        norm = norm if norm * divisor == root_up(windows(*window) * window.inputs) else math.nextafter(norm, math.inf)
+        divisor, summed = abs(divisor_override or window.inputs), root_up(windows(*window) * window.inputs)
+        norm = summed / divisor
+        norm = norm if norm * divisor == summed else math.nextafter(norm, math.inf)
         value = None
         if input.value is not None:
             extra = () if axes == 1 else (divisor_override,)
             value = function(input.value, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
-        summed = root_up(windows(*window) * window.inputs)
         return affine(analysis, input, value, norm=norm, size=norm, terms=window.inputs + 2, bias=None, peak=summed)
 
     return rule
@@ -261,38 +260,22 @@ def _axes_of(input: Bound, dim: Any) -> tuple[int, ...]:
     return found
 
 
-def _sums(analysis: Analysis, input: Bound, value: Tensor, axes: tuple[int, ...], *, mean: bool) -> Bound:
-    count = math.prod(input.numbers.shape[axis] for axis in axes)
-    norm = root_up(count) if not mean else math.nextafter(1 / math.sqrt(max(1, count)), math.inf)
-    return affine(
-        analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None, peak=math.sqrt(count) * (1 + 1e-15)
-    )
+def _reduction(name: str) -> None:
+    @operation(name)
+    def rule(analysis: Analysis, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
+        """√K for a sum over K numbers, 1/√K for their mean, 1 for the largest or the smallest."""
+        axes = _axes_of(input, dim)
+        value = getattr(input.numbers, name)(axes, keepdim)
+        if name in ("amax", "amin"):
+            return analysis.exact(input, value)
+        count = math.prod(input.numbers.shape[axis] for axis in axes)
+        norm = root_up(count) if name == "sum" else math.nextafter(1 / math.sqrt(max(1, count)), math.inf)
+        peak = math.sqrt(count) * (1 + 1e-15)
+        return affine(analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None, peak=peak)
 
 
-@operation("sum")
-def total(analysis: Analysis, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
-    """√K."""
-    axes = _axes_of(input, dim)
-    return _sums(analysis, input, input.numbers.sum(axes, keepdim), axes, mean=False)
-
-
-@operation("mean")
-def mean(analysis: Analysis, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
-    """1/√K."""
-    axes = _axes_of(input, dim)
-    return _sums(analysis, input, input.numbers.mean(axes, keepdim), axes, mean=True)
-
-
-@operation("amax")
-def largest(analysis: Analysis, input: Bound, dim: Any = (), keepdim: bool = False) -> Bound:
-    """1."""
-    return analysis.exact(input, input.numbers.amax(_axes_of(input, dim), keepdim))
-
-
-@operation("amin")
-def smallest(analysis: Analysis, input: Bound, dim: Any = (), keepdim: bool = False) -> Bound:
-    """1."""
-    return analysis.exact(input, input.numbers.amin(_axes_of(input, dim), keepdim))
+for _name in ("sum", "mean", "amax", "amin"):
+    _reduction(_name)
 
 
 def batch_norm_scale(var: Tensor | None, weight: Tensor | None, eps: float, training: bool) -> Tensor:

@@ -49,7 +49,7 @@ class Recipe:
 
     # Optimisation.
     optimizer: Literal["adamw", "adam"] = "adamw"
-    """Adam without or with decoupled weight decay."""
+    """``adamw`` with decoupled weight decay, ``adam`` without."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01

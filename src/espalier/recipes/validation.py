@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, require, unknown_name
 from espalier.files import write_json
 from espalier.recipes.base import Recipe
 
@@ -34,12 +32,13 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     Raises:
         EspalierError: a value that JSON cannot hold.
     """
-    for name in _TYPES:
+    values = {}
+    for name, value in asdict(recipe).items():
         try:
-            json.dumps(_plain(getattr(recipe, name)), allow_nan=False)
+            values[name] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise EspalierError(f"recipe field {name!r} cannot be saved ({error}): use plain finite values") from error
-    return {name: _plain(value) for name, value in asdict(recipe).items()}
+    return values
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -51,15 +50,18 @@ def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe
 
     Raises:
         EspalierError: unknown field, wrong type, or no name.
+        MissingExtraError: tyro, which brings typeguard, is not installed.
     """
+    checked = {}
     for name, value in values.items():
         if name not in _TYPES:
             raise EspalierError(f"{where}: {unknown_name('field', name, _TYPES)}")
-        if not _fits(_tuples(value), _TYPES[name]):
-            raise EspalierError(f"{where}: field {name!r} is {value!r}: it must be {_in_words(_TYPES[name])}")
+        checked[name] = value = _tuples(value)
+        if problem := _misfit(value, _TYPES[name]):
+            raise EspalierError(f"{where}: field {name!r} is {value!r}: {problem}")
     if "name" not in values:
         raise EspalierError(f"{where}: field 'name' is missing")
-    return Recipe(**{name: _convert(_tuples(value), _TYPES[name]) for name, value in values.items()})
+    return Recipe(**{name: _convert(value, _TYPES[name]) for name, value in checked.items()})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -110,45 +112,27 @@ def _check_values(recipe: Recipe) -> None:
         raise EspalierError("schedule 'piecewise' begins with a warm-up of its own: set warmup_epochs to 0")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
-    if origin is not None:  # Mapping[str, Any]
-        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def _misfit(value: Any, kind: Any) -> str:
+    """Return why a value is not of a type, by the checker that tyro brings; empty if it is."""
+    guard = require("typeguard", "train")
+    # To Python, and so to the checker, True is a number.
+    if kind is not bool and any(isinstance(part, bool) for part in (value if isinstance(value, tuple) else (value,))):
+        return "bool is not expected"
+    try:
+        guard.check_type(value, kind, collection_check_strategy=guard.CollectionCheckStrategy.ALL_ITEMS)
+    except guard.TypeCheckError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _convert(value: Any, kind: Any) -> Any:
     # 1 and 1.0 must make the same run folder: a whole number in a float field becomes a float.
     if kind is float:
         return float(value)
-    if get_origin(kind) is tuple:
-        return tuple(map(_convert, value, get_args(kind)))
-    return value
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("collections.abc.", "")
+    return tuple(map(_convert, value, get_args(kind))) if get_origin(kind) is tuple else value
