@@ -27,7 +27,7 @@ def learning_curves(summary: Summary, context: Context) -> Section | None:
         f"Runs behind each curve: {behind}."
     )
     ends = [factor * end for arm in arms for point in arm.curve for end in _ends(point.score)]
-    figure = _figure(traces, "epoch", _axis_name(summary))
+    figure = figure_of(traces, "epoch", _axis_name(summary))
     figure.update_yaxes(range=_axis_range(ends, share=summary.is_share))
     return Section("Learning curves", (Plot(figure, caption),))
 
@@ -42,7 +42,7 @@ def score_over_rate(summary: Summary, context: Context) -> Section | None:
     # Diverged runs have no score: they stand under all that have one.
     floor = factor * (min(scores) - 0.08 * max(max(scores) - min(scores), 1e-3)) if scores else 0.0
     traces = [trace for arm in arms for trace in _rate_traces(arm, context.colours[arm.arm], factor, floor)]
-    figure = _figure(traces, "learning rate", _axis_name(summary))
+    figure = figure_of(traces, "learning rate", _axis_name(summary))
     rates = sorted({point.lr for arm in arms for point in arm.rates})
     figure.update_xaxes(type="log", tickvals=rates, ticktext=[f"{rate:g}" for rate in rates])
     shown = f"{100 * summary.tolerance:g} points" if summary.is_share else f"{summary.tolerance:g}"
@@ -65,7 +65,7 @@ def run_curves(run: Run, context: Context) -> Section | None:
         colours = arm_colours(group)
         if group:
             traces = [_record(run, name, colours[name]) for name in group]
-            figure = _figure(traces, "epoch", group[0] if len(group) == 1 else axis)
+            figure = figure_of(traces, "epoch", group[0] if len(group) == 1 else axis)
             plots.append(Plot(figure, f"{', '.join(group)} over the epochs of this one run."))
     return Section("Curves", tuple(plots)) if plots else None
 
@@ -80,8 +80,8 @@ def _band(arm: ArmSummary, colour: str, factor: float) -> list[Any]:
         for point in arm.curve
     ]
     means = [(point.epoch, factor * point.score.mean) for point in arm.curve]
-    band = _scatter(outline, (), name, mode="lines", line={"width": 0}, fill="toself", fillcolor=_faint(colour))
-    line = _scatter(means, words, name, mode="lines+markers", showlegend=True, **_line(colour))
+    band = scatter(outline, (), name, mode="lines", line={"width": 0}, fill="toself", fillcolor=_faint(colour))
+    line = scatter(means, words, name, mode="lines+markers", showlegend=True, **_line(colour))
     return [band, line] if points else [line]
 
 
@@ -103,20 +103,21 @@ def _rate_traces(arm: ArmSummary, colour: str, factor: float, floor: float) -> l
     best = [lr for lr in means if lr == arm.best_lr]
 
     def of_means(rates: Sequence[float], **options: Any) -> Any:
-        return _scatter([means[lr] for lr in rates], [words[lr] for lr in rates], name, **options)
+        return scatter([means[lr] for lr in rates], [words[lr] for lr in rates], name, **options)
 
     ring = {"size": 14, "symbol": "circle-open", "color": colour, "line": {"width": 2.5}}
     cross = {"size": 9, "symbol": "x-thin", "line": {"width": 2, "color": colour}}
     return [
-        _scatter(dots, dot_words, name, mode="markers", marker={"color": colour, "size": 7, "opacity": 0.55}),
-        _scatter(crosses, cross_words, name, mode="markers", marker=cross),
+        scatter(dots, dot_words, name, mode="markers", marker={"color": colour, "size": 7, "opacity": 0.55}),
+        scatter(crosses, cross_words, name, mode="markers", marker=cross),
         of_means(list(means), mode="lines", line={"color": colour, "width": 1.5}, showlegend=True),
         of_means(inside, mode="lines", line={"color": colour, "width": 5}),
         of_means(best, mode="markers", marker=ring),
     ]
 
 
-def _scatter(points: Sequence[tuple[float, float]], words: Sequence[str], name: str, **options: Any) -> Any:
+def scatter(points: Sequence[tuple[float, float]], words: Sequence[str], name: str, **options: Any) -> Any:
+    """Return plotly's trace of points, hidden from the legend, with words that are shown under the pointer."""
     graph = require("plotly.graph_objects", "train")
     options = {"showlegend": False, "hoverinfo": "text" if words else "skip", **options}
     x, y = [x for x, _ in points], [y for _, y in points]
@@ -130,10 +131,11 @@ def _line(colour: str) -> dict[str, Any]:
 def _record(run: Run, name: str, colour: str) -> Any:
     points = [(row["epoch"], row[name]) for row in run.rows if row.get(name) is not None]
     words = [f"{escape(name)}<br>epoch {epoch:g}<br>{value:.4g}" for epoch, value in points]
-    return _scatter(points, words, escape(name), mode="lines+markers", showlegend=True, **_line(colour))
+    return scatter(points, words, escape(name), mode="lines+markers", showlegend=True, **_line(colour))
 
 
-def _figure(traces: Sequence[Any], across: str, up: str) -> Any:
+def figure_of(traces: Sequence[Any], across: str, up: str) -> Any:
+    """Return a figure in the page's style with the names of its axes."""
     graph = require("plotly.graph_objects", "train")
     figure = graph.Figure(traces)
     # Colours of text and grid come from the page's style, so that they follow light and dark.

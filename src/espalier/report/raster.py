@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from typing import Any, Literal
 
@@ -19,11 +20,8 @@ from espalier.report.section import Markup
 
 Scale = Literal["diverging", "sequential"]
 
-# Blue below zero, red above (ColorBrewer's RdBu); viridis from small to large.
-_ANCHORS: dict[Scale, tuple[tuple[int, int, int], ...]] = {
-    "diverging": ((5, 48, 97), (67, 147, 195), (247, 247, 247), (214, 96, 77), (103, 0, 31)),
-    "sequential": ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)),
-}
+# Plotly's names: blue below zero, red above; from dark to light.
+_SCALES: dict[Scale, str] = {"diverging": "RdBu_r", "sequential": "Viridis"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def png_address(values_HW: Tensor, low: float, high: float, scale: Scale) -> str
     # Entry 0 of the palette is the transparent one.
     indices = np.where(np.isnan(values), 0, 1 + np.round(254 * np.nan_to_num(share))).astype(np.uint8)
     image = image_module.fromarray(indices)
-    image.putpalette([0, 0, 0, *_palette(scale).flatten().tolist()])
+    image.putpalette([0, 0, 0, *(round(255 * part) for colour in _colours(scale, 255) for part in colour)])
     return _address(image, transparency=0)
 
 
@@ -141,7 +139,7 @@ def _cell(panels: Sequence[Panel], limit: float | None, scale: Scale, side: int)
 
 
 def _scale_words(limit: float | None, scale: Scale) -> str:
-    stops = ",".join(f"rgb{colour}" for colour in _ANCHORS[scale])
+    stops = ",".join(f"rgb({','.join(f'{255 * part:.0f}' for part in colour)})" for colour in _colours(scale, 9))
     low, high = ("−", "+") if limit is None else (f"−{limit:.2g}", f"+{limit:.2g}")
     if scale == "sequential":
         low, high = "0", "largest" if limit is None else f"{limit:.2g}"
@@ -155,8 +153,7 @@ def _address(image: Any, **options: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _palette(scale: Scale) -> np.ndarray:
-    anchors = np.array(_ANCHORS[scale], dtype=float)
-    places = np.linspace(0, len(anchors) - 1, 255)
-    channels = [np.interp(places, np.arange(len(anchors)), anchors[:, channel]) for channel in range(3)]
-    return np.round(np.stack(channels, 1)).astype(int)
+@cache
+def _colours(scale: Scale, count: int) -> list[tuple[float, float, float]]:
+    colours = require("plotly.colors", "train")
+    return colours.sample_colorscale(_SCALES[scale], np.linspace(0, 1, count), colortype="tuple")
