@@ -7,7 +7,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
 TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test test-matrix check bench gpu docs interop sweep sweep-short wheel lock clean results
+.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short wheel lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -15,6 +15,11 @@ demo: env                        ## the whole idea in minutes on a laptop; ends 
 	$(BIN)/espalier demo --out runs/demo
 test: env                        ## every test that needs no other library's environment
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+coverage: env                    ## which lines of src no test runs: a table, and pages in htmlcov/
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage html --quiet
 test-matrix: env                 ## every test under other instruction sets, threads, backends; PYTHON= and VENV= choose
 	PYTHON=$(BIN)/python tests/matrix.sh
 check: env                       ## style, types, import law, public surface
@@ -43,7 +48,7 @@ wheel: env                       ## the wheel, kernels included, in dist/
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:
-	rm -rf $(VENV) $(INTEROP) site build dist
+	rm -rf $(VENV) $(INTEROP) site build dist htmlcov .coverage*
 
 $(VENV)/.installed: requirements/dev.lock requirements/environment.py pyproject.toml setup.py $(wildcard src/espalier/nn/kernels/*.[ch]pp)
 	$(PYTHON) requirements/environment.py $(VENV) $(TORCH) $(TORCH_INDEX)
