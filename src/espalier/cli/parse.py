@@ -128,7 +128,7 @@ def _registry(tyro: Any) -> Any:
     """Return rules of our own: what may be left out reads ``--out PATH``, and ``None`` leaves it out."""
     registry = tyro.constructors.ConstructorRegistry()
 
-    @registry.primitive_rule  # type: ignore[untyped-decorator]
+    @registry.primitive_rule
     def optional(info: Any) -> Any:
         from types import NoneType, UnionType
         from typing import Union, get_args, get_origin
