@@ -1,4 +1,4 @@
-"""From the bytes of an image file to upright pixels in 8-bit RGB, as a person sees them: every mode that Pillow opens."""
+"""From the bytes of an image file to upright pixels in 8-bit RGB, as a person sees them, whatever its mode."""
 
 from __future__ import annotations
 
