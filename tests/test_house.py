@@ -119,14 +119,20 @@ def test_no_module_is_shadowed() -> None:
 
 
 def test_import_loads_no_later_room() -> None:
-    probe = "import sys, espalier; print(*[m.split('.')[1] for m in sys.modules if m.startswith('espalier.')])"
+    probe = "import sys; from espalier import *; print(*[m.split('.')[1] for m in sys.modules if m[:9] == 'espalier.'])"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert not LATER & set(out.split())
 
 
+def test_import_alone_loads_no_library() -> None:
+    probe = "import sys, espalier; print('torch' in sys.modules, 'numpy' in sys.modules, espalier.__version__)"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False", espalier.__version__]
+
+
 def test_import_pulls_torch_and_nothing_else() -> None:
     probe = (
-        "import json, sys, torch, numpy; before = set(sys.modules); import espalier; "
+        "import json, sys, torch, numpy; before = set(sys.modules); from espalier import *; "
         "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
     )
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
@@ -136,7 +142,7 @@ def test_import_pulls_torch_and_nothing_else() -> None:
 
 def test_importtime_names_no_optional_library() -> None:
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import espalier"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-c", "from espalier import *"], capture_output=True, text=True, check=True
     )
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
     assert "espalier" in imported

@@ -1,8 +1,12 @@
 """Espalier: networks whose weights carry structure from the first step."""
 
-from espalier import certify, doctor, init, integrations, models, nn
-from espalier.doctor import Diagnosis, diagnose
-from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from espalier import certify, doctor, init, integrations, models, nn
+    from espalier.doctor import Diagnosis, diagnose
+    from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
 
 __version__ = "0.1.0"
 
@@ -22,3 +26,28 @@ __all__ = [
     "nn",
     "structure_",
 ]
+
+# Every other name is a room of its own.
+_HOMES = {
+    "Diagnosis": "doctor",
+    "FilterCovariance": "init",
+    "Mimetic": "init",
+    "MimeticSSM": "init",
+    "StructureReport": "init",
+    "audit": "init",
+    "diagnose": "doctor",
+    "structure_": "init",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # A name is imported when it is first asked for, so that `espalier --help` does not wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'espalier' has no attribute {name!r}")
+    room = import_module(f"espalier.{_HOMES.get(name, name)}")
+    value = globals()[name] = getattr(room, name) if name in _HOMES else room
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import espalier
 from espalier.cli.commands import COMMANDS
 from espalier.cli.main import main
-from espalier.models import VisionTransformer
-from espalier.train import load_run
+from espalier.data import SOURCES
+from espalier.models import MODELS, VisionTransformer
+from espalier.recipes import ARMS, INITS, get_recipe, recipe_functions
+from espalier.recipes.files import open_recipe
+from espalier.recipes.validation import resolve_recipe
+from espalier.train import load_run, save_recipe
 
 TINY = ["--epochs", "1", "--data-args.train-limit", "128", "--data-args.test-limit", "100", "--threads", "1"]
 
@@ -47,7 +56,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     [
         (["trian", "digits_vit"], "unknown command 'trian': did you mean 'train'"),
         (["train", "digit_vit"], "unknown recipe 'digit_vit': did you mean 'digits_vit'"),
-        (["train"], "espalier train needs a recipe: choose one of"),
+        (["train"], "espalier: train needs a recipe: name a file, or one of"),
         (["compare", "digits_vit", "--arms", "default", "mimetc"], "unknown arm 'mimetc': did you mean 'mimetic'"),
         (["compare", "digits_vit", "--lrs", "fast"], "lrs 'fast': write numbers"),
         (["train", "digits_vit", "--modle-args.depth", "2"], "unknown keyword field 'modle_args'"),
@@ -59,6 +68,15 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
         (["structure", "espalier:vitt"], "unknown model 'vitt': did you mean 'vit'"),
         (["structure", "vit"], "model 'vit': no such file or folder"),
         (["report", "/nowhere"], "/nowhere is neither a study"),
+        (["train", "digits_vit", "--learning-rate", "1"], "option --learning-rate of train: did you mean --lr?"),
+        (["train", "digits_vit", "--epoch=3"], "unknown option of train '--epoch': did you mean '--epochs'"),
+        (["compare", "digits_vit", "--num_workers", "1"], "option --num-workers of compare: did you mean --wor"),
+        (["audit"], "audit needs MODEL"),
+        (["audit", "a", "b"], "audit: 'b' is one word too many"),
+        (["train", "digits_vit", "--lr", "two"], "--lr: could not convert string to float: 'two'"),
+        (["train", "nowhere.yaml"], "recipe file 'nowhere.yaml' cannot be read: No such file"),
+        (["recipes", "digit_vit"], "unknown recipe 'digit_vit': did you mean 'digits_vit'"),
+        (["completion", "tcsh"], "invalid choice 'tcsh'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_with_status_2(
@@ -121,9 +139,100 @@ def test_structure_writes_weights_that_load_and_are_structured(tmp_path: Path) -
     assert torch.equal(again, net.blocks[0].attn.qkv.weight)
 
 
-def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes"]) == 0
-    assert "digits_vit" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("recipes", recipe_functions()), ("models", MODELS), ("datasets", SOURCES), ("arms", ARMS), ("inits", INITS)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_everything_that_has_a_name_is_listed(
+    command: str, names: Mapping[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == set(names)
+    assert all(len(line.split()) > 1 for line in lines), "a name without a word about it"
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+@pytest.mark.parametrize("name", sorted(recipe_functions()))
+def test_a_printed_recipe_is_a_recipe_file(
+    name: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"mine{suffix}"
+    if suffix == ".yaml":
+        assert main(["recipes", name]) == 0
+        file.write_text(capsys.readouterr().out)
+    else:
+        save_recipe(get_recipe(name), file)
+    assert open_recipe(str(file)) == resolve_recipe(get_recipe(name))
+
+
+def test_a_recipe_file_changes_fields_of_its_base(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: digits_vit  # and then\nlr: 1e-4\nbetas: [0.9, 0.99]\nmodel_args: {depth: 2}\n")
+    base = get_recipe("digits_vit")
+    expected = replace(base, name="mine", lr=1e-4, betas=(0.9, 0.99), model_args={"depth": 2})
+    assert open_recipe(str(file)) == resolve_recipe(expected)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (".yaml", b"lr: [", "is no YAML"),
+        (".yaml", b"!!python/object/apply:os.getcwd []", "is no YAML"),
+        (".yaml", b"\xff\xfe\x00", "cannot be read"),
+        (".yaml", b"- 1", "holds no fields"),
+        (".yaml", b"1: 2", "holds no fields"),
+        (".yaml", b"", "holds no fields"),
+        (".yaml", b"base: digits_vt", "did you mean 'digits_vit'"),
+        (".yaml", b"lerning_rate: 1", "unknown field 'lerning_rate'"),
+        (".yaml", b"lr: fast", "field 'lr' is 'fast'"),
+        (".yaml", b"lr: .nan", "field 'lr' is nan"),
+        (".json", b"{", "is no JSON"),
+        (".json", b"[" * 100_000, "is no JSON"),
+        (".json", b"[1]", "holds no fields"),
+        (".json", b'{"epochs": "two"}', "field 'epochs' is 'two'"),
+    ],
+)
+def test_a_damaged_recipe_file_is_one_line(
+    suffix: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"mine{suffix}"
+    file.write_bytes(content)
+    assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_version_and_help_answer_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--version"], ["-V"], ["--help"], ["-h"], ["help"], []):
+        probe = f"import sys; from espalier.cli.main import main; main({argv!r}); assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["espalier", espalier.__version__]
+    with pytest.raises(SystemExit) as stop:
+        main(["help", "train"])
+    assert stop.value.code == 0
+    assert "usage: espalier train RECIPE" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_and_choices(tmp_path: Path) -> None:
+    made = subprocess.run([sys.executable, "-m", "espalier", "completion", "bash"], capture_output=True, check=True)
+    (tmp_path / "script").write_bytes(made.stdout)
+    for words, expected in {
+        "espalier tr": "train",
+        "espalier train digits_vit --sched": "--schedule",
+        "espalier train digits_vit --schedule const": "constant",
+        "espalier certify run --arith": "--arithmetic",
+    }.items():
+        asked = f"source ./script; COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}; _tyro_espalier"
+        asked += '; echo "${COMPREPLY[*]}"'
+        told = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert told.stdout.split() == [expected], words
+    for shell in ("zsh", "fish"):
+        assert main(["completion", shell]) == 0
 
 
 def start(argv: list[str]) -> subprocess.Popen[str]:

@@ -228,7 +228,10 @@ def test_a_folder_through_the_front_door(tmp_path: Path, monkeypatch: pytest.Mon
             "unknown argument of dataset 'digits' 'train_limt': did you mean 'train_limit'",
         ),
         ({"data_args": {"train_limit": 5000}}, "train_limit is 5000, and there are 1437 images"),
-        ({"dataset": "cifar10"}, "give --data, or set ESPALIER_DATA"),
+        (
+            {"dataset": "cifar10"},
+            "say where it is with --data PATH, or set ESPALIER_DATA to the folder that contains cifar10/",
+        ),
         (
             {"dataset": "cifar10", "data_path": "/nowhere"},
             "no dataset 'cifar10' at /nowhere: give its place with --data",
@@ -246,6 +249,12 @@ def test_bad_input_is_one_line(changes: dict[str, Any], message: str, monkeypatc
         build_source(recipe(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["digits", "copying", "sorting", "ngram_lookup", "mqar"])
+def test_a_place_that_would_be_ignored_is_refused(name: str) -> None:
+    with pytest.raises(EspalierError, match=f"dataset '{name}' reads no files and would ignore --data photos"):
+        build_source(recipe(dataset=name, data_path="photos"))
 
 
 def test_the_environment_names_a_place_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

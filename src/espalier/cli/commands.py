@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from espalier.cli.completion import Shell, completion_script
+from espalier.cli.listing import arms, datasets, inits, models, recipes
 from espalier.errors import EspalierError
-from espalier.recipes import Recipe, recipe_functions
 
 if TYPE_CHECKING:
     from torch import nn
 
     from espalier.init import StructureFit
     from espalier.init.families import Specs
+    from espalier.recipes import Recipe
 
 # Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
 
@@ -45,25 +47,27 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
     print(f"\nreport: {write_report(folders, out / 'report.html')}")
 
 
-def train(recipe: Recipe, out: Path, resume: Literal["auto", "never"] = "auto", quiet: bool = False) -> None:
-    """Train one recipe into a run folder; the same command goes on where a stopped one was.
+def train(
+    recipe: Recipe, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
+) -> None:
+    """Train one recipe into a run folder; run the same command again to resume.
 
     Args:
         recipe: the recipe, with any field changed.
-        out: the run folder.
-        resume: go on from the folder's checkpoint, or refuse a folder that has one.
+        out: the run folder; runs/RECIPE by default.
+        resume: resume from the folder's checkpoint, or refuse a folder that has one.
         quiet: print no progress.
     """
     from espalier.train import train as run_training
 
-    run = run_training(recipe, out, resume=resume, progress=False if quiet else None)
+    run = run_training(recipe, out or Path("runs") / recipe.name, resume=resume, progress=False if quiet else None)
     print(json.dumps(run.result, indent=2))
 
 
 def compare(
     recipe: Recipe,
-    arms: Sequence[str],
-    out: Path,
+    arms: Sequence[str] = ("default", "structured"),
+    out: Path | None = None,
     lrs: Sequence[str] = ("auto",),
     seeds: int = 3,
     workers: int = 2,
@@ -74,7 +78,7 @@ def compare(
     Args:
         recipe: the recipe that all arms share.
         arms: the arms, or "all" that apply to the model; the first is the baseline.
-        out: folder of the study.
+        out: folder of the study; runs/compare-RECIPE by default.
         lrs: learning rates, or "auto" for five around the recipe's own.
         seeds: how many paired seeds.
         workers: processes (or Slurm jobs) that share the trials.
@@ -83,6 +87,7 @@ def compare(
     from espalier.report import write_report
     from espalier.study import applicable_arms, launch, plan_study, summarise, text_table
 
+    out = out or Path("runs") / f"compare-{recipe.name}"
     named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
     study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
     launch(study, workers=workers, cluster=cluster)
@@ -308,12 +313,16 @@ def attack(
         raise SystemExit(1) from None
 
 
-def recipes() -> None:
-    """List the recipes with the first line of what each one says of itself."""
-    functions = recipe_functions()
-    width = max(map(len, functions))
-    for name, function in sorted(functions.items()):
-        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+def completion(shell: Shell) -> None:
+    """Print a script that completes commands, options and choices in a shell.
+
+    Bash: `eval "$(espalier completion bash)"` in .bashrc; zsh: write it to a file `_espalier` on $fpath; fish:
+    `espalier completion fish > ~/.config/fish/completions/espalier.fish`.
+
+    Args:
+        shell: the shell.
+    """
+    print(completion_script(COMMANDS, shell))
 
 
 def _open_model(spec: str, heads: int | None = None) -> nn.Module:
@@ -362,4 +371,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "records": records,
     "recipes": recipes,
+    "models": models,
+    "datasets": datasets,
+    "arms": arms,
+    "inits": inits,
+    "completion": completion,
 }

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+import traceback
+from collections.abc import Sequence
 
-import torch
+from espalier import __version__
+from espalier.cli.commands import COMMANDS
+from espalier.errors import EspalierError, unknown_name
 
-from espalier.cli.commands import COMMANDS, compare, train
-from espalier.cli.recipe_flags import merge_keyword_fields, split_keyword_fields
-from espalier.errors import EspalierError, require, unknown_name
-from espalier.recipes import Recipe, get_recipe, recipe_functions
+# Importing torch takes a second or two: not before a command that needs it.
+
+INTERNAL_ERROR = 70
+"""Exit status of an error that is ours (EX_SOFTWARE)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` and return the exit status: 0 done, 2 bad input, 130 stopped, 141 cut off."""
+    """Run the command line on ``argv`` and return the exit status.
+
+    0 done, 1 done and bad news, 2 bad input, 70 an error in espalier, 130 stopped, 141 cut off.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
@@ -27,69 +32,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 141
     except KeyboardInterrupt as stop:
-        print(f"espalier: {stop or 'interrupted; the same command goes on where it stopped'}", file=sys.stderr)
-        return 130
+        return _complain(stop or "interrupted: run the same command again to resume", 130)
     except EspalierError as error:
-        print(f"espalier: {error}", file=sys.stderr)
-        return 2
+        return _complain(error, 2)
     except OSError as error:
-        print(f"espalier: {error.filename or ''}: {error.strerror or error}: free some space or name another path",
-              file=sys.stderr)  # fmt: skip
-        return 2
+        return _complain(_os_error(error), 2)
+    except Exception as error:
+        if os.environ.get("ESPALIER_TRACEBACK"):
+            traceback.print_exc()
+        if _out_of_memory(error):
+            return _complain("out of memory: choose a smaller model or batch", 2)
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        hint = "ESPALIER_TRACEBACK=1 shows where; please report it"
+        return _complain(f"error in espalier itself ({text}): {hint}", INTERNAL_ERROR)
     return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if name in ("help", "-h", "--help"):
+        if not rest:
+            return print(_overview())
+        name, rest = rest[0], ["--help"]
+    if name in ("--version", "-V", "version"):
+        return print(f"espalier {__version__}")
+    if name not in COMMANDS:
+        raise unknown_name("command", name, [*COMMANDS, "help", "--version"])
+    from espalier.cli.parse import parse
+
+    return COMMANDS[name](**parse(name, COMMANDS[name], rest))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: espalier COMMAND …",
+            "",
+            *lines,
+            "",
+            "espalier COMMAND --help   the arguments and options of a command",
+            "espalier --version        the version",
+        ]
+    )
+
+
+def _complain(message: object, status: int) -> int:
+    # Under torchrun every process meets the same error: one line each, and it says whose.
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    print(f"espalier{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
+    return status
+
+
+def _os_error(error: OSError) -> str:
+    remedies = {
+        errno.ENOSPC: "free some space, or name another path",
+        errno.EDQUOT: "free some space, or name another path",
+        errno.ENOENT: "name a path that exists",
+        errno.EISDIR: "name a file",
+        errno.ENOTDIR: "name a folder",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }
+    remedy = remedies.get(error.errno or 0, "name another path")
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}: {remedy}"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _leave_process_group() -> None:
     """End what torchrun's processes share: left to the interpreter's end, its threads may abort a finished run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: espalier COMMAND …   (espalier COMMAND --help says more)\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
-        return
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        raise unknown_name("command", name, COMMANDS)
-    tyro = require("tyro", "train")
-    if name in ("train", "compare"):
-        _run_with_recipe(tyro, name, rest)
-    else:
-        tyro.cli(COMMANDS[name], prog=f"espalier {name}", args=rest, config=(tyro.conf.PositionalRequiredArgs,))
-
-
-def _run_with_recipe(tyro: Any, command: str, tokens: list[str]) -> None:
-    # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
-    named = bool(tokens) and not tokens[0].startswith("-")
-    if not named and not {"-h", "--help"} & set(tokens):
-        raise EspalierError(f"espalier {command} needs a recipe: choose one of {', '.join(sorted(recipe_functions()))}")
-    base = get_recipe(tokens[0] if named else "digits_vit")
-    # --data is short for --data-path: the place of the data is what is typed most.
-    tokens = ["--data-path" if token == "--data" else token for token in tokens]
-    rest, keywords = split_keyword_fields(tokens[1:] if named else tokens)
-    base = merge_keyword_fields(base, keywords)
-
-    def train_command(
-        recipe: Recipe = base, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
-    ) -> None:
-        train(recipe, out or Path("runs") / recipe.name, resume, quiet)
-
-    def compare_command(
-        recipe: Recipe = base,
-        arms: tuple[str, ...] = ("default", "structured"),
-        out: Path | None = None,
-        lrs: tuple[str, ...] = ("auto",),
-        seeds: int = 3,
-        workers: int = 2,
-        cluster: Literal["local", "slurm"] = "local",
-    ) -> None:
-        compare(recipe, arms, out or Path("runs") / f"compare-{recipe.name}", lrs, seeds, workers, cluster)
-
-    chosen: Callable[..., None] = train_command if command == "train" else compare_command
-    chosen.__doc__ = COMMANDS[command].__doc__
-    # Its fields become flags of the command itself (--lr), not of an argument (--recipe.lr).
-    chosen.__annotations__["recipe"] = tyro.conf.OmitArgPrefixes[Recipe]
-    tyro.cli(chosen, prog=f"espalier {command} RECIPE", args=rest)

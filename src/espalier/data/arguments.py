@@ -13,12 +13,23 @@ if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
 
-def read_arguments(recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def read_arguments(recipe: Recipe, defaults: Mapping[str, Any], *, reads_files: bool = True) -> dict[str, Any]:
     """Return ``defaults`` overlaid with ``recipe.data_args``.
 
+    Args:
+        recipe: the run.
+        defaults: every argument of the source.
+        reads_files: whether the source reads files of the user's (``find_data``).
+
     Raises:
-        EspalierError: an argument that the source does not know; the message suggests the closest ones.
+        EspalierError: an argument that the source does not know (the message suggests the closest ones), or a
+            ``data_path`` for a source that reads no files: it would be ignored.
     """
+    if recipe.data_path is not None and not reads_files:
+        raise EspalierError(
+            f"dataset {recipe.dataset!r} reads no files and would ignore --data {recipe.data_path}: leave it out, or "
+            "choose another, such as --dataset folder"
+        )
     for name in recipe.data_args:
         if name not in defaults:
             if not defaults:
@@ -51,7 +62,8 @@ def find_data(recipe: Recipe, subfolder: str) -> Path:
         path = Path(shared).expanduser() / subfolder
     else:
         raise EspalierError(
-            f"dataset {recipe.dataset!r} is not bundled: give --data, or set ESPALIER_DATA to the folder of {subfolder}"
+            f"dataset {recipe.dataset!r} is not bundled: say where it is with --data PATH, or set ESPALIER_DATA to the "
+            f"folder that contains {subfolder}/"
         )
     if not path.exists():
         raise EspalierError(f"no dataset {recipe.dataset!r} at {path}: give its place with --data")

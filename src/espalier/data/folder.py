@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from espalier.data.colour import upright_rgb
 from espalier.data.labelled import ImageData, LabelledImages, stratified_order
 from espalier.errors import EspalierError, require
 from espalier.files import cache_folder, read_tensors, write_tensors
@@ -109,10 +110,9 @@ def _decode(file: Path, size: int) -> np.ndarray:
     import numpy as np
 
     try:
-        with image_module.open(file) as image:
-            upright = operations.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-        raise EspalierError(f"cannot decode {file} ({type(error).__name__}): repair or remove it") from error
+        upright = upright_rgb(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EspalierError(f"cannot decode {file} ({error}): repair or remove it") from error
     return np.array(operations.fit(upright, (size, size), image_module.Resampling.BICUBIC))
 
 

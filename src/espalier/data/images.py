@@ -168,7 +168,7 @@ def channel_statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def digits_source(recipe: Recipe) -> ImageSource:
     """Return scikit-learn's 8×8 digits (arguments: ``train_limit``, ``test_limit``)."""
-    arguments = read_arguments(recipe, _LIMITS)
+    arguments = read_arguments(recipe, _LIMITS, reads_files=False)
     return _source(recipe, read_digits().limited(**arguments))
 
 

@@ -135,20 +135,20 @@ def copying_source(recipe: Recipe) -> GeneratedSource:
 
     Training lengths are uniform on {min_length, …, length}.
     """
-    found = read_arguments(recipe, {**_STRINGS, "order": "forward", **_COUNTS})
+    found = read_arguments(recipe, {**_STRINGS, "order": "forward", **_COUNTS}, reads_files=False)
     return _strings(recipe, found, found.pop("order"))
 
 
 def sorting_source(recipe: Recipe) -> GeneratedSource:
     """Return sorting (arguments: ``vocab_size``, ``length``, ``min_length``, and the counts)."""
-    found = read_arguments(recipe, {**_STRINGS, **_COUNTS})
+    found = read_arguments(recipe, {**_STRINGS, **_COUNTS}, reads_files=False)
     return _strings(recipe, found, "sorted")
 
 
 def ngram_lookup_source(recipe: Recipe) -> GeneratedSource:
     """Return n-gram look-up (``vocab_size``, ``length``, ``ngram``, ``answer_length``, ``side``, and the counts)."""
     task: dict[str, Any] = {"vocab_size": MARKS + 26, "length": 50, "ngram": 2, "answer_length": 1, "side": "suffix"}
-    found = read_arguments(recipe, {**task, **_COUNTS})
+    found = read_arguments(recipe, {**task, **_COUNTS}, reads_files=False)
     counts, length = {name: found.pop(name) for name in _COUNTS}, found.pop("length")
     draw = partial(ngram_lookup, **found)
     return GeneratedSource(recipe.dataset, found["vocab_size"], length, draw, draw, **counts)
@@ -161,7 +161,7 @@ def mqar_source(recipe: Recipe) -> GeneratedSource:
     ``steps_per_epoch`` and ``eval_examples``.
     """
     task = {"vocab_size": 8192, "length": 64, "pairs": None, "placement": "power", "power": 0.01, "random_filler": True}
-    found = read_arguments(recipe, {**task, **_COUNTS})
+    found = read_arguments(recipe, {**task, **_COUNTS}, reads_files=False)
     counts, length = {name: found.pop(name) for name in _COUNTS}, found.pop("length")
     if found["pairs"] is None:
         found["pairs"] = usual_pairs(length)

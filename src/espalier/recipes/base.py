@@ -21,9 +21,9 @@ class Recipe:
 
     # What is learnt.
     dataset: str = "digits"
-    """Name of the data source (see ``espalier.data.SOURCES``)."""
+    """Name of the data set; ``espalier datasets`` lists them."""
     data_path: str | None = None
-    """File or folder of the data, for sources that are not bundled; ``--data`` for short."""
+    """File or folder of the data, where it is not bundled or generated; ``--data`` for short."""
     data_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the source: ``train_limit``, or the sizes of a synthetic task."""
     loss: Literal["cross_entropy", "multi_margin", "tempered_cross_entropy"] = "cross_entropy"
@@ -35,13 +35,13 @@ class Recipe:
 
     # The network.
     model: str = "vit"
-    """Name of the model (see ``espalier.models.MODELS``)."""
+    """Name of the model; ``espalier models`` lists them."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model; they win over those that the data fixes."""
 
     # The structure written into it before training.
     init: str = "default"
-    """Name of the initialisation (see ``espalier.recipes.INITS``)."""
+    """Name of the initialisation; ``espalier inits`` lists them."""
     init_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the initialisation."""
     freeze: Literal["", "depthwise"] = ""
@@ -49,7 +49,7 @@ class Recipe:
 
     # Optimisation.
     optimizer: Literal["adamw", "adam"] = "adamw"
-    """``adamw`` with decoupled weight decay, ``adam`` without."""
+    """AdamW (weight decay apart from the gradient) or Adam (weight decay added to the gradient)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01

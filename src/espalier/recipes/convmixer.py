@@ -10,7 +10,7 @@ from espalier.recipes.vision import convmixer_cifar10
 
 @register_recipe
 def convmixer_filters() -> Recipe:
-    """Return a small ConvMixer with large kernels on 2,000 CIFAR-10 images: what filters do, minutes a run at most.
+    """A small ConvMixer with large kernels on 2,000 CIFAR-10 images: what filters do, minutes a run at most.
 
     Test accuracy on 2,000 images; one CPU thread. ``espalier compare convmixer_filters --arms default-frozen
     covariance-frozen default covariance``. The net is the CIFAR-10 one, narrower and shallower, with the paper's larger
@@ -37,7 +37,7 @@ def convmixer_filters() -> Recipe:
 
 @register_recipe
 def convmixer_cifar10_100() -> Recipe:
-    """Return ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10: the published script's setting for 100 epochs.
+    """ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10: the published script's setting for 100 epochs.
 
     Test accuracy; four times the steps of ``convmixer_cifar10``, for a GPU:
     ``espalier train convmixer_cifar10_100 --data DIR``. Not yet run here at full length.
@@ -47,7 +47,7 @@ def convmixer_cifar10_100() -> Recipe:
 
 @register_recipe
 def convmixer_cifar10_96() -> Recipe:
-    """Return ConvMixer-256/8 with kernel 9 and patch 1 on CIFAR-10: the long setting that the paper reports.
+    """ConvMixer-256/8 with kernel 9 and patch 1 on CIFAR-10: the long setting that the paper reports.
 
     Test accuracy; 200 epochs at full resolution, many hours on one GPU: ``espalier train convmixer_cifar10_96 --data
     DIR``. What is not stated of it (batch, weight decay, RandAugment) is that of ``convmixer_cifar10``. Not yet run
@@ -70,7 +70,7 @@ def convmixer_cifar10_96() -> Recipe:
 
 @register_recipe
 def convmixer_imagenet() -> Recipe:
-    """Return ConvMixer-1536/20 (kernel 9, patch 7) on a folder of ImageNet's images: the paper's 150-epoch setting.
+    """ConvMixer-1536/20 (kernel 9, patch 7) on a folder of ImageNet's images: the paper's 150-epoch setting.
 
     Test accuracy; days on ten GPUs, with ``DIR/train`` and ``DIR/test`` (the validation images) by class:
     ``torchrun --nproc-per-node 10 --no-python espalier train convmixer_imagenet --data DIR``. The images are kept in

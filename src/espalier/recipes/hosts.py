@@ -9,7 +9,7 @@ from espalier.recipes.base import Recipe, register_recipe
 
 @register_recipe
 def cifar10_vit_tiny() -> Recipe:
-    """Return transformers' ViT-Tiny (192 wide, 12 layers, 3 heads) on 3,000 CIFAR-10 images at patch 8.
+    """transformers' ViT-Tiny (192 wide, 12 layers, 3 heads) on 3,000 CIFAR-10 images at patch 8.
 
     Test accuracy on 2,000 images, minutes on one CPU core: ``espalier compare cifar10_vit_tiny --arms default
     mimetic``. The patch is coarse so that the depth, which is what structure acts through, fits a CPU. For a GPU:
@@ -35,7 +35,7 @@ def cifar10_vit_tiny() -> Recipe:
 
 @register_recipe
 def cifar10_vit_small() -> Recipe:
-    """Return a small ViT of transformers (96 wide, 6 layers, 3 heads) on 2,500 CIFAR-10 images at patch 4.
+    """A small ViT of transformers (96 wide, 6 layers, 3 heads) on 2,500 CIFAR-10 images at patch 4.
 
     Test accuracy on 2,000 images, minutes on one CPU core: ``espalier compare cifar10_vit_small --arms default
     mimetic``. Against ``cifar10_vit_tiny`` it has four times the tokens and half the depth.
@@ -52,7 +52,7 @@ def cifar10_vit_small() -> Recipe:
 
 @register_recipe
 def convnext_filters() -> Recipe:
-    """Return a small ConvNeXt of transformers (kernel 7, stem of stride 4) on 2,000 CIFAR-10 images.
+    """A small ConvNeXt of transformers (kernel 7, stem of stride 4) on 2,000 CIFAR-10 images.
 
     Test accuracy on 2,000 images, under a minute on one CPU core: ``espalier compare convnext_filters --arms default
     covariance default-frozen covariance-frozen``. Residual branches start at full scale: at the class's own 1e-6 a run

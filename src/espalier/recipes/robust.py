@@ -32,7 +32,7 @@ _TEMPERED: Mapping[str, Any] = {
 
 @register_recipe
 def digits_robust() -> Recipe:
-    """Return a small Cayley net on scikit-learn's 8×8 digits: clean and certified accuracy, seconds on one CPU core.
+    """A small Cayley net on scikit-learn's 8×8 digits: clean and certified accuracy, seconds on one CPU core.
 
     ``espalier train digits_robust && espalier certify runs/digits_robust``; nothing is downloaded. Measured in
     docs/results/archive/robustness.md.
@@ -48,7 +48,7 @@ def digits_robust() -> Recipe:
 
 @register_recipe
 def kwlarge_fashion() -> Recipe:
-    """Return KWLarge on Fashion-MNIST: clean and certified accuracy, minutes on a CPU.
+    """KWLarge on Fashion-MNIST: clean and certified accuracy, minutes on a CPU.
 
     ``espalier train kwlarge_fashion --data DIR``, then ``espalier certify`` on its folder. Measured in
     docs/results/archive/robustness.md.
@@ -66,7 +66,7 @@ def kwlarge_fashion() -> Recipe:
 
 @register_recipe
 def kwlarge_fashion_tempered() -> Recipe:
-    """Return KWLarge on Fashion-MNIST with cross-entropy on tempered margins and a cosine after a warm-up.
+    """KWLarge on Fashion-MNIST with cross-entropy on tempered margins and a cosine after a warm-up.
 
     The better recipe here: the same net and cost as ``kwlarge_fashion``, larger certified radii. ``espalier train
     kwlarge_fashion_tempered --data DIR``. Measured in docs/results/archive/robustness.md.
@@ -76,7 +76,7 @@ def kwlarge_fashion_tempered() -> Recipe:
 
 @register_recipe
 def kwlarge_cifar10() -> Recipe:
-    """Return KWLarge on CIFAR-10 with the Cayley paper's setting: clean and certified accuracy, hours on one GPU.
+    """KWLarge on CIFAR-10 with the Cayley paper's setting: clean and certified accuracy, hours on one GPU.
 
     Adam, lr 0.01 in a piecewise line, batch 256, 200 epochs, crop and flip, multi-margin loss with margin 0.5, the
     mean subtracted only (arXiv 2104.07167, section 5): ``espalier train kwlarge_cifar10 --data DIR``. Not yet run here
@@ -95,7 +95,7 @@ def kwlarge_cifar10() -> Recipe:
 
 @register_recipe
 def orthogonal_fashion() -> Recipe:
-    """Return our patch net on Fashion-MNIST: clean and certified accuracy, minutes on a CPU.
+    """Our patch net on Fashion-MNIST: clean and certified accuracy, minutes on a CPU.
 
     Two orthogonal convolutions on patches of 4 × 4, the two linear layers of ``kwlarge_fashion`` and the better recipe:
     as many parameters, a third of the time a step, so about three times the epochs. ``espalier train orthogonal_fashion
@@ -112,7 +112,7 @@ def orthogonal_fashion() -> Recipe:
 
 @register_recipe
 def orthogonal_cifar10() -> Recipe:
-    """Return our patch net on CIFAR-10: clean and certified accuracy, hours on one GPU.
+    """Our patch net on CIFAR-10: clean and certified accuracy, hours on one GPU.
 
     To ``kwlarge_cifar10`` what ``orthogonal_fashion`` is to ``kwlarge_fashion``, at the same number of epochs.
     ``espalier train orthogonal_cifar10 --data DIR``. Not yet run here at full length; 32 epochs are measured in

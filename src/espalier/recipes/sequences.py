@@ -9,7 +9,7 @@ from espalier.recipes.base import Recipe, register_recipe
 
 @register_recipe
 def copy_mamba1() -> Recipe:
-    """Return a two-layer Mamba-1 that copies strings of up to 20 symbols: token accuracy at length 20.
+    """A two-layer Mamba-1 that copies strings of up to 20 symbols: token accuracy at length 20.
 
     About a minute on one CPU core: ``espalier train copy_mamba1``. Splits at 40 and 80 symbols stand beside it. For a
     GPU: ``--data-args.length 50 --data-args.vocab-size 29 --model-args.state-size 64 --epochs 100``.
@@ -30,7 +30,7 @@ def copy_mamba1() -> Recipe:
 
 @register_recipe
 def copy_mamba2() -> Recipe:
-    """Return a two-layer Mamba-2 that copies strings of up to 20 symbols: token accuracy at length 20.
+    """A two-layer Mamba-2 that copies strings of up to 20 symbols: token accuracy at length 20.
 
     About a minute on one CPU core: ``espalier train copy_mamba2``. Splits at 40 and 80 symbols stand beside it. For a
     GPU: ``--data-args.length 50 --data-args.vocab-size 29 --model-args.state-size 128 --epochs 100``.
@@ -41,7 +41,7 @@ def copy_mamba2() -> Recipe:
 
 @register_recipe
 def mqar_mamba2() -> Recipe:
-    """Return a two-layer Mamba-2 that recalls 8 pairs within 64 tokens: token accuracy over the queries.
+    """A two-layer Mamba-2 that recalls 8 pairs within 64 tokens: token accuracy over the queries.
 
     Minutes on one CPU core: ``espalier train mqar_mamba2``. Splits at 128 and 256 tokens with as many pairs
     stand beside it. For a GPU: ``--data-args.vocab-size 8192 --data-args.length 256 --data-args.pairs 16 --epochs 100
@@ -53,7 +53,7 @@ def mqar_mamba2() -> Recipe:
 
 @register_recipe
 def recall_hybrid() -> Recipe:
-    """Return a Mamba-2 block and an attention block that recall 8 pairs within 64 tokens: token accuracy.
+    """A Mamba-2 block and an attention block that recall 8 pairs within 64 tokens: token accuracy.
 
     Minutes on one CPU core: ``espalier train recall_hybrid``. Without positions in attention: the convolution
     tells neighbours apart. For a GPU: the same changes as ``mqar_mamba2``.
@@ -64,7 +64,7 @@ def recall_hybrid() -> Recipe:
 
 @register_recipe
 def shakespeare_mamba2() -> Recipe:
-    """Return a two-layer Mamba-2 on the characters of tiny Shakespeare: accuracy on the last tenth of the text.
+    """A two-layer Mamba-2 on the characters of tiny Shakespeare: accuracy on the last tenth of the text.
 
     The control: little here depends on recall. Minutes on one CPU core: ``espalier train shakespeare_mamba2
     --data FILE``, or with ``ESPALIER_DATA`` set. For a GPU: ``--data-args.length 256 --model-args.dim 384
@@ -87,7 +87,7 @@ def shakespeare_mamba2() -> Recipe:
 
 @register_recipe
 def shakespeare_attention() -> Recipe:
-    """Return a four-layer causal transformer on the characters of tiny Shakespeare: accuracy on the last tenth.
+    """A four-layer causal transformer on the characters of tiny Shakespeare: accuracy on the last tenth.
 
     For the arms of attention: ``espalier compare shakespeare_attention --arms all``. Minutes on one CPU core; for a
     GPU: ``--data-args.length 256 --model-args.dim 384 --model-args.pattern attention*6 --epochs 50``.

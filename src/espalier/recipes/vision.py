@@ -7,7 +7,7 @@ from espalier.recipes.base import Recipe, register_recipe
 
 @register_recipe
 def digits_vit() -> Recipe:
-    """Return a small ViT on scikit-learn's 8×8 digits: test accuracy, seconds on one CPU core.
+    """A small ViT on scikit-learn's 8×8 digits: test accuracy, seconds on one CPU core.
 
     ``espalier train digits_vit``; nothing is downloaded.
     """
@@ -27,7 +27,7 @@ def digits_vit() -> Recipe:
 
 @register_recipe
 def digits_convmixer() -> Recipe:
-    """Return a small ConvMixer on scikit-learn's 8×8 digits: test accuracy, seconds on one CPU core.
+    """A small ConvMixer on scikit-learn's 8×8 digits: test accuracy, seconds on one CPU core.
 
     ``espalier train digits_convmixer``; nothing is downloaded.
     """
@@ -47,7 +47,7 @@ def digits_convmixer() -> Recipe:
 
 @register_recipe
 def fashion_vit() -> Recipe:
-    """Return a small ViT on Fashion-MNIST: test accuracy, minutes on a CPU.
+    """A small ViT on Fashion-MNIST: test accuracy, minutes on a CPU.
 
     ``espalier train fashion_vit --data DIR``.
     """
@@ -69,7 +69,7 @@ def fashion_vit() -> Recipe:
 
 @register_recipe
 def cifar10_vit() -> Recipe:
-    """Return ViT-Tiny on CIFAR-10 with the setting of the independent re-runs of mimetic initialisation.
+    """ViT-Tiny on CIFAR-10 with the setting of the independent re-runs of mimetic initialisation.
 
     Test accuracy; 200 epochs, hours on one GPU: ``espalier train cifar10_vit --data DIR``. Cut ``--epochs`` and
     ``--model-args`` for a CPU. Not yet run here at full length.
@@ -94,7 +94,7 @@ def cifar10_vit() -> Recipe:
 
 @register_recipe
 def convmixer_cifar10() -> Recipe:
-    """Return ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10 with the published script's 25-epoch setting.
+    """ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10 with the published script's 25-epoch setting.
 
     Test accuracy; minutes on one GPU: ``espalier train convmixer_cifar10 --data DIR``. Not yet run here at full
     length.

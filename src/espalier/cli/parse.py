@@ -1,0 +1,175 @@
+"""From the words after a command to its arguments, by tyro; the recipe's fields are among them, errors are one line."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+from espalier.cli.recipe_flags import KEYWORD_FIELDS, merge_keyword_fields, split_keyword_fields
+from espalier.errors import EspalierError, require, unknown_name
+from espalier.recipes import Recipe, get_recipe, recipe_functions
+from espalier.recipes.files import open_recipe
+
+Command = Callable[..., None]
+
+# The place of the data is what is typed most.
+_SHORT = {"--data": "--data-path"}
+# What other tools call our options: where letters alone would suggest nothing, or something else.
+_ELSEWHERE = {
+    "bs": "batch-size",
+    "device-batch-size": "batch-size",
+    "grad-accumulation-steps": "accumulate",
+    "gradient-accumulation-steps": "accumulate",
+    "learning-rate": "lr",
+    "log-dir": "out",
+    "max-epochs": "epochs",
+    "max-grad-norm": "clip-norm",
+    "num-epochs": "epochs",
+    "num-train-epochs": "epochs",
+    "num-workers": "workers",
+    "output": "out",
+    "output-dir": "out",
+    "smoothing": "label-smoothing",
+    "val-every": "eval-every",
+    "wd": "weight-decay",
+}
+
+
+def takes_recipe(command: Command) -> bool:
+    """Whether a command has a recipe, whose fields are then options of the command itself."""
+    return "recipe" in inspect.signature(command).parameters
+
+
+def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments by name with which ``tokens`` call a command; ``--help`` prints its help and exits.
+
+    Args:
+        name: the command's name.
+        command: a typed function; see ``takes_recipe``.
+        tokens: what follows the command's name.
+
+    Raises:
+        EspalierError: an option that the command does not have (the message suggests one), a value of the wrong kind,
+            or a missing argument.
+        SystemExit: help was asked for.
+    """
+    tokens = [_spelt(token) for token in tokens]
+    base: Recipe | None = None
+    if takes_recipe(command):
+        # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
+        named = bool(tokens) and not tokens[0].startswith("-")
+        if not named and not {"-h", "--help"} & set(tokens):
+            raise EspalierError(
+                f"{name} needs a recipe: name a file, or one of {', '.join(sorted(recipe_functions()))}"
+            )
+        base = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
+        tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
+        base = merge_keyword_fields(base, keywords)
+    typed = typed_arguments(command, base)
+    tyro = require("tyro", "train")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            found, unknown = tyro.cli(
+                typed, prog=f"espalier {name}" + (" RECIPE" if base else ""), args=tokens, return_unknown_args=True,
+                config=(tyro.conf.PositionalRequiredArgs,), registry=_registry(tyro),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise _refusal(name, command, complaint.getvalue()) from None
+    if unknown:
+        raise _unknown(name, unknown[0], typed)
+    return dict(found)
+
+
+def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict[str, Any]]:
+    """Return a function with a command's signature, types for strings, that returns its arguments instead of acting.
+
+    Args:
+        command: the command.
+        base: the default of its recipe, whose fields become options without a prefix (``--lr``).
+    """
+    tyro = require("tyro", "train")
+    hints = get_type_hints(command, globalns={**command.__globals__, "Recipe": Recipe})
+    parameters = list(inspect.signature(command).parameters.values())
+    for index, each in enumerate(parameters):
+        hint, default = hints[each.name], each.default
+        if hint is Recipe:
+            hint, default = tyro.conf.OmitArgPrefixes[Recipe], base
+        elif default is inspect.Parameter.empty:
+            hint = Annotated[hint, tyro.conf.arg(metavar=each.name.upper())]
+        elif default is None:
+            # What its default means stands in its description.
+            alone = len(parameters) == 1
+            told = tyro.conf.arg(help_behavior_hint="", metavar=each.name.upper() if alone else None)
+            hint = tyro.conf.Positional[Annotated[hint, told]] if alone else Annotated[hint, told]
+        parameters[index] = each.replace(annotation=hint, default=default)
+
+    def arguments(**values: Any) -> dict[str, Any]:
+        return values
+
+    arguments.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    arguments.__annotations__ = {each.name: each.annotation for each in parameters}
+    arguments.__doc__ = command.__doc__
+    return arguments
+
+
+def _spelt(token: str) -> str:
+    flag, equals, value = token.partition("=")
+    return f"{_SHORT[flag]}{equals}{value}" if flag in _SHORT else token
+
+
+def _registry(tyro: Any) -> Any:
+    """Return rules of our own: what may be left out reads ``--out PATH``, and ``None`` leaves it out."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: Any) -> Any:
+        from types import NoneType, UnionType
+        from typing import Union, get_args, get_origin
+
+        kinds = get_args(info.type)
+        if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds or len(kinds) != 2:
+            return None
+        kind = next(each for each in kinds if each is not NoneType)
+        inner = registry.get_primitive_spec(tyro.constructors.PrimitiveTypeInfo.make(kind, info.markers))
+        width = inner.nargs if isinstance(inner.nargs, tuple) else (inner.nargs,)
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=inner.nargs if inner.nargs in (1, "*") else (1, *width),
+            metavar=inner.metavar,
+            instance_from_str=lambda words: None if words in (["None"], ["none"]) else inner.instance_from_str(words),
+            is_instance=lambda value: value is None or inner.is_instance(value),
+            str_from_instance=lambda value: ["none"] if value is None else inner.str_from_instance(value),
+        )
+
+    return registry
+
+
+def _refusal(name: str, command: Command, box: str) -> EspalierError:
+    """Return what tyro says in a box as one sentence, without the box and its hints."""
+    lines = [line.strip("│╭╮╰╯─┌┐└┘|+- \t") for line in box.splitlines()]
+    text = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
+    if text.startswith("Missing from"):
+        parameters = inspect.signature(command).parameters.values()
+        missing = " ".join(each.name.upper() for each in parameters if each.default is inspect.Parameter.empty)
+        return EspalierError(f"{name} needs {missing}: espalier {name} --help says what they are")
+    text = text.partition(" Argument helptext:")[0].removeprefix("Error parsing ")
+    return EspalierError(f"{name}: {text or ' '.join(box.split())}")
+
+
+def _unknown(name: str, token: str, typed: Callable[..., Any]) -> EspalierError:
+    if not token.startswith("-"):
+        return EspalierError(f"{name}: {token!r} is one word too many: options begin with --")
+    flag = token.partition("=")[0].lstrip("-").replace("_", "-")
+    known = [each for each in inspect.signature(typed).parameters if each != "recipe"]
+    if "recipe" in inspect.signature(typed).parameters:
+        known += [each.name for each in fields(Recipe) if each.name not in KEYWORD_FIELDS] + ["data"]
+    options = [each.replace("_", "-") for each in known]
+    if _ELSEWHERE.get(flag) in options:
+        return EspalierError(f"unknown option --{flag} of {name}: did you mean --{_ELSEWHERE[flag]}?")
+    return unknown_name(f"option of {name}", f"--{flag}", [f"--{each}" for each in options])

@@ -1,0 +1,76 @@
+"""Recipes by name or as a file of a few lines: YAML or JSON, a base and the fields that differ from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from espalier.errors import EspalierError, require
+from espalier.recipes.base import Recipe, get_recipe
+from espalier.recipes.validation import recipe_from_dict, recipe_to_dict
+
+_YAML = (".yaml", ".yml")
+
+
+def open_recipe(spec: str) -> Recipe:
+    """Return the recipe that ``spec`` names: a registered one, or a file that ends in .yaml, .yml or .json.
+
+    The file holds fields of ``Recipe``; ``base`` names the registered recipe from which the other fields come, else
+    they have their defaults. Without a ``name`` it bears the file's.
+
+    Args:
+        spec: a name, or the path of a file.
+
+    Raises:
+        EspalierError: no such recipe or file, a file that is damaged, an unknown or ill-typed field.
+    """
+    path = Path(spec)
+    if path.suffix not in (*_YAML, ".json"):
+        return get_recipe(spec)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise EspalierError(f"recipe file {spec!r} cannot be read: {getattr(error, 'strerror', error)}") from None
+    values = read_yaml(text, spec) if path.suffix in _YAML else _read_json(text, spec)
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise EspalierError(f"recipe file {spec!r} holds no fields: write lines such as base: digits_vit and lr: 1e-3")
+    values = dict(values)
+    base = values.pop("base", None)
+    if base is not None:
+        values = {**recipe_to_dict(get_recipe(str(base))), "name": path.stem, **values}
+    return recipe_from_dict({"name": path.stem, **values}, where=f"recipe file {spec!r}")
+
+
+def show_recipe(recipe: Recipe) -> str:
+    """Return a recipe as YAML that ``open_recipe`` reads back; values are written as JSON, which YAML contains."""
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in recipe_to_dict(recipe).items())
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text says, without running code that is in it; ``1e-3`` is a number.
+
+    Raises:
+        EspalierError: it is no YAML; the message begins with ``where``.
+        MissingExtraError: PyYAML is not installed.
+    """
+    yaml = require("yaml", "train")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        """YAML 1.1 takes 1e-3 for text, because it has no point; here it is a number, as in YAML 1.2."""
+
+    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise EspalierError(f"recipe file {where!r} is no YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def _read_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EspalierError(f"recipe file {where!r} is no JSON: {error}") from None
