@@ -22,16 +22,30 @@ PROBES = 32
 
 
 class Watch(TorchDispatchMode):
-    """Keeps every softmax's input, and who was running then."""
+    """Keeps every softmax's input, who was running then, and how every depthwise convolution met its positions."""
 
     def __init__(self, stack: list[str]) -> None:
         super().__init__()
         self.stack, self.seen = stack, []
+        # By where the filters lie in memory: zeros in front, dilation and stride, axis by axis.
+        self.convolved: dict[int, tuple[list[int], list[int], list[int]]] = {}
+        self._padded: tuple[Tensor, list[int]] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default):
             self.seen.append((self.stack[-1] if self.stack else "", args[0].movedim(args[1], -1)))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func == torch.ops.aten.constant_pad_nd.default:
+            self._padded = (out, args[1])
+        if func == torch.ops.aten.convolution.default and args[8] == args[1].shape[0] > 1:
+            x, filters, _, stride, padding, dilation, *_ = args
+            front = list(padding)
+            if self._padded is not None and self._padded[0].data_ptr() == x.data_ptr():
+                # Pairs from the last axis back, zeros in front first.
+                outer = self._padded[1][::2][::-1]
+                front = [a + b for a, b in zip(front, [0] * (len(front) - len(outer)) + outer, strict=True)]
+            self.convolved.setdefault(filters.data_ptr(), (front, list(dilation), list(stride)))
+        return out
 
 
 def judge(model: nn.Module) -> dict[str, Any]:
@@ -47,10 +61,10 @@ def judge(model: nn.Module) -> dict[str, Any]:
             reports = []
         if any(row.status != "skipped" for row in reports):
             return {"result": "crash", "why": why}
-    used, attending = run_whole(model.double())
+    used, attending, convolved = run_whole(model.double())
     layers = []
     for row in reports:
-        verdict, note = ("skipped", row.note) if row.status == "skipped" else judge_row(model, row, used)
+        verdict, note = ("skipped", row.note) if row.status == "skipped" else judge_row(model, row, used, convolved)
         layers.append({"layer": row.layer, "host": row.host, "kind": row.kind, "verdict": verdict, "note": note})
     covered = [row.layer for row in reports if row.kind in ("attention", "ssm")]
     attending = [name for name in attending if mixes_tokens(model.get_submodule(name))]
@@ -77,8 +91,12 @@ def named_attention(model: nn.Module) -> list[str]:
     ]
 
 
-def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """Run a model on whatever inputs it takes; return every module's inputs, and where tokens met tokens."""
+def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str], dict[int, Any]]:
+    """Run a model on whatever inputs it takes.
+
+    Returns:
+        Every module's inputs, where tokens met tokens, and ``Watch.convolved``.
+    """
     used: dict[str, tuple[Any, Any]] = {}
     stack: list[str] = []
     handles = []
@@ -96,6 +114,7 @@ def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     attending: list[str] = []
+    convolved: dict[int, Any] = {}
     for inputs in whole_inputs(model):
         inputs = double(inputs)
         stack.clear()
@@ -106,10 +125,11 @@ def run_whole(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
                 continue
             finally:
                 attending += [n for n, s in watch.seen if s.ndim >= 3 and s.shape[-1] == s.shape[-2] > 1 and n]
+                convolved = {**watch.convolved, **convolved}
         break
     for handle in handles:
         handle.remove()
-    return used, attending
+    return used, attending, convolved
 
 
 def double(value: Any) -> Any:
@@ -144,11 +164,15 @@ def whole_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield {"args": (torch.randn(1, 3, size, size),)}
 
 
-def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
+def judge_row(
+    model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]], convolved: dict[int, Any]
+) -> tuple[str, str]:
     """Return the verdict on a written layer, with the note that belongs to it."""
+    module = model.get_submodule(row.layer)
+    if row.kind == "depthwise":
+        return judge_filters(module, row.note, convolved)
     if row.kind != "attention":
         return "written", row.note
-    module = model.get_submodule(row.layer)
     inputs = [used[row.layer]] if row.layer in used else []
     made_up = calls(module, width_of(module), heads_of(module))
     inputs += [one_sequence(module, call.args, call.kwargs) for call in made_up]
@@ -171,6 +195,36 @@ def judge_row(model: nn.Module, row: Any, used: dict[str, tuple[Any, Any]]) -> t
             return "rescaled", row.note
         return "wrong", f"qk {', '.join(f'{one:.2f}' for one in qk)} for {asked_qk:.2f}, vo {vo:.2f} for {asked_vo:.2f}"
     return "not run", f"{row.note}; the judge: {why}".strip("; ")
+
+
+def judge_filters(module: nn.Module, note: str, convolved: dict[int, Any]) -> tuple[str, str]:
+    """Return whether the filters' energy lies around the tap that met the output's own position as the model ran.
+
+    With p zeros in front, tap j of an output meets the input j·dilation − p further on: tap p / dilation is the
+    present. A strided output covers several inputs, and any of them is its own.
+    """
+    filters = module.get_parameter("weight").detach()
+    if filters.data_ptr() not in convolved:
+        # The model was not run as far as here: the layer alone, on zeros.
+        with untraced(), Watch([]) as watch:
+            try:
+                module(filters.new_zeros(1, len(filters), *[4 * taps for taps in filters.shape[2:]]))
+            except Exception as error:
+                return "not run", f"{note}; the judge: {type(error).__name__}: {error}".splitlines()[0].strip("; ")
+        convolved = watch.convolved
+    energy = filters.square().mean((0, 1))
+    energy = energy / energy.sum()
+    for axis, (front, dilation, stride) in enumerate(zip(*convolved[filters.data_ptr()], strict=True)):
+        along = energy.movedim(axis, 0).flatten(1).sum(1) if energy.ndim > 1 else energy
+        if len(along) < 3:
+            continue
+        first, last = front / dilation, (front + stride - 1) / dilation
+        middle = float(along @ torch.arange(len(along), dtype=along.dtype))
+        # One-sided filters have their largest entry on the present, not their mean.
+        held = float(along.argmax()) if first == len(along) - 1 else middle
+        if not first - 0.5 <= held <= last + 0.5:
+            return "wrong", f"axis {axis}: energy around tap {held:.2f}, its own position is tap {first:.2f}"
+    return "proved", note
 
 
 def one_sequence(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
