@@ -19,6 +19,7 @@ from espalier.errors import EspalierError
 from espalier.study import add_records, read_records
 from experiments.evidence import Results
 from experiments.gpu_page import gpu_page
+from experiments.measured import measured_page
 from experiments.pages import PAGES, index_text, page_text
 from experiments.scheduler import COMMITTED, known_records
 
@@ -38,7 +39,7 @@ def collect(out: Path, committed: Path = COMMITTED) -> int:
 def generated(committed: Path = COMMITTED) -> Mapping[Path, str]:
     """Return every generated file by its path below docs/results."""
     results = Results(known_records([committed]))
-    files = {Path("index.md"): index_text(results), Path("gpu.md"): gpu_page()}
+    files = {Path("index.md"): index_text(results), Path("gpu.md"): gpu_page(), Path("measured.md"): measured_page()}
     for page in PAGES:
         text, pictures = page_text(page, results)
         files[Path(page.file)] = text

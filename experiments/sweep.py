@@ -7,9 +7,9 @@ Each model is built in a process of its own with a time limit. What is written i
 our views: every token is the i-th unit vector, so a score at distance zero is (W_Q W_Kᵀ)ᵢᵢ times the layer's scale and
 the output's i-th entry is (W_V W_out)ᵢᵢ. A layer is *proved* if both means are within 15 % of what the report says;
 *rescaled* if a norm or a gate that the report notes stands between; *not run* if no input could be made for it.
-Depthwise filters are proved if their energy lies around the tap that met the output's own position as the model ran;
-state-space layers are only *written* here, and proved by forward pass in tests/init/test_ssm_layouts.py. A failure is
-a wrong write, an attention layer without a row, or a crash; with one the command exits with 1.
+Depthwise filters are drawn narrow, and proved if their energy lies on the tap that met the output's own position as the
+model ran; state-space layers are only *written* here, and proved by forward pass in tests/init/test_ssm_layouts.py. A
+failure is a wrong write, an attention layer without a row, or a crash; with one the command exits with 1.
 """
 
 from __future__ import annotations

