@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> str:
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
     """Return the first row as a heading, a line under it and the other rows, every column as wide as its widest cell.
 
     Args:

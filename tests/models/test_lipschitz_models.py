@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from espalier.certify import certify, lipschitz_bound
 from espalier.errors import EspalierError
 from espalier.models import KWLarge, OrthogonalConvNet, build_model
-from espalier.models.orthogonal_layers import PeerConv2d, orthogonal_conv
+from espalier.models.orthogonal_layers import OrthogoniumConv2d, orthogonal_conv
 from espalier.train.build import build_optimizer
 from espalier.train.ema import AveragedWeights
 
@@ -116,7 +116,7 @@ def test_a_peer_is_bounded_by_its_kernel_not_by_its_name(layer: str, kernel: int
     pytest.importorskip("orthogonium")
     torch.manual_seed(0)
     conv = orthogonal_conv(layer, 4, 4, kernel, stride).eval()
-    assert isinstance(conv, PeerConv2d)
+    assert isinstance(conv, OrthogoniumConv2d)
     x = torch.rand(1, 4, 6, 6)
     assert conv(x).shape == (1, 4, 6 // stride, 6 // stride)
     jacobian = torch.autograd.functional.jacobian(lambda one: conv(one).flatten(), x).reshape(-1, x.numel())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from espalier.models import ConvMixer
 from espalier.recipes import INITS, Recipe, apply_arm, get_recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train import load_run, train
+from espalier.train.schedule import learning_rate
+from reference.convmixer_original import original_convmixer
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -31,36 +34,27 @@ def net(width: int = 24, depth: int = 3, kernel: int = 5, patch: int = 2) -> Con
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "fields"),
+    ("name", "definition"),
     [
-        ("convmixer_cifar10", 594_186, {"epochs": 25, "lr": 0.05, "weight_decay": 0.005, "batch_size": 512}),
-        ("convmixer_cifar10_100", 594_186, {"epochs": 100, "lr": 0.05, "weight_decay": 0.005, "batch_size": 512}),
-        (
-            "convmixer_cifar10_96",
-            706_570,
-            {
-                "epochs": 200, "lr": 0.01, "eps": 1e-3, "clip_norm": 1.0, "mixup": 0.5, "cutmix": 0.5,
-                "erasing": 0.25, "crop_scale": (0.75, 1.0),
-            },
-        ),
-        (
-            "convmixer_imagenet",
-            51_625_960,
-            {
-                "batch_size": 640, "lr": 0.01, "eps": 1e-3, "clip_norm": 1.0, "weight_decay": 2e-5,
-                "label_smoothing": 0.1, "mixup": 0.5, "cutmix": 0.5, "erasing": 0.25, "randaugment": (2, 9),
-            },
-        ),
+        ("convmixer_cifar10", (256, 8, 5, 2, 10)),
+        ("convmixer_cifar10_100", (256, 8, 5, 2, 10)),
+        ("convmixer_cifar10_96", (256, 8, 9, 1, 10)),
+        ("convmixer_imagenet", (1536, 20, 9, 7, 1000)),
     ],
-)  # fmt: skip
-def test_published_settings(name: str, parameters: int, fields: dict) -> None:
+)
+def test_published_recipes_train_the_papers_network_on_the_scripts_schedule(
+    name: str, definition: tuple[int, ...]
+) -> None:
     recipe = resolve_recipe(get_recipe(name))
-    assert (recipe.optimizer, recipe.schedule, recipe.flip) == ("adamw", "piecewise", True)
-    assert {field: getattr(recipe, field) for field in fields} == fields
-    classes = 1000 if name == "convmixer_imagenet" else 10
     with torch.device("meta"):
-        model = models.build_model(recipe.model, num_classes=classes, in_chans=3, img_size=32, **recipe.model_args)
-    assert sum(p.numel() for p in model.parameters()) == parameters
+        original = original_convmixer(*definition)
+        arguments = {"num_classes": definition[-1], "in_chans": 3, "img_size": 32, **recipe.model_args}
+        model = models.build_model(recipe.model, **arguments)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in original.parameters()]
+    # The published script: np.interp(t, [0, E·2//5, E·4//5, E], [0, lr, lr/20, 0]) at t = epoch + (step + 1)/steps.
+    epochs, ends = recipe.epochs, np.arange(1, 10 * recipe.epochs + 1) / 10
+    script = np.interp(ends, [0, epochs * 2 // 5, epochs * 4 // 5, epochs], [0, recipe.lr, recipe.lr / 20, 0])
+    assert [learning_rate(recipe, step, 10) for step in range(len(ends))] == pytest.approx(script.tolist())
 
 
 def test_transferred_filters_follow_another_network_s_statistics(tmp_path: Path) -> None:
@@ -81,20 +75,34 @@ def test_transferred_filters_follow_another_network_s_statistics(tmp_path: Path)
         assert (found - target).norm() < 4.5 * bound
 
 
-def test_shrinkage_is_the_statistics_own(tmp_path: Path) -> None:
-    small = net(width=16, depth=2, kernel=5)
-    statistics = FilterStatistics.from_model(small)
-    path = str(statistics.save(tmp_path / "stats.safetensors"))
-    for argument, strength in ((None, "auto"), ("auto", "auto"), (1.0, 1.0), (0, 0.0)):
-        model, twin = net(), net()
+def test_shrinkage_mixes_the_statistics_with_their_closest_closed_form(tmp_path: Path) -> None:
+    small = net(width=100, depth=1, kernel=5)
+    INITS["covariance"](small, generator=seeded(2))
+    filters = depthwise_layers(small)[0][1].weight.detach().flatten(1).double()
+    own = filters.mT @ filters / len(filters)
+
+    def closest(sigma: float) -> torch.Tensor:
+        form = filter_covariance(5, sigma)
+        return form * (form * own).sum() / form.square().sum()
+
+    target = min(map(closest, torch.linspace(0.3, 4, 400).tolist()), key=lambda form: float((own - form).norm()))
+    path = str(FilterStatistics.from_model(small).save(tmp_path / "stats.safetensors"))
+    shares = []
+    for argument in (0, 1.0, 0.25, "auto", None):
+        model = nn.Sequential(nn.Conv2d(50_000, 50_000, 5, padding=2, groups=50_000))
         chosen = {} if argument is None else {"shrink": argument}
         INITS["transferred"](model, generator=seeded(1), statistics=path, **chosen)
-        layers = depthwise_layers(twin)
-        seeds = [int(torch.randint(2**62, (), generator=g)) for g in [seeded(1)] for _ in layers]
-        for index, ((_, module), seed) in enumerate(zip(layers, seeds, strict=True)):
-            statistics.shrink(strength=strength).sample_(module.weight, index / 2, generator=seeded(seed))
-        for (_, a), (_, b) in zip(depthwise_layers(model), layers, strict=True):
-            assert torch.equal(a.weight, b.weight)
+        drawn = depthwise_layers(model)[0][1].weight.detach().flatten(1).double()
+        found = drawn.mT @ drawn / len(drawn)
+        share = float(((found - own) * (target - own)).sum() / (target - own).square().sum())
+        rest = found - (1 - share) * own - share * target
+        assert rest.norm() < 0.1 * (target - own).norm()
+        shares.append(share)
+    assert shares[:3] == pytest.approx([0, 1, 0.25], abs=0.05)
+    assert shares[3] == shares[4]
+    assert (
+        0.3 < shares[3] <= 1.05
+    )  # 100 filters in 25 dimensions that follow the target: most of what is apart is noise
     with pytest.raises(EspalierError, match="strength 2"):
         INITS["transferred"](net(), generator=seeded(), statistics=path, shrink=2)
     with pytest.raises(EspalierError, match="nowhere"):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe, get_recipe
 from espalier.report import write_report
-from espalier.study import Summary, launch, plan_study, summarise
+from espalier.study import Study, plan_study, summarise
 from espalier.study.table import assumptions, cells, sentences
 from espalier.study.trial import FAILURE
 from espalier.train import train
-from fabricated_runs import fabricate, fabricate_usual, usual_score
+from fabricated_runs import fabricate, usual_score
+from small_study import recorded, train_study
 
 RECIPE = Recipe(name="r", epochs=4)
-LRS = [1e-4, 1e-3, 1e-2]
 
 
 class Page(HTMLParser):
@@ -67,29 +70,26 @@ class Page(HTMLParser):
         return [self.path.parent / unquote(link) for link in self.links if not link.startswith("#")]
 
 
-@pytest.fixture
-def usual(tmp_path: Path) -> Summary:
-    study = plan_study(RECIPE, ["default", "mimetic"], LRS, [0, 1, 2], tmp_path / "a study")
-    launch(study, workers=0, run=fabricate_usual)
-    return summarise(study.path)
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return train_study(tmp_path_factory.mktemp("studies") / "a study")
 
 
-def test_page_shows_what_the_summary_says(usual: Summary, tmp_path: Path) -> None:
-    page = Page(write_report([usual.study.path], tmp_path / "pages" / "report.html"))
-    for row in cells(usual):
-        assert list(row) in page.rows
-    for text in [*sentences(usual), *assumptions(usual)]:
-        assert text in page.text
+def test_page_shows_what_the_runs_recorded(study: Study, tmp_path: Path) -> None:
+    page = Page(write_report([study.path], tmp_path / "pages" / "report.html"))
     trials = [row for row in page.rows if row and row[-1].startswith("trials/")]
     scores = {(row[0], float(row[1]), int(row[2])): row[3] for row in trials}
-    assert scores == {
-        (t.arm, t.lr, t.seed): f"{100 * usual_score(t.recipe):.1f}" for t in usual.study.trials()
-    }  # fmt: skip
-    assert {path.resolve() for path in page.folders()} == {t.path.resolve() for t in usual.study.trials()}
+    assert scores == {trial: f"{100 * curve[-1]:.1f}" for trial, curve in recorded(study).items()}
+    assert {path.resolve() for path in page.folders()} == {t.path.resolve() for t in study.trials()}
+    summary = summarise(study.path)
+    for row in cells(summary):
+        assert list(row) in page.rows
+    for text in [*sentences(summary), *assumptions(summary)]:
+        assert text in page.text
 
 
-def test_page_is_self_contained(usual: Summary, tmp_path: Path) -> None:
-    page = Page(write_report([usual.study.path], tmp_path / "report.html"))
+def test_page_is_self_contained(study: Study, tmp_path: Path) -> None:
+    page = Page(write_report([study.path], tmp_path / "report.html"))
     assert all(load.startswith("data:") for load in page.loads)
     assert not {"link", "iframe", "object", "base"} & set(page.tags)
     assert page.scripts.count("Plotly.newPlot(") - page.scripts.count("Plotly.newPlot(t") >= 2
@@ -97,19 +97,23 @@ def test_page_is_self_contained(usual: Summary, tmp_path: Path) -> None:
     assert page.scripts.count("plotly.js v") == 1
 
 
-def test_figures_hold_the_numbers_of_the_summary(usual: Summary, tmp_path: Path) -> None:
-    figures = drawn_figures(write_report([usual.study.path], tmp_path / "report.html"))
-    curves, rates = figures
-    for arm in usual.arms:
-        (line,) = [t for t in curves if t["name"] == arm.arm and t["mode"] == "lines+markers"]
-        assert line["x"] == [point.epoch for point in arm.curve]
-        assert line["y"] == pytest.approx([100 * point.score.mean for point in arm.curve])
-        assert all("n = 3" in words for words in line["hovertext"])
-        (band,) = [t for t in curves if t["name"] == arm.arm and t.get("fill") == "toself"]
-        highs = [100 * point.score.high for point in arm.curve]
-        assert band["y"] == pytest.approx(highs + [100 * point.score.low for point in arm.curve[::-1]])
-        dots = [t for t in rates if t["name"] == arm.arm and t["mode"] == "markers" and len(t["x"]) == 9]
-        expected = sorted(100 * score for point in arm.rates for score in point.scores.values())
+def test_figures_hold_the_numbers_of_the_runs(study: Study, tmp_path: Path) -> None:
+    curves, rates = drawn_figures(write_report([study.path], tmp_path / "report.html"))
+    runs = recorded(study)
+    for arm in study.arms:
+        means = {lr: np.mean([runs[arm, lr, seed][-1] for seed in study.seeds]) for lr in study.lrs}
+        best = min(lr for lr in study.lrs if means[lr] == max(means.values()))
+        both = 100 * np.array([runs[arm, best, seed] for seed in study.seeds])
+        (line,) = [t for t in curves if t["name"] == arm and t["mode"] == "lines+markers"]
+        assert line["x"] == [0, 1, 2]
+        assert line["y"] == pytest.approx(both.mean(0))
+        assert all("n = 2" in words for words in line["hovertext"])
+        (band,) = [t for t in curves if t["name"] == arm and t.get("fill") == "toself"]
+        half = scipy.stats.t.ppf(0.975, 1) * both.std(0, ddof=1) / np.sqrt(2)
+        highs, lows = np.minimum(both.mean(0) + half, 100), np.maximum(both.mean(0) - half, 0)
+        assert band["y"] == pytest.approx([*highs, *lows[::-1]])
+        dots = [t for t in rates if t["name"] == arm and t["mode"] == "markers" and len(t["x"]) == 4]
+        expected = sorted(100 * curve[-1] for (name, _, _), curve in runs.items() if name == arm)
         assert sorted(dots[0]["y"]) == pytest.approx(expected)
 
 
@@ -148,12 +152,12 @@ def test_diverged_failed_and_unfinished_runs_are_shown(tmp_path: Path) -> None:
     assert sorted(len(t.get("x", [])) for t in crosses) == [1, 1]
 
 
-def test_names_from_files_are_escaped(usual: Summary, tmp_path: Path) -> None:
-    file = usual.study.path / "study.json"
-    plan = json.loads(file.read_text())
+def test_names_from_files_are_escaped(study: Study, tmp_path: Path) -> None:
+    copy = shutil.copytree(study.path, tmp_path / "study")
+    plan = json.loads((copy / "study.json").read_text())
     plan["arms"] = {"default": plan["arms"]["default"], "<script>alert(2)<b>": {"init": "<img src=x>"}}
-    file.write_text(json.dumps(plan))
-    path = write_report([usual.study.path], tmp_path / "report.html")
+    (copy / "study.json").write_text(json.dumps(plan))
+    path = write_report([copy], tmp_path / "report.html")
     page = Page(path)
     assert "<script>alert(2)" not in path.read_text()
     assert "<img src=x>" not in path.read_text()
@@ -167,10 +171,10 @@ def test_study_without_a_finished_run_still_has_a_page(tmp_path: Path) -> None:
     assert "plotly.js v" not in page.scripts
 
 
-def test_folder_that_is_neither_is_named_and_nothing_is_written(usual: Summary, tmp_path: Path) -> None:
+def test_folder_that_is_neither_is_named_and_nothing_is_written(study: Study, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(EspalierError, match="other is neither a study"):
-        write_report([usual.study.path, tmp_path / "other"], tmp_path / "new" / "report.html")
+        write_report([study.path, tmp_path / "other"], tmp_path / "new" / "report.html")
     with pytest.raises(EspalierError, match="at least one"):
         write_report([], tmp_path / "new" / "report.html")
     assert not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from espalier.recipes import Recipe
 from espalier.study import Summary, launch, markdown_table, plan_study, summarise, text_table
 from espalier.study.table import rate_rows
 from fabricated_runs import fabricate, fabricate_usual, usual_score
+from small_study import recorded, train_study
 
 RECIPE = Recipe(name="r", epochs=4)
 LRS = [1e-4, 1e-3, 1e-2]
@@ -141,3 +142,18 @@ def test_rates_stand_beside_each_other_with_paired_differences(usual: Summary) -
         assert row[1].split(" [")[0] == f"{100 * sum(theirs.scores.values()) / 3:.1f}"
         assert row[2].split(" [")[0] == f"{100 * sum(ours.scores.values()) / 3:.1f}"
     assert all("| " + " | ".join(row) + " |" in markdown_table(usual).splitlines() for row in rows)
+
+
+def test_a_trained_study_against_scipy_on_the_runs_own_files(tmp_path: Path) -> None:
+    study = train_study(tmp_path / "study")
+    runs, summary = recorded(study), summarise(study.path)
+    for arm in summary.arms:
+        means = {lr: sum(runs[arm.arm, lr, seed][-1] for seed in study.seeds) / 2 for lr in study.lrs}
+        assert arm.best_lr in [lr for lr in study.lrs if means[lr] == max(means.values())]
+        finals = [runs[arm.arm, arm.best_lr, seed][-1] for seed in study.seeds]
+        mean, half = means[arm.best_lr], scipy.stats.t.ppf(0.975, 1) * abs(finals[0] - finals[1]) / 2
+        assert arm.score.mean == pytest.approx(mean)
+        assert (arm.score.low, arm.score.high) == pytest.approx((max(mean - half, 0), min(mean + half, 1)))
+    base, mimetic = summary.arms
+    gains = [runs["mimetic", mimetic.best_lr, seed][-1] - runs["default", base.best_lr, seed][-1] for seed in (0, 1)]
+    assert mimetic.difference.t.mean == pytest.approx(sum(gains) / 2)

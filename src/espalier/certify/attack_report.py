@@ -16,7 +16,7 @@ from espalier.certify.certificate import EPSILONS, Certificate, in_255
 from espalier.certify.radius import ARITHMETIC, check_pixels
 from espalier.errors import EspalierError
 from espalier.files import write_json
-from espalier.tables import text_table
+from espalier.tables import plain_table
 
 _GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
 """Certified points are attacked at these multiples of their radius: at it, and beyond it for the distance."""
@@ -75,7 +75,7 @@ class AttackReport:
         verdict = "none fell" if not self.broken else f"{len(self.broken)} FELL"
         tight = "" if self.tightness is None else f"; median radius / distance found {self.tightness:.3f}"
         summary = f"{self.attacked} certified points attacked at their own radius: {verdict}{tight}"
-        return "\n".join([text_table(rows), "", summary, *(f"- {text}" for text in self.attacks)])
+        return "\n".join([plain_table(rows), "", summary, *(f"- {text}" for text in self.attacks)])
 
     def __str__(self) -> str:
         """Return the table."""

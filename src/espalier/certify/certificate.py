@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from espalier.errors import EspalierError
 from espalier.files import write_json
-from espalier.tables import text_table
+from espalier.tables import plain_table
 
 EPSILONS = (36 / 255, 72 / 255, 108 / 255)
 """The radii of the literature, in [0, 1] pixel units."""
@@ -70,12 +70,12 @@ class Certificate:
             f"{len(self)} images; median radius {median:.4g}; Lipschitz constant {self.lipschitz:.6g}; "
             f"arithmetic {self.arithmetic}, rounding of score differences at most {self.rounding:.3g}"
         )
-        return "\n".join([text_table(rows), "", summary, *(f"- {text}" for text in self.assumptions)])
+        return "\n".join([plain_table(rows), "", summary, *(f"- {text}" for text in self.assumptions)])
 
     def slack_table(self) -> str:
         """Return for every module its constant and the rounding that it adds, as plain text."""
         rows = [(path, f"{constant:.9g}", f"{added:.2e}") for path, constant, added in self.slack]
-        return text_table([("module", "constant", "rounding"), *rows])
+        return plain_table([("module", "constant", "rounding"), *rows])
 
     def __str__(self) -> str:
         """Return the table at the radii of the literature."""

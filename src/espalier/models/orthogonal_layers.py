@@ -1,4 +1,4 @@
-"""The convolutions that a Lipschitz net can be built from: ours, and those of the library orthogonium as peers."""
+"""The convolutions that a Lipschitz net can be built from: ours, and those of the library orthogonium."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from espalier.errors import require, unknown_name
 from espalier.nn.lipschitz.constant import kernel_norm
 from espalier.nn.orthogonal.conv import CayleyConv2d
 
-PEERS = {"aoc": ("AOC", "AdaptiveOrthoConv2d"), "soc": ("adaptiveSOC", "AdaptiveSOCConv2d")}
+ORTHOGONIUM = {"aoc": ("AOC", "AdaptiveOrthoConv2d"), "soc": ("adaptiveSOC", "AdaptiveSOCConv2d")}
 
 
 def orthogonal_conv(layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> nn.Module:
@@ -24,16 +24,16 @@ def orthogonal_conv(layer: str, inputs: int, outputs: int, kernel_size: int, str
 
     Raises:
         EspalierError: an unknown layer.
-        MissingExtraError: a peer is wanted and orthogonium is not installed.
+        MissingExtraError: orthogonium is not installed.
     """
     if layer == "cayley":
         return CayleyConv2d(inputs, outputs, kernel_size, stride=stride)
-    if layer not in PEERS:
-        raise unknown_name("layer", layer, ("cayley", *PEERS))
-    return PeerConv2d(layer, inputs, outputs, kernel_size * stride, stride)
+    if layer not in ORTHOGONIUM:
+        raise unknown_name("layer", layer, ("cayley", *ORTHOGONIUM))
+    return OrthogoniumConv2d(layer, inputs, outputs, kernel_size * stride, stride)
 
 
-class PeerConv2d(nn.Module):
+class OrthogoniumConv2d(nn.Module):
     """An orthogonal convolution of orthogonium with circular padding: AOC (arXiv 2501.07930) or SOC (2105.11417).
 
     Their kernels are explicit but orthogonal only up to the convergence of an iteration, so the constant is not taken
@@ -54,7 +54,7 @@ class PeerConv2d(nn.Module):
 
     def __init__(self, layer: str, inputs: int, outputs: int, kernel_size: int, stride: int) -> None:
         super().__init__()
-        package, factory = PEERS[layer]
+        package, factory = ORTHOGONIUM[layer]
         module = require(f"orthogonium.layers.conv.{package}", "peers")
         self.conv = getattr(module, factory)(
             inputs, outputs, kernel_size, stride=stride, padding=0, padding_mode="circular", bias=True

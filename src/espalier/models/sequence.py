@@ -146,7 +146,7 @@ class Layer(nn.Module):
         """Transform a whole sequence."""
         return self._after(x_BLD + self.mixer(self.norm(x_BLD)))
 
-    def go_on(self, x_BLD: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def forward_with_state(self, x_BLD: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Transform a sequence that follows what ``state`` has seen, and return the state after it."""
         mixed_BLD, after = self.mixer(self.norm(x_BLD), state=state, return_state=True)
         return self._after(x_BLD + mixed_BLD), after
@@ -282,7 +282,7 @@ class SequenceModel(nn.Module):
         """Read a sequence in parallel and return (its logits (B, L, V), the state of every layer after it)."""
         x_BLD, after = self.embedding(tokens_BL), []
         for index, layer in enumerate(self._layers()):
-            x_BLD, state = layer.go_on(x_BLD, None if states is None else states[index])
+            x_BLD, state = layer.forward_with_state(x_BLD, None if states is None else states[index])
             after.append(state)
         return self.lm_head(self.norm_f(x_BLD)), after
 
