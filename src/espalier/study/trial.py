@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.files import write_json
+from espalier.lookup import is_reference
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
 from espalier.study.record import Record, recipe_digest, record_run
@@ -220,10 +221,14 @@ def arm_changes(recipe: Recipe, arms: Sequence[str] | Mapping[str, Mapping[str, 
     """
     before = recipe_to_dict(recipe)
     changes: dict[str, Mapping[str, Any]] = {}
-    for arm in arms:
+    for spec in arms:
+        # An initialisation of the user's own: the arm bears the function's name.
+        arm = spec.partition("#")[0].rpartition(":")[2] if is_reference(spec) else spec
+        if arm in changes:
+            raise EspalierError(f"arms: {arm!r} is named twice: give every arm a name of its own")
         if not arm or set(arm) & set("/\\\0") or arm.startswith("."):
             raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
-        after = apply_arm(recipe, arm) if not isinstance(arms, Mapping) else _with_fields(recipe, arm, arms[arm])
+        after = apply_arm(recipe, spec) if not isinstance(arms, Mapping) else _with_fields(recipe, spec, arms[spec])
         values = recipe_to_dict(resolve_recipe(after))
         changes[arm] = {name: value for name, value in values.items() if value != before[name]}
     return changes

@@ -6,7 +6,8 @@ import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from espalier import models, recipes
 from espalier.data.source import Source
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 
@@ -42,16 +43,16 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
     Raises:
         EspalierError: unknown model, initialisation or argument.
     """
-    if recipe.init not in recipes.INITS:
-        raise unknown_name("init", recipe.init, recipes.INITS)
-    initialise = recipes.INITS[recipe.init]
+    initialise = recipes.get_init(recipe.init)
     model = build_bare_model(recipe, resolved_model_args(recipe, source))
     structure = derive_generator(recipe.seed, "structure")
     try:
         inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
     except TypeError as error:
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
-    return model, initialise(model, generator=structure, **recipe.init_args)
+    # Code of the user's own may draw from the global stream.
+    with _seeded_globally(structure):
+        return model, initialise(model, generator=structure, **recipe.init_args)
 
 
 def resolved_model_args(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -63,13 +64,19 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
     """Build the recipe's model with weights from the stream (seed, "weights") and no structure."""
     generator = derive_generator(recipe.seed, "weights")
     # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator.initial_seed())
+    with _seeded_globally(generator):
         model: nn.Module = models.build_model(recipe.model, **model_args)
     init_weights = getattr(model, "init_weights", None)
     if init_weights is not None and "generator" in inspect.signature(init_weights).parameters:
         init_weights(generator=generator)
     return model
+
+
+@contextmanager
+def _seeded_globally(generator: torch.Generator) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
 
 
 def freeze_(model: nn.Module, recipe: Recipe) -> None:
