@@ -17,7 +17,7 @@ from espalier.study import Summary, launch, plan_study, summarise
 from espalier.study.table import assumptions, cells, sentences
 from espalier.study.trial import FAILURE
 from espalier.train import train
-from fabricated_runs import fabricate, fabricate_usual, usual_score
+from fabricated_runs import fabricate, fabricate_trial, usual_score
 
 RECIPE = Recipe(name="r", epochs=4)
 LRS = [1e-4, 1e-3, 1e-2]
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def usual(tmp_path: Path) -> Summary:
     study = plan_study(RECIPE, ["default", "mimetic"], LRS, [0, 1, 2], tmp_path / "a study")
-    launch(study, workers=0, run=fabricate_usual)
+    launch(study, workers=0, run=fabricate_trial)
     return summarise(study.path)
 
 

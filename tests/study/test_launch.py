@@ -19,7 +19,7 @@ from espalier.recipes import Recipe
 from espalier.study import Study, Trial, launch, plan_study
 from espalier.study.worker import claim, drain
 from espalier.train import RunInterrupted
-from fabricated_runs import fabricate_usual
+from fabricated_runs import fabricate_trial
 
 RECIPE = Recipe(name="r", epochs=2)
 
@@ -214,7 +214,7 @@ def test_interrupt_inline(study: Study) -> None:
     def run(trial: Trial) -> None:
         if trial.seed == 1:
             raise KeyboardInterrupt
-        fabricate_usual(trial.recipe, trial.path)
+        fabricate_trial(trial)
 
     with pytest.raises(RunInterrupted, match=r"2 of 6 trials .* again to resume"):
         launch(study, workers=0, run=run)

@@ -11,7 +11,7 @@ import torch
 
 from espalier.errors import EspalierError
 from espalier.study import Trial
-from fabricated_runs import fabricate_usual
+from fabricated_runs import fabricate_trial
 
 
 def note(trial: Trial) -> None:
@@ -24,21 +24,21 @@ def note(trial: Trial) -> None:
 def quick(trial: Trial) -> None:
     note(trial)
     time.sleep(0.3)
-    fabricate_usual(trial.recipe, trial.path)
+    fabricate_trial(trial)
 
 
 def fail_on_seed_one(trial: Trial) -> None:
     note(trial)
     if trial.seed == 1:
         raise EspalierError("batch_size 9 is too large") if trial.arm == "default" else RuntimeError("two\nlines")
-    fabricate_usual(trial.recipe, trial.path)
+    fabricate_trial(trial)
 
 
 def die_on_seed_one(trial: Trial) -> None:
     note(trial)
     if trial.seed == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    fabricate_usual(trial.recipe, trial.path)
+    fabricate_trial(trial)
 
 
 def slow(trial: Trial) -> None:

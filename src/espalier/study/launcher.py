@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from espalier.errors import EspalierError, require
+from espalier.recipes import Recipe
 from espalier.study.trial import FAILURE, Study, Trial
 from espalier.study.worker import RunTrial, Worker, claim, drain
 from espalier.train import RunInterrupted, train
@@ -26,7 +27,13 @@ _START = "from espalier.study.worker import main; main()"
 
 
 def run_recipe(trial: Trial) -> None:
-    """Train one trial's recipe into its folder, without a progress bar."""
+    """Train one trial's recipe into its folder, without a progress bar.
+
+    Raises:
+        EspalierError: the study trains by a function of the user's own, which only ``espalier.compare`` is given.
+    """
+    if not isinstance(trial.recipe, Recipe):
+        raise EspalierError(f"{trial.recipe.name} trains this study: call espalier.compare with that function")
     train(trial.recipe, trial.path, resume="auto", progress=False)
 
 

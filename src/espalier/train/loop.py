@@ -16,14 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier import data
 from espalier.data.source import Source
 from espalier.errors import EspalierError, require
 from espalier.files import load_weights, write_json, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, freeze_, resolved_model_args
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
     Counters,
     drop_checkpoint,
@@ -130,9 +129,7 @@ def _make_fabric(recipe: Recipe) -> Any:
 
 def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
     loss = build_loss(recipe)
-    source = data.build_source(recipe)
-    if source.steps_per_epoch(recipe.batch_size) < 1:
-        raise EspalierError(f"batch_size {recipe.batch_size} is larger than the training set: choose a smaller one")
+    source = build_run_source(recipe)
     model, report = build_run_model(recipe, source)
     freeze_(model, recipe)
     fabric.barrier()
