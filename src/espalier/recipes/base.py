@@ -107,6 +107,8 @@ class Recipe:
     """Examples per evaluation batch."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    logger: Literal["", "csv", "tensorboard", "wandb"] = ""
+    """Where the rows of metrics.jsonl go as well: files in the run folder's ``logs``, or Weights & Biases."""
     threads: int = 0
     """CPU threads of this run; 0 leaves torch's choice."""
 

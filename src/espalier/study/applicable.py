@@ -10,6 +10,7 @@ from espalier.recipes import ARMS, Recipe, apply_arm
 from espalier.recipes.validation import recipe_to_dict
 from espalier.study.trial import Study
 from espalier.train.build import build_run_model, build_run_source, freeze_
+from espalier.train.loggers import check_logger
 from espalier.train.losses import build_loss
 
 
@@ -58,6 +59,7 @@ def check_arms(study: Study) -> None:
             if key not in sources:
                 sources[key] = build_run_source(recipe)
             build_loss(recipe)
+            check_logger(recipe)
             model, _ = build_run_model(recipe, sources[key])
             freeze_(model, recipe)
         except EspalierError as error:

@@ -30,7 +30,7 @@ _PACKAGES = ("espalier", "torch", "transformers")
 # What a machine or its owner chooses: it changes where, how fast and in which order of rounding a trial runs, not what
 # the trial is. The rate and the seed stay in: they are part of what a trial is.
 MACHINE_FIELDS = frozenset(
-    {"name", "data_path", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
+    {"name", "data_path", "logger", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
 )
 """Recipe fields that a digest leaves out."""
 
