@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from espalier import certify, doctor, init, integrations, models, nn
     from espalier.doctor import Diagnosis, diagnose
     from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
+    from espalier.study import compare
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "StructureReport",
     "audit",
     "certify",
+    "compare",
     "diagnose",
     "doctor",
     "init",
@@ -35,6 +37,7 @@ _HOMES = {
     "MimeticSSM": "init",
     "StructureReport": "init",
     "audit": "init",
+    "compare": "study",
     "diagnose": "doctor",
     "structure_": "init",
 }

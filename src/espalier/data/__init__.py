@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source, folder_source
+from espalier.data.loaders import LoaderSource, own_source
 from espalier.data.sequences import (
     GeneratedSource,
     copying_source,
@@ -16,11 +17,12 @@ from espalier.data.sequences import (
 from espalier.data.source import Source
 from espalier.data.text import TextSource, text_source
 from espalier.errors import unknown_name
+from espalier.lookup import is_reference
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
-__all__ = ["SOURCES", "GeneratedSource", "ImageSource", "Source", "TextSource", "build_source"]
+__all__ = ["SOURCES", "GeneratedSource", "ImageSource", "LoaderSource", "Source", "TextSource", "build_source"]
 
 SOURCES: dict[str, Callable[[Recipe], Source]] = {
     "cifar10": cifar10_source,
@@ -40,9 +42,13 @@ SOURCES: dict[str, Callable[[Recipe], Source]] = {
 def build_source(recipe: Recipe) -> Source:
     """Return the recipe's data, on the CPU, as its fields from ``data`` to ``normalize`` describe it.
 
+    ``dataset`` may also name a function of your own, ``FILE.py:NAME`` (see ``own_source``).
+
     Raises:
         EspalierError: unknown data or argument, missing or damaged files, a field out of its range.
     """
+    if is_reference(recipe.dataset):
+        return own_source(recipe)
     if recipe.dataset not in SOURCES:
         raise unknown_name("dataset", recipe.dataset, SOURCES)
     return SOURCES[recipe.dataset](recipe)

@@ -16,14 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier import data
 from espalier.data.source import Source
 from espalier.errors import EspalierError, require
 from espalier.files import load_weights, write_json, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, freeze_, resolved_model_args
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
     Counters,
     drop_checkpoint,
@@ -33,6 +32,7 @@ from espalier.train.checkpoint import (
 )
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
+from espalier.train.loggers import RowLogger, check_logger
 from espalier.train.losses import Loss, build_loss, target_count
 from espalier.train.progress import Advance, StepClock, progress_bar
 from espalier.train.run import (
@@ -72,6 +72,8 @@ class _Session:
     averages: AveragedWeights | None
     loss: Loss
     counters: Counters
+    logger: RowLogger | None
+    """On the first process."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -129,10 +131,9 @@ def _make_fabric(recipe: Recipe) -> Any:
 
 
 def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
+    check_logger(recipe)
     loss = build_loss(recipe)
-    source = data.build_source(recipe)
-    if source.steps_per_epoch(recipe.batch_size) < 1:
-        raise EspalierError(f"batch_size {recipe.batch_size} is larger than the training set: choose a smaller one")
+    source = build_run_source(recipe)
     model, report = build_run_model(recipe, source)
     freeze_(model, recipe)
     fabric.barrier()
@@ -157,7 +158,10 @@ def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
     fabric.barrier()
     source = source.to(fabric.device)
     rows = load_run(out).rows
-    return _Session(recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, counters, rows)
+    logger = RowLogger(recipe, out, out / START, rows) if fabric.is_global_zero else None
+    return _Session(
+        recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, counters, logger, rows
+    )
 
 
 def _fit(s: _Session, show: bool | None) -> None:
@@ -261,6 +265,8 @@ def _add_row(s: _Session, advance: Advance) -> bool:
     s.rows.append(finite(row))
     if fabric.is_global_zero:
         append_row(s.out, row)
+    if s.logger is not None:
+        s.logger.log(s.rows[-1])
     split = s.source.eval_splits[0]
     advance(0, f"{split} accuracy {scores[f'{split}/accuracy']:.4f}")
     return math.isfinite(scores[f"{split}/loss"]) and (train_loss is None or math.isfinite(train_loss))
@@ -297,6 +303,8 @@ def _finish(s: _Session, *, diverged: bool) -> None:
         "step_seconds": statistics.median(times) if times else None,
         "diverged": diverged,
     }
+    if s.logger is not None:
+        s.logger.close()
     write_json(s.out / RESULT, result)
     drop_checkpoint(s.out)
 
