@@ -2,6 +2,7 @@
 
 from espalier import certify, doctor, init, integrations, models, nn
 from espalier.doctor import Diagnosis, diagnose
+from espalier.errors import warn_of_namesake
 from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
 
 __version__ = "0.1.0"
@@ -22,3 +23,6 @@ __all__ = [
     "nn",
     "structure_",
 ]
+
+warn_of_namesake()
+del warn_of_namesake
