@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError
+from espalier.models.hub import HubModel
 from espalier.models.positions import sincos_positions
 
 
@@ -61,7 +62,7 @@ class Block(nn.Module):
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(HubModel):
     """A vision transformer with fixed sine-cosine positions and average pooling, as mimetic initialisation expects.
 
     Args:
