@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from espalier.errors import warn_of_namesake
+
 if TYPE_CHECKING:
     from espalier import certify, doctor, init, integrations, models, nn
     from espalier.doctor import Diagnosis, diagnose
@@ -54,3 +56,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+warn_of_namesake()
+del warn_of_namesake

@@ -184,7 +184,7 @@ def _processor() -> str:
 
 def _version(package: str) -> str | None:
     try:
-        return version(package)
+        return version("torch-espalier" if package == "espalier" else package)
     except PackageNotFoundError:
         return None
 
