@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,11 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     """
     resolved = recipe_from_dict(recipe_to_dict(recipe))
     _check_values(resolved)
+    if resolved.data_path is not None:
+        if not resolved.data_path:
+            raise EspalierError("data_path is empty: name a file or folder")
+        # A run folder must find its data from anywhere.
+        resolved = replace(resolved, data_path=str(Path(resolved.data_path).expanduser().absolute()))
     return resolved
 
 
