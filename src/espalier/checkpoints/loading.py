@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from espalier.checkpoints.by_shape import skeleton
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.files import read_tensors
+from espalier.files import load_weights, read_tensors
 from espalier.init.layouts.linears import HEADS
 from espalier.models import MODELS, build_model
 from espalier.models.hub import open_hub_model
@@ -114,7 +114,9 @@ def _fetched(name: str, fetch: Callable[[], T]) -> T:
 
 
 def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
-    """Return modules that hold a checkpoint's weights: enough to audit and fit, not to run.
+    """Return the model whose weights a file holds, where something says which; else modules enough to audit and fit.
+
+    A run folder says it in ``model.json`` beside the weights, an exported file in its own metadata.
 
     Args:
         path: a ``.safetensors`` file, or one that ``torch.save`` wrote (read with ``weights_only=True``).
@@ -123,7 +125,30 @@ def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
     Raises:
         EspalierError: the file cannot be read safely, or holds no tensors by name.
     """
-    return skeleton(read_tensors(path), num_heads or _stated_heads(path.with_name("config.json")))
+    state = read_tensors(path)
+    stated = _stated_model(path)
+    if stated is not None:
+        model = build_model(stated["name"], **stated["args"])
+        if model.state_dict().keys() == state.keys():
+            load_weights(model, path)
+            return model.eval()
+    return skeleton(state, num_heads or _stated_heads(path.with_name("config.json")))
+
+
+def _stated_model(path: Path) -> dict[str, Any] | None:
+    from safetensors import safe_open
+
+    text: str | None = None
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("espalier")
+    beside = path.with_name("model.json")
+    try:
+        text = text if text is not None or not beside.is_file() else beside.read_text()
+        content = None if text is None else json.loads(text)
+        return None if content is None else {"name": str(content["name"]), "args": dict(content["args"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EspalierError(f"what {path} says of its model is damaged ({error!r}): see {beside.name}") from None
 
 
 def _stated_heads(config_file: Path) -> int | None:

@@ -26,6 +26,11 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     """
     resolved = recipe_from_dict(recipe_to_dict(recipe))
     _check_values(resolved)
+    if resolved.data_path is not None:
+        if not resolved.data_path:
+            raise EspalierError("data_path is empty: name a file or folder")
+        # A run folder must find its data from anywhere.
+        resolved = replace(resolved, data_path=str(Path(resolved.data_path).expanduser().absolute()))
     own = {name: getattr(resolved, name) for name in ("dataset", "model", "init")}
     return replace(resolved, **{name: pin(name, value) for name, value in own.items() if is_reference(value)})
 
