@@ -60,7 +60,7 @@ PLANES_PRODUCT = _arguments(
 )
 PLANES_INVERT = _arguments("planes_invert", "re im", "count n batch row")
 
-_DFT = "lead width rows columns columns_first size_0 size_1 channels paired"
+_DFT = "lead width rows columns columns_first size_0 size_1 channels together"
 DFT_ANALYSE = _arguments("dft_analyse", "x tables re im", _DFT)
 DFT_SYNTHESISE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
 

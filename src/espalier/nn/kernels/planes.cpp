@@ -1,19 +1,25 @@
 // Batched complex matrices as real and imaginary planes: products of views, and their inversion by halves.
 //
-// A register tile is 6 rows by one vector of columns of a complex result. Columns of b are packed first as (k, plane,
-// vector), and rows of a as (k, plane, 8) unless they lie as rows, so that transposes cost little more than plain views.
+// A register tile is 6 rows by one vector of columns of a complex result, or 12 rows where there are 32 registers.
+// Columns of b are packed first as (k, plane, vector), and rows of a as (k, plane, 8 or 16) unless they lie as rows, so
+// that transposes cost little more than plain views.
 // One pass over k makes all four real products: an operand is loaded once for two of them. Panels are packed by the
 // cache line, and while they are multiplied the lines of those that come next are fetched: their rows lie too far apart
 // for a processor to see them coming.
 
+#ifdef __AVX512F__
+#define ESPALIER_VECTOR_BYTES 64
+#endif
 #include "parallel.hpp"
 #include "spectral.hpp"
 
 namespace {
 
-constexpr int kPad = 8;         // rows a packed tile has room for
+// Rows of a register tile: two sums each, and beside them two operands and two broadcasts, fill 16 or 32 registers.
+constexpr int kRows = kBytes == 64 ? 12 : 6;
+constexpr int kPad = kBytes == 64 ? 16 : 8;  // rows a packed tile has room for
 constexpr int64_t kDepth = 128;  // of one pass over k: a panel and the rows of a tile stay in the first cache
-constexpr int64_t kTall = 66;    // rows of a packed together
+constexpr int64_t kTall = 72;    // rows of a packed together
 constexpr int kPanels = 64 / kBytes;  // columns of b packed together fill a cache line
 constexpr int64_t kLeaf = 16;
 
@@ -34,11 +40,12 @@ void pack(T* out, const T* re, const T* im, int64_t across, int64_t along, int64
     }
     return;
   }
-  if (across == 1 && count == kRows) {
-    for (int64_t p = 0; p < k; p++, out += 2 * width) {
-      std::memcpy(out, re + p * along, sizeof(T) * kRows);
-      std::memcpy(out + width, im + p * along, sizeof(T) * kRows);
-    }
+  if (across == 1 && width == kPad && count <= kRows) {
+    for (int64_t p = 0; p < k; p++, out += 2 * width)
+      for (int64_t i = 0; i < count; i++) {
+        out[i] = re[i + p * along];
+        out[width + i] = im[i + p * along];
+      }
     return;
   }
   int64_t done = 0;
@@ -49,10 +56,10 @@ void pack(T* out, const T* re, const T* im, int64_t across, int64_t along, int64
 #pragma GCC unroll 2
         for (int first = 0; first < width; first += L) {
           Vec<T> v[L];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int i = 0; i < L; i++) v[i] = first + i < count ? load(source + (first + i) * across) : Vec<T>{};
-          transpose(v);
-#pragma GCC unroll 8
+          transpose<T>(v);
+#pragma GCC unroll 16
           for (int i = 0; i < L; i++) store(out + (2 * (done + i) + plane) * width + first, v[i]);
         }
       }
@@ -81,7 +88,7 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
           Ahead<T> ahead) {
   constexpr int L = kLanes<T>;
   Vec<T> re[M], im[M];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
     re[i] = im[i] = Vec<T>{};
     __builtin_prefetch(c.re + i * c.row, 1);
@@ -91,7 +98,7 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
     const Vec<T> b_re = load(b), b_im = load(b + L);
     __builtin_prefetch(ahead.line, 0, 2);
     ahead.line += ahead.step;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++) {
       const int64_t at = Packed ? 2 * kPad * p + i : i * a.row + p;
       const T a_re = a.re[at], a_im = a.im[at];  // times a vector this is a broadcast alone, without splat's sum
@@ -103,7 +110,7 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
       else im[i] -= a_im * b_re;
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
     T *to_re = c.re + i * c.row, *to_im = c.im + i * c.row;
     if (width == L) {
@@ -121,17 +128,9 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
   }
 }
 
-template <class T, bool Same, bool Packed>
-void tiles(int64_t m, View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
-           Ahead<T> ahead) {
-  switch (m) {
-    case 1: return tile<T, 1, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 2: return tile<T, 2, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 3: return tile<T, 3, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 4: return tile<T, 4, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 5: return tile<T, 5, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    default: return tile<T, 6, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-  }
+// The tiles of 1 to kRows rows.
+template <class T, bool Same, bool Packed, int... M> constexpr auto tiles(std::integer_sequence<int, M...>) {
+  return std::array{tile<T, M + 1, Same, Packed>...};
 }
 
 template <class T> constexpr int64_t scratch_size() {
@@ -145,16 +144,18 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
                    bool add, T* scratch, int64_t a_next, int64_t b_next) {
   constexpr int L = kLanes<T>, together = kPanels * L;
   T *rows = scratch, *panels = scratch + kDepth * (kTall / kRows * 2 * kPad);
+  constexpr auto by_rows = tiles<T, Same, Packed>(std::make_integer_sequence<int, kRows>{});
   const int64_t tall = Packed ? kTall : m;
   const int64_t step = b.column == 1 ? b.row : together;
   for (int64_t p = 0; p < k; p += kDepth, add = true) {
     const int64_t depth = std::min(kDepth, k - p);
     for (int64_t i0 = 0; i0 < m; i0 += tall) {
-      const int64_t i1 = std::min(m, i0 + tall);
-      const auto packed = [&](int64_t i) { return rows + (i - i0) / kRows * depth * 2 * kPad; };
-      for (int64_t i = i0; Packed && i < i1; i += kRows) {
-        const View<const T> from = a.block(i, p);
-        pack<T, kPad>(packed(i), from.re, from.im, from.row, from.column, std::min<int64_t>(kRows, i1 - i), depth);
+      const int64_t i1 = std::min(m, i0 + tall), count = (i1 - i0 + kRows - 1) / kRows;
+      const auto start = [&](int64_t t) { return i0 + (i1 - i0) * t / count; };  // rows in even shares
+      const auto packed = [&](int64_t t) { return rows + t * depth * 2 * kPad; };
+      for (int64_t t = 0; Packed && t < count; t++) {
+        const View<const T> from = a.block(start(t), p);
+        pack<T, kPad>(packed(t), from.re, from.im, from.row, from.column, start(t + 1) - start(t), depth);
       }
       for (int64_t j0 = 0; j0 < n; j0 += together) {
         const int64_t j1 = std::min(n, j0 + together);
@@ -177,11 +178,11 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
         };
         int64_t turn = 0;
         for (int64_t j = j0; j < j1; j += L)
-          for (int64_t i = i0, size, left = (i1 - i0 + kRows - 1) / kRows; i < i1; i += size, left--, turn++) {
-            size = Packed ? std::min<int64_t>(kRows, i1 - i) : (i1 - i + left - 1) / left;  // rows in even shares
-            const View<const T> from = Packed ? View<const T>{packed(i), packed(i) + kPad, 0, 0} : a.block(i, p);
-            tiles<T, Same, Packed>(size, from, panel(j), depth, c.block(i, j), std::min<int64_t>(L, j1 - j), alpha,
-                                   alpha_im, add, fetched(turn));
+          for (int64_t t = 0; t < count; t++, turn++) {
+            const int64_t i = start(t);
+            const View<const T> from = Packed ? View<const T>{packed(t), packed(t) + kPad, 0, 0} : a.block(i, p);
+            by_rows[size_t(start(t + 1) - i - 1)](from, panel(j), depth, c.block(i, j), std::min<int64_t>(L, j1 - j),
+                                                  alpha, alpha_im, add, fetched(turn));
           }
       }
     }

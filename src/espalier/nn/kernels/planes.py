@@ -15,7 +15,7 @@ from espalier.nn.precision import differentiable
 
 Pair = tuple[Tensor, Tensor]
 
-_ROWS = 6  # of a register tile, as in spectral.hpp
+_ROWS = 6  # of a tile of odd transforms, as in dft.cpp
 _STEPS = ("a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column", "c_batch", "c_row")
 
 
@@ -65,12 +65,12 @@ def columns_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
 
 
-def pairs(channels: int, dtype: torch.dtype) -> bool:
-    """Return whether the transforms may take two columns as one complex one: both belong to the same example."""
-    return channels % (64 // dtype.itemsize) == 0
+def together(channels: int) -> int:
+    """Return in what powers of two columns from one example come: the transforms take two vectors of them as one."""
+    return math.gcd(channels, 64)
 
 
-def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired: bool) -> dict[str, int]:
+def _shape(size: Sequence[int], columns: int, first: bool, channels: int, together: int) -> dict[str, int]:
     *lead, width = size
     size_0, size_1 = *lead, *[0] * (2 - len(lead))
     return {
@@ -82,28 +82,28 @@ def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired
         "size_0": size_0,
         "size_1": size_1,
         "channels": channels,
-        "paired": paired,
+        "together": together,
     }
 
 
-def analyse(x: Tensor, tables: Tensor, frequencies: int, *, paired: bool) -> Pair:
+def analyse(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Pair:
     """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
     planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
-    sizes = _shape(size, columns, first, 1, paired)
+    sizes = _shape(size, columns, first, 1, together)
     call(DFT_ANALYSE, x.dtype, x=x, tables=tables, re=planes[0], im=planes[1], **sizes)
     return planes
 
 
 def synthesise(
-    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, paired: bool
+    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, together: int
 ) -> Tensor:
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
     columns = real.shape[1]
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
-    sizes = _shape(size, columns, first, channels, paired)
+    sizes = _shape(size, columns, first, channels, together)
     call(DFT_SYNTHESISE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=room, **sizes)
     return room
