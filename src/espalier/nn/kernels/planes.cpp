@@ -1,4 +1,5 @@
-// Batched complex matrices as real and imaginary planes: products of views, and their inversion by halves.
+// Batched complex matrices as real and imaginary planes: products of views, their factorisation by blocks (or inversion,
+// with one block), and solutions with many right-hand sides.
 //
 // A register tile is 6 rows by one vector of columns of a complex result, or 12 rows where there are 32 registers.
 // Columns of b are packed first as (k, plane, vector), and rows of a as (k, plane, 8 or 16) unless they lie as rows, so
@@ -28,6 +29,8 @@ template <class T> struct View {
   int64_t row, column;  // steps
   View block(int64_t i, int64_t j) const { return {re + i * row + j * column, im + i * row + j * column, row, column}; }
 };
+
+template <class T> View<const T> constant(View<T> v) { return {v.re, v.im, v.row, v.column}; }
 
 // Pack `count` ≤ width lines of length k as (k, plane, width): element (line, p) stands at line·across + p·along.
 template <class T, int width>
@@ -275,7 +278,6 @@ template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
   const View<T> b = a.block(0, half), c = a.block(half, 0), d = a.block(half, half);
   const View<T> x{temporary, temporary + half * rest, rest, 1};
   const View<T> y{temporary + 2 * half * rest, temporary + 3 * half * rest, half, 1};
-  const auto constant = [](View<T> v) { return View<const T>{v.re, v.im, v.row, v.column}; };
   T* below = temporary + 4 * half * rest;
   invert(a, half, below, scratch);
   multiply<T>(constant(a), constant(b), x, half, half, rest, plain, T(1), false, scratch);
@@ -287,11 +289,97 @@ template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
   multiply<T>(constant(x), constant(c), a, half, rest, half, plain, T(-1), true, scratch);
 }
 
-template <class T> void invert_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int64_t threads) {
+template <class T> View<T> dense(T* memory, int64_t rows, int64_t columns) {
+  return {memory, memory + rows * columns, columns, 1};
+}
+template <class T> void copy(View<const T> from, View<T> to, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i++) {
+    std::memcpy(to.re + i * to.row, from.re + i * from.row, sizeof(T) * size_t(columns));
+    std::memcpy(to.im + i * to.row, from.im + i * from.row, sizeof(T) * size_t(columns));
+  }
+}
+
+// N = L·U by blocks of `width` in place (Crout's order): below the block diagonal L, whose diagonal blocks are ones;
+// above it U; on it the inverses of U's diagonal blocks.
+template <class T> void factor(View<T> a, int64_t n, int64_t width, T* temporary, T* scratch) {
+  const Signs plain{true, false};
+  for (int64_t start = 0; start < n; start += width) {
+    const int64_t here = std::min(width, n - start), stop = start + here, rest = n - stop;
+    const View<T> diagonal = a.block(start, start), below = a.block(stop, start), right = a.block(start, stop);
+    const View<const T> left = constant(a.block(start, 0)), above = constant(a.block(0, start));
+    multiply<T>(left, above, diagonal, n - start, start, here, plain, T(-1), true, scratch);
+    multiply<T>(left, constant(a.block(0, stop)), right, here, start, rest, plain, T(-1), true, scratch);
+    invert(diagonal, here, temporary, scratch);
+    const View<T> scaled = dense(temporary, rest, here);
+    multiply<T>(constant(below), constant(diagonal), scaled, rest, here, here, plain, T(1), false, scratch);
+    copy(constant(scaled), below, rest, here);
+  }
+}
+
+template <class T>
+void factor_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int64_t width, int64_t threads) {
   parallel(count, threads, [&](Items items) {
     Scratch<T> scratch(scratch_size<T>()), temporary(2 * (n + kLeaf) * (n + kLeaf) + 64);
     for (int64_t i; items.next(i);)
-      invert<T>({re + i * batch, im + i * batch, row, 1}, n, temporary.data(), scratch.data());
+      factor<T>({re + i * batch, im + i * batch, row, 1}, n, width, temporary.data(), scratch.data());
+  });
+}
+
+// z = x·N⁻¹ for rows x, from `factor`'s blocks of N, or of Nᵀ. Of the two substitutions the first goes through the
+// blocks in order and the second backwards; those of U end with a product with the inverse of a diagonal block.
+template <class T>
+void solve(View<const T> x, View<const T> f, View<T> z, int64_t rows, int64_t n, int64_t width, bool transposed,
+           Signs signs, T* temporary, T* scratch, int64_t x_next, int64_t f_next) {
+  const auto block = [&](int64_t i, int64_t j) {
+    const View<const T> v = transposed ? f.block(j, i) : f.block(i, j);
+    return transposed ? View<const T>{v.re, v.im, 1, v.row} : v;
+  };
+  if (width >= n)
+    return multiply<T>(x, block(0, 0), z, rows, n, n, signs, T(1), false, scratch, x_next, f_next);
+  for (const bool second : {false, true})
+    for (int64_t i = 0, count = (n + width - 1) / width; i < count; i++) {
+      const int64_t start = (second ? count - 1 - i : i) * width, stop = std::min(start + width, n);
+      const int64_t from = second ? stop : 0, known = second ? n - stop : start, here = stop - start;
+      const View<T> part = z.block(0, start);
+      const bool scale = second == transposed;
+      const View<T> sum = scale ? dense(temporary, rows, here) : part;
+      if (scale || !second) copy(second ? constant(part) : x.block(0, start), sum, rows, here);
+      multiply<T>(constant(z.block(0, from)), block(from, start), sum, rows, known, here, signs, T(-1), true, scratch);
+      if (scale)
+        multiply<T>(constant(sum), block(start, start), part, rows, here, here, signs, T(1), false, scratch);
+    }
+}
+
+// Steps from one matrix to the next and from one row to the next.
+struct Steps { int64_t batch, row; };
+template <class T> View<T> at(T* re, T* im, Steps s, int64_t i) { return {re + i * s.batch, im + i * s.batch, s.row, 1}; }
+
+template <class T> struct PlanesSolve {
+  int64_t size, threads;
+  const T *f_re, *f_im, *x_re, *x_im, *less_re, *less_im;
+  T *z_re, *z_im, *y_re, *y_im;
+  int64_t count, rows, n, width;
+  Steps f, x, less, z, y;
+  int64_t transposed, conj;
+};
+// z as `solve` makes it, and y = 2z − less while z is at hand, unless y is null.
+template <class T> void run(const PlanesSolve<T>& a) {
+  const Signs signs{a.conj == 0, a.conj != 0};
+  parallel(a.count, a.threads, [&](Items items) {
+    Scratch<T> scratch(scratch_size<T>()), temporary(2 * a.rows * std::min(a.width, a.n));
+    for (int64_t i; items.next(i);) {
+      const View<T> z = at(a.z_re, a.z_im, a.z, i);
+      solve<T>(at(a.x_re, a.x_im, a.x, i), at(a.f_re, a.f_im, a.f, i), z, a.rows, a.n, a.width, a.transposed != 0,
+               signs, temporary.data(), scratch.data(), a.x.batch, a.f.batch);
+      if (!a.y_re) continue;
+      const View<const T> less = at(a.less_re, a.less_im, a.less, i);
+      const View<T> y = at(a.y_re, a.y_im, a.y, i);
+      for (int64_t r = 0; r < a.rows; r++)
+        for (int64_t j = 0; j < a.n; j++) {
+          y.re[r * y.row + j] = 2 * z.re[r * z.row + j] - less.re[r * less.row + j];
+          y.im[r * y.row + j] = 2 * z.im[r * z.row + j] - less.im[r * less.row + j];
+        }
+    }
   });
 }
 
@@ -305,16 +393,17 @@ template <class T> void run(const PlanesProduct<T>& a) {
   product(a.a_re, a.a_im, a.b_re, a.b_im, a.c_re, a.c_im, a.shape, a.threads);
 }
 
-template <class T> struct PlanesInvert {
+template <class T> struct PlanesFactor {
   int64_t size, threads;
   T *re, *im;
-  int64_t count, n, batch, row;
+  int64_t count, n, batch, row, width;
 };
-template <class T> void run(const PlanesInvert<T>& a) {
-  invert_all(a.re, a.im, a.count, a.n, a.batch, a.row, a.threads);
+template <class T> void run(const PlanesFactor<T>& a) {
+  factor_all(a.re, a.im, a.count, a.n, a.batch, a.row, a.width, a.threads);
 }
 
 }  // namespace
 
 ESPALIER_KERNEL(planes_product, PlanesProduct)
-ESPALIER_KERNEL(planes_invert, PlanesInvert)
+ESPALIER_KERNEL(planes_factor, PlanesFactor)
+ESPALIER_KERNEL(planes_solve, PlanesSolve)
