@@ -85,6 +85,11 @@ template <class T> struct Ahead {
   int64_t step;
 };
 
+// The first `width` lanes; apart from the tiles, of which there are so many that they would double a build's time.
+template <class T> __attribute__((noinline)) void store_part(T* to, Vec<T> v, int64_t width, bool add) {
+  for (int64_t j = 0; j < width; j++) to[j] = (add ? to[j] : T(0)) + v[j];
+}
+
 // Rows of a lie `row` apart with neighbouring columns, or are packed if `row` is 0.
 template <class T, int M, bool Same, bool Packed>
 void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
@@ -120,13 +125,8 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
       store(to_re, (add ? load(to_re) : Vec<T>{}) + alpha * re[i]);
       store(to_im, (add ? load(to_im) : Vec<T>{}) + alpha_im * im[i]);
     } else {
-      T part_re[L], part_im[L];
-      store(part_re, alpha * re[i]);
-      store(part_im, alpha_im * im[i]);
-      for (int64_t j = 0; j < width; j++) {
-        to_re[j] = (add ? to_re[j] : T(0)) + part_re[j];
-        to_im[j] = (add ? to_im[j] : T(0)) + part_im[j];
-      }
+      store_part<T>(to_re, alpha * re[i], width, add);
+      store_part<T>(to_im, alpha_im * im[i], width, add);
     }
   }
 }
