@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source, folder_source
+from espalier.data.folder import folder_source, shards_source
+from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source
 from espalier.data.loaders import LoaderSource, own_source
 from espalier.data.sequences import (
     GeneratedSource,
@@ -15,6 +16,7 @@ from espalier.data.sequences import (
     sorting_source,
 )
 from espalier.data.source import Source
+from espalier.data.stream import StreamSource
 from espalier.data.text import TextSource, text_source
 from espalier.errors import unknown_name
 from espalier.lookup import is_reference
@@ -22,7 +24,16 @@ from espalier.lookup import is_reference
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
-__all__ = ["SOURCES", "GeneratedSource", "ImageSource", "LoaderSource", "Source", "TextSource", "build_source"]
+__all__ = [
+    "SOURCES",
+    "GeneratedSource",
+    "ImageSource",
+    "LoaderSource",
+    "Source",
+    "StreamSource",
+    "TextSource",
+    "build_source",
+]
 
 SOURCES: dict[str, Callable[[Recipe], Source]] = {
     "cifar10": cifar10_source,
@@ -32,6 +43,7 @@ SOURCES: dict[str, Callable[[Recipe], Source]] = {
     "folder": folder_source,
     "mqar": mqar_source,
     "ngram_lookup": ngram_lookup_source,
+    "shards": shards_source,
     "sorting": sorting_source,
     "text": text_source,
     "tinyshakespeare": text_source,
