@@ -69,7 +69,7 @@ def _changed_class(now: type, then: type) -> str | None:
 
 
 def self_declared(cls: type[nn.Module], method: str) -> str | None:
-    """Return why a class cannot speak for its own forward pass by ``method``, or None if it can.
+    """Return why a class cannot state the constant of its own forward pass by ``method``, or None if it can.
 
     It can where the method is at least as derived as ``forward``, and both were written in their class.
     """

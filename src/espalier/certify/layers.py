@@ -3,7 +3,7 @@
 | layer | constant |
 |---|---|
 | CayleyLinear, CayleyConv | √(1 + ‖QᴴQ − I‖), of the operator that runs |
-| MaxMin, GroupSort, InvertibleDownsampling, ScaledAvgPool2d | 1 |
+| MaxMin, ScaledAvgPool2d | 1 |
 | Conv1d/2d/3d | ``kernel_norm``, times the constant of the padding |
 | BatchNorm (evaluation) | max |γ| / √(var + ε) |
 | CircularPad | √(how often one pixel can appear in the padded image) |
@@ -28,9 +28,9 @@ from espalier.certify.bounded import Analysis, Bound, Rows, Term
 from espalier.certify.linear import affine, batch_norm_scale, finite
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.shapes import padding_factor
-from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.activations import MaxMin
 from espalier.nn.lipschitz.constant import kernel_norm
-from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.pooling import ScaledAvgPool2d
 from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.orthogonal.linear import CayleyLinear, orthogonal_matrix
 
@@ -60,16 +60,9 @@ def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[
     return enter
 
 
-@layer(MaxMin, GroupSort)
+@layer(MaxMin)
 def permutation(analysis: Analysis, module: nn.Module, x: Bound, forward: Forward) -> Bound:
     """1, and no rounding: numbers of the input in an order that depends on them."""
-    return analysis.exact(x, None if x.value is None else forward(x.value))
-
-
-@layer(InvertibleDownsampling, alias=True)
-def downsampling(analysis: Analysis, module: InvertibleDownsampling, x: Bound, forward: Forward) -> Bound:
-    """1, and no rounding: the same numbers in other places."""
-    _expect(x, 4)
     return analysis.exact(x, None if x.value is None else forward(x.value))
 
 

@@ -12,7 +12,6 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.lookup import errors_of, is_reference, load
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
-from espalier.models.features import FeatureNet
 from espalier.models.from_transformers import TransformersConvNext, TransformersViT
 from espalier.models.lipschitz import KWLarge, OrthogonalConvNet
 from espalier.models.sequence import SequenceModel
@@ -21,7 +20,6 @@ from espalier.models.vit import VisionTransformer
 __all__ = [
     "MODELS",
     "ConvMixer",
-    "FeatureNet",
     "KWLarge",
     "OrthogonalConvNet",
     "SequenceModel",
