@@ -257,7 +257,7 @@ def test_a_chain_keeps_the_fast_layout_and_a_channels_last_input_gives_the_same(
 
 @pytest.mark.parametrize("channels", [5, 8, 16, 24])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_image_cannot_tell_what_else_is_in_its_batch(channels: int, training: bool) -> None:
+def test_output_independent_of_batch_composition(channels: int, training: bool) -> None:
     layer = CayleyConv2d(channels, channels, 3, generator=seeded()).train(training)
     x = images(4, channels, 8, 8, dtype=torch.float32)
     y = layer(x)
