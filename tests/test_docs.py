@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
+import runpy
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ import torch
 import espalier
 from espalier.cli.commands import COMMANDS
 from espalier.cli.parse import parse
+from espalier.recipes import ARMS, Recipe, recipe_functions
+from espalier.recipes.validation import recipe_to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -155,3 +161,73 @@ def test_scripts_and_make_targets_exist(page: str, line: str) -> None:
 def test_installation_lines_name_this_package(line: str) -> None:
     named = [word for word in shlex.split(line) if "espalier" in word]
     assert all(re.fullmatch(r"torch-espalier(\[[\w,]+\])?", word) for word in named), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "notebook"}
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    for cell in cells:
+        assert cell["outputs"] or "print" not in "".join(cell["source"]), "run it and keep what it prints"
+        exec(compile("".join(cell["source"]), path.name, "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    return runpy.run_path(str(ROOT / "docs" / "hooks.py"))["pages"]()
+
+
+def test_every_command_recipe_and_arm_has_its_page(made: dict[str, str]) -> None:
+    for folder, names in (("commands", COMMANDS), ("recipes", recipe_functions()), ("arms", ARMS)):
+        pages = {path for path in made if path.startswith(f"{folder}/")}
+        assert pages == {f"{folder}/{name}.md" for name in names} | {f"{folder}/index.md"}
+        assert all(f"({name}.md)" in made[f"{folder}/index.md"] for name in names)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_page_names_every_option(name: str, made: dict[str, str]) -> None:
+    page = made[f"commands/{name}.md"]
+    for parameter in inspect.signature(COMMANDS[name]).parameters.values():
+        if parameter.name == "recipe":
+            assert all(f"--{field.name.replace('_', '-')}" in page for field in fields(Recipe) if field.name in ("lr",))
+        elif parameter.default is not inspect.Parameter.empty:
+            assert parameter.name.replace("_", "-") in page.lower()
+        else:
+            assert parameter.name.upper().replace("_", "-") in page.upper().replace("_", "-")
+
+
+def test_recipe_pages_give_the_recipe_back(made: dict[str, str]) -> None:
+    for name, function in recipe_functions().items():
+        rows = dict(re.findall(r"^\| `(\w+)` \| `(.*)` \|$", made[f"recipes/{name}.md"], re.MULTILINE))
+        shown = {field: json.loads(value.replace("\\|", "|")) for field, value in rows.items()}
+        recipe = recipe_to_dict(function())
+        plain = recipe_to_dict(Recipe(name))
+        assert json.loads(json.dumps(recipe)) == json.loads(json.dumps(plain | shown))
+
+
+def test_reference_holds_every_public_name(made: dict[str, str]) -> None:
+    frozen = (ROOT / "tests" / "public_surface.txt").read_text().splitlines()
+    names = {re.match(r"[\w.]+", line)[0] for line in frozen if not line.endswith(": module")}  # type: ignore[index]
+    written = set(re.findall(r"^::: ([\w.]+)$", "\n".join(made.values()), re.MULTILINE))
+    assert names == written
+
+
+def test_navigation_leads_to_every_page_by_hand() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    for page in PAGES[1:]:
+        assert key(page) in text, f"{key(page)} is missing in the nav of mkdocs.yml"
+
+
+def test_pictures_of_the_pages_are_there_and_drawn_by_the_script() -> None:
+    script = (ROOT / "docs" / "draw_pictures.py").read_text()
+    shown = set()
+    for page in PAGES[1:]:
+        for source in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / source).is_file(), f"{key(page)}: {source}"
+            shown.add(source)
+    for picture in (ROOT / "docs" / "images" / "methods").glob("*.svg"):
+        assert f'write("{picture.stem}"' in re.sub(r"write\(\s*", "write(", script)
+        assert any(source.endswith(picture.name) for source in shown)
