@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# torch 2.6 cannot tell: it takes an export for a compilation.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 
 def exact(*tensors: Tensor | None) -> list[Any]:
     """Return the tensors in one dtype that keeps digits: float64 if any of them has it, else float32; None stays."""
@@ -62,7 +65,7 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 

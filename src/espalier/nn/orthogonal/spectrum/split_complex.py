@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from espalier.nn.kernels import planes as kernels
-from espalier.nn.precision import differentiable
+from espalier.nn.precision import differentiable, is_exporting
 
 Planes = tuple[Tensor, Tensor | None]
 
@@ -172,7 +172,7 @@ def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes
 
 
 def _invert_leaf(a: Planes) -> Planes:
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    if is_exporting() and torch.onnx.is_in_onnx_export():
         return _invert_by_products(a)
     if a[1] is None:
         return torch.linalg.inv(a[0]), None
