@@ -94,11 +94,12 @@ def compare(
     workers: int = 2,
     cluster: Literal["local", "slurm"] = "local",
 ) -> None:
-    """Train every arm at every learning rate and seed, then print the table and write the page.
+    """Train every arm at every learning rate and seed, print the table and write the page; status 1 if a trial failed.
 
     Args:
         recipe: the recipe that all arms share.
-        arms: the arms, or "all" that apply to the model; the first is the baseline.
+        arms: the arms, or "all" that apply to the model; the first is the baseline. An initialisation of your own is
+            one, too: FILE.py:NAME.
         out: folder of the study; runs/compare-RECIPE by default.
         lrs: learning rates, or "auto" for five around the recipe's own.
         seeds: how many paired seeds.
@@ -106,14 +107,16 @@ def compare(
         cluster: where the workers run.
     """
     from espalier.report import write_report
-    from espalier.study import applicable_arms, launch, plan_study, summarise, text_table
+    from espalier.study import applicable_arms, text_table
+    from espalier.study import compare as compare_arms
 
     out = out or Path("runs") / f"compare-{recipe.name}"
     named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
-    study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
-    launch(study, workers=workers, cluster=cluster)
-    print(text_table(summarise(study.path)))
-    print(f"report: {write_report([study.path], out / 'report.html')}")
+    summary = compare_arms(recipe, arms=named, out=out, lrs=_rates(lrs), seeds=seeds, workers=workers, cluster=cluster)
+    print(text_table(summary))
+    print(f"report: {write_report([out], out / 'report.html')}")
+    if summary.failures:
+        raise SystemExit(1)
 
 
 def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:

@@ -13,6 +13,7 @@ from espalier.cli.recipe_flags import (
     KEYWORD_FIELDS,
     drop_replaced_arguments,
     merge_keyword_fields,
+    refuse_unused_fields,
     split_keyword_fields,
 )
 from espalier.errors import EspalierError, require, unknown_name
@@ -63,7 +64,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         SystemExit: help was asked for.
     """
     tokens = [_spelt(token) for token in tokens]
-    base: Recipe | None = None
+    base = named_recipe = None
     if takes_recipe(command):
         # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
         named = bool(tokens) and not tokens[0].startswith("-")
@@ -71,7 +72,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             raise EspalierError(
                 f"{name} needs a recipe: name a file, or one of {', '.join(sorted(recipe_functions()))}"
             )
-        base = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
+        base = named_recipe = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
         tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
         base = merge_keyword_fields(drop_replaced_arguments(base, tokens), keywords)
     typed = typed_arguments(command, base)
@@ -89,6 +90,8 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         raise _refusal(name, command, complaint.getvalue()) from None
     if unknown:
         raise _unknown(name, unknown[0], typed)
+    if "arms" in found:
+        refuse_unused_fields(named_recipe, found["recipe"], found["arms"], found["lrs"])
     return dict(found)
 
 

@@ -70,8 +70,7 @@ def launch(
         raise EspalierError(f"cluster {cluster!r}: choose 'local' or 'slurm'")
     if workers < 0:
         raise EspalierError(f"workers {workers}: give a number from 0")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise EspalierError("a comparison starts its own workers: run it without torchrun, with as many --workers")
+    refuse_torchrun()
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
     meter = _Meter(study, sys.stderr.isatty() if progress is None else progress)
@@ -97,6 +96,16 @@ def launch(
             "them or was killed; run the same command again to resume"
         )
     return tuple(trial for trial in study.trials() if trial.failure is not None)
+
+
+def refuse_torchrun() -> None:
+    """Refuse to be one of many processes that would fight over the trials.
+
+    Raises:
+        EspalierError: torchrun started this process.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise EspalierError("a comparison starts its own workers: run it without torchrun, with as many --workers")
 
 
 def _forget_failures(study: Study, trials: Sequence[Trial]) -> None:
