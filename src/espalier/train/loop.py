@@ -139,7 +139,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
     fabric.barrier()
     if fabric.is_global_zero:
         if not (out / START).exists():
-            create_folder(out, recipe, model, source, report)
+            create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
         settle(out)
     fabric.barrier()
     load_weights(model, out / START)
