@@ -22,7 +22,7 @@ from espalier.files import load_weights, write_json, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
     Counters,
     drop_checkpoint,
