@@ -89,6 +89,9 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         raise _refusal(name, command, complaint.getvalue()) from None
     if unknown:
         raise _unknown(name, unknown[0], typed)
+    # To tyro, no words at all are a list of none.
+    if any(found[each.name] in ((), []) for each in _required(command)):
+        raise _missing(name, command)
     return dict(found)
 
 
@@ -107,7 +110,7 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
         if hint is Recipe:
             hint, default = tyro.conf.OmitArgPrefixes[Recipe], base
         elif default is inspect.Parameter.empty:
-            hint = Annotated[hint, tyro.conf.arg(metavar=each.name.upper())]
+            hint = Annotated[hint, tyro.conf.arg(metavar=each.name.upper(), help_behavior_hint="(required)")]
         elif default is None:
             # What its default means stands in its description.
             alone = len(parameters) == 1
@@ -160,11 +163,19 @@ def _refusal(name: str, command: Command, box: str) -> EspalierError:
     lines = [line.strip("│╭╮╰╯─┌┐└┘|+- \t") for line in box.splitlines()]
     text = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
     if text.startswith("Missing from"):
-        parameters = inspect.signature(command).parameters.values()
-        missing = " ".join(each.name.upper() for each in parameters if each.default is inspect.Parameter.empty)
-        return EspalierError(f"{name} needs {missing}: espalier {name} --help says what they are")
+        return _missing(name, command)
     text = text.partition(" Argument helptext:")[0].removeprefix("Error parsing ")
     return EspalierError(f"{name}: {text or ' '.join(box.split())}")
+
+
+def _required(command: Command) -> list[inspect.Parameter]:
+    parameters = inspect.signature(command).parameters.values()
+    return [each for each in parameters if each.default is inspect.Parameter.empty and each.name != "recipe"]
+
+
+def _missing(name: str, command: Command) -> EspalierError:
+    needed = " ".join(each.name.upper() for each in _required(command))
+    return EspalierError(f"{name} needs {needed}: espalier {name} --help says what that is")
 
 
 def _unknown(name: str, token: str, typed: Callable[..., Any]) -> EspalierError:
