@@ -24,12 +24,12 @@ SMALL = [
     "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0", "--data-args.train-limit", "16",
     "--data-args.test-limit", "12", "--threads", "1",
 ]  # fmt: skip
-VIT = ["digits_vit", *SMALL, "--model-args.embed-dim", "6", "--model-args.depth", "1"]
+VIT = ["digits_vit", *SMALL, "--model-args.embed-dim", "12", "--model-args.depth", "1"]
 ROBUST = ["digits_robust", *SMALL, "--model-args.width", "4", "--model-args.hidden", "8"]
 # FILE, FOLDER, MISSING and NEW stand for paths of the test's own.
 VALUES = (
     "", "nan", "inf", "-1", "0", "two", "1e999", "None", "1.5", "[", "{}", "é☃", "x" * 5000,
-    "FILE", "FOLDER", "MISSING", "NEW/deep",
+    ".", "/", "~nobody", "FILE", "FOLDER", "MISSING", "NEW/deep",
 )  # fmt: skip
 # Valid commands, as cheap as they come. A valid `demo` takes minutes: it is not among them.
 BASES = {
