@@ -120,7 +120,7 @@ def test_every_kind_of_file_is_predicted_or_named(
     [
         (["IMAGE", "--top", "0"], "top is 0"),
         (["EMPTY"], "there are no images"),
-        ([], "there are no images"),
+        ([], "predict needs RUN IMAGES"),
     ],
 )
 def test_bad_questions_are_one_line(

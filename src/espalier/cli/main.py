@@ -34,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _complain(stop or "interrupted: run the same command again to resume", 130)
     except EspalierError as error:
+        _show_traceback()
         return _complain(error, 2)
     except OSError as error:
         return _complain(_os_error(error), 2)
     except Exception as error:
-        if os.environ.get("ESPALIER_TRACEBACK"):
-            traceback.print_exc()
+        _show_traceback()
         if _out_of_memory(error):
             return _complain("out of memory: choose a smaller model or batch", 2)
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -85,6 +85,11 @@ def _complain(message: object, status: int) -> int:
     return status
 
 
+def _show_traceback() -> None:
+    if os.environ.get("ESPALIER_TRACEBACK"):
+        traceback.print_exc()
+
+
 def _os_error(error: OSError) -> str:
     remedies = {
         errno.ENOSPC: "free some space, or name another path",
@@ -100,8 +105,7 @@ def _os_error(error: OSError) -> str:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or any(t in str(error) for t in ("out of memory", "can't allocate memory"))
 
 
 def _leave_process_group() -> None:

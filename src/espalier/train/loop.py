@@ -22,7 +22,7 @@ from espalier.files import load_weights, write_json, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
     Counters,
     drop_checkpoint,
@@ -139,7 +139,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
     fabric.barrier()
     if fabric.is_global_zero:
         if not (out / START).exists():
-            create_folder(out, recipe, model, source, report)
+            create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
         settle(out)
     fabric.barrier()
     load_weights(model, out / START)
