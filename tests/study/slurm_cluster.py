@@ -1,4 +1,4 @@
-"""A Slurm cluster of one node, this machine, in a folder: munged, slurmctld and slurmd, started and stopped by a test."""
+"""A Slurm cluster of one node, this machine: munged, slurmctld and slurmd, started and stopped by a test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ClusterName=espalier
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 SlurmdPort={node}
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root

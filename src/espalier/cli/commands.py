@@ -93,6 +93,10 @@ def compare(
     seeds: int = 3,
     workers: int = 2,
     cluster: Literal["local", "slurm"] = "local",
+    partition: str | None = None,
+    time: str | None = None,
+    gpus: int | None = None,
+    account: str | None = None,
 ) -> None:
     """Train every arm at every learning rate and seed, then print the table and write the page.
 
@@ -104,6 +108,11 @@ def compare(
         seeds: how many paired seeds.
         workers: processes (or Slurm jobs) that share the trials.
         cluster: where the workers run.
+        partition: of a Slurm job.
+        time: limit of a Slurm job, as sbatch takes it: minutes, or days-hours:minutes:seconds. A job that meets it
+            writes a checkpoint and goes back into the queue.
+        gpus: of a Slurm job.
+        account: that a Slurm job is charged to.
     """
     from espalier.report import write_report
     from espalier.study import applicable_arms, launch, plan_study, summarise, text_table
@@ -111,7 +120,9 @@ def compare(
     out = out or Path("runs") / f"compare-{recipe.name}"
     named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
     study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
-    launch(study, workers=workers, cluster=cluster)
+    options = {"partition": partition, "time": time, "gpus": gpus, "account": account}
+    parameters = {name: value for name, value in options.items() if value is not None}
+    launch(study, workers=workers, cluster=cluster, parameters=parameters)
     print(text_table(summarise(study.path)))
     print(f"report: {write_report([study.path], out / 'report.html')}")
 
