@@ -93,6 +93,10 @@ def compare(
     seeds: int = 3,
     workers: int = 2,
     cluster: Literal["local", "slurm"] = "local",
+    partition: str | None = None,
+    time: str | None = None,
+    gpus: int | None = None,
+    account: str | None = None,
 ) -> None:
     """Train every arm at every learning rate and seed, print the table and write the page; status 1 if a trial failed.
 
@@ -105,6 +109,11 @@ def compare(
         seeds: how many paired seeds.
         workers: processes (or Slurm jobs) that share the trials.
         cluster: where the workers run.
+        partition: of a Slurm job.
+        time: limit of a Slurm job, as sbatch takes it: minutes, or days-hours:minutes:seconds. A job that meets it
+            writes a checkpoint and goes back into the queue.
+        gpus: of a Slurm job.
+        account: that a Slurm job is charged to.
     """
     from espalier.report import write_report
     from espalier.study import applicable_arms, text_table
@@ -112,7 +121,17 @@ def compare(
 
     out = out or Path("runs") / f"compare-{recipe.name}"
     named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
-    summary = compare_arms(recipe, arms=named, out=out, lrs=_rates(lrs), seeds=seeds, workers=workers, cluster=cluster)
+    options = {"partition": partition, "time": time, "gpus": gpus, "account": account}
+    summary = compare_arms(
+        recipe,
+        arms=named,
+        out=out,
+        lrs=_rates(lrs),
+        seeds=seeds,
+        workers=workers,
+        cluster=cluster,
+        parameters={name: value for name, value in options.items() if value is not None},
+    )
     print(text_table(summary))
     print(f"report: {write_report([out], out / 'report.html')}")
     if summary.failures:
