@@ -65,7 +65,7 @@ def load(kind: str, reference: str) -> Callable[..., Any]:
     if not callable(found := getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name(f"{kind} in {place}", name, known)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @contextmanager

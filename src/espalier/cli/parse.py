@@ -95,7 +95,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
     # To tyro, no words at all are a list of none.
     if any(found[each.name] in ((), []) for each in _required(command)):
         raise _missing(name, command)
-    if "arms" in found:
+    if named_recipe is not None and "arms" in found:
         refuse_unused_fields(named_recipe, found["recipe"], found["arms"], found["lrs"])
     return dict(found)
 

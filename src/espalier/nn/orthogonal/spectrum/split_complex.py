@@ -62,7 +62,7 @@ def product(
         # Into a strided result, a batched GEMM takes the slow path.
         start = contiguous(into) if add else None
         return copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=start, alpha=alpha))
-    add = torch.baddbmm if followed else Tensor.baddbmm_
+    added = torch.baddbmm if followed else Tensor.baddbmm_
 
     def first(x: Tensor, y: Tensor, factor: float) -> Tensor:
         if followed:
@@ -70,13 +70,13 @@ def product(
         return torch.bmm(x, y) if factor == 1 else torch.bmm(x, y).mul_(factor)
 
     re, im = into or (None, None)
-    re = first(a_r, b_r, alpha) if re is None else add(re, a_r, b_r, alpha=alpha)
+    re = first(a_r, b_r, alpha) if re is None else added(re, a_r, b_r, alpha=alpha)
     if a_i is None or b_i is None:
         return re, im
     sign_a, sign_b = -1 if conj_a else 1, -1 if conj_b else 1
-    re = add(re, a_i, b_i, alpha=-alpha * sign_a * sign_b)
-    im = first(a_i, b_r, alpha * sign_a) if im is None else add(im, a_i, b_r, alpha=alpha * sign_a)
-    return re, add(im, a_r, b_i, alpha=alpha * sign_b)
+    re = added(re, a_i, b_i, alpha=-alpha * sign_a * sign_b)
+    im = first(a_i, b_r, alpha * sign_a) if im is None else added(im, a_i, b_r, alpha=alpha * sign_a)
+    return re, added(im, a_r, b_i, alpha=alpha * sign_b)
 
 
 def transpose(a: Planes) -> Planes:
