@@ -34,7 +34,8 @@ _RECORDS: dict[type, dict[str, _Part]] = {}
 def record(cls: type[nn.Module]) -> None:
     """Record what a class consists of, once."""
     if cls not in _RECORDS:
-        names = {name for parent in _own(cls) for name in vars(parent)} - _SHOWS | {*_MODULE, "forward"}
+        own = [parent for parent in cls.__mro__ if parent not in nn.Module.__mro__]
+        names = {name for parent in own for name in vars(parent)} - _SHOWS | {*_MODULE, "forward"}
         _RECORDS[cls] = {name: _part(inspect.getattr_static(cls, name, None)) for name in names}
 
 
@@ -82,10 +83,6 @@ def self_declared(cls: type[nn.Module], method: str) -> str | None:
         if place and isinstance(function, FunctionType) and function.__qualname__ != f"{place.__qualname__}.{name}":
             return f"{name} of {place.__name__} was replaced"
     return None
-
-
-def _own(cls: type) -> list[type]:
-    return [parent for parent in cls.__mro__ if parent not in nn.Module.__mro__]
 
 
 def _part(attribute: Any) -> _Part:

@@ -90,7 +90,8 @@ def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forwar
     if x.value.ndim < 2:
         raise UncertifiableError("it maps the batch: give one row per image")
     value = forward(x.value)
-    rows = Rows(x, q.detach(), _detached(module.bias), q.shape[1]) if value.ndim == 2 else None
+    bias = None if module.bias is None else module.bias.detach()
+    rows = Rows(x, q.detach(), bias, q.shape[1]) if value.ndim == 2 else None
     return affine(
         analysis, x, value, norm=_orthogonal_norm(analysis, q[None]), size=analysis.norms.size(q), terms=q.shape[1],
         bias=module.bias, rows=rows,
@@ -174,10 +175,6 @@ def _expect_evaluation(module: Any, value: Tensor) -> None:
 def _expect(x: Bound, ndim: int) -> None:
     if x.value is not None and x.value.ndim != ndim:
         raise UncertifiableError(f"its input has {x.value.ndim} dimensions, batch included: {ndim} are needed")
-
-
-def _detached(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()
 
 
 # -- constants of torch's layers that are smaller than what their operations would give one by one, or need no size
