@@ -7,7 +7,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
 TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short wheel lock clean results
+.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short wheel newcomers lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -45,6 +45,8 @@ sweep-short: env                 ## the same for thirty types of transformers
 	PYTHONPATH=src:tests $(BIN)/python experiments/sweep.py --short --jobs 2 --out runs/sweep
 wheel: env                       ## the wheel, kernels included, in dist/
 	$(BIN)/python -m build --wheel
+newcomers: wheel                 ## a script for each kind of new user, each from an empty environment
+	TORCH=$(TORCH) $(BIN)/python tests/newcomers/run.py dist/*.whl
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:
