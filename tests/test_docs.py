@@ -27,6 +27,14 @@ ARCHIVE = ROOT / "docs" / "results" / "archive"
 _SMALL_VIT = "espalier.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2)"
 # What a page says the reader has: a model, a batch, a loop.
 GIVEN = {
+    "guides/after-training.md": """
+from dataclasses import replace
+import PIL.Image
+from espalier.recipes import get_recipe
+from espalier.train import train
+train(replace(get_recipe("digits_vit"), epochs=1, data_args={"train_limit": 100}), "runs/photos", progress=False)
+PIL.Image.new("RGB", (20, 30)).save("new.jpg")
+""",
     "guides/frameworks.md": f"""
 import warnings
 import lightning_fabric, transformers
@@ -75,6 +83,7 @@ x, x_next, mask = torch.randn(2, 9, 256), torch.randn(2, 256), torch.ones(2, 9, 
 ELSEWHERE = {
     "timm.create_model": "tests/interop/test_timm_layouts.py",
     "fully_shard(": "tests/init/test_sharded.py",
+    "onnxruntime.": "tests/train/test_finished_run.py",
 }
 
 

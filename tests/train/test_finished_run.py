@@ -148,7 +148,7 @@ def test_damage_of_what_the_net_expects_is_named(
 
 
 def test_a_run_without_images_or_without_an_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    counts = ["--data-args.steps-per-epoch", "1", "--data-args.length", "4", "--data-args.test-examples", "8"]
+    counts = ["--data-args.steps-per-epoch", "1", "--data-args.length", "4", "--data-args.eval-examples", "8"]
     tokens = ["train", "copy_mamba2", "--epochs", "1", "--batch-size", "2", *counts, "--out", str(tmp_path / "tokens")]
     assert main([*tokens, "--quiet"]) == 0, capsys.readouterr().err
     assert main(["train", "digits_vit", *TINY[:6], "--lr", "1e30", "--out", str(tmp_path / "off")]) == 1
