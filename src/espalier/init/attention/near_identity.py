@@ -219,7 +219,7 @@ def near_identity_factors(
     return _split_by_filter(matrix, rank, width, _cut(alpha, beta, min(_CUT_SLACK * width / dim, 1.0)), generator)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _decomposed(dim: int, alpha: float, beta: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return the factors of the one draw that stands for all; see Note [Turned copies]."""
     seeded = torch.Generator(device="cpu").manual_seed(0)
