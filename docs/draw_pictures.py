@@ -59,8 +59,8 @@ def write(name: str, panels: list[Panel]) -> None:
             words.append(
                 f'<text x="{SIDE / 2}" y="{y}" text-anchor="middle" fill="#555" font-size="12.5">{escape(line)}</text>'
             )
-        body = f'<g transform="translate(0 {TOP})">{body}</g>'
-        parts.append(f'<g transform="translate({index * (SIDE + GAP)} 0)">{"".join(words)}{body}</g>')
+        inside = f'{"".join(words)}<g transform="translate(0 {TOP})">{body}</g>'
+        parts.append(f'<g transform="translate({index * (SIDE + GAP)} 0)">{inside}</g>')
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{name}.svg").write_text("\n".join([*parts, "</svg>\n"]))
 

@@ -1,4 +1,4 @@
-"""A researcher with a Trainer, Lightning and timm: structure in models of their own (extras: trainer, lightning, timm)."""
+"""A researcher with a Trainer, Lightning and timm: structure in each (extras: trainer, lightning, timm)."""
 
 import lightning
 import timm

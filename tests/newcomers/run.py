@@ -1,4 +1,4 @@
-"""Each kind of new user, from an empty environment: ``make newcomers``; ``python tests/newcomers/run.py WHEEL [NAME …]``.
+"""Each kind of new user, from nothing: ``make newcomers``; ``python tests/newcomers/run.py WHEEL [NAME …]``.
 
 For every script here: a new environment, the wheel with the extras that the script's first line names, and the script
 itself, run outside the checkout, where nothing but the installed package can be found. torch is asked for in the
