@@ -24,7 +24,10 @@ SMALL = [
     "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0", "--data-args.train-limit", "16",
     "--data-args.test-limit", "12", "--threads", "1",
 ]  # fmt: skip
-VIT = ["digits_vit", *SMALL, "--model-args.embed-dim", "12", "--model-args.depth", "1"]
+VIT = [
+    "digits_vit", *SMALL, "--model-args.embed-dim", "12", "--model-args.depth", "1", "--init", "mimetic", "--loss",
+    "multi_margin",
+]  # fmt: skip
 ROBUST = ["digits_robust", *SMALL, "--model-args.width", "4", "--model-args.hidden", "8"]
 # FILE, FOLDER, MISSING and NEW stand for paths of the test's own.
 VALUES = (
@@ -135,6 +138,8 @@ def outcome(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @example(("train", *VIT, "--out", "FILE"))
 @example(("train", *VIT, "--out", "NEW", "--model-args.embed-dim", "6000000"))
 @example(("structure", "espalier:vit", "--out", "FOLDER"))
+@example(("certify", "SAFE", "--eps", "1e999"))
+@example(("structure", "espalier:vit", "--out", "/"))
 @example(("demo", "--smallest", "--out", "FILE"))
 @example(("demo", "--smallest", "--workers", "two"))
 @given(argv=st.sampled_from(CASES))
