@@ -110,7 +110,7 @@ class Recipe:
     logger: Literal["", "csv", "tensorboard", "wandb"] = ""
     """Where the rows of metrics.jsonl go as well: files in the run folder's `logs`, or Weights & Biases."""
     threads: int = 0
-    """CPU threads of this run; 0 leaves torch's choice."""
+    """CPU threads of this run, 1 in recipes whose steps take milliseconds; 0 leaves torch's choice."""
 
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {}

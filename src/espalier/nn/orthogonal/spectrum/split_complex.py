@@ -174,9 +174,10 @@ def _assemble(top: SplitComplex, right: SplitComplex, low: SplitComplex, corner:
 def _invert_leaf(a: SplitComplex) -> SplitComplex:
     if is_exporting() and torch.onnx.is_in_onnx_export():
         return _invert_by_products(a)
+    # None is singular (Note [No pivoting]), and to ask the device whether one was would stop a step until it answers.
     if a[1] is None:
-        return torch.linalg.inv(a[0]), None
-    inverse = torch.linalg.inv(torch.complex(a[0], a[1]))
+        return torch.linalg.inv_ex(a[0]).inverse, None
+    inverse = torch.linalg.inv_ex(torch.complex(a[0], a[1])).inverse
     return inverse.real.contiguous(), inverse.imag.contiguous()
 
 
