@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from espalier import __version__
 from espalier.cli.commands import COMMANDS
 from espalier.errors import EspalierError, unknown_name
+from espalier.lookup import own_place
 
 # Importing torch takes a second or two: not before a command that needs it.
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _out_of_memory(error):
             return _complain("out of memory: choose a smaller model or batch", 2)
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if place := own_place(error):  # in training, where the checks before it cannot see
+            return _complain(f"your code fails with {text}{place}", 2)
         hint = "ESPALIER_TRACEBACK=1 shows where; please report it"
         return _complain(f"error in espalier itself ({text}): {hint}", INTERNAL_ERROR)
     return 0
