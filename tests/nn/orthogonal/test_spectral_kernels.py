@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -129,7 +130,9 @@ def test_solutions_by_blocks_are_those_of_the_matrices(
     (transposed, conj, views), (dtype, complex_dtype, tolerance) = flags, kind
     w = torch.complex(*matrices(count, n, n, False, 1, dtype))
     a = torch.eye(n, dtype=complex_dtype) + (w - w.mH) / n**0.5
-    factor = kernels.factor_((a.real.contiguous(), a.imag.contiguous()), width)
+    # A single number is contiguous as it lies: ``contiguous`` would hand out the matrix itself, to be overwritten.
+    copied = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    factor = kernels.factor_((copied(a.real), copied(a.imag)), width)
     x, less = matrices(count, batch, n, views, 3, dtype), matrices(count, batch, n, views, 5, dtype)
     z, y = kernels.solve(x, factor, width, less, transposed=transposed, conj=conj, extra=2)
     of = a.mT if transposed else a
