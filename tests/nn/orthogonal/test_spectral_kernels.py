@@ -76,7 +76,8 @@ def test_inverses(n: int, kind: tuple[torch.dtype, torch.dtype, float]) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     size=st.lists(st.integers(1, 13), min_size=1, max_size=3) | st.sampled_from(LONG_AXES),
-    columns=st.integers(1, 150), channels=st.sampled_from([1, 48, 64]), first=st.booleans(), kind=st.sampled_from(DTYPES),
+    columns=st.integers(1, 150), channels=st.sampled_from([1, 48, 64]), first=st.booleans(),
+    kind=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_transforms_are_those_of_an_fft_at_one_of_each_pair_and_their_transposes(
     size: list[int], columns: int, channels: int, first: bool, kind: tuple[torch.dtype, torch.dtype, float]
