@@ -120,7 +120,11 @@ def test_no_module_is_shadowed() -> None:
 
 
 def test_import_loads_no_later_room() -> None:
-    probe = "import sys; from espalier import *; print(*[m.split('.')[1] for m in sys.modules if m[:9] == 'espalier.'])"
+    # ``compare`` is the one name of a later room, so that it loads it when it is asked for.
+    probe = (
+        "import sys, espalier; [getattr(espalier, name) for name in espalier.__all__ if name != 'compare']; "
+        "print(*[m.split('.')[1] for m in sys.modules if m[:9] == 'espalier.'])"
+    )
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert not LATER & set(out.split())
 

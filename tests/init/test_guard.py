@@ -91,7 +91,10 @@ def test_wrappers_keep_every_bit(wrapper: str) -> None:
 
 
 def test_fabric_keeps_every_bit() -> None:
-    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    fabric_class = pytest.importorskip("lightning_fabric").Fabric
+    # Said outright, so that Fabric does not look for a cluster on this machine.
+    alone = pytest.importorskip("lightning_fabric.plugins.environments").LightningEnvironment()
+    fabric = fabric_class(accelerator="cpu", devices=1, plugins=[alone])
     model = small()
     report = guarded(model)
     wrapped, _ = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe, get_recipe
-from espalier.study import launch, load_study, plan_study, summarise, text_table
+from espalier.study import Trial, launch, load_study, plan_study, summarise, text_table
 from espalier.study.record import MACHINE_FIELDS, MAX_BYTES, Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import add_records, combine, read_records
 from espalier.train import load_run
@@ -122,7 +122,7 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, object], said: str
 
 def test_digest_forgets_the_machine_and_nothing_else() -> None:
     machine = {"name": "other", "data_path": "/else", "threads": 3, "compile": True, "channels_last": True}
-    machine |= {"eval_batch_size": 7, "checkpoint_every": 9}
+    machine |= {"eval_batch_size": 7, "checkpoint_every": 9, "logger": "csv"}
     assert machine.keys() == MACHINE_FIELDS
     assert recipe_digest(replace(RECIPE, **machine)) == recipe_digest(RECIPE)
     for change in ({"lr": 2e-3}, {"seed": 5}, {"epochs": 9}, {"init": "mimetic"}, {"model_args": {"depth": 1}}):
@@ -195,9 +195,9 @@ def test_a_trial_with_a_record_is_finished(finished: Path, tmp_path: Path) -> No
     add_records(records[:5], tmp_path / "there" / "records.jsonl")
     ran: list[Path] = []
 
-    def run(recipe: Recipe, path: Path) -> None:
-        ran.append(path)
-        fabricate_usual(recipe, path)
+    def run(trial: Trial) -> None:
+        ran.append(trial.path)
+        fabricate_trial(trial)
 
     launch(load_study(there.path), workers=0, run=run)
     assert len(ran) == len(records) - 5

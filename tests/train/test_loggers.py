@@ -68,5 +68,5 @@ def test_a_missing_library_is_one_line_and_leaves_nothing(
 
 
 def test_an_unknown_logger_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EspalierError, match="field 'logger' is 'tensorbord': it must be one of"):
+    with pytest.raises(EspalierError, match="field 'logger' is 'tensorbord': str is not any of"):
         train(replace(recipe(), logger="tensorbord"), tmp_path / "run")  # type: ignore[arg-type]

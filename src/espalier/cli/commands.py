@@ -68,9 +68,9 @@ def train(
     out = out or Path("runs") / recipe.name
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one of the processes speaks
     found = check_folder(out, resolve_recipe(recipe), resume)
-    if first and not quiet:
-        state = {"new": "new", "unfinished": "unfinished, resumed", "finished": "already finished, nothing trained"}
-        print(f"run: {out} ({state[found]})", file=sys.stderr)
+    if found != "new" and first and not quiet:
+        state = "unfinished, resumed" if found == "unfinished" else "already finished, nothing trained"
+        print(f"run: {out} ({state})", file=sys.stderr)
     run = run_training(recipe, out, resume=resume, progress=False if quiet else None)
     result = run.result or {}
     if first:
@@ -80,6 +80,7 @@ def train(
         print(told * first, file=sys.stderr)
         raise SystemExit(1)
     if first and not quiet:
+        print(f"run: {out}", file=sys.stderr)
         images = [f"predict {out} IMAGES…", f"export {out} --to onnx"] if (out / IMAGES).exists() else []
         for step in (f"report {out}", f"audit {out}", *images):
             print(f"next: espalier {step}", file=sys.stderr)

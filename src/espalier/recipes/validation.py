@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -134,6 +135,8 @@ def _misfit(value: Any, kind: Any) -> str:
     # To Python, and so to the checker, True is a number.
     if kind is not bool and any(isinstance(part, bool) for part in (value if isinstance(value, tuple) else (value,))):
         return "bool is not expected"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is expected"
     try:
         guard.check_type(value, kind, collection_check_strategy=guard.CollectionCheckStrategy.ALL_ITEMS)
     except guard.TypeCheckError as error:

@@ -70,9 +70,7 @@ def launch(
     if workers < 0:
         raise EspalierError(f"workers {workers}: give a number from 0")
     if parameters and cluster != "slurm":
-        raise EspalierError(
-            f"{', '.join(parameters)}: options of Slurm's jobs, not of workers here: add --cluster slurm"
-        )
+        raise EspalierError(f"{', '.join(parameters)}: options of Slurm's jobs: add --cluster slurm")
     refuse_torchrun()
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
