@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from espalier.cli.main import main
 from espalier.errors import EspalierError
-from espalier.recipes import Recipe, get_recipe
+from espalier.recipes import get_recipe
 from espalier.study import Trial, launch, load_study, plan_study, summarise, text_table
 from espalier.study.record import MACHINE_FIELDS, MAX_BYTES, Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import add_records, combine, read_records

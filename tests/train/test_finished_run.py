@@ -151,7 +151,7 @@ def test_a_run_without_images_or_without_an_end_is_refused(tmp_path: Path, capsy
     counts = ["--data-args.steps-per-epoch", "1", "--data-args.length", "4", "--data-args.eval-examples", "8"]
     tokens = ["train", "copy_mamba2", "--epochs", "1", "--batch-size", "2", *counts, "--out", str(tmp_path / "tokens")]
     assert main([*tokens, "--quiet"]) == 0, capsys.readouterr().err
-    with pytest.raises(SystemExit, match="^1$"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main(["train", "digits_vit", *TINY[:6], "--lr", "1e30", "--out", str(tmp_path / "off")])
     diverged = capsys.readouterr()
     assert "diverged in epoch 1" in diverged.err
