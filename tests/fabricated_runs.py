@@ -9,6 +9,7 @@ from pathlib import Path
 
 from espalier.recipes import Recipe
 from espalier.train import save_recipe
+from espalier.train.run import seal
 
 Score = Callable[[Recipe], float]
 
@@ -46,6 +47,7 @@ def fabricate(
         "diverged": score is None,
     }
     (path / "result.json").write_text(json.dumps(result))
+    seal(path)
 
 
 def usual_score(recipe: Recipe) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.data.source import Source
+from espalier.errors import EspalierError
 from espalier.train.losses import IGNORED, Loss, target_count
 
 Reduce = Callable[[Tensor], Tensor]
@@ -37,6 +38,9 @@ def evaluate(
         rank: this process among ``world``: each takes every ``world``-th example of a batch.
         world: number of processes.
         reduce: adds a tensor up over the processes.
+
+    Raises:
+        EspalierError: a split without examples.
     """
     was_training = model.training
     model.eval()
@@ -45,13 +49,14 @@ def evaluate(
         sums: Tensor | None = None
         tokens = False
         for inputs, targets in source.eval_batches(split, batch_size):
-            inputs, targets = inputs[rank::world], targets[rank::world]
             tokens = targets.dim() == 2 and not targets.is_floating_point()
-            if len(inputs):
-                found = _batch_sums(model(inputs), targets, loss)
-                sums = found if sums is None else sums + found
+            share = targets[rank::world]
+            # Every process runs the model, or those that share its weights would wait for the one that does not.
+            logits = model(inputs[rank::world] if len(share) else inputs[:1])
+            found = _batch_sums(logits[: len(share)], share, loss)
+            sums = found if sums is None else sums + found
         if sums is None:
-            sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+            raise EspalierError(f"split {split!r} of the data is empty: give it some examples")
         loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
         scores[f"{split}/loss"] = loss_sum / count
         scores[f"{split}/accuracy"] = right / count
