@@ -1,7 +1,12 @@
-"""Run by test_distributed under torchrun and alone: the same two runs into the folder given."""
+"""Run by test_distributed, alone or under a launcher: ``FOLDER STRATEGY [RUN:WHAT …]``, WHAT is whole, stop=E.S or end.
+
+``stop=E.S`` trains until rank 0 alone gets SIGTERM at step S of epoch E; ``end`` goes on to the last epoch.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,14 +14,43 @@ import standins
 import torch
 
 from espalier import data, models
-from espalier.train import train
+from espalier.train import RunInterrupted, train
 
-data.build_source = standins.build_source
-models.build_model = standins.build_model
+RECIPES = {
+    # Batch norm over micro-batches, averaged weights, clipped gradients, a test set that 4 processes share unevenly.
+    "images": standins.recipe(
+        eps=1e-3, clip_norm=0.5, accumulate=2, ema_decay=0.9, model_args={"dropout": 0.0}, eval_batch_size=4
+    ),
+    # The ranks' shares of a token batch hold different numbers of targets; two modules share a weight.
+    "tokens": standins.recipe(eps=1e-3, dataset="echo", model="tied"),
+    "blocks": standins.recipe(eps=1e-3, model="blocks", precision="bf16"),
+}
 
-folder = Path(sys.argv[1])
-images = {"model_args": {"dropout": 0.0, "norm": False}, "accumulate": 2, "ema_decay": 0.9}
-train(standins.recipe(eps=1e-3, clip_norm=0.5, **images), folder / "images")
-train(standins.recipe(eps=1e-3, dataset="echo", model="tied"), folder / "tokens")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+
+def main(folder: Path, strategy: str, *runs: str) -> None:
+    models.build_model = standins.build_model
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    for run in runs:
+        name, _, what = run.partition(":")
+        kind = name.partition("-")[0]
+
+        def build_source(recipe: object, kind: str = kind, what: str = what) -> object:
+            source = standins.build_source(RECIPES[kind])
+            if what.startswith("stop=") and rank == 0:
+                epoch, step = map(int, what.removeprefix("stop=").split("."))
+                source.signal_at = (epoch, step, signal.SIGTERM)
+            return source
+
+        data.build_source = build_source
+        stopped = None
+        try:
+            train(RECIPES[kind], folder / name, strategy=strategy)
+        except RunInterrupted as interruption:
+            stopped = interruption.status
+        assert stopped == (75 if what.startswith("stop=") else None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -48,20 +48,41 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
 
 
 def train(
-    recipe: Recipe, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
+    recipe: Recipe,
+    out: Path | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    quiet: bool = False,
+    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    checkpoint_every_minutes: float | None = None,
 ) -> None:
     """Train one recipe into a run folder; run the same command again to resume.
+
+    Status 1 if the loss stops being finite, 75 if SIGTERM or SIGUSR1 stopped the run after a checkpoint.
 
     Args:
         recipe: the recipe, with any field changed.
         out: the run folder; runs/RECIPE by default.
         resume: resume from the folder's checkpoint, or refuse a folder that has one.
         quiet: print no progress.
+        strategy: under torchrun or srun: a whole model in every process, or shards of it.
+        checkpoint_every_minutes: write a checkpoint when this long has passed since the last, too.
     """
     from espalier.train import train as run_training
 
-    run = run_training(recipe, out or Path("runs") / recipe.name, resume=resume, progress=False if quiet else None)
+    run = run_training(
+        recipe,
+        out or Path("runs") / recipe.name,
+        resume=resume,
+        progress=False if quiet else None,
+        strategy=strategy,
+        checkpoint_every_minutes=checkpoint_every_minutes,
+    )
     print(json.dumps(run.result, indent=2))
+    if run.result is not None and run.result["diverged"]:
+        where = run.result.get("diverged_at", "an unknown step")
+        print(f"espalier: the loss is not finite at {where}: lower lr or set clip_norm, and train into another folder "
+              f"than {run.path}, which keeps the last checkpoint before", file=sys.stderr)  # fmt: skip
+        raise SystemExit(1)
 
 
 def compare(

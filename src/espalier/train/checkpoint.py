@@ -91,7 +91,9 @@ def save_checkpoint(
         first_of_any(None)  # nobody writes before the folder is there
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         with _plain_errors():
-            dcp.save(_tensors(model, optimizer, averages), storage_writer=writer, no_dist=world == 1)
+            # safetensors takes no other strides, such as those of channels-last weights.
+            tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, optimizer, averages).items()}
+            dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
         if rank == 0:
             names = {id(p): name for name, p in model.named_parameters()}
             states = {names[id(p)]: sorted(state) for p, state in optimizer.state.items()}

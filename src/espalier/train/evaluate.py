@@ -46,18 +46,18 @@ def evaluate(
     model.eval()
     scores: dict[str, float] = {}
     for split in source.eval_splits:
-        sums: Tensor | None = None
+        sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
         tokens = False
         for inputs, targets in source.eval_batches(split, batch_size):
             tokens = targets.dim() == 2 and not targets.is_floating_point()
             share = targets[rank::world]
             # Every process runs the model, or those that share its weights would wait for the one that does not.
             logits = model(inputs[rank::world] if len(share) else inputs[:1])
-            found = _batch_sums(logits[: len(share)], share, loss)
-            sums = found if sums is None else sums + found
-        if sums is None:
-            raise EspalierError(f"split {split!r} of the data is empty: give it some examples")
+            if len(share):
+                sums += _batch_sums(logits, share, loss)
         loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
+        if not count:
+            raise EspalierError(f"split {split!r} of the data is empty: give it some examples")
         scores[f"{split}/loss"] = loss_sum / count
         scores[f"{split}/accuracy"] = right / count
         if tokens:
