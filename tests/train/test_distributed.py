@@ -18,14 +18,13 @@ from espalier.train import Run, load_run, train
 from espalier.train.checkpoint import Checkpoint, Counters, load_checkpoint, save_checkpoint
 
 SCRIPT = str(Path(__file__).parent / "distributed_runs.py")
-KINDS = ("images", "tokens", "blocks")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def launch(folder: Path, processes: int, strategy: str, *runs: str) -> None:
-    """Run the script alone or under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def launch(*words: object, by: tuple[str, ...] = ()) -> None:
+    """Run the script of distributed runs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *(torchrun if processes > 1 else []), SCRIPT, str(folder), strategy, *runs]
+    command = [sys.executable, *by, SCRIPT, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -50,25 +49,26 @@ def assert_same_run(found: Run, expected: Run) -> None:
 
 @pytest.mark.slow
 def test_every_strategy_and_number_of_processes_gives_the_same_run(tmp_path: Path) -> None:
-    whole = [f"{kind}:whole" for kind in KINDS]
-    launch(tmp_path / "one", 1, "ddp", *whole, "images-a:stop=2.1", "tokens-a:stop=1.2")
-    launch(tmp_path / "two", 2, "fsdp2", *whole, "images-b:stop=1.3", "blocks-b:stop=2.0")
-    # The checkpoints move: a from one process to four shards to two copies, b from two shards to four copies to one.
-    (tmp_path / "one/images-a").rename(tmp_path / "images-a")
-    (tmp_path / "one/tokens-a").rename(tmp_path / "tokens-a")
-    (tmp_path / "two/images-b").rename(tmp_path / "images-b")
-    (tmp_path / "two/blocks-b").rename(tmp_path / "blocks-b")
-    launch(tmp_path, 4, "fsdp2", "images:whole", "images-a:stop=3.2", "tokens-a:stop=2.1")
-    launch(tmp_path, 4, "ddp", "tokens:whole", "images-b:stop=3.0", "blocks-b:stop=3.1")
-    launch(tmp_path, 2, "ddp", "images-a:end", "tokens-a:end", "blocks:whole")
-    launch(tmp_path, 1, "ddp", "images-b:end", "blocks-b:end")
-    expected = {kind: load_run(tmp_path / "one" / kind) for kind in KINDS}
-    for kind in KINDS:
-        assert_same_run(load_run(tmp_path / "two" / kind), expected[kind])
-    for name in (*KINDS, "images-a", "tokens-a", "images-b", "blocks-b"):
-        run = load_run(tmp_path / name)
-        assert_same_run(run, expected[name.partition("-")[0]])
-        assert not list(run.path.glob("checkpoint*"))
+    """Checkpoints move, too: a from one process to four shards to two copies, b from two shards to four copies to one."""
+    launch(
+        tmp_path,
+        *"1:ddp images:whole tokens:whole blocks:whole images-a:stop=2.1 tokens-a:stop=1.2".split(),
+        *"-- 2:fsdp2 images-2f:whole tokens-2f:whole blocks-2f:whole images-b:stop=1.3 blocks-b:stop=2.0".split(),
+        *"-- 4:fsdp2 images-4f:whole images-a:stop=3.2 tokens-a:stop=2.1".split(),
+        *"-- 4:ddp tokens-4d:whole images-b:stop=3.0 blocks-b:stop=3.1".split(),
+        *"-- 2:ddp images-a:end tokens-a:end blocks-2d:whole".split(),
+        *"-- 1:ddp images-b:end blocks-b:end".split(),
+    )
+    paths = sorted(path for path in tmp_path.iterdir() if "-" in path.name)
+    assert len(paths) == 10
+    for path in paths:
+        assert_same_run(load_run(path), load_run(tmp_path / path.name.partition("-")[0]))
+        assert not list(path.glob("checkpoint*"))
+
+
+def test_torchrun_starts_one_run(tmp_path: Path) -> None:
+    launch(tmp_path, "fsdp2", "tokens:whole", by=TORCHRUN)
+    assert (load_run(tmp_path / "tokens").result or {})["steps"] == 12
 
 
 def test_slurm_tasks_form_one_run(tmp_path: Path) -> None:
