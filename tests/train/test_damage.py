@@ -63,7 +63,6 @@ def attempt(path: Path) -> tuple[dict[str, Any] | None, str | None]:
         found = outcome(train(recipe(**CHANGES), path).path)
         load_run(path).model("start")
     except EspalierError as error:
-        assert "\n" not in str(error)
         return None, str(error)
     return found, None
 
@@ -94,6 +93,7 @@ def test_no_damage_of_a_finished_run_gives_a_wrong_number(runs: Path, damage: st
         found, refusal = attempt(runs / "copy")
         assert found in (None, expected)
         if refusal is not None:
+            assert "\n" not in refusal
             assert name in refusal or f"{runs / 'copy'} has no manifest.json" in refusal
             refused += 1
         shutil.rmtree(runs / "copy")
@@ -116,6 +116,7 @@ def test_no_damage_of_a_stopped_run_gives_a_wrong_number(
         if found is not None:
             repaired.append(name)
         elif refusal is not None:
+            assert "\n" not in refusal
             assert name in refusal or f"{runs / 'copy'} has no manifest.json" in refusal or damage == "gone"
         if name.startswith("checkpoint/"):
             (warning,) = recwarn

@@ -49,16 +49,16 @@ def assert_same_run(found: Run, expected: Run) -> None:
 
 @pytest.mark.slow
 def test_every_strategy_and_number_of_processes_gives_the_same_run(tmp_path: Path) -> None:
-    """Checkpoints move, too: a from one process to four shards to two copies, b from two shards to four copies to one."""
-    launch(
-        tmp_path,
-        *"1:ddp images:whole tokens:whole blocks:whole images-a:stop=2.1 tokens-a:stop=1.2".split(),
-        *"-- 2:fsdp2 images-2f:whole tokens-2f:whole blocks-2f:whole images-b:stop=1.3 blocks-b:stop=2.0".split(),
-        *"-- 4:fsdp2 images-4f:whole images-a:stop=3.2 tokens-a:stop=2.1".split(),
-        *"-- 4:ddp tokens-4d:whole images-b:stop=3.0 blocks-b:stop=3.1".split(),
-        *"-- 2:ddp images-a:end tokens-a:end blocks-2d:whole".split(),
-        *"-- 1:ddp images-b:end blocks-b:end".split(),
-    )
+    # Checkpoints move, too: a from one process to four shards to two copies, b from two shards to four copies to one.
+    groups = """
+        1:ddp images:whole tokens:whole blocks:whole images-a:stop=2.1 tokens-a:stop=1.2 --
+        2:fsdp2 images-2f:whole tokens-2f:whole blocks-2f:whole images-b:stop=1.3 blocks-b:stop=2.0 --
+        4:fsdp2 images-4f:whole images-a:stop=3.2 tokens-a:stop=2.1 --
+        4:ddp tokens-4d:whole images-b:stop=3.0 blocks-b:stop=3.1 --
+        2:ddp images-a:end tokens-a:end blocks-2d:whole --
+        1:ddp images-b:end blocks-b:end
+    """
+    launch(tmp_path, *groups.split())
     paths = sorted(path for path in tmp_path.iterdir() if "-" in path.name)
     assert len(paths) == 10
     for path in paths:
