@@ -23,7 +23,7 @@ from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.text import TextSource
 from espalier.errors import EspalierError
 from espalier.train import RunInterrupted, load_run, train
-from espalier.train.manifest import file_digest, write_manifest
+from espalier.train.manifest import damaged, file_digest, write_manifest
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
@@ -152,8 +152,6 @@ def test_any_flipped_bit_of_any_file_is_found(
     for place, bit in places:
         content[min(int(place * len(content)), len(content) - 1)] ^= 1 << bit
     (folder / name).write_bytes(content)
-    from espalier.train.manifest import damaged
-
     try:
         found = damaged(folder)
     except EspalierError as error:
@@ -228,6 +226,7 @@ HOSTILE = {
     "text for a step": hostile_counters(step="many"),
     "a step beyond the epoch": hostile_counters(step=10**9),
     "a negative epoch": hostile_counters(epoch=-3),
+    "half a step": hostile_counters(step=12.5),
     "NaN": hostile_counters(loss_sum=float("nan")),
 }
 

@@ -135,5 +135,5 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), None, Checkpoint(Counters(), []))
     other = torch.nn.Linear(3, 4)
     with pytest.raises(EspalierError, match=r"model/bias is \(2,\) there and \(4,\) here") as caught:
-        load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters()), None)
+        load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters()), None, 5)
     assert "\n" not in str(caught.value)

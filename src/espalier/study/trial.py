@@ -16,6 +16,7 @@ from espalier.recipes.validation import first_difference, recipe_from_dict, reci
 from espalier.study.record import Record, recipe_digest, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.train import load_run
+from espalier.train.manifest import digest
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
 RECORDS = "records.jsonl"
@@ -171,6 +172,9 @@ def load_study(path: Path | str) -> Study:
     file = path / STUDY
     try:
         plan = json.loads(file.read_text())
+        stated = plan.pop("digest", None)  # which the oldest studies do not have
+        if plan.keys() != {"recipe", "arms", "lrs", "seeds"} or stated not in (None, _plan_digest(plan)):
+            raise KeyError("it is not as it was written")
         recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
         known = {field.name for field in fields(Recipe)}
         if not all(set(changes) <= known for changes in plan["arms"].values()):
@@ -179,7 +183,7 @@ def load_study(path: Path | str) -> Study:
         study = Study(path, recipe, dict(plan["arms"]), rates, seeds)
     except OSError as error:
         raise EspalierError(f"{path} is not a study folder: it has no {STUDY}") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EspalierError(f"{file} is damaged ({error}): plan the study in another folder") from error
     return replace(study, records=_records(path))
 
@@ -265,4 +269,8 @@ def _write(study: Study) -> None:
     study.path.mkdir(parents=True, exist_ok=True)
     arms = {arm: dict(changes) for arm, changes in study.arms.items()}
     plan = {"recipe": recipe_to_dict(study.recipe), "arms": arms, "lrs": study.lrs, "seeds": study.seeds}
-    write_json(study.path / STUDY, plan)
+    write_json(study.path / STUDY, {**plan, "digest": _plan_digest(plan)})
+
+
+def _plan_digest(plan: Mapping[str, Any]) -> str:
+    return digest(json.dumps(plan, sort_keys=True).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -119,6 +120,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor] | None,
+    steps_per_epoch: int,
     rank: int = 0,
     world: int = 1,
 ) -> Checkpoint | None:
@@ -129,6 +131,7 @@ def load_checkpoint(
         model: the bare model, on its devices.
         optimizer: its optimiser.
         averages: tensors for the averaged weights, if any are kept.
+        steps_per_epoch: of the run.
         rank: this process among ``world``.
         world: number of processes.
 
@@ -148,7 +151,7 @@ def load_checkpoint(
                 shutil.rmtree(folder / _CURRENT)
                 recover(folder)
             first_of_any(None)
-            found = _load(folder / _CURRENT, model, optimizer, averages, world)
+            found = _load(folder / _CURRENT, model, optimizer, averages, steps_per_epoch, world)
             if reasons and rank == 0:
                 warnings.warn(
                     f"{reasons[0]}: the run goes on from the checkpoint before it, at step {found.counters.step}",
@@ -193,6 +196,7 @@ def _load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor] | None,
+    steps_per_epoch: int,
     world: int,
 ) -> Checkpoint:
     import torch.distributed.checkpoint as dcp
@@ -200,6 +204,15 @@ def _load(
 
     try:
         content = json.loads((path / _STATE).read_bytes())
+        counters = Counters(**content["counters"])
+        whole = (counters.epoch, counters.step, counters.loss_steps)
+        done = counters.step - counters.epoch * steps_per_epoch
+        if not (all(type(number) is int for number in whole) and min(whole) >= 0 and 0 <= done <= steps_per_epoch):
+            raise ValueError(f"it stands at step {counters.step} after {counters.epoch} epochs")
+        if not (math.isfinite(counters.loss_sum) and math.isfinite(counters.seconds)):
+            raise ValueError("its loss is not finite")
+        if not all(isinstance(row, dict) for row in content["rows"]):
+            raise ValueError("its rows are none")
         parameters = dict(model.named_parameters())
         for name, keys in content["optimizer"].items():
             like = parameters[name]
@@ -217,7 +230,7 @@ def _load(
             raise ValueError(f"{name} is {stored.get(name)} there and {wanted.get(name)} here")
         with _plain_errors():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world == 1)
-        return Checkpoint(Counters(**content["counters"]), content["rows"])
+        return Checkpoint(counters, content["rows"])
     except Exception as error:  # a dozen kinds: the digests are right, so somebody made this checkpoint by hand
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error

@@ -165,7 +165,13 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     stepper = fabric.setup_optimizers(optimizer)
     averages = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
     found = load_checkpoint(
-        out, model, optimizer, averages and averages.tensors, fabric.global_rank, fabric.world_size
+        out,
+        model,
+        optimizer,
+        averages and averages.tensors,
+        source.steps_per_epoch(recipe.batch_size),
+        fabric.global_rank,
+        fabric.world_size,
     ) or Checkpoint(Counters(), [])
     if averages is not None:
         averages.updates = found.counters.step
