@@ -34,7 +34,7 @@ gpu: env                         ## tests, speed tables and trainings on a GPU; 
 results: env                     ## every page and picture of docs/results from the records
 	$(BIN)/python experiments/results.py
 docs: env                        ## the guide as a static site in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 interop: $(INTEROP)/.installed   ## layouts against timm, torchvision, flash-linear-attention, transformers beside them
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop --override-ini addopts=-ra
 	PYTHONPATH=src $(INTEROP)/bin/python -m pytest -q tests/interop/conftest.py \

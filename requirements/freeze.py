@@ -2,7 +2,7 @@
 
 from importlib.metadata import distributions
 
-SKIP = {"espalier", "pip"}
+SKIP = {"espalier", "pip", "torch-espalier"}
 HEADER = """\
 # Every package of the development environment, pinned; installed with --no-deps by `make env`.
 # Written by `make lock`. torch is the CPU build that pip finds first; change its version only with that in mind."""

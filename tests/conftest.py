@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
+
+from hub_standin import Hub, serve
 
 # A busy machine draws its examples slowly and passes all the same. The environment of `make interop` has no hypothesis.
 if importlib.util.find_spec("hypothesis"):
@@ -34,3 +36,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
         terminalreporter.section("not run here, and how to run it")
         for reason, count in reasons.most_common():
             terminalreporter.line(f"{count} test{'s' if count > 1 else ''}: {reason}")
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Serve an empty stand-in of the Hugging Face Hub, and send huggingface_hub there, with an empty cache."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+        monkeypatch.setenv("HF_TOKEN", "a-token-for-the-stand-in")
+        yield served

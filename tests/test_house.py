@@ -32,7 +32,7 @@ FLOORS = [
     {"doctor"},
     {"init", "nn"},
     {"files"},
-    {"errors", "randomness", "tables"},
+    {"errors", "lookup", "randomness", "tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What `import espalier` must not load.

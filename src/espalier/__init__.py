@@ -3,10 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from espalier.errors import warn_of_namesake
+
 if TYPE_CHECKING:
     from espalier import certify, doctor, init, integrations, models, nn
     from espalier.doctor import Diagnosis, diagnose
     from espalier.init import FilterCovariance, Mimetic, MimeticSSM, StructureReport, audit, structure_
+    from espalier.study import compare
 
 __version__ = "0.1.0"
 
@@ -18,6 +21,7 @@ __all__ = [
     "StructureReport",
     "audit",
     "certify",
+    "compare",
     "diagnose",
     "doctor",
     "init",
@@ -35,6 +39,7 @@ _HOMES = {
     "MimeticSSM": "init",
     "StructureReport": "init",
     "audit": "init",
+    "compare": "study",
     "diagnose": "doctor",
     "structure_": "init",
 }
@@ -51,3 +56,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+warn_of_namesake()
+del warn_of_namesake

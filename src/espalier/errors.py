@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Iterable
+from importlib import metadata
 from types import ModuleType
 
 
@@ -46,5 +48,22 @@ def require(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f"{package} is needed here and cannot be imported ({error}): pip install 'espalier[{extra}]'"
+            f"{package} is needed here and cannot be imported ({error}): pip install 'torch-espalier[{extra}]'"
         ) from error
+
+
+def warn_of_namesake() -> None:
+    """Say in one line that PyPI's other ``espalier``, about phylogenetic trees, is installed beside this package.
+
+    Both bring a command ``espalier``, and where file names ignore case a folder of one name: the last one wins.
+    """
+    try:
+        commands = metadata.distribution("espalier").entry_points
+    except metadata.PackageNotFoundError:
+        return
+    if any(command.name == "espalier" and not command.value.startswith("espalier.") for command in commands):
+        warnings.warn(
+            "the package 'espalier' (phylogenetic trees) is installed too and takes the command `espalier`: pip "
+            "uninstall espalier; pip install --force-reinstall --no-deps torch-espalier (python -m espalier is ours)",
+            stacklevel=3,
+        )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from espalier.data import SOURCES, ImageSource, Source, build_source
 from espalier.data.augmentation import Augmentation
-from espalier.data.images import build_normalizer, channel_statistics
 from espalier.data.labelled import ImageData, LabelledImages
+from espalier.data.normalizer import build_normalizer, channel_statistics, value_counts
 from espalier.errors import EspalierError
 from espalier.recipes.base import Recipe
 from needs import needs_data
@@ -121,7 +121,7 @@ def test_evaluation_shows_every_test_image_once_in_order() -> None:
 def test_statistics_are_those_of_all_pixels_in_float64() -> None:
     pixels = torch.randint(0, 256, (50, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels[:, 1] //= 3
-    mean, std = channel_statistics(pixels)
+    mean, std = channel_statistics(value_counts(pixels))
     values = pixels.double() / 255
     torch.testing.assert_close(mean, values.mean((0, 2, 3)), atol=1e-12, rtol=0)
     torch.testing.assert_close(std, values.std((0, 2, 3), correction=0), atol=1e-12, rtol=0)
@@ -145,13 +145,13 @@ def test_normalised_training_images_have_mean_zero_and_spread_one() -> None:
 def test_mean_alone_keeps_distances_and_none_keeps_everything() -> None:
     pixels = torch.randint(0, 256, (20, 2, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = pixels.double() / 255
-    centred = build_normalizer(pixels, "mean").double()(images)
+    centred = build_normalizer(value_counts(pixels), "mean").double()(images)
     assert centred.mean((0, 2, 3)).abs().max() < 1e-6
     torch.testing.assert_close(centred[0] - centred[1], images[0] - images[1])
-    assert isinstance(build_normalizer(pixels, "none"), nn.Identity)
+    assert isinstance(build_normalizer(value_counts(pixels), "none"), nn.Identity)
     # A constant channel has no spread to divide by.
     pixels[:, 1] = 77
-    assert build_normalizer(pixels, "mean_std")(pixels.float() / 255).isfinite().all()
+    assert build_normalizer(value_counts(pixels), "mean_std")(pixels.float() / 255).isfinite().all()
 
 
 def test_the_source_fixes_the_models_arguments() -> None:

@@ -14,7 +14,7 @@ from espalier.recipes import Recipe, get_recipe
 from espalier.report import write_report
 from espalier.study import launch, plan_study
 from espalier.train import train
-from fabricated_runs import fabricate_usual
+from fabricated_runs import fabricate_trial
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -41,7 +41,7 @@ def open_page(page: Path, profile: Path, *options: str) -> tuple[str, str]:
 
 def test_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     study = plan_study(Recipe(name="r", epochs=4), ["default", "mimetic"], [1e-3, 1e-2], [0, 1], tmp_path / "study")
-    launch(study, workers=0, run=fabricate_usual)
+    launch(study, workers=0, run=fabricate_trial)
     recipe = replace(get_recipe("digits_vit"), epochs=1, data_args={"train_limit": 128, "test_limit": 50}, threads=1)
     train(recipe, tmp_path / "run", progress=False)
     page = write_report([study.path, tmp_path / "run"], tmp_path / "report.html")

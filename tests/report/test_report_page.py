@@ -143,7 +143,7 @@ def test_diverged_failed_and_unfinished_runs_are_shown(tmp_path: Path) -> None:
     (failed,) = [row for row in page.rows if len(row) == 7 and row[4].startswith("failed")]
     assert failed[4] == "failed: RuntimeError: <script>alert(1)</script> went wrong"
     assert failed[:4] == ["mimetic", "0.01", "0", "–"]
-    assert "mimetic lr=0.01 seed=0 failed: RuntimeError" in page.text
+    assert "failed: mimetic lr=0.01 seed=0: RuntimeError" in page.text
     states = [row[4] for row in page.rows if len(row) == 7 and row[-1].startswith("trials/")]
     assert sorted(state.partition(":")[0] for state in states).count("diverged") == 2
     assert "unfinished" in states

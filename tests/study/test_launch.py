@@ -1,23 +1,25 @@
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trial_runners
+from filelock import FileLock
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
-from espalier.study import Study, launch, plan_study
-from espalier.study.launcher import claim, drain
+from espalier.study import Study, Trial, launch, plan_study
+from espalier.study.worker import claim, drain
 from espalier.train import RunInterrupted
-from fabricated_runs import fabricate_usual
+from fabricated_runs import fabricate_trial
 
 RECIPE = Recipe(name="r", epochs=2)
 
@@ -27,7 +29,6 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "log.txt"
     file.touch()
     monkeypatch.setenv("ESPALIER_TEST_LOG", str(file))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1)))
     return file
 
 
@@ -73,7 +74,7 @@ def test_a_failed_trial_is_recorded_and_tried_again_by_the_next_launch(study: St
 
 
 def test_a_killed_worker_lets_go_of_its_trial_and_is_reported(study: Study, log: Path) -> None:
-    with pytest.raises(EspalierError, match=r"2 of 2 workers died and 4 trials are unfinished: see .*\.err") as caught:
+    with pytest.raises(EspalierError, match=r"2 of 2 workers died and 4 trials are unfinished: see .*\.log") as caught:
         launch(study, workers=2, run=trial_runners.die_on_seed_one)
     assert "\n" not in str(caught.value)
     begun = len(log.read_text().splitlines())
@@ -105,7 +106,7 @@ def test_a_claimed_trial_is_left_to_its_holder(study: Study, log: Path) -> None:
 CLAIM = """
 import sys, time
 from espalier.study import load_study
-from espalier.study.launcher import claim
+from espalier.study.worker import claim
 study = load_study(sys.argv[1])
 with claim(study, study.trials()[int(sys.argv[2])]) as mine:
     print(mine, flush=True)
@@ -122,8 +123,8 @@ def test_claims_do_not_touch_the_trial_folder(study: Study) -> None:
             assert not again
     files = list((study.path / ".claims").iterdir())
     assert len(files) == 1
-    with files[0].open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with FileLock(files[0], blocking=False):
+        pass
 
 
 def test_interrupted_workers_stop_and_the_message_says_how_to_go_on(study: Study, log: Path) -> None:
@@ -134,6 +135,7 @@ def test_interrupted_workers_stop_and_the_message_says_how_to_go_on(study: Study
     )
     launcher = subprocess.Popen(
         [sys.executable, "-c", script, str(study.path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -141,28 +143,80 @@ def test_interrupted_workers_stop_and_the_message_says_how_to_go_on(study: Study
         # A shell that runs the tests in the background makes its children ignore Ctrl-C.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 180
-    while len(log.read_text().splitlines()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: len(log.read_text().splitlines()) >= 2)
     os.killpg(launcher.pid, signal.SIGINT)  # what Ctrl-C on a terminal does
     out, error = launcher.communicate(timeout=60)
     assert "Traceback" not in error
     assert out.splitlines()[-1] == (
-        f"interrupted: 0 of 6 trials in {study.path} are done; the same command goes on with the rest"
+        f"interrupted: 0 of 6 trials in {study.path} are done; run the same command again to resume"
     )
     for line in log.read_text().splitlines():
         with pytest.raises(ProcessLookupError):
             os.kill(int(line.split()[0]), 0)
 
 
-def test_interrupt_inline(study: Study) -> None:
-    def run(recipe: Recipe, path: Path) -> None:
-        if recipe.seed == 1:
-            raise KeyboardInterrupt
-        fabricate_usual(recipe, path)
+def test_workers_end_with_a_killed_launcher(study: Study, log: Path) -> None:
+    script = "import sys, trial_runners; from espalier.study import launch, load_study\n"
+    script += "launch(load_study(sys.argv[1]), workers=2, run=trial_runners.slow)\n"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script, str(study.path)], env=environment) as launcher:
+        wait_for(lambda: len(log.read_text().splitlines()) >= 2)
+        launcher.kill()
+    workers = [int(line.split()[0]) for line in log.read_text().splitlines()]
+    wait_for(lambda: not any(map(is_alive, workers)))
+    assert launch(study, workers=0, run=trial_runners.quick) == ()  # every claim is free
 
-    with pytest.raises(RunInterrupted, match=r"2 of 6 trials .* goes on with the rest"):
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # A process whose parent has gone stays as a zombie until someone asks for its status.
+    status = Path(f"/proc/{process}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_functions_of_a_script_reach_the_workers(study: Study, tmp_path: Path) -> None:
+    # Without a guard: workers must not run the script again. A lambda cannot be imported by any name.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom espalier.study import launch, load_study\nfrom fabricated_runs import fabricate\n"
+        "offset = 0.5\n"
+        "run = lambda trial: fabricate(trial.recipe, trial.path, offset)\n"
+        "print(launch(load_study(sys.argv[1]), workers=2, run=run))\n"
+    )
+    command = [sys.executable, str(script), str(study.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert out.stdout == "()\n"
+    assert {trial.outcome("s").score for trial in study.trials()} == {0.5}
+
+
+def test_torchrun_and_what_cannot_be_sent_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = threading.Lock()
+    with pytest.raises(EspalierError, match="train cannot be sent to workers") as caught:
+        launch(study, workers=2, run=lambda trial: lock.acquire())
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(EspalierError, match="run it without torchrun"):
+        launch(study, run=trial_runners.quick)
+
+
+def test_interrupt_inline(study: Study) -> None:
+    def run(trial: Trial) -> None:
+        if trial.seed == 1:
+            raise KeyboardInterrupt
+        fabricate_trial(trial)
+
+    with pytest.raises(RunInterrupted, match=r"2 of 6 trials .* again to resume"):
         launch(study, workers=0, run=run)
 
 

@@ -19,7 +19,7 @@ from espalier.study import launch, load_study, plan_study, summarise, text_table
 from espalier.study.record import MACHINE_FIELDS, MAX_BYTES, Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import add_records, combine, read_records
 from espalier.train import load_run
-from fabricated_runs import fabricate, fabricate_usual
+from fabricated_runs import fabricate, fabricate_trial, fabricate_usual
 
 RECIPE = replace(get_recipe("digits_vit"), epochs=4, warmup_epochs=0.0)
 ARMS, LRS, SEEDS = ["default", "mimetic"], [1e-4, 1e-3], [0, 1, 2]
@@ -60,7 +60,7 @@ def a_record(seed: int = 0, score: float | None = 0.5, **changes: object) -> Rec
 def finished(tmp_path: Path) -> Path:
     """A study folder in which every trial is finished."""
     folder = tmp_path / "study"
-    launch(plan_study(RECIPE, ARMS, LRS, SEEDS, folder), workers=0, run=fabricate_usual)
+    launch(plan_study(RECIPE, ARMS, LRS, SEEDS, folder), workers=0, run=fabricate_trial)
     return folder
 
 

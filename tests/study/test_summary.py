@@ -8,9 +8,9 @@ import pytest
 import scipy.stats
 
 from espalier.recipes import Recipe
-from espalier.study import Summary, launch, markdown_table, plan_study, summarise, text_table
+from espalier.study import Summary, Trial, launch, markdown_table, plan_study, summarise, text_table
 from espalier.study.table import rate_rows
-from fabricated_runs import fabricate, fabricate_usual, usual_score
+from fabricated_runs import fabricate, fabricate_trial, usual_score
 from small_study import recorded, train_study
 
 RECIPE = Recipe(name="r", epochs=4)
@@ -20,7 +20,7 @@ LRS = [1e-4, 1e-3, 1e-2]
 @pytest.fixture
 def usual(tmp_path: Path) -> Summary:
     study = plan_study(RECIPE, ["default", "mimetic"], LRS, [0, 1, 2], tmp_path)
-    launch(study, workers=0, run=fabricate_usual)
+    launch(study, workers=0, run=fabricate_trial)
     return summarise(tmp_path, tolerance=0.02)
 
 
@@ -83,10 +83,10 @@ def test_a_rate_that_diverged_for_one_seed_cannot_win(tmp_path: Path) -> None:
 
 
 def test_nothing_is_hidden_in_an_unfinished_study(tmp_path: Path) -> None:
-    def run(recipe: Recipe, path: Path) -> None:
-        if recipe.init == "mimetic" and recipe.seed == 1:
+    def run(trial: Trial) -> None:
+        if trial.arm == "mimetic" and trial.seed == 1:
             raise ValueError("no | such\nthing")
-        fabricate_usual(recipe, path)
+        fabricate_trial(trial)
 
     study = plan_study(RECIPE, ["default", "mimetic"], [1e-3], [0, 1], tmp_path)
     launch(study, workers=0, run=run)
@@ -100,6 +100,19 @@ def test_nothing_is_hidden_in_an_unfinished_study(tmp_path: Path) -> None:
     assert "failed: mimetic lr=0.001 seed=1: ValueError: no | such thing" in text
     assert "mimetic against default: +3.0 points on one paired seed, no difference shown (n = 1" in text
     assert r"ValueError: no \| such thing" in markdown_table(summary)
+
+
+def test_equal_failures_are_one_line_with_their_number(tmp_path: Path) -> None:
+    def run(trial: Trial) -> None:
+        raise ValueError("no such thing" if trial.seed else "another thing")
+
+    study = plan_study(RECIPE, ["default", "mimetic"], LRS, range(3), tmp_path)
+    assert len(launch(study, workers=0, run=run)) == 18
+    lines = [line for line in text_table(summarise(study)).splitlines() if "failed, " in line and "first" in line]
+    assert sorted(lines) == [
+        "12 trials failed, default lr=0.0001 seed=1 first: ValueError: no such thing",
+        "6 trials failed, default lr=0.0001 seed=0 first: ValueError: another thing",
+    ]
 
 
 def test_an_empty_study_has_a_table_of_dashes(tmp_path: Path) -> None:

@@ -70,8 +70,12 @@ def test_a_study_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> 
         (["default"], [0.0], [0], "0.0 is no learning rate"),
         (["default"], [float("nan")], [0], "no learning rate"),
         (["default"], "all", [0], "'auto'"),
-        (["default"], [1e-3], [], "seeds"),
-        (["default"], [1e-3], [-1], "seeds"),
+        (["default"], [1e-3], [], "seeds is empty: name at least one"),
+        (["default"], [1e-3], [-1], "seeds: -1 is no seed"),
+        (["default"], [1e-3], [True], "seeds: True is no seed"),
+        ("default", [1e-3], [0], "arms 'default': give a list of names"),
+        (["default", "default"], [1e-3], [0], "'default' is named twice"),
+        (["nowhere.py:mine"], [1e-3], [0], "init: there is no file .*nowhere.py"),
     ],
 )
 def test_bad_plans_are_one_line_and_leave_nothing(tmp_path, arms, lrs, seeds, message) -> None:

@@ -10,37 +10,37 @@ from pathlib import Path
 import torch
 
 from espalier.errors import EspalierError
-from espalier.recipes import Recipe
-from fabricated_runs import fabricate_usual
+from espalier.study import Trial
+from fabricated_runs import fabricate_trial
 
 
-def note(recipe: Recipe, path: Path) -> None:
+def note(trial: Trial) -> None:
     """Leave a line saying which process ran what, with how many threads."""
-    line = f"{os.getpid()} {recipe.init} {recipe.lr:g} {recipe.seed} {torch.get_num_threads()}\n"
+    line = f"{os.getpid()} {trial.arm} {trial.lr:g} {trial.seed} {torch.get_num_threads()}\n"
     with (Path(os.environ["ESPALIER_TEST_LOG"])).open("a") as file:
         file.write(line)
 
 
-def quick(recipe: Recipe, path: Path) -> None:
-    note(recipe, path)
+def quick(trial: Trial) -> None:
+    note(trial)
     time.sleep(0.3)
-    fabricate_usual(recipe, path)
+    fabricate_trial(trial)
 
 
-def fail_on_seed_one(recipe: Recipe, path: Path) -> None:
-    note(recipe, path)
-    if recipe.seed == 1:
-        raise EspalierError("batch_size 9 is too large") if recipe.init == "default" else RuntimeError("two\nlines")
-    fabricate_usual(recipe, path)
+def fail_on_seed_one(trial: Trial) -> None:
+    note(trial)
+    if trial.seed == 1:
+        raise EspalierError("batch_size 9 is too large") if trial.arm == "default" else RuntimeError("two\nlines")
+    fabricate_trial(trial)
 
 
-def die_on_seed_one(recipe: Recipe, path: Path) -> None:
-    note(recipe, path)
-    if recipe.seed == 1:
+def die_on_seed_one(trial: Trial) -> None:
+    note(trial)
+    if trial.seed == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    fabricate_usual(recipe, path)
+    fabricate_trial(trial)
 
 
-def slow(recipe: Recipe, path: Path) -> None:
-    note(recipe, path)
+def slow(trial: Trial) -> None:
+    note(trial)
     time.sleep(60)

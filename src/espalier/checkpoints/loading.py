@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from espalier.checkpoints.by_shape import skeleton
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.files import read_tensors
+from espalier.files import load_weights, read_tensors
 from espalier.init.layouts.linears import HEADS
 from espalier.models import MODELS, build_model
+from espalier.models.hub import open_hub_model
+
+T = TypeVar("T")
 
 
 def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.Module:
-    """Build the model that ``HOST:NAME`` names, with the host's own initial weights.
+    """Build the model that ``HOST:NAME`` names.
+
+    | spec | weights |
+    |---|---|
+    | ``espalier:vit`` | initial, from ``generator`` |
+    | ``espalier:ORG/NAME`` | pre-trained, from the hub (``push_to_hub``) |
+    | ``timm:vit_tiny_patch16_224`` | timm's initial ones |
+    | ``timm:vit_tiny_patch16_224.augreg_in21k``, ``timm:hf-hub:ORG/NAME`` | pre-trained: the tag says which |
+    | ``transformers:FOLDER`` | pre-trained if a safetensors file lies in it, else initial |
+    | ``transformers:ORG/NAME`` | pre-trained, from the hub |
+
+    What was downloaded before is read from the hub's cache; with ``HF_HUB_OFFLINE=1`` from there alone. No code of a
+    repository is run.
 
     Args:
-        spec: ``espalier:NAME``, ``timm:NAME`` or ``transformers:FOLDER``; the folder holds a ``config.json``, and its
-            weights are loaded when a safetensors file lies beside it.
+        spec: see the table.
         generator: source of our own models' initial weights; other hosts draw from torch's global state.
 
     Raises:
-        EspalierError: an unknown host or name, a file that does not exist, or a folder without a
-            readable ``config.json``.
+        EspalierError: an unknown host or name, a file that does not exist, a folder without a readable
+            ``config.json``, or weights that neither the hub nor its cache gives.
         MissingExtraError: the host library is not installed.
     """
     host, colon, name = spec.partition(":")
@@ -35,39 +52,71 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
             "transformers:FOLDER"
         )
     if host == "espalier":
+        if "/" in name:
+            return open_hub_model(name)
         if name not in MODELS:
             raise unknown_name("model", name, MODELS)
         return build_model(name)
     if host == "timm":
-        timm = require("timm", "timm")
-        if name not in timm.list_models():
-            raise unknown_name("timm model", name, timm.list_models())
-        return timm.create_model(name, pretrained=False)
+        return _open_timm(name)
     if host == "transformers":
-        return _open_transformers(Path(name))
+        return _open_transformers(name)
     raise unknown_name("host", host, ("espalier", "timm", "transformers"))
 
 
-def _open_transformers(folder: Path) -> nn.Module:
+def _open_timm(name: str) -> nn.Module:
+    timm = require("timm", "timm")
+    if name.startswith("hf-hub:"):
+        return _fetched(name, lambda: timm.create_model(name, pretrained=True))
+    architecture, tagged, _ = name.partition(".")
+    if architecture not in timm.list_models():
+        raise unknown_name("timm model", architecture, timm.list_models())
+    if not tagged:
+        return timm.create_model(name, pretrained=False)
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if name not in tags:
+        raise unknown_name("timm weights", name, tags)
+    return _fetched(name, lambda: timm.create_model(name, pretrained=True))
+
+
+def _open_transformers(name: str) -> nn.Module:
     transformers = require("transformers", "transformers")
+    folder = Path(name)
+    fetch = not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     config_file = folder / "config.json"
+    if fetch:
+        hub = require("huggingface_hub", "hub")
+        config_file = Path(_fetched(name, lambda: hub.hf_hub_download(name, "config.json")))
     try:
         architectures = json.loads(config_file.read_text()).get("architectures") or []
     except (OSError, json.JSONDecodeError) as error:
         raise EspalierError(
-            f"model {folder}: cannot read {config_file} ({error}): name a folder that has one"
+            f"model {name}: cannot read {config_file} ({error}): name a folder that has one, or ORG/NAME on the hub"
         ) from None
     # Only classes that the installed library ships: a folder must not bring code of its own.
     known = [getattr(transformers, name) for name in architectures if hasattr(transformers, name)]
     cls = known[0] if known else transformers.AutoModel
+    if fetch:
+        return _fetched(name, lambda: cls.from_pretrained(name, use_safetensors=True))
     if any(folder.glob("*.safetensors")):
         return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return cls(config) if known else transformers.AutoModel.from_config(config)
 
 
+def _fetched(name: str, fetch: Callable[[], T]) -> T:
+    """Return what ``fetch`` brings from the hub or its cache; whatever stops it becomes one line."""
+    try:
+        return fetch()
+    except Exception as error:  # the hub's own errors, its HTTP client's, and those of files that are not what they say
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise EspalierError(f"model {name!r} cannot be had from the hub or its cache: {said}") from error
+
+
 def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
-    """Return modules that hold a checkpoint's weights: enough to audit and fit, not to run.
+    """Return the model whose weights a file holds, where something says which; else modules enough to audit and fit.
+
+    A run folder says it in ``model.json`` beside the weights, an exported file in its own metadata.
 
     Args:
         path: a ``.safetensors`` file, or one that ``torch.save`` wrote (read with ``weights_only=True``).
@@ -76,7 +125,30 @@ def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
     Raises:
         EspalierError: the file cannot be read safely, or holds no tensors by name.
     """
-    return skeleton(read_tensors(path), num_heads or _stated_heads(path.with_name("config.json")))
+    state = read_tensors(path)
+    stated = _stated_model(path)
+    if stated is not None:
+        model = build_model(stated["name"], **stated["args"])
+        if model.state_dict().keys() == state.keys():
+            load_weights(model, path)
+            return model.eval()
+    return skeleton(state, num_heads or _stated_heads(path.with_name("config.json")))
+
+
+def _stated_model(path: Path) -> dict[str, Any] | None:
+    from safetensors import safe_open
+
+    text: str | None = None
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("espalier")
+    beside = path.with_name("model.json")
+    try:
+        text = text if text is not None or not beside.is_file() else beside.read_text()
+        content = None if text is None else json.loads(text)
+        return None if content is None else {"name": str(content["name"]), "args": dict(content["args"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EspalierError(f"what {path} says of its model is damaged ({error!r}): see {beside.name}") from None
 
 
 def _stated_heads(config_file: Path) -> int | None:

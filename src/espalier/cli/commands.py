@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from espalier.cli.completion import Shell, completion_script
+from espalier.cli.finished import attack, certify, export, predict
 from espalier.cli.listing import arms, datasets, inits, models, recipes
 from espalier.errors import EspalierError
 
@@ -67,22 +69,37 @@ def train(
         strategy: under torchrun or srun: a whole model in every process, or shards of it.
         checkpoint_every_minutes: write a checkpoint when this long has passed since the last, too.
     """
+    from espalier.recipes.validation import resolve_recipe
     from espalier.train import train as run_training
+    from espalier.train.image_input import IMAGES
+    from espalier.train.run import check_folder
 
+    out = out or Path("runs") / recipe.name
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one of the processes speaks
+    found = check_folder(out, resolve_recipe(recipe), resume)
+    if first and not quiet:
+        state = {"new": "new", "unfinished": "unfinished, resumed", "finished": "already finished, nothing trained"}
+        print(f"run: {out} ({state[found]})", file=sys.stderr)
     run = run_training(
         recipe,
-        out or Path("runs") / recipe.name,
+        out,
         resume=resume,
         progress=False if quiet else None,
         strategy=strategy,
         checkpoint_every_minutes=checkpoint_every_minutes,
     )
-    print(json.dumps(run.result, indent=2))
-    if run.result is not None and run.result["diverged"]:
-        where = run.result.get("diverged_at", "an unknown step")
-        print(f"espalier: the loss is not finite at {where}: lower lr or set clip_norm, and train into another folder "
-              f"than {run.path}, which keeps the last checkpoint before", file=sys.stderr)  # fmt: skip
+    result = run.result or {}
+    if first:
+        print(json.dumps(result, indent=2))
+    if result.get("diverged"):
+        where = f"diverged at {result['diverged_at']}" if "diverged_at" in result else "diverged"
+        told = f"espalier: {out} {where}: choose another folder and a smaller --lr; its last checkpoint is kept"
+        print(told * first, file=sys.stderr)
         raise SystemExit(1)
+    if first and not quiet:
+        images = [f"predict {out} IMAGES…", f"export {out} --to onnx"] if (out / IMAGES).exists() else []
+        for step in (f"report {out}", f"audit {out}", *images):
+            print(f"next: espalier {step}", file=sys.stderr)
 
 
 def compare(
@@ -267,73 +284,6 @@ def statistics(models: Sequence[str], out: Path = Path("statistics.safetensors")
     print(f"statistics: {measured.save(out)}")
 
 
-def certify(
-    run: Path,
-    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
-    limit: int | None = None,
-    arithmetic: Literal["float64", "float32"] = "float64",
-    slack: bool = False,
-    out: Path | None = None,
-) -> None:
-    """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
-
-    Args:
-        run: a finished run on images.
-        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
-        limit: how many test images; all by default.
-        arithmetic: what the certificate is about: the net as evaluated in float64, or in float32 with a larger charge.
-        slack: print the constant and the rounding of every module.
-        out: the file of the certificate; RUN-certificate.json beside the run folder by default.
-    """
-    from espalier.train import load_run
-    from espalier.train.certify_runs import certificate_path, certify_run, parse_eps
-
-    radii = parse_eps(eps)
-    certificate = certify_run(load_run(run), limit, arithmetic)
-    print(certificate.table(radii))
-    if slack:
-        print(f"\n{certificate.slack_table()}")
-    print(f"certificate: {certificate.save(out or certificate_path(run))}")
-
-
-def attack(
-    run: Path,
-    eps: tuple[str, ...] = ("36/255", "72/255", "108/255"),
-    limit: int | None = None,
-    steps: int = 40,
-    restarts: int = 1,
-    autoattack: bool = False,
-    queries: int = 5000,
-    out: Path | None = None,
-) -> None:
-    """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
-
-    Args:
-        run: a finished run on images.
-        eps: l2 radii in [0, 1] pixel units, such as 36/255 or 0.1.
-        limit: how many test images; all by default.
-        steps: gradient steps of PGD.
-        restarts: random starts of PGD.
-        autoattack: also try AutoAttack on what PGD leaves.
-        queries: of AutoAttack's Square, most of the time; 5,000 is the standard.
-        out: the file of the report; RUN-attack.json beside the run folder by default.
-    """
-    from espalier.certify import CertificateBrokenError
-    from espalier.train import load_run
-    from espalier.train.certify_runs import attack_path, attack_run, parse_eps
-
-    report = attack_run(
-        load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, eps=parse_eps(eps)
-    )
-    print(report)
-    print(f"report: {report.save(out or attack_path(run))}")
-    try:
-        report.check()
-    except CertificateBrokenError as error:
-        print(f"espalier: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
 def completion(shell: Shell) -> None:
     """Print a script that completes commands, options and choices in a shell.
 
@@ -387,6 +337,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "structure": structure,
     "convert": convert,
     "statistics": statistics,
+    "predict": predict,
+    "export": export,
     "certify": certify,
     "attack": attack,
     "report": report,

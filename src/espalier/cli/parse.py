@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
-from espalier.cli.recipe_flags import KEYWORD_FIELDS, merge_keyword_fields, split_keyword_fields
+from espalier.cli.recipe_flags import (
+    KEYWORD_FIELDS,
+    drop_replaced_arguments,
+    merge_keyword_fields,
+    split_keyword_fields,
+)
 from espalier.errors import EspalierError, require, unknown_name
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.recipes.files import open_recipe
@@ -68,7 +73,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             )
         base = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
         tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
-        base = merge_keyword_fields(base, keywords)
+        base = merge_keyword_fields(drop_replaced_arguments(base, tokens), keywords)
     typed = typed_arguments(command, base)
     tyro = require("tyro", "train")
     complaint = io.StringIO()

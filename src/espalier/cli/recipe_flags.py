@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
             text = value
         found.setdefault(field, {})[key.replace("-", "_")] = _json_or_text(text)
     return rest, found
+
+
+def drop_replaced_arguments(recipe: Recipe, tokens: Sequence[str]) -> Recipe:
+    """Return ``recipe`` without the arguments of what ``tokens`` replace: a ViT's mean nothing to another net."""
+    for field, arguments in (
+        ("dataset", "data_args"),
+        ("init", "init_args"),
+        ("loss", "loss_args"),
+        ("model", "model_args"),
+    ):
+        typed = [after for token, after in pairwise(tokens) if token == f"--{field}"]
+        typed += [token.partition("=")[2] for token in tokens if token.startswith(f"--{field}=")]
+        if typed and typed[-1] != getattr(recipe, field):
+            recipe = replace(recipe, **{arguments: {}})  # type: ignore[arg-type]
+    return recipe
 
 
 def merge_keyword_fields(recipe: Recipe, found: dict[str, dict[str, Any]]) -> Recipe:

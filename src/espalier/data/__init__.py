@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source, folder_source
+from espalier.data.folder import folder_source, shards_source
+from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source
+from espalier.data.loaders import LoaderSource, own_source
 from espalier.data.sequences import (
     GeneratedSource,
     copying_source,
@@ -14,13 +16,24 @@ from espalier.data.sequences import (
     sorting_source,
 )
 from espalier.data.source import Source
+from espalier.data.stream import StreamSource
 from espalier.data.text import TextSource, text_source
 from espalier.errors import unknown_name
+from espalier.lookup import is_reference
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
-__all__ = ["SOURCES", "GeneratedSource", "ImageSource", "Source", "TextSource", "build_source"]
+__all__ = [
+    "SOURCES",
+    "GeneratedSource",
+    "ImageSource",
+    "LoaderSource",
+    "Source",
+    "StreamSource",
+    "TextSource",
+    "build_source",
+]
 
 SOURCES: dict[str, Callable[[Recipe], Source]] = {
     "cifar10": cifar10_source,
@@ -30,6 +43,7 @@ SOURCES: dict[str, Callable[[Recipe], Source]] = {
     "folder": folder_source,
     "mqar": mqar_source,
     "ngram_lookup": ngram_lookup_source,
+    "shards": shards_source,
     "sorting": sorting_source,
     "text": text_source,
     "tinyshakespeare": text_source,
@@ -40,9 +54,13 @@ SOURCES: dict[str, Callable[[Recipe], Source]] = {
 def build_source(recipe: Recipe) -> Source:
     """Return the recipe's data, on the CPU, as its fields from ``data`` to ``normalize`` describe it.
 
+    ``dataset`` may also name a function of your own, ``FILE.py:NAME`` (see ``own_source``).
+
     Raises:
         EspalierError: unknown data or argument, missing or damaged files, a field out of its range.
     """
+    if is_reference(recipe.dataset):
+        return own_source(recipe)
     if recipe.dataset not in SOURCES:
         raise unknown_name("dataset", recipe.dataset, SOURCES)
     return SOURCES[recipe.dataset](recipe)

@@ -26,7 +26,7 @@ def read_digits() -> ImageData:
     """
     package = find_spec("sklearn")
     if package is None or package.origin is None:
-        raise MissingExtraError("the digits come with scikit-learn: pip install 'espalier[train]'")
+        raise MissingExtraError("the digits come with scikit-learn: pip install 'torch-espalier[train]'")
     # Read the file that sklearn.datasets.load_digits reads. Importing sklearn for it would cost every worker process
     # of a study over two seconds.
     with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:

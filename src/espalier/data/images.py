@@ -6,26 +6,25 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from espalier.data.arguments import find_data, positive_int, read_arguments
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.cifar import read_cifar10
 from espalier.data.digits import read_digits
-from espalier.data.folder import read_folder
 from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages
+from espalier.data.normalizer import build_normalizer, value_counts
 from espalier.data.source import contents_digest
 from espalier.errors import EspalierError, unknown_name
-from espalier.nn.lipschitz.normalisation import Normalize
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
-NORMALIZATIONS = ("mean_std", "mean", "none")
-_LIMITS: Mapping[str, Any] = {"train_limit": None, "test_limit": None}
+LIMITS: Mapping[str, Any] = {"train_limit": None, "test_limit": None}
+"""Arguments of every source of images: how many of the stratified order are used."""
 
 
 class ImageSource:
@@ -44,14 +43,12 @@ class ImageSource:
     """
 
     def __init__(self, data: ImageData, augmentation: Augmentation | None = None, normalize: str = "mean_std") -> None:
-        if normalize not in NORMALIZATIONS:
-            raise unknown_name("normalize", normalize, NORMALIZATIONS)
         self.augmentation = augmentation or Augmentation()
         side = min(data.train.images_NCHW.shape[-2:])
         if self.augmentation.crop_padding >= side:
             raise EspalierError(f"crop_padding is {self.augmentation.crop_padding}, the images' side {side}: lower it")
         self.class_names = data.class_names
-        self.normalizer = build_normalizer(data.train.images_NCHW, normalize)
+        self.normalizer = build_normalizer(value_counts(data.train.images_NCHW), normalize)
         self._splits = {"train": data.train, "test": data.test}
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
@@ -144,61 +141,22 @@ class ImageSource:
         return self._order[1]
 
 
-def build_normalizer(images_NCHW: Tensor, normalize: str) -> nn.Module:
-    """Return the module that normalises pixels in [0, 1] by the statistics of uint8 ``images_NCHW``.
-
-    Args:
-        images_NCHW: the training images.
-        normalize: ``mean_std`` (a constant channel is only centred), ``mean`` (which leaves Lipschitz constants as
-            they are) or ``none`` (an ``nn.Identity``).
-    """
-    if normalize == "none":
-        return nn.Identity()
-    mean_C, std_C = channel_statistics(images_NCHW)
-    if normalize == "mean":
-        return Normalize(mean_C.tolist())
-    return Normalize(mean_C.tolist(), torch.where(std_C > 0, std_C, 1.0).tolist())
-
-
-def channel_statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation ``(C,)`` over all pixels of each channel, as shares of 255, in float64.
-
-    Computed from the 256-bin histogram: exact, and without a float copy of the set.
-    """
-    counts_CV = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)]).double()
-    values_V = torch.arange(256, dtype=torch.float64, device=images_NCHW.device) / 255
-    share_CV = counts_CV / counts_CV.sum(1, keepdim=True)
-    mean_C = share_CV @ values_V
-    deviation_CV = values_V - mean_C[:, None]
-    return mean_C, (share_CV * deviation_CV.square()).sum(1).sqrt()
-
-
 def digits_source(recipe: Recipe) -> ImageSource:
     """Return scikit-learn's 8×8 digits (arguments: ``train_limit``, ``test_limit``)."""
-    arguments = read_arguments(recipe, _LIMITS, reads_files=False)
+    arguments = read_arguments(recipe, LIMITS, reads_files=False)
     return _source(recipe, read_digits().limited(**arguments))
 
 
 def cifar10_source(recipe: Recipe) -> ImageSource:
     """Return CIFAR-10 from ``data_path`` or ``$ESPALIER_DATA/cifar10`` (arguments: ``train_limit``, ``test_limit``)."""
-    arguments = read_arguments(recipe, _LIMITS)
+    arguments = read_arguments(recipe, LIMITS)
     return _source(recipe, read_cifar10(find_data(recipe, "cifar10")).limited(**arguments))
 
 
 def fashion_mnist_source(recipe: Recipe) -> ImageSource:
     """Return Fashion-MNIST from ``data_path`` or ``$ESPALIER_DATA/fashion-mnist`` (arguments as for CIFAR-10)."""
-    arguments = read_arguments(recipe, _LIMITS)
+    arguments = read_arguments(recipe, LIMITS)
     return _source(recipe, read_fashion_mnist(find_data(recipe, "fashion-mnist")).limited(**arguments))
-
-
-def folder_source(recipe: Recipe) -> ImageSource:
-    """Return a folder of images by class (arguments: ``size``, ``test_share``, ``train_limit``, ``test_limit``)."""
-    arguments = read_arguments(recipe, {**_LIMITS, "size": 64, "test_share": 0.2})
-    size, share = positive_int("size", arguments.pop("size")), arguments.pop("test_share")
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise EspalierError(f"test_share is {share!r}: give a share between 0 and 1")
-    data = read_folder(find_data(recipe, "folder"), size=size, test_share=share)
-    return _source(recipe, data.limited(**arguments))
 
 
 def _source(recipe: Recipe, data: ImageData) -> ImageSource:

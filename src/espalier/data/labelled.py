@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,15 +28,33 @@ class LabelledImages:
         return LabelledImages(self.images_NCHW[indices_M], self.labels_N[indices_M])
 
 
+class Labelled(Protocol):
+    """Images with class indices, in memory or not."""
+
+    @property
+    def labels_N(self) -> Tensor:
+        """Class indices ``(N,)``."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices_M: Tensor) -> Self:
+        """Return the images at ``indices_M``, in that order."""
+        ...
+
+
+Images = TypeVar("Images", bound=Labelled)
+
+
 @dataclass(frozen=True)
-class ImageData:
+class ImageData(Generic[Images]):
     """A training set, a test set and the names of the classes that their labels index."""
 
-    train: LabelledImages
-    test: LabelledImages
+    train: Images
+    test: Images
     class_names: tuple[str, ...]
 
-    def limited(self, train_limit: Any = None, test_limit: Any = None) -> ImageData:
+    def limited(self, train_limit: Any = None, test_limit: Any = None) -> ImageData[Images]:
         """Return the first ``train_limit`` and ``test_limit`` examples of a fixed stratified order (None: all).
 
         Raises:
@@ -69,7 +87,7 @@ def stratified_order(labels_N: Tensor, *keys: int | str) -> Tensor:
     return key_N.argsort(stable=True)
 
 
-def _limited(split: LabelledImages, name: str, limit: Any) -> LabelledImages:
+def _limited(split: Images, name: str, limit: Any) -> Images:
     if limit is None:
         return split
     if positive_int(name, limit) > len(split):

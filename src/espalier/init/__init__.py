@@ -19,6 +19,7 @@ from espalier.init.model_fit import StructureFit, fit
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_, token_memory
 from espalier.init.structure import VerificationError, audit, structure_
+from espalier.init.trained import TrainedWeightsWarning
 
 __all__ = [
     "AttentionFit",
@@ -34,6 +35,7 @@ __all__ = [
     "Skipped",
     "StructureFit",
     "StructureReport",
+    "TrainedWeightsWarning",
     "VerificationError",
     "audit",
     "covariance_fit",

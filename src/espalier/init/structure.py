@@ -17,6 +17,7 @@ from espalier.init.layouts import Layer, Skipped, locate_layers
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
+from espalier.init.trained import warn_if_trained
 from espalier.randomness import cpu_generator
 
 # Statuses of layers that carried structure when their report was made.
@@ -78,14 +79,14 @@ def structure_(
         EspalierError: the model holds nothing that was asked for, no layer could be written, or a spec does not fit.
         VerificationError: a layer does not show what was written into it.
     """
-    for name in specs:
-        if name not in FAMILIES:
-            raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
+    for name in specs.keys() - FAMILIES.keys():
+        raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked: dict[str, Any] = {kind: family.default for kind, family in FAMILIES.items()} | specs
     reshard(model)
     sites = [site for site in _sites(model) if asked[site.family.kind] is not None]
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
+    warn_if_trained(model)
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
     generator = cpu_generator(generator)
     draws = [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in sites]

@@ -11,7 +11,7 @@ from espalier.integrations.watch import StructureWatch
 __all__ = ["StructureWatch", "UnhealthyModelError", "WatchCheck"]
 
 # Each imports its library when it is first named.
-_LIBRARIES = ("lightning", "transformers")
+_LIBRARIES = ("hub", "lightning", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

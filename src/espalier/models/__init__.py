@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from espalier.errors import unknown_name
+from espalier.errors import EspalierError, unknown_name
+from espalier.lookup import errors_of, is_reference, load
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
 from espalier.models.features import FeatureNet
@@ -47,21 +48,30 @@ def build_model(name: str, **arguments: Any) -> nn.Module:
     """Build the model called ``name``.
 
     Args:
-        name: a key of ``MODELS``.
+        name: a key of ``MODELS``, or a class or function of your own, ``FILE.py:NAME`` or ``package.module:NAME``.
         arguments: of its constructor. What the data fixes (``img_size``, ``in_chans``, ``num_classes``,
             ``vocab_size``) is dropped when the constructor has no such argument.
 
     Raises:
-        EspalierError: an unknown model or argument; the message suggests the closest ones.
+        EspalierError: an unknown model or argument; the message suggests the closest ones. Or code of your own that
+            fails, or returns no ``nn.Module``.
     """
-    if name not in MODELS:
+    own = is_reference(name)
+    if not own and name not in MODELS:
         raise unknown_name("model", name, MODELS)
-    constructor = MODELS[name]
+    constructor = load("model", name) if own else MODELS[name]
     known = inspect.signature(constructor).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for argument in list(arguments):
-        if argument not in known:
+        if argument not in known and not takes_any:
             if argument in ("img_size", "in_chans", "num_classes", "vocab_size"):
                 del arguments[argument]
             else:
                 raise unknown_name(f"argument of model {name!r}", argument, known)
-    return constructor(**arguments)
+    if not own:
+        return constructor(**arguments)
+    with errors_of("model", name):
+        model = constructor(**arguments)
+    if not isinstance(model, nn.Module):
+        raise EspalierError(f"model {name} returned {type(model).__name__}: return an nn.Module")
+    return model

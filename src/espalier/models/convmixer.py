@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.features import block_indices
+from espalier.models.hub import HubModel
 from espalier.nn.depthwise import is_watched, mixing_block, pointwise_block
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -53,7 +54,7 @@ class Block(nn.Sequential):
         return pointwise_block(mixing_block(x, *mix.fn), *point)
 
 
-class ConvMixer(nn.Module):
+class ConvMixer(HubModel):
     """ConvMixer-h/d: ``Conv(p, stride p) → GELU → BN``, then d × ``[x + BN(GELU(DW_k(x))); BN(GELU(Conv 1))]``.
 
     Takes images of any size. Even kernels are allowed: "same" padding puts the extra pixel last, so the centre tap is

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require
+from espalier.models.hub import HubModel
 from espalier.models.vit import sincos_positions
 
 
-class TransformersViT(nn.Module):
+class TransformersViT(HubModel):
     """transformers' ``ViTModel`` from scratch, with sine-cosine positions to start from and average pooling.
 
     Every weight is the library's own draw, but for the learned position embedding, which starts at the 2-D sine-cosine
@@ -72,7 +73,7 @@ class TransformersViT(nn.Module):
         return self.head(tokens_BLD[:, 1:].mean(1))
 
 
-class TransformersConvNext(nn.Module):
+class TransformersConvNext(HubModel):
     """transformers' ``ConvNextModel`` from scratch, at any depth and width, with a linear head.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.models.hub import HubModel
 from espalier.models.orthogonal_layers import orthogonal_conv
 from espalier.nn.lipschitz.activations import MaxMin
 from espalier.nn.lipschitz.normalisation import NormalizedLinear
@@ -22,7 +23,7 @@ from espalier.nn.orthogonal.linear import CayleyLinear
 HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
 
 
-class LipschitzNet(nn.Sequential):
+class LipschitzNet(HubModel, nn.Sequential):
     """A feature extractor and a head, run one after the other, with timm's contract.
 
     An ``nn.Sequential`` of ``features`` and ``head``, so that its parts can be taken by their places.

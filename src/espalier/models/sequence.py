@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.models.hub import HubModel
 from espalier.nn import Mamba1, Mamba2, MambaState
 
 BLOCKS = ("attention", "mamba1", "mamba2")
@@ -165,7 +166,7 @@ class Layer(nn.Module):
         return x if self.mlp is None or self.norm2 is None else x + self.mlp(self.norm2(x))
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(HubModel):
     """Tokens to next-token logits: embedding, pre-norm residual blocks of any mixture, RMSNorm, head.
 
     Mamba blocks bear the names and shapes of mamba_ssm's and transformers' language models (``layers.{i}.norm``,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError
+from espalier.models.hub import HubModel
 
 
 def sincos_positions(height: int, width: int, dim: int, temperature: float = 10000.0) -> Tensor:
@@ -87,7 +88,7 @@ class Block(nn.Module):
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(HubModel):
     """A vision transformer with fixed sine-cosine positions and average pooling, as mimetic initialisation expects.
 
     Args:

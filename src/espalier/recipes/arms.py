@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from espalier.errors import unknown_name
+from espalier.lookup import is_reference
 from espalier.recipes.base import Recipe
 
 ARMS: dict[str, Mapping[str, Any]] = {
@@ -40,11 +41,13 @@ ARMS: dict[str, Mapping[str, Any]] = {
 
 
 def apply_arm(recipe: Recipe, arm: str) -> Recipe:
-    """Return ``recipe`` with the fields of ``arm`` changed.
+    """Return ``recipe`` with the fields of ``arm`` changed; an initialisation of your own, ``FILE.py:NAME``, is an arm.
 
     Raises:
         EspalierError: no arm has that name; the message suggests the closest ones.
     """
+    if is_reference(arm):
+        return replace(recipe, init=arm, init_args={}, freeze="")
     if arm not in ARMS:
         raise unknown_name("arm", arm, ARMS)
     return replace(recipe, **ARMS[arm])

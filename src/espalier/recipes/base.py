@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from espalier.errors import unknown_name
+from espalier.errors import EspalierError, unknown_name
+from espalier.lookup import errors_of, is_reference, load
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Recipe:
 
     # What is learnt.
     dataset: str = "digits"
-    """Name of the data set; ``espalier datasets`` lists them."""
+    """Name of the data set, as ``espalier datasets`` lists them, or your own function: ``FILE.py:NAME``."""
     data_path: str | None = None
     """File or folder of the data, where it is not bundled or generated; ``--data`` for short."""
     data_args: Mapping[str, Any] = field(default_factory=dict)
@@ -35,13 +36,13 @@ class Recipe:
 
     # The network.
     model: str = "vit"
-    """Name of the model; ``espalier models`` lists them."""
+    """Name of the model, as ``espalier models`` lists them, or your own: ``FILE.py:NAME``, ``package.module:NAME``."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model; they win over those that the data fixes."""
 
     # The structure written into it before training.
     init: str = "default"
-    """Name of the initialisation; ``espalier inits`` lists them."""
+    """Name of the initialisation, as ``espalier inits`` lists them, or your own function: ``FILE.py:NAME``."""
     init_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the initialisation."""
     freeze: Literal["", "depthwise"] = ""
@@ -106,6 +107,8 @@ class Recipe:
     """Examples per evaluation batch."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    logger: Literal["", "csv", "tensorboard", "wandb"] = ""
+    """Where the rows of metrics.jsonl go as well: files in the run folder's ``logs``, or Weights & Biases."""
     threads: int = 0
     """CPU threads of this run; 0 leaves torch's choice."""
 
@@ -134,11 +137,18 @@ def recipe_functions() -> dict[str, Callable[[], Recipe]]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe called ``name``.
+    """Return the recipe called ``name``, or the one that a function of your own returns, ``FILE.py:NAME``.
 
     Raises:
-        EspalierError: no recipe has that name; the message suggests the closest ones.
+        EspalierError: no recipe has that name; the message suggests the closest ones. Or the function fails.
     """
+    if is_reference(name):
+        function = load("recipe", name)
+        with errors_of("recipe", name):
+            recipe = function()
+        if not isinstance(recipe, Recipe):
+            raise EspalierError(f"recipe {name} returned {type(recipe).__name__}: return an espalier.recipes.Recipe")
+        return recipe
     if name not in _RECIPES:
         raise unknown_name("recipe", name, _RECIPES)
     return _RECIPES[name]()

@@ -20,6 +20,7 @@ from espalier.init import (
     structure_,
 )
 from espalier.init.attention import baselines
+from espalier.lookup import errors_of, is_reference, load
 
 Init = Callable[..., StructureReport | None]
 
@@ -128,3 +129,27 @@ INITS: dict[str, Init] = {
     "impulse": _peer(baselines.impulse_),
     "mlp_mean_shift": _peer(baselines.mlp_mean_shift_),
 }
+
+
+def get_init(name: str) -> Init:
+    """Return the initialisation called ``name``, or a function of your own, ``FILE.py:NAME``.
+
+    A function of your own is called as ``function(model, generator=…, **init_args)`` and writes into the model; draws
+    from torch's global stream are as reproducible as those from the generator.
+
+    Raises:
+        EspalierError: no initialisation has that name, or there is no such function.
+    """
+    if not is_reference(name):
+        if name not in INITS:
+            raise unknown_name("init", name, INITS)
+        return INITS[name]
+    function = load("init", name)
+
+    @wraps(function)
+    def initialise(model: nn.Module, generator: torch.Generator, **arguments: Any) -> StructureReport | None:
+        with errors_of("init", name):
+            report = function(model, generator=generator, **arguments)
+        return report if isinstance(report, StructureReport) else None
+
+    return initialise

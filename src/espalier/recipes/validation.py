@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from espalier.errors import EspalierError, require, unknown_name
 from espalier.files import write_json
+from espalier.lookup import is_reference, pin
 from espalier.recipes.base import Recipe
 
 _TYPES: dict[str, Any] = get_type_hints(Recipe)
@@ -18,12 +19,20 @@ _TYPES: dict[str, Any] = get_type_hints(Recipe)
 def resolve_recipe(recipe: Recipe) -> Recipe:
     """Return ``recipe`` as it comes back from its file, every field checked: what a run is made from.
 
+    Code of the user's own is pinned to its present version (``espalier.lookup``).
+
     Raises:
-        EspalierError: a field of the wrong type, or a value that no run can have.
+        EspalierError: a field of the wrong type, a value that no run can have, or code that is not there.
     """
     resolved = recipe_from_dict(recipe_to_dict(recipe))
     _check_values(resolved)
-    return resolved
+    if resolved.data_path is not None:
+        if not resolved.data_path:
+            raise EspalierError("data_path is empty: name a file or folder")
+        # A run folder must find its data from anywhere.
+        resolved = replace(resolved, data_path=str(Path(resolved.data_path).expanduser().absolute()))
+    own = {name: getattr(resolved, name) for name in ("dataset", "model", "init")}
+    return replace(resolved, **{name: pin(name, value) for name, value in own.items() if is_reference(value)})
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

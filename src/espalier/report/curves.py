@@ -27,7 +27,7 @@ def learning_curves(summary: Summary, context: Context) -> Section | None:
         f"Runs behind each curve: {behind}."
     )
     ends = [factor * end for arm in arms for point in arm.curve for end in _ends(point.score)]
-    figure = figure_of(traces, "epoch", _axis_name(summary))
+    figure = figure_of(traces, summary.unit, _axis_name(summary))
     figure.update_yaxes(range=_axis_range(ends, share=summary.is_share))
     return Section("Learning curves", (Plot(figure, caption),))
 

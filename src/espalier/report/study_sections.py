@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from espalier.recipes import Recipe
 from espalier.report.curves import learning_curves, score_over_rate
 from espalier.report.pictures import picture_sections
 from espalier.report.section import Context, Markup, Section, bullets, counted, folded, paragraph, table
 from espalier.study import Trial
 from espalier.study.summary import ArmSummary, Summary
-from espalier.study.table import HEADER, assumptions, cells, first_line, number, sentences
+from espalier.study.table import assumptions, cells, failure_lines, header, number, sentences
 from espalier.train import Run
 
 StudySection = Callable[[Summary, Context], Section | None]
@@ -18,9 +19,14 @@ StudySection = Callable[[Summary, Context], Section | None]
 def headline(summary: Summary, context: Context) -> Section:
     """Say what was found: one sentence an arm, the table, what it rests on, and what failed."""
     recipe, study = summary.study.recipe, summary.study
+    what = f"Training function {recipe.name}"
+    if isinstance(recipe, Recipe):
+        what = (
+            f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, {counted(recipe.epochs, 'epoch')} of "
+            f"batches of {recipe.batch_size}"
+        )
     setting = (
-        f"Recipe {recipe.name}: model {recipe.model} on {recipe.dataset}, {counted(recipe.epochs, 'epoch')} of "
-        f"batches of {recipe.batch_size}; {counted(len(study.arms), 'arm')} × "
+        f"{what}; {counted(len(study.arms), 'arm')} × "
         f"{counted(len(study.lrs), 'learning rate')} × {counted(len(study.seeds), 'seed')}, "
         f"{len(summary.records)} of {len(study.trials())} runs finished."
     )
@@ -28,12 +34,12 @@ def headline(summary: Summary, context: Context) -> Section:
                for arm, made in study.arms.items()]  # fmt: skip
     found = sentences(summary)
     verdicts = [bullets(found, "verdicts")] if found else []
-    parts = [paragraph(setting), *verdicts, table(HEADER, cells(summary), "numbers")]
+    parts = [paragraph(setting), *verdicts, table(header(summary), cells(summary), "numbers")]
     if summary.failures:
-        lines = [f"{trial} failed: {first_line(text)}" for trial, text in summary.failures]
-        parts.append(bullets(lines, "failures"))
+        parts.append(bullets(failure_lines(summary), "failures"))
     parts.append(folded("What the numbers rest on", bullets(assumptions(summary))))
-    parts.append(folded("What each arm changes in the recipe", table(("arm", "changes"), changes)))
+    if isinstance(recipe, Recipe):
+        parts.append(folded("What each arm changes in the recipe", table(("arm", "changes"), changes)))
     return Section("What was found", tuple(parts))
 
 
@@ -67,7 +73,7 @@ def _trial_row(trial: Trial, summary: Summary, context: Context) -> list[str | M
     if record is not None and record.diverged:
         state = "diverged"
     elif trial.failure is not None:
-        state = f"failed: {first_line(trial.failure)}"
+        state = "failed: " + trial.failure.partition("\n")[0]
     name = str(trial.path.relative_to(summary.study.path))
     link: str | Markup = Markup(context.link(trial.path, name))
     if trial.record is not None and not trial.path.exists():

@@ -1,6 +1,7 @@
 """Studies: arms × learning rates × seeds as trials, launched together, summarised with their uncertainty."""
 
 from espalier.study.applicable import applicable_arms
+from espalier.study.comparison import compare
 from espalier.study.launcher import launch
 from espalier.study.record import Record, record_run
 from espalier.study.records import add_records, read_records
@@ -15,6 +16,7 @@ __all__ = [
     "Trial",
     "add_records",
     "applicable_arms",
+    "compare",
     "launch",
     "load_study",
     "markdown_table",

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
+import pickle
+import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from espalier.errors import EspalierError, require
-from espalier.files import write_bytes
 from espalier.recipes import Recipe
 from espalier.study.trial import FAILURE, Study, Trial
+from espalier.study.worker import RunTrial, Worker, claim, drain
 from espalier.train import RunInterrupted, train
 
-RunTrial = Callable[[Recipe, Path], object]
-
-# Note [Claims]
-# A worker claims a trial with flock on a file beside the trials. The kernel drops the lock when its holder ends,
-# however it ends, so a claim can never outlive its worker and nothing has to be cleaned up after a kill. The file
-# itself is never deleted: a lock on a name that was deleted and made again would keep nobody out.
-# Every worker walks the list once, trials that were begun before last. So a trial that kills its workers is met by one
-# of them only, is reported, and in the next launch does not keep anyone from reaching the others.
-
-# Note [Ctrl-C]
-# A terminal sends it to every process of the launcher. submitit's controllers would print a traceback each and leave
-# before their tasks, so they are started with the signal ignored; the workers turn it on again for themselves, stop
-# at a checkpoint, and their controllers follow. Workers that have not come so far, and those that the signal did not
-# reach, get SIGTERM.
-
-_POLL_SECONDS = 0.5
-_GRACE_SECONDS, _STOP_SECONDS = 1.0, 20.0
-# submitit ends a local job after its time limit; ours end when the list does.
-_NO_LIMIT_MINUTES = 60 * 24 * 365
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 20.0
 _SLURM_LIMIT_MINUTES = 60 * 24
+_START = "from espalier.study.worker import main; main()"
 
 
-def run_trial(recipe: Recipe, path: Path) -> None:
-    """Train one trial into its folder, without a progress bar."""
-    train(recipe, path, resume="auto", progress=False)
+def run_recipe(trial: Trial) -> None:
+    """Train one trial's recipe into its folder, without a progress bar.
+
+    Raises:
+        EspalierError: the study trains by a function of the user's own, which only ``espalier.compare`` is given.
+    """
+    if not isinstance(trial.recipe, Recipe):
+        raise EspalierError(f"{trial.recipe.name} trains this study: call espalier.compare with that function")
+    train(trial.recipe, trial.path, resume="auto", progress=False)
 
 
 def launch(
@@ -56,7 +43,7 @@ def launch(
     workers: int = 2,
     cluster: Literal["local", "slurm"] = "local",
     parameters: Mapping[str, Any] | None = None,
-    run: RunTrial = run_trial,
+    run: RunTrial = run_recipe,
     progress: bool | None = None,
 ) -> tuple[Trial, ...]:
     """Run every trial of a study that is not finished, and return those that failed.
@@ -72,73 +59,44 @@ def launch(
         cluster: ``"local"`` or ``"slurm"``; a Slurm job needs to see the study folder.
         parameters: further parameters of ``submitit.AutoExecutor``: ``slurm_partition``, ``timeout_min``,
             ``gpus_per_node``, ``cpus_per_task``.
-        run: what trains one recipe into one folder.
+        run: what runs one trial.
         progress: print one line of progress; None prints it where standard error is a terminal.
 
     Raises:
-        EspalierError: no such cluster, or a worker died and left trials unfinished.
+        EspalierError: no such cluster, started by torchrun, or a worker died and left trials unfinished.
         RunInterrupted: stopped from the keyboard; launching again goes on.
     """
     if cluster not in ("local", "slurm"):
         raise EspalierError(f"cluster {cluster!r}: choose 'local' or 'slurm'")
     if workers < 0:
         raise EspalierError(f"workers {workers}: give a number from 0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise EspalierError("a comparison starts its own workers: run it without torchrun, with as many --workers")
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
     meter = _Meter(study, sys.stderr.isatty() if progress is None else progress)
     workers = min(workers, len(waiting))
     try:
-        if workers <= 1 and cluster == "local":
+        if cluster == "slurm" and workers:
+            _drain_with_jobs(study, run, workers, parameters or {}, meter)
+        elif workers > 1:
+            _drain_with_processes(study, run, workers, meter)
+        else:
             drain(study, run, meter.show)
-        elif workers:
-            _drain_with_workers(study, workers, cluster, parameters or {}, run, meter)
     except KeyboardInterrupt:
         raise RunInterrupted(
             f"interrupted: {meter.done()} of {len(study.trials())} trials in {study.path} are done; "
-            "the same command goes on with the rest"
+            "run the same command again to resume"
         ) from None
     finally:
         meter.end()
-    _refuse_unfinished(study)
+    left = _unfinished(study)
+    if left:
+        raise EspalierError(
+            f"{len(left)} trials of {study.path} are unfinished, the first is {left[0]}: another process is at work on "
+            "them or was killed; run the same command again to resume"
+        )
     return tuple(trial for trial in study.trials() if trial.failure is not None)
-
-
-def drain(study: Study, run: RunTrial, after: Callable[[], None] = lambda: None) -> None:
-    """Run every trial that is neither finished, nor failed, nor claimed by another worker (Note [Claims])."""
-    for trial in sorted(study.trials(), key=lambda trial: _claim_file(study, trial).exists()):
-        with claim(study, trial) as mine:
-            if mine and not trial.finished and trial.failure is None:
-                _attempt(trial, run)
-        after()
-
-
-@contextmanager
-def claim(study: Study, trial: Trial) -> Iterator[bool]:
-    """Claim a trial for the length of a ``with`` block; yields whether it was free (Note [Claims])."""
-    file_path = _claim_file(study, trial)
-    file_path.parent.mkdir(exist_ok=True)
-    with file_path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _claim_file(study: Study, trial: Trial) -> Path:
-    return study.path / ".claims" / "_".join(trial.path.relative_to(study.path).parts[1:])
-
-
-def _attempt(trial: Trial, run: RunTrial) -> None:
-    try:
-        run(trial.recipe, trial.path)
-    except Exception as error:
-        # The study outlives any trial; the first line is what the table shows.
-        text = str(error) if isinstance(error, EspalierError) else f"{type(error).__name__}: {error}"
-        details = "" if isinstance(error, EspalierError) else f"\n\n{traceback.format_exc()}"
-        trial.path.mkdir(parents=True, exist_ok=True)
-        write_bytes(trial.path / FAILURE, f"{' '.join(text.split())}{details}\n".encode())
 
 
 def _forget_failures(study: Study, trials: Sequence[Trial]) -> None:
@@ -150,113 +108,108 @@ def _forget_failures(study: Study, trials: Sequence[Trial]) -> None:
                 (trial.path / FAILURE).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """What a worker process is given: submitit pickles it, and sends it again when Slurm takes its machine away."""
-
-    study: Study
-    run: RunTrial
-    local: bool
-    share: int
-    """Workers that share this machine's threads."""
-    gpu: str = ""
-    """The GPU of a local worker; a Slurm job has those that Slurm gave it."""
-
-    def __call__(self) -> None:
-        if self.local:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler)
-        if self.gpu:
-            # Before anything touches CUDA, so that the worker's only device is number 0.
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
-        torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
-        drain(self.study, self.run)
-
-    def checkpoint(self) -> Any:
-        """Return what submitit queues again after a time limit: the same list, on which finished trials are skipped."""
-        return require("submitit.helpers", "train").DelayedSubmission(self)
+def _unfinished(study: Study) -> list[Trial]:
+    return [trial for trial in study.trials() if not trial.finished and trial.failure is None]
 
 
-def _drain_with_workers(
-    study: Study, workers: int, cluster: str, parameters: Mapping[str, Any], run: RunTrial, meter: _Meter
-) -> None:
-    submitit = require("submitit", "train")
-    local = cluster == "local"
+def _drain_with_processes(study: Study, run: RunTrial, count: int, meter: _Meter) -> None:
+    worker = Worker.of(study, run, count)
+    task = pickle.dumps(worker)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(worker.folders)}  # the same espalier, too
+    logs = [study.path / "logs" / f"worker-{index}.log" for index in range(count)]
+    logs[0].parent.mkdir(exist_ok=True)
+    gpus = _gpus()
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        executor = submitit.AutoExecutor(folder=study.path / "logs", cluster=cluster)
-    except RuntimeError as error:
-        raise EspalierError(f"cluster {cluster!r} cannot be used here ({error}): choose 'local'") from error
-    limit = _NO_LIMIT_MINUTES if local else _SLURM_LIMIT_MINUTES
-    executor.update_parameters(**{"name": "espalier", "timeout_min": limit, **parameters})
-    gpus = _gpus() if local else [""]
-    jobs: list[Any] = []
-    try:
-        with _interrupt_ignored() if local else nullcontext():
-            for index in range(workers):
-                worker = _Worker(_absolute(study), run, local, workers if local else 1, gpus[index % len(gpus)])
-                jobs.append(executor.submit(worker))
-        while not all(job.done() for job in jobs):
+        for index, path in enumerate(logs):
+            # Set before anything touches CUDA, so that the worker's only device is number 0.
+            gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+            with path.open("ab") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", _START],
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=log,
+                        env={**environment, **gpu},
+                        start_new_session=True,
+                    )
+                )
+        for process in processes:
+            with suppress(BrokenPipeError):  # one that died at once is reported below
+                _pipe(process).write(task)
+                _pipe(process).flush()
+        while any(process.poll() is None for process in processes):
             meter.show()
             time.sleep(_POLL_SECONDS)
-    except BaseException:
-        _stop(jobs, local)
-        raise
+    finally:
+        _end(processes)
     meter.show()
-    left = sum(not trial.finished and trial.failure is None for trial in study.trials())
-    # submitit waits long for the outcome of a process that left none.
-    dead = [job for job in jobs if not job.paths.result_pickle.exists() or job.exception() is not None] if left else []
-    if dead:
+    dead = [path for process, path in zip(processes, logs, strict=True) if process.returncode]
+    _refuse_dead(study, dead, count)
+
+
+def _pipe(process: subprocess.Popen[bytes]) -> Any:
+    assert process.stdin is not None
+    return process.stdin
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Tell the workers to stop, and wait until they have let go of their trials: the next launch finds them free."""
+    for process in processes:
+        with suppress(BrokenPipeError):
+            _pipe(process).close()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _refuse_dead(study: Study, logs: Sequence[Path], count: int) -> None:
+    left = _unfinished(study)
+    if logs and left:
         raise EspalierError(
-            f"{len(dead)} of {workers} workers died and {left} trials are unfinished: see {dead[0].paths.stderr}; "
-            "the same command goes on with the rest"
+            f"{len(logs)} of {count} workers died and {len(left)} trials are unfinished: see {logs[0]}; "
+            "run the same command again to resume"
         )
-
-
-def _absolute(study: Study) -> Study:
-    # A Slurm job need not start in this folder.
-    return replace(study, path=study.path.resolve())
 
 
 def _gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())] or [""]
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
-@contextmanager
-def _interrupt_ignored() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C (Note [Ctrl-C]); only the main thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _drain_with_jobs(study: Study, run: RunTrial, count: int, parameters: Mapping[str, Any], meter: _Meter) -> None:
+    submitit = require("submitit", "train")
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _stop(jobs: Sequence[Any], local: bool) -> None:
-    """End the workers, and wait until they have let go of their trials, so that the next launch finds them free."""
-    started, reminded = time.monotonic(), 0.0
-    while not all(job.done() for job in jobs) and time.monotonic() < started + _STOP_SECONDS:
-        now = time.monotonic()
-        if now > max(started + _GRACE_SECONDS * local, reminded + _GRACE_SECONDS):
-            for job in jobs:
-                if not local:
-                    job.cancel(check=False)
-                elif not job.done():
-                    os.kill(int(job.job_id), signal.SIGTERM)
-            reminded = now
-        time.sleep(0.05)
-
-
-def _refuse_unfinished(study: Study) -> None:
-    left = [trial for trial in study.trials() if not trial.finished and trial.failure is None]
-    if left:
-        raise EspalierError(
-            f"{len(left)} trials of {study.path} are unfinished, the first is {left[0]}: another process is at work on "
-            "them or was killed; the same command goes on with them"
-        )
+        executor = submitit.AutoExecutor(folder=study.path / "logs", cluster="slurm")
+    except RuntimeError as error:
+        raise EspalierError(f"cluster 'slurm' cannot be used here ({error}): choose 'local'") from error
+    executor.update_parameters(**{"name": "espalier", "timeout_min": _SLURM_LIMIT_MINUTES, **parameters})
+    worker = Worker.of(study, run)
+    jobs: list[Any] = []
+    try:
+        for _ in range(count):
+            jobs.append(executor.submit(worker))
+        while not all(job.done() for job in jobs):
+            meter.show()
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        for job in jobs:
+            job.cancel(check=False)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while not all(job.done() for job in jobs) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        raise
+    meter.show()
+    if not _unfinished(study):
+        return
+    # submitit waits long for the outcome of a job that left none.
+    dead = [job for job in jobs if not job.paths.result_pickle.exists() or job.exception() is not None]
+    _refuse_dead(study, [job.paths.stderr for job in dead], count)
 
 
 class _Meter:

@@ -14,7 +14,8 @@ from typing import Any
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
 from espalier.recipes.validation import recipe_to_dict
-from espalier.train import Run
+from espalier.study.own_training import OwnTraining
+from espalier.train import Run, environment
 from espalier.train.run import ENVIRONMENT, RESULT
 
 MAX_BYTES = 1500
@@ -31,7 +32,7 @@ _PACKAGES = ("espalier", "torch", "transformers")
 # What a machine or its owner chooses: it changes where, how fast and in which order of rounding a trial runs, not what
 # the trial is. The rate and the seed stay in: they are part of what a trial is.
 MACHINE_FIELDS = frozenset(
-    {"name", "data_path", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
+    {"name", "data_path", "logger", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
 )
 """Recipe fields that a digest leaves out."""
 
@@ -134,8 +135,6 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
     if not all(math.isfinite(value) for value in extra.values()):
         raise EspalierError(f"run {run.path}: extra figures {dict(extra)} are not finite: leave them out")
     path = run.path / ENVIRONMENT
-    where = json.loads(path.read_text()) if path.exists() else {}
-    packages = where.get("packages", {})
     step = result["step_seconds"]
     return Record(
         study=study,
@@ -152,10 +151,44 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
         step_seconds=None if step is None else float(f"{step:.4g}"),
         curve=_thinned(curve, _MOST_POINTS),
         extra={key: round(value, SCORE_DIGITS) for key, value in extra.items()},
-        versions={name: packages[name] for name in _PACKAGES if name in packages} | _python(where),
-        commit=where.get("git_commit") or "",
-        processor=where.get("gpu") or where.get("processor") or "",
         date=datetime.fromtimestamp((run.path / RESULT).stat().st_mtime, UTC).date().isoformat(),
+        **_origin(json.loads(path.read_text()) if path.exists() else {}),
+    )
+
+
+def record_scores(
+    training: OwnTraining, arm: str, lr: float, seed: int, curve: Sequence[tuple[int, float]], seconds: float
+) -> Record:
+    """Return the record of a trial of the user's own training; its study is the folder that it is found in.
+
+    Steps stand where a run has epochs. A last score that is not finite means that the trial diverged.
+
+    Args:
+        training: the function.
+        arm: the trial's arm.
+        lr: its learning rate.
+        seed: its seed.
+        curve: (step, score), the last the final one; a single one is no curve.
+        seconds: what it took.
+    """
+    step, score = curve[-1]
+    finite = [(float(at), at, 0.0, _significant(value)) for at, value in curve if math.isfinite(value)]
+    return Record(
+        study=training.name,
+        arm=arm,
+        lr=lr,
+        seed=seed,
+        digest=training.digest(lr, seed),
+        metric=training.metric,
+        score=_significant(score) if math.isfinite(score) else None,
+        diverged=not math.isfinite(score),
+        epochs=step,
+        steps=step,
+        seconds=round(seconds, 1),
+        step_seconds=None,
+        curve=_thinned(finite, _MOST_POINTS) if len(curve) > 1 else (),
+        date=datetime.now(UTC).date().isoformat(),
+        **_origin(environment()),
     )
 
 
@@ -211,8 +244,20 @@ def contradiction(records: Sequence[Record]) -> str | None:
     return None
 
 
-def _python(where: Mapping[str, Any]) -> dict[str, str]:
-    return {"python": where["python"]} if "python" in where else {}
+def _origin(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that say what a trial ran on."""
+    packages = where.get("packages", {})
+    versions = {name: packages[name] for name in _PACKAGES if name in packages}
+    return {
+        "versions": versions | ({"python": where["python"]} if "python" in where else {}),
+        "commit": where.get("git_commit") or "",
+        "processor": where.get("gpu") or where.get("processor") or "",
+    }
+
+
+def _significant(value: float) -> float:
+    # A score of the user's own may be of any size.
+    return float(f"{value:.7g}")
 
 
 def _thinned(rows: Sequence[CurveRow], most: int) -> tuple[CurveRow, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from espalier.errors import unknown_name
 from espalier.randomness import derive_generator
+from espalier.recipes import Recipe
 from espalier.study.record import Record
 from espalier.study.statistics import (
     UNLIMITED,
@@ -105,6 +106,11 @@ class Summary:
         """Whether scores are shares of one: they read better in percent, and no interval leaves 0 to 100 %."""
         return is_share(self.metric)
 
+    @property
+    def unit(self) -> str:
+        """What curves are drawn over: epochs of a recipe, steps of a training function."""
+        return "epoch" if isinstance(self.study.recipe, Recipe) else "step"
+
     def difference(self, arm: str, baseline: str) -> PairedDifference | None:
         """Return the difference of two arms over their shared seeds, each at its own best rate; None without any.
 
@@ -121,7 +127,8 @@ class Summary:
     def run(self, arm: str, lr: float, seed: int) -> Run | None:
         """Return one finished run, None where there is none or its folder is not here."""
         trial = self.study.trial(arm, lr, seed)
-        return load_run(trial.path) if (trial.path / RESULT).exists() else None
+        ended = isinstance(trial.recipe, Recipe) and (trial.path / RESULT).exists()
+        return load_run(trial.path) if ended else None
 
 
 def summarise(study: Study | Path | str, *, level: float = LEVEL, tolerance: float = TOLERANCE) -> Summary:
@@ -185,7 +192,7 @@ def _summarise_arm(
         curve=curve,
         epochs_to_baseline=first_crossing([point.epoch for point in curve], values, goal),
         steps_to_baseline=first_crossing([point.step for point in curve], values, goal),
-        epochs=int(study.arms[arm].get("epochs", study.recipe.epochs)),
+        epochs=max((record.epochs for record in mine), default=0),
         step_seconds=step_seconds,
         step_ratio=step_seconds / (baseline.step_seconds if baseline else step_seconds),
         planned=len(trials),

@@ -9,23 +9,31 @@ from espalier.study.solving import THRESHOLD
 from espalier.study.solving_table import NOTES, solving_tables
 from espalier.study.statistics import Interval, t_interval
 from espalier.study.summary import ArmSummary, Summary, score_limits
+from espalier.study.trial import Trial
 
-HEADER = (
-    "arm",
-    "best lr",
-    "lr window",
-    "score",
-    "difference to baseline",
-    "bootstrap",
-    "epochs to baseline",
-    "time per step",
-    "runs",
-)
+
+def header(summary: Summary) -> tuple[str, ...]:
+    """Return what stands above the columns of ``cells``."""
+    first = ("arm", "best lr", "lr window", "score", "difference to baseline", "bootstrap")
+    return (*first, f"{summary.unit}s to baseline", "time per step", "runs")
 
 
 def cells(summary: Summary) -> list[tuple[str, ...]]:
-    """Return one row of text an arm, in the order of ``HEADER``."""
+    """Return one row of text an arm, in the order of ``header``."""
     return [_row(arm, summary) for arm in summary.arms]
+
+
+def failure_lines(summary: Summary) -> list[str]:
+    """Return one line for every error that ended trials, with their number and the first of them."""
+    alike: dict[str, list[Trial]] = {}
+    for trial, text in summary.failures:
+        alike.setdefault(text.strip().partition("\n")[0], []).append(trial)
+    return [
+        f"failed: {trials[0]}: {text}"
+        if len(trials) == 1
+        else f"{len(trials)} trials failed, {trials[0]} first: {text}"
+        for text, trials in alike.items()
+    ]
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -63,8 +71,8 @@ def assumptions(summary: Summary) -> list[str]:
     tolerance = f"{100 * summary.tolerance:g} points" if points else f"{summary.tolerance:g}"
     base = summary.arms[0].arm
     return [
-        f"Score: {summary.metric}{' in %' if points else ''} after the last epoch, mean over seeds at each arm's own "
-        f"best learning rate; brackets hold {100 * summary.level:g} % intervals.",
+        f"Score: {summary.metric}{' in %' if points else ''} after the last {summary.unit}, mean over seeds at each "
+        f"arm's own best learning rate; brackets hold {100 * summary.level:g} % intervals.",
         "Differences are paired by seed (same base weights, same batches) and judged by Student's t interval, which "
         "assumes independent seeds with normal scatter and is not adjusted for the number of arms; the percentile "
         "bootstrap stands beside it and is too narrow for few seeds. An interval that covers zero shows no difference."
@@ -73,19 +81,18 @@ def assumptions(summary: Summary) -> list[str]:
         "slightly optimistic. A rate at which any seed diverged cannot be the best.",
         f"The window is the ratio of the largest to the smallest rate, without a gap around the best, whose mean "
         f"score is within {tolerance} of the best; ≥ says that it reaches the edge of the rates that were tried.",
-        f"Epochs to baseline: where the arm's mean curve, linear between evaluations, first reaches the final mean "
-        f"score of {base}. Time per step: median over runs, which may have shared the machine.",
+        f"{summary.unit.capitalize()}s to baseline: where the arm's mean curve, linear between evaluations, first "
+        f"reaches the final mean score of {base}. Time per step: median over runs, which may have shared the machine.",
     ]
 
 
 def text_table(summary: Summary) -> str:
     """Return the summary as plain text for a terminal."""
-    rows = [HEADER, *cells(summary)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    rows = [header(summary), *cells(summary)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     rule = "  ".join("─" * width for width in widths)
-    failures = [f"failed: {trial}: {first_line(text)}" for trial, text in summary.failures]
-    return "\n".join([lines[0], rule, *lines[1:], "", *sentences(summary), *failures])
+    return "\n".join([lines[0], rule, *lines[1:], "", *sentences(summary), *failure_lines(summary)])
 
 
 def markdown_table(summary: Summary) -> str:
@@ -96,13 +103,12 @@ def markdown_table(summary: Summary) -> str:
 
 def markdown_findings(summary: Summary) -> list[str]:
     """Return the lines of the summary's tables and sentences, without what they rest on."""
-    failures = [f"- failed: {trial}: {_escaped(first_line(text))}" for trial, text in summary.failures]
-    lines = markdown_rows([HEADER, *cells(summary)])
-    lines += ["", *(f"- {_escaped(text)}" for text in sentences(summary)), *failures]
+    lines = markdown_rows([header(summary), *cells(summary)])
+    lines += ["", *(f"- {_escaped(text)}" for text in (*sentences(summary), *failure_lines(summary)))]
     if len(summary.study.lrs) > 1:
-        header = ("lr", *(arm.arm for arm in summary.arms))
+        arms = ("lr", *(arm.arm for arm in summary.arms))
         lines += ["", "Score by learning rate, with the difference to the baseline at the same rate:", ""]
-        lines += markdown_rows([header, *rate_rows(summary)])
+        lines += markdown_rows([arms, *rate_rows(summary)])
     for rows, words in zip(solving_tables(summary), ("over all rates and seeds", "by learning rate"), strict=False):
         lines += ["", f"Runs that reach {100 * THRESHOLD:g} %, {words}:", "", *markdown_rows(rows)]
     return lines
@@ -131,11 +137,6 @@ def rate_rows(summary: Summary) -> list[tuple[str, ...]]:
             row.append(text + (f", {len(point.diverged)} diverged" if point.diverged else ""))
         rows.append(tuple(row))
     return rows
-
-
-def first_line(text: str) -> str:
-    """Return the first line of an error's text."""
-    return text.strip().partition("\n")[0]
 
 
 def mean_and_interval(interval: Interval | None, *, percent: bool) -> str:

@@ -5,32 +5,42 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.files import write_json
+from espalier.lookup import is_reference
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
-from espalier.study.record import Record, recipe_digest, record_run
+from espalier.study.own_training import OwnTraining
+from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.train import load_run
 from espalier.train.manifest import digest
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
+RECORD, FILES = "record.json", "files"
+"""What a trial of the user's own training leaves, and the folder that is the user's."""
 RECORDS = "records.jsonl"
 """Records in a study folder: trials that need not be run again, whether or not their run folders are here."""
+
+_NO_FOLDER = set('<>:"/\\|?*\0')
+"""Characters that some system refuses in the name of a folder."""
 
 # Steps of √10 around the recipe's own rate: a factor of 100 in all, fine enough to see where a window ends.
 _AUTO_STEPS = (-2, -1, 0, 1, 2)
 
 
+Arms = Sequence[str] | Mapping[str, Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study: its resolved recipe and its folder."""
+    """One run of a study: its resolved recipe, or the user's own training, and its folder."""
 
-    recipe: Recipe
+    recipe: Recipe | OwnTraining
     arm: str
     lr: float
     seed: int
@@ -41,7 +51,7 @@ class Trial:
     @property
     def finished(self) -> bool:
         """Whether the trial has a record or its run a result (a diverged run has one)."""
-        return self.record is not None or (self.path / RESULT).exists()
+        return self.record is not None or (self.path / (RESULT if isinstance(self.recipe, Recipe) else RECORD)).exists()
 
     def outcome(self, study: str) -> Record | None:
         """Return the trial's record, or one made from its run folder; None while it is not finished.
@@ -49,9 +59,16 @@ class Trial:
         Raises:
             EspalierError: a damaged run folder.
         """
-        if self.record is None and self.finished:
+        if self.record is not None or not self.finished:
+            return self.record
+        if isinstance(self.recipe, Recipe):
             return record_run(load_run(self.path), study, self.arm)
-        return self.record
+        try:
+            return replace(record_from_line((self.path / RECORD).read_text()), study=study)
+        except (OSError, ValueError) as error:
+            raise EspalierError(
+                f"{self.path / RECORD} is damaged ({error}): delete it and run the trial again"
+            ) from error
 
     @property
     def failure(self) -> str | None:
@@ -73,7 +90,7 @@ class Study:
     """
 
     path: Path
-    recipe: Recipe
+    recipe: Recipe | OwnTraining
     arms: Mapping[str, Mapping[str, Any]]
     lrs: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -99,8 +116,13 @@ class Study:
 
     def trial(self, arm: str, lr: float, seed: int) -> Trial:
         """Return one trial."""
-        recipe = recipe_from_dict({**recipe_to_dict(self.recipe), **self.arms[arm], "lr": lr, "seed": seed})
-        record = self.records.get((arm, recipe_digest(recipe))) if self.records else None
+        recipe = self.recipe
+        if isinstance(recipe, Recipe):
+            recipe = recipe_from_dict({**recipe_to_dict(recipe), **self.arms[arm], "lr": lr, "seed": seed})
+        record = None
+        if self.records:
+            digest = recipe_digest(recipe) if isinstance(recipe, Recipe) else recipe.digest(lr, seed)
+            record = self.records.get((arm, digest))
         return Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}", record)
 
     def outcomes(self) -> dict[Path, Record]:
@@ -121,8 +143,8 @@ class Study:
 
 
 def plan_study(
-    recipe: Recipe,
-    arms: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    recipe: Recipe | OwnTraining,
+    arms: Arms,
     lrs: Sequence[float] | Literal["auto"],
     seeds: Sequence[int],
     out: Path | str,
@@ -143,7 +165,20 @@ def plan_study(
     Raises:
         EspalierError: an unknown arm, a bad rate or seed, or a folder that holds something else.
     """
-    out, recipe = Path(out), resolve_recipe(recipe)
+    study = draft_study(recipe, arms, lrs, seeds, out)
+    save_study(study)
+    return study
+
+
+def draft_study(
+    recipe: Recipe | OwnTraining,
+    arms: Arms,
+    lrs: Sequence[float] | Literal["auto"],
+    seeds: Sequence[int],
+    out: Path | str,
+) -> Study:
+    """Return what ``plan_study`` would write, writing nothing."""
+    out, recipe = Path(out), resolve_recipe(recipe) if isinstance(recipe, Recipe) else recipe
     rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
     if not arms:
         raise EspalierError("arms is empty: name at least one, the baseline first")
@@ -157,8 +192,8 @@ def plan_study(
         raise EspalierError(f"out {out} exists and is not a study folder: choose another folder")
     study = Study(out, recipe, changes, tuple(sorted(rates)), tuple(sorted(numbers)), records=_records(out))
     for trial in study.trials():
-        resolve_recipe(trial.recipe)
-    _write(study)
+        if isinstance(trial.recipe, Recipe):
+            resolve_recipe(trial.recipe)
     return study
 
 
@@ -173,9 +208,13 @@ def load_study(path: Path | str) -> Study:
     try:
         plan = json.loads(file.read_text())
         stated = plan.pop("digest", None)  # which the oldest studies do not have
-        if plan.keys() != {"recipe", "arms", "lrs", "seeds"} or stated not in (None, _plan_digest(plan)):
+        if plan.keys() - {"recipe", "train", "arms", "lrs", "seeds"} or stated not in (None, _plan_digest(plan)):
             raise KeyError("it is not as it was written")
-        recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
+        recipe: Recipe | OwnTraining
+        if "recipe" in plan:
+            recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
+        else:
+            recipe = OwnTraining(**plan["train"])
         known = {field.name for field in fields(Recipe)}
         if not all(set(changes) <= known for changes in plan["arms"].values()):
             raise KeyError("a field that no recipe has")
@@ -207,12 +246,15 @@ def learning_rates(centre: float, lrs: Sequence[float] | Literal["auto"]) -> set
 
 
 def _seeds(seeds: Sequence[int]) -> set[int]:
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise EspalierError(f"seeds {list(seeds)}: give at least one, whole numbers from 0")
+    if not seeds:
+        raise EspalierError("seeds is empty: name at least one, e.g. [0, 1, 2]")
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise EspalierError(f"seeds: {seed!r} is no seed: give whole numbers from 0")
     return set(seeds)
 
 
-def arm_changes(recipe: Recipe, arms: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[str, Any]]:
     """Return the fields that every arm changes in ``recipe``, as plain JSON values, by arm.
 
     Args:
@@ -222,13 +264,22 @@ def arm_changes(recipe: Recipe, arms: Sequence[str] | Mapping[str, Mapping[str, 
     Raises:
         EspalierError: an unknown arm or field, a value that the recipe refuses, or a name that is no name of a folder.
     """
-    before = recipe_to_dict(recipe)
+    own = isinstance(recipe, OwnTraining)
+    if isinstance(arms, str) or (own and isinstance(arms, Mapping)):
+        raise EspalierError(f"arms {arms!r}: give a list of names, the baseline first")
     changes: dict[str, Mapping[str, Any]] = {}
-    for arm in arms:
-        if not arm or set(arm) & set("/\\\0") or arm.startswith("."):
+    for spec in arms:
+        # An initialisation of the user's own: the arm bears the function's name.
+        arm = spec.partition("#")[0].rpartition(":")[2] if is_reference(spec) and not own else spec
+        if arm in changes:
+            raise EspalierError(f"arms: {arm!r} is named twice: give every arm a name of its own")
+        if not arm or set(arm) & _NO_FOLDER or arm.startswith("."):
             raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
-        after = apply_arm(recipe, arm) if not isinstance(arms, Mapping) else _with_fields(recipe, arm, arms[arm])
-        values = recipe_to_dict(resolve_recipe(after))
+        changes[arm] = {}
+        if isinstance(recipe, OwnTraining):
+            continue
+        after = apply_arm(recipe, spec) if not isinstance(arms, Mapping) else _with_fields(recipe, spec, arms[spec])
+        before, values = recipe_to_dict(recipe), recipe_to_dict(resolve_recipe(after))
         changes[arm] = {name: value for name, value in values.items() if value != before[name]}
     return changes
 
@@ -248,15 +299,19 @@ def _records(path: Path) -> Mapping[tuple[str, str], Record]:
     return by_trial(read_records(file)) if file.exists() else {}
 
 
-def _refuse_another(there: Study, recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> None:
-    # The rate and the seed of the shared recipe belong to the trials.
-    same = replace(recipe, lr=there.recipe.lr, seed=there.recipe.seed)
-    name = first_difference(there.recipe, same)
-    if name is not None:
-        raise EspalierError(
-            f"{there.path} holds a study of another recipe: {name} is {getattr(there.recipe, name)!r} there and "
-            f"{getattr(same, name)!r} here; choose another folder"
-        )
+def _refuse_another(there: Study, recipe: Recipe | OwnTraining, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    old, difference = there.recipe, None
+    if isinstance(recipe, OwnTraining):
+        difference = recipe.difference(old)
+    elif isinstance(old, OwnTraining):
+        difference = "a function of your own there, a recipe here"
+    else:
+        # The rate and the seed of the shared recipe belong to the trials.
+        same = replace(recipe, lr=old.lr, seed=old.seed)
+        if (name := first_difference(old, same)) is not None:
+            difference = f"{name} is {getattr(old, name)!r} there and {getattr(same, name)!r} here"
+    if difference is not None:
+        raise EspalierError(f"{there.path} holds another study: {difference}; choose another folder")
     for arm in changes:
         if arm in there.arms and there.arms[arm] != changes[arm]:
             raise EspalierError(
@@ -265,10 +320,13 @@ def _refuse_another(there: Study, recipe: Recipe, changes: Mapping[str, Mapping[
             )
 
 
-def _write(study: Study) -> None:
+def save_study(study: Study) -> None:
+    """Write the plan into the study's folder, which is made when missing."""
     study.path.mkdir(parents=True, exist_ok=True)
     arms = {arm: dict(changes) for arm, changes in study.arms.items()}
-    plan = {"recipe": recipe_to_dict(study.recipe), "arms": arms, "lrs": study.lrs, "seeds": study.seeds}
+    recipe = study.recipe
+    what = {"recipe": recipe_to_dict(recipe)} if isinstance(recipe, Recipe) else {"train": asdict(recipe)}
+    plan = {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds}
     write_json(study.path / STUDY, {**plan, "digest": _plan_digest(plan)})
 
 

@@ -6,17 +6,19 @@ import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from espalier import models, recipes
+from espalier import data, models, recipes
 from espalier.data.source import Source
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError
+from espalier.lookup import errors_of, is_reference
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 
@@ -24,6 +26,18 @@ if TYPE_CHECKING:
     from espalier.init import StructureReport
 
 _PACKAGES = ("espalier", "torch", "numpy", "safetensors", "lightning-fabric", "kornia", "scikit-learn", "transformers")
+
+
+def build_run_source(recipe: Recipe) -> Source:
+    """Return the data of a run.
+
+    Raises:
+        EspalierError: data that cannot be read, or fewer training examples than a batch has.
+    """
+    source = data.build_source(recipe)
+    if source.steps_per_epoch(recipe.batch_size) < 1:
+        raise EspalierError(f"batch_size {recipe.batch_size} is larger than the training set: choose a smaller one")
+    return source
 
 
 def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, StructureReport | None]:
@@ -40,18 +54,43 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         The model, and the report of what was written (None for the default initialisation).
 
     Raises:
-        EspalierError: unknown model, initialisation or argument.
+        EspalierError: unknown model, initialisation or argument; or a model of the user's own that does not fit its
+            data, tried on one example.
     """
-    if recipe.init not in recipes.INITS:
-        raise unknown_name("init", recipe.init, recipes.INITS)
-    initialise = recipes.INITS[recipe.init]
+    initialise = recipes.get_init(recipe.init)
     model = build_bare_model(recipe, resolved_model_args(recipe, source))
     structure = derive_generator(recipe.seed, "structure")
     try:
         inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
     except TypeError as error:
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
-    return model, initialise(model, generator=structure, **recipe.init_args)
+    # Code of the user's own may draw from the global stream.
+    with _seeded_globally(structure):
+        report = initialise(model, generator=structure, **recipe.init_args)
+        if is_reference(recipe.model):
+            _try_on_one_example(model, source, recipe)
+    return model, report
+
+
+@torch.no_grad()
+def _try_on_one_example(model: nn.Module, source: Source, recipe: Recipe) -> None:
+    inputs, targets = next(iter(source.eval_batches(source.eval_splits[0], 1)))
+    with errors_of("model", recipe.model):
+        outputs = model.eval()(inputs)
+        model.train()
+    name = recipe.model.partition("#")[0]
+    wanted = targets.shape[: -1 if targets.is_floating_point() else None]
+    if not isinstance(outputs, Tensor) or outputs.shape[:-1] != wanted:
+        shown = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise EspalierError(
+            f"model {name} returns {shown} for targets of shape {tuple(targets.shape)}: return logits, one score "
+            "a class for every target"
+        )
+    if not targets.is_floating_point() and int(targets.max()) >= outputs.shape[-1]:
+        raise EspalierError(
+            f"model {name} returns {outputs.shape[-1]} scores, and a target is {int(targets.max())}: give it as many "
+            "classes as the data have"
+        )
 
 
 def resolved_model_args(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -63,13 +102,19 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
     """Build the recipe's model with weights from the stream (seed, "weights") and no structure."""
     generator = derive_generator(recipe.seed, "weights")
     # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator.initial_seed())
+    with _seeded_globally(generator):
         model: nn.Module = models.build_model(recipe.model, **model_args)
     init_weights = getattr(model, "init_weights", None)
     if init_weights is not None and "generator" in inspect.signature(init_weights).parameters:
         init_weights(generator=generator)
     return model
+
+
+@contextmanager
+def _seeded_globally(generator: torch.Generator) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
 
 
 def freeze_(model: nn.Module, recipe: Recipe) -> None:
@@ -139,7 +184,7 @@ def _processor() -> str:
 
 def _version(package: str) -> str | None:
     try:
-        return version(package)
+        return version("torch-espalier" if package == "espalier" else package)
     except PackageNotFoundError:
         return None
 

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier import data
 from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.files import load_weights, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, freeze_, resolved_model_args
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
 from espalier.train.checkpoint import (
     Checkpoint,
     Counters,
@@ -30,6 +29,7 @@ from espalier.train.checkpoint import (
 )
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
+from espalier.train.loggers import RowLogger, check_logger
 from espalier.train.losses import Loss, build_loss, target_count
 from espalier.train.nonfinite import LossGuard, find_nonfinite
 from espalier.train.parallel import (
@@ -80,6 +80,8 @@ class _Session:
     loss: Loss
     counters: Counters
     requests: Requests
+    logger: RowLogger | None
+    """On the first process."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -142,16 +144,15 @@ def train(
 
 
 def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: Requests) -> _Session:
+    check_logger(recipe)
     loss = build_loss(recipe)
-    source = data.build_source(recipe)
-    if source.steps_per_epoch(recipe.batch_size) < 1:
-        raise EspalierError(f"batch_size {recipe.batch_size} is larger than the training set: choose a smaller one")
+    source = build_run_source(recipe)
     model, report = build_run_model(recipe, source)
     freeze_(model, recipe)
     fabric.barrier()
     if fabric.is_global_zero:
         if not (out / START).exists():
-            create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
+            create_folder(out, recipe, model, source, report)
         recover(out)
     fabric.barrier()
     refuse_damage(out, [START])
@@ -179,9 +180,10 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
         write_rows(out, found.rows)
     fabric.barrier()
     source = source.to(fabric.device)
+    logger = RowLogger(recipe, out, out / START, found.rows) if fabric.is_global_zero else None
     return _Session(
         recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, found.counters, requests,
-        found.rows,
+        logger, found.rows,
     )  # fmt: skip
 
 
@@ -318,6 +320,8 @@ def _add_row(s: _Session, advance: Advance) -> bool:
     s.rows.append(finite(row))
     if fabric.is_global_zero:
         write_rows(s.out, s.rows, keep=len(s.rows) - 1)
+    if s.logger is not None:
+        s.logger.log(s.rows[-1])
     split = s.source.eval_splits[0]
     advance(0, f"{split} accuracy {scores[f'{split}/accuracy']:.4f}")
     return math.isfinite(scores[f"{split}/loss"]) and (train_loss is None or math.isfinite(train_loss))
@@ -359,6 +363,8 @@ def _finish(s: _Session, *, diverged: bool) -> None:
         "seconds": s.counters.seconds,
         "step_seconds": statistics.median(times) if times else None,
     }
+    if s.logger is not None:
+        s.logger.close()
     write_result(s.out, result)
     if not diverged:
         drop_checkpoint(s.out)

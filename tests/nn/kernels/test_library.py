@@ -180,8 +180,8 @@ def test_structures_of_another_size_are_refused_on_both_sides(monkeypatch: pytes
 
 
 def test_a_call_names_every_argument() -> None:
-    with pytest.raises(TypeError, match="planes_invert takes"):
-        call(arguments.PLANES_INVERT, torch.float32, re=torch.ones(1), im=torch.ones(1))
+    with pytest.raises(TypeError, match="planes_factor takes"):
+        call(arguments.PLANES_FACTOR, torch.float32, re=torch.ones(1), im=torch.ones(1))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_inverses(n: int, kind: tuple[torch.dtype, torch.dtype, float]) -> None:
     dtype, complex_dtype, tolerance = kind
     w = torch.complex(draw(3, n, n, dtype=dtype), draw(3, n, n, seed=1, dtype=dtype))
     a = torch.eye(n, dtype=complex_dtype) + w - w.mH
-    real, imag = kernels.invert_((a.real.contiguous(), a.imag.contiguous()))
+    real, imag = kernels.factor_((a.real.contiguous(), a.imag.contiguous()), n)
     assert (torch.complex(real, imag) @ a - torch.eye(n)).abs().max() < tolerance
 
 
@@ -111,3 +111,33 @@ def one_of_each_pair(size: list[int]) -> list[int]:
             first.append(place)
         seen.add(frequency)
     return first
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 3), batch=st.integers(0, 9), n=st.integers(1, 40), width=st.integers(1, 48),
+    flags=st.tuples(*[st.booleans()] * 3), kind=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_solutions_by_blocks_are_those_of_the_matrices(
+    count: int,
+    batch: int,
+    n: int,
+    width: int,
+    flags: tuple[bool, bool, bool],
+    kind: tuple[torch.dtype, torch.dtype, float],
+) -> None:
+    (transposed, conj, views), (dtype, complex_dtype, tolerance) = flags, kind
+    w = torch.complex(*matrices(count, n, n, False, 1, dtype))
+    a = torch.eye(n, dtype=complex_dtype) + (w - w.mH) / n**0.5
+    factor = kernels.factor_((a.real.contiguous(), a.imag.contiguous()), width)
+    x, less = matrices(count, batch, n, views, 3, dtype), matrices(count, batch, n, views, 5, dtype)
+    z, y = kernels.solve(x, factor, width, less, transposed=transposed, conj=conj, extra=2)
+    of = a.mT if transposed else a
+    expected = torch.linalg.solve(of.conj() if conj else of, torch.complex(*x), left=False)
+    assert y is not None
+    if batch:
+        assert (torch.complex(*z) - expected).abs().max() < tolerance * n**0.5
+        reflected = 2 * expected - torch.complex(*less)
+        assert (torch.complex(*y)[..., :n] - reflected).abs().max() < 2 * tolerance * n**0.5
+    assert y[0].shape == (count, batch, n + 2)
+    assert kernels.solve(x, factor, width, None, transposed=transposed, conj=conj)[1] is None

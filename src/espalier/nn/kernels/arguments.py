@@ -58,9 +58,15 @@ PLANES_PRODUCT = _arguments(
     "a_re a_im b_re b_im c_re c_im",
     "count m k n a_batch a_row a_column b_batch b_row b_column c_batch c_row conj_a conj_b add alpha",
 )
-PLANES_INVERT = _arguments("planes_invert", "re im", "count n batch row")
+PLANES_FACTOR = _arguments("planes_factor", "re im", "count n batch row width")
+_STEPS = "f_batch f_row x_batch x_row less_batch less_row z_batch z_row y_batch y_row"
+PLANES_SOLVE = _arguments(
+    "planes_solve",
+    "f_re f_im x_re x_im less_re less_im z_re z_im y_re y_im",
+    f"count rows n width {_STEPS} transposed conj",
+)
 
-_DFT = "lead width rows columns columns_first size_0 size_1 channels paired"
+_DFT = "lead width rows columns columns_first size_0 size_1 channels together"
 DFT_ANALYSE = _arguments("dft_analyse", "x tables re im", _DFT)
 DFT_SYNTHESISE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
 

@@ -1,17 +1,22 @@
 // The real discrete Fourier transform of images over one to three axes, and its transpose, for CPUs.
 //
-// Columns (one channel of one image each) are taken in blocks of 16 floats through all axes before anything is written,
-// so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. The first 8 columns of a
-// block are real parts and the others imaginary parts of one complex image: with Z its transform, theirs are
+// Columns (one channel of one image each) are taken in blocks of two vectors through all axes before anything is
+// written, so memory is read once and written once, whichever of (*S, N) and (N, *S) the images lie in. The first vector
+// of a block holds real parts and the second imaginary parts of one complex image: with Z its transform, theirs are
 // (Z_f + conj Z_−f)/2 and (Z_f − conj Z_−f)/2i. That rounds each by the size of both, so columns are paired within one
-// example only; where channels do not come in 16s, blocks hold 8 columns and zeros. Axes are halved while they are
-// even, the last 16 points in registers; an odd number takes matrices of cosines and sines, halved by symmetry.
+// example only; where channels do not come in whole blocks, a block is one vector of columns and zeros. Axes are halved
+// while they are even, the last 16 points in registers; an odd number takes matrices of cosines and sines, halved by
+// symmetry.
 
+#ifdef __AVX512F__
+#define ESPALIER_VECTOR_BYTES 64
+#endif
 #include "parallel.hpp"
 #include "spectral.hpp"
 
 namespace {
 
+constexpr int kRows = 6;                  // of a tile of `mix`: 12 sums, 2 operands and 2 broadcasts fill 16 registers
 constexpr int64_t kTogether = 288 << 10;  // bytes of blocks that stay in the second cache
 constexpr int64_t kAhead = 8;             // rows between a call for memory and its use
 
@@ -24,8 +29,8 @@ template <class T> struct Axis {
 
 struct Shape {
   int64_t lead, width, rows, columns, columns_first;  // axes before the last; its points; product of the others'; N
-  int64_t size[2], channels, paired;  // a bias is one number per channel; whether blocks hold pairs
-  template <class T> int64_t lanes() const { return paired ? kWidth<T> : kLanes<T>; }
+  int64_t size[2], channels, together;  // a bias is one number per channel; columns from one example come in these
+  template <class T> int64_t lanes() const { return together % kWidth<T> ? kLanes<T> : kWidth<T>; }
 };
 
 // `count` ≤ kWidth numbers and zeros.
@@ -105,7 +110,7 @@ template <class T, int N>
 inline void butterflies(Vec<T>* re, Vec<T>* im, const T* cos, const T* sin, int64_t skip) {
   if constexpr (N > 1) {
     constexpr int half = N / 2;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < half; t++) {
       const Vec<T> d_re = re[t] - re[t + half], d_im = im[t] - im[t + half];
       re[t] += re[t + half];
@@ -184,13 +189,13 @@ template <class T> void read_columns(const T* from, int64_t pixels, int64_t coun
   for (; count % L == 0 && done + L <= pixels; done += L)
     for (int half = 0; half < W; half += L) {
       Vec<T> v[L];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < L; i++) {
         v[i] = half < count ? load(from + (half + i) * pixels + done) : Vec<T>{};
         __builtin_prefetch(from + (count + half + i) * pixels + done, 0, 2);  // of the next block
       }
-      transpose(v);
-#pragma GCC unroll 8
+      transpose<T>(v);
+#pragma GCC unroll 16
       for (int i = 0; i < L; i++) store(to + (done + i) * W + half, v[i]);
     }
   for (; done < pixels; done++)
@@ -202,10 +207,10 @@ template <class T> void write_columns(const T* from, int64_t pixels, int64_t cou
   for (; count % L == 0 && done + L <= pixels; done += L)
     for (int64_t half = 0; half < count; half += L) {
       Vec<T> v[L];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < L; i++) v[i] = load(from + (done + i) * W + half);
-      transpose(v);
-#pragma GCC unroll 8
+      transpose<T>(v);
+#pragma GCC unroll 16
       for (int i = 0; i < L; i++) store(to + (half + i) * pixels + done, v[i]);
     }
   for (; done < pixels; done++)

@@ -1,19 +1,26 @@
-// Batched complex matrices as real and imaginary planes: products of views, and their inversion by halves.
+// Batched complex matrices as real and imaginary planes: products of views, their factorisation by blocks (or inversion,
+// with one block), and solutions with many right-hand sides.
 //
-// A register tile is 6 rows by one vector of columns of a complex result. Columns of b are packed first as (k, plane,
-// vector), and rows of a as (k, plane, 8) unless they lie as rows, so that transposes cost little more than plain views.
+// A register tile is 6 rows by one vector of columns of a complex result, or 12 rows where there are 32 registers.
+// Columns of b are packed first as (k, plane, vector), and rows of a as (k, plane, 8 or 16) unless they lie as rows, so
+// that transposes cost little more than plain views.
 // One pass over k makes all four real products: an operand is loaded once for two of them. Panels are packed by the
 // cache line, and while they are multiplied the lines of those that come next are fetched: their rows lie too far apart
 // for a processor to see them coming.
 
+#ifdef __AVX512F__
+#define ESPALIER_VECTOR_BYTES 64
+#endif
 #include "parallel.hpp"
 #include "spectral.hpp"
 
 namespace {
 
-constexpr int kPad = 8;         // rows a packed tile has room for
+// Rows of a register tile: two sums each, and beside them two operands and two broadcasts, fill 16 or 32 registers.
+constexpr int kRows = kBytes == 64 ? 12 : 6;
+constexpr int kPad = kBytes == 64 ? 16 : 8;  // rows a packed tile has room for
 constexpr int64_t kDepth = 128;  // of one pass over k: a panel and the rows of a tile stay in the first cache
-constexpr int64_t kTall = 66;    // rows of a packed together
+constexpr int64_t kTall = 72;    // rows of a packed together
 constexpr int kPanels = 64 / kBytes;  // columns of b packed together fill a cache line
 constexpr int64_t kLeaf = 16;
 
@@ -22,6 +29,8 @@ template <class T> struct View {
   int64_t row, column;  // steps
   View block(int64_t i, int64_t j) const { return {re + i * row + j * column, im + i * row + j * column, row, column}; }
 };
+
+template <class T> View<const T> constant(View<T> v) { return {v.re, v.im, v.row, v.column}; }
 
 // Pack `count` ≤ width lines of length k as (k, plane, width): element (line, p) stands at line·across + p·along.
 template <class T, int width>
@@ -34,11 +43,12 @@ void pack(T* out, const T* re, const T* im, int64_t across, int64_t along, int64
     }
     return;
   }
-  if (across == 1 && count == kRows) {
-    for (int64_t p = 0; p < k; p++, out += 2 * width) {
-      std::memcpy(out, re + p * along, sizeof(T) * kRows);
-      std::memcpy(out + width, im + p * along, sizeof(T) * kRows);
-    }
+  if (across == 1 && width == kPad && count <= kRows) {
+    for (int64_t p = 0; p < k; p++, out += 2 * width)
+      for (int64_t i = 0; i < count; i++) {
+        out[i] = re[i + p * along];
+        out[width + i] = im[i + p * along];
+      }
     return;
   }
   int64_t done = 0;
@@ -49,10 +59,10 @@ void pack(T* out, const T* re, const T* im, int64_t across, int64_t along, int64
 #pragma GCC unroll 2
         for (int first = 0; first < width; first += L) {
           Vec<T> v[L];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int i = 0; i < L; i++) v[i] = first + i < count ? load(source + (first + i) * across) : Vec<T>{};
-          transpose(v);
-#pragma GCC unroll 8
+          transpose<T>(v);
+#pragma GCC unroll 16
           for (int i = 0; i < L; i++) store(out + (2 * (done + i) + plane) * width + first, v[i]);
         }
       }
@@ -75,13 +85,18 @@ template <class T> struct Ahead {
   int64_t step;
 };
 
+// The first `width` lanes; apart from the tiles, of which there are so many that they would double a build's time.
+template <class T> __attribute__((noinline)) void store_part(T* to, Vec<T> v, int64_t width, bool add) {
+  for (int64_t j = 0; j < width; j++) to[j] = (add ? to[j] : T(0)) + v[j];
+}
+
 // Rows of a lie `row` apart with neighbouring columns, or are packed if `row` is 0.
 template <class T, int M, bool Same, bool Packed>
 void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
           Ahead<T> ahead) {
   constexpr int L = kLanes<T>;
   Vec<T> re[M], im[M];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
     re[i] = im[i] = Vec<T>{};
     __builtin_prefetch(c.re + i * c.row, 1);
@@ -91,7 +106,7 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
     const Vec<T> b_re = load(b), b_im = load(b + L);
     __builtin_prefetch(ahead.line, 0, 2);
     ahead.line += ahead.step;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++) {
       const int64_t at = Packed ? 2 * kPad * p + i : i * a.row + p;
       const T a_re = a.re[at], a_im = a.im[at];  // times a vector this is a broadcast alone, without splat's sum
@@ -103,35 +118,22 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
       else im[i] -= a_im * b_re;
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
     T *to_re = c.re + i * c.row, *to_im = c.im + i * c.row;
     if (width == L) {
       store(to_re, (add ? load(to_re) : Vec<T>{}) + alpha * re[i]);
       store(to_im, (add ? load(to_im) : Vec<T>{}) + alpha_im * im[i]);
     } else {
-      T part_re[L], part_im[L];
-      store(part_re, alpha * re[i]);
-      store(part_im, alpha_im * im[i]);
-      for (int64_t j = 0; j < width; j++) {
-        to_re[j] = (add ? to_re[j] : T(0)) + part_re[j];
-        to_im[j] = (add ? to_im[j] : T(0)) + part_im[j];
-      }
+      store_part<T>(to_re, alpha * re[i], width, add);
+      store_part<T>(to_im, alpha_im * im[i], width, add);
     }
   }
 }
 
-template <class T, bool Same, bool Packed>
-void tiles(int64_t m, View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
-           Ahead<T> ahead) {
-  switch (m) {
-    case 1: return tile<T, 1, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 2: return tile<T, 2, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 3: return tile<T, 3, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 4: return tile<T, 4, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    case 5: return tile<T, 5, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-    default: return tile<T, 6, Same, Packed>(a, b, k, c, width, alpha, alpha_im, add, ahead);
-  }
+// The tiles of 1 to kRows rows.
+template <class T, bool Same, bool Packed, int... M> constexpr auto tiles(std::integer_sequence<int, M...>) {
+  return std::array{tile<T, M + 1, Same, Packed>...};
 }
 
 template <class T> constexpr int64_t scratch_size() {
@@ -145,16 +147,18 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
                    bool add, T* scratch, int64_t a_next, int64_t b_next) {
   constexpr int L = kLanes<T>, together = kPanels * L;
   T *rows = scratch, *panels = scratch + kDepth * (kTall / kRows * 2 * kPad);
+  constexpr auto by_rows = tiles<T, Same, Packed>(std::make_integer_sequence<int, kRows>{});
   const int64_t tall = Packed ? kTall : m;
   const int64_t step = b.column == 1 ? b.row : together;
   for (int64_t p = 0; p < k; p += kDepth, add = true) {
     const int64_t depth = std::min(kDepth, k - p);
     for (int64_t i0 = 0; i0 < m; i0 += tall) {
-      const int64_t i1 = std::min(m, i0 + tall);
-      const auto packed = [&](int64_t i) { return rows + (i - i0) / kRows * depth * 2 * kPad; };
-      for (int64_t i = i0; Packed && i < i1; i += kRows) {
-        const View<const T> from = a.block(i, p);
-        pack<T, kPad>(packed(i), from.re, from.im, from.row, from.column, std::min<int64_t>(kRows, i1 - i), depth);
+      const int64_t i1 = std::min(m, i0 + tall), count = (i1 - i0 + kRows - 1) / kRows;
+      const auto start = [&](int64_t t) { return i0 + (i1 - i0) * t / count; };  // rows in even shares
+      const auto packed = [&](int64_t t) { return rows + t * depth * 2 * kPad; };
+      for (int64_t t = 0; Packed && t < count; t++) {
+        const View<const T> from = a.block(start(t), p);
+        pack<T, kPad>(packed(t), from.re, from.im, from.row, from.column, start(t + 1) - start(t), depth);
       }
       for (int64_t j0 = 0; j0 < n; j0 += together) {
         const int64_t j1 = std::min(n, j0 + together);
@@ -177,11 +181,11 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
         };
         int64_t turn = 0;
         for (int64_t j = j0; j < j1; j += L)
-          for (int64_t i = i0, size, left = (i1 - i0 + kRows - 1) / kRows; i < i1; i += size, left--, turn++) {
-            size = Packed ? std::min<int64_t>(kRows, i1 - i) : (i1 - i + left - 1) / left;  // rows in even shares
-            const View<const T> from = Packed ? View<const T>{packed(i), packed(i) + kPad, 0, 0} : a.block(i, p);
-            tiles<T, Same, Packed>(size, from, panel(j), depth, c.block(i, j), std::min<int64_t>(L, j1 - j), alpha,
-                                   alpha_im, add, fetched(turn));
+          for (int64_t t = 0; t < count; t++, turn++) {
+            const int64_t i = start(t);
+            const View<const T> from = Packed ? View<const T>{packed(t), packed(t) + kPad, 0, 0} : a.block(i, p);
+            by_rows[size_t(start(t + 1) - i - 1)](from, panel(j), depth, c.block(i, j), std::min<int64_t>(L, j1 - j),
+                                                  alpha, alpha_im, add, fetched(turn));
           }
       }
     }
@@ -274,7 +278,6 @@ template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
   const View<T> b = a.block(0, half), c = a.block(half, 0), d = a.block(half, half);
   const View<T> x{temporary, temporary + half * rest, rest, 1};
   const View<T> y{temporary + 2 * half * rest, temporary + 3 * half * rest, half, 1};
-  const auto constant = [](View<T> v) { return View<const T>{v.re, v.im, v.row, v.column}; };
   T* below = temporary + 4 * half * rest;
   invert(a, half, below, scratch);
   multiply<T>(constant(a), constant(b), x, half, half, rest, plain, T(1), false, scratch);
@@ -286,11 +289,97 @@ template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
   multiply<T>(constant(x), constant(c), a, half, rest, half, plain, T(-1), true, scratch);
 }
 
-template <class T> void invert_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int64_t threads) {
+template <class T> View<T> dense(T* memory, int64_t rows, int64_t columns) {
+  return {memory, memory + rows * columns, columns, 1};
+}
+template <class T> void copy(View<const T> from, View<T> to, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i++) {
+    std::memcpy(to.re + i * to.row, from.re + i * from.row, sizeof(T) * size_t(columns));
+    std::memcpy(to.im + i * to.row, from.im + i * from.row, sizeof(T) * size_t(columns));
+  }
+}
+
+// N = L·U by blocks of `width` in place (Crout's order): below the block diagonal L, whose diagonal blocks are ones;
+// above it U; on it the inverses of U's diagonal blocks.
+template <class T> void factor(View<T> a, int64_t n, int64_t width, T* temporary, T* scratch) {
+  const Signs plain{true, false};
+  for (int64_t start = 0; start < n; start += width) {
+    const int64_t here = std::min(width, n - start), stop = start + here, rest = n - stop;
+    const View<T> diagonal = a.block(start, start), below = a.block(stop, start), right = a.block(start, stop);
+    const View<const T> left = constant(a.block(start, 0)), above = constant(a.block(0, start));
+    multiply<T>(left, above, diagonal, n - start, start, here, plain, T(-1), true, scratch);
+    multiply<T>(left, constant(a.block(0, stop)), right, here, start, rest, plain, T(-1), true, scratch);
+    invert(diagonal, here, temporary, scratch);
+    const View<T> scaled = dense(temporary, rest, here);
+    multiply<T>(constant(below), constant(diagonal), scaled, rest, here, here, plain, T(1), false, scratch);
+    copy(constant(scaled), below, rest, here);
+  }
+}
+
+template <class T>
+void factor_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int64_t width, int64_t threads) {
   parallel(count, threads, [&](Items items) {
     Scratch<T> scratch(scratch_size<T>()), temporary(2 * (n + kLeaf) * (n + kLeaf) + 64);
     for (int64_t i; items.next(i);)
-      invert<T>({re + i * batch, im + i * batch, row, 1}, n, temporary.data(), scratch.data());
+      factor<T>({re + i * batch, im + i * batch, row, 1}, n, width, temporary.data(), scratch.data());
+  });
+}
+
+// z = x·N⁻¹ for rows x, from `factor`'s blocks of N, or of Nᵀ. Of the two substitutions the first goes through the
+// blocks in order and the second backwards; those of U end with a product with the inverse of a diagonal block.
+template <class T>
+void solve(View<const T> x, View<const T> f, View<T> z, int64_t rows, int64_t n, int64_t width, bool transposed,
+           Signs signs, T* temporary, T* scratch, int64_t x_next, int64_t f_next) {
+  const auto block = [&](int64_t i, int64_t j) {
+    const View<const T> v = transposed ? f.block(j, i) : f.block(i, j);
+    return transposed ? View<const T>{v.re, v.im, 1, v.row} : v;
+  };
+  if (width >= n)
+    return multiply<T>(x, block(0, 0), z, rows, n, n, signs, T(1), false, scratch, x_next, f_next);
+  for (const bool second : {false, true})
+    for (int64_t i = 0, count = (n + width - 1) / width; i < count; i++) {
+      const int64_t start = (second ? count - 1 - i : i) * width, stop = std::min(start + width, n);
+      const int64_t from = second ? stop : 0, known = second ? n - stop : start, here = stop - start;
+      const View<T> part = z.block(0, start);
+      const bool scale = second == transposed;
+      const View<T> sum = scale ? dense(temporary, rows, here) : part;
+      if (scale || !second) copy(second ? constant(part) : x.block(0, start), sum, rows, here);
+      multiply<T>(constant(z.block(0, from)), block(from, start), sum, rows, known, here, signs, T(-1), true, scratch);
+      if (scale)
+        multiply<T>(constant(sum), block(start, start), part, rows, here, here, signs, T(1), false, scratch);
+    }
+}
+
+// Steps from one matrix to the next and from one row to the next.
+struct Steps { int64_t batch, row; };
+template <class T> View<T> at(T* re, T* im, Steps s, int64_t i) { return {re + i * s.batch, im + i * s.batch, s.row, 1}; }
+
+template <class T> struct PlanesSolve {
+  int64_t size, threads;
+  const T *f_re, *f_im, *x_re, *x_im, *less_re, *less_im;
+  T *z_re, *z_im, *y_re, *y_im;
+  int64_t count, rows, n, width;
+  Steps f, x, less, z, y;
+  int64_t transposed, conj;
+};
+// z as `solve` makes it, and y = 2z − less while z is at hand, unless y is null.
+template <class T> void run(const PlanesSolve<T>& a) {
+  const Signs signs{a.conj == 0, a.conj != 0};
+  parallel(a.count, a.threads, [&](Items items) {
+    Scratch<T> scratch(scratch_size<T>()), temporary(2 * a.rows * std::min(a.width, a.n));
+    for (int64_t i; items.next(i);) {
+      const View<T> z = at(a.z_re, a.z_im, a.z, i);
+      solve<T>(at(a.x_re, a.x_im, a.x, i), at(a.f_re, a.f_im, a.f, i), z, a.rows, a.n, a.width, a.transposed != 0,
+               signs, temporary.data(), scratch.data(), a.x.batch, a.f.batch);
+      if (!a.y_re) continue;
+      const View<const T> less = at(a.less_re, a.less_im, a.less, i);
+      const View<T> y = at(a.y_re, a.y_im, a.y, i);
+      for (int64_t r = 0; r < a.rows; r++)
+        for (int64_t j = 0; j < a.n; j++) {
+          y.re[r * y.row + j] = 2 * z.re[r * z.row + j] - less.re[r * less.row + j];
+          y.im[r * y.row + j] = 2 * z.im[r * z.row + j] - less.im[r * less.row + j];
+        }
+    }
   });
 }
 
@@ -304,16 +393,17 @@ template <class T> void run(const PlanesProduct<T>& a) {
   product(a.a_re, a.a_im, a.b_re, a.b_im, a.c_re, a.c_im, a.shape, a.threads);
 }
 
-template <class T> struct PlanesInvert {
+template <class T> struct PlanesFactor {
   int64_t size, threads;
   T *re, *im;
-  int64_t count, n, batch, row;
+  int64_t count, n, batch, row, width;
 };
-template <class T> void run(const PlanesInvert<T>& a) {
-  invert_all(a.re, a.im, a.count, a.n, a.batch, a.row, a.threads);
+template <class T> void run(const PlanesFactor<T>& a) {
+  factor_all(a.re, a.im, a.count, a.n, a.batch, a.row, a.width, a.threads);
 }
 
 }  // namespace
 
 ESPALIER_KERNEL(planes_product, PlanesProduct)
-ESPALIER_KERNEL(planes_invert, PlanesInvert)
+ESPALIER_KERNEL(planes_factor, PlanesFactor)
+ESPALIER_KERNEL(planes_solve, PlanesSolve)

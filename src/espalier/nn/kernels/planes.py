@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.arguments import DFT_ANALYSE, DFT_SYNTHESISE, PLANES_INVERT, PLANES_PRODUCT
+from espalier.nn.kernels.arguments import DFT_ANALYSE, DFT_SYNTHESISE, PLANES_FACTOR, PLANES_PRODUCT, PLANES_SOLVE
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.library import call, usable
 from espalier.nn.precision import differentiable
 
 Pair = tuple[Tensor, Tensor]
 
-_ROWS = 6  # of a register tile, as in spectral.hpp
+_ROWS = 6  # of a tile of odd transforms, as in dft.cpp
 _STEPS = ("a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column", "c_batch", "c_row")
 
 
@@ -26,8 +26,8 @@ def compiled(*tensors: Tensor) -> bool:
     return usable(*tensors) and choose("orthogonal", "cpu") == "compiled"
 
 
-def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, alpha: int) -> Pair:
-    """Return alpha·a·b, or add it to ``into``; a (N, p, q) and b (N, q, r) may be any views.
+def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, alpha: int, add: bool = True) -> Pair:
+    """Return alpha·a·b, added to ``into`` or (without ``add``) in its place; a (N, p, q), b (N, q, r) may be any views.
 
     The planes of one matrix have the same strides, and the columns of ``into`` lie one apart.
     """
@@ -35,17 +35,55 @@ def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, 
     c = into if into is not None else (a[0].new_empty(count, m, n), a[0].new_empty(count, m, n))
     steps = dict(zip(_STEPS, (*a[0].stride(), *b[0].stride(), *c[0].stride()[:2]), strict=True))
     parts = {"a_re": a[0], "a_im": a[1], "b_re": b[0], "b_im": b[1], "c_re": c[0], "c_im": c[1]}
-    flags = {"conj_a": conj_a, "conj_b": conj_b, "add": into is not None, "alpha": alpha}
+    flags = {"conj_a": conj_a, "conj_b": conj_b, "add": add and into is not None, "alpha": alpha}
     call(PLANES_PRODUCT, a[0].dtype, **parts, count=count, m=m, k=k, n=n, **steps, **flags)
     return c
 
 
-def invert_(a: Pair) -> Pair:
-    """Invert contiguous planes (N, n, n) in place, by halves down to leaves of 16 rows."""
+def factor_(a: Pair, width: int) -> Pair:
+    """Factor contiguous planes (N, n, n) in place by blocks of ``width`` rows, as ``solve`` takes them.
+
+    N = L·U: below the block diagonal stands L (unit diagonal blocks), above it U, on it the *inverses* of U's diagonal
+    blocks. With one block that is the inverse.
+    """
     count, n, _ = a[0].shape
     batch, row, _ = a[0].stride()
-    call(PLANES_INVERT, a[0].dtype, re=a[0], im=a[1], count=count, n=n, batch=batch, row=row)
+    call(PLANES_FACTOR, a[0].dtype, re=a[0], im=a[1], count=count, n=n, batch=batch, row=row, width=width)
     return a
+
+
+def solve(
+    x: Pair, factor: Pair, width: int, less: Pair | None, *, transposed: bool, conj: bool, extra: int = 0
+) -> tuple[Pair, Pair | None]:
+    """Return z = x·N⁻¹ for rows x (N, B, n), and y = 2z − less with room for ``extra`` columns, None without ``less``.
+
+    Args:
+        x: the right-hand sides.
+        factor: what ``factor_`` made of N with this ``width``, of Nᵀ if ``transposed``, of its conjugate if ``conj``.
+        width: rows of a block.
+        less: (N, B, n).
+        transposed, conj: see ``factor``.
+        extra: columns of y that are left as they are.
+    """
+    count, rows, n = x[0].shape
+    z = x[0].new_empty(count, rows, n), x[0].new_empty(count, rows, n)
+    y = less and (x[0].new_empty(count, rows, n + extra), x[0].new_empty(count, rows, n + extra))
+    values: dict[str, Tensor | float | None] = {}
+    pairs = {"f": factor, "x": _rows(x), "less": less and _rows(less), "z": z, "y": y}
+    for name, pair in pairs.items():
+        values[f"{name}_re"], values[f"{name}_im"] = pair or (None, None)
+        values[f"{name}_batch"], values[f"{name}_row"] = pair[0].stride()[:2] if pair else (0, 0)
+    sizes = {"count": count, "rows": rows, "n": n, "width": width}
+    call(PLANES_SOLVE, z[0].dtype, **values, **sizes, transposed=transposed, conj=conj)
+    return z, y
+
+
+def _rows(pair: Pair) -> Pair:
+    """Return planes with the same strides whose columns lie one apart."""
+    real, imag = (plane.resolve_neg() for plane in pair)
+    if real.stride() == imag.stride() and real.stride(-1) == 1:
+        return real, imag
+    return real.contiguous(), imag.contiguous()
 
 
 def packed_matrix(matrix: Tensor) -> Tensor:
@@ -65,12 +103,12 @@ def columns_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
 
 
-def pairs(channels: int, dtype: torch.dtype) -> bool:
-    """Return whether the transforms may take two columns as one complex one: both belong to the same example."""
-    return channels % (64 // dtype.itemsize) == 0
+def together(channels: int) -> int:
+    """Return in what powers of two columns from one example come: the transforms take two vectors of them as one."""
+    return math.gcd(channels, 64)
 
 
-def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired: bool) -> dict[str, int]:
+def _shape(size: Sequence[int], columns: int, first: bool, channels: int, together: int) -> dict[str, int]:
     *lead, width = size
     size_0, size_1 = *lead, *[0] * (2 - len(lead))
     return {
@@ -82,28 +120,28 @@ def _shape(size: Sequence[int], columns: int, first: bool, channels: int, paired
         "size_0": size_0,
         "size_1": size_1,
         "channels": channels,
-        "paired": paired,
+        "together": together,
     }
 
 
-def analyse(x: Tensor, tables: Tensor, frequencies: int, *, paired: bool) -> Pair:
+def analyse(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Pair:
     """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
     planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
-    sizes = _shape(size, columns, first, 1, paired)
+    sizes = _shape(size, columns, first, 1, together)
     call(DFT_ANALYSE, x.dtype, x=x, tables=tables, re=planes[0], im=planes[1], **sizes)
     return planes
 
 
 def synthesise(
-    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, paired: bool
+    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, together: int
 ) -> Tensor:
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
     columns = real.shape[1]
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
-    sizes = _shape(size, columns, first, channels, paired)
+    sizes = _shape(size, columns, first, channels, together)
     call(DFT_SYNTHESISE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=room, **sizes)
     return room

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <memory>
 #include <new>
 #include <utility>
@@ -9,8 +10,6 @@
 #include "vectors.hpp"
 
 namespace {
-
-constexpr int kRows = 6;  // rows of a register tile: 12 accumulators, 2 operands and 2 broadcasts fill 16 registers
 
 // Exchange the off-diagonal quarters of 2·Half rows, then of the halves: log2 steps of two-row shuffles.
 template <class T, int Half, int... I> inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
@@ -27,19 +26,14 @@ template <class T, int Half, int... I> inline void exchange(Vec<T>& a, Vec<T>& b
   b = high;
 }
 template <class T, int Half> inline void transpose_step(Vec<T> (&v)[kLanes<T>]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes<T>; i++)
     if (!(i & Half)) exchange<T, Half>(v[i], v[i + Half], std::make_integer_sequence<int, kLanes<T>>{});
 }
 // Transpose a square of vectors in registers.
-inline void transpose(Vec<float> (&v)[8]) {
-  transpose_step<float, 4>(v);
-  transpose_step<float, 2>(v);
-  transpose_step<float, 1>(v);
-}
-inline void transpose(Vec<double> (&v)[4]) {
-  transpose_step<double, 2>(v);
-  transpose_step<double, 1>(v);
+template <class T, int Half = kLanes<T> / 2> inline void transpose(Vec<T> (&v)[kLanes<T>]) {
+  transpose_step<T, Half>(v);
+  if constexpr (Half > 1) transpose<T, Half / 2>(v);
 }
 
 // Memory of one thread, aligned to a cache line.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +25,20 @@ from espalier.nn.precision import outside_graphs, recording, without_autocast
 _ENTRIES = 4
 
 Build = Callable[..., Tensor]
+_constant: ContextVar[bool] = ContextVar("espalier_constant_operators", default=False)
+
+
+@contextlib.contextmanager
+def constant_operators() -> Iterator[None]:
+    """Let graphs hold the operators that the last forward pass in evaluation kept, as constants.
+
+    For exporting a trained net: what runs the graph elsewhere need not know how to invert a matrix.
+    """
+    token = _constant.set(True)
+    try:
+        yield
+    finally:
+        _constant.reset(token)
 
 
 class OperatorCache:
@@ -50,6 +65,8 @@ class OperatorCache:
             build: the differentiable function that makes it.
             dtype: of the result.
         """
+        if _constant.get() and (key, dtype) in self._entries:
+            return self._entries[key, dtype]
         if recording() and not torch.jit.is_tracing():
             # A graph must hold how the operator follows from its parameters, and a tensor that belongs to a transform
             # must not outlive it.

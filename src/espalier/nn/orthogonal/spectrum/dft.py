@@ -82,8 +82,8 @@ class Tables(NamedTuple):
     """Of each frequency of the half spectrum among those kept, 0 if it is left out."""
     packed: Tensor | None
     """All of this as the compiled kernels of a CPU read it."""
-    paired: bool
-    """Whether they may take two columns at once."""
+    together: int
+    """In what powers of two columns from one example come."""
 
 
 def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inverse: bool, channels: int) -> Tables:
@@ -92,11 +92,11 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
     Columns are (B, C) with C ``channels``, and no example can tell what else is in its batch.
     """
-    return _kept(_build_tables, tuple(int(n) for n in size), dtype, device, inverse, kernels.pairs(channels, dtype))
+    return _kept(_build_tables, tuple(int(n) for n in size), dtype, device, inverse, kernels.together(channels))
 
 
 def _build_tables(
-    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool, paired: bool
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, inverse: bool, together: int
 ) -> Tables:
     *lead, width = size
     half, times = width // 2 + 1, counts(size)
@@ -118,7 +118,7 @@ def _build_tables(
         torch.tensor(kept, device=device),
         torch.tensor([n if count else 0 for n, count in zip(before, times, strict=False)], device=device),
         _packed(size, weights) if device.type == "cpu" else None,
-        paired,
+        together,
     )
 
 
@@ -182,7 +182,7 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
 def analyse(x: Tensor, matrices: Tables) -> Pair:
     """Return the planes (F, N) of the weighted transform of x (*S, N)."""
     if matrices.packed is not None and kernels.compiled(x):
-        return kernels.analyse(x, matrices.packed, len(matrices.kept), paired=matrices.paired)
+        return kernels.analyse(x, matrices.packed, len(matrices.kept), together=matrices.together)
     *lead, width, columns = x.shape
     # Every size is named here and below: an empty batch leaves nothing to infer one from.
     rows = _columns_last(x).reshape(math.prod(lead), width, columns)
@@ -212,8 +212,8 @@ def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, 
     """
     real, imag = spectrum
     if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
-        packed, size, paired = matrices.packed, matrices.size, matrices.paired
-        return kernels.synthesise(spectrum, packed, size, bias, first=columns_first, paired=paired)
+        packed, size, together = matrices.packed, matrices.size, matrices.together
+        return kernels.synthesise(spectrum, packed, size, bias, first=columns_first, together=together)
     _, half, width = matrices.last.shape
     lead, columns = matrices.size[:-1], real.shape[-1]
     if matrices.weighted or len(matrices.kept) != len(matrices.place):

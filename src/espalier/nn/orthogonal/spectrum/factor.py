@@ -1,79 +1,88 @@
-"""Solve with many right-hand sides: a block LU factorisation in planes, with explicit inverses on the diagonal."""
+"""Solve with many right-hand sides: by the blocks of a factorisation where kernels are compiled, else by inverses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from espalier.nn.orthogonal.spectrum.split_complex import Planes, block, contiguous, copy_, invert, product, transpose
-from espalier.nn.precision import differentiable
+import torch
+from torch import Tensor
 
-# Up to this size the explicit inverse costs no more than a factorisation and its substitutions; above, rows of a block.
-_WHOLE, _WIDTH = 128, 64
+from espalier.nn.kernels import planes as kernels
+from espalier.nn.orthogonal.spectrum.split_complex import Planes, block, invert, many, product, transpose
+
+# Rows of a block: an inverse costs three times a factorisation, and a block must be large enough for fast products.
+_WIDTH = 64
 
 
 class Factor(NamedTuple):
-    """A factorisation of matrices (N, n, n): their inverses if ``whole``, else what ``factor_`` describes."""
+    """A factorisation of matrices (N, n, n) by blocks of ``width`` rows: their inverses if ``width`` is n."""
 
     planes: Planes
-    whole: bool
+    width: int
+
+
+def inverse(n: Planes) -> Factor:
+    """Return the inverses of matrices whose Hermitian part is at least I, as a factorisation of one block."""
+    return Factor(invert(n), n[0].shape[-1])
 
 
 def factor_(n: Planes) -> Factor:
-    """Factor matrices whose Hermitian part is at least I as N = L·U by blocks, in place (Crout's order).
-
-    Below the block diagonal stands L (unit diagonal blocks), above it U, on it the *inverses* of U's diagonal blocks.
-    A matrix of one block is simply inverted, and so is every matrix whose factors autograd must follow.
+    """Factor matrices whose Hermitian part is at least I, in place where the compiled kernels do it.
 
     Args:
         n: contiguous planes (N, n, n), which may be overwritten.
     """
-    size = n[0].shape[-1]
-    if size <= _WHOLE or differentiable(*n):
-        return Factor(invert(n), whole=True)
-    for start in range(0, size, _WIDTH):
-        stop = min(start + _WIDTH, size)
-        done, here, rest, below = slice(0, start), slice(start, stop), slice(stop, size), slice(start, size)
-        if start:
-            product(block(n, below, done), block(n, done, here), into=block(n, below, here), alpha=-1)
-            if stop < size:
-                product(block(n, here, done), block(n, done, rest), into=block(n, here, rest), alpha=-1)
-        inverse = invert(block(n, here, here))
-        copy_(block(n, here, here), inverse)
-        if stop < size:
-            copy_(block(n, rest, here), product(block(n, rest, here), inverse))
-    return Factor(n, whole=False)
+    real, imag = n
+    if imag is None or not many(len(real)) or not kernels.compiled(real, imag):
+        return inverse(n)
+    width = min(_WIDTH, real.shape[-1])
+    return Factor(kernels.factor_((real, imag), width), width)
 
 
-def solve(x: Planes, factored: Factor, *, transposed: bool = False, conj: bool = False) -> Planes:
-    """Return x·N⁻¹, with N first transposed and conjugated as asked.
+def solve(
+    x: Planes,
+    factored: Factor,
+    less: Planes | None,
+    v: Planes | None = None,
+    *,
+    transposed: bool = False,
+    conj: bool = False,
+) -> tuple[Planes, Planes | None]:
+    """Return z = x·N⁻¹, with N first transposed and conjugated as asked, and y = [2z − less, −2z·Vᵀ].
 
     Args:
         x: rows, planes (N, B, n); left untouched.
-        factored: what ``factor_`` made of N.
+        factored: what was made of N.
+        less: (N, B, n); y is None without it.
+        v: (N, m, n), conjugated as N is; without it y ends after the first n columns.
         transposed: use Nᵀ.
-        conj: use the conjugate of N.
+        conj: use the conjugates of N and V.
     """
-    factor, whole = factored
-    size = factor[0].shape[-1]
-    if whole:
-        return product(x, transpose(factor) if transposed else factor, conj_b=conj)
-    cuts = [slice(start, min(start + _WIDTH, size)) for start in range(0, size, _WIDTH)]
-    z, every = contiguous(x), slice(None)
-    # First the factor whose variables come in order, then the one that runs backwards; only U's blocks need inverses.
-    for here in cuts:
-        part = block(z, every, here)
-        if here.start:
-            done = slice(0, here.start)
-            earlier = transpose(block(factor, here, done)) if transposed else block(factor, done, here)
-            product(block(z, every, done), earlier, conj_b=conj, into=part, alpha=-1)
-        if not transposed:
-            copy_(part, product(part, block(factor, here, here), conj_b=conj))
-    for here in reversed(cuts):
-        part = block(z, every, here)
-        if here.stop < size:
-            rest = slice(here.stop, size)
-            later = transpose(block(factor, here, rest)) if transposed else block(factor, rest, here)
-            product(block(z, every, rest), later, conj_b=conj, into=part, alpha=-1)
-        if transposed:
-            copy_(part, product(part, transpose(block(factor, here, here)), conj_b=conj))
-    return z
+    factor, width = factored
+    n = factor[0].shape[-1]
+    extra = 0 if v is None else v[0].shape[1]
+    pairs = _complex(x), _complex(factor), _complex(less)
+    if pairs[0] and pairs[1] and (width < n or kernels.compiled(*pairs[0], *pairs[1], *(pairs[2] or ()))):
+        z, y = kernels.solve(pairs[0], pairs[1], width, pairs[2], transposed=transposed, conj=conj, extra=extra)
+        if y is not None and v is not None:
+            product(z, transpose(v), conj_b=conj, into=block(y, slice(None), slice(n, None)), alpha=-2, add=False)
+        return z, y
+    z_planes = product(x, transpose(factor) if transposed else factor, conj_b=conj)
+    if less is None:
+        return z_planes, None
+    first = each(lambda plane, minus: 2 * plane - minus, z_planes, less)
+    if v is None:
+        return z_planes, first
+    right = product(z_planes, transpose(v), conj_b=conj, alpha=-2)
+    return z_planes, each(lambda *parts: torch.cat(parts, -1), first, right)
+
+
+def _complex(a: Planes | None) -> kernels.Pair | None:
+    return None if a is None or a[1] is None else (a[0], a[1])
+
+
+def each(function: Callable[..., Tensor], *planes: Planes) -> Planes:
+    """Apply ``function`` to the real parts, and to the imaginary ones if there are any."""
+    imag = [plane[1] for plane in planes]
+    return function(*(plane[0] for plane in planes)), None if imag[0] is None else function(*imag)

@@ -20,15 +20,14 @@ autograd follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from espalier.nn.orthogonal.spectrum.dft import Angles
-from espalier.nn.orthogonal.spectrum.factor import Factor, factor_, solve
-from espalier.nn.orthogonal.spectrum.split_complex import Planes, contiguous, invert, product, transpose
+from espalier.nn.orthogonal.spectrum.factor import Factor, each, factor_, inverse, solve
+from espalier.nn.orthogonal.spectrum.split_complex import Planes, contiguous, product, transpose
 from espalier.nn.precision import differentiable, recording
 
 
@@ -66,17 +65,21 @@ def _forward(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: boo
     n_planes, v = _system(taps, angles)
     n = taps.shape[-1]
     if x is None:
-        factor = Factor(invert(n_planes), whole=True)
+        factor = inverse(n_planes)
         z = transpose(factor.planes)
-        return _Solution(_twice_minus(z, None, _below(z, v)), z, factor, v)
+        y: Planes = _plus_identity(2 * z[0], -1), None if z[1] is None else 2 * z[1]
+        if v is not None:
+            y = each(lambda *parts: torch.cat(parts, -1), y, product(z, transpose(v), alpha=-2))
+        return _Solution(y, z, factor, v)
     factor = factor_(n_planes)
-    if not wide:
-        z = solve(x, factor, transposed=True)
-        return _Solution(_twice_minus(z, x, _below(z, v)), z, factor, v)
-    assert v is not None  # a wide operator has more inputs than outputs
-    head, tail = _split(x, n)
-    z = solve(product(tail, v, into=contiguous(head), alpha=-1), factor)
-    return _Solution(_twice_minus(z, head, None), z, factor, v)
+    if wide:
+        assert v is not None  # a wide operator has more inputs than outputs
+        head, tail = _split(x, n)
+        z, out = solve(product(tail, v, into=contiguous(head), alpha=-1), factor, head)
+    else:
+        z, out = solve(x, factor, x, v, transposed=True)
+    assert out is not None  # something is taken off twice z
+    return _Solution(out, z, factor, v)
 
 
 def _system(taps: Tensor, angles: Angles | None) -> tuple[Planes, Planes | None]:
@@ -108,40 +111,7 @@ def _plus_identity(plane: Tensor, times: int) -> Tensor:
 
 def _split(a: Planes, n: int) -> tuple[Planes, Planes]:
     """Return views of the first n columns and of the others."""
-    return _each(lambda plane: plane[:, :, :n], a), _each(lambda plane: plane[:, :, n:], a)
-
-
-def _each(function: Callable[..., Tensor], *planes: Planes) -> Planes:
-    """Apply ``function`` to the real parts, and to the imaginary ones if there are any."""
-    imag = [plane[1] for plane in planes]
-    return function(*(plane[0] for plane in planes)), None if imag[0] is None else function(*imag)
-
-
-def _below(z: Planes, v: Planes | None) -> Planes | None:
-    """Return −2z·Vᵀ, the columns that a tall operator has more."""
-    return None if v is None else product(z, transpose(v), alpha=-2)
-
-
-def _twice_minus(z: Planes, x: Planes | None, right: Planes | None) -> Planes:
-    """Return [2z − x, right], the identity in place of x if there is none."""
-
-    def join(first: Tensor, more: Tensor | None) -> Tensor:
-        return first if more is None else torch.cat((first, more), -1)
-
-    def subtract(plane: Tensor, minus: Tensor, more: Tensor | None) -> Tensor:
-        if differentiable(plane, minus):
-            return join(2 * plane - minus, more)
-        count, batch, n = plane.shape
-        y = plane.new_empty(count, batch, n + (0 if more is None else more.shape[-1]))
-        torch.lerp(minus, plane, 2.0, out=y[:, :, :n])  # one pass
-        if more is not None:
-            y[:, :, n:].copy_(more)
-        return y
-
-    more_r, more_i = right or (None, None)
-    if x is None:
-        return join(_plus_identity(2 * z[0], -1), more_r), None if z[1] is None else join(2 * z[1], more_i)
-    return subtract(z[0], x[0], more_r), None if z[1] is None or x[1] is None else subtract(z[1], x[1], more_i)
+    return each(lambda plane: plane[:, :, :n], a), each(lambda plane: plane[:, :, n:], a)
 
 
 class _ApplyCayley(torch.autograd.Function):
@@ -153,7 +123,7 @@ class _ApplyCayley(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Return the planes of y and of z; the formulas stand at the top of the file."""
         y, z, factor, v = _forward(None if real is None else (real, imag), taps, angles, wide=wide)
-        ctx.wide, ctx.angles, ctx.whole = wide, angles, factor.whole
+        ctx.wide, ctx.angles, ctx.width = wide, angles, factor.width
         ctx.set_materialize_grads(False)
         inputs = (real, imag) if wide else (None, None)
         ctx.save_for_backward(*z, *factor.planes, *(v or (None, None)), taps, *inputs)
@@ -164,12 +134,12 @@ class _ApplyCayley(torch.autograd.Function):
         """Return the gradients of the images and of the taps."""
         # Unpacked once: checkpointing computes each tensor again and hands it out a single time.
         z_r, z_i, factor_r, factor_i, v_r, v_i, taps, real, imag = ctx.saved_tensors
-        z, factor = (z_r, z_i), Factor((factor_r, factor_i), ctx.whole)
+        z, factor = (z_r, z_i), Factor((factor_r, factor_i), ctx.width)
         v = None if v_r is None else (v_r, v_i)
         with torch.autocast(taps.device.type, enabled=False):
             if recording() or torch.is_grad_enabled():
                 n_planes, v = _system(taps, ctx.angles)
-                factor = Factor(invert(n_planes), whole=True)
+                factor = inverse(n_planes)
             outputs = z_r.shape[-1] if ctx.wide else taps.shape[2]
             grad = _filled(grads[:2], z, outputs)
             grad_z = None if grads[2] is None and grads[3] is None else _filled(grads[2:], z, z_r.shape[-1])
@@ -204,8 +174,7 @@ def _backward_tall(
     if v is not None:
         head, low = _split(grad, z[0].shape[-1])
         right = product(low, v, conj_b=True, into=contiguous(head), alpha=-1)
-    u = solve(_with_half(right, grad_z), factor, conj=True)
-    grad_x = _twice_minus(u, head, None) if x else None
+    u, grad_x = solve(_with_half(right, grad_z), factor, head if x else None, conj=True)
     if not taps:
         return grad_x, None, None
     # Rows are batches, so −2uzᴴ is −2(rows of u)ᵀ·conj(rows of z).
@@ -217,8 +186,7 @@ def _backward_wide(
     grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes, tail: Planes, x: bool, taps: bool
 ) -> _Gradients:
     """conj(N)s = g + ∂z/2, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
-    s = solve(_with_half(grad, grad_z), factor, transposed=True, conj=True)
-    grad_x = _twice_minus(s, grad, product(s, transpose(v), conj_b=True, alpha=-2)) if x else None
+    s, grad_x = solve(_with_half(grad, grad_z), factor, grad if x else None, v, transposed=True, conj=True)
     if not taps:
         return grad_x, None, None
     grad_n = product(transpose(z), s, conj_a=True, alpha=-2)
@@ -226,7 +194,7 @@ def _backward_wide(
 
 
 def _with_half(right: Planes, grad_z: Planes | None) -> Planes:
-    return right if grad_z is None else _each(lambda plane, more: plane + more / 2, right, grad_z)
+    return right if grad_z is None else each(lambda plane, more: plane + more / 2, right, grad_z)
 
 
 def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles | None, taps: Tensor) -> Tensor:

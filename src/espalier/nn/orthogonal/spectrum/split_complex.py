@@ -23,7 +23,7 @@ from espalier.nn.precision import differentiable
 
 Planes = tuple[Tensor, Tensor | None]
 
-# Rows of a leaf, and how many matrices it takes for small leaves to pay: LAPACK takes the matrices of a batch one by
+# Rows of a leaf, and how many matrices are many, so that small leaves pay: LAPACK takes the matrices of a batch one by
 # one, a product takes all at once, but every product is a call.
 _SMALL_LEAF, _LARGE_LEAF, _MANY = 16, 64, 16
 # Numbers per plane that are inverted together: what the temporaries of one part leave in the cache serves the next.
@@ -40,6 +40,7 @@ def product(
     conj_b: bool = False,
     into: Planes | None = None,
     alpha: int = 1,
+    add: bool = True,
 ) -> Planes:
     """Return alpha·a·b, or ``into`` with it added, in place where nothing follows the operations.
 
@@ -48,18 +49,19 @@ def product(
         b: planes (N, q, r); ``conj_b`` likewise.
         into: planes (N, p, r) to add to, apart from a and b in memory.
         alpha: factor of the product.
+        add: without it ``into``, whatever it holds, becomes the product; nothing may follow the operations then.
     """
     (a_r, a_i), (b_r, b_i) = a, b
     # A sum of nothing (an empty batch) is left to torch: the kernels would write nothing.
     if a_i is not None and b_i is not None and (into is None or into[1] is not None) and a_r.shape[2]:
         pair = None if into is None or into[1] is None else (into[0], into[1])
         if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
-            return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha)
+            return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha, add=add)
     followed = differentiable(*a, *b, *(into or ()))
-    if into is not None and not followed and not into[0].is_contiguous():
+    if into is not None and not followed and not (add and into[0].is_contiguous()):
         # Into a strided result, a batched GEMM takes the slow path.
-        copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=contiguous(into), alpha=alpha))
-        return into
+        start = contiguous(into) if add else None
+        return copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=start, alpha=alpha))
     add = torch.baddbmm if followed else Tensor.baddbmm_
 
     def first(x: Tensor, y: Tensor, factor: float) -> Tensor:
@@ -93,11 +95,17 @@ def contiguous(a: Planes) -> Planes:
     return a[0].clone(memory_format=layout), None if a[1] is None else a[1].clone(memory_format=layout)
 
 
-def copy_(target: Planes, source: Planes) -> None:
-    """Copy planes into views of others."""
+def copy_(target: Planes, source: Planes) -> Planes:
+    """Copy planes into views of others, and return those."""
     target[0].copy_(source[0])
     if target[1] is not None and source[1] is not None:
         target[1].copy_(source[1])
+    return target
+
+
+def many(count: int) -> bool:
+    """Return whether so many matrices keep all threads busy, one each."""
+    return count >= min(_MANY, torch.get_num_threads())
 
 
 def invert(a: Planes) -> Planes:
@@ -116,7 +124,7 @@ def invert(a: Planes) -> Planes:
     if a[1] is not None and count >= _MANY and kernels.compiled(a[0], a[1]):
         whole = contiguous(a)
         assert whole[1] is not None
-        return kernels.invert_((whole[0], whole[1]))
+        return kernels.factor_((whole[0], whole[1]), n)
     leaf = _SMALL_LEAF if count >= _MANY else _LARGE_LEAF
     part = max(1, _TOGETHER // n**2)
     if count <= part:

@@ -1,0 +1,261 @@
+"""Any torch ``Dataset`` or ``DataLoader`` as a source of batches: what ``--dataset FILE.py:FUNCTION`` names."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from espalier.data.augmentation import Augmentation
+from espalier.data.source import Source
+from espalier.errors import EspalierError, unknown_name
+from espalier.lookup import errors_of, load
+from espalier.randomness import derive_generator
+
+if TYPE_CHECKING:
+    from espalier.recipes.base import Recipe
+
+TRAIN = "train"
+
+
+class LoaderSource:
+    """A ``Source`` over torch's datasets and loaders, each by the name of its split.
+
+    A ``Dataset`` with indices is shuffled here, batch by batch a pure function of (seed, epoch, step), and the ragged
+    rest of an epoch is dropped. A ``DataLoader``, or any other iterable of batches with a length, keeps its own batch
+    size, sampler and workers; every epoch it starts under streams of random numbers that depend on (seed, epoch) alone
+    (torch's, NumPy's and Python's), and a step in mid-epoch is reached by reading the batches before it.
+
+    Args:
+        splits: ``train`` and at least one other; the first other carries the headline score. Batches and items are
+            pairs of inputs and targets.
+        name: of the data, for messages.
+
+    Raises:
+        EspalierError: no training split, nothing to evaluate on, or splits of another kind.
+    """
+
+    def __init__(self, splits: Mapping[str, Any], name: str = "dataset") -> None:
+        self._name = name
+        self._device = torch.device("cpu")
+        if TRAIN not in splits or len(splits) < 2:
+            raise EspalierError(f"{name} has the splits {sorted(splits)}: give 'train' and at least one other")
+        self._splits = dict(splits)
+        for split, data in splits.items():
+            # A stream without indices is batched by a loader, as torch itself would.
+            if not isinstance(data, Dataset | DataLoader) and not hasattr(data, "__iter__"):
+                raise EspalierError(f"{name}: {split} is {type(data).__name__}: give a torch Dataset or a DataLoader")
+        self._place: tuple[int, int, int, int] | None = None
+        self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._model_args = self._measure()
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """``img_size`` and ``in_chans`` of images, and ``num_classes`` where the training set knows its classes."""
+        return self._model_args
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """Every split but ``train``, in the order given."""
+        return tuple(name for name in self._splits if name != TRAIN)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Have batches copied to ``device`` and return the source."""
+        self._device = torch.device(device)
+        self._place = None
+        return self
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return the number of whole batches of the training set, or the length of its loader.
+
+        Raises:
+            EspalierError: the loader has no length, or batches of another size.
+        """
+        if _has_indices(data := self._splits[TRAIN]):
+            return len(data) // batch_size
+        train = self._loader(TRAIN, batch_size)
+        if (own := getattr(train, "batch_size", None)) not in (None, batch_size):
+            raise EspalierError(f"{self._name}: the training loader has batches of {own}: set --batch-size {own}")
+        try:
+            return len(train)
+        except TypeError as error:
+            raise EspalierError(
+                f"{self._name}: the training loader has no length: define __len__, its steps"
+            ) from error
+
+    def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return batch ``step`` of ``epoch`` of the run with ``seed``.
+
+        Raises:
+            EspalierError: the data end before that step, or are no pairs of tensors.
+        """
+        if self._place != (seed, epoch, step, batch_size):
+            self._batches = self._epoch(seed, epoch, batch_size)
+            for _ in range(step):
+                next(self._batches, None)
+        self._place = (seed, epoch, step + 1, batch_size)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise EspalierError(f"{self._name}: epoch {epoch} ended before step {step}: its length is not what it says")
+        return batch
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every example of ``split`` once, in the order of its dataset or loader.
+
+        Raises:
+            EspalierError: unknown split, or items that are no pairs of tensors.
+        """
+        if split not in self._splits:
+            raise unknown_name("split", split, self._splits)
+        return self._read(self._loader(split, batch_size), derive_generator(0, "evaluation", split))
+
+    def _epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = None
+        data = self._splits[TRAIN]
+        if _has_indices(data):
+            steps = len(data) // batch_size
+            shuffled = torch.randperm(len(data), generator=derive_generator(seed, "order", epoch))
+            order = shuffled[: steps * batch_size].view(steps, batch_size).tolist()
+        return self._read(self._loader(TRAIN, batch_size, order), derive_generator(seed, "data", epoch))
+
+    def _loader(self, split: str, batch_size: int, order: list[list[int]] | None = None) -> Any:
+        data = self._splits[split]
+        if _has_indices(data):
+            return DataLoader(data, batch_sampler=order) if order is not None else DataLoader(data, batch_size)
+        return DataLoader(data, batch_size) if isinstance(data, IterableDataset) else data
+
+    def _read(self, loader: Iterable[Any], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        # What the user's code draws comes from streams of its own, whatever the training draws in between.
+        streams = _Streams(generator)
+        own = getattr(loader, "generator", None)
+        if isinstance(own, torch.Generator):
+            own.manual_seed(generator.initial_seed())
+        with errors_of("dataset", self._name), streams:
+            batches = iter(loader)
+        while True:
+            with errors_of("dataset", self._name), streams:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield self._pair(batch)
+
+    def _pair(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+            shown = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise EspalierError(f"{self._name}: a batch is {shown}: let every item be a pair (input tensor, target)")
+        inputs, targets = batch[0].to(self._device), batch[1].to(self._device)
+        if inputs.dtype == torch.float64:  # what NumPy makes of decimals
+            inputs = inputs.float()
+        return inputs, targets.float() if targets.is_floating_point() else targets.long()
+
+    def _measure(self) -> dict[str, Any]:
+        train = self._splits[TRAIN]
+        found: dict[str, Any] = {}
+        if (classes := _count_classes(getattr(train, "dataset", train))) is not None:
+            found["num_classes"] = classes
+        first = next(self.eval_batches(self.eval_splits[0], 1), None)
+        if first is None:
+            raise EspalierError(f"{self._name}: {self.eval_splits[0]} is empty: give it examples")
+        if first[0].dim() == 4 and first[0].is_floating_point():
+            _, channels, height, width = first[0].shape
+            found |= {"in_chans": channels, "img_size": height if height == width else (height, width)}
+        return found
+
+
+class _Streams:
+    """The global streams of random numbers, exchanged for others of its own for the length of a ``with`` block."""
+
+    # ruff: noqa: NPY002 — NumPy's global stream is what the user's transforms draw from.
+
+    def __init__(self, generator: torch.Generator) -> None:
+        seed = generator.initial_seed()
+        self._mine = (
+            generator.get_state(),
+            random.Random(seed).getstate(),
+            np.random.RandomState(seed % 2**32).get_state(),
+        )
+
+    def __enter__(self) -> None:
+        self._theirs = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+        self._set(self._mine)
+
+    def __exit__(self, *_: object) -> None:
+        self._mine = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+        self._set(self._theirs)
+
+    @staticmethod
+    def _set(states: tuple[Tensor, Any, Any]) -> None:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def own_source(recipe: Recipe) -> Source:
+    """Return the data that a function of the user's own makes.
+
+    It is called with ``data_args``, and with ``data_path`` if it takes one, and returns a pair (train, test), a mapping
+    of splits by name (see ``LoaderSource``), or a ``Source``.
+
+    Raises:
+        EspalierError: no such function, arguments that it does not take, augmentation (which is the function's own
+            matter), or a result of another kind.
+    """
+    name = recipe.dataset.partition("#")[0]
+    plain = Augmentation()
+    asked = Augmentation.from_recipe(recipe)
+    changed = [f.name for f in fields(Augmentation) if getattr(asked, f.name) != getattr(plain, f.name)]
+    if changed:
+        raise EspalierError(
+            f"dataset {name}: {', '.join(changed)} would not act on data of your own: augment in its function, and "
+            f"reset here ({' '.join(_reset(field) for field in changed)})"
+        )
+    factory = load("dataset", recipe.dataset)
+    arguments = dict(recipe.data_args) | ({} if recipe.data_path is None else {"data_path": recipe.data_path})
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise EspalierError(f"dataset {name} does not take {arguments or 'no arguments'}: {error}") from error
+    with errors_of("dataset", name):
+        made = factory(**arguments)
+    if isinstance(made, Source):
+        return made
+    if isinstance(made, tuple) and len(made) == 2:
+        made = {TRAIN: made[0], "test": made[1]}
+    if not isinstance(made, Mapping):
+        raise EspalierError(f"dataset {name} returned {type(made).__name__}: return (train, test), or splits by name")
+    return LoaderSource(made, name)
+
+
+def _reset(field: str) -> str:
+    flag = f"--{field.replace('_', '-')}"
+    plain = getattr(Augmentation(), field)
+    return (
+        f"--no-{field}"
+        if plain is False
+        else f"{flag} {' '.join(map(str, plain)) if isinstance(plain, tuple) else plain}"
+    )
+
+
+def _has_indices(data: Any) -> bool:
+    return isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+
+
+def _count_classes(data: Any) -> int | None:
+    """Return how many classes a dataset says that it has, by the names that torchvision and torch use."""
+    while hasattr(data, "dataset"):  # a subset
+        data = data.dataset
+    if (classes := getattr(data, "classes", None)) is not None:
+        return len(classes)
+    targets = data.tensors[-1] if hasattr(data, "tensors") else getattr(data, "targets", None)
+    if targets is None:
+        return None
+    targets = torch.as_tensor(targets)
+    return None if targets.is_floating_point() or targets.dim() != 1 else int(targets.max()) + 1

@@ -1,0 +1,116 @@
+"""WebDataset's shards: where the images lie within .tar files, so that any one can be read without the others."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from espalier.data.decoded import progress
+from espalier.data.encoded import SUFFIXES, EncodedImages
+from espalier.data.labelled import ImageData
+from espalier.data.layout import split_off
+from espalier.errors import EspalierError
+
+_MOST_CLASSES = 1_000_000
+# A split in the name of a shard or its folder: "train/0000.tar", "imagenet1k-validation-07.tar", "Train_3.tar".
+_SPLIT = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|test|testing|eval))(?![a-z])")
+
+
+def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImages]:
+    """List the images of all ``.tar`` files below ``root``, decoding nothing.
+
+    A sample is the files of one name up to its first point: an image, and ``NAME.cls`` with the number of its class
+    in digits. Shards are training or test sets by their own or their folder's name; where no name says so, a share of
+    each class is set aside. Only headers are read. The images of an epoch are then read in the order that a folder's
+    would be, each by itself: shuffled as a whole, and not within a buffer.
+
+    Args:
+        root: a folder of shards, or one shard.
+        test_share: share of each class that is the test set where no shard is named as one; fixed for one listing.
+
+    Raises:
+        EspalierError: no shards, a damaged or compressed one, a sample without an image or a class, a class number
+            that is none, training shards without test shards or the other way round; the message names the shard.
+    """
+    base = root if root.is_dir() else root.parent
+    shards = sorted(root.rglob("*.tar")) if root.is_dir() else [root]
+    if not shards:
+        packed = next((path for path in base.rglob("*.tar.*")), None)
+        remedy = f"unpack {packed} to .tar" if packed else "give a folder of shards as --data"
+        raise EspalierError(f"{root} holds no .tar file: {remedy}")
+    names = {path: path.relative_to(base).as_posix() for path in shards}
+    kinds = {path: _split_of(names[path]) for path in shards}
+    samples = {path: _samples(path) for path in progress(shards, len(shards), "listing shards")}
+
+    def images(kind: str) -> EncodedImages:
+        chosen = [path for path in shards if kinds[path] == kind]
+        spans = np.array(
+            [(n, *sample[1:]) for n, path in enumerate(chosen) for sample in samples[path]], dtype=np.int64
+        )
+        labels = [sample[0] for path in chosen for sample in samples[path]]
+        return EncodedImages.from_names(base, [names[path] for path in chosen], labels, spans)
+
+    found = set(kinds.values())
+    if found == {""}:
+        whole = images("")
+        return split_off(whole, _class_names(whole), test_share)
+    if found != {"train", "test"}:
+        unnamed = [names[path] for path in shards if not kinds[path]]
+        wrong = f"{unnamed[0]} is of no split" if unnamed else f"all are {found.pop()} shards"
+        raise EspalierError(f"shards in {root}: {wrong}: name all of them or their folders train, val or test, or none")
+    train, test = images("train"), images("test")
+    class_names = _class_names(train)
+    highest = int(test.labels_N.max())
+    if highest >= len(class_names):
+        raise EspalierError(f"shards in {root}: class {highest} has test images and no training images: add some")
+    return ImageData(train, test, class_names)
+
+
+def _split_of(name: str) -> str:
+    # The file's own name counts first: val/train-like words further up may be somebody's folder.
+    for part in reversed(name.lower().split("/")):
+        if found := _SPLIT.search(part):
+            return "train" if found[1] else "test"
+    return ""
+
+
+def _class_names(images: EncodedImages) -> tuple[str, ...]:
+    # A part of a set need not hold every class; the numbers up to the highest are all taken as such.
+    return tuple(map(str, range(int(images.labels_N.max()) + 1)))
+
+
+def _samples(shard: Path) -> list[tuple[int, int, int]]:
+    """Return class, first byte and length of every image of a shard, in its order."""
+    places: dict[str, tuple[int, int]] = {}
+    classes: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith("."):
+                    continue
+                stem, _, ending = name.partition(".")
+                sample = f"{folder}/{stem}"
+                if f".{ending.lower()}" in SUFFIXES:
+                    if sample in places:
+                        raise EspalierError(f"shard {shard} holds two images of the name {sample}: rename one")
+                    places[sample] = member.offset_data, member.size
+                elif ending.lower() == "cls":
+                    text = archive.extractfile(member).read(20).decode("ascii", "replace").strip()  # type: ignore[union-attr]
+                    if not (text.isascii() and text.isdigit()) or int(text) > _MOST_CLASSES:
+                        raise EspalierError(f"shard {shard}: {member.name} holds {text!r}: write the number of a class")
+                    classes[sample] = int(text)
+    except (tarfile.TarError, OSError) as error:
+        raise EspalierError(
+            f"cannot read shard {shard} ({error}): repair it, or unpack it if it is compressed"
+        ) from error
+    if odd := places.keys() ^ classes.keys():
+        name = min(odd)
+        missing = "class: add its number as .cls" if name in places else "image: add it or remove its .cls"
+        raise EspalierError(f"shard {shard}: sample {name.lstrip('/')} has no {missing}")
+    if not places:
+        raise EspalierError(f"shard {shard} holds no image: remove it ({', '.join(sorted(SUFFIXES))})")
+    return [(classes[name], *place) for name, place in places.items()]

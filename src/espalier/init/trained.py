@@ -1,0 +1,53 @@
+"""Do a model's weights look trained? ``structure_`` says so before it overwrites them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+_NORM = re.compile(r"norm|^ln", re.IGNORECASE)
+# Gains of a layer this narrow say too little.
+_FEWEST = 8
+
+
+class TrainedWeightsWarning(UserWarning):
+    """Structure is about to be written over weights that look trained; nothing is written yet."""
+
+
+def trained_norms(model: nn.Module) -> tuple[list[str], int]:
+    """Return the normalisation layers whose gains were trained, and how many such layers there are.
+
+    Every library starts gains at a constant, and whatever brought trained weights into the model (``from_pretrained``,
+    ``create_model(pretrained=True)``, ``load_state_dict``) brought theirs, so no flag of any library is needed. Gains
+    drawn from noise around zero do not count: no training does that to them.
+    """
+    moved, count = [], 0
+    for name, module in model.named_modules():
+        gain = getattr(module, "weight", None)
+        if not (_NORM.search(type(module).__name__) and isinstance(gain, Tensor)):
+            continue
+        gain = gain.to_local() if hasattr(gain, "to_local") else gain
+        if gain.ndim != 1 or gain.numel() < _FEWEST or gain.is_meta or not gain.is_floating_point():
+            continue
+        count += 1
+        gain = gain.detach().double()
+        around_zero = 0 < gain.std() < 0.3 and gain.mean().abs() < 0.3 * gain.std()
+        if torch.isfinite(gain).all() and gain.min() < gain.max() and not around_zero:
+            moved.append(name)
+    return moved, count
+
+
+def warn_if_trained(model: nn.Module) -> None:
+    """Warn if at least half of the model's normalisation layers have trained gains."""
+    moved, count = trained_norms(model)
+    if moved and 2 * len(moved) >= count:
+        warnings.warn(
+            f"these weights look trained (gains of {len(moved)} of {count} normalisation layers, such as {moved[0]}, "
+            "are no fresh start's): structure_ overwrites what attention, filters or state-space layers have learnt; "
+            "give it a fresh model, or ignore espalier.init.TrainedWeightsWarning",
+            TrainedWeightsWarning,
+            stacklevel=4,
+        )

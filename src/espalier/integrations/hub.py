@@ -1,0 +1,96 @@
+"""A finished run on the Hugging Face Hub: its model, with a card that says its recipe, numbers and certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from espalier.certify.certificate import EPSILONS, Certificate
+from espalier.errors import EspalierError, require
+from espalier.init import StructureReport
+from espalier.models.hub import HubModel
+from espalier.recipes import Recipe
+from espalier.study.record import record_run
+from espalier.train import Run, load_run
+from espalier.train.certify_runs import certificate_path
+from espalier.train.run import RECIPE, STRUCTURE
+
+
+def model_card(run: Run | str | Path) -> str:
+    """Return the text of a model card: recipe, numbers, structure, record, and the certificate if there is one.
+
+    Args:
+        run: a finished run, or its folder.
+
+    Raises:
+        EspalierError: it is no run folder, or the run is not finished.
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    record = record_run(run, study=run.recipe.name, arm=run.recipe.init)
+    score = "diverged" if record.score is None else f"{record.score:.4g}"
+    defaults = Recipe("")
+    fields = dataclasses.asdict(run.recipe)
+    changed = {k: v for k, v in fields.items() if v != getattr(defaults, k) and k != "data_path"}
+    numbers = {record.metric: score, **{name: f"{value:.4g}" for name, value in record.extra.items()}}
+    parts = [
+        f"# {run.recipe.name}",
+        f"Trained with [Espalier](https://github.com/espalier/espalier): {record.epochs} epochs, {record.steps} steps, "
+        f"seed {record.seed}, start `{run.recipe.init}`. Inputs are normalised as the recipe says "
+        f"(`{run.recipe.normalize}`, with the statistics of the training set).",
+        "## Numbers\n\n| metric | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in numbers.items()),
+        "One run; how scores scatter from seed to seed is not shown by it.",
+        f"## Recipe\n\n```json\n{json.dumps(changed, indent=2)}\n```",
+    ]
+    if (run.path / STRUCTURE).exists():
+        report = StructureReport.from_dict(json.loads((run.path / STRUCTURE).read_text()))
+        parts.append(f"## Structure at the start\n\n```text\n{report}\n```")
+    if (proof := certificate_path(run.path)).exists():
+        parts.append(f"## Certificate\n\n```text\n{Certificate.load(proof).table(EPSILONS)}\n```")
+    parts.append(f"## Record\n\n```json\n{record.line().strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def save_run(run: Run | str | Path, folder: str | Path) -> Path:
+    """Write a finished run's model for sharing: weights, configuration, card, recipe, and certificate.
+
+    ``espalier.models.CLASS.from_pretrained(folder)`` reads it back.
+
+    Args:
+        run: a finished run of one of our models, or its folder.
+        folder: it is made if need be.
+
+    Raises:
+        EspalierError: the run is not finished or has no weights, or its model is not one of ours.
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    model, folder = run.model(), Path(folder)
+    if not isinstance(model, HubModel):
+        raise EspalierError(f"run {run.path}: {type(model).__name__} is no model of ours: save it by its own means")
+    model.save_pretrained(folder, card=model_card(run))
+    shutil.copyfile(run.path / RECIPE, folder / RECIPE)
+    if (proof := certificate_path(run.path)).exists():
+        shutil.copyfile(proof, folder / "certificate.json")
+    return folder
+
+
+def push_run(run: Run | str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload what ``save_run`` writes to ``ORG/NAME`` and return the address of the commit.
+
+    Args:
+        run: a finished run of one of our models, or its folder.
+        repo_id: the repository, made if need be.
+        private: whether a new repository is private; by default as its organisation has it.
+        token: by default the one of ``hf auth login``.
+
+    Raises:
+        EspalierError: see ``save_run``.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    api = require("huggingface_hub", "hub").HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_run(run, folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a run of espalier"))

@@ -1,0 +1,142 @@
+"""Objects of the user's own by name: ``FILE.py:NAME`` or ``package.module:NAME``, pinned to the code that is there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from espalier.errors import EspalierError, unknown_name
+
+# Note [Pins]
+# What a name means changes when its file is edited. A recipe that is saved beside a run therefore says
+# ``/home/me/nets.py:Net#7c0f2ad19e35``: the first digits of the SHA-256 of the file. Workers, Slurm jobs, resumed runs
+# and readers of the run get that very code or an error, and a digest of the recipe tells two versions apart. Modules
+# that the file itself imports are not covered.
+_DIGITS = 12
+
+
+def is_reference(name: str) -> bool:
+    """Return whether a name is of this form, rather than one that is registered here."""
+    return ":" in name
+
+
+def pin(kind: str, reference: str) -> str:
+    """Return a reference with an absolute path and its pin (Note [Pins]); one that has a pin keeps it.
+
+    Args:
+        kind: what is named, for messages: "model".
+        reference: ``FILE.py:NAME`` or ``package.module:NAME``.
+
+    Raises:
+        EspalierError: no such file or module.
+    """
+    place, name, digest = _split(kind, reference)
+    if digest:
+        return reference
+    file = _file_of(kind, place)
+    where = str(file) if place.endswith(".py") else place
+    return f"{where}:{name}" + (f"#{_digest(file)}" if file is not None else "")
+
+
+def load(kind: str, reference: str) -> Callable[..., Any]:
+    """Import and return what a reference names.
+
+    Raises:
+        EspalierError: no such file, module or name, code that fails on import or that is not what was pinned.
+    """
+    place, name, digest = _split(kind, reference)
+    file = _file_of(kind, place)
+    if digest and file is not None and _digest(file) != digest:
+        raise EspalierError(
+            f"{kind} {place}:{name}: {file} is not the code that this was planned or trained with ({digest}): put that "
+            "version back, or start in another folder"
+        )
+    with errors_of(kind, f"{place}:{name}"):
+        module = _import_file(file) if file is not None and place.endswith(".py") else importlib.import_module(place)
+    if not callable(found := getattr(module, name, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown_name(f"{kind} in {place}", name, known)
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def errors_of(kind: str, reference: str) -> Iterator[None]:
+    """Turn errors of the user's code into one line that names it and the place where it failed.
+
+    Raises:
+        EspalierError: in place of any other exception.
+    """
+    try:
+        yield
+    except EspalierError:
+        raise
+    except (Exception, SystemExit) as error:
+        foreign = ("site-packages", "<frozen", str(Path(__file__).parent))
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in foreign)
+        ]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        text = " ".join(str(error).split())[:300]
+        raise EspalierError(
+            f"{kind} {reference.partition('#')[0]} fails with {type(error).__name__}: {text}{where}"
+        ) from error
+
+
+def _split(kind: str, reference: str) -> tuple[str, str, str]:
+    body, _, digest = reference.partition("#")
+    place, _, name = body.rpartition(":")
+    if not name.isidentifier() or not (place.endswith(".py") or all(map(str.isidentifier, place.split(".")))):
+        raise EspalierError(f"{kind} {reference!r}: write FILE.py:NAME or package.module:NAME")
+    return place, name, digest
+
+
+def _file_of(kind: str, place: str) -> Path | None:
+    """Return the file that holds the code; None for what is built in."""
+    if place.endswith(".py"):
+        file = Path(place).expanduser().resolve()
+        if not file.is_file():
+            raise EspalierError(f"{kind}: there is no file {file}: give the path of a file of Python code")
+        return file
+    # As for ``python -m``: a package in the present folder counts, after those that are installed.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    with errors_of(kind, place):
+        try:
+            spec = importlib.util.find_spec(place)
+        except ModuleNotFoundError:
+            spec = None
+    if spec is None:
+        raise EspalierError(f"{kind}: there is no module {place!r}: install it, or name a file, FILE.py:NAME")
+    return Path(spec.origin) if spec.origin and spec.has_location else None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGITS]
+
+
+def _import_file(file: Path) -> ModuleType:
+    # Two files of one name, or two versions of one file, are two modules.
+    name = f"{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}_{_digest(file)}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # its neighbours can be imported
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,93 @@
+"""Compare anything: recipes, or any function that trains, arm by arm, over learning rates and paired seeds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from espalier.errors import EspalierError
+from espalier.files import write_bytes
+from espalier.recipes import Recipe
+from espalier.study.applicable import check_arms
+from espalier.study.launcher import launch, run_recipe
+from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
+from espalier.study.record import record_scores
+from espalier.study.summary import Summary, summarise
+from espalier.study.trial import FILES, RECORD, Arms, Trial, draft_study, save_study
+
+
+def compare(
+    train: TrainFunction | Recipe,
+    *,
+    arms: Arms,
+    out: Path | str,
+    lrs: Sequence[float] | Literal["auto"] = "auto",
+    seeds: int | Sequence[int] = 5,
+    workers: int = 2,
+    cluster: Literal["local", "slurm"] = "local",
+    parameters: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+    lr: float | None = None,
+    progress: bool | None = None,
+) -> Summary:
+    """Train every arm at every learning rate and seed, and return what was found; call it again to resume.
+
+    ``train(arm, lr, seed, folder)`` returns a score (larger is better) or a curve, a list of (step, score) whose last
+    score counts; one that is not finite says that the run diverged. It gets the same folder when it is called again
+    after a kill, and may keep checkpoints there. Arms of one seed are paired: let what they share (weights, batches)
+    depend on the seed alone. A trial that raises is reported and the others go on.
+
+    Args:
+        train: a function, which may stand in a script or a notebook; or a recipe.
+        arms: names, the baseline first; of a recipe, as ``plan_study`` takes them.
+        out: the study folder: made, or extended by new arms, rates and seeds.
+        lrs: learning rates, or ``"auto"`` for five, √10 apart.
+        seeds: how many, from 0; or the seeds themselves.
+        workers: processes here, or Slurm jobs; 0 runs in this process.
+        cluster: ``"local"`` or ``"slurm"``.
+        parameters: of the Slurm jobs, see ``launch``.
+        metric: name of what a function returns ("score" by default); shares of one end in ``accuracy``.
+        lr: centre of an ``"auto"`` grid for a function (1e-3 by default); a recipe has its own.
+        progress: print one line of progress; None prints it where standard error is a terminal.
+
+    Raises:
+        EspalierError: bad arguments, an arm that the recipe's model has no place for, a folder of another study, or a
+            worker that died.
+        RunInterrupted: stopped from the keyboard.
+    """
+    if isinstance(train, Recipe):
+        given = [name for name, value in (("metric", metric), ("lr", lr)) if value is not None]
+        if given:
+            raise EspalierError(f"{given[0]} belongs to a training function: a recipe has its own, leave it out")
+        training: Recipe | OwnTraining = train
+    else:
+        training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
+    if isinstance(seeds, int):
+        if seeds < 1:
+            raise EspalierError(f"seeds {seeds}: give how many, from 1")
+        seeds = range(seeds)
+    study = draft_study(training, arms, lrs, seeds, out)
+    check_arms(study)
+    save_study(study)
+    run = run_recipe if isinstance(train, Recipe) else _RunFunction(train)
+    launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
+    return summarise(study)
+
+
+@dataclass(frozen=True)
+class _RunFunction:
+    """Runs a trial of the user's own training and leaves its record."""
+
+    train: TrainFunction
+
+    def __call__(self, trial: Trial) -> None:
+        assert isinstance(trial.recipe, OwnTraining)
+        folder = trial.path / FILES
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        curve = read_scores(self.train(trial.arm, trial.lr, trial.seed, folder), trial.recipe.metric)
+        record = record_scores(trial.recipe, trial.arm, trial.lr, trial.seed, curve, time.perf_counter() - started)
+        write_bytes(trial.path / RECORD, record.line().encode())

@@ -1,0 +1,111 @@
+"""A training function of the user's own, in place of a recipe: what a plan knows of it, and what it returns."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from espalier.errors import EspalierError
+
+Scores = float | Sequence[tuple[int, float]]
+TrainFunction = Callable[[str, float, int, Path], Scores]
+
+
+@dataclass(frozen=True)
+class OwnTraining:
+    """What a study knows of a function that trains its trials."""
+
+    name: str
+    code: str
+    """First digits of the SHA-256 of the function's source; of its name alone where there is no source."""
+    metric: str = "score"
+    """Name of the score; larger is better. One that ends in ``accuracy`` is a share of one."""
+    lr: float = 1e-3
+    """Centre of an ``"auto"`` grid of learning rates."""
+
+    @classmethod
+    def of(cls, train: TrainFunction, metric: str = "score", lr: float = 1e-3) -> OwnTraining:
+        """Describe a function, a bound method, a callable object or a ``functools.partial`` of one.
+
+        Raises:
+            EspalierError: it cannot be called as ``train(arm, lr, seed, folder)``, or a bad ``lr``.
+        """
+        inner, bound = train, []
+        while isinstance(inner, functools.partial):
+            # What is bound shapes the trials: another value is another training.
+            bound.append(repr((inner.args, sorted(inner.keywords.items()))))
+            inner = inner.func
+        inner = inspect.unwrap(inner)
+        name = getattr(inner, "__qualname__", type(inner).__qualname__)
+        try:
+            inspect.signature(train).bind("arm", 1e-3, 0, Path())
+        except (TypeError, ValueError) as error:
+            raise EspalierError(f"train {name} must take (arm, lr, seed, folder): {error}") from error
+        if not (math.isfinite(lr) and lr > 0):
+            raise EspalierError(f"lr {lr}: give a positive number, the centre of the grid of rates")
+        try:
+            source = inspect.getsource(inner if hasattr(inner, "__qualname__") else type(inner))
+        except (OSError, TypeError):  # typed at a prompt, or compiled
+            source = name
+        code = hashlib.sha256("\n".join([source, *bound]).encode()).hexdigest()[:12]
+        return cls(name, code, metric, lr)
+
+    def digest(self, lr: float, seed: int) -> str:
+        """Return 16 hexadecimal digits of what a trial is, as ``recipe_digest`` does for a recipe."""
+        what = {"train": self.name, "code": self.code, "metric": self.metric, "trial_lr": lr, "seed": seed}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, other: object) -> str | None:
+        """Return in words what makes two studies of different trainings, None if nothing does."""
+        if not isinstance(other, OwnTraining):
+            return "a recipe there, a function of your own here"
+        mine, theirs = asdict(self), asdict(other)
+        # The centre of a grid shapes no trial.
+        names = [name for name in mine if name != "lr" and mine[name] != theirs[name]]
+        return f"{names[0]} is {theirs[names[0]]!r} there and {mine[names[0]]!r} here" if names else None
+
+
+def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
+    """Return what a training function returned as (step, score) pairs, the last the final one; one score has step 0.
+
+    Raises:
+        EspalierError: neither a score nor a curve, steps that do not increase, or a share outside [0, 1].
+    """
+    is_curve = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
+    try:
+        pairs = (
+            [(_number(step), _number(score)) for step, score in returned] if is_curve else [(0.0, _number(returned))]
+        )
+        steps = [int(step) for step, _ in pairs]
+        if not steps or steps != sorted({abs(step) for step in steps}) or any(step % 1 for step, _ in pairs):
+            raise ValueError("steps must increase")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise EspalierError(
+            f"train returned {_short(returned)} ({_short(error)}): return a score, or a list of (step, score) with "
+            "increasing whole steps"
+        ) from error
+    curve = [(step, score) for step, (_, score) in zip(steps, pairs, strict=True)]
+    for _, score in curve:
+        if metric.endswith("accuracy") and math.isfinite(score) and not 0 <= score <= 1:
+            raise EspalierError(
+                f"train returned {score:g} as {metric}: give shares of one, or another name of the metric"
+            )
+    return curve
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes | bool):
+        raise TypeError(f"{type(value).__name__} is no number")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,62 @@
+"""What a finished run says of image files, from its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from espalier.data.folder import SUFFIXES
+from espalier.errors import EspalierError
+from espalier.train.image_input import ImageInput
+from espalier.train.run import Run
+
+
+def pixel_model(run: Run) -> nn.Module:
+    """Return a run's final network as a function of pixels in [0, 1], in evaluation mode; its data are not needed.
+
+    Raises:
+        EspalierError: an unfinished or diverged run, or one whose data are no images.
+    """
+    return nn.Sequential(ImageInput.load(run.path).normalizer(), run.model()).eval()
+
+
+@torch.no_grad()
+def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tuple[str, float]]]:
+    """Return the most probable classes of image files, by softmax over a run's logits.
+
+    Args:
+        run: a finished run on images.
+        paths: image files, and folders, which stand for all images below them.
+        top: how many classes.
+
+    Returns:
+        By file, classes with their probabilities, the most probable first.
+
+    Raises:
+        EspalierError: an unfinished run or one whose data are no images, no image, files that cannot be decoded.
+    """
+    expected = ImageInput.load(run.path)
+    if top < 1:
+        raise EspalierError(f"top is {top}: give a whole number from 1")
+    files = [file for path in paths for file in (_images_below(path) if path.is_dir() else [path])]
+    if not files:
+        raise EspalierError("there are no images: name files, or folders that hold some")
+    net, found = pixel_model(run), {}
+    for start in range(0, len(files), run.recipe.eval_batch_size):
+        batch = files[start : start + run.recipe.eval_batch_size]
+        for file, probabilities_K in zip(batch, net(expected.read(batch)).softmax(-1), strict=True):
+            best = probabilities_K.topk(min(top, len(probabilities_K)))
+            names = [expected.class_names[index] for index in best.indices.tolist()]
+            found[file] = list(zip(names, best.values.tolist(), strict=True))
+    return found
+
+
+def _images_below(folder: Path) -> list[Path]:
+    def visible(path: Path) -> bool:
+        # What macOS leaves in archives bears names of images and is none.
+        return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and visible(path))

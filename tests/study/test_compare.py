@@ -1,0 +1,272 @@
+"""Any training function under ``espalier.compare``: the same plan, statistics, records and report as recipes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import espalier
+from espalier.errors import EspalierError
+from espalier.recipes import Recipe, get_recipe
+from espalier.report import write_report
+from espalier.study import add_records, launch, load_study, summarise, text_table
+from espalier.study.own_training import OwnTraining, read_scores
+from espalier.study.table import failure_lines
+
+Call = tuple[str, float, int]
+
+
+def score_of(arm: str, lr: float, seed: int) -> float:
+    """Return 3 for the arm ``high`` and 1 for others, less for rates away from 0.1, and noise of the seed."""
+    return (
+        (3.0 if arm == "high" else 1.0) - abs(math.log10(lr) + 1) + 0.1 * (seed * 7 % 5) + 0.01 * seed * (arm == "high")
+    )
+
+
+CALLS: list[Call] = []
+
+
+def train(arm: str, lr: float, seed: int, folder: Path) -> float:
+    CALLS.append((arm, lr, seed))
+    (folder / "result.json").write_text("mine")  # no name is taken in the user's folder
+    (folder / "failure.txt").write_text("mine")
+    return score_of(arm, lr, seed)
+
+
+@pytest.fixture(autouse=True)
+def no_calls() -> None:
+    CALLS.clear()
+
+
+def test_scores_are_compared_as_those_of_recipes(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    summary = espalier.compare(train, arms=["low", "high"], lrs=[1e-2, 1e-1], seeds=3, out=out, workers=0)
+    low, high = summary.arms
+    assert sorted(CALLS) == sorted((arm, lr, s) for arm in ("low", "high") for lr in (1e-2, 1e-1) for s in range(3))
+    assert summary.metric == "score"
+    assert (low.best_lr, high.best_lr) == (1e-1, 1e-1)
+    gaps = [score_of("high", 1e-1, s) - score_of("low", 1e-1, s) for s in range(3)]
+    theirs = scipy.stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert (high.difference.t.low, high.difference.t.high) == pytest.approx((theirs.low, theirs.high))
+    assert high.difference.shown
+    assert "high is +2.01 over low" in text_table(summary)
+    # Nothing is trained twice; new seeds, rates and arms join.
+    CALLS.clear()
+    assert espalier.compare(train, arms=["low", "high"], lrs=[1e-1], seeds=2, out=out, workers=0).arms[0].score.n == 3
+    assert CALLS == []
+    wider = espalier.compare(train, arms=["low", "new"], lrs=[1e-1], seeds=[3], out=out, workers=0)
+    assert [arm.arm for arm in wider.arms] == ["low", "new", "high"]
+    assert {call for call in CALLS if call[0] != "new"} == {("low", lr, 3) for lr in (1e-2, 1e-1)} | {
+        ("high", lr, 3) for lr in (1e-2, 1e-1)
+    }
+    assert load_study(out) == wider.study
+
+
+def test_curves_give_steps_to_baseline_and_the_page(tmp_path: Path) -> None:
+    def curve(arm: str, lr: float, seed: int, folder: Path) -> list[tuple[int, float]]:
+        return [(step, step / (100 if arm == "slow" else 50)) for step in (0, 50, 100)]
+
+    summary = espalier.compare(curve, arms=["slow", "fast"], lrs=[1.0], seeds=2, out=tmp_path / "s", workers=0)
+    assert [arm.steps_to_baseline for arm in summary.arms] == [100, 50]
+    assert [point.step for point in summary.arms[0].curve] == [0, 50, 100]
+    text = text_table(summary)
+    assert "steps to baseline" in text
+    assert "50 of 100" in text
+    page = write_report([tmp_path / "s"], tmp_path / "page.html").read_text()
+    assert "steps to baseline" in page
+    assert "Training function" in page
+    assert "epoch" not in page.partition("What was found")[2].partition("<script")[0]
+
+
+def test_auto_rates_have_their_centre_from_lr_and_shares_their_limits(tmp_path: Path) -> None:
+    def share(arm: str, lr: float, seed: int, folder: Path) -> float:
+        return 1.0 - 0.01 * seed
+
+    summary = espalier.compare(share, arms=["a"], seeds=2, out=tmp_path / "s", workers=0, lr=0.1, metric="val accuracy")
+    assert summary.study.lrs == (1e-2, 3.2e-2, 0.1, 0.32, 1.0)
+    assert summary.is_share
+    assert summary.arms[0].score.high == 1.0  # an interval of shares ends there
+
+
+def test_diverged_and_failed_trials_are_counted_and_tried_again(tmp_path: Path) -> None:
+    broken = [True]
+
+    def fragile(arm: str, lr: float, seed: int, folder: Path) -> Any:
+        if arm == "fails" and broken:
+            raise RuntimeError("too\nbad")
+        return [(1, 0.5), (2, float("nan"))] if arm == "diverges" else 0.5
+
+    options: dict[str, Any] = {"lrs": [1.0], "seeds": 3, "out": tmp_path / "s", "workers": 0}
+    summary = espalier.compare(fragile, arms=["fine", "diverges", "fails"], **options)
+    assert [arm.diverged for arm in summary.arms] == [0, 3, 0]
+    assert [arm.failed for arm in summary.arms] == [0, 0, 3]
+    assert failure_lines(summary) == ["3 trials failed, fails lr=1 seed=0 first: RuntimeError: too bad"]
+    broken.clear()
+    assert not espalier.compare(fragile, arms=["fine", "diverges", "fails"], **options).failures
+
+
+def test_another_function_is_refused_and_a_bound_value_counts(tmp_path: Path) -> None:
+    def depends(arm: str, lr: float, seed: int, folder: Path, depth: int = 1) -> float:
+        return depth
+
+    options: dict[str, Any] = {"arms": ["a"], "lrs": [1.0], "seeds": 1, "out": tmp_path / "s", "workers": 0}
+    espalier.compare(functools.partial(depends, depth=2), **options)
+    espalier.compare(functools.partial(depends, depth=2), **options)
+    for other in (functools.partial(depends, depth=3), depends, train):
+        with pytest.raises(EspalierError, match=r"holds another study: (code|name) is .*choose another folder"):
+            espalier.compare(other, **options)
+    with pytest.raises(EspalierError, match="metric is 'score' there and 'loss' here"):
+        espalier.compare(functools.partial(depends, depth=2), **options, metric="loss")
+    with pytest.raises(EspalierError, match="a function of your own there, a recipe here"):
+        espalier.compare(get_recipe("digits_vit"), **{**options, "arms": ["default"]})
+    unfinished = replace(load_study(tmp_path / "s"), seeds=(0, 1))
+    (failed,) = launch(unfinished, workers=0)
+    assert "trains this study: call espalier.compare with that function" in failed.failure
+
+
+def test_records_stand_for_trials_elsewhere(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"arms": ["low", "high"], "lrs": [0.1], "seeds": 2, "workers": 0}
+    first = espalier.compare(train, out=tmp_path / "a", **options)
+    espalier.compare(train, out=tmp_path / "c", **{**options, "seeds": 1})
+    add_records(load_study(tmp_path / "a").outcomes().values(), tmp_path / "c" / "records.jsonl")
+    CALLS.clear()
+    second = espalier.compare(train, out=tmp_path / "c", **options)
+    assert CALLS == []
+    assert [arm.score for arm in second.arms] == [arm.score for arm in first.arms]
+
+
+SCRIPT = """
+import sys
+import espalier
+
+SCALE = 2.0
+
+def train(arm, lr, seed, folder):
+    (folder / "note.txt").write_text(str(seed))
+    return [(1, lr), (2, SCALE * seed + (arm == "b"))]
+
+summary = espalier.compare(train, arms=["a", "b"], lrs=[0.1], seeds=2, out=sys.argv[1], workers=2)
+print(*(arm.score.mean for arm in summary.arms))
+"""
+
+
+def test_a_script_without_a_guard_has_workers_and_resumes(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        out = subprocess.run(
+            [sys.executable, "mine.py", "study"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert (out.returncode, out.stdout, out.stderr) == (0, "1.0 2.0\n", "")
+    notes = sorted((tmp_path / "study").rglob("files/note.txt"))
+    assert [note.read_text() for note in notes] == ["0", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "seeds 0: give how many, from 1"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"arms": []}, "arms is empty"),
+        ({"arms": "low"}, "arms 'low': give a list of names"),
+        ({"arms": {"low": {}}}, "arms .*: give a list of names"),
+        ({"arms": ["a/b"]}, "arm 'a/b': choose a name that a folder can bear"),
+        ({"arms": ["a:b"]}, "arm 'a:b'"),
+        ({"arms": ["a", "a"]}, "'a' is named twice"),
+        ({"train": lambda arm, lr: 1.0}, r"must take \(arm, lr, seed, folder\)"),
+        ({"train": Recipe(name="r"), "arms": ["default"], "metric": "loss"}, "metric belongs to a training function"),
+        ({"train": Recipe(name="r"), "arms": ["default"], "lr": 0.1}, "lr belongs to a training function"),
+        ({"lr": -1.0, "lrs": "auto"}, "lr"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    arguments = {"train": train, "arms": ["low"], "lrs": [1.0], "seeds": 1, "out": tmp_path / "s", "workers": 0}
+    with pytest.raises(EspalierError, match=message) as caught:
+        espalier.compare(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "s").exists()
+
+
+numbers = st.one_of(
+    st.floats(), st.integers(-5, 5), st.floats(width=32).map(np.float32), st.floats(width=32).map(torch.tensor),
+    st.none(), st.text(max_size=3), st.booleans(),
+)  # fmt: skip
+returned = st.one_of(
+    numbers,
+    st.lists(st.tuples(numbers, numbers), max_size=4),
+    st.lists(numbers, max_size=3),
+    st.dictionaries(st.text(max_size=2), numbers, max_size=2),
+)
+
+
+@given(returned, st.sampled_from(["score", "accuracy"]))
+def test_whatever_is_returned_is_a_curve_or_one_line(value: Any, metric: str) -> None:
+    try:
+        curve = read_scores(value, metric)
+    except EspalierError as error:
+        assert str(error).startswith("train returned ")  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    steps = [step for step, _ in curve]
+    assert steps == sorted(set(steps))
+    assert all(isinstance(score, float) for _, score in curve)
+    if isinstance(value, list):
+        assert [(float(a), float(b)) for a, b in value] == pytest.approx(curve, nan_ok=True)
+    else:
+        assert curve[0][1] == pytest.approx(float(value), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: train, lambda: functools.partial(train), lambda: Callable_(), lambda: Callable_().method]
+)
+def test_every_kind_of_callable_has_a_name_and_the_code_behind_it(made: Callable[[], Any]) -> None:
+    one, two = OwnTraining.of(made()), OwnTraining.of(made())
+    assert one == two
+    assert one.name
+
+
+class Callable_:
+    def __call__(self, arm: str, lr: float, seed: int, folder: Path) -> float:
+        return 0.0
+
+    def method(self, arm: str, lr: float, seed: int, folder: Path) -> float:
+        return 1.0
+
+
+def test_an_arm_that_cannot_be_trained_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    recipe = get_recipe("digits_vit")
+    for arms, message in (
+        (["default", "covariance"], "arm 'covariance': "),
+        (["default", "default-frozen"], "arm 'default-frozen': freeze 'depthwise'"),
+        ({"one": {"model_args": {"depht": 1}}}, "arm 'one': unknown argument of model 'vit' 'depht'"),
+        ({"one": {"batch_size": 10**6}}, "arm 'one': batch_size 1000000 is larger than the training set"),
+    ):
+        with pytest.raises(EspalierError, match=message) as caught:
+            espalier.compare(recipe, arms=arms, lrs=[1.0], seeds=1, out=tmp_path / "s", workers=0)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "s").exists()
+
+
+def test_recipes_take_the_same_path(tmp_path: Path) -> None:
+    recipe = replace(
+        get_recipe("digits_convmixer"), epochs=1, threads=1, data_args={"train_limit": 64, "test_limit": 32}
+    )
+    arms = ["default", "covariance"]
+    summary = espalier.compare(recipe, arms=arms, lrs=[1e-2], seeds=1, out=tmp_path / "s", workers=0)
+    assert [arm.finished for arm in summary.arms] == [1, 1]
+    assert summarise(tmp_path / "s").arms[0].score == summary.arms[0].score
+    assert summary.run("default", 1e-2, 0).recipe.epochs == 1
