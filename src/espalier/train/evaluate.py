@@ -21,8 +21,7 @@ def evaluate(
     loss: Loss,
     batch_size: int,
     *,
-    rank: int = 0,
-    world: int = 1,
+    mine: slice = slice(None),
     reduce: Reduce = lambda sums: sums,
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
@@ -35,8 +34,7 @@ def evaluate(
         source: its data, on the model's device.
         loss: the loss as a sum over the batch.
         batch_size: examples per forward pass.
-        rank: this process among ``world``: each takes every ``world``-th example of a batch.
-        world: number of processes.
+        mine: this process's share of a batch.
         reduce: adds a tensor up over the processes.
 
     Raises:
@@ -50,9 +48,9 @@ def evaluate(
         tokens = False
         for inputs, targets in source.eval_batches(split, batch_size):
             tokens = targets.dim() == 2 and not targets.is_floating_point()
-            share = targets[rank::world]
+            share = targets[mine]
             # Every process runs the model, or those that share its weights would wait for the one that does not.
-            logits = model(inputs[rank::world] if len(share) else inputs[:1])
+            logits = model(inputs[mine] if len(share) else inputs[:1])
             if len(share):
                 sums += _batch_sums(logits, share, loss)
         loss_sum, count, right, strings_right, strings = reduce(sums).tolist()

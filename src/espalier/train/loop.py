@@ -86,6 +86,12 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.resumed_at = self.counters.step
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        self.mine = slice(rank, None, world)
+        """This process's share of a batch; the whole one where the source gives each process its own."""
+        if world > 1 and hasattr(self.source, "share"):
+            self.source.share(rank, world)
+            self.mine = slice(None)
         self.guard = LossGuard(self.optimizer, self.fabric.device)
         self.request = torch.zeros((), device=self.fabric.device)
         """The largest request of any process at the step before."""
@@ -219,7 +225,10 @@ def _train_epoch(s: _Session, advance: Advance) -> bool:
         rate = learning_rate(recipe, counters.step, s.steps_per_epoch)
         for group in s.optimizer.param_groups:
             group["lr"] = rate
-        _seed_layers(s, step)
+        # Layers that draw (dropout) read the global stream, which is this run's own here: see fork_rng in train. It
+        # starts anew at every step, so that a run may be resumed at any.
+        key = derive_generator(recipe.seed, "layers", counters.epoch, step, s.fabric.global_rank)
+        torch.manual_seed(key.initial_seed())
         s.loss_sum += _step(s, inputs, targets)
         counters.step += 1
         counters.loss_steps += 1
@@ -230,13 +239,6 @@ def _train_epoch(s: _Session, advance: Advance) -> bool:
         _obey(s)
     counters.seconds += s.clock.stop()
     return math.isfinite(s.loss_sum.item())
-
-
-def _seed_layers(s: _Session, step: int) -> None:
-    # Layers that draw (dropout) read the global stream, which is this run's own here: see fork_rng in train. It starts
-    # anew at every step, so that a run may be resumed at any.
-    key = derive_generator(s.recipe.seed, "layers", s.counters.epoch, step, s.fabric.global_rank)
-    torch.manual_seed(key.initial_seed())
 
 
 def _obey(s: _Session) -> None:
@@ -261,13 +263,13 @@ def _obey(s: _Session) -> None:
 
 def _step(s: _Session, inputs: Tensor, targets: Tensor) -> Tensor:
     """Take one optimiser step on a whole batch, in micro-batches, and return its mean loss over all processes."""
-    recipe, rank, world = s.recipe, s.fabric.global_rank, s.fabric.world_size
+    recipe, world = s.recipe, s.fabric.world_size
     # The whole batch's count, so that parts with few targets weigh little; DDP averages where we mean a sum.
-    scale = world / target_count(targets)
+    shares = world if s.mine == slice(None) else 1
+    scale = world / (shares * target_count(targets))
     if recipe.channels_last and inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    inputs_parts = inputs[rank::world].chunk(recipe.accumulate)
-    targets_parts = targets[rank::world].chunk(recipe.accumulate)
+    inputs_parts, targets_parts = inputs[s.mine].chunk(recipe.accumulate), targets[s.mine].chunk(recipe.accumulate)
     total = torch.zeros((), device=s.fabric.device)
     for index, (part, wanted) in enumerate(zip(inputs_parts, targets_parts, strict=True)):
         with _sync_only_last(s, index == len(inputs_parts) - 1):
@@ -301,8 +303,7 @@ def _add_row(s: _Session, advance: Advance) -> bool:
             s.source,
             build_loss(recipe, smoothing=False),
             recipe.eval_batch_size,
-            rank=fabric.global_rank,
-            world=fabric.world_size,
+            mine=s.mine,
             reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"),
         )
     train_loss = s.loss_sum.item() / counters.loss_steps if counters.loss_steps else None
@@ -372,22 +373,19 @@ def _finish(s: _Session, *, diverged: bool) -> None:
 
 def _locate(s: _Session) -> str:
     """Say at which step the loss was not finite and which tensor was the first; all processes look at their shares."""
-    recipe, rank, world = s.recipe, s.fabric.global_rank, s.fabric.world_size
-    healthy = s.guard.healthy_steps()
+    recipe, healthy = s.recipe, s.guard.healthy_steps()
+    s.model.train(healthy is not None)
     if healthy is None:
-        place, batches = "the evaluation", s.source.eval_batches(s.source.eval_splits[0], recipe.eval_batch_size)
-        s.model.eval()
+        place, parts = "the evaluation", 1
+        batches = s.source.eval_batches(s.source.eval_splits[0], recipe.eval_batch_size)
     else:
-        step = s.resumed_at + healthy
-        epoch, index = divmod(step, s.steps_per_epoch)
-        place = f"step {step + 1}"
+        place, parts = f"step {s.resumed_at + healthy + 1}", recipe.accumulate
+        epoch, index = divmod(s.resumed_at + healthy, s.steps_per_epoch)
         batches = iter([s.source.train_batch(recipe.seed, epoch, index, recipe.batch_size)])
-        s.model.train()
     for inputs, _ in batches:
-        parts = inputs[rank::world].chunk(1 if healthy is None else recipe.accumulate)
-        for part in parts:
+        for part in inputs[s.mine].chunk(parts):
             with s.fabric.autocast():
-                found = find_nonfinite(s.model, part if len(part) else inputs[:1], s.model)
+                found = find_nonfinite(s.model, part if len(part) else inputs[:1])
             first = min((each for each in gather_objects(found) if each is not None), default=None)
             if first is not None:
                 return f"{place}: {first[1]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,13 +37,12 @@ class LossGuard:
         return int(self._healthy.item()) if self.found.item() else None
 
 
-def find_nonfinite(model: nn.Module, inputs: Tensor, forward: Callable[[Tensor], Any]) -> tuple[int, str] | None:
+def find_nonfinite(model: nn.Module, inputs: Tensor) -> tuple[int, str] | None:
     """Return the first tensor of a forward pass that is not finite, None if all are.
 
     Args:
         model: the bare model.
         inputs: what it is given.
-        forward: calls it.
 
     Returns:
         How many layers ended before, and the tensor in words. A layer's weights come before its output, inner layers
@@ -72,7 +70,7 @@ def find_nonfinite(model: nn.Module, inputs: Tensor, forward: Callable[[Tensor],
     hooks = [module.register_forward_hook(look) for module in model.modules()]
     try:
         with torch.no_grad():
-            forward(inputs)
+            model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
