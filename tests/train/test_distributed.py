@@ -77,7 +77,8 @@ def test_slurm_tasks_form_one_run(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     slurm = {
         "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
         "SLURM_NNODES": "1",
         "SLURM_NODELIST": "localhost",
         "SLURM_JOB_NAME": "espalier",
@@ -109,6 +110,7 @@ def test_what_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pyt
         train(standins.recipe(), tmp_path / "run", strategy="fsdp")  # type: ignore[arg-type]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(EspalierError, match=r"batch_size 8 cannot be shared evenly by 3 .* multiple of 3"):
         train(standins.recipe(), tmp_path / "run")
     assert not list(tmp_path.iterdir())

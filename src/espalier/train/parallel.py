@@ -31,14 +31,16 @@ def make_fabric(recipe: Recipe, strategy: Strategy) -> Any:
         raise EspalierError(f"strategy {strategy!r}: choose one of {', '.join(get_args(Strategy))}")
     environments = require("lightning_fabric.plugins.environments", "train")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        plugin, local, world = environments.TorchElasticEnvironment(), "LOCAL_WORLD_SIZE", "WORLD_SIZE"
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        plugin, local, world = environments.SLURMEnvironment(), "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS"
+        processes, devices = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        plugin = environments.TorchElasticEnvironment()
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun alone, not for the batch script around it
+        processes = int(os.environ["SLURM_STEP_NUM_TASKS"])
+        devices = processes // int(os.environ["SLURM_STEP_NUM_NODES"])
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices))  # Fabric insists
+        plugin = environments.SLURMEnvironment()
     else:
         # A trial is one process; the plain environment keeps Fabric from taking a Slurm job's shape for its own.
-        plugin, local, world = environments.LightningEnvironment(), "", ""
-    processes = int(os.environ[world]) if world else 1
-    devices = int(os.environ.get(local, processes)) if local else 1
+        processes, devices, plugin = 1, 1, environments.LightningEnvironment()
     if strategy == "fsdp2" and processes == 1:
         raise EspalierError("strategy 'fsdp2' shards a model over several processes: start them with torchrun or srun")
     if recipe.batch_size % (processes * recipe.accumulate):
