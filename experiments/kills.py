@@ -160,7 +160,7 @@ def study_outcome(folder: Path) -> Any:
     kept = [{key: line[key] for key in ("arm", "seed", "digest", "score", "steps")} for line in lines]
     assert len(kept) == 4
     assert (folder / "page.html").read_text().rstrip().endswith("</html>")
-    return kept, {arm.name: arm.best for arm in summarise(folder / "study").arms} if kept else None
+    return kept, [(arm.arm, arm.finished, arm.score) for arm in summarise(folder / "study").arms]
 
 
 def ranks(folder: Path, watches: list[Watch], kill: Kill | None, victim: int) -> list[int]:

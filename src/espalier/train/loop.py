@@ -175,7 +175,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
         out,
         model,
         optimizer,
-        averages and averages.tensors,
+        None if averages is None else averages.tensors,
         source.steps_per_epoch(recipe.batch_size),
         fabric.global_rank,
         fabric.world_size,
@@ -333,7 +333,7 @@ def _save(s: _Session) -> bool:
     s.counters.loss_sum = s.loss_sum.item()
     if not math.isfinite(s.counters.loss_sum):
         return False
-    averages = s.averages and s.averages.tensors
+    averages = None if s.averages is None else s.averages.tensors
     state = Checkpoint(s.counters, s.rows)
     save_checkpoint(s.out, s.model, s.optimizer, averages, state, s.fabric.global_rank, s.fabric.world_size)
     s.requests.saved()

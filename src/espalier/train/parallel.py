@@ -77,7 +77,8 @@ def synchronise_batch_norms(model: nn.Module, fabric: Any) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             # A subclass in place, so that whoever asks for the kind of norm still finds it.
-            module.__class__ = type(f"Global{type(module).__name__}", (_GlobalBatchNorm, type(module)), {})
+            kind: Any = type(f"Global{type(module).__name__}", (_GlobalBatchNorm, type(module)), {})
+            module.__class__ = kind
     return model
 
 
@@ -97,12 +98,13 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = x - mean_C.view(shape)
         # Two passes: the difference of two large sums would lose the variance of a channel far from zero.
         variance_C = all_reduce(centred.square().sum(over)) / count
-        if self.training and self.running_mean is not None:
+        mean, variance, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if self.training and mean is not None and variance is not None and batches is not None:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean_C, momentum)
-                self.running_var.lerp_(variance_C * count / (count - 1), momentum)
+                batches.add_(1)
+                momentum = 1.0 / batches.item() if self.momentum is None else self.momentum
+                mean.lerp_(mean_C, momentum)
+                variance.lerp_(variance_C * count / (count - 1), momentum)
         result = centred * torch.rsqrt(variance_C + self.eps).view(shape)
         if self.affine:
             result = result * self.weight.view(shape) + self.bias.view(shape)
