@@ -141,7 +141,7 @@ def load_checkpoint(
     Raises:
         EspalierError: every checkpoint is damaged, or this one is not of this model.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in (_CURRENT, _OLD):
         if not (folder / name).exists():
             continue
@@ -223,7 +223,8 @@ def _load(
             raise ValueError("averaged weights are in one of the two")
         tensors = _tensors(model, optimizer, averages)
         reader = HuggingFaceStorageReader(str(path))
-        stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        entries: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        stored = {name: tuple(entry.size) for name, entry in entries.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if stored != wanted:
             name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
