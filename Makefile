@@ -7,7 +7,8 @@ TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
 TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short reliability reliability-short wheel lock clean results
+.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short reliability \
+	reliability-short wheel newcomers lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -49,6 +50,8 @@ reliability-short: env           ## the same, a few of each
 	$(BIN)/python experiments/reliability.py --short
 wheel: env                       ## the wheel, kernels included, in dist/
 	$(BIN)/python -m build --wheel
+newcomers: wheel                 ## a script for each kind of new user, each from an empty environment
+	TORCH=$(TORCH) $(BIN)/python tests/newcomers/run.py dist/*.whl
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:

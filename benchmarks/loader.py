@@ -1,11 +1,13 @@
 """Does the loader keep up with the model? Images a second of both, and whether memory stays flat, on generated JPEGs.
 
-    python benchmarks/loader.py --images 100000 --distinct 2000 --folder DIR [--workers 1 2] [--steps 40] [--device cpu]
+    python benchmarks/loader.py --folder DIR [--images 100000] [--distinct 2000] [--workers 1 2] [--steps 100]
+                                [--size 224] [--device cpu] [--models convmixer_768_32 vit_small]
 
 Writes ``DIR/train/CLASS/NUMBER.jpg`` (and ``val``) once: JPEGs of ImageNet's sides and bytes (about 500×375 and 110 kB
 on average) of coloured 1/f noise. Only ``--distinct`` of them are encoded, the others are hard links: each is listed,
 opened, read and decoded as a file of its own, but the disk's cache holds them all, so this measures decoding, not the
-disk. The models train on batches that are already in memory; a loader that is faster than its model never shows.
+disk. A model's number is that of a training step on a batch that is in memory already: a loader that is faster never
+shows. Memory is the proportional set size of this process and its workers, early and late in the loader's run.
 """
 
 from __future__ import annotations
@@ -13,10 +15,20 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
+
+from espalier.data import build_source
+from espalier.models import VisionTransformer, build_model
+from espalier.recipes import get_recipe
 
 # Sides (width, height) with their shares, roughly as in ImageNet.
 SIDES = (((500, 375), 0.6), ((375, 500), 0.16), ((500, 333), 0.16), ((640, 480), 0.05), ((1024, 768), 0.03))
@@ -57,10 +69,92 @@ def noise_image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure_loader(source: Any, batch: int, steps: int, device: torch.device) -> str:
+    """Return images a second over ``steps`` batches after the first two, and what was held in memory meanwhile."""
+    source.to(device)
+    for step in range(2):
+        source.train_batch(0, 0, step, batch)
+    held, handles = [memory_mb()], len(os.listdir("/proc/self/fd"))
+    started = time.perf_counter()
+    for step in range(2, 2 + steps):
+        source.train_batch(0, *divmod(step, source.steps_per_epoch(batch)), batch)
+        if step % max(1, steps // 20) == 0:
+            held.append(memory_mb())
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    rate = steps * batch / (time.perf_counter() - started)
+    third = max(1, len(held) // 3)
+    return (
+        f"{rate:.0f} images/s over {steps * batch} images; memory {np.mean(held[:third]):.0f} MB in the first third, "
+        f"{np.mean(held[-third:]):.0f} MB in the last; {len(os.listdir('/proc/self/fd')) - handles} more file handles"
+    )
+
+
+def memory_mb() -> float:
+    """Return the proportional set size of this process and of those it started: shared pages count once."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    rolled = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (os.getpid(), *children)]
+    return sum(int(line.split()[1]) for text in rolled for line in text.splitlines() if line.startswith("Pss:")) / 1024
+
+
+def measure_model(build: Callable[[], nn.Module], batch: int, size: int, device: torch.device) -> str:
+    """Return images a second of a training step: forward, backward, AdamW; bfloat16 and channels last on a GPU."""
+    model = build().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images, labels = (
+        torch.rand(batch, 3, size, size, device=device),
+        torch.zeros(batch, dtype=torch.long, device=device),
+    )
+    if device.type == "cuda":
+        model, images = (
+            model.to(memory_format=torch.channels_last),
+            images.contiguous(memory_format=torch.channels_last),
+        )
+    times = []
+    for _ in range(8 if device.type == "cuda" else 3):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return f"{batch / np.median(times[1:]):.1f} images/s"
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "convmixer_768_32": lambda: build_model("convmixer_768_32", num_classes=1000),
+    "vit_small": lambda: VisionTransformer(224, 16, num_classes=1000, embed_dim=384, depth=12, num_heads=6),
+}
+
+
+def main() -> None:
+    """Write the images, then measure loaders and models one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--distinct", type=int, default=2000)
+    parser.add_argument("--workers", type=int, nargs="*", default=[os.cpu_count() or 1])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--model-batch", type=int, default=8)
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     write_jpegs(arguments.folder, arguments.images, arguments.distinct)
+    recipe = replace(get_recipe("convmixer_imagenet"), data_path=str(arguments.folder), randaugment=None)
+    for workers in arguments.workers:
+        reads = {"size": arguments.size, "storage": "stream", "workers": workers}
+        started = time.perf_counter()
+        source = build_source(replace(recipe, data_args=reads))
+        print(f"loader, {workers} workers: listed in {time.perf_counter() - started:.1f} s; ", end="", flush=True)
+        print(measure_loader(source, arguments.batch, arguments.steps, device), flush=True)
+    for name in arguments.models:
+        print(f"{name}: {measure_model(MODELS[name], arguments.model_batch, arguments.size, device)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

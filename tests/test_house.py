@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -171,3 +172,16 @@ def test_public_functions_are_documented(path: Path) -> None:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} has no docstring"
+
+
+def test_files_that_pages_and_docstrings_name_exist() -> None:
+    root = SOURCE.parent.parent
+    named = re.compile(r"`((?:tests|experiments|benchmarks|docs|src|requirements)/[\w/.-]+)`")
+    texts = [*root.glob("*.md"), *(root / "docs").rglob("*.md"), *FILES, *(root / "experiments").rglob("*.py")]
+    wrong = [
+        f"{text.relative_to(root)}: {path}"
+        for text in texts
+        for path in named.findall(text.read_text())
+        if not (root / path).exists()
+    ]
+    assert not wrong, f"these files are named and not there: {wrong}"

@@ -45,10 +45,11 @@ def require(module: str, extra: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a library that is installed and broken may raise anything
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f"{package} is needed here and cannot be imported ({error}): pip install 'torch-espalier[{extra}]'"
+            f"{package} is needed here and cannot be imported ({' '.join(str(error).split())[:200]}): "
+            f"pip install 'torch-espalier[{extra}]'"
         ) from error
 
 

@@ -42,7 +42,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):  # its writer may just have renamed it
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         part.write_bytes(content)
         os.replace(part, path)

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,9 @@ from espalier.errors import EspalierError, unknown_name
 # and readers of the run get that very code or an error, and a digest of the recipe tells two versions apart. Modules
 # that the file itself imports are not covered.
 _DIGITS = 12
+
+_imported: set[str] = set()
+"""Files of the user's own that were imported."""
 
 
 def is_reference(name: str) -> bool:
@@ -65,7 +68,8 @@ def load(kind: str, reference: str) -> Callable[..., Any]:
     if not callable(found := getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name(f"{kind} in {place}", name, known)
-    return found  # type: ignore[no-any-return]
+    _imported.add(getattr(module, "__file__", None) or "")
+    return found
 
 
 @contextmanager
@@ -81,14 +85,21 @@ def errors_of(kind: str, reference: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         foreign = ("site-packages", "<frozen", str(Path(__file__).parent))
-        frames = [
-            f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in foreign)
-        ]
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = _place([f for f in frames if not any(part in f.filename for part in foreign)])
         text = " ".join(str(error).split())[:300]
         raise EspalierError(
             f"{kind} {reference.partition('#')[0]} fails with {type(error).__name__}: {text}{where}"
         ) from error
+
+
+def own_place(error: BaseException) -> str:
+    """Return where an error passed last through code that ``load`` imported, `` (FILE, line N)``; empty if nowhere."""
+    return _place([f for f in traceback.extract_tb(error.__traceback__) if f.filename in _imported])
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def _split(kind: str, reference: str) -> tuple[str, str, str]:

@@ -32,7 +32,7 @@ def test_accuracies_count_radii() -> None:
         certificate().certified_accuracy(float("nan"))
 
 
-def test_it_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+def test_certificate_survives_saving_and_loading(tmp_path: Path) -> None:
     path = certificate().save(tmp_path / "deep" / "certificate.json")
     assert Certificate.load(path) == certificate()
     assert [p.name for p in path.parent.iterdir()] == ["certificate.json"]

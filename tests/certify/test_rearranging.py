@@ -79,7 +79,9 @@ def test_a_move_is_bounded_by_its_norm_or_refused(move: Callable[[Tensor], Tenso
 @pytest.mark.parametrize(
     "move",
     [
-        lambda x: x[:1], lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: x.roll(1), lambda x: x.transpose(0, 1),
+        lambda x: x[:1], lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: x.roll(1),
+        lambda x: x.roll(2, 0) if len(x) > 2 else x.flip(0), lambda x: x.chunk(2)[0] if len(x) > 1 else x[:0],
+        lambda x: x.transpose(0, 1),
         lambda x: x.repeat(2, 1, 1, 1), lambda x: x.index_select(0, torch.zeros(len(x), dtype=torch.long)),
         lambda x: x.flatten(), lambda x: x[0], lambda x: x.unsqueeze(0), lambda x: x.unbind(0)[0],
     ],

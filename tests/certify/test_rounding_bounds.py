@@ -112,7 +112,7 @@ def test_images_in_more_digits_than_the_arithmetic_are_charged_for_their_convers
     assert certify(net, x, torch.tensor([0]), arithmetic="float32").radii[0] == 0.0
 
 
-def test_autocast_around_the_call_or_inside_the_net_changes_nothing_unseen() -> None:
+def test_autocast_is_refused_or_without_effect() -> None:
     class Cast(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -75,7 +75,7 @@ def test_normalising_a_grey_image_with_three_means_is_refused_and_by_hand_counte
     assert lipschitz_bound(by_hand, torch.rand(2, 3, 4, 4)) == 1.0
 
 
-def test_a_convex_sum_neither_broadcasts_nor_forgets_what_its_branch_did_to_x() -> None:
+def test_convex_sum_refuses_broadcasting_and_counts_in_place_branches() -> None:
     x = torch.rand(3, 4)
     with pytest.raises(EspalierError, match="keep the shape"):
         lipschitz_bound(ConvexSum(nn.Linear(4, 1)), x)
@@ -172,9 +172,7 @@ def test_overridden_and_patched_methods_are_counted() -> None:
         (lambda: patched(nn.BatchNorm2d(4), "forward", lambda self, x: 9 * x), (4, 2, 2)),
     ],
 )
-def test_a_patched_layer_of_ours_is_what_it_was_patched_to(
-    make: Callable[[], nn.Module], shape: tuple[int, ...]
-) -> None:
+def test_patched_layers_are_bounded_as_patched(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     assert lipschitz_bound(make().eval(), torch.rand(2, *shape)) == 9.0
 
 
@@ -243,7 +241,7 @@ def test_what_has_no_rule_is_refused_by_name(words: str, function: Callable[[Ten
     assert "\n" not in str(refusal.value)
 
 
-def test_a_net_that_is_random_or_keeps_count_gives_itself_away() -> None:
+def test_random_and_stateful_networks_are_refused() -> None:
     class Noisy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + torch.rand(self.out_features)

@@ -48,6 +48,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"usage: espalier {name}" in text
+    assert not [odd for odd in ("{None}", "(default: )", "(default: None)", "``") if odd in text]
     assert " ".join(str(COMMANDS[name].__doc__).split("\n")[0].split()) in text
 
 
@@ -72,6 +73,9 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
         (["train", "digits_vit", "--epoch=3"], "unknown option of train '--epoch': did you mean '--epochs'"),
         (["compare", "digits_vit", "--num_workers", "1"], "option --num-workers of compare: did you mean --wor"),
         (["audit"], "audit needs MODEL"),
+        (["report"], "report needs FOLDERS"),
+        (["audit", "transformer:bert"], "unknown library 'transformer': did you mean 'transformers'"),
+        (["audit", "C:/models/net"], "model 'C:/models/net': no such file or folder"),
         (["audit", "a", "b"], "audit: 'b' is one word too many"),
         (["train", "digits_vit", "--lr", "two"], "--lr: could not convert string to float: 'two'"),
         (["train", "nowhere.yaml"], "recipe file 'nowhere.yaml' cannot be read: No such file"),

@@ -56,6 +56,29 @@ def test_bf16_autocast_is_near(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", ORTHOGONAL.values(), ids=ORTHOGONAL)
+def test_training_steps_do_not_wait_and_can_be_captured(case: Case, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
+    module, x = case.seeded()
+    module, x = module.to(device).train(), x.to(device)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # fills the tables that are kept for a size
+            expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ORTHOGONAL.values(), ids=ORTHOGONAL)
 def test_evaluation_uses_what_training_has(case: Case, device: torch.device) -> None:
     module, x = case.seeded()
     module, x = module.to(device), x.to(device)

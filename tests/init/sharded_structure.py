@@ -35,13 +35,13 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     """Write the whole weights of an ordinary and of a lazily built model, and the reports in words."""
-    two = torch.distributed.is_torchelastic_launched()
-    if two:
+    many = torch.distributed.is_torchelastic_launched()
+    if many:
         torch.distributed.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (2,))
-    rank = torch.distributed.get_rank() if two else 0
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    rank = torch.distributed.get_rank() if many else 0
     model = build()
-    if two:
+    if many:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
     # Each rank brings another generator: rank 0's must count.
     report = espalier.structure_(model, generator=torch.Generator().manual_seed(5 + rank), guard=True)
     assert dict(model.named_parameters()).keys() == shards.keys()
-    if two:
+    if many:
         assert all(hasattr(p, "full_tensor") for p in model.parameters())
     after = espalier.audit(model, against=report)
     results = whole(model)
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
 
     with torch.device("meta"):
         lazy = VisionTransformer(img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3)
-    if two:
+    if many:
         fully_shard(lazy, mesh=mesh)
     assert {row.status for row in espalier.structure_(lazy).layers} == {"skipped"}
     lazy.to_empty(device="cpu")
@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         save_file(results, folder / "weights.safetensors")
         (folder / "table.txt").write_text(table)
-    if two:
+    if many:
         torch.distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Two processes, with FSDP2 shards or inside DDP, write the weights that one process writes."""
+"""Two or four processes, with FSDP2 shards or inside DDP, write the weights that one process writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def run(script: str, *start: str, folder: Path) -> None:
@@ -27,22 +27,24 @@ def run(script: str, *start: str, folder: Path) -> None:
 
 
 def test_shards_hold_the_single_process_weights_bit_for_bit(tmp_path: Path) -> None:
-    run("sharded_structure.py", folder=tmp_path / "one")
-    run("sharded_structure.py", *TORCHRUN, folder=tmp_path / "two")
-    one, two = (load_file(tmp_path / folder / "weights.safetensors") for folder in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        assert torch.equal(weight, two[name]), name
+    run("sharded_structure.py", folder=tmp_path / "1")
+    one = load_file(tmp_path / "1" / "weights.safetensors")
+    table = (tmp_path / "1" / "table.txt").read_text()
     assert not torch.equal(one["blocks.0.attn.qkv.weight"], one["blocks.1.attn.qkv.weight"])
-    tables = [(tmp_path / folder / "table.txt").read_text() for folder in ("one", "two")]
-    assert tables[0] == tables[1]
-    assert tables[0].count("written") == 3
-    assert tables[0].count("present") == 3
+    assert table.count("written") == 3
+    assert table.count("present") == 3
+    for ranks in ("2", "4"):
+        run("sharded_structure.py", *TORCHRUN, ranks, folder=tmp_path / ranks)
+        found = load_file(tmp_path / ranks / "weights.safetensors")
+        assert one.keys() == found.keys()
+        for name, weight in one.items():
+            assert torch.equal(weight, found[name]), f"{name}, {ranks} ranks"
+        assert (tmp_path / ranks / "table.txt").read_text() == table
 
 
 def test_ranks_inside_ddp_take_the_draw_of_rank_0(tmp_path: Path) -> None:
     run("replicated_structure.py", folder=tmp_path / "one")
-    run("replicated_structure.py", *TORCHRUN, folder=tmp_path / "two")
+    run("replicated_structure.py", *TORCHRUN, "2", folder=tmp_path / "two")
     alone = load_file(tmp_path / "one" / "rank0.safetensors")
     for rank in range(2):
         weights = load_file(tmp_path / "two" / f"rank{rank}.safetensors")

@@ -11,7 +11,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import espalier
 from espalier.checkpoints.convmixer import convert_state, load_model
-from espalier.models import ConvMixer, FeatureNet, register_with_timm
+from espalier.models import ConvMixer, register_with_timm
 from espalier.models.convmixer_family import CONVMIXERS
 from reference.convmixer_original import original_convmixer
 
@@ -97,9 +97,8 @@ def test_features_only_through_timm_equals_ours() -> None:
     net = CONVMIXERS["convmixer_256_8_ks5_p2"]().eval()
     net.load_state_dict(theirs.model.state_dict(), strict=False)
     x = torch.randn(1, 3, 12, 12, generator=seeded())
-    ours = FeatureNet(net, (1, 4))
-    assert ours.feature_info.module_name() == theirs.feature_info.module_name()
-    for a, b in zip(ours(x), theirs(x), strict=True):
+    assert theirs.feature_info.module_name() == [net.feature_info[block]["module"] for block in (1, 4)]
+    for a, b in zip(net.forward_intermediates(x, (1, 4), intermediates_only=True), theirs(x), strict=True):
         torch.testing.assert_close(a, b)
 
 

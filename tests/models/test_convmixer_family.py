@@ -1,4 +1,4 @@
-"""The published variants by name, and a ConvMixer as a backbone."""
+"""The published variants by name, and the maps of a ConvMixer's blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from espalier.errors import EspalierError, MissingExtraError
-from espalier.models import ConvMixer, FeatureNet, VisionTransformer, build_model, register_with_timm
+from espalier.models import ConvMixer, build_model, register_with_timm
 from espalier.models.convmixer_family import CONVMIXERS
 
 # The published numbers of parameters.
@@ -66,24 +66,17 @@ def test_intermediate_maps_are_what_the_blocks_return(spatial_dims: int) -> None
     torch.testing.assert_close(early[0], expected[1])
 
 
-def test_backbone_says_its_channels_and_reductions_and_drops_what_it_does_not_need() -> None:
+def test_feature_info_says_what_the_maps_are_and_pruning_drops_what_they_do_not_need() -> None:
     net = small()
     x = torch.randn(2, 3, 12, 20, generator=seeded())
     expected = [net.blocks[: index + 1](net.stem(x)) for index in (1, 2)]
-    backbone = FeatureNet(net, (-2, 1))
-    maps = backbone(x)
-    torch.testing.assert_close(list(maps), expected)
-    assert backbone.out_indices == [1, 2]
-    for index, (channels, reduction) in enumerate(
-        zip(backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True)
-    ):
-        assert maps[index].shape == (2, channels, 12 // reduction, 20 // reduction)
-    assert backbone.feature_info.module_name() == ["blocks.1", "blocks.2"]
-    assert not any(name.startswith(("model.head", "model.blocks.3")) for name, _ in backbone.named_parameters())
-    assert FeatureNet(small()).feature_info.module_name() == ["blocks.3"]
-    for name, expected_map in zip(backbone.feature_info.module_name(), expected, strict=True):
-        assert dict(backbone.model.named_modules())[name] is not None
-        assert expected_map.shape[1] == 8
+    assert net.prune_intermediate_layers((-2, 1)) == [2, 1]
+    maps = net.forward_intermediates(x, (1, 2), intermediates_only=True)
+    torch.testing.assert_close(maps, expected)
+    for info, found, block in zip(net.feature_info[1:], maps, (1, 2), strict=True):
+        assert found.shape == (2, info["num_chs"], 12 // info["reduction"], 20 // info["reduction"])
+        assert net.get_submodule(info["module"]) is net.blocks[block]
+    assert not any(name.startswith(("head", "blocks.3")) for name, _ in net.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -91,12 +84,7 @@ def test_backbone_says_its_channels_and_reductions_and_drops_what_it_does_not_ne
 )
 def test_blocks_that_do_not_exist_are_refused(indices: object, words: str) -> None:
     with pytest.raises(EspalierError, match=words):
-        FeatureNet(small(), indices)  # type: ignore[arg-type]
-
-
-def test_other_models_give_no_maps() -> None:
-    with pytest.raises(EspalierError, match="model VisionTransformer gives no feature maps"):
-        FeatureNet(VisionTransformer(embed_dim=24, depth=1, num_heads=1))
+        small().prune_intermediate_layers(indices)  # type: ignore[arg-type]
 
 
 def test_pooling_and_dropout_are_timm_s() -> None:

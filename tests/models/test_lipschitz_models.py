@@ -112,7 +112,7 @@ def test_bad_arguments_are_named(call: object, words: str) -> None:
 
 @pytest.mark.parametrize("layer", ["aoc", "soc"])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (1, 2)])
-def test_a_peer_is_bounded_by_its_kernel_not_by_its_name(layer: str, kernel: int, stride: int) -> None:
+def test_layers_of_orthogonium_are_bounded_by_their_kernels(layer: str, kernel: int, stride: int) -> None:
     pytest.importorskip("orthogonium")
     torch.manual_seed(0)
     conv = orthogonal_conv(layer, 4, 4, kernel, stride).eval()

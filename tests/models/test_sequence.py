@@ -148,7 +148,7 @@ def test_sampling_follows_the_softmax_and_the_generator() -> None:
     assert bool(((shares - expected).abs() < 5 * deviation + 1e-3).all())
 
 
-def test_the_future_does_not_leak() -> None:
+def test_outputs_do_not_depend_on_later_tokens() -> None:
     net, text = hybrid(), tokens()
     changed = text.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % 11

@@ -29,12 +29,12 @@ def test_compare_expands_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     class Stop(Exception):
         pass
 
-    def plan_study(recipe: object, arms: list[str], *rest: object) -> None:
+    def stop(recipe: object, *, arms: list[str], **rest: object) -> None:
         planned.extend(arms)
         raise Stop
 
     monkeypatch.setattr("espalier.report.write_report", None, raising=False)
-    monkeypatch.setattr("espalier.study.plan_study", plan_study)
+    monkeypatch.setattr("espalier.study.compare", stop)
     recipe = get_recipe("digits_convmixer")
     with pytest.raises(Stop):
         compare(recipe, ["all"], tmp_path)

@@ -231,10 +231,13 @@ def test_progress_is_one_line(study: Study, log: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
-def test_bad_arguments(study: Study) -> None:
+def test_bad_arguments(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EspalierError, match="cluster 'moon'"):
         launch(study, cluster="moon")
     with pytest.raises(EspalierError, match="workers -1"):
         launch(study, workers=-1)
+    with pytest.raises(EspalierError, match=r"partition, time: .* --cluster slurm"):
+        launch(study, parameters={"partition": "gpu", "time": 60})
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(EspalierError, match="cluster 'slurm' cannot be used here"):
         launch(study, cluster="slurm", run=trial_runners.quick)

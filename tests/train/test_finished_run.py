@@ -120,7 +120,7 @@ def test_every_kind_of_file_is_predicted_or_named(
     [
         (["IMAGE", "--top", "0"], "top is 0"),
         (["EMPTY"], "there are no images"),
-        ([], "there are no images"),
+        ([], "predict needs RUN IMAGES"),
     ],
 )
 def test_bad_questions_are_one_line(
@@ -148,7 +148,7 @@ def test_damage_of_what_the_net_expects_is_named(
 
 
 def test_a_run_without_images_or_without_an_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    counts = ["--data-args.steps-per-epoch", "1", "--data-args.length", "4", "--data-args.test-examples", "8"]
+    counts = ["--data-args.steps-per-epoch", "1", "--data-args.length", "4", "--data-args.eval-examples", "8"]
     tokens = ["train", "copy_mamba2", "--epochs", "1", "--batch-size", "2", *counts, "--out", str(tmp_path / "tokens")]
     assert main([*tokens, "--quiet"]) == 0, capsys.readouterr().err
     assert main(["train", "digits_vit", *TINY[:6], "--lr", "1e30", "--out", str(tmp_path / "off")]) == 1

@@ -2,8 +2,8 @@
 
 A copy of the network is run on a value that carries its bound (``espalier.certify.bounded``), so that a module counts
 as often as it is used, and hooks, patches, functional calls, operations in place and broadcasting count where they
-happen. On the way, a layer whose class has a rule or a constant of its own is taken at its word, as long as it runs the
-code of that class; every other module is followed into its forward pass.
+happen. On the way, the rule of a layer class, or the constant that a layer states, is used as long as the layer runs
+the code of that class; every other module is followed into its forward pass.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError
+from espalier.nn.lipschitz.activations import GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
 from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling
 from espalier.nn.lipschitz.residual import ConvexSum
 
 Rule = Callable[[Any], float | None]
@@ -72,7 +74,7 @@ def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = No
 
 for _rule, _classes in DECLARED:
     register_lipschitz(*_classes)(_rule)
-for _cls in (ConvexSum, Normalize, NormalizedLinear):  # they state their own
+for _cls in (ConvexSum, GroupSort, InvertibleDownsampling, Normalize, NormalizedLinear):  # they state their own
     code.record(_cls)
 
 

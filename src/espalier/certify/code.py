@@ -34,7 +34,8 @@ _RECORDS: dict[type, dict[str, _Part]] = {}
 def record(cls: type[nn.Module]) -> None:
     """Record what a class consists of, once."""
     if cls not in _RECORDS:
-        names = {name for parent in _own(cls) for name in vars(parent)} - _SHOWS | {*_MODULE, "forward"}
+        own = [parent for parent in cls.__mro__ if parent not in nn.Module.__mro__]
+        names = {name for parent in own for name in vars(parent)} - _SHOWS | {*_MODULE, "forward"}
         _RECORDS[cls] = {name: _part(inspect.getattr_static(cls, name, None)) for name in names}
 
 
@@ -69,7 +70,7 @@ def _changed_class(now: type, then: type) -> str | None:
 
 
 def self_declared(cls: type[nn.Module], method: str) -> str | None:
-    """Return why a class cannot speak for its own forward pass by ``method``, or None if it can.
+    """Return why a class cannot state the constant of its own forward pass by ``method``, or None if it can.
 
     It can where the method is at least as derived as ``forward``, and both were written in their class.
     """
@@ -82,10 +83,6 @@ def self_declared(cls: type[nn.Module], method: str) -> str | None:
         if place and isinstance(function, FunctionType) and function.__qualname__ != f"{place.__qualname__}.{name}":
             return f"{name} of {place.__name__} was replaced"
     return None
-
-
-def _own(cls: type) -> list[type]:
-    return [parent for parent in cls.__mro__ if parent not in nn.Module.__mro__]
 
 
 def _part(attribute: Any) -> _Part:

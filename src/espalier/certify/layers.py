@@ -3,7 +3,7 @@
 | layer | constant |
 |---|---|
 | CayleyLinear, CayleyConv | √(1 + ‖QᴴQ − I‖), of the operator that runs |
-| MaxMin, GroupSort, InvertibleDownsampling, ScaledAvgPool2d | 1 |
+| MaxMin, ScaledAvgPool2d | 1 |
 | Conv1d/2d/3d | ``kernel_norm``, times the constant of the padding |
 | BatchNorm (evaluation) | max |γ| / √(var + ε) |
 | CircularPad | √(how often one pixel can appear in the padded image) |
@@ -28,9 +28,9 @@ from espalier.certify.bounded import Analysis, Bound, Rows, Term
 from espalier.certify.linear import affine, batch_norm_scale, finite
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.shapes import padding_factor
-from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.activations import MaxMin
 from espalier.nn.lipschitz.constant import kernel_norm
-from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
+from espalier.nn.lipschitz.pooling import ScaledAvgPool2d
 from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.orthogonal.linear import CayleyLinear, orthogonal_matrix
 
@@ -60,16 +60,9 @@ def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[
     return enter
 
 
-@layer(MaxMin, GroupSort)
+@layer(MaxMin)
 def permutation(analysis: Analysis, module: nn.Module, x: Bound, forward: Forward) -> Bound:
     """1, and no rounding: numbers of the input in an order that depends on them."""
-    return analysis.exact(x, None if x.value is None else forward(x.value))
-
-
-@layer(InvertibleDownsampling, alias=True)
-def downsampling(analysis: Analysis, module: InvertibleDownsampling, x: Bound, forward: Forward) -> Bound:
-    """1, and no rounding: the same numbers in other places."""
-    _expect(x, 4)
     return analysis.exact(x, None if x.value is None else forward(x.value))
 
 
@@ -97,7 +90,8 @@ def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forwar
     if x.value.ndim < 2:
         raise UncertifiableError("it maps the batch: give one row per image")
     value = forward(x.value)
-    rows = Rows(x, q.detach(), _detached(module.bias), q.shape[1]) if value.ndim == 2 else None
+    bias = None if module.bias is None else module.bias.detach()
+    rows = Rows(x, q.detach(), bias, q.shape[1]) if value.ndim == 2 else None
     return affine(
         analysis, x, value, norm=_orthogonal_norm(analysis, q[None]), size=analysis.norms.size(q), terms=q.shape[1],
         bias=module.bias, rows=rows,
@@ -181,10 +175,6 @@ def _expect_evaluation(module: Any, value: Tensor) -> None:
 def _expect(x: Bound, ndim: int) -> None:
     if x.value is not None and x.value.ndim != ndim:
         raise UncertifiableError(f"its input has {x.value.ndim} dimensions, batch included: {ndim} are needed")
-
-
-def _detached(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()
 
 
 # -- constants of torch's layers that are smaller than what their operations would give one by one, or need no size

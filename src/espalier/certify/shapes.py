@@ -20,7 +20,7 @@ _MEET = "it moves, drops or repeats a part of the batch, so that images would me
 
 def _rearranged(
     analysis: Analysis, x: Bound, compute: Callable[[Tensor], Any], ids: Callable[[Tensor], Any] | None = None,
-    *, sized: bool = False,
+    *, images: int = 2,
 ) -> Any:  # fmt: skip
     """Return the bound of numbers of x in other places: √ of how often one of them is there, found by trying it out.
 
@@ -29,24 +29,24 @@ def _rearranged(
         x: the operand.
         compute: the operation; it returns a tensor, or a tuple of them.
         ids: the same with −1 for numbers that are not of x, if it adds some.
-        sized: the operation names the length of the batch.
+        images: how many it is tried on. Of two, neither can be moved, dropped or repeated unnoticed.
     """
     shape, size = x.numbers.shape, math.prod(x.numbers.shape[1:])
-    # A single image could be moved along the batch unnoticed: two are tried in its place.
-    count = len(x.numbers) if sized else max(2, len(x.numbers))
-    every = torch.arange(count * size, dtype=torch.float64, device=x.numbers.device).view(count, *shape[1:])
+    every = torch.arange(images * size, dtype=torch.float64, device=x.numbers.device).view(images, *shape[1:])
     values, places = compute(x.numbers), (ids or compute)(every)
     if isinstance(values, Tensor):
-        return _placed(analysis, x, values, places, count, size)
-    return tuple(_placed(analysis, x, *pair, count, size) for pair in zip(values, places, strict=True))
+        return _placed(analysis, x, values, places, images, size)
+    if len(values) != len(places):
+        raise UncertifiableError(_MEET)
+    return tuple(_placed(analysis, x, *pair, images, size) for pair in zip(values, places, strict=True))
 
 
-def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, count: int, size: int) -> Bound:
-    if value.ndim == 0 or len(value) != len(x.numbers) or len(places) != count:
+def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, images: int, size: int) -> Bound:
+    if value.ndim == 0 or len(value) != len(x.numbers) or len(places) != images:
         raise UncertifiableError(_MEET)
     if not value.numel():
         return analysis.exact(x, value)
-    own = size * torch.arange(count, dtype=torch.float64, device=places.device).view(-1, *(1,) * (places.ndim - 1))
+    own = size * torch.arange(images, dtype=torch.float64, device=places.device).view(-1, *(1,) * (places.ndim - 1))
     inside = torch.where(places < 0, -1.0, places - own)
     if not bool((inside == inside[:1]).all()) or inside[0].max() >= size:
         raise UncertifiableError(_MEET)
@@ -119,8 +119,10 @@ def copied(analysis: Analysis, input: Bound, *, memory_format: Any = None) -> Bo
     return input
 
 
-def _enter(compute: Callable[..., Any], *names: str, alias: bool = True, sized: bool = False) -> None:
-    """Enter an operation that only moves numbers; which of them need no image size is written out below."""
+def _enter(
+    compute: Callable[..., Any], *names: str, alias: bool = True, images: Callable[[int], int] = lambda _: 2
+) -> None:
+    """Enter an operation that only moves numbers, and on how many images it is tried, given how many there are."""
 
     @operation(*names, alias=alias)
     def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +131,7 @@ def _enter(compute: Callable[..., Any], *names: str, alias: bool = True, sized: 
             raise UncertifiableError("reading numbers as another dtype has no rule")
         if input.value is None and _keeps_images(names[0], *args, **kwargs):
             return input
-        return _rearranged(analysis, input, lambda x: compute(x, *args, **kwargs), sized=sized)
+        return _rearranged(analysis, input, lambda x: compute(x, *args, **kwargs), images=images(len(input.numbers)))
 
 
 def _keeps_images(name: str, *args: Any, **kwargs: Any) -> bool:
@@ -145,12 +147,14 @@ for _name in (
 ):  # fmt: skip
     _enter(getattr(Tensor, _name), _name)
 _enter(Tensor.split, "split", "F.split", "split_with_sizes")
-_enter(Tensor.reshape, "reshape", "view", sized=True)
-_enter(Tensor.expand, "expand", "broadcast_to", sized=True)
+# These two may name the length of the batch.
+_enter(Tensor.reshape, "reshape", "view", images=lambda count: count)
+_enter(Tensor.expand, "expand", "broadcast_to", images=lambda count: count)
 _enter(Tensor.__getitem__, "torch.Tensor.__getitem__")
 _enter(lambda x: x.mT, "torch.Tensor.mT.__get__")
-for _name in ("index_select", "flip", "roll"):
-    _enter(getattr(Tensor, _name), _name, alias=False)
+_enter(Tensor.index_select, "index_select", alias=False)
+_enter(Tensor.flip, "flip", alias=False)
+_enter(Tensor.roll, "roll", alias=False, images=lambda count: max(2, count))  # by two, two images would stay in place
 _enter(Tensor.repeat, "repeat", "tile", alias=False)
 for _name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
     _enter(getattr(F, _name), f"F.{_name}", f"torch.{_name}")

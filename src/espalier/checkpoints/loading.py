@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,12 +46,7 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
             ``config.json``, or weights that neither the hub nor its cache gives.
         MissingExtraError: the host library is not installed.
     """
-    host, colon, name = spec.partition(":")
-    if not colon:
-        raise EspalierError(
-            f"model {spec!r}: no such file or folder: name one that exists, or write espalier:NAME, timm:NAME or "
-            "transformers:FOLDER"
-        )
+    host, _, name = spec.partition(":")
     if host == "espalier":
         if "/" in name:
             return open_hub_model(name)
@@ -61,7 +57,14 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
         return _open_timm(name)
     if host == "transformers":
         return _open_transformers(name)
-    raise unknown_name("host", host, ("espalier", "timm", "transformers"))
+    libraries = ("espalier", "timm", "transformers")
+    if host != spec and get_close_matches(host, libraries):
+        raise unknown_name("library", host, libraries)
+    # A mistyped path, which may have a colon in it.
+    raise EspalierError(
+        f"model {spec!r}: no such file or folder: name one that exists, or write espalier:NAME, timm:NAME or "
+        "transformers:FOLDER"
+    )
 
 
 def _open_timm(name: str) -> nn.Module:

@@ -110,27 +110,49 @@ def compare(
     seeds: int = 3,
     workers: int = 2,
     cluster: Literal["local", "slurm"] = "local",
+    partition: str | None = None,
+    time: str | None = None,
+    gpus: int | None = None,
+    account: str | None = None,
 ) -> None:
-    """Train every arm at every learning rate and seed, then print the table and write the page.
+    """Train every arm at every learning rate and seed, print the table and write the page; status 1 if a trial failed.
 
     Args:
         recipe: the recipe that all arms share.
-        arms: the arms, or "all" that apply to the model; the first is the baseline.
+        arms: the arms, or "all" that apply to the model; the first is the baseline. An initialisation of your own is
+            one, too: FILE.py:NAME.
         out: folder of the study; runs/compare-RECIPE by default.
         lrs: learning rates, or "auto" for five around the recipe's own.
         seeds: how many paired seeds.
         workers: processes (or Slurm jobs) that share the trials.
         cluster: where the workers run.
+        partition: of a Slurm job.
+        time: limit of a Slurm job, as sbatch takes it: minutes, or days-hours:minutes:seconds. A job that meets it
+            writes a checkpoint and goes back into the queue.
+        gpus: of a Slurm job.
+        account: that a Slurm job is charged to.
     """
     from espalier.report import write_report
-    from espalier.study import applicable_arms, launch, plan_study, summarise, text_table
+    from espalier.study import applicable_arms, text_table
+    from espalier.study import compare as compare_arms
 
     out = out or Path("runs") / f"compare-{recipe.name}"
     named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
-    study = plan_study(recipe, named, _rates(lrs), list(range(seeds)), out)
-    launch(study, workers=workers, cluster=cluster)
-    print(text_table(summarise(study.path)))
-    print(f"report: {write_report([study.path], out / 'report.html')}")
+    options = {"partition": partition, "time": time, "gpus": gpus, "account": account}
+    summary = compare_arms(
+        recipe,
+        arms=named,
+        out=out,
+        lrs=_rates(lrs),
+        seeds=seeds,
+        workers=workers,
+        cluster=cluster,
+        parameters={name: value for name, value in options.items() if value is not None},
+    )
+    print(text_table(summary))
+    print(f"report: {write_report([out], out / 'report.html')}")
+    if summary.failures:
+        raise SystemExit(1)
 
 
 def audit(model: str, picture: Path | None = None, heads: int | None = None) -> None:

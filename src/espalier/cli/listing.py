@@ -21,7 +21,7 @@ def recipes(name: str | None = None) -> None:
     if name is None:
         return _print_first_lines(functions)
     recipe = get_recipe(name)
-    for line in (functions[name].__doc__ or "").strip().splitlines():
+    for line in (getattr(functions.get(name), "__doc__", None) or "").strip().splitlines():
         print(f"# {line.strip()}".rstrip())
     return print(show_recipe(recipe))
 

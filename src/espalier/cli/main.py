@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from espalier import __version__
 from espalier.cli.commands import COMMANDS
 from espalier.errors import EspalierError, unknown_name
+from espalier.lookup import own_place
 
 # Importing torch takes a second or two: not before a command that needs it.
 
@@ -35,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _complain(stop or "interrupted: run the same command again to resume", getattr(stop, "status", 130))
     except EspalierError as error:
+        _show_traceback()
         return _complain(error, 2)
     except OSError as error:
         return _complain(_os_error(error), 2)
     except Exception as error:
-        if os.environ.get("ESPALIER_TRACEBACK"):
-            traceback.print_exc()
+        _show_traceback()
         if _out_of_memory(error):
             return _complain("out of memory: choose a smaller model or batch", 2)
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if place := own_place(error):  # in training, where the checks before it cannot see
+            return _complain(f"your code fails with {text}{place}", 2)
         hint = "ESPALIER_TRACEBACK=1 shows where; please report it"
         return _complain(f"error in espalier itself ({text}): {hint}", INTERNAL_ERROR)
     return 0
@@ -86,6 +89,11 @@ def _complain(message: object, status: int) -> int:
     return status
 
 
+def _show_traceback() -> None:
+    if os.environ.get("ESPALIER_TRACEBACK"):
+        traceback.print_exc()
+
+
 def _os_error(error: OSError) -> str:
     remedies = {
         errno.ENOSPC: "free some space, or name another path",
@@ -101,8 +109,7 @@ def _os_error(error: OSError) -> str:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or any(t in str(error) for t in ("out of memory", "can't allocate memory"))
 
 
 def _leave_process_group() -> None:

@@ -7,12 +7,15 @@ import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from espalier.cli.recipe_flags import (
     KEYWORD_FIELDS,
     drop_replaced_arguments,
     merge_keyword_fields,
+    refuse_unused_fields,
     split_keyword_fields,
 )
 from espalier.errors import EspalierError, require, unknown_name
@@ -63,7 +66,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         SystemExit: help was asked for.
     """
     tokens = [_spelt(token) for token in tokens]
-    base: Recipe | None = None
+    base = named_recipe = None
     if takes_recipe(command):
         # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
         named = bool(tokens) and not tokens[0].startswith("-")
@@ -71,7 +74,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             raise EspalierError(
                 f"{name} needs a recipe: name a file, or one of {', '.join(sorted(recipe_functions()))}"
             )
-        base = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
+        base = named_recipe = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
         tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
         base = merge_keyword_fields(drop_replaced_arguments(base, tokens), keywords)
     typed = typed_arguments(command, base)
@@ -89,6 +92,11 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         raise _refusal(name, command, complaint.getvalue()) from None
     if unknown:
         raise _unknown(name, unknown[0], typed)
+    # To tyro, no words at all are a list of none.
+    if any(found[each.name] in ((), []) for each in _required(command)):
+        raise _missing(name, command)
+    if named_recipe is not None and "arms" in found:
+        refuse_unused_fields(named_recipe, found["recipe"], found["arms"], found["lrs"])
     return dict(found)
 
 
@@ -107,7 +115,7 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
         if hint is Recipe:
             hint, default = tyro.conf.OmitArgPrefixes[Recipe], base
         elif default is inspect.Parameter.empty:
-            hint = Annotated[hint, tyro.conf.arg(metavar=each.name.upper())]
+            hint = Annotated[hint, tyro.conf.arg(metavar=each.name.upper(), help_behavior_hint="(required)")]
         elif default is None:
             # What its default means stands in its description.
             alone = len(parameters) == 1
@@ -130,21 +138,37 @@ def _spelt(token: str) -> str:
 
 
 def _registry(tyro: Any) -> Any:
-    """Return rules of our own: what may be left out reads ``--out PATH``, and ``None`` leaves it out."""
+    """Return rules of our own: paths that name something, and options that may be left out shown as ``--out PATH``."""
     registry = tyro.constructors.ConstructorRegistry()
+    spec = tyro.constructors.PrimitiveConstructorSpec
+
+    def read_path(words: list[str]) -> Path:
+        try:
+            path = Path(words[0]).expanduser()
+        except RuntimeError as error:  # ~somebody
+            raise ValueError(str(error)) from None
+        if not words[0]:
+            raise ValueError("an empty path: name a file or folder")
+        return path if path.name not in ("", "..") else path.resolve()  # ``.`` has no name to put beside another
+
+    @registry.primitive_rule
+    def paths(info: Any) -> Any:
+        if info.type is not Path:
+            return None
+        return spec(
+            nargs=1, metavar="PATH", instance_from_str=read_path, is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )  # fmt: skip
 
     @registry.primitive_rule
     def optional(info: Any) -> Any:
-        from types import NoneType, UnionType
-        from typing import Union, get_args, get_origin
-
         kinds = get_args(info.type)
         if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds or len(kinds) != 2:
             return None
         kind = next(each for each in kinds if each is not NoneType)
         inner = registry.get_primitive_spec(tyro.constructors.PrimitiveTypeInfo.make(kind, info.markers))
         width = inner.nargs if isinstance(inner.nargs, tuple) else (inner.nargs,)
-        return tyro.constructors.PrimitiveConstructorSpec(
+        return spec(
             nargs=inner.nargs if inner.nargs in (1, "*") else (1, *width),
             metavar=inner.metavar,
             instance_from_str=lambda words: None if words in (["None"], ["none"]) else inner.instance_from_str(words),
@@ -160,11 +184,19 @@ def _refusal(name: str, command: Command, box: str) -> EspalierError:
     lines = [line.strip("│╭╮╰╯─┌┐└┘|+- \t") for line in box.splitlines()]
     text = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
     if text.startswith("Missing from"):
-        parameters = inspect.signature(command).parameters.values()
-        missing = " ".join(each.name.upper() for each in parameters if each.default is inspect.Parameter.empty)
-        return EspalierError(f"{name} needs {missing}: espalier {name} --help says what they are")
+        return _missing(name, command)
     text = text.partition(" Argument helptext:")[0].removeprefix("Error parsing ")
     return EspalierError(f"{name}: {text or ' '.join(box.split())}")
+
+
+def _required(command: Command) -> list[inspect.Parameter]:
+    parameters = inspect.signature(command).parameters.values()
+    return [each for each in parameters if each.default is inspect.Parameter.empty and each.name != "recipe"]
+
+
+def _missing(name: str, command: Command) -> EspalierError:
+    needed = " ".join(each.name.upper() for each in _required(command))
+    return EspalierError(f"{name} needs {needed}: espalier {name} --help says what that is")
 
 
 def _unknown(name: str, token: str, typed: Callable[..., Any]) -> EspalierError:

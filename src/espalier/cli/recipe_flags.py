@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.recipes.base import Recipe
+from espalier.recipes import ARMS, Recipe
 
 KEYWORD_FIELDS = ("data_args", "init_args", "loss_args", "model_args")
 
@@ -53,17 +53,40 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
 
 def drop_replaced_arguments(recipe: Recipe, tokens: Sequence[str]) -> Recipe:
     """Return ``recipe`` without the arguments of what ``tokens`` replace: a ViT's mean nothing to another net."""
-    for field, arguments in (
-        ("dataset", "data_args"),
-        ("init", "init_args"),
-        ("loss", "loss_args"),
-        ("model", "model_args"),
-    ):
+    for arguments in KEYWORD_FIELDS:
+        field = arguments.removesuffix("_args").replace("data", "dataset")
         typed = [after for token, after in pairwise(tokens) if token == f"--{field}"]
         typed += [token.partition("=")[2] for token in tokens if token.startswith(f"--{field}=")]
         if typed and typed[-1] != getattr(recipe, field):
             recipe = replace(recipe, **{arguments: {}})  # type: ignore[arg-type]
     return recipe
+
+
+def refuse_unused_fields(base: Recipe, recipe: Recipe, arms: Sequence[str], lrs: Sequence[str]) -> None:
+    """Refuse changes of a recipe that no trial of a comparison would follow.
+
+    Args:
+        base: the recipe as it is named.
+        recipe: the recipe as it was typed.
+        arms: the arms, which set some fields themselves.
+        lrs: the learning rates.
+
+    Raises:
+        EspalierError: a field that was changed and is not used; the message says what to write.
+    """
+    unused = dict.fromkeys(
+        set.intersection(*(set(ARMS.get(arm, ARMS["default"])) for arm in arms or ["default"])),
+        "every arm sets its own: name arms with --arms, or your own initialisation there, FILE.py:NAME",
+    )
+    if recipe.init == "transferred" and "init_args" not in unused:  # the statistics of --init FILE.safetensors
+        del unused["init"]
+    unused["seed"] = "every arm gets the seeds 0, 1, …: say how many with --seeds"
+    if list(lrs) != ["auto"]:
+        unused["lr"] = "every arm gets the rates of --lrs"
+    for field, reason in unused.items():
+        if (value := getattr(recipe, field)) != getattr(base, field):
+            shown = value if isinstance(value, str | int | float) else ""
+            raise EspalierError(f"--{field.replace('_', '-')} {shown}".rstrip() + f" is not used by compare: {reason}")
 
 
 def merge_keyword_fields(recipe: Recipe, found: dict[str, dict[str, Any]]) -> Recipe:

@@ -78,7 +78,7 @@ def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tup
     for name in found:
         if name not in class_names:
             raise EspalierError(f"{root / name} is a class without training images: add some or remove it")
-        files = sorted(_image_names(root / name))
+        files = sorted(image_names(root / name))
         if not files:
             raise EspalierError(f"{root / name} holds no image: fill or remove it ({', '.join(sorted(SUFFIXES))})")
         names += (f"{name}/{file}" for file in files)
@@ -86,7 +86,7 @@ def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tup
     return EncodedImages.from_names(root, names, labels), class_names
 
 
-def _image_names(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     """Return the images below ``folder`` as paths from there; what is hidden is no image."""
     names = []
     for place, inner, files in os.walk(folder):

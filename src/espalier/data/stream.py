@@ -264,10 +264,8 @@ def _read(
 
     def chunks() -> Iterator[list[tuple[int, ...]]]:
         for indices_B, key in batches:
-            if not len(indices_B):
-                continue  # fewer test images in the last batch than processes
             pending.append(indices_B)
-            for part in indices_B.split(_CHUNK):
+            for part in indices_B.split(_CHUNK) if len(indices_B) else ():
                 yield [(index, *key) for index in part.tolist()]
 
     loader = DataLoader(
@@ -285,6 +283,10 @@ def _read(
         if sum(map(len, parts)) == len(pending[0]):
             yield torch.cat(parts), pixels.labels_N[pending.popleft()].to(device, non_blocking=True)
             parts = []
+    # The last test images may be fewer than the processes; those without one are given a batch all the same, because
+    # processes that share a model run it together.
+    for indices_B in pending:
+        yield torch.empty(0, 3, pixels.size, pixels.size, dtype=torch.uint8, device=device), indices_B.to(device)
 
 
 class _Reader(Dataset[Tensor]):

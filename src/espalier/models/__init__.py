@@ -12,7 +12,6 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.lookup import errors_of, is_reference, load
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
-from espalier.models.features import FeatureNet
 from espalier.models.from_transformers import TransformersConvNext, TransformersViT
 from espalier.models.lipschitz import KWLarge, OrthogonalConvNet
 from espalier.models.sequence import SequenceModel
@@ -21,7 +20,6 @@ from espalier.models.vit import VisionTransformer
 __all__ = [
     "MODELS",
     "ConvMixer",
-    "FeatureNet",
     "KWLarge",
     "OrthogonalConvNet",
     "SequenceModel",
@@ -53,8 +51,8 @@ def build_model(name: str, **arguments: Any) -> nn.Module:
             ``vocab_size``) is dropped when the constructor has no such argument.
 
     Raises:
-        EspalierError: an unknown model or argument; the message suggests the closest ones. Or code of your own that
-            fails, or returns no ``nn.Module``.
+        EspalierError: an unknown model or argument; the message suggests the closest ones. Or a model that cannot be
+            built from these arguments, or code of your own that returns no ``nn.Module``.
     """
     own = is_reference(name)
     if not own and name not in MODELS:
@@ -68,9 +66,8 @@ def build_model(name: str, **arguments: Any) -> nn.Module:
                 del arguments[argument]
             else:
                 raise unknown_name(f"argument of model {name!r}", argument, known)
-    if not own:
-        return constructor(**arguments)
-    with errors_of("model", name):
+    given = "" if own else f" with {', '.join(f'{key} {value!r}' for key, value in arguments.items())}"
+    with errors_of("model", f"{name}{given}"):
         model = constructor(**arguments)
     if not isinstance(model, nn.Module):
         raise EspalierError(f"model {name} returned {type(model).__name__}: return an nn.Module")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.features import block_indices
 from espalier.models.hub import HubModel
 from espalier.nn.depthwise import is_watched, mixing_block, pointwise_block
 
@@ -169,7 +168,7 @@ class ConvMixer(HubModel):
         """
         if output_fmt != "NCHW":
             raise unknown_name("output_fmt", output_fmt, ["NCHW"])
-        chosen = block_indices(len(self.blocks), indices)
+        chosen = _block_indices(len(self.blocks), indices)
         maps, x = [], self.stem(x)
         for index, block in enumerate(self.blocks):
             if stop_early and index > max(chosen):
@@ -189,7 +188,7 @@ class ConvMixer(HubModel):
         Raises:
             EspalierError: no such block.
         """
-        chosen = block_indices(len(self.blocks), indices)
+        chosen = _block_indices(len(self.blocks), indices)
         self.blocks = nn.Sequential(*list(self.blocks)[: max(chosen) + 1])
         if prune_head:
             self.reset_classifier(0, "")
@@ -239,3 +238,23 @@ class ConvMixer(HubModel):
     def no_weight_decay(self) -> set[str]:
         """Return the parameters exempt from weight decay: none, as in the published recipe."""
         return set()
+
+
+def _block_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Return which of ``count`` blocks are meant, in the order given, as numbers from 0.
+
+    Args:
+        count: number of blocks.
+        indices: a number n for the last n, None for all, or indices, negative ones from the end.
+
+    Raises:
+        EspalierError: none is meant, or one that does not exist.
+    """
+    if indices is None or isinstance(indices, int):
+        last = count if indices is None else indices
+        if not 0 < last <= count:
+            raise EspalierError(f"indices {indices}: choose between 1 and all {count} blocks")
+        return list(range(count - last, count))
+    if not indices or not all(-count <= index < count for index in indices):
+        raise EspalierError(f"indices {list(indices)}: give some between {-count} and {count - 1}")
+    return [index % count for index in indices]

@@ -10,7 +10,6 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -83,9 +82,7 @@ class HubModel(nn.Module):
         mixed = _mixed(cls)
         try:
             model = mixed.from_pretrained(str(name), **{"strict": True, **options})
-        except (
-            Exception
-        ) as error:  # of the hub's own, of its HTTP client's, of the constructor's and of load_state_dict's
+        except Exception as error:  # of the hub, of its HTTP client, of the constructor, of load_state_dict
             said = str(error).strip() or type(error).__name__
             raise EspalierError(f"{cls.__name__} from {str(name)!r}: {' '.join(said.split())}") from error
         read = model.__dict__.pop("_hub_mixin_config")
@@ -135,9 +132,13 @@ def open_hub_model(name: str, **options: Any) -> HubModel:
     return CLASSES[named].from_pretrained(name, **options)
 
 
-@cache
+_MIXED: dict[type[HubModel], Any] = {}
+
+
 def _mixed(cls: type[HubModel]) -> Any:
-    """Return the class with huggingface_hub's mixin before it, under its own name."""
+    """Return the class with huggingface_hub's mixin before it, under its own name; always the same."""
+    if cls in _MIXED:
+        return _MIXED[cls]
     hub = require("huggingface_hub", "hub")
 
     def generate_model_card(self: Any, text: str = "", **_: Any) -> Any:
@@ -147,7 +148,8 @@ def _mixed(cls: type[HubModel]) -> Any:
         return hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n{usage}")
 
     body = {"generate_model_card": generate_model_card, "__module__": cls.__module__}
-    return type(cls.__name__, (hub.PyTorchModelHubMixin, cls), body, library_name="espalier")
+    _MIXED[cls] = type(cls.__name__, (hub.PyTorchModelHubMixin, cls), body, library_name="espalier")
+    return _MIXED[cls]
 
 
 def _call(cls: type, model: Any) -> str:

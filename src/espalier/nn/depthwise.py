@@ -13,7 +13,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.depthwise import Depthwise, Norm, Padding, gelu_norm, mix
 from espalier.nn.kernels.library import usable
-from espalier.nn.precision import recording
+from espalier.nn.precision import is_tracing
 
 _MAPS = (torch.float32, torch.float64, torch.bfloat16)
 _LARGEST = 15  # side of a kernel that the compiled convolution is proved for
@@ -182,7 +182,7 @@ def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> 
 
 
 def _compiled(x: Tensor) -> bool:
-    return not recording() and usable(x, dtypes=_MAPS) and choose("depthwise", "cpu") == "compiled"
+    return not is_tracing() and usable(x, dtypes=_MAPS) and choose("depthwise", "cpu") == "compiled"
 
 
 def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# torch 2.6 cannot tell: it takes an export for a compilation.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
-def exact(*tensors: Tensor | None) -> list[Any]:
+
+def upcast(*tensors: Tensor | None) -> list[Any]:
     """Return the tensors in one dtype that keeps digits: float64 if any of them has it, else float32; None stays."""
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     dtype = torch.float64 if double else torch.float32
@@ -29,7 +32,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def recording() -> bool:
+def is_tracing() -> bool:
     """Return whether something watches every operation, so that plain ones must run and nothing may be kept.
 
     A graph is made (``torch.compile``, ``torch.export``, tracing), ``torch.func`` transforms, forward-mode derivatives
@@ -45,11 +48,11 @@ def recording() -> bool:
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
-    """Return whether operations on these tensors are followed, by autograd or by what ``recording`` names.
+    """Return whether operations on these tensors are followed, by autograd or by what ``is_tracing`` names.
 
     Their inputs must then stay as they are, and kernels that autograd does not know must not run.
     """
-    return recording() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    return is_tracing() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +65,7 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 

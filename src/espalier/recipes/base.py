@@ -12,7 +12,7 @@ from espalier.lookup import errors_of, is_reference, load
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that shapes one run, flat, so that any field can be changed by name (``--lr 1e-3``).
+    """Everything that shapes one run, flat, so that any field can be changed by name (`--lr 1e-3`).
 
     The recipe is saved resolved beside the run and is enough to repeat it.
     """
@@ -22,27 +22,27 @@ class Recipe:
 
     # What is learnt.
     dataset: str = "digits"
-    """Name of the data set, as ``espalier datasets`` lists them, or your own function: ``FILE.py:NAME``."""
+    """Name of the data set, as `espalier datasets` lists them, or your own function: `FILE.py:NAME`."""
     data_path: str | None = None
-    """File or folder of the data, where it is not bundled or generated; ``--data`` for short."""
+    """File or folder of the data, where it is not bundled or generated; `--data` for short."""
     data_args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the source: ``train_limit``, or the sizes of a synthetic task."""
+    """Keyword arguments of the source: `train_limit`, or the sizes of a synthetic task."""
     loss: Literal["cross_entropy", "multi_margin", "tempered_cross_entropy"] = "cross_entropy"
     """What is minimised."""
     loss_args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the loss: ``margin``, ``temperature``, ``offset``."""
+    """Keyword arguments of the loss: `margin`, `temperature`, `offset`."""
     label_smoothing: float = 0.0
     """Share of the probability spread over all classes."""
 
     # The network.
     model: str = "vit"
-    """Name of the model, as ``espalier models`` lists them, or your own: ``FILE.py:NAME``, ``package.module:NAME``."""
+    """Name of the model, as `espalier models` lists them, or your own: `FILE.py:NAME`, `package.module:NAME`."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model; they win over those that the data fixes."""
 
     # The structure written into it before training.
     init: str = "default"
-    """Name of the initialisation, as ``espalier inits`` lists them, or your own function: ``FILE.py:NAME``."""
+    """Name of the initialisation, as `espalier inits` lists them, or your own function: `FILE.py:NAME`."""
     init_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the initialisation."""
     freeze: Literal["", "depthwise"] = ""
@@ -60,7 +60,7 @@ class Recipe:
     eps: float = 1e-8
     """Adam's denominator offset."""
     schedule: Literal["cosine", "piecewise", "constant"] = "cosine"
-    """``cosine`` to zero after the warm-up, or the papers' 0 → lr at 2E/5 → lr/20 at 4E/5 → 0."""
+    """`cosine` to zero after the warm-up, or the papers' 0 → lr at 2E/5 → lr/20 at 4E/5 → 0."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the cosine."""
     epochs: int = 10
@@ -68,7 +68,7 @@ class Recipe:
     batch_size: int = 128
     """Examples per optimiser step."""
     accumulate: int = 1
-    """Micro-batches per optimiser step; ``batch_size`` counts all of them."""
+    """Micro-batches per optimiser step; `batch_size` counts all of them."""
     clip_norm: float = 0.0
     """Largest gradient norm; 0 does not clip."""
     ema_decay: float = 0.0
@@ -108,9 +108,9 @@ class Recipe:
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     logger: Literal["", "csv", "tensorboard", "wandb"] = ""
-    """Where the rows of metrics.jsonl go as well: files in the run folder's ``logs``, or Weights & Biases."""
+    """Where the rows of metrics.jsonl go as well: files in the run folder's `logs`, or Weights & Biases."""
     threads: int = 0
-    """CPU threads of this run; 0 leaves torch's choice."""
+    """CPU threads of this run, 1 in recipes whose steps take milliseconds; 0 leaves torch's choice."""
 
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {}

@@ -72,15 +72,16 @@ def convmixer_cifar10_96() -> Recipe:
 def convmixer_imagenet() -> Recipe:
     """ConvMixer-1536/20 (kernel 9, patch 7) on a folder of ImageNet's images: the paper's 150-epoch setting.
 
-    Test accuracy; days on ten GPUs, with ``DIR/train`` and ``DIR/test`` (the validation images) by class:
-    ``torchrun --nproc-per-node 10 --no-python espalier train convmixer_imagenet --data DIR``. The images are kept in
-    memory at 224 pixels, 150 kB each: take a part of ImageNet, or a machine with room for all of it. The smallest crop
-    is timm's default. For ConvMixer-768/32: ``--model convmixer_768_32 --epochs 300``. Not yet run here at full length.
+    Validation accuracy; days on ten GPUs, with ``DIR/train`` and ``DIR/val`` by class:
+    ``torchrun --nproc-per-node 10 --no-python espalier train convmixer_imagenet --data DIR``. The images are decoded as
+    they are needed, by as many processes as the machine has cores; WebDataset's shards: ``--dataset shards``. The
+    smallest crop is timm's default. For ConvMixer-768/32: ``--model convmixer_768_32 --epochs 300``. Not yet run here
+    at full length.
     """
     return Recipe(
         name="convmixer_imagenet",
         dataset="folder",
-        data_args={"size": 224},
+        data_args={"size": 224, "storage": "stream"},
         model="convmixer_1536_20",
         epochs=150,
         batch_size=640,

@@ -58,7 +58,7 @@ def read_yaml(text: str, where: str) -> Any:
     """
     yaml = require("yaml", "train")
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         """YAML 1.1 takes 1e-3 for text, because it has no point; here it is a number, as in YAML 1.2."""
 
     pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")

@@ -43,6 +43,7 @@ def digits_robust() -> Recipe:
         model_args={"width": 16, "hidden": 128},
         epochs=10,
         batch_size=64,
+        threads=1,
     )
 
 

@@ -25,6 +25,7 @@ def copy_mamba1() -> Recipe:
         lr=4e-3,
         clip_norm=1.0,
         eval_every=2,
+        threads=1,
     )
 
 
@@ -82,6 +83,7 @@ def shakespeare_mamba2() -> Recipe:
         clip_norm=1.0,
         eval_every=2,
         eval_batch_size=64,
+        threads=1,
     )
 
 

@@ -32,7 +32,8 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
         # A run folder must find its data from anywhere.
         resolved = replace(resolved, data_path=str(Path(resolved.data_path).expanduser().absolute()))
     own = {name: getattr(resolved, name) for name in ("dataset", "model", "init")}
-    return replace(resolved, **{name: pin(name, value) for name, value in own.items() if is_reference(value)})
+    pinned: dict[str, Any] = {name: pin(name, value) for name, value in own.items() if is_reference(value)}
+    return replace(resolved, **pinned)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def digits_vit() -> Recipe:
         weight_decay=0.01,
         warmup_epochs=1,
         clip_norm=3.0,
+        threads=1,
     )
 
 
@@ -42,6 +43,7 @@ def digits_convmixer() -> Recipe:
         weight_decay=5e-3,
         schedule="piecewise",
         clip_norm=1.0,
+        threads=1,
     )
 
 
@@ -64,6 +66,7 @@ def fashion_vit() -> Recipe:
         clip_norm=3.0,
         crop_padding=2,
         flip=True,
+        threads=1,
     )
 
 

@@ -26,7 +26,8 @@ def learning_curves(summary: Summary, context: Context) -> Section | None:
         f"over seeds as bands. Look at how early the curves part, and whether their bands still overlap at the end. "
         f"Runs behind each curve: {behind}."
     )
-    ends = [factor * end for arm in arms for point in arm.curve for end in _ends(point.score)]
+    scores = [point.score for arm in arms for point in arm.curve]
+    ends = [factor * end for s in scores for end in ((s.low, s.high) if s.defined else (s.mean,))]
     figure = figure_of(traces, summary.unit, _axis_name(summary))
     figure.update_yaxes(range=_axis_range(ends, share=summary.is_share))
     return Section("Learning curves", (Plot(figure, caption),))
@@ -148,10 +149,6 @@ def figure_of(traces: Sequence[Any], across: str, up: str) -> Any:
     figure.update_xaxes(title=escape(across), **axis)
     figure.update_yaxes(title=escape(up), automargin=True, **axis)
     return figure
-
-
-def _ends(score: Interval) -> tuple[float, ...]:
-    return (score.low, score.high) if score.defined else (score.mean,)
 
 
 def _axis_range(ends: Sequence[float], *, share: bool) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 from espalier.init import StructureReport
 from espalier.init.report import measured_in_words
 from espalier.recipes import Recipe, get_recipe, recipe_functions
+from espalier.report.confusion import confusion
 from espalier.report.curves import run_curves
 from espalier.report.health import health
 from espalier.report.robustness import robustness
@@ -81,5 +82,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-RUN_SECTIONS: tuple[RunSection, ...] = (outcome, run_curves, robustness, structure, health, recipe, environment)
+RUN_SECTIONS: tuple[RunSection, ...] = (
+    outcome,
+    run_curves,
+    confusion,
+    robustness,
+    structure,
+    health,
+    recipe,
+    environment,
+)
 """In the order of the page; the pictures follow the curves' end. A room that measures runs adds its own."""

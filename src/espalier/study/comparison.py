@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.files import write_bytes
 from espalier.recipes import Recipe
 from espalier.study.applicable import check_arms
-from espalier.study.launcher import launch, run_recipe
+from espalier.study.launcher import launch, refuse_torchrun, run_recipe
 from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
 from espalier.study.summary import Summary, summarise
@@ -58,6 +58,7 @@ def compare(
             worker that died.
         RunInterrupted: stopped from the keyboard.
     """
+    refuse_torchrun()
     if isinstance(train, Recipe):
         given = [name for name, value in (("metric", metric), ("lr", lr)) if value is not None]
         if given:

@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from espalier.errors import EspalierError, require
+from espalier.errors import EspalierError
 from espalier.recipes import Recipe
+from espalier.study.slurm import run_jobs
 from espalier.study.trial import FAILURE, Study, Trial
 from espalier.study.worker import RunTrial, Worker, claim, drain
 from espalier.train import RunInterrupted, train
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 20.0
-_SLURM_LIMIT_MINUTES = 60 * 24
 _START = "from espalier.study.worker import main; main()"
 
 
@@ -57,8 +57,7 @@ def launch(
         study: the plan.
         workers: how many workers.
         cluster: ``"local"`` or ``"slurm"``; a Slurm job needs to see the study folder.
-        parameters: further parameters of ``submitit.AutoExecutor``: ``slurm_partition``, ``timeout_min``,
-            ``gpus_per_node``, ``cpus_per_task``.
+        parameters: options of Slurm's ``sbatch`` by their long names: ``partition``, ``time``, ``gpus``, ``account``.
         run: what runs one trial.
         progress: print one line of progress; None prints it where standard error is a terminal.
 
@@ -70,15 +69,14 @@ def launch(
         raise EspalierError(f"cluster {cluster!r}: choose 'local' or 'slurm'")
     if workers < 0:
         raise EspalierError(f"workers {workers}: give a number from 0")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise EspalierError("a comparison starts its own workers: run it without torchrun, with as many --workers")
+    refuse_torchrun()
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
     meter = _Meter(study, sys.stderr.isatty() if progress is None else progress)
     workers = min(workers, len(waiting))
     try:
         if cluster == "slurm" and workers:
-            _drain_with_jobs(study, run, workers, parameters or {}, meter)
+            run_jobs(Worker.of(study, run), study.path / "logs", workers, parameters or {}, meter.show)
         elif workers > 1:
             _drain_with_processes(study, run, workers, meter)
         else:
@@ -94,9 +92,19 @@ def launch(
     if left:
         raise EspalierError(
             f"{len(left)} trials of {study.path} are unfinished, the first is {left[0]}: another process is at work on "
-            "them or was killed; run the same command again to resume"
+            f"them or was killed (logs: {study.path / 'logs'}); run the same command again to resume"
         )
     return tuple(trial for trial in study.trials() if trial.failure is not None)
+
+
+def refuse_torchrun() -> None:
+    """Refuse to be one of many processes that would fight over the trials.
+
+    Raises:
+        EspalierError: torchrun started this process.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise EspalierError("a comparison starts its own workers: run it without torchrun, with as many --workers")
 
 
 def _forget_failures(study: Study, trials: Sequence[Trial]) -> None:
@@ -180,36 +188,6 @@ def _refuse_dead(study: Study, logs: Sequence[Path], count: int) -> None:
 def _gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
-
-
-def _drain_with_jobs(study: Study, run: RunTrial, count: int, parameters: Mapping[str, Any], meter: _Meter) -> None:
-    submitit = require("submitit", "train")
-    try:
-        executor = submitit.AutoExecutor(folder=study.path / "logs", cluster="slurm")
-    except RuntimeError as error:
-        raise EspalierError(f"cluster 'slurm' cannot be used here ({error}): choose 'local'") from error
-    executor.update_parameters(**{"name": "espalier", "timeout_min": _SLURM_LIMIT_MINUTES, **parameters})
-    worker = Worker.of(study, run)
-    jobs: list[Any] = []
-    try:
-        for _ in range(count):
-            jobs.append(executor.submit(worker))
-        while not all(job.done() for job in jobs):
-            meter.show()
-            time.sleep(_POLL_SECONDS)
-    except BaseException:
-        for job in jobs:
-            job.cancel(check=False)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while not all(job.done() for job in jobs) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        raise
-    meter.show()
-    if not _unfinished(study):
-        return
-    # submitit waits long for the outcome of a job that left none.
-    dead = [job for job in jobs if not job.paths.result_pickle.exists() or job.exception() is not None]
-    _refuse_dead(study, [job.paths.stderr for job in dead], count)
 
 
 class _Meter:

@@ -87,6 +87,7 @@ def t_interval(values: Sequence[float], level: float = 0.95, limits: tuple[float
     n = len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
+    # scipy's t.interval and ttest_1samp give NaN, or warn, where all values are equal: shares often are.
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = float(require("scipy.stats", "train").t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
     return Interval(mean, max(mean - half, limits[0]), min(mean + half, limits[1]), n)
@@ -109,6 +110,7 @@ def bootstrap_interval(
     n = len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
+    # scipy.stats.bootstrap gives NaN for equal values, and takes NumPy's generators, not torch's.
     picks_RN = torch.randint(n, (resamples, n), generator=generator)
     means_R = torch.tensor(values, dtype=torch.float64)[picks_RN].mean(1)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -83,7 +82,7 @@ def _attempt(trial: Trial, run: RunTrial) -> None:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker process or a Slurm job is given; submitit sends it again when Slurm takes its machine away."""
+    """What a worker process or a Slurm job is given."""
 
     task: bytes
     """The study and what runs its trials, pickled: unpickling imports the user's modules, which need ``folders``."""
@@ -115,10 +114,6 @@ class Worker:
         study, run = pickle.loads(self.task)
         torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
         drain(study, run)
-
-    def checkpoint(self) -> Any:
-        """Return what submitit queues again after a time limit: the same list, on which finished trials are skipped."""
-        return require("submitit.helpers", "train").DelayedSubmission(self)
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from espalier import data, models, recipes
 from espalier.data.source import Source
 from espalier.errors import EspalierError
-from espalier.lookup import errors_of, is_reference
+from espalier.lookup import errors_of
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
+from espalier.train.losses import build_loss
 
 if TYPE_CHECKING:
     from espalier.init import StructureReport
@@ -54,8 +55,8 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         The model, and the report of what was written (None for the default initialisation).
 
     Raises:
-        EspalierError: unknown model, initialisation or argument; or a model of the user's own that does not fit its
-            data, tried on one example.
+        EspalierError: unknown model, initialisation or argument; or a model that does not fit its data, tried on one
+            example.
     """
     initialise = recipes.get_init(recipe.init)
     model = build_bare_model(recipe, resolved_model_args(recipe, source))
@@ -66,19 +67,20 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
     # Code of the user's own may draw from the global stream.
     with _seeded_globally(structure):
-        report = initialise(model, generator=structure, **recipe.init_args)
-        if is_reference(recipe.model):
-            _try_on_one_example(model, source, recipe)
+        given = f" with {dict(recipe.init_args)}" if recipe.init_args else ""
+        with errors_of("init", f"{recipe.init}{given}"):
+            report = initialise(model, generator=structure, **recipe.init_args)
+        _try_on_one_example(model, source, recipe)
     return model, report
 
 
 @torch.no_grad()
 def _try_on_one_example(model: nn.Module, source: Source, recipe: Recipe) -> None:
     inputs, targets = next(iter(source.eval_batches(source.eval_splits[0], 1)))
-    with errors_of("model", recipe.model):
+    name = recipe.model.partition("#")[0]
+    with errors_of("model", f"{name} on dataset {recipe.dataset.partition('#')[0]}"):
         outputs = model.eval()(inputs)
         model.train()
-    name = recipe.model.partition("#")[0]
     wanted = targets.shape[: -1 if targets.is_floating_point() else None]
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != wanted:
         shown = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -86,11 +88,14 @@ def _try_on_one_example(model: nn.Module, source: Source, recipe: Recipe) -> Non
             f"model {name} returns {shown} for targets of shape {tuple(targets.shape)}: return logits, one score "
             "a class for every target"
         )
-    if not targets.is_floating_point() and int(targets.max()) >= outputs.shape[-1]:
+    classes = source.model_args.get("num_classes") or source.model_args.get("vocab_size") or int(targets.max()) + 1
+    if outputs.shape[-1] < classes:
         raise EspalierError(
-            f"model {name} returns {outputs.shape[-1]} scores, and a target is {int(targets.max())}: give it as many "
+            f"model {name} returns {outputs.shape[-1]} scores, and there are {classes} classes: give it as many "
             "classes as the data have"
         )
+    with errors_of("loss", f"{recipe.loss} with {dict(recipe.loss_args)}"):
+        build_loss(recipe)(outputs, targets)
 
 
 def resolved_model_args(recipe: Recipe, source: Source) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def parse_eps(texts: tuple[str, ...]) -> tuple[float, ...]:
     """
     try:
         values = tuple(float(Fraction(text)) for text in texts)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise EspalierError(f"eps {' '.join(texts)!r}: write radii such as 36/255 or 0.1") from None
     if not all(value >= 0 for value in values):
         raise EspalierError(f"eps {' '.join(texts)!r}: a radius cannot be negative")

@@ -64,6 +64,23 @@ def evaluate(
     return scores
 
 
+@torch.no_grad()
+def confusion_matrix(model: nn.Module, source: Source, split: str, classes: int, batch_size: int) -> Tensor:
+    """Return how many examples of each class are taken for each class: int64 ``(classes, classes)``, true class first.
+
+    Args:
+        model: maps inputs to logits ``(B, classes)``; in evaluation mode.
+        source: its data, with class indices as targets.
+        split: one of the source's evaluation splits.
+        classes: number of classes.
+        batch_size: examples per forward pass.
+    """
+    counts = torch.zeros(classes * classes, dtype=torch.int64)
+    for inputs, targets_B in source.eval_batches(split, batch_size):
+        counts += (targets_B * classes + model(inputs).argmax(-1)).bincount(minlength=classes * classes)
+    return counts.view(classes, classes)
+
+
 def _batch_sums(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     # One small tensor per batch and no .item(): the host never waits for the device within a split.
     answered = targets != IGNORED

@@ -63,9 +63,9 @@ def export_run(run: Run, to: Format, out: Path | None = None) -> Path:
         return write_tensors(out, run.model().state_dict(), {METADATA: json.dumps(about)})
     net = pixel_model(run)
     shape = (expected.channels, expected.height, expected.width)
-    partial = out.with_name(f".{out.name}.partial{_SUFFIXES[to]}")
-    if not out.parent.is_dir():
-        raise EspalierError(f"out {out}: folder {out.parent} does not exist: make it first")
+    if not out.parent.is_dir() or out.is_dir():
+        raise EspalierError(f"out {out}: name a file in a folder that exists")
+    partial = out.parent / f".{out.name}.partial{_SUFFIXES[to]}"
     try:
         with warnings.catch_warnings(), torch.no_grad(), use_backend("torch"):
             # Exporters warn of themselves, and log which of torchvision's operators they would know.

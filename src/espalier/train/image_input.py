@@ -64,8 +64,9 @@ class ImageInput:
             EspalierError: the run was not trained on images, or its file is damaged.
         """
         try:
-            values = json.loads((folder / IMAGES).read_text())
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            values: dict[str, Any] = json.loads((folder / IMAGES).read_text())
+            given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+            return cls(**given)
         except FileNotFoundError:
             raise EspalierError(f"run {folder} has no {IMAGES}: only runs on data sets of images have one") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ from espalier.files import load_weights, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
     Checkpoint,
     Counters,
@@ -158,7 +158,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     fabric.barrier()
     if fabric.is_global_zero:
         if not (out / START).exists():
-            create_folder(out, recipe, model, source, report)
+            create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
         recover(out)
     fabric.barrier()
     refuse_damage(out, [START])

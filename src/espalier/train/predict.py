@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from espalier.data.folder import SUFFIXES
+from espalier.data.layout import image_names
 from espalier.errors import EspalierError
 from espalier.train.image_input import ImageInput
 from espalier.train.run import Run
@@ -41,7 +41,11 @@ def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tu
     expected = ImageInput.load(run.path)
     if top < 1:
         raise EspalierError(f"top is {top}: give a whole number from 1")
-    files = [file for path in paths for file in (_images_below(path) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in paths
+        for file in ([path / name for name in sorted(image_names(path))] if path.is_dir() else [path])
+    ]
     if not files:
         raise EspalierError("there are no images: name files, or folders that hold some")
     net, found = pixel_model(run), {}
@@ -52,11 +56,3 @@ def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tu
             names = [expected.class_names[index] for index in best.indices.tolist()]
             found[file] = list(zip(names, best.values.tolist(), strict=True))
     return found
-
-
-def _images_below(folder: Path) -> list[Path]:
-    def visible(path: Path) -> bool:
-        # What macOS leaves in archives bears names of images and is none.
-        return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and visible(path))

@@ -20,7 +20,7 @@ from espalier.errors import EspalierError
 from espalier.files import load_weights, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import first_difference, load_recipe, recipe_to_dict
-from espalier.train.build import build_bare_model, environment, resolved_model_args
+from espalier.train.build import build_bare_model, environment
 from espalier.train.image_input import ImageInput
 from espalier.train.manifest import MANIFEST, damaged, digest, file_digest, read_manifest, write_manifest
 
@@ -133,7 +133,14 @@ def check_data(path: Path, source: Source) -> None:
         raise EspalierError(f"the data of {path} have changed since it was started: restore them, or start another run")
 
 
-def create_folder(out: Path, recipe: Recipe, model: nn.Module, source: Source, report: StructureReport | None) -> None:
+def create_folder(
+    out: Path,
+    recipe: Recipe,
+    source: Source,
+    model: nn.Module,
+    model_args: dict[str, Any],
+    report: StructureReport | None,
+) -> None:
     """Make the run folder with everything that is known before training; it appears whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.new")
@@ -142,7 +149,7 @@ def create_folder(out: Path, recipe: Recipe, model: nn.Module, source: Source, r
     try:
         write_json(partial / RECIPE, recipe_to_dict(recipe))
         write_json(partial / ENVIRONMENT, environment())
-        write_json(partial / MODEL, finite({"name": recipe.model, "args": resolved_model_args(recipe, source)}))
+        write_json(partial / MODEL, finite({"name": recipe.model, "args": model_args}))
         if (images := ImageInput.of(source)) is not None:
             images.save(partial)
         if report is not None:

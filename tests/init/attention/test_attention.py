@@ -1,4 +1,4 @@
-"""Mimetic attention on tensors: METHODS' table, exact products, grouped queries, bad input."""
+"""Mimetic attention on tensors: the papers' table of variants, exact products, grouped queries, bad input."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.errors import EspalierError
-from espalier.init.attention.near_identity import near_identity, near_identity_factors, split_square
+from espalier.init.attention.near_identity import near_identity, near_identity_factors, random_frame, split_square
 from reference.attention_reference import best_approximation
 
 
@@ -58,6 +58,50 @@ def test_square_split_is_exact_and_balanced(dim: int) -> None:
     left, right = split_square(matrix)
     torch.testing.assert_close(left @ right.mT, matrix, atol=1e-5, rtol=0)
     assert float(left.norm() / right.norm()) == pytest.approx(1.0, rel=1e-2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(dim=st.integers(1, 30), data=st.data(), seed=st.integers(0, 99))
+def test_frames_have_orthonormal_columns(dim: int, data: st.DataObject, seed: int) -> None:
+    count = data.draw(st.integers(1, dim))
+    frame = random_frame(dim, count, generator=seeded(seed))
+    torch.testing.assert_close(frame.mT @ frame, torch.eye(count, dtype=torch.float64), atol=1e-13, rtol=0)
+
+
+def test_frames_are_uniform() -> None:
+    # Entries of a uniform orthogonal matrix of width 3: mean 0, squares 1/3, fourth powers 1/5; half are rotations.
+    g, count = seeded(0), 20000
+    frames = torch.stack([random_frame(3, 3, generator=g) for _ in range(count)])
+    slack = 5 / count**0.5
+    for power, moment in ((1, 0.0), (2, 1 / 3), (3, 0.0), (4, 1 / 5)):
+        assert (frames.pow(power).mean(0) - moment).abs().max() < slack
+    assert torch.linalg.det(frames).mean().abs() < slack
+    # ⟨q₁₁ q₂₂ q₃₃⟩ = 0 and ⟨q₁₁ q₂₂ q₁₂ q₂₁⟩ = −1/30.
+    assert (frames[:, 0, 0] * frames[:, 1, 1] * frames[:, 2, 2]).mean().abs() < slack
+    assert (frames[:, 0, 0] * frames[:, 1, 1] * frames[:, 0, 1] * frames[:, 1, 0]).mean() == pytest.approx(
+        -1 / 30, abs=slack
+    )
+
+
+def test_wide_factors_of_full_rank_are_turned_copies_of_one_draw() -> None:
+    dim, alpha, beta = 640, 0.4, -0.4
+    one, two, exact = (
+        left @ right.mT
+        for left, right in (
+            near_identity_factors(dim, dim, alpha, beta, generator=seeded(1)),
+            near_identity_factors(dim, dim, alpha, beta, generator=seeded(2)),
+            near_identity_factors(dim, dim, alpha, beta, method="exact", generator=seeded(1)),
+        )
+    )
+    spectra = [torch.linalg.svdvals(product) for product in (one, two, exact)]
+    torch.testing.assert_close(spectra[0], spectra[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(spectra[0], spectra[2], atol=0.02, rtol=0)
+    noise = [(product - beta * torch.eye(dim)) * dim**0.5 / alpha for product in (one, two)]
+    for z in noise:
+        assert abs(z.mean()) < 5 / dim
+        assert float(z.var()) == pytest.approx(1, abs=5 * 2**0.5 / dim)
+    # Different seeds turn it to different directions.
+    assert abs((noise[0] * noise[1]).mean()) < 5 / dim
 
 
 def test_generator_decides_and_the_global_state_is_left_alone() -> None:

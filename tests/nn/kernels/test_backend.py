@@ -28,7 +28,7 @@ def probe(**environment: str) -> list[str]:
     return [part.strip() for part in run.stdout.split("|")]
 
 
-def test_torch_can_be_asked_for_and_nothing_is_said() -> None:
+def test_choosing_torch_gives_no_warning() -> None:
     assert probe(ESPALIER_BACKEND="torch") == ["torch", "asked for by ESPALIER_BACKEND", "0"]
     with use_backend("torch") as chosen:
         assert chosen.name == backend().name == "torch"

@@ -224,23 +224,23 @@ def test_zero_padding_is_the_convolution_of_a_larger_torus_cropped(case: dict[st
 @pytest.mark.parametrize("case", [*CASES, {"kernel_size": 3, "padding_mode": "zeros", "stride": 2}])
 def test_transpose_is_the_adjoint(case: dict[str, Any]) -> None:
     for channels in ((4, 4), (4, 6), (6, 4)):
-        forth = CayleyConv2d(*channels, **case, bias=False, dtype=torch.float64, generator=seeded())
-        back = CayleyConvTranspose2d(*channels[::-1], **case, bias=False, dtype=torch.float64)
-        back.load_state_dict(forth.state_dict())
+        forward = CayleyConv2d(*channels, **case, bias=False, dtype=torch.float64, generator=seeded())
+        transposed = CayleyConvTranspose2d(*channels[::-1], **case, bias=False, dtype=torch.float64)
+        transposed.load_state_dict(forward.state_dict())
         x = images(2, channels[0], 6, 6)
-        y = images(*forth(x).shape, seed=8)
+        y = images(*forward(x).shape, seed=8)
         for training in (True, False):
-            gap = (forth.train(training)(x) * y).sum() - (x * back.train(training)(y)).sum()
+            gap = (forward.train(training)(x) * y).sum() - (x * transposed.train(training)(y)).sum()
             assert abs(gap.item()) < 1e-11
 
 
 def test_transpose_has_the_gradients_of_the_adjoint() -> None:
-    forth = CayleyConv2d(3, 4, 3, bias=False, dtype=torch.float64, generator=seeded())
-    back = CayleyConvTranspose2d(4, 3, 3, bias=False, dtype=torch.float64)
-    back.load_state_dict(forth.state_dict())
+    forward = CayleyConv2d(3, 4, 3, bias=False, dtype=torch.float64, generator=seeded())
+    transposed = CayleyConvTranspose2d(4, 3, 3, bias=False, dtype=torch.float64)
+    transposed.load_state_dict(forward.state_dict())
     x, y = images(2, 3, 5, 4), images(2, 4, 5, 4, seed=8)
-    (mine,) = torch.autograd.grad((forth(x) * y).sum(), forth.weight)
-    (other,) = torch.autograd.grad((x * back(y)).sum(), back.weight)
+    (mine,) = torch.autograd.grad((forward(x) * y).sum(), forward.weight)
+    (other,) = torch.autograd.grad((x * transposed(y)).sum(), transposed.weight)
     assert (mine - other).abs().max() < 1e-10
 
 
@@ -257,7 +257,7 @@ def test_a_chain_keeps_the_fast_layout_and_a_channels_last_input_gives_the_same(
 
 @pytest.mark.parametrize("channels", [5, 8, 16, 24])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_image_cannot_tell_what_else_is_in_its_batch(channels: int, training: bool) -> None:
+def test_output_independent_of_batch_composition(channels: int, training: bool) -> None:
     layer = CayleyConv2d(channels, channels, 3, generator=seeded()).train(training)
     x = images(4, channels, 8, 8, dtype=torch.float32)
     y = layer(x)

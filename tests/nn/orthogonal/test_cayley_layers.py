@@ -93,7 +93,7 @@ def replace_data(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [step, load, swap_by_copy, swap_through_data, replace_data])
 @pytest.mark.parametrize("grad", [True, False])
-def test_evaluation_is_never_stale(change: Callable[[nn.Module], None], grad: bool) -> None:
+def test_evaluation_uses_present_parameters(change: Callable[[nn.Module], None], grad: bool) -> None:
     net, x = small_net().eval(), images()
     with torch.set_grad_enabled(grad):
         before = net(x)

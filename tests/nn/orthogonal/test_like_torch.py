@@ -23,6 +23,7 @@ from espalier.nn import (
     CayleyLinear,
     cayley,
     parametrize_cayley,
+    use_backend,
 )
 from espalier.nn.lipschitz.activations import GroupSort, MaxMin
 
@@ -251,3 +252,24 @@ def test_parametrized_layers_take_per_sample_gradients_and_penalties() -> None:
     function, values = as_function(layer)
     x = torch.randn(2, 4, dtype=torch.float64, generator=seeded(), requires_grad=True)
     assert torch.autograd.gradgradcheck(function, [x, *(v.requires_grad_() for v in values)], fast_mode=True)
+
+
+@every_layer
+def test_a_training_step_in_torch_waits_for_no_number(name: str) -> None:
+    # On a GPU each of these stops the host until the device has caught up, and none may be in a CUDA graph.
+    waits = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique", "_linalg_check_errors"}
+    build, shape = LAYERS[name]
+    layer = build(generator=seeded())
+    x = torch.randn(shape, generator=seeded(1), requires_grad=True)
+    with use_backend("torch"):
+        layer(x).sum().backward()  # fills the tables that are kept for a size
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            layer(x).sum().backward()
+    found = set()
+    for event in profile.events():
+        above, name = event.cpu_parent, event.name.removeprefix("aten::")
+        while above is not None and above.name != "aten::linalg_lu_solve":  # looks at its pivots on a CPU only
+            above = above.cpu_parent
+        found |= {name} if above is None else set()
+    assert "sum" in found
+    assert not found & waits

@@ -55,14 +55,14 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_selective_scan_speaks_their_layout(cuda: Any) -> None:
+def test_selective_scan_takes_their_layout(cuda: Any) -> None:
     inputs = (normal(2, 7, 3), normal(2, 7, 3).abs(), -normal(3, 4).abs(), normal(2, 7, 4), normal(2, 7, 4), normal(3))
     for mine, other in zip(cuda.selective_scan_mamba_ssm(*inputs), selective_scan_loop(*inputs), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_ssd_speaks_their_layout(cuda: Any, resumed: bool) -> None:
+def test_ssd_takes_their_layout(cuda: Any, resumed: bool) -> None:
     state = normal(2, 4, 5, 3) if resumed else None
     inputs = (
         normal(2, 7, 4, 3), normal(2, 7, 4).abs(), -normal(4).abs(), normal(2, 7, 2, 5), normal(2, 7, 2, 5), normal(4),

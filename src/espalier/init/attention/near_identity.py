@@ -33,6 +33,9 @@ _PILOT = 256
 # its top triplets are those of A times O: no second decomposition. O acts on the 2k columns of [L R] = Q R alone, and
 # O Q is simply a uniformly random orthonormal frame. Each copy has exactly the law of a fresh draw; together they share
 # one spectrum, which hardly varies from draw to draw at the widths where this is used.
+#
+# The same serves full rank, above 512 features: (O L)(O R)ᵀ = O A Oᵀ. To turn two factors costs half of an
+# eigen-decomposition, so one draw, from a seed of its own and kept, stands for all with its strengths.
 
 # Note [The same draw everywhere]
 # Noise is drawn on the CPU, in an order that depends on sizes alone, and copied. torch's normal numbers are the same
@@ -183,8 +186,9 @@ def near_identity_factors(
         alpha: strength of the noise.
         beta: strength of the identity.
         noise: law of Z, as in ``near_identity``.
-        method: ``"exact"`` by a full SVD; ``"fast"`` by a Chebyshev-filtered subspace that captures at least 99.5 % of
-            the energy of the exact one; ``"auto"`` is fast where that pays (d ≥ 256 and k ≤ d/4).
+        method: ``"exact"`` by a full decomposition; ``"fast"`` by a Chebyshev-filtered subspace that captures at least
+            99.5 % of the energy of the exact one; ``"auto"`` is fast where that pays (d ≥ 256 and k ≤ d/4). At full
+            rank all are exact; above d = 512, with normal noise, all but ``"exact"`` turn one decomposition.
         generator: source of the noise.
         device: where to compute when d > 512; below, see Note [The same draw everywhere].
 
@@ -201,6 +205,10 @@ def near_identity_factors(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     generator = cpu_generator(generator)
+    if rank == dim > _DOUBLE_UP_TO and noise == "normal" and method != "exact":
+        x, scales, signs = _reflections(dim, dim, generator, device)
+        left, right = (torch.ormqr(x, scales, signs[:, None] * part) for part in _decomposed(dim, alpha, beta, device))
+        return left, right
     matrix = near_identity_corner(dim, dim, dim, alpha, beta, noise=noise, generator=generator, device=device)
     fast = _is_fast(dim, rank, method)
     width = min(-(-int(_OVERSAMPLING * rank) // 32) * 32, dim)
@@ -209,6 +217,13 @@ def near_identity_factors(
     if not fast or width >= dim:
         return split(matrix, rank)
     return _split_by_filter(matrix, rank, width, _cut(alpha, beta, min(_CUT_SLACK * width / dim, 1.0)), generator)
+
+
+@lru_cache(maxsize=1)
+def _decomposed(dim: int, alpha: float, beta: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return the factors of the one draw that stands for all; see Note [Turned copies]."""
+    seeded = torch.Generator(device="cpu").manual_seed(0)
+    return split_square(near_identity_corner(dim, dim, dim, alpha, beta, generator=seeded, device=device))
 
 
 def near_identity_heads(
@@ -254,10 +269,26 @@ def random_frame(
     dim: int, count: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Draw ``count`` ≤ d orthonormal columns, uniformly: shape (d, count), type and place as of factors of width d."""
-    noise = torch.randn(dim, count, generator=cpu_generator(generator), dtype=compute_type(dim), device="cpu")
-    q, r = torch.linalg.qr(noise.to(compute_device(dim, device)))
-    # The signs of R's diagonal are the library's choice; with them taken out Q is uniform.
-    return q.mul_(torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
+    x, scales, signs = _reflections(dim, count, cpu_generator(generator), device)
+    return torch.linalg.householder_product(x, scales).mul_(signs)
+
+
+def _reflections(
+    dim: int, count: int, generator: torch.Generator | None, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the reflections H_j and signs of a uniformly random frame H₁ H₂ … diag(signs), as LAPACK stores them.
+
+    H_j turns a normal vector x_j over the last d − j coordinates into a multiple of its first axis: what a QR
+    decomposition of normal columns would find, without it (Stewart 1980, "The efficient generation of random
+    orthogonal matrices").
+    """
+    x = torch.randn(dim, count, generator=generator, dtype=compute_type(dim), device="cpu")
+    x = x.to(compute_device(dim, device)).tril_()
+    first, length = x.diagonal().clone(), torch.linalg.vector_norm(x, dim=0)
+    # The first column of H_j is −x_j/‖x_j‖ or x_j/‖x_j‖, whichever is negative in front: signs make it uniform.
+    signs = torch.where(first < 0, 1.0, -1.0).to(x.dtype)
+    x /= first - signs * length
+    return x, 1 + first.abs() / length, signs
 
 
 def _is_fast(dim: int, rank: int, method: Method) -> bool:

@@ -67,8 +67,8 @@ PLANES_SOLVE = _arguments(
 )
 
 _DFT = "lead width rows columns columns_first size_0 size_1 channels together"
-DFT_ANALYSE = _arguments("dft_analyse", "x tables re im", _DFT)
-DFT_SYNTHESISE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
+DFT_FORWARD = _arguments("dft_analyse", "x tables re im", _DFT)
+DFT_INVERSE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
 
 _DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
 DEPTHWISE_FORWARD = _arguments("depthwise_forward", "x taps bias scale shift y", _DEPTHWISE)

@@ -1,31 +1,29 @@
 // y = γ·(GELU(u + bias) − μ)/σ + β (+ residual) over the rows of a channels-last map, forward and backward.
 //
-// u is (rows, C). A group of channels at a time goes through all rows, so that the second pass finds in the second cache
-// what the first one read: statistics then cost no pass over memory. Only u is kept; GELU is computed again wherever it
-// is needed.
+// u is (rows, C). A vector of channels at a time goes through all rows, and what the second pass needs lies densely in
+// scratch memory: rows that are C numbers apart would compete for a few places of the second cache. Only u is kept for
+// the backward pass, where GELU is computed again.
 
 #include "channels.hpp"
 #include "gelu.hpp"
 
 namespace {
 
-constexpr int64_t kChunk = 64;              // rows whose sums stay in single precision
-constexpr int64_t kCacheBytes = 512 << 10;  // of one tensor's group of channels
+constexpr int64_t kChunk = 64;  // rows whose sums stay in single precision
 
 struct NormSizes {
   int64_t rows, channels, fixed;  // fixed: statistics are given, as in evaluation, and not the rows' own
 };
 
-// Call body(first channel, channels) for groups of channels whose rows fit the second cache, shared out to the threads.
-template <class S, class Body> void for_each_group(const NormSizes& s, int64_t threads, Body body) {
-  constexpr int64_t V = kLanes<Sum<S>>, line = std::max<int64_t>(V, 64 / int64_t(sizeof(S)));
-  int64_t width = line;
-  while (width < 4 * line && 2 * width * s.rows * int64_t(sizeof(S)) <= kCacheBytes && 16 * width <= s.channels) width *= 2;
-  parallel((s.channels + width - 1) / width, threads, [&](Items items) {
-    for (int64_t item; items.next(item);) {
-      const int64_t first = item * width;
-      body(first, std::min(width, s.channels - first));
-    }
+// Call body(first channel, channels ≤ a vector, scratch of `per_row` vectors a row) for all channels, by cache lines.
+template <class S, class Body> void for_each_vector(const NormSizes& s, int64_t per_row, int64_t threads, Body body) {
+  using T = Sum<S>;
+  constexpr int64_t V = kLanes<T>, line = std::max<int64_t>(V, 64 / int64_t(sizeof(S)));
+  parallel((s.channels + line - 1) / line, threads, [&](Items items) {
+    Scratch<T> scratch(std::max<int64_t>(1, s.rows) * per_row * V);
+    for (int64_t item; items.next(item);)
+      for (int64_t c = item * line; c < std::min((item + 1) * line, s.channels); c += V)
+        body(c, std::min(V, s.channels - c), scratch.data());
   });
 }
 
@@ -65,44 +63,35 @@ template <class S> void run(const GeluNormForward<S>& a) {
   using T = Sum<S>;
   constexpr int64_t V = kLanes<T>;
   const NormSizes& s = a.shape;
-  for_each_group<S>(s, a.threads, [&](int64_t first, int64_t width) {
-    alignas(64) T values[kChunk * V];
-    for (int64_t c = first; c < first + width; c += V) {
-      const int64_t count = std::min(V, first + width - c);
-      const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
-      if (!s.fixed) {
-        Moments<T> moments;
-        for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
-          const int64_t rows = std::min(kChunk, s.rows - r0);
-          const S* u = a.u + r0 * s.channels + c;
-          for (int64_t r = 0; r < rows; r++) {
-            __builtin_prefetch(u + (r + 16) * s.channels);
-            const Vec<T> x = read(u + r * s.channels, count) + bias;
-            store(values + r * V, x * normal_cdf(x));
-          }
-          moments.add(values, rows);
-        }
-        for (int64_t v = 0; v < count; v++) {
-          a.mean[c + v] = T(moments.mean[v]);
-          a.variance[c + v] = T(moments.square[v] / double(s.rows));
-        }
+  for_each_vector<S>(s, 1, a.threads, [&](int64_t c, int64_t count, T* values) {
+    const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
+    Moments<T> moments;
+    for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
+      const int64_t rows = std::min(kChunk, s.rows - r0);
+      for (int64_t r = r0; r < r0 + rows; r++) {
+        __builtin_prefetch(a.u + (r + 16) * s.channels + c);
+        const Vec<T> x = read(a.u + r * s.channels + c, count) + bias;
+        store(values + r * V, x * normal_cdf(x));
       }
-      Vec<T> scale, shift;
-      for (int64_t v = 0; v < V; v++) {
-        const int64_t at = c + std::min(v, count - 1);
-        const double one = double(a.weight[at]) / std::sqrt(double(a.variance[at]) + a.eps);
-        scale[v] = T(one);
-        shift[v] = T(double(a.shift[at]) - one * double(a.mean[at]));
-      }
-      for (int64_t r = 0; r < s.rows; r++) {
-        const int64_t at = r * s.channels + c;
-        if (a.residual) __builtin_prefetch(a.residual + at + 16 * s.channels);
-        if (s.fixed) __builtin_prefetch(a.u + at + 16 * s.channels);
-        const Vec<T> x = read(a.u + at, count) + bias;
-        Vec<T> y = x * normal_cdf(x) * scale + shift;
-        if (a.residual) y += read(a.residual + at, count);
-        write(a.y + at, y, count);
-      }
+      if (!s.fixed) moments.add(values + r0 * V, rows);
+    }
+    for (int64_t v = 0; v < count && !s.fixed; v++) {
+      a.mean[c + v] = T(moments.mean[v]);
+      a.variance[c + v] = T(moments.square[v] / double(s.rows));
+    }
+    Vec<T> scale, shift;
+    for (int64_t v = 0; v < V; v++) {
+      const int64_t at = c + std::min(v, count - 1);
+      const double one = double(a.weight[at]) / std::sqrt(double(a.variance[at]) + a.eps);
+      scale[v] = T(one);
+      shift[v] = T(double(a.shift[at]) - one * double(a.mean[at]));
+    }
+    for (int64_t r = 0; r < s.rows; r++) {
+      const int64_t at = r * s.channels + c;
+      if (a.residual) __builtin_prefetch(a.residual + at + 16 * s.channels);
+      Vec<T> y = load(values + r * V) * scale + shift;
+      if (a.residual) y += read(a.residual + at, count);
+      write(a.y + at, y, count);
     }
   });
 }
@@ -123,50 +112,50 @@ template <class S> void run(const GeluNormBackward<S>& a) {
   using T = Sum<S>;
   constexpr int64_t V = kLanes<T>;
   const NormSizes& s = a.shape;
-  for_each_group<S>(s, a.threads, [&](int64_t first, int64_t width) {
-    for (int64_t c = first; c < first + width; c += V) {
-      const int64_t count = std::min(V, first + width - c);
-      const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
-      const Vec<T> mean = read(a.mean + c, count), weight = read(a.weight + c, count);
-      Vec<T> inverse;
-      for (int64_t v = 0; v < V; v++)
-        inverse[v] = T(1 / std::sqrt(double(a.variance[c + std::min(v, count - 1)]) + a.eps));
-      double shift_sum[V] = {}, weight_sum[V] = {}, bias_sum[V] = {};
-      for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
-        Vec<T> plain{}, weighted{};
-        for (int64_t r = r0; r < std::min(r0 + kChunk, s.rows); r++) {
-          const int64_t at = r * s.channels + c;
-          __builtin_prefetch(a.u + at + 16 * s.channels);
-          __builtin_prefetch(a.dy + at + 16 * s.channels);
-          const Vec<T> x = read(a.u + at, count) + bias, dy = read(a.dy + at, count);
-          plain += dy;
-          weighted += dy * (x * normal_cdf(x) - mean);
-        }
-        for (int64_t v = 0; v < V; v++) shift_sum[v] += plain[v], weight_sum[v] += weighted[v] * inverse[v];
+  for_each_vector<S>(s, 3, a.threads, [&](int64_t c, int64_t count, T* scratch) {
+    const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
+    const Vec<T> mean = read(a.mean + c, count), weight = read(a.weight + c, count);
+    Vec<T> inverse;
+    for (int64_t v = 0; v < V; v++)
+      inverse[v] = T(1 / std::sqrt(double(a.variance[c + std::min(v, count - 1)]) + a.eps));
+    double shift_sum[V] = {}, weight_sum[V] = {}, bias_sum[V] = {};
+    T* kept = scratch;  // of every row dy, GELU − μ, and the slope of GELU
+    for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
+      Vec<T> plain{}, weighted{};
+      for (int64_t r = r0; r < std::min(r0 + kChunk, s.rows); r++, kept += 3 * V) {
+        const int64_t at = r * s.channels + c;
+        __builtin_prefetch(a.u + at + 16 * s.channels);
+        __builtin_prefetch(a.dy + at + 16 * s.channels);
+        const Vec<T> x = read(a.u + at, count) + bias, dy = read(a.dy + at, count), cdf = normal_cdf(x);
+        const Vec<T> centred = x * cdf - mean;
+        store(kept, dy);
+        store(kept + V, centred);
+        store(kept + 2 * V, cdf + x * normal_density(x));
+        plain += dy;
+        weighted += dy * centred;
       }
-      Vec<T> even{}, slope{};
-      for (int64_t v = 0; v < V && !s.fixed; v++) {
-        even[v] = T(shift_sum[v] / double(s.rows));
-        slope[v] = T(weight_sum[v] / double(s.rows)) * inverse[v];
+      for (int64_t v = 0; v < V; v++) shift_sum[v] += plain[v], weight_sum[v] += weighted[v] * inverse[v];
+    }
+    Vec<T> even{}, slope{};
+    for (int64_t v = 0; v < V && !s.fixed; v++) {
+      even[v] = T(shift_sum[v] / double(s.rows));
+      slope[v] = T(weight_sum[v] / double(s.rows)) * inverse[v];
+    }
+    const Vec<T> scale = weight * inverse;
+    kept = scratch;
+    for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
+      Vec<T> total{};
+      for (int64_t r = r0; r < std::min(r0 + kChunk, s.rows); r++, kept += 3 * V) {
+        const Vec<T> du = scale * (load(kept) - even - slope * load(kept + V)) * load(kept + 2 * V);
+        total += du;
+        write(a.du + r * s.channels + c, du, count);
       }
-      const Vec<T> scale = weight * inverse;
-      for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
-        Vec<T> total{};
-        for (int64_t r = r0; r < std::min(r0 + kChunk, s.rows); r++) {
-          const int64_t at = r * s.channels + c;
-          const Vec<T> x = read(a.u + at, count) + bias, dy = read(a.dy + at, count), cdf = normal_cdf(x);
-          const Vec<T> dg = scale * (dy - even - slope * (x * cdf - mean));
-          const Vec<T> du = dg * (cdf + x * normal_density(x));
-          total += du;
-          write(a.du + at, du, count);
-        }
-        for (int64_t v = 0; v < V; v++) bias_sum[v] += total[v];
-      }
-      for (int64_t v = 0; v < count; v++) {
-        a.dshift[c + v] = T(shift_sum[v]);
-        a.dweight[c + v] = T(weight_sum[v]);
-        a.dbias[c + v] = T(bias_sum[v]);
-      }
+      for (int64_t v = 0; v < V; v++) bias_sum[v] += total[v];
+    }
+    for (int64_t v = 0; v < count; v++) {
+      a.dshift[c + v] = T(shift_sum[v]);
+      a.dweight[c + v] = T(weight_sum[v]);
+      a.dbias[c + v] = T(bias_sum[v]);
     }
   });
 }

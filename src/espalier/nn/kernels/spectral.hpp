@@ -1,10 +1,8 @@
-// What the kernels of the orthogonal layers share: transposes of square blocks in registers, aligned scratch.
+// What the kernels of the orthogonal layers share: transposes of square blocks in registers.
 
 #pragma once
 
 #include <array>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "vectors.hpp"
@@ -35,19 +33,5 @@ template <class T, int Half = kLanes<T> / 2> inline void transpose(Vec<T> (&v)[k
   transpose_step<T, Half>(v);
   if constexpr (Half > 1) transpose<T, Half / 2>(v);
 }
-
-// Memory of one thread, aligned to a cache line.
-template <class T> class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : memory_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() { return memory_; }
-
- private:
-  T* memory_;
-};
 
 }  // namespace

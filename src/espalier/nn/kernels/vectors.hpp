@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -84,6 +85,20 @@ template <class T> class Room {
   }
   Room(const Room&) = delete;
   operator T*() { return first; }
+};
+
+// Memory of one thread, aligned to a cache line.
+template <class T> class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : memory_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() { return memory_; }
+
+ private:
+  T* memory_;
 };
 
 // Ask for the next rows of a block of channels before their turn: rows that lie far apart escape the processor's guess.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import recording
+from espalier.nn.precision import is_tracing
 
 
 class MaxMin(nn.Module):
@@ -27,7 +27,7 @@ class MaxMin(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the larger halves, then the smaller ones."""
         _check_groups(x, 2)
-        if recording():
+        if is_tracing():
             a, b = x.chunk(2, dim=1)
             swapped = a < b  # equal numbers stay in place, as below: the gradient follows each to where it came from
             return torch.cat((torch.where(swapped, b, a), torch.where(swapped, a, b)), dim=1)

@@ -21,7 +21,7 @@ from espalier.nn.orthogonal.shuffle import (
 )
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.spectrum.convolution import Taps, apply_spectrum, convolve, spectrum
-from espalier.nn.precision import exact, outside_graphs, recording, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
 
 PADDING_MODES = ("circular", "zeros")
 
@@ -89,7 +89,7 @@ class _CayleyConv(nn.Module):
             axes = ", ".join("DHW"[-self.dim :])
             raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.in_channels}, {axes})")
         dtype = x.dtype
-        x, weight, alpha, bias = exact(x, self.weight, self.alpha, self.bias)
+        x, weight, alpha, bias = upcast(x, self.weight, self.alpha, self.bias)
         if math.prod(self.kernel_size) == 1:
             return self._pointwise(x, bias).to(dtype)
         if self.transposed:
@@ -127,7 +127,7 @@ class _CayleyConv(nn.Module):
         """Return the spectrum that evaluation applies on a torus: planes of Qᵀ, (2, F·G, inputs, outputs)."""
         shaped_by = (torus, self.groups, self.dilation, self.transposed)
         return self._cache.get(
-            shaped_by, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*exact(w, a)), torus), dtype
+            shaped_by, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*upcast(w, a)), torus), dtype
         )
 
     def _taps(self, weight: Tensor, alpha: Tensor) -> Taps:
@@ -138,7 +138,7 @@ class _CayleyConv(nn.Module):
         q = orthogonal_matrix(self, self.groups, x.dtype)
         kernel = q.reshape(self.weight.shape[0], -1, *self.stride)
         kept = channels_last(x).is_contiguous() and not self.transposed
-        if self.groups == 1 and not recording() and (kept or set(self.stride) == {1}):
+        if self.groups == 1 and not is_tracing() and (kept or set(self.stride) == {1}):
             # In the layout that the transforms keep, where a convolution would turn every image around.
             matrix = kernel.flatten(1).mT if self.transposed else kernel.movedim(1, -1).flatten(1)
             return channels_first(F.linear(blocks_last(x, self.stride), matrix, bias))

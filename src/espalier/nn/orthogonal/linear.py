@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.transform import apply_cayley_matrix, cayley
-from espalier.nn.precision import exact, outside_graphs, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 
 
 class _Scaled(Protocol):
@@ -78,7 +78,7 @@ class CayleyLinear(nn.Module):
         """Return Qx + b for x (..., in)."""
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise EspalierError(f"input is {tuple(x.shape)}: give (..., {self.in_features})")
-        wide, weight, alpha, bias = exact(x, self.weight, self.alpha, self.bias)
+        wide, weight, alpha, bias = upcast(x, self.weight, self.alpha, self.bias)
         if not self.training:
             return F.linear(wide, orthogonal_matrix(self, 1, wide.dtype)[0], bias).to(x.dtype)
         y = apply_cayley_matrix(wide, scaled(weight, alpha))
@@ -110,7 +110,7 @@ def orthogonal_matrix(layer: _Scaled, groups: int, dtype: torch.dtype) -> Tensor
     """Return the Cayley transforms (G, outputs/G, inputs/G) of a layer's matrices, from its cache in evaluation."""
 
     def build(weight: Tensor, alpha: Tensor) -> Tensor:
-        return cayley(scaled(*exact(weight, alpha)).view(groups, -1, weight.shape[1]))
+        return cayley(scaled(*upcast(weight, alpha)).view(groups, -1, weight.shape[1]))
 
     if layer.training:
         return build(layer.weight, layer.alpha).to(dtype)

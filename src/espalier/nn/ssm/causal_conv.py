@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, outside_graphs, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 
 
 def causal_conv_silu(
@@ -27,7 +27,7 @@ def causal_conv_silu(
         history: the K − 1 inputs before the first, (B, K − 1, C); zeros if none are given.
     """
     dtype = x_BLC.dtype
-    x, weight, bias = exact(x_BLC, weight_CK, bias_C)
+    x, weight, bias = upcast(x_BLC, weight_CK, bias_C)
     if history is not None:
         x = torch.cat([history.to(x.dtype), x], dim=1)
     if choose("causal_conv", x.device.type) == "compiled":

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, outside_graphs, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 
 
 class GatedRMSNorm(nn.Module):
@@ -27,7 +27,7 @@ class GatedRMSNorm(nn.Module):
         Only the inputs are kept for the backward pass, which computes the rest again.
         """
         dtype = y.dtype
-        y, z, weight = exact(y, z, self.weight)
+        y, z, weight = upcast(y, z, self.weight)
         if choose("gated_norm", y.device.type) == "compiled":
             from espalier.nn.kernels.gated_norm import gated_norm_cpu
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import exact
+from espalier.nn.precision import upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
 from espalier.nn.ssm.gated_norm import GatedRMSNorm
 from espalier.nn.ssm.selective_scan import selective_scan, selective_step
@@ -136,7 +136,7 @@ class Mamba1(nn.Module):
     def empty_state(self, batch: int) -> MambaState:
         """Return the state before the first token."""
         history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.inner)
-        return MambaState(history, exact(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
+        return MambaState(history, upcast(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}dt_bias" in state_dict:
@@ -153,8 +153,8 @@ class Mamba1(nn.Module):
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         with torch.autocast(u.device.type, enabled=False):  # small steps would round away
             if not is_plain(self.dt_proj):
-                return exact(self.dt_proj(rank.to(self.dt_proj.weight.dtype)))[0], None, b, c
-            rank, weight, bias = exact(rank, self.dt_proj.weight, self.dt_proj.bias)
+                return upcast(self.dt_proj(rank.to(self.dt_proj.weight.dtype)))[0], None, b, c
+            rank, weight, bias = upcast(rank, self.dt_proj.weight, self.dt_proj.bias)
             return F.linear(rank, weight), bias, b, c
 
 
@@ -270,7 +270,7 @@ class Mamba2(nn.Module):
         """Return the state before the first token."""
         history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.conv_dim)
         scan = self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim)
-        return MambaState(history, exact(scan)[0])
+        return MambaState(history, upcast(scan)[0])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}x_proj.weight" in state_dict:
@@ -296,12 +296,12 @@ def _check_sizes(**sizes: int) -> None:
 
 def _rates(log_rates: Tensor) -> Tensor:
     """Return A = −exp(A_log) in float32 or better."""
-    return -exact(log_rates)[0].exp()
+    return -upcast(log_rates)[0].exp()
 
 
 def _steps(projected: Tensor, bias: Tensor) -> Tensor:
     """Return Δ = softplus(projection + bias) in float32 or better: bfloat16 would round small steps away."""
-    projected, bias = exact(projected, bias)
+    projected, bias = upcast(projected, bias)
     return F.softplus(projected + bias)
 
 
@@ -351,7 +351,7 @@ def _last_inputs(inputs_BLC: Tensor, history: Tensor | None, mask_BL: Tensor | N
 
 def _conv_step(conv: nn.Conv1d, inputs_BC: Tensor, history_BKC: Tensor) -> tuple[Tensor, Tensor]:
     window_BKC = torch.cat([history_BKC.to(inputs_BC.dtype), inputs_BC[:, None]], dim=1)
-    window, weight_CK, bias_C = exact(window_BKC, conv.weight.squeeze(1), conv.bias)
+    window, weight_CK, bias_C = upcast(window_BKC, conv.weight.squeeze(1), conv.bias)
     mixed_BC = (window * weight_CK.mT).sum(1)
     if bias_C is not None:
         mixed_BC = mixed_BC + bias_C

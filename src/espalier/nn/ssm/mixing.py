@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import exact
+from espalier.nn.precision import upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
 from espalier.nn.ssm.mamba import Mamba1, Mamba2
 
@@ -42,9 +42,9 @@ def recurrence_of(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Recurrence:
     else:
         _, inner, logits = mixer._project(x_BLD)
         values, b, c = mixer._maps(causal_conv_silu(inner, taps, bias))
-        logits, shift = exact(logits, mixer.dt_bias)
+        logits, shift = upcast(logits, mixer.dt_bias)
         delta = F.softplus(logits + shift)
-    values, delta, log_rates, b, c = exact(values, delta, mixer.A_log, b, c)
+    values, delta, log_rates, b, c = upcast(values, delta, mixer.A_log, b, c)
     return Recurrence(values, delta, -log_rates.exp(), b, c)
 
 

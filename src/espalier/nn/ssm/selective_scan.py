@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, outside_graphs, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Pieces of time in torch]
@@ -67,7 +67,7 @@ def selective_scan(
     _check_bias(delta_bias_E, a_EN.shape[:1])
     check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
     dtype = x_BLE.dtype
-    x, delta, bias, a, b, c, d, gate, state = exact(
+    x, delta, bias, a, b, c, d, gate, state = upcast(
         x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state
     )
     name = choose("selective_scan", x.device.type)
@@ -123,7 +123,7 @@ def selective_step(
     x_BE: Tensor, delta_BE: Tensor, a_EN: Tensor, b_BN: Tensor, c_BN: Tensor, d_E: Tensor | None, state_BEN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Advance the Mamba-1 recurrence of ``selective_scan`` by one token and return (y_BE, the new state)."""
-    x, delta, a, b, c, d = exact(x_BE, delta_BE, a_EN, b_BN, c_BN, d_E)
+    x, delta, a, b, c, d = upcast(x_BE, delta_BE, a_EN, b_BN, c_BN, d_E)
     decay_BEN = torch.exp(delta[..., None] * a)
     state = decay_BEN * state_BEN + (delta * x)[..., None] * b[:, None]
     y = (state * c[:, None]).sum(-1)

@@ -8,7 +8,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.nn.precision import recording
+from espalier.nn.precision import is_tracing
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -27,7 +27,7 @@ def split_linear(layer: nn.Module, x: Tensor, sizes: Sequence[int]) -> tuple[Ten
         x: inputs (..., in).
         sizes: how many outputs each part has; their sum is the layer's.
     """
-    if recording() or not is_plain(layer):  # a compiler makes its own parts, and a graph reads better with one product
+    if is_tracing() or not is_plain(layer):  # a compiler makes its own parts, and a graph reads better with one product
         parts: tuple[Tensor, ...] = layer(x).split(list(sizes), dim=-1)
         return parts
     weights = layer.weight.split(list(sizes))

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import exact, outside_graphs, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Segments]
@@ -72,7 +72,7 @@ def ssd(
     batch, length, heads, width = x_BLHP.shape
     check_rest(d_H, initial_state, mask, (batch, length, heads), (batch, heads, b_BLGN.shape[3], width))
     dtype = x_BLHP.dtype
-    x, delta, a, b, c, d, state = exact(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
+    x, delta, a, b, c, d, state = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
     name = choose("ssd", x.device.type)
@@ -94,7 +94,7 @@ def ssd_step(
     x_BHP: Tensor, delta_BH: Tensor, a_H: Tensor, b_BGN: Tensor, c_BGN: Tensor, d_H: Tensor | None, state_BHNP: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Advance the Mamba-2 recurrence of ``ssd`` by one token and return (y_BHP, the new state)."""
-    x, delta, a, b, c, d = exact(x_BHP, delta_BH, a_H, b_BGN, c_BGN, d_H)
+    x, delta, a, b, c, d = upcast(x_BHP, delta_BH, a_H, b_BGN, c_BGN, d_H)
     repeats = x.shape[1] // b.shape[1]
     b_BHN, c_BHN = b.repeat_interleave(repeats, 1), c.repeat_interleave(repeats, 1)
     decay_BH = torch.exp(delta * a)

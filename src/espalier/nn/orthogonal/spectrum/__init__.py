@@ -1,1 +1,1 @@
-"""What orthogonal layers are made of: complex arithmetic in planes, block inversion, real DFTs as products, a cache."""
+"""What orthogonal layers are made of: split-complex arithmetic, block inversion, real DFTs as products, a cache."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.nn.precision import outside_graphs, recording, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, without_autocast
 
 # Note [Contents, not versions]
 # A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.
@@ -67,7 +67,7 @@ class OperatorCache:
         """
         if _constant.get() and (key, dtype) in self._entries:
             return self._entries[key, dtype]
-        if recording() and not torch.jit.is_tracing():
+        if is_tracing() and not torch.jit.is_tracing():
             # A graph must hold how the operator follows from its parameters, and a tensor that belongs to a transform
             # must not outlive it.
             return build(*(parameter.double() for parameter in parameters)).to(dtype)

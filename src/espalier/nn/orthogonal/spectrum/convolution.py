@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.planes import Pair
+from espalier.nn.kernels.split_complex import Pair
 from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.orthogonal.spectrum.operator import apply_cayley
 from espalier.nn.orthogonal.spectrum.split_complex import product
-from espalier.nn.precision import recording, without_autocast
+from espalier.nn.precision import is_tracing, without_autocast
 
 
 class Taps(NamedTuple):
@@ -120,7 +120,7 @@ def _product(x: Pair, q: Pair) -> Pair:
 
 
 def _multiply(x: Pair, planes: Tensor) -> Pair:
-    if recording():
+    if is_tracing():
         return _product(x, (planes[0], planes[1]))
     result: Pair = _Multiply.apply(*x, planes[0], planes[1])
     return result
@@ -129,9 +129,9 @@ def _multiply(x: Pair, planes: Tensor) -> Pair:
 def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
     """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
-    forth = tables(size, x.dtype, x.device, inverse=False, channels=channels)
-    real, imag = to_spectrum(x.reshape(*size, batch * channels), forth)
-    frequencies = len(forth.kept)
+    forward_tables = tables(size, x.dtype, x.device, inverse=False, channels=channels)
+    real, imag = to_spectrum(x.reshape(*size, batch * channels), forward_tables)
+    frequencies = len(forward_tables.kept)
 
     # Every size is named: an empty batch leaves nothing to infer one from.
     def to_rows(plane: Tensor) -> Tensor:
@@ -144,6 +144,6 @@ def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: C
 
     y_real, y_imag = operator((to_rows(real), to_rows(imag)))
     outputs = groups * y_real.shape[-1]
-    back = tables(size, x.dtype, x.device, inverse=True, channels=outputs)
-    images = to_images((from_rows(y_real), from_rows(y_imag)), back, bias)
+    inverse_tables = tables(size, x.dtype, x.device, inverse=True, channels=outputs)
+    images = to_images((from_rows(y_real), from_rows(y_imag)), inverse_tables, bias)
     return images.view(*size, batch, outputs)

@@ -1,4 +1,4 @@
-"""The real discrete Fourier transform of images as matrix products, in planes, over one to three axes.
+"""The real discrete Fourier transform of images as matrix products, in split-complex form, over one to three axes.
 
 Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (F, N). Both
 directions are real-linear maps, so the backward pass of each is the transpose, which is the other one with other
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels import planes as kernels
-from espalier.nn.kernels.planes import Pair
+from espalier.nn.kernels import split_complex as kernels
+from espalier.nn.kernels.split_complex import Pair
 from espalier.nn.orthogonal.spectrum.split_complex import product
-from espalier.nn.precision import recording, without_autocast
+from espalier.nn.precision import is_tracing, without_autocast
 
 _T = TypeVar("_T")
 
@@ -54,7 +54,7 @@ def counts(size: tuple[int, ...]) -> tuple[int, ...]:
 
 def _kept(build: Callable[..., _T], *arguments: Any) -> _T:
     """Return ``build(*arguments)``, kept for later calls unless what is made now belongs to a graph or a transform."""
-    return build(*arguments) if recording() else _keep(build, *arguments)
+    return build(*arguments) if is_tracing() else _keep(build, *arguments)
 
 
 @functools.lru_cache(maxsize=128)
@@ -71,7 +71,7 @@ class Tables(NamedTuple):
     last: Tensor
     """(2, W//2 + 1, W): cosine and minus sine."""
     others: tuple[Pair, ...]
-    """Planes (n, n) of e^(−iθ) for every axis but the last."""
+    """Real and imaginary part (n, n) of e^(−iθ) for every axis but the last."""
     weights: Tensor
     """Of each frequency of the half spectrum, 0 if it is left out."""
     weighted: bool
@@ -152,7 +152,7 @@ def tap_angles(
     """Return the angles of a correlation's taps: tap o turns by ``2π Σ_a f_a o_a / n_a`` at the frequency f.
 
     Args:
-        size: of the images, (n_a). Frequencies are those of ``analyse``, in its order.
+        size: of the images, (n_a). Frequencies are those of ``rfft``, in its order.
         offsets: per axis, where its taps lie relative to the output pixel.
         dtype: of the result, which is computed in float64 and kept for later calls.
         device: of the result.
@@ -179,10 +179,10 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
     return theta.cos(), theta.sin()
 
 
-def analyse(x: Tensor, matrices: Tables) -> Pair:
+def rfft(x: Tensor, matrices: Tables) -> Pair:
     """Return the planes (F, N) of the weighted transform of x (*S, N)."""
     if matrices.packed is not None and kernels.compiled(x):
-        return kernels.analyse(x, matrices.packed, len(matrices.kept), together=matrices.together)
+        return kernels.rfft(x, matrices.packed, len(matrices.kept), together=matrices.together)
     *lead, width, columns = x.shape
     # Every size is named here and below: an empty batch leaves nothing to infer one from.
     rows = _columns_last(x).reshape(math.prod(lead), width, columns)
@@ -200,20 +200,20 @@ def analyse(x: Tensor, matrices: Tables) -> Pair:
 
 def _columns_last(x: Tensor) -> Tensor:
     """Return x (*S, N) contiguous if it is a view of (N, *S): one flat transpose is the fastest way to reorder it."""
-    if not recording() and kernels.columns_first(x):
+    if not is_tracing() and kernels.columns_first(x):
         return x.movedim(-1, 0).flatten(1).t().contiguous().view(x.shape)
     return x
 
 
-def synthesise(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
-    """Return the transpose of ``analyse``, plus a bias (C) on columns (B, C): planes (F, N) → (*S, N).
+def irfft(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
+    """Return the transpose of ``rfft``, plus a bias (C) on columns (B, C): planes (F, N) → (*S, N).
 
     ``columns_first`` asks for images that lie in memory as (N, *S).
     """
     real, imag = spectrum
     if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
         packed, size, together = matrices.packed, matrices.size, matrices.together
-        return kernels.synthesise(spectrum, packed, size, bias, first=columns_first, together=together)
+        return kernels.irfft(spectrum, packed, size, bias, first=columns_first, together=together)
     _, half, width = matrices.last.shape
     lead, columns = matrices.size[:-1], real.shape[-1]
     if matrices.weighted or len(matrices.kept) != len(matrices.place):
@@ -242,39 +242,39 @@ def _mix(spectrum: Pair, lead: Sequence[int], axis: int, matrix: Pair, *, conj: 
     return re, im
 
 
-class Analyse(torch.autograd.Function):
-    """``analyse`` with its transpose as the backward pass: nothing but the matrices is saved."""
+class _Rfft(torch.autograd.Function):
+    """``rfft`` with its transpose as the backward pass: nothing but the matrices is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Tables) -> Pair:
-        """See ``analyse``."""
+        """See ``rfft``."""
         ctx.tables, ctx.columns_first = matrices, kernels.columns_first(x)
-        return analyse(x, matrices)
+        return rfft(x, matrices)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the images, in their layout."""
-        return Synthesise.apply(real, imag, None, ctx.tables, ctx.columns_first), None
+        return _Irfft.apply(real, imag, None, ctx.tables, ctx.columns_first), None
 
 
-class Synthesise(torch.autograd.Function):
-    """``synthesise``, with the transpose as the backward pass."""
+class _Irfft(torch.autograd.Function):
+    """``irfft``, with the transpose as the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, real: Tensor, imag: Tensor, bias: Tensor | None, matrices: Tables, columns_first: bool
     ) -> Tensor:
-        """See ``synthesise``."""
+        """See ``irfft``."""
         ctx.tables = matrices
         ctx.bias_size = 0 if bias is None else len(bias)
-        return synthesise((real, imag), matrices, bias, columns_first=columns_first)
+        return irfft((real, imag), matrices, bias, columns_first=columns_first)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the spectra and of the bias."""
-        real, imag = Analyse.apply(grad, ctx.tables)
+        real, imag = _Rfft.apply(grad, ctx.tables)
         grad_bias = None
         if ctx.needs_input_grad[2]:
             # The transpose of the inverse transform has the images' mean at frequency 0.
@@ -284,16 +284,16 @@ class Synthesise(torch.autograd.Function):
 
 
 def to_spectrum(x: Tensor, matrices: Tables) -> Pair:
-    """Return ``analyse(x, matrices)``, differentiable."""
-    if recording():
-        return analyse(x, matrices)
-    planes: Pair = Analyse.apply(x, matrices)
+    """Return ``rfft(x, matrices)``, differentiable."""
+    if is_tracing():
+        return rfft(x, matrices)
+    planes: Pair = _Rfft.apply(x, matrices)
     return planes
 
 
 def to_images(spectrum: Pair, matrices: Tables, bias: Tensor | None = None) -> Tensor:
-    """Return ``synthesise(spectrum, matrices, bias)``, differentiable."""
-    if recording():
-        return synthesise(spectrum, matrices, bias)
-    images: Tensor = Synthesise.apply(*spectrum, bias, matrices, False)
+    """Return ``irfft(spectrum, matrices, bias)``, differentiable."""
+    if is_tracing():
+        return irfft(spectrum, matrices, bias)
+    images: Tensor = _Irfft.apply(*spectrum, bias, matrices, False)
     return images

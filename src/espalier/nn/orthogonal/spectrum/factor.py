@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels import planes as kernels
-from espalier.nn.orthogonal.spectrum.split_complex import Planes, block, invert, many, product, transpose
+from espalier.nn.kernels import split_complex as kernels
+from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, block, invert, many, product, transpose
 
 # Rows of a block: an inverse costs three times a factorisation, and a block must be large enough for fast products.
 _WIDTH = 64
@@ -18,16 +18,16 @@ _WIDTH = 64
 class Factor(NamedTuple):
     """A factorisation of matrices (N, n, n) by blocks of ``width`` rows: their inverses if ``width`` is n."""
 
-    planes: Planes
+    planes: SplitComplex
     width: int
 
 
-def inverse(n: Planes) -> Factor:
+def inverse(n: SplitComplex) -> Factor:
     """Return the inverses of matrices whose Hermitian part is at least I, as a factorisation of one block."""
     return Factor(invert(n), n[0].shape[-1])
 
 
-def factor_(n: Planes) -> Factor:
+def factor_(n: SplitComplex) -> Factor:
     """Factor matrices whose Hermitian part is at least I, in place where the compiled kernels do it.
 
     Args:
@@ -41,14 +41,14 @@ def factor_(n: Planes) -> Factor:
 
 
 def solve(
-    x: Planes,
+    x: SplitComplex,
     factored: Factor,
-    less: Planes | None,
-    v: Planes | None = None,
+    less: SplitComplex | None,
+    v: SplitComplex | None = None,
     *,
     transposed: bool = False,
     conj: bool = False,
-) -> tuple[Planes, Planes | None]:
+) -> tuple[SplitComplex, SplitComplex | None]:
     """Return z = x·N⁻¹, with N first transposed and conjugated as asked, and y = [2z − less, −2z·Vᵀ].
 
     Args:
@@ -78,11 +78,11 @@ def solve(
     return z_planes, each(lambda *parts: torch.cat(parts, -1), first, right)
 
 
-def _complex(a: Planes | None) -> kernels.Pair | None:
+def _complex(a: SplitComplex | None) -> kernels.Pair | None:
     return None if a is None or a[1] is None else (a[0], a[1])
 
 
-def each(function: Callable[..., Tensor], *planes: Planes) -> Planes:
+def each(function: Callable[..., Tensor], *planes: SplitComplex) -> SplitComplex:
     """Apply ``function`` to the real parts, and to the imaginary ones if there are any."""
     imag = [plane[1] for plane in planes]
     return function(*(plane[0] for plane in planes)), None if imag[0] is None else function(*imag)

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from espalier.nn.orthogonal.spectrum.dft import Angles
 from espalier.nn.orthogonal.spectrum.factor import Factor, each, factor_, inverse, solve
-from espalier.nn.orthogonal.spectrum.split_complex import Planes, contiguous, product, transpose
-from espalier.nn.precision import differentiable, recording
+from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, contiguous, product, transpose
+from espalier.nn.precision import differentiable, is_tracing
 
 
-def apply_cayley(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> Planes:
+def apply_cayley(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> SplitComplex:
     """Return rows ``x·Qᵀ`` for the orthogonal operators Q of ``taps``, or Qᵀ itself, differentiable any times.
 
     Args:
@@ -42,10 +42,10 @@ def apply_cayley(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide:
         wide: whether the operator has fewer outputs than inputs.
 
     Returns:
-        Planes (F·G, B, outputs), without the second for real matrices.
+        SplitComplex (F·G, B, outputs), without the second for real matrices.
     """
     with torch.autocast(taps.device.type, enabled=False):
-        if recording():
+        if is_tracing():
             return _forward(x, taps, angles, wide=wide).y
         real, imag = (None, None) if x is None else x
         y: tuple[Tensor, Tensor | None, Tensor, Tensor | None] = _ApplyCayley.apply(real, imag, taps, angles, wide)
@@ -55,19 +55,19 @@ def apply_cayley(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide:
 class _Solution(NamedTuple):
     """What the forward pass computes."""
 
-    y: Planes
-    z: Planes
+    y: SplitComplex
+    z: SplitComplex
     factor: Factor
-    v: Planes | None
+    v: SplitComplex | None
 
 
-def _forward(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> _Solution:
+def _forward(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> _Solution:
     n_planes, v = _system(taps, angles)
     n = taps.shape[-1]
     if x is None:
         factor = inverse(n_planes)
         z = transpose(factor.planes)
-        y: Planes = _plus_identity(2 * z[0], -1), None if z[1] is None else 2 * z[1]
+        y: SplitComplex = _plus_identity(2 * z[0], -1), None if z[1] is None else 2 * z[1]
         if v is not None:
             y = each(lambda *parts: torch.cat(parts, -1), y, product(z, transpose(v), alpha=-2))
         return _Solution(y, z, factor, v)
@@ -82,7 +82,7 @@ def _forward(x: Planes | None, taps: Tensor, angles: Angles | None, *, wide: boo
     return _Solution(out, z, factor, v)
 
 
-def _system(taps: Tensor, angles: Angles | None) -> tuple[Planes, Planes | None]:
+def _system(taps: Tensor, angles: Angles | None) -> tuple[SplitComplex, SplitComplex | None]:
     """Return the planes of N (F·G, n, n) and, unless square, of V (F·G, m, n)."""
     rows, n = taps.shape[2:]
 
@@ -94,10 +94,10 @@ def _system(taps: Tensor, angles: Angles | None) -> tuple[Planes, Planes | None]
     top, low = taps[:, :, :n], taps[:, :, n:]
     # U − Uᴴ is linear in the taps: antisymmetric real part, symmetric imaginary part, one product each.
     real, imag = emit(cos, top - top.mT), None if sin is None else emit(sin, top + top.mT)
-    n_planes: Planes = _plus_identity(real, 1), imag
+    n_planes: SplitComplex = _plus_identity(real, 1), imag
     if rows == n:
         return n_planes, None
-    v: Planes = emit(cos, low), None if sin is None else emit(sin, low)
+    v: SplitComplex = emit(cos, low), None if sin is None else emit(sin, low)
     return product(transpose(v), v, conj_a=True, into=n_planes), v
 
 
@@ -109,7 +109,7 @@ def _plus_identity(plane: Tensor, times: int) -> Tensor:
     return plane
 
 
-def _split(a: Planes, n: int) -> tuple[Planes, Planes]:
+def _split(a: SplitComplex, n: int) -> tuple[SplitComplex, SplitComplex]:
     """Return views of the first n columns and of the others."""
     return each(lambda plane: plane[:, :, :n], a), each(lambda plane: plane[:, :, n:], a)
 
@@ -137,7 +137,7 @@ class _ApplyCayley(torch.autograd.Function):
         z, factor = (z_r, z_i), Factor((factor_r, factor_i), ctx.width)
         v = None if v_r is None else (v_r, v_i)
         with torch.autocast(taps.device.type, enabled=False):
-            if recording() or torch.is_grad_enabled():
+            if is_tracing() or torch.is_grad_enabled():
                 n_planes, v = _system(taps, ctx.angles)
                 factor = inverse(n_planes)
             outputs = z_r.shape[-1] if ctx.wide else taps.shape[2]
@@ -153,7 +153,7 @@ class _ApplyCayley(torch.autograd.Function):
         return *(grad_x or (None, None)), grad_taps, None, None
 
 
-def _filled(grad: tuple[Tensor | None, ...], z: Planes, columns: int) -> Planes:
+def _filled(grad: tuple[Tensor | None, ...], z: SplitComplex, columns: int) -> SplitComplex:
     """Return planes in which gradients that nobody gave are zeros."""
     real, imag = (
         like.new_zeros(*like.shape[:2], columns) if given is None and like is not None else given
@@ -163,11 +163,17 @@ def _filled(grad: tuple[Tensor | None, ...], z: Planes, columns: int) -> Planes:
     return real, imag
 
 
-_Gradients = tuple[Planes | None, Planes | None, Planes | None]
+_Gradients = tuple[SplitComplex | None, SplitComplex | None, SplitComplex | None]
 
 
 def _backward_tall(
-    grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes | None, x: bool, taps: bool
+    grad: SplitComplex,
+    grad_z: SplitComplex | None,
+    z: SplitComplex,
+    factor: Factor,
+    v: SplitComplex | None,
+    x: bool,
+    taps: bool,
 ) -> _Gradients:
     """Nᴴu = g₁ − Vᴴg₂ + ∂z/2, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
     head, low, right = grad, None, grad
@@ -183,7 +189,14 @@ def _backward_tall(
 
 
 def _backward_wide(
-    grad: Planes, grad_z: Planes | None, z: Planes, factor: Factor, v: Planes, tail: Planes, x: bool, taps: bool
+    grad: SplitComplex,
+    grad_z: SplitComplex | None,
+    z: SplitComplex,
+    factor: Factor,
+    v: SplitComplex,
+    tail: SplitComplex,
+    x: bool,
+    taps: bool,
 ) -> _Gradients:
     """conj(N)s = g + ∂z/2, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
     s, grad_x = solve(_with_half(grad, grad_z), factor, grad if x else None, v, transposed=True, conj=True)
@@ -193,11 +206,13 @@ def _backward_wide(
     return grad_x, grad_n, product(transpose(tail), s, conj_a=True, alpha=-2)
 
 
-def _with_half(right: Planes, grad_z: Planes | None) -> Planes:
+def _with_half(right: SplitComplex, grad_z: SplitComplex | None) -> SplitComplex:
     return right if grad_z is None else each(lambda plane, more: plane + more / 2, right, grad_z)
 
 
-def _to_taps(grad_n: Planes, grad_v: Planes | None, v: Planes | None, angles: Angles | None, taps: Tensor) -> Tensor:
+def _to_taps(
+    grad_n: SplitComplex, grad_v: SplitComplex | None, v: SplitComplex | None, angles: Angles | None, taps: Tensor
+) -> Tensor:
     """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
     count, groups, _, n = taps.shape
 

@@ -1,6 +1,6 @@
 """Batched complex matrices as two real planes, and their inversion by blocks.
 
-Note [Planes]: a complex matrix is a pair (real, imaginary) of real tensors, the second None when the matrix is real.
+Note [Split-complex]: a complex matrix is a pair (real, imaginary) of real tensors, the second None when it is real.
 Real products into contiguous results take the batched-GEMM path of the CPU, a transpose is a view, and a conjugate is
 a sign: a complex dtype would copy for every conjugate, and could not be exported. Where the compiled kernels run, one
 pass makes both planes; elsewhere, four real products do. Where something follows the operations (``differentiable``),
@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels import planes as kernels
-from espalier.nn.precision import differentiable
+from espalier.nn.kernels import split_complex as kernels
+from espalier.nn.precision import differentiable, is_exporting
 
-Planes = tuple[Tensor, Tensor | None]
+SplitComplex = tuple[Tensor, Tensor | None]
 
 # Rows of a leaf, and how many matrices are many, so that small leaves pay: LAPACK takes the matrices of a batch one by
 # one, a product takes all at once, but every product is a call.
@@ -33,15 +33,15 @@ _NEWTON_STEPS = 40
 
 
 def product(
-    a: Planes,
-    b: Planes,
+    a: SplitComplex,
+    b: SplitComplex,
     *,
     conj_a: bool = False,
     conj_b: bool = False,
-    into: Planes | None = None,
+    into: SplitComplex | None = None,
     alpha: int = 1,
     add: bool = True,
-) -> Planes:
+) -> SplitComplex:
     """Return alpha·a·b, or ``into`` with it added, in place where nothing follows the operations.
 
     Args:
@@ -62,7 +62,7 @@ def product(
         # Into a strided result, a batched GEMM takes the slow path.
         start = contiguous(into) if add else None
         return copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=start, alpha=alpha))
-    add = torch.baddbmm if followed else Tensor.baddbmm_
+    added = torch.baddbmm if followed else Tensor.baddbmm_
 
     def first(x: Tensor, y: Tensor, factor: float) -> Tensor:
         if followed:
@@ -70,32 +70,32 @@ def product(
         return torch.bmm(x, y) if factor == 1 else torch.bmm(x, y).mul_(factor)
 
     re, im = into or (None, None)
-    re = first(a_r, b_r, alpha) if re is None else add(re, a_r, b_r, alpha=alpha)
+    re = first(a_r, b_r, alpha) if re is None else added(re, a_r, b_r, alpha=alpha)
     if a_i is None or b_i is None:
         return re, im
     sign_a, sign_b = -1 if conj_a else 1, -1 if conj_b else 1
-    re = add(re, a_i, b_i, alpha=-alpha * sign_a * sign_b)
-    im = first(a_i, b_r, alpha * sign_a) if im is None else add(im, a_i, b_r, alpha=alpha * sign_a)
-    return re, add(im, a_r, b_i, alpha=alpha * sign_b)
+    re = added(re, a_i, b_i, alpha=-alpha * sign_a * sign_b)
+    im = first(a_i, b_r, alpha * sign_a) if im is None else added(im, a_i, b_r, alpha=alpha * sign_a)
+    return re, added(im, a_r, b_i, alpha=alpha * sign_b)
 
 
-def transpose(a: Planes) -> Planes:
+def transpose(a: SplitComplex) -> SplitComplex:
     """Return the transpose (not the adjoint) as views."""
     return a[0].mT, None if a[1] is None else a[1].mT
 
 
-def block(a: Planes, rows: slice, columns: slice) -> Planes:
+def block(a: SplitComplex, rows: slice, columns: slice) -> SplitComplex:
     """Return a block as views."""
     return a[0][:, rows, columns], None if a[1] is None else a[1][:, rows, columns]
 
 
-def contiguous(a: Planes) -> Planes:
+def contiguous(a: SplitComplex) -> SplitComplex:
     """Return fresh contiguous planes."""
     layout = torch.contiguous_format
     return a[0].clone(memory_format=layout), None if a[1] is None else a[1].clone(memory_format=layout)
 
 
-def copy_(target: Planes, source: Planes) -> Planes:
+def copy_(target: SplitComplex, source: SplitComplex) -> SplitComplex:
     """Copy planes into views of others, and return those."""
     target[0].copy_(source[0])
     if target[1] is not None and source[1] is not None:
@@ -108,7 +108,7 @@ def many(count: int) -> bool:
     return count >= min(_MANY, torch.get_num_threads())
 
 
-def invert(a: Planes) -> Planes:
+def invert(a: SplitComplex) -> SplitComplex:
     """Invert matrices whose Hermitian part is at least I, by halves.
 
     With a = [A B; C D], S = D − CA⁻¹B: a⁻¹ = [A⁻¹ + XS⁻¹Y, −XS⁻¹; −S⁻¹Y, S⁻¹], X = A⁻¹B, Y = CA⁻¹. Halving makes
@@ -136,7 +136,7 @@ def invert(a: Planes) -> Planes:
     return torch.cat(real), None if a[1] is None else torch.cat(imag)
 
 
-def _invert(a: Planes, leaf: int) -> Planes:
+def _invert(a: SplitComplex, leaf: int) -> SplitComplex:
     n = a[0].shape[-1]
     if n <= leaf:
         return _invert_leaf(a)
@@ -152,7 +152,7 @@ def _invert(a: Planes, leaf: int) -> Planes:
     return _assemble(product(x, low, into=top), right, low, corner)
 
 
-def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes:
+def _assemble(top: SplitComplex, right: SplitComplex, low: SplitComplex, corner: SplitComplex) -> SplitComplex:
     """Return [top, −right; −low, corner]."""
 
     def join(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -171,16 +171,17 @@ def _assemble(top: Planes, right: Planes, low: Planes, corner: Planes) -> Planes
     return real, join(top[1], right[1], low[1], corner[1])
 
 
-def _invert_leaf(a: Planes) -> Planes:
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+def _invert_leaf(a: SplitComplex) -> SplitComplex:
+    if is_exporting() and torch.onnx.is_in_onnx_export():
         return _invert_by_products(a)
+    # None is singular (Note [No pivoting]), and to ask the device whether one was would stop a step until it answers.
     if a[1] is None:
-        return torch.linalg.inv(a[0]), None
-    inverse = torch.linalg.inv(torch.complex(a[0], a[1]))
+        return torch.linalg.inv_ex(a[0]).inverse, None
+    inverse = torch.linalg.inv_ex(torch.complex(a[0], a[1])).inverse
     return inverse.real.contiguous(), inverse.imag.contiguous()
 
 
-def _invert_by_products(a: Planes) -> Planes:
+def _invert_by_products(a: SplitComplex) -> SplitComplex:
     """Invert by Newton's iteration ``X ← X(2I − aX)`` from ``X = aᴴ/(‖a‖₁‖a‖∞)``: ONNX has no inverse.
 
     The singular values are at least 1, so the first residual is at most ``1 − 1/(‖a‖₁‖a‖∞)``. A complex matrix is

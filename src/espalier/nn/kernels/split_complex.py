@@ -1,4 +1,4 @@
-"""The compiled kernels of the orthogonal layers: products and inverses of matrices in planes, transforms of images."""
+"""The compiled kernels of the orthogonal layers: split-complex products and inverses, transforms of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.arguments import DFT_ANALYSE, DFT_SYNTHESISE, PLANES_FACTOR, PLANES_PRODUCT, PLANES_SOLVE
+from espalier.nn.kernels.arguments import DFT_FORWARD, DFT_INVERSE, PLANES_FACTOR, PLANES_PRODUCT, PLANES_SOLVE
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.library import call, usable
 from espalier.nn.precision import differentiable
@@ -124,17 +124,17 @@ def _shape(size: Sequence[int], columns: int, first: bool, channels: int, togeth
     }
 
 
-def analyse(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Pair:
+def rfft(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Pair:
     """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
     planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
     sizes = _shape(size, columns, first, 1, together)
-    call(DFT_ANALYSE, x.dtype, x=x, tables=tables, re=planes[0], im=planes[1], **sizes)
+    call(DFT_FORWARD, x.dtype, x=x, tables=tables, re=planes[0], im=planes[1], **sizes)
     return planes
 
 
-def synthesise(
+def irfft(
     spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, together: int
 ) -> Tensor:
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
@@ -143,5 +143,5 @@ def synthesise(
     room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
     channels = 1 if bias is None else len(bias)
     sizes = _shape(size, columns, first, channels, together)
-    call(DFT_SYNTHESISE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=room, **sizes)
+    call(DFT_INVERSE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=room, **sizes)
     return room
