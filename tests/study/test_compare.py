@@ -239,7 +239,42 @@ def test_every_kind_of_callable_has_a_name_and_the_code_behind_it(made: Callable
     assert one.name
 
 
+def options(arm: str, lr: float, seed: int, folder: Path, data: Any = None) -> float:
+    return 0.0
+
+
+def closure(depth: Any) -> Callable[..., float]:
+    def inner(arm: str, lr: float, seed: int, folder: Path) -> float:
+        return 0.0 * depth
+
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (functools.partial(options, data=[1]), functools.partial(options, data=[2]), True),  # no plain value
+        (functools.partial(options, data=1), functools.partial(options, data=2), False),
+        (closure(1), closure(1), True),
+        (closure(1), closure(2), False),
+        (closure((1, "a")), closure((1, "b")), False),
+        (closure([1]), closure([2]), True),  # may change while it trains
+    ],
+)
+def test_plain_values_that_a_callable_carries_are_part_of_it(one: Any, other: Any, same: bool) -> None:
+    assert (OwnTraining.of(one) == OwnTraining.of(other)) is same
+
+
+def test_attributes_of_an_object_are_part_of_it() -> None:
+    one, other = Callable_(), Callable_()
+    other.depth = 3
+    assert OwnTraining.of(one.method) != OwnTraining.of(other.method)
+    assert OwnTraining.of(one) != OwnTraining.of(other)
+
+
 class Callable_:
+    depth = 1
+
     def __call__(self, arm: str, lr: float, seed: int, folder: Path) -> float:
         return 0.0
 

@@ -69,6 +69,10 @@ def launch(
         raise EspalierError(f"cluster {cluster!r}: choose 'local' or 'slurm'")
     if workers < 0:
         raise EspalierError(f"workers {workers}: give a number from 0")
+    if parameters and cluster != "slurm":
+        raise EspalierError(
+            f"{', '.join(parameters)}: options of Slurm's jobs, not of workers here: add --cluster slurm"
+        )
     refuse_torchrun()
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)

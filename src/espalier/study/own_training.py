@@ -24,7 +24,7 @@ class OwnTraining:
 
     name: str
     code: str
-    """First digits of the SHA-256 of the function's source; of its name alone where there is no source."""
+    """First digits of the SHA-256 of the function's source (else its name) and of the plain values bound to it."""
     metric: str = "score"
     """Name of the score; larger is better. One that ends in ``accuracy`` is a share of one."""
     lr: float = 1e-3
@@ -39,10 +39,10 @@ class OwnTraining:
         """
         inner, bound = train, []
         while isinstance(inner, functools.partial):
-            # What is bound shapes the trials: another value is another training.
-            bound.append(repr((inner.args, sorted(inner.keywords.items()))))
+            bound.append(_bound_values(inner))
             inner = inner.func
         inner = inspect.unwrap(inner)
+        bound.append(_bound_values(inner))
         name = getattr(inner, "__qualname__", type(inner).__qualname__)
         try:
             inspect.signature(train).bind("arm", 1e-3, 0, Path())
@@ -54,7 +54,7 @@ class OwnTraining:
             source = inspect.getsource(inner if hasattr(inner, "__qualname__") else type(inner))
         except (OSError, TypeError):  # typed at a prompt, or compiled
             source = name
-        code = hashlib.sha256("\n".join([source, *bound]).encode()).hexdigest()[:12]
+        code = hashlib.sha256(f"{source}{bound}".encode()).hexdigest()[:12]
         return cls(name, code, metric, lr)
 
     def digest(self, lr: float, seed: int) -> str:
@@ -98,6 +98,26 @@ def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
                 f"train returned {score:g} as {metric}: give shares of one, or another name of the metric"
             )
     return curve
+
+
+def _bound_values(function: Any) -> list[tuple[str, Any]]:
+    """Return the plain values that a callable carries besides its source: another value is another training.
+
+    Other objects are left out: nothing says whether two of them, in two processes, are equal.
+    """
+    if isinstance(function, functools.partial):
+        values: dict[str, Any] = {"": function.args, **function.keywords}
+    else:
+        function_code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+        values = {n: c.cell_contents for n, c in zip(getattr(function_code, "co_freevars", ()), cells, strict=False)}
+        owner = getattr(function, "__self__", None if hasattr(function, "__qualname__") else function)
+        values |= getattr(owner, "__dict__", {})
+    plain = str | int | float | bool | None
+    return [
+        (name, value)
+        for name, value in sorted(values.items())
+        if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(item, plain) for item in value))
+    ]
 
 
 def _number(value: Any) -> float:

@@ -96,7 +96,7 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     to = Path(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(to.with_name(f".{to.name}.lock"), timeout=_WAIT_SECONDS):
+        with FileLock(to.parent / f".{to.name}.lock", timeout=_WAIT_SECONDS):
             before = to.read_bytes() if to.exists() else None
             combined = combine([*(read_records(to) if before is not None else ()), *records])
             content = "".join(record.line() for record in combined).encode()

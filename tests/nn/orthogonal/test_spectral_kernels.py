@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -75,7 +76,8 @@ def test_inverses(n: int, kind: tuple[torch.dtype, torch.dtype, float]) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     size=st.lists(st.integers(1, 13), min_size=1, max_size=3) | st.sampled_from(LONG_AXES),
-    columns=st.integers(1, 150), channels=st.sampled_from([1, 48, 64]), first=st.booleans(), kind=st.sampled_from(DTYPES),
+    columns=st.integers(1, 150), channels=st.sampled_from([1, 48, 64]), first=st.booleans(),
+    kind=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_transforms_are_those_of_an_fft_at_one_of_each_pair_and_their_transposes(
     size: list[int], columns: int, channels: int, first: bool, kind: tuple[torch.dtype, torch.dtype, float]
@@ -129,7 +131,9 @@ def test_solutions_by_blocks_are_those_of_the_matrices(
     (transposed, conj, views), (dtype, complex_dtype, tolerance) = flags, kind
     w = torch.complex(*matrices(count, n, n, False, 1, dtype))
     a = torch.eye(n, dtype=complex_dtype) + (w - w.mH) / n**0.5
-    factor = kernels.factor_((a.real.contiguous(), a.imag.contiguous()), width)
+    # A single number is contiguous as it lies: ``contiguous`` would hand out the matrix itself, to be overwritten.
+    copied = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    factor = kernels.factor_((copied(a.real), copied(a.imag)), width)
     x, less = matrices(count, batch, n, views, 3, dtype), matrices(count, batch, n, views, 5, dtype)
     z, y = kernels.solve(x, factor, width, less, transposed=transposed, conj=conj, extra=2)
     of = a.mT if transposed else a
