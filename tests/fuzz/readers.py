@@ -31,7 +31,7 @@ from espalier.recipes.validation import load_recipe, recipe_to_dict
 from espalier.study.record import Record
 from espalier.study.records import read_records
 from espalier.train.manifest import damaged, file_digest, write_manifest
-from espalier.train.run import read_rows
+from espalier.train.run import parse_rows
 
 Target = Callable[[bytes, Path], object]
 
@@ -92,7 +92,7 @@ TARGETS: dict[str, tuple[Target, bytes]] = {
     "records": (_written("r.jsonl", read_records), _RECORD.line().encode()),
     "recipe": (_written("recipe.json", load_recipe), json.dumps(recipe_to_dict(Recipe("r"))).encode()),
     "rows": (
-        _written("metrics.jsonl", lambda path: read_rows(path.parent)),
+        lambda content, folder: parse_rows(content, folder / "metrics.jsonl"),
         b'{"epoch": 0}\n{"epoch": 1, "loss": 1.5}\n',
     ),
     "manifest": (_written("manifest.json", lambda path: damaged(path.parent)), _manifest()),

@@ -285,3 +285,22 @@ def test_changed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_run(tmp_path / "run").source() if finished else train(recipe(epochs=2), tmp_path / "run")
     source.digest = "as it was"  # type: ignore[attr-defined]
     assert train(recipe(epochs=2), tmp_path / "run").source() is source
+
+
+def test_a_reader_beside_a_training_run_sees_no_damage(tmp_path: Path) -> None:
+    """Whoever looks between two changes of a run finds whole rows: the manifest knows each before it is there."""
+    from espalier.train.run import write_rows
+
+    run = train(recipe(epochs=1), tmp_path / "run").path
+    (run / "result.json").unlink()
+    rows: list[dict[str, Any]] = []
+    write_rows(run, rows)
+    for step in range(5):
+        rows.append({"step": step})
+        write_rows(run, rows, keep=len(rows) - 1)
+        assert load_run(run).rows == rows
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content[: content.rindex(b"{")])  # the manifest is ahead of the file
+    assert load_run(run).rows == rows[:-1]
+    (run / "metrics.jsonl").write_bytes(content[:-3])  # a kill within the last line
+    assert load_run(run).rows == rows[:-1]

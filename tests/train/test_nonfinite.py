@@ -110,7 +110,7 @@ def test_the_command_ends_with_status_1_and_one_line(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("espalier: ")
-    assert "diverged at step 3: the inputs of the batch:" in line
+    assert "diverged in epoch 1, at step 3: the inputs of the batch:" in line
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def train(
     if first:
         print(json.dumps(result, indent=2))
     if result.get("diverged"):
-        where = f"diverged at {result['diverged_at']}" if "diverged_at" in result else "diverged"
+        where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
         told = f"espalier: {out} {where}: choose another folder and a smaller --lr; its last checkpoint is kept"
         print(told * first, file=sys.stderr)
         raise SystemExit(1)

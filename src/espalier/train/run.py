@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 RECIPE, ENVIRONMENT, MODEL, STRUCTURE = "recipe.json", "environment.json", "model.json", "structure.json"
 METRICS, RESULT = "metrics.jsonl", "result.json"
 START, FINAL = "start.safetensors", "final.safetensors"
+_LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,16 @@ def load_run(path: Path | str) -> Run:
         raise EspalierError(f"{path} is not a run folder: it has no {RECIPE}")
     files, _ = read_manifest(path)
     refuse_damage(path, files.keys() - {START, FINAL, METRICS, RESULT} | {RECIPE})
-    if digest(_whole_lines(path)) not in files.get(METRICS, ()):
+    for _ in range(_LOOKS):
+        lines = _whole_lines(path)
+        if digest(lines) in read_manifest(path)[0].get(METRICS, ()):
+            break  # else a process that trains here may have written a row in between
+    else:
         raise EspalierError(f"{path / METRICS} is damaged: train again to restore its rows, or restore it from a copy")
     if (path / RESULT).exists():
         refuse_damage(path, [RESULT])
     result = json.loads((path / RESULT).read_text()) if (path / RESULT).exists() else None
-    return Run(path, load_recipe(path / RECIPE), read_rows(path), result)
+    return Run(path, load_recipe(path / RECIPE), parse_rows(lines, path / METRICS), result)
 
 
 def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfinished", "finished"]:
@@ -169,16 +174,20 @@ def seal(path: Path, notes: Mapping[str, Any] | None = None) -> None:
     write_manifest(path, files, notes)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a last line that a kill cut short is no row.
+def parse_rows(lines: bytes, path: Path) -> list[dict[str, Any]]:
+    """Return the rows that whole lines of metrics.jsonl hold.
+
+    Args:
+        lines: the lines.
+        path: their file, for messages.
 
     Raises:
         EspalierError: a line is no row.
     """
     try:
-        return [json.loads(line) for line in _whole_lines(path).splitlines()]
-    except ValueError as error:
-        raise EspalierError(f"{path / METRICS} is damaged ({error}): restore it from a copy") from None
+        return [json.loads(line) for line in lines.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise EspalierError(f"{path} is damaged ({error}): restore it from a copy") from None
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], keep: int = 0) -> None:
@@ -219,7 +228,7 @@ def refuse_damage(path: Path, names: Collection[str]) -> None:
 
 
 def _whole_lines(path: Path) -> bytes:
-    """Return metrics.jsonl up to its last end of line."""
+    """Return metrics.jsonl up to its last end of line; a line that a kill cut short is no row."""
     try:
         content = (path / METRICS).read_bytes()
     except FileNotFoundError:
