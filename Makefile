@@ -7,7 +7,8 @@ TORCH ?= $(shell sed -n 's/^torch==//p' requirements/dev.lock)
 TORCH_INDEX ?=
 export PYTHONHASHSEED := 0
 
-.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short wheel newcomers lock clean results
+.PHONY: env kernels demo test coverage test-matrix check bench gpu docs interop sweep sweep-short reliability \
+	reliability-short wheel newcomers lock clean results
 env: $(VENV)/.installed          ## make the environment (idempotent)
 kernels:                         ## compile the C++ kernels in place, as `make env` does
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -43,6 +44,10 @@ sweep: $(INTEROP)/.installed     ## every architecture that builds, written and 
 	PYTHONPATH=src:tests $(INTEROP)/bin/python experiments/sweep.py --jobs 2 --out docs/guides
 sweep-short: env                 ## the same for thirty types of transformers
 	PYTHONPATH=src:tests $(BIN)/python experiments/sweep.py --short --jobs 2 --out runs/sweep
+reliability: env                 ## kill, damage and starve runs by the hundred; writes docs/results/reliability.md
+	$(BIN)/python experiments/reliability.py --kills 200 --write docs/results/reliability.md
+reliability-short: env           ## the same, a few of each
+	$(BIN)/python experiments/reliability.py --short
 wheel: env                       ## the wheel, kernels included, in dist/
 	$(BIN)/python -m build --wheel
 newcomers: wheel                 ## a script for each kind of new user, each from an empty environment

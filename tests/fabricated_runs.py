@@ -10,6 +10,7 @@ from pathlib import Path
 from espalier.recipes import Recipe
 from espalier.study import Trial
 from espalier.train import save_recipe
+from espalier.train.run import seal
 
 Score = Callable[[Recipe], float]
 
@@ -47,6 +48,7 @@ def fabricate(
         "diverged": score is None,
     }
     (path / "result.json").write_text(json.dumps(result))
+    seal(path)
 
 
 def usual_score(recipe: Recipe) -> float:

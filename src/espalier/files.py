@@ -12,7 +12,7 @@ import pickle
 import secrets
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,30 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file or folder for the length of a ``with`` block, by a lock file beside it that a kill lets go of.
+
+    Raises:
+        EspalierError: another process holds it.
+        OSError: no lock file can be written there.
+    """
+    from filelock import FileLock, Timeout  # torch depends on it
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise EspalierError(f"{path} is in use by another process: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        # Deleted while it is held: whoever waits for the file finds that it has no name any more, and makes a new one.
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def cache_folder() -> Path:

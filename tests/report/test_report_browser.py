@@ -47,12 +47,13 @@ def test_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     page = write_report([study.path, tmp_path / "run"], tmp_path / "report.html")
     document, log = open_page(page, tmp_path / "profile", "--dump-dom")
     assert "CONSOLE" not in log, [line for line in log.splitlines() if "CONSOLE" in line]
-    # Two figures of the study, two of the run; each svg root holds lines that were really drawn.
+    # Two figures of the study, three of the run; each svg root holds lines, or one image, that were really drawn.
     plots = re.split(r'<div id="plot-\d+"', document)[1:]
-    assert len(plots) == 4
-    for plot in plots:
-        assert plot.count('class="main-svg"') >= 2
-        assert re.search(r'class="js-line"[^>]* d="M[-0-9.]+,', plot)
+    assert len(plots) == 5
+    assert all(plot.count('class="main-svg"') >= 2 for plot in plots)
+    lines = [re.search(r'class="js-line"[^>]* d="M[-0-9.]+,', plot) is not None for plot in plots]
+    assert [bool(re.search(r'<image[^>]* href="data:image', plot)) for plot in plots] == [not line for line in lines]
+    assert lines.count(False) == 1
     assert plots[0].count('class="legendtext') == 2
 
 

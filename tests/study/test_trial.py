@@ -57,6 +57,10 @@ def test_a_study_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> 
     plan = json.loads(before)
     plan["arms"]["default"] = {"init": "mimetic"}
     (tmp_path / "study.json").write_text(json.dumps(plan))
+    with pytest.raises(EspalierError, match=r"study.json is damaged"):
+        load_study(tmp_path)
+    del plan["digest"]  # as the oldest plans are
+    (tmp_path / "study.json").write_text(json.dumps(plan))
     with pytest.raises(EspalierError, match="arm 'default' changes"):
         plan_study(RECIPE, ["default"], [1e-3], [0], tmp_path)
 

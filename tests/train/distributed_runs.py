@@ -1,22 +1,99 @@
-"""Run by test_distributed under torchrun and alone: the same two runs into the folder given."""
+"""Run by test_distributed, under a launcher or by itself.
+
+``FOLDER STRATEGY RUN:WHAT …`` is one process of those that a launcher started, or alone. ``FOLDER N:STRATEGY RUN:WHAT …
+-- N:STRATEGY …`` starts groups of N processes one after the other, by forks, so that torch is imported once. WHAT is
+``whole``, ``stop=E.S`` (rank 0 alone gets SIGTERM at step S of epoch E) or ``end`` (go on to the last epoch).
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import standins
 import torch
 
 from espalier import data, models
-from espalier.train import train
+from espalier.errors import require
+from espalier.train import RunInterrupted, train
 
-data.build_source = standins.build_source
-models.build_model = standins.build_model
+RECIPES = {
+    # Batch norm over micro-batches, averaged weights, clipped gradients, a test set that 4 processes share unevenly.
+    "images": standins.recipe(
+        eps=1e-3, clip_norm=0.5, accumulate=2, ema_decay=0.9, model_args={"dropout": 0.0}, eval_batch_size=4
+    ),
+    # The ranks' shares of a token batch hold different numbers of targets; two modules share a weight.
+    "tokens": standins.recipe(eps=1e-3, dataset="echo", model="tied"),
+    "blocks": standins.recipe(eps=1e-3, model="blocks", precision="bf16"),
+}
 
-folder = Path(sys.argv[1])
-images = {"model_args": {"dropout": 0.0, "norm": False}, "accumulate": 2, "ema_decay": 0.9}
-train(standins.recipe(eps=1e-3, clip_norm=0.5, **images), folder / "images")
-train(standins.recipe(eps=1e-3, dataset="echo", model="tied"), folder / "tokens")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+
+def one_process(folder: Path, strategy: str, *runs: str) -> None:
+    models.build_model = standins.build_model
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    for run in runs:
+        name, _, what = run.partition(":")
+        kind = name.partition("-")[0]
+
+        def build_source(recipe: object, kind: str = kind, what: str = what) -> object:
+            source = standins.build_source(RECIPES[kind])
+            if what.startswith("stop=") and rank == 0:
+                epoch, step = map(int, what.removeprefix("stop=").split("."))
+                source.signal_at = (epoch, step, signal.SIGTERM)
+            return source
+
+        data.build_source = build_source
+        stopped = None
+        try:
+            train(RECIPES[kind], folder / name, strategy=strategy)
+        except RunInterrupted as interruption:
+            stopped = interruption.status
+        assert stopped == (75 if what.startswith("stop=") else None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+
+
+def group(processes: int, folder: Path, strategy: str, *runs: str) -> None:
+    """Fork the processes of a group with the environment that torchrun gives, and wait for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            if processes > 1:
+                sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
+                os.environ.update({name: str(value) for name, value in sizes.items()})
+                os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "forks"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            try:
+                one_process(folder, strategy, *runs)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    failed = False
+    for _ in children:
+        _, status = os.wait()
+        if status and not failed:
+            failed = True
+            for child in children:  # the others would wait for the one that failed
+                os.kill(child, signal.SIGKILL)
+    assert not failed, (processes, strategy, runs)
+
+
+if __name__ == "__main__":
+    folder, first, *rest = sys.argv[1:]
+    if ":" not in first:
+        one_process(Path(folder), first, *rest)
+    else:
+        require("lightning_fabric", "train")  # once, before the forks
+        for words in " ".join([first, *rest]).split(" -- "):
+            how, *runs = words.split()
+            group(int(how.partition(":")[0]), Path(folder), how.partition(":")[2], *runs)

@@ -106,7 +106,7 @@ def outcome(out: Path) -> dict[str, Any]:
 def mid_epoch(kind: str, folder: Path, epoch: int, step: int) -> None:
     assert in_child(lambda: run(kind, folder / "whole")) == 0
     assert in_child(lambda: run(kind, folder / "cut", kill_at=(epoch, step))) == signal.SIGKILL
-    assert (folder / "cut/checkpoint/state.pt").exists(), "killed before the first checkpoint: nothing is tested"
+    assert (folder / "cut/checkpoint/state.json").exists(), "killed before the first checkpoint: nothing is tested"
     assert not (folder / "cut/result.json").exists()
     assert in_child(lambda: run(kind, folder / "cut")) == 0
     assert outcome(folder / "cut") == outcome(folder / "whole")

@@ -19,12 +19,16 @@ CLASSES = 4
 
 @dataclass
 class BlobSource:
-    """Images of noise around a class's pattern; ``kill_at`` = (epoch, step) ends the process there, unasked."""
+    """Images of noise around a class's pattern; ``kill_at`` = (epoch, step) ends the process there, unasked.
+
+    ``signal_at`` = (epoch, step, number) sends a signal to this process; ``poison_at`` makes a batch not finite.
+    """
 
     soft: bool = False
     kill_at: tuple[int, int] | None = None
     interrupt_at: tuple[int, int] | None = None
     poison_at: tuple[int, int] | None = None
+    signal_at: tuple[int, int, int] | None = None
     examples: int = 40
 
     model_args: Mapping[str, Any] = None  # type: ignore[assignment]
@@ -49,6 +53,8 @@ class BlobSource:
         if (epoch, step) == self.interrupt_at:
             self.interrupt_at = None
             raise KeyboardInterrupt
+        if self.signal_at is not None and (epoch, step) == self.signal_at[:2]:
+            os.kill(os.getpid(), self.signal_at[2])
         generator = derive_generator(seed, "batch", epoch, step)
         labels = torch.randint(CLASSES, (batch_size,), generator=generator)
         images = self.patterns[labels] + torch.randn(batch_size, 3, 6, 6, generator=generator)
@@ -81,7 +87,11 @@ class EchoSource:
     def steps_per_epoch(self, batch_size: int) -> int:
         return 3
 
+    signal_at: tuple[int, int, int] | None = None
+
     def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        if self.signal_at is not None and (epoch, step) == self.signal_at[:2]:
+            os.kill(os.getpid(), self.signal_at[2])
         generator = derive_generator(seed, "echo", epoch, step)
         tokens = torch.randint(5, (batch_size, 6), generator=generator)
         hidden = torch.randint(0, 5, (batch_size, 1), generator=generator)
@@ -125,8 +135,23 @@ class TiedNet(nn.Module):
         return self.head(torch.tanh(self.middle(self.embed(tokens))))
 
 
+class BlockNet(nn.Module):
+    """Blocks in a list, as FSDP2 shards them, of widths that no number of processes divides."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(108, 7), nn.GELU(), nn.Linear(7, 108)) for _ in range(2))
+        self.head = nn.Linear(108, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images.flatten(1)
+        for block in self.blocks:
+            features = features + block(features)
+        return self.head(features)
+
+
 def build_model(name: str, **model_args: Any) -> nn.Module:
-    return {"tiny": TinyNet, "tied": TiedNet}[name](**model_args)
+    return {"tiny": TinyNet, "tied": TiedNet, "blocks": BlockNet}[name](**model_args)
 
 
 def recipe(**changes: Any) -> Recipe:

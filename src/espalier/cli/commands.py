@@ -50,15 +50,24 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
 
 
 def train(
-    recipe: Recipe, out: Path | None = None, resume: Literal["auto", "never"] = "auto", quiet: bool = False
+    recipe: Recipe,
+    out: Path | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    quiet: bool = False,
+    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    checkpoint_every_minutes: float | None = None,
 ) -> None:
     """Train one recipe into a run folder; run the same command again to resume.
+
+    Status 1 if the loss stops being finite, 75 if SIGTERM or SIGUSR1 stopped the run after a checkpoint.
 
     Args:
         recipe: the recipe, with any field changed.
         out: the run folder; runs/RECIPE by default.
         resume: resume from the folder's checkpoint, or refuse a folder that has one.
         quiet: print no progress.
+        strategy: under torchrun or srun: a whole model in every process, or shards of it.
+        checkpoint_every_minutes: write a checkpoint when this long has passed since the last, too.
     """
     from espalier.recipes.validation import resolve_recipe
     from espalier.train import train as run_training
@@ -71,12 +80,20 @@ def train(
     if found != "new" and first and not quiet:
         state = "unfinished, resumed" if found == "unfinished" else "already finished, nothing trained"
         print(f"run: {out} ({state})", file=sys.stderr)
-    run = run_training(recipe, out, resume=resume, progress=False if quiet else None)
+    run = run_training(
+        recipe,
+        out,
+        resume=resume,
+        progress=False if quiet else None,
+        strategy=strategy,
+        checkpoint_every_minutes=checkpoint_every_minutes,
+    )
     result = run.result or {}
     if first:
         print(json.dumps(result, indent=2))
     if result.get("diverged"):
-        told = f"espalier: {out} diverged in epoch {result['epochs']}: choose another folder and a smaller --lr"
+        where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
+        told = f"espalier: {out} {where}: choose another folder and a smaller --lr; its last checkpoint is kept"
         print(told * first, file=sys.stderr)
         raise SystemExit(1)
     if first and not quiet:

@@ -22,7 +22,8 @@ INTERNAL_ERROR = 70
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on ``argv`` and return the exit status.
 
-    0 done, 1 done and bad news, 2 bad input, 70 an error in espalier, 130 stopped, 141 cut off.
+    0 done, 1 done and bad news, 2 bad input, 70 an error in espalier, 75 stopped by a signal and
+    resumable, 130 stopped by Ctrl-C, 141 cut off.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 141
     except KeyboardInterrupt as stop:
-        return _complain(stop or "interrupted: run the same command again to resume", 130)
+        return _complain(stop or "interrupted: run the same command again to resume", getattr(stop, "status", 130))
     except EspalierError as error:
         _show_traceback()
         return _complain(error, 2)

@@ -81,6 +81,8 @@ def parse_idx(compressed: bytes, path: Path) -> Tensor:
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise EspalierError(f"{path} is no IDX file of unsigned bytes: fetch it again")
     start = 4 + 4 * content[3]
+    if content[3] > 8:
+        raise EspalierError(f"{path} claims {content[3]} axes: fetch it again")
     if len(content) < start:
         raise EspalierError(f"{path} is truncated inside its header: fetch it again")
     shape = struct.unpack(f">{content[3]}I", content[4:start])

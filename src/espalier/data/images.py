@@ -16,6 +16,7 @@ from espalier.data.digits import read_digits
 from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.normalizer import build_normalizer, value_counts
+from espalier.data.source import contents_digest
 from espalier.errors import EspalierError, unknown_name
 from espalier.randomness import derive_generator
 
@@ -65,6 +66,12 @@ class ImageSource:
     def eval_splits(self) -> tuple[str, ...]:
         """The test set alone."""
         return ("test",)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the classes, their order, and every image and label."""
+        splits = [tensor.cpu() for split in self._splits.values() for tensor in (split.images_NCHW, split.labels_N)]
+        return contents_digest(*self.class_names, *splits)
 
     def to(self, device: torch.device | str) -> Self:
         """Move images, labels and the normaliser to ``device`` and return the source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -18,7 +19,8 @@ class Source(Protocol):
 
     Targets are class indices ``(B,)``, class probabilities ``(B, C)`` (after mixup or cutmix), or token indices
     ``(B, L)`` in which −100 marks positions that carry no loss. Batches are a pure function of the arguments, so a
-    resumed run sees what an unbroken one would have seen.
+    resumed run sees what an unbroken one would have seen. A source whose files may change between a stop and a resume
+    has a text ``digest``, too, of what they hold (see ``contents_digest``).
     """
 
     @property
@@ -46,3 +48,19 @@ class Source(Protocol):
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every example of ``split`` once, in a fixed order, without augmentation."""
         ...
+
+
+def contents_digest(*contents: Tensor | str) -> str:
+    """Return the SHA-256 of tensors and texts: what a run's data must still be when it goes on.
+
+    Args:
+        contents: everything that batches are made of, on the CPU.
+    """
+    found = hashlib.sha256()
+    for content in contents:
+        if isinstance(content, Tensor):
+            found.update(f"{content.dtype}{tuple(content.shape)}".encode())
+            found.update(content.contiguous().numpy())
+        else:
+            found.update(f"{len(content)}:{content}".encode())
+    return found.hexdigest()

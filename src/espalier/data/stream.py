@@ -24,6 +24,7 @@ from espalier.data.decode import central_square, random_area
 from espalier.data.decoded import map_images, progress
 from espalier.data.encoded import EncodedImages
 from espalier.data.normalizer import build_normalizer, value_counts
+from espalier.data.source import contents_digest
 from espalier.errors import EspalierError, unknown_name
 from espalier.files import cache_folder, write_json
 from espalier.randomness import derive_generator
@@ -162,6 +163,13 @@ class StreamSource:
     def eval_splits(self) -> tuple[str, ...]:
         """The test set alone."""
         return ("test",)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the classes, and of names, sizes, times and labels of all images."""
+        splits = self._splits.values()
+        whole = [split.fingerprint(torch.arange(len(split.labels_N))) for split in splits]
+        return contents_digest(*self.class_names, *whole, *(split.labels_N for split in splits))
 
     def to(self, device: torch.device | str) -> Self:
         """Choose the device that batches are moved to and augmented on, and return the source."""

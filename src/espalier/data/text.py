@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.data.source import contents_digest
 from espalier.errors import EspalierError, unknown_name
 from espalier.randomness import derive_generator
 
@@ -64,6 +65,11 @@ class TextSource:
     def eval_splits(self) -> tuple[str, ...]:
         """The last tenth of the text alone."""
         return ("test",)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the text that trains and tests."""
+        return contents_digest(self.characters, self._train_N.cpu(), self._test_WL.cpu(), self._next_WL.cpu())
 
     def to(self, device: torch.device | str) -> Self:
         """Move the text to ``device`` and return the source."""

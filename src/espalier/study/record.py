@@ -25,6 +25,8 @@ SCORE_DIGITS = 6
 TOLERANCE = 2e-6
 """Two scores of one trial that are further apart than their rounding contradict each other."""
 _CURVE_DIGITS, _MOST_POINTS = 4, 24
+_CHECK = ',"check":"'
+"""Before the last thing on a line: a digest of the line without it, which the oldest records do not have."""
 _PACKAGES = ("espalier", "torch", "transformers")
 
 # What a machine or its owner chooses: it changes where, how fast and in which order of rounding a trial runs, not what
@@ -90,7 +92,8 @@ class Record:
     def _json(self) -> str:
         # ASCII, so that bytes and characters are the same number and no editor's encoding matters.
         values = {name.name: getattr(self, name.name) for name in fields(self)}
-        return json.dumps(values, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(values, allow_nan=False, separators=(",", ":"))
+        return f'{text[:-1]}{_CHECK}{_check(text)}"}}'
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -195,6 +198,11 @@ def record_from_line(line: str) -> Record:
     Raises:
         ValueError: it is no record; the message says what is wrong with it.
     """
+    text, found, check = line.rstrip().rpartition(_CHECK)
+    if found:
+        line = f"{text}}}"
+        if check != f'{_check(line)}"}}':
+            raise ValueError("damaged: its digest is not the one it states")
     try:
         values = json.loads(line, parse_constant=lambda name: _refuse(f"{name} is not a finite number"))
     except json.JSONDecodeError as error:
@@ -215,6 +223,10 @@ def record_from_line(line: str) -> Record:
         raise ValueError(f"diverged is {values['diverged']} and score is {values['score']}")
     curve = tuple((row[0], row[1], row[2], row[3]) for row in values.pop("curve"))
     return Record(**{"seconds": 0.0, "step_seconds": None, **values, "curve": curve})
+
+
+def _check(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def contradiction(records: Sequence[Record]) -> str | None:

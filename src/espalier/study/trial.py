@@ -18,6 +18,7 @@ from espalier.study.own_training import OwnTraining
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.train import load_run
+from espalier.train.manifest import digest
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
 RECORD, FILES = "record.json", "files"
@@ -206,6 +207,9 @@ def load_study(path: Path | str) -> Study:
     file = path / STUDY
     try:
         plan = json.loads(file.read_text())
+        stated = plan.pop("digest", None)  # which the oldest studies do not have
+        if plan.keys() - {"recipe", "train", "arms", "lrs", "seeds"} or stated not in (None, _plan_digest(plan)):
+            raise KeyError("it is not as it was written")
         recipe: Recipe | OwnTraining
         if "recipe" in plan:
             recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
@@ -218,7 +222,7 @@ def load_study(path: Path | str) -> Study:
         study = Study(path, recipe, dict(plan["arms"]), rates, seeds)
     except OSError as error:
         raise EspalierError(f"{path} is not a study folder: it has no {STUDY}") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EspalierError(f"{file} is damaged ({error}): plan the study in another folder") from error
     return replace(study, records=_records(path))
 
@@ -323,4 +327,8 @@ def save_study(study: Study) -> None:
     recipe = study.recipe
     what = {"recipe": recipe_to_dict(recipe)} if isinstance(recipe, Recipe) else {"train": asdict(recipe)}
     plan = {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds}
-    write_json(study.path / STUDY, plan)
+    write_json(study.path / STUDY, {**plan, "digest": _plan_digest(plan)})
+
+
+def _plan_digest(plan: Mapping[str, Any]) -> str:
+    return digest(json.dumps(plan, sort_keys=True).encode())

@@ -3,7 +3,8 @@
 from espalier.recipes.validation import load_recipe, save_recipe
 from espalier.train.build import build_run_model, environment
 from espalier.train.loop import train
-from espalier.train.run import Run, RunInterrupted, load_run
+from espalier.train.requests import RunInterrupted
+from espalier.train.run import Run, load_run
 
 __all__ = [
     "Run",

@@ -1,25 +1,37 @@
-"""Files that appear whole or not at all: weights, and the checkpoint that a killed run goes on from."""
+"""The checkpoint that a stopped run goes on from, whatever number of processes and strategy wrote it."""
 
 from __future__ import annotations
 
-import io
+import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.files import load_weights, tensors_bytes
+from espalier.files import write_json
+from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
+from espalier.train.parallel import first_of_any, gather_objects
 
-# Note [Replacing a folder]
-# A folder that is not empty cannot be replaced by one rename. A new checkpoint is written as ``checkpoint.partial``,
-# renamed to ``checkpoint.new`` when it is complete, the old one is deleted, and the new one takes its name. Whoever
-# finds ``checkpoint.new`` therefore knows that it is complete and newer, whatever is left of ``checkpoint``.
-_CURRENT, _NEW, _PARTIAL = "checkpoint", "checkpoint.new", "checkpoint.partial"
+_CURRENT, _OLD, _PARTIAL, _STATE = "checkpoint", "checkpoint.old", "checkpoint.partial", "state.json"
+
+# Note [Two checkpoints]
+# A new checkpoint is written as ``checkpoint.partial``, its manifest last. Then the oldest one is deleted, the present
+# one becomes ``checkpoint.old`` and the new one takes its name. A kill at any instant leaves a complete one under one
+# of the two names. What is damaged on disk later is told by its manifest, and the other one is used.
+#
+# Note [Tensors in safetensors]
+# The tensors go through torch.distributed.checkpoint, each process writing its shards, so that a checkpoint can be read
+# by another number of processes or another strategy. Its own format keeps an index that is unpickled, which runs
+# whatever code it holds; its safetensors format does not.
 
 
 @dataclass
@@ -30,8 +42,6 @@ class Counters:
     """Completed epochs."""
     step: int = 0
     """Completed optimiser steps."""
-    rows: int = 0
-    """Rows of metrics.jsonl that belong to this state."""
     seconds: float = 0.0
     """Training time so far, evaluation excluded."""
     loss_sum: float = 0.0
@@ -40,82 +50,215 @@ class Counters:
     """Number of those steps."""
 
 
+@dataclass
+class Checkpoint:
+    """What a checkpoint says besides its tensors."""
+
+    counters: Counters
+    rows: list[dict[str, Any]]
+    """The rows of metrics.jsonl that belong to this state."""
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor] | None,
-    counters: Counters,
+    checkpoint: Checkpoint,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
-    """Replace the run's checkpoint by the present state; a kill at any instant leaves the old one or the new one.
+    """Make the present state the run's checkpoint and keep the one before (Note [Two checkpoints]).
+
+    Every process calls it.
 
     Args:
         folder: the run folder.
-        model: the bare model.
+        model: the bare model, sharded or whole.
         optimizer: its optimiser.
         averages: the averaged weights, if any are kept.
-        counters: where the run stands.
+        checkpoint: where the run stands.
+        rank: this process among ``world``.
+        world: number of processes.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     partial = folder / _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        (partial / "model.safetensors").write_bytes(tensors_bytes(model.state_dict()))
-        state = io.BytesIO()
-        averaged = None if averages is None else dict(averages)
-        torch.save({"optimizer": optimizer.state_dict(), "ema": averaged, "counters": asdict(counters)}, state)
-        (partial / "state.pt").write_bytes(state.getbuffer())
-    except BaseException:
+    if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    try:
+        first_of_any(None)  # nobody writes before the folder is there
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with _plain_errors():
+            # safetensors takes no other strides, such as those of channels-last weights.
+            tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, optimizer, averages).items()}
+            dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
+        if rank == 0:
+            names = {id(p): name for name, p in model.named_parameters()}
+            states = {names[id(p)]: sorted(state) for p, state in optimizer.state.items()}
+            write_json(partial / _STATE, {**asdict(checkpoint), "optimizer": states, "averages": averages is not None})
+        first_of_any(None)
+        files = sorted(path.name for path in partial.iterdir())[rank::world]
+        digests = gather_objects({name: [file_digest(partial / name)] for name in files})
+        if rank == 0:
+            write_manifest(partial, {name: value for each in digests for name, value in each.items()})
+            shutil.rmtree(folder / _OLD, ignore_errors=True)
+            if (folder / _CURRENT).exists():
+                os.rename(folder / _CURRENT, folder / _OLD)
+            os.rename(partial, folder / _CURRENT)
+    except BaseException:
+        if rank == 0:
+            recover(folder)
         raise
-    os.rename(partial, folder / _NEW)
-    settle(folder)
+    first_of_any(None)
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Counters, dict[str, Tensor] | None] | None:
-    """Load the run's checkpoint into the model and the optimiser.
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, Tensor] | None,
+    steps_per_epoch: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Checkpoint | None:
+    """Load the run's newest undamaged checkpoint, in place; every process calls it (after ``recover``).
 
     Args:
         folder: the run folder.
-        model: the bare model, already on its device.
+        model: the bare model, on its devices.
         optimizer: its optimiser.
+        averages: tensors for the averaged weights, if any are kept.
+        steps_per_epoch: of the run.
+        rank: this process among ``world``.
+        world: number of processes.
 
     Returns:
-        Where the run stood and its averaged weights, or None where there is no checkpoint yet (call ``settle`` first).
+        Where the run stood, or None where there is no checkpoint yet.
 
     Raises:
-        EspalierError: the checkpoint is damaged.
+        EspalierError: every checkpoint is damaged, or this one is not of this model.
     """
-    current = folder / _CURRENT
-    if not current.exists():
-        return None
-    load_weights(model, current / "model.safetensors")
-    try:
-        device = next(model.parameters()).device
-        state = torch.load(current / "state.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        return Counters(**state["counters"]), state["ema"]
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EspalierError(f"checkpoint {current} is damaged ({reason}): delete that folder to start over") from error
+    reasons: list[str] = []
+    for name in (_CURRENT, _OLD):
+        if not (folder / name).exists():
+            continue
+        if (reason := first_of_any(_damage(folder / name, rank, world))) is None:
+            if rank == 0 and name == _OLD:
+                # The damaged one must not become the one that is kept beside the next.
+                shutil.rmtree(folder / _CURRENT)
+                recover(folder)
+            first_of_any(None)
+            found = _load(folder / _CURRENT, model, optimizer, averages, steps_per_epoch, world)
+            if reasons and rank == 0:
+                warnings.warn(
+                    f"{reasons[0]}: the run goes on from the checkpoint before it, at step {found.counters.step}",
+                    stacklevel=2,
+                )
+            return found
+        reasons.append(reason)
+    if reasons:
+        raise EspalierError(f"{' and '.join(reasons)}: delete both to start over, or restore them from a copy")
+    return None
 
 
 def drop_checkpoint(folder: Path) -> None:
-    """Delete the checkpoint of a finished run: its weights are in final.safetensors."""
-    for name in (_CURRENT, _NEW, _PARTIAL):
+    """Delete the checkpoints of a finished run: its weights are in final.safetensors."""
+    for name in (_CURRENT, _OLD, _PARTIAL):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def settle(folder: Path) -> None:
-    """Finish the replacement of a checkpoint that a kill may have cut off (Note [Replacing a folder]).
-
-    Files that a kill left half written are removed: nobody else writes in a run folder.
-    """
+def recover(folder: Path) -> None:
+    """Clear away what a kill left half written, and finish the exchange of checkpoints that it may have cut off."""
     for left in folder.glob(".*.partial"):
         left.unlink()
-    new = folder / _NEW
-    if new.exists():
-        shutil.rmtree(folder / _CURRENT, ignore_errors=True)
-        os.rename(new, folder / _CURRENT)
+    shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+    if (folder / _OLD).exists() and not (folder / _CURRENT).exists():
+        os.rename(folder / _OLD, folder / _CURRENT)
+
+
+def _damage(path: Path, rank: int, world: int) -> str | None:
+    """Return what is wrong with this process's share of a checkpoint's files, None if nothing is."""
+    try:
+        files, _ = read_manifest(path)
+        if _STATE not in files:
+            raise EspalierError(f"{path} names no {_STATE}")
+        name = damaged(path, sorted(files)[rank::world])
+    except EspalierError as error:
+        return str(error).partition(":")[0]
+    return None if name is None else f"{path / name} is damaged"
+
+
+def _load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, Tensor] | None,
+    steps_per_epoch: int,
+    world: int,
+) -> Checkpoint:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        content = json.loads((path / _STATE).read_bytes())
+        counters = Counters(**content["counters"])
+        whole = (counters.epoch, counters.step, counters.loss_steps)
+        done = counters.step - counters.epoch * steps_per_epoch
+        if not (all(type(number) is int for number in whole) and min(whole) >= 0 and 0 <= done <= steps_per_epoch):
+            raise ValueError(f"it stands at step {counters.step} after {counters.epoch} epochs")
+        if not (math.isfinite(counters.loss_sum) and math.isfinite(counters.seconds)):
+            raise ValueError("its loss is not finite")
+        if not all(isinstance(row, dict) for row in content["rows"]):
+            raise ValueError("its rows are none")
+        parameters = dict(model.named_parameters())
+        for name, keys in content["optimizer"].items():
+            like = parameters[name]
+            # Adam's only entry that is not as large as its parameter.
+            step = torch.zeros((), dtype=torch.float32, device=like.device)
+            optimizer.state[like] = {key: step if key == "step" else torch.zeros_like(like) for key in keys}
+        if content["averages"] != (averages is not None):
+            raise ValueError("averaged weights are in one of the two")
+        tensors = _tensors(model, optimizer, averages)
+        reader = HuggingFaceStorageReader(str(path))
+        entries: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        stored = {name: tuple(entry.size) for name, entry in entries.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if stored != wanted:
+            name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+            raise ValueError(f"{name} is {stored.get(name)} there and {wanted.get(name)} here")
+        with _plain_errors():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world == 1)
+        return Checkpoint(counters, content["rows"])
+    except Exception as error:  # a dozen kinds: the digests are right, so somebody made this checkpoint by hand
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error
+
+
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint by name; a tied weight stands once, under its first name."""
+    stored = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    parameters = dict(model.named_parameters())
+    found = {f"model/{name}": tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"optimizer/{name}/{key}"] = value
+    return found | {f"averages/{name}": tensor for name, tensor in (averages or {}).items()}
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what failed in a process in place of torch's report about all; one process is no reason to warn."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error

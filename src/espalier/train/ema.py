@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from espalier.train.parallel import local_part
 
 
 class AveragedWeights:
     """Averages ā ← d·ā + (1−d)·w of every floating tensor of a model's state, d = min(decay, (1+n)/(10+n)).
 
     The ramp over the number n of updates keeps a short run from being held at its start. Running statistics of
-    norms are averaged like weights; integer buffers are left to the model.
+    norms are averaged like weights; integer buffers are left to the model. Shards are averaged as shards.
+    ``torch.optim.swa_utils.AveragedModel`` copies the whole model, which FSDP2 forbids, and forgets the start.
 
     Args:
         model: the model whose weights are averaged; the average starts from them.
@@ -23,40 +26,28 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._live = {name: tensor for name, tensor in _state(model).items() if tensor.is_floating_point()}
-        self._averages = {name: tensor.clone() for name, tensor in self._live.items()}
+        live = {name: tensor.detach() for name, tensor in _state(model).items() if tensor.is_floating_point()}
+        self.tensors = {name: tensor.clone() for name, tensor in live.items()}
+        """The averages by name; checkpoints read and write them in place (``updates`` is the run's step count)."""
+        self._live = [local_part(tensor) for tensor in live.values()]
+        self._averages = [local_part(tensor) for tensor in self.tensors.values()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the model's present weights into the average."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self._averages.values()), list(self._live.values()), 1.0 - decay)
+        torch._foreach_lerp_(self._averages, self._live, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the averaged weights for the length of a ``with`` block."""
-        kept = {name: tensor.clone() for name, tensor in self._live.items()}
-        self._write(self._averages)
+        kept = [tensor.clone() for tensor in self._live]
+        torch._foreach_copy_(self._live, self._averages)
         try:
             yield
         finally:
-            self._write(kept)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by name (the number of updates is the run's step count)."""
-        return dict(self._averages)
-
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Take over averages saved after ``updates`` updates."""
-        self.updates = updates
-        for name, average in self._averages.items():
-            average.copy_(state[name])
-
-    @torch.no_grad()
-    def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self._live[name].copy_(tensor)
+            torch._foreach_copy_(self._live, kept)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.data.source import Source
+from espalier.errors import EspalierError
 from espalier.train.losses import IGNORED, Loss, target_count
 
 Reduce = Callable[[Tensor], Tensor]
@@ -20,8 +21,7 @@ def evaluate(
     loss: Loss,
     batch_size: int,
     *,
-    rank: int = 0,
-    world: int = 1,
+    mine: slice = slice(None),
     reduce: Reduce = lambda sums: sums,
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
@@ -34,25 +34,28 @@ def evaluate(
         source: its data, on the model's device.
         loss: the loss as a sum over the batch.
         batch_size: examples per forward pass.
-        rank: this process among ``world``: each takes every ``world``-th example of a batch.
-        world: number of processes.
+        mine: this process's share of a batch.
         reduce: adds a tensor up over the processes.
+
+    Raises:
+        EspalierError: a split without examples.
     """
     was_training = model.training
     model.eval()
     scores: dict[str, float] = {}
     for split in source.eval_splits:
-        sums: Tensor | None = None
+        sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
         tokens = False
         for inputs, targets in source.eval_batches(split, batch_size):
-            inputs, targets = inputs[rank::world], targets[rank::world]
             tokens = targets.dim() == 2 and not targets.is_floating_point()
-            if len(inputs):
-                found = _batch_sums(model(inputs), targets, loss)
-                sums = found if sums is None else sums + found
-        if sums is None:
-            sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+            share = targets[mine]
+            # Every process runs the model, or those that share its weights would wait for the one that does not.
+            logits = model(inputs[mine] if len(share) else inputs[:1])
+            if len(share):
+                sums += _batch_sums(logits, share, loss)
         loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
+        if not count:
+            raise EspalierError(f"split {split!r} of the data is empty: give it some examples")
         scores[f"{split}/loss"] = loss_sum / count
         scores[f"{split}/accuracy"] = right / count
         if tokens:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import math
-import os
 import statistics
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,40 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from espalier.data.source import Source
-from espalier.errors import EspalierError, require
-from espalier.files import load_weights, write_json, write_tensors
+from espalier.errors import EspalierError
+from espalier.files import load_weights, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
 from espalier.train.checkpoint import (
+    Checkpoint,
     Counters,
     drop_checkpoint,
     load_checkpoint,
+    recover,
     save_checkpoint,
-    settle,
 )
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
 from espalier.train.loggers import RowLogger, check_logger
 from espalier.train.losses import Loss, build_loss, target_count
+from espalier.train.nonfinite import LossGuard, find_nonfinite
+from espalier.train.parallel import (
+    Strategy,
+    full_state,
+    gather_objects,
+    make_fabric,
+    synchronise_batch_norms,
+)
 from espalier.train.progress import Advance, StepClock, progress_bar
+from espalier.train.requests import NOTHING, STOP, Requests
 from espalier.train.run import (
     FINAL,
-    RESULT,
     START,
     Run,
-    RunInterrupted,
-    append_row,
+    check_data,
     check_folder,
     create_folder,
-    cut_rows,
     finite,
     load_run,
+    refuse_damage,
+    write_result,
+    write_rows,
 )
 from espalier.train.schedule import learning_rate
+from espalier.train.surroundings import held, one_line_errors, own_threads
 
-# Steps between looks at the loss: a look makes the host wait for the device.
+# Steps between looks at the loss on a GPU: a look makes the host wait for the device.
 _STEPS_PER_LOOK = 50
 
 
@@ -72,11 +79,22 @@ class _Session:
     averages: AveragedWeights | None
     loss: Loss
     counters: Counters
+    requests: Requests
     logger: RowLogger | None
     """On the first process."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.resumed_at = self.counters.step
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        self.mine = slice(rank, None, world)
+        """This process's share of a batch; the whole one where the source gives each process its own."""
+        if world > 1 and hasattr(self.source, "share"):
+            self.source.share(rank, world)
+            self.mine = slice(None)
+        self.guard = LossGuard(self.optimizer, self.fabric.device)
+        self.request = torch.zeros((), device=self.fabric.device)
+        """The largest request of any process at the step before."""
         self.steps_per_epoch = self.source.steps_per_epoch(self.recipe.batch_size)
         self.clock = StepClock(self.fabric.device)
         # Float64 holds a sum of float32 losses exactly enough that a resumed run reports the same mean to the bit.
@@ -85,52 +103,53 @@ class _Session:
 
 
 def train(
-    recipe: Recipe, out: Path | str, *, resume: Literal["auto", "never"] = "auto", progress: bool | None = None
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    progress: bool | None = None,
+    strategy: Strategy = "ddp",
+    checkpoint_every_minutes: float | None = None,
 ) -> Run:
     """Train as ``recipe`` says, into the run folder ``out``, and return the finished run.
 
     A run that is already finished is returned as it is; an unfinished one goes on from its last checkpoint to the
     same numbers as one that was never stopped. A loss that stops being finite ends the run: its result says
-    ``"diverged": true`` and its score is None. Under torchrun the same call trains on all processes; each takes its
-    share of every batch.
+    ``"diverged": true`` and where, its score is None, and its last checkpoint stays. Under torchrun or srun the same
+    call trains on all processes; each takes its share of every batch. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint
+    after the present step.
 
     Args:
         recipe: the run.
         out: its folder; made when missing.
         resume: ``"never"`` refuses an unfinished run instead of going on with it.
         progress: show a progress bar; None shows it where standard error is a terminal.
+        strategy: how several processes hold the model: whole each (``"ddp"``) or in shards (``"fsdp2"``). A run may go
+            on under another strategy and on another number of processes.
+        checkpoint_every_minutes: write a checkpoint when this long has passed since the last, too.
 
     Raises:
-        EspalierError: bad recipe, a folder of another recipe, a full disk, a damaged checkpoint.
-        RunInterrupted: stopped from the keyboard; calling again goes on.
+        EspalierError: bad recipe, a folder of another recipe or in use, changed data, damaged files, a full disk, too
+            little memory.
+        RunInterrupted: stopped by Ctrl-C or a signal; calling again goes on.
     """
     recipe, out = resolve_recipe(recipe), Path(out)
+    if checkpoint_every_minutes is not None and not checkpoint_every_minutes > 0:
+        raise EspalierError(f"checkpoint_every_minutes {checkpoint_every_minutes} must be positive")
     if check_folder(out, recipe, resume) == "finished":
-        drop_checkpoint(out)  # what a kill just after the result may have left
         return load_run(out)
-    with _own_threads(recipe.threads), _one_line_errors(out):
-        fabric = _make_fabric(recipe)
-        with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
-            _fit(_open(recipe, out, fabric), progress)
-        fabric.barrier()
+    with own_threads(recipe.threads), one_line_errors(recipe, out):
+        fabric = make_fabric(recipe, strategy)
+        devices = [fabric.device] if fabric.device.type == "cuda" else []
+        with held(out, fabric), torch.random.fork_rng(devices=devices):
+            # Whoever held the folder until now may have finished the run.
+            if check_folder(out, recipe, resume) != "finished":
+                _fit(_open(recipe, out, fabric, strategy, Requests(checkpoint_every_minutes)), progress)
+            fabric.barrier()
     return load_run(out)
 
 
-def _make_fabric(recipe: Recipe) -> Any:
-    fabric_class = require("lightning_fabric", "train").Fabric
-    precision = {"32": "32-true", "bf16": "bf16-mixed"}[recipe.precision]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-        fabric = fabric_class(devices=local, num_nodes=world // local, strategy="ddp", precision=precision)
-        fabric.launch()
-        return fabric
-    # A trial is one process; the plain environment keeps Fabric from taking a Slurm job's shape for its own.
-    alone = require("lightning_fabric.plugins.environments", "train").LightningEnvironment()
-    with _quiet(logging.getLogger("lightning_fabric")):
-        return fabric_class(devices=1, precision=precision, plugins=[alone])
-
-
-def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
+def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: Requests) -> _Session:
     check_logger(recipe)
     loss = build_loss(recipe)
     source = build_run_source(recipe)
@@ -140,87 +159,125 @@ def _open(recipe: Recipe, out: Path, fabric: Any) -> _Session:
     if fabric.is_global_zero:
         if not (out / START).exists():
             create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
-        settle(out)
+        recover(out)
     fabric.barrier()
+    refuse_damage(out, [START])
+    check_data(out, source)
     load_weights(model, out / START)
-    model.to(fabric.device)
-    if recipe.channels_last:
+    if recipe.channels_last and strategy != "fsdp2":  # FSDP2 shards the first axis of contiguous parameters
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = synchronise_batch_norms(model, fabric)
+    module = fabric.setup_module(torch.compile(model) if recipe.compile else model)
     optimizer = build_optimizer(model, recipe)
-    module, stepper = fabric.setup(torch.compile(model) if recipe.compile else model, optimizer)
+    stepper = fabric.setup_optimizers(optimizer)
     averages = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
-    found = load_checkpoint(out, model, optimizer)
-    counters, averaged = found or (Counters(), None)
-    if averages is not None and averaged is not None:
-        averages.load_state_dict(averaged, counters.step)
+    found = load_checkpoint(
+        out,
+        model,
+        optimizer,
+        None if averages is None else averages.tensors,
+        source.steps_per_epoch(recipe.batch_size),
+        fabric.global_rank,
+        fabric.world_size,
+    ) or Checkpoint(Counters(), [])
+    if averages is not None:
+        averages.updates = found.counters.step
     if fabric.is_global_zero:
-        cut_rows(out, counters.rows)
+        write_rows(out, found.rows)
     fabric.barrier()
     source = source.to(fabric.device)
-    rows = load_run(out).rows
-    logger = RowLogger(recipe, out, out / START, rows) if fabric.is_global_zero else None
+    logger = RowLogger(recipe, out, out / START, found.rows) if fabric.is_global_zero else None
     return _Session(
-        recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, counters, logger, rows
-    )
+        recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, found.counters, requests,
+        logger, found.rows,
+    )  # fmt: skip
 
 
 def _fit(s: _Session, show: bool | None) -> None:
     recipe, counters = s.recipe, s.counters
     show = show if s.fabric.is_global_zero else False
-    with progress_bar(recipe.name, recipe.epochs * s.steps_per_epoch, counters.step, show) as advance:
-        if not counters.rows:
+    total = recipe.epochs * s.steps_per_epoch
+    with s.requests, progress_bar(recipe.name, total, counters.step, show) as advance:
+        healthy = True
+        if not s.rows:
             _add_row(s, advance)
-        while counters.epoch < recipe.epochs:
+        while healthy and counters.epoch < recipe.epochs:
             healthy = _train_epoch(s, advance)
             counters.epoch += 1
             last = counters.epoch == recipe.epochs
             if last or not healthy or counters.epoch % recipe.eval_every == 0:
                 healthy = _add_row(s, advance) and healthy
-            if not healthy:
-                return _finish(s, diverged=True)
-            if last or counters.epoch % recipe.checkpoint_every == 0:
+            if healthy and (last or counters.epoch % recipe.checkpoint_every == 0):
                 _save(s)
-    return _finish(s, diverged=False)
+        _finish(s, diverged=not healthy)
+    if s.requests.signal is not None:
+        raise s.requests.interruption(f"the run in {s.out} is finished")
 
 
 def _train_epoch(s: _Session, advance: Advance) -> bool:
-    """Train for one epoch and return whether the losses stayed finite."""
+    """Train to the end of the epoch and return whether the losses stayed finite."""
     recipe, counters = s.recipe, s.counters
-    # Layers that draw (dropout) read the global stream, which is this run's own here: see fork_rng in train.
-    torch.manual_seed(derive_generator(recipe.seed, "layers", counters.epoch, s.fabric.global_rank).initial_seed())
+    every = 1 if s.fabric.device.type == "cpu" else _STEPS_PER_LOOK
     s.module.train()
     s.clock.mark()
-    for step in range(s.steps_per_epoch):
+    for step in range(counters.step - counters.epoch * s.steps_per_epoch, s.steps_per_epoch):
         inputs, targets = s.source.train_batch(recipe.seed, counters.epoch, step, recipe.batch_size)
         rate = learning_rate(recipe, counters.step, s.steps_per_epoch)
         for group in s.optimizer.param_groups:
             group["lr"] = rate
+        # Layers that draw (dropout) read the global stream, which is this run's own here: see fork_rng in train. It
+        # starts anew at every step, so that a run may be resumed at any.
+        key = derive_generator(recipe.seed, "layers", counters.epoch, step, s.fabric.global_rank)
+        torch.manual_seed(key.initial_seed())
         s.loss_sum += _step(s, inputs, targets)
         counters.step += 1
         counters.loss_steps += 1
         s.clock.mark()
         advance(1, "")
-        if counters.step % _STEPS_PER_LOOK == 0 and not math.isfinite(s.loss_sum.item()):
+        if counters.step % every == 0 and not math.isfinite(s.loss_sum.item()):
             break
+        _obey(s)
     counters.seconds += s.clock.stop()
-    return math.isfinite(_mean_over_ranks(s, s.loss_sum))
+    return math.isfinite(s.loss_sum.item())
+
+
+def _obey(s: _Session) -> None:
+    """Save if it is time to, save and stop if a signal asks for it: all processes after the same step."""
+    request = s.requests.pending()
+    if s.fabric.world_size > 1:
+        # One step late, so that the host never waits for the step that it has just queued.
+        mine, earlier = torch.full_like(s.request, float(request)), s.request
+        s.request = s.fabric.all_reduce(mine, reduce_op="max")
+        request = int(earlier.item())
+    if request == NOTHING:
+        return
+    s.counters.seconds += s.clock.stop()
+    saved = _save(s)
+    s.clock.mark()
+    if request == STOP and saved:
+        raise s.requests.interruption(
+            f"a checkpoint was written after step {s.counters.step}; run the same command again and the run in {s.out} "
+            "goes on from there"
+        )
 
 
 def _step(s: _Session, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Take one optimiser step on a whole batch, in micro-batches, and return its mean loss."""
-    recipe, rank, world = s.recipe, s.fabric.global_rank, s.fabric.world_size
+    """Take one optimiser step on a whole batch, in micro-batches, and return its mean loss over all processes."""
+    recipe, world = s.recipe, s.fabric.world_size
     # The whole batch's count, so that parts with few targets weigh little; DDP averages where we mean a sum.
-    scale = world / target_count(targets)
+    shares = world if s.mine == slice(None) else 1
+    scale = world / (shares * target_count(targets))
     if recipe.channels_last and inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    inputs_parts = inputs[rank::world].chunk(recipe.accumulate)
-    targets_parts = targets[rank::world].chunk(recipe.accumulate)
+    inputs_parts, targets_parts = inputs[s.mine].chunk(recipe.accumulate), targets[s.mine].chunk(recipe.accumulate)
     total = torch.zeros((), device=s.fabric.device)
     for index, (part, wanted) in enumerate(zip(inputs_parts, targets_parts, strict=True)):
         with _sync_only_last(s, index == len(inputs_parts) - 1):
             loss = s.loss(s.module(part), wanted) * scale
             s.fabric.backward(loss)
         total += loss.detach()
+    total = s.fabric.all_reduce(total, reduce_op="mean")
+    s.guard.note(total)
     if recipe.clip_norm:
         s.fabric.clip_gradients(s.module, s.stepper, max_norm=recipe.clip_norm, error_if_nonfinite=False)
     s.stepper.step()
@@ -246,11 +303,10 @@ def _add_row(s: _Session, advance: Advance) -> bool:
             s.source,
             build_loss(recipe, smoothing=False),
             recipe.eval_batch_size,
-            rank=fabric.global_rank,
-            world=fabric.world_size,
+            mine=s.mine,
             reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"),
         )
-    train_loss = _mean_over_ranks(s, s.loss_sum) / counters.loss_steps if counters.loss_steps else None
+    train_loss = s.loss_sum.item() / counters.loss_steps if counters.loss_steps else None
     row = {
         "epoch": counters.epoch,
         "step": counters.step,
@@ -260,11 +316,11 @@ def _add_row(s: _Session, advance: Advance) -> bool:
         "step_seconds": s.clock.median(),
         **scores,
     }
-    counters.rows, counters.loss_steps = counters.rows + 1, 0
+    counters.loss_steps = 0
     s.loss_sum.zero_()
     s.rows.append(finite(row))
     if fabric.is_global_zero:
-        append_row(s.out, row)
+        write_rows(s.out, s.rows, keep=len(s.rows) - 1)
     if s.logger is not None:
         s.logger.log(s.rows[-1])
     split = s.source.eval_splits[0]
@@ -272,28 +328,34 @@ def _add_row(s: _Session, advance: Advance) -> bool:
     return math.isfinite(scores[f"{split}/loss"]) and (train_loss is None or math.isfinite(train_loss))
 
 
-def _mean_over_ranks(s: _Session, value: Tensor) -> float:
-    return float(s.fabric.all_reduce(value.clone(), reduce_op="mean"))
-
-
-def _save(s: _Session) -> None:
-    s.counters.loss_sum = _mean_over_ranks(s, s.loss_sum)
-    if s.fabric.is_global_zero:
-        averages = None if s.averages is None else s.averages.state_dict()
-        save_checkpoint(s.out, s.model, s.optimizer, averages, s.counters)
-    s.fabric.barrier()
+def _save(s: _Session) -> bool:
+    """Write a checkpoint, unless the loss is no longer finite: the last good one is worth more."""
+    s.counters.loss_sum = s.loss_sum.item()
+    if not math.isfinite(s.counters.loss_sum):
+        return False
+    averages = None if s.averages is None else s.averages.tensors
+    state = Checkpoint(s.counters, s.rows)
+    save_checkpoint(s.out, s.model, s.optimizer, averages, state, s.fabric.global_rank, s.fabric.world_size)
+    s.requests.saved()
+    s.request = torch.zeros_like(s.request)
+    return True
 
 
 def _finish(s: _Session, *, diverged: bool) -> None:
     """Write the final weights (none if the run diverged) and, last of all, the result."""
+    result: dict[str, Any] = {"diverged": diverged}
+    if diverged:
+        result["diverged_at"] = _locate(s)
+    else:
+        with s.averages.applied() if s.averages is not None else nullcontext():
+            state = full_state(s.model)
+            if s.fabric.is_global_zero:
+                write_tensors(s.out / FINAL, state)
     if not s.fabric.is_global_zero:
         return
     split, last = s.source.eval_splits[0], s.rows[-1]
-    if not diverged:
-        with s.averages.applied() if s.averages is not None else nullcontext():
-            write_tensors(s.out / FINAL, s.model.state_dict())
     times = [row["step_seconds"] for row in s.rows if row["step_seconds"] is not None]
-    result = {
+    result |= {
         "score": None if diverged else last[f"{split}/accuracy"],
         "metric": f"{split}/accuracy",
         "loss": None if diverged else last[f"{split}/loss"],
@@ -301,49 +363,30 @@ def _finish(s: _Session, *, diverged: bool) -> None:
         "steps": s.counters.step,
         "seconds": s.counters.seconds,
         "step_seconds": statistics.median(times) if times else None,
-        "diverged": diverged,
     }
     if s.logger is not None:
         s.logger.close()
-    write_json(s.out / RESULT, result)
-    drop_checkpoint(s.out)
+    write_result(s.out, result)
+    if not diverged:
+        drop_checkpoint(s.out)
 
 
-@contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextmanager
-def _own_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _one_line_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except RunInterrupted:
-        raise
-    except KeyboardInterrupt:
-        raise RunInterrupted(
-            f"interrupted: run the same command again and the run in {out} goes on from its last checkpoint"
-        ) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"the disk is full ({out}): free some space and run the same command again to go on"
-            raise EspalierError(message) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise EspalierError(f"{error.strerror}: {error.filename}: choose another folder for the run") from error
-        raise
+def _locate(s: _Session) -> str:
+    """Say at which step the loss was not finite and which tensor was the first; all processes look at their shares."""
+    recipe, healthy = s.recipe, s.guard.healthy_steps()
+    s.model.train(healthy is not None)
+    if healthy is None:
+        place, parts = "the evaluation", 1
+        batches = s.source.eval_batches(s.source.eval_splits[0], recipe.eval_batch_size)
+    else:
+        place, parts = f"step {s.resumed_at + healthy + 1}", recipe.accumulate
+        epoch, index = divmod(s.resumed_at + healthy, s.steps_per_epoch)
+        batches = iter([s.source.train_batch(recipe.seed, epoch, index, recipe.batch_size)])
+    for inputs, _ in batches:
+        for part in inputs[s.mine].chunk(parts):
+            with s.fabric.autocast():
+                found = find_nonfinite(s.model, part if len(part) else inputs[:1])
+            first = min((each for each in gather_objects(found) if each is not None), default=None)
+            if first is not None:
+                return f"{place}: {first[1]}"
+    return f"{place}: the loss itself"

@@ -1,4 +1,4 @@
-"""A run folder: how it comes to be, and how it is read back."""
+"""A run folder: how it comes to be, and how it is read back; every file is held to its digest in the manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from espalier.recipes.base import Recipe
 from espalier.recipes.validation import first_difference, load_recipe, recipe_to_dict
 from espalier.train.build import build_bare_model, environment
 from espalier.train.image_input import ImageInput
+from espalier.train.manifest import MANIFEST, damaged, digest, file_digest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from espalier.init import StructureReport
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
 RECIPE, ENVIRONMENT, MODEL, STRUCTURE = "recipe.json", "environment.json", "model.json", "structure.json"
 METRICS, RESULT = "metrics.jsonl", "result.json"
 START, FINAL = "start.safetensors", "final.safetensors"
-
-
-class RunInterrupted(KeyboardInterrupt):
-    """A run was stopped from the keyboard; its message says how to go on. No ``except Exception`` swallows it."""
+_LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Run:
         """Return the run's model with its weights after training or after initialisation, in evaluation mode.
 
         Raises:
-            EspalierError: the run has no such weights (unfinished, diverged).
+            EspalierError: the run has no such weights (unfinished, diverged), or they are damaged.
         """
         if which not in ("final", "start"):
             raise EspalierError(f"weights {which!r} of a run: choose 'final' or 'start'")
@@ -61,26 +59,44 @@ class Run:
         if not weights.exists():
             state = "diverged" if self.result else "is not finished"
             raise EspalierError(f"run {self.path} {state}: it has no {weights.name}")
+        refuse_damage(self.path, [weights.name])
         model = build_bare_model(self.recipe, json.loads((self.path / MODEL).read_text())["args"])
         load_weights(model, weights)
         return model.eval()
 
     def source(self) -> Source:
-        """Return the run's data."""
-        return data.build_source(self.recipe)
+        """Return the run's data.
+
+        Raises:
+            EspalierError: they cannot be read, or are not what they were when the run was started.
+        """
+        source = data.build_source(self.recipe)
+        check_data(self.path, source)
+        return source
 
 
 def load_run(path: Path | str) -> Run:
     """Read a run folder.
 
     Raises:
-        EspalierError: ``path`` is not a run folder.
+        EspalierError: ``path`` is not a run folder, or one of its files is damaged (weights are checked when they are
+            loaded).
     """
     path = Path(path)
     if not (path / RECIPE).is_file():
         raise EspalierError(f"{path} is not a run folder: it has no {RECIPE}")
+    files, _ = read_manifest(path)
+    refuse_damage(path, files.keys() - {START, FINAL, METRICS, RESULT} | {RECIPE})
+    for _ in range(_LOOKS):
+        lines = _whole_lines(path)
+        if digest(lines) in read_manifest(path)[0].get(METRICS, ()):
+            break  # else a process that trains here may have written a row in between
+    else:
+        raise EspalierError(f"{path / METRICS} is damaged: train again to restore its rows, or restore it from a copy")
+    if (path / RESULT).exists():
+        refuse_damage(path, [RESULT])
     result = json.loads((path / RESULT).read_text()) if (path / RESULT).exists() else None
-    return Run(path, load_recipe(path / RECIPE), read_rows(path), result)
+    return Run(path, load_recipe(path / RECIPE), parse_rows(lines, path / METRICS), result)
 
 
 def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfinished", "finished"]:
@@ -95,6 +111,7 @@ def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfi
         return "new"
     if not (out / RECIPE).is_file():
         raise EspalierError(f"{out} exists and is not a run folder: choose another folder")
+    refuse_damage(out, [RECIPE])
     existing = load_recipe(out / RECIPE)
     name = first_difference(existing, recipe)
     if name is not None:
@@ -103,10 +120,22 @@ def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfi
             f"{getattr(recipe, name)!r} here; choose another folder"
         )
     if (out / RESULT).exists():
+        refuse_damage(out, [RESULT])
         return "finished"
     if resume == "never":
         raise EspalierError(f"{out} holds an unfinished run: resume='auto' goes on with it, or choose another folder")
     return "unfinished"
+
+
+def check_data(path: Path, source: Source) -> None:
+    """Refuse data that are not what they were when the run was started, as far as the source can tell.
+
+    Raises:
+        EspalierError: files are gone, images or classes have changed.
+    """
+    _, notes = read_manifest(path)
+    if notes.get("data") != getattr(source, "digest", None):
+        raise EspalierError(f"the data of {path} have changed since it was started: restore them, or start another run")
 
 
 def create_folder(
@@ -132,29 +161,79 @@ def create_folder(
             write_json(partial / STRUCTURE, finite(dataclasses.asdict(report)))
         write_tensors(partial / START, model.state_dict())
         write_bytes(partial / METRICS, b"")
+        seal(partial, {"data": getattr(source, "digest", None)})
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a last line that a kill cut short is no row."""
-    metrics = path / METRICS
-    if not metrics.exists():
-        return []
-    return [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def seal(path: Path, notes: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest of a run folder over the files that are there now."""
+    files = {file.name: [file_digest(file)] for file in path.iterdir() if file.is_file() and file.name != MANIFEST}
+    write_manifest(path, files, notes)
 
 
-def cut_rows(path: Path, count: int) -> None:
-    """Keep the first ``count`` rows of metrics.jsonl: those that the checkpoint knows of."""
-    write_bytes(path / METRICS, "".join(_line(row) for row in read_rows(path)[:count]).encode())
+def parse_rows(lines: bytes, path: Path) -> list[dict[str, Any]]:
+    """Return the rows that whole lines of metrics.jsonl hold.
+
+    Args:
+        lines: the lines.
+        path: their file, for messages.
+
+    Raises:
+        EspalierError: a line is no row.
+    """
+    try:
+        return [json.loads(line) for line in lines.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise EspalierError(f"{path} is damaged ({error}): restore it from a copy") from None
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add one row to metrics.jsonl."""
-    with (path / METRICS).open("a") as file:
-        file.write(_line(row))
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], keep: int = 0) -> None:
+    """Make ``rows`` the content of metrics.jsonl; where it holds the first ``keep`` of them, the others are appended.
+
+    The manifest knows both contents before the file changes (Note [Manifest first]).
+    """
+    lines = [(json.dumps(row, allow_nan=False) + "\n").encode() for row in rows]
+    files, notes = read_manifest(path)
+    whole = b"".join(lines)
+    before = digest(b"".join(lines[:keep])) if keep else digest(_whole_lines(path))
+    known = [before] if before in files.get(METRICS, ()) else []
+    write_manifest(path, {**files, METRICS: [*known, digest(whole)]}, notes)
+    if keep:
+        with (path / METRICS).open("ab") as file:
+            file.write(b"".join(lines[keep:]))
+    else:
+        write_bytes(path / METRICS, whole)
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write result.json, which makes the run a finished one; the manifest knows it and the final weights first."""
+    content = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
+    files, notes = read_manifest(path)
+    found = {name: [file_digest(path / name)] for name in (METRICS, FINAL) if (path / name).exists()}
+    write_manifest(path, {**files, **found, RESULT: [digest(content)]}, notes)
+    write_bytes(path / RESULT, content)
+
+
+def refuse_damage(path: Path, names: Collection[str]) -> None:
+    """Refuse files of a run folder whose content is not what the manifest says.
+
+    Raises:
+        EspalierError: one of them is damaged or missing; the message names it.
+    """
+    if (name := damaged(path, sorted(names))) is not None:
+        raise EspalierError(f"{path / name} is damaged: restore it from a copy, or train into another folder")
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Return metrics.jsonl up to its last end of line; a line that a kill cut short is no row."""
+    try:
+        content = (path / METRICS).read_bytes()
+    except FileNotFoundError:
+        return b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def finite(value: Any) -> Any:
@@ -166,7 +245,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(finite(row), allow_nan=False) + "\n"
