@@ -294,3 +294,12 @@ def test_fields_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(EspalierError, match=f"^{field} is ") as caught:
         Augmentation(**{field: value})
     assert "\n" not in str(caught.value)
+
+
+def test_kornia_draws_from_the_global_stream_which_is_why_the_other_augmentations_are_ours() -> None:
+    from kornia.augmentation import RandomHorizontalFlip
+
+    with torch.random.fork_rng():
+        before = torch.random.get_rng_state()
+        RandomHorizontalFlip()(torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        assert not torch.equal(torch.random.get_rng_state(), before)

@@ -1,7 +1,7 @@
 """Augmentation of whole batches on their device; every draw comes from the generator that is handed in.
 
 All functions take images ``(B, C, H, W)`` and return a new tensor of that shape; mixup and cutmix also return
-class probabilities ``(B, K)``.
+class probabilities ``(B, K)``. kornia's own versions take no generator: they draw from torch's global stream.
 """
 
 from __future__ import annotations
