@@ -60,7 +60,7 @@ def contents_digest(*contents: Tensor | str) -> str:
     for content in contents:
         if isinstance(content, Tensor):
             found.update(f"{content.dtype}{tuple(content.shape)}".encode())
-            found.update(memoryview(content.contiguous().numpy()))
+            found.update(content.contiguous().numpy().data)
         else:
             found.update(f"{len(content)}:{content}".encode())
     return found.hexdigest()
