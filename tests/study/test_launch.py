@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
-from espalier.study import Study, Trial, launch, plan_study
+from espalier.study import Study, Trial, launch, plan_study, slurm
 from espalier.study.worker import claim, drain
 from espalier.train import RunInterrupted
 from fabricated_runs import fabricate_trial
@@ -241,3 +241,22 @@ def test_bad_arguments(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EspalierError, match="cluster 'slurm' cannot be used here"):
         launch(study, cluster="slurm", run=trial_runners.quick)
+
+
+@pytest.mark.parametrize(
+    ("left", "up"),
+    [
+        *(("1:30", True), ("3:00", True), ("3:01", False), ("1:00:00", False), ("1-00:00:10", False)),
+        *(("UNLIMITED", False), ("INVALID", False), ("", False)),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_only_where_the_clock_stopped_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, up: bool
+) -> None:
+    # A stand-in for Slurm's command that says how much time a running job has left.
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '{left}'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert slurm._time_is_up() is up
