@@ -208,20 +208,6 @@ struct Product {
   int64_t conj_a, conj_b, add, alpha;
 };
 
-template <class T>
-void product(const T* a_re, const T* a_im, const T* b_re, const T* b_im, T* c_re, T* c_im,
-             const Product& s, int64_t threads) {
-  const Signs signs{s.conj_a == s.conj_b, s.conj_b != 0};
-  parallel(s.count, threads, [&](Items items) {
-    Scratch<T> scratch(scratch_size<T>());
-    for (int64_t i; items.next(i);)
-      multiply<T>({a_re + i * s.a[0], a_im + i * s.a[0], s.a[1], s.a[2]},
-                  {b_re + i * s.b[0], b_im + i * s.b[0], s.b[1], s.b[2]},
-                  {c_re + i * s.c[0], c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha), s.add != 0,
-                  scratch.data(), s.a[0], s.b[0]);
-  });
-}
-
 // Gauss-Jordan with row pivots on at most kLeaf rows.
 template <class T> void invert_leaf(View<T> a, int64_t n) {
   alignas(64) T re[kLeaf][kLeaf] = {}, im[kLeaf][kLeaf] = {};
@@ -316,15 +302,6 @@ template <class T> void factor(View<T> a, int64_t n, int64_t width, T* temporary
   }
 }
 
-template <class T>
-void factor_all(T* re, T* im, int64_t count, int64_t n, int64_t batch, int64_t row, int64_t width, int64_t threads) {
-  parallel(count, threads, [&](Items items) {
-    Scratch<T> scratch(scratch_size<T>()), temporary(2 * (n + kLeaf) * (n + kLeaf) + 64);
-    for (int64_t i; items.next(i);)
-      factor<T>({re + i * batch, im + i * batch, row, 1}, n, width, temporary.data(), scratch.data());
-  });
-}
-
 // z = x·N⁻¹ for rows x, from `factor`'s blocks of N, or of Nᵀ. Of the two substitutions the first goes through the
 // blocks in order and the second backwards; those of U end with a product with the inverse of a diagonal block.
 template <class T>
@@ -350,8 +327,7 @@ void solve(View<const T> x, View<const T> f, View<T> z, int64_t rows, int64_t n,
     }
 }
 
-// Steps from one matrix to the next and from one row to the next.
-struct Steps { int64_t batch, row; };
+struct Steps { int64_t batch, row; };  // from one matrix to the next and from one row to the next
 template <class T> View<T> at(T* re, T* im, Steps s, int64_t i) { return {re + i * s.batch, im + i * s.batch, s.row, 1}; }
 
 template <class T> struct PlanesSolve {
@@ -390,7 +366,16 @@ template <class T> struct PlanesProduct {
   Product shape;
 };
 template <class T> void run(const PlanesProduct<T>& a) {
-  product(a.a_re, a.a_im, a.b_re, a.b_im, a.c_re, a.c_im, a.shape, a.threads);
+  const Product& s = a.shape;
+  const Signs signs{s.conj_a == s.conj_b, s.conj_b != 0};
+  parallel(s.count, a.threads, [&](Items items) {
+    Scratch<T> scratch(scratch_size<T>());
+    for (int64_t i; items.next(i);)
+      multiply<T>({a.a_re + i * s.a[0], a.a_im + i * s.a[0], s.a[1], s.a[2]},
+                  {a.b_re + i * s.b[0], a.b_im + i * s.b[0], s.b[1], s.b[2]},
+                  {a.c_re + i * s.c[0], a.c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha), s.add != 0,
+                  scratch.data(), s.a[0], s.b[0]);
+  });
 }
 
 template <class T> struct PlanesFactor {
@@ -399,7 +384,11 @@ template <class T> struct PlanesFactor {
   int64_t count, n, batch, row, width;
 };
 template <class T> void run(const PlanesFactor<T>& a) {
-  factor_all(a.re, a.im, a.count, a.n, a.batch, a.row, a.width, a.threads);
+  parallel(a.count, a.threads, [&](Items items) {
+    Scratch<T> scratch(scratch_size<T>()), temporary(2 * (a.n + kLeaf) * (a.n + kLeaf) + 64);
+    for (int64_t i; items.next(i);)
+      factor<T>({a.re + i * a.batch, a.im + i * a.batch, a.row, 1}, a.n, a.width, temporary.data(), scratch.data());
+  });
 }
 
 }  // namespace
