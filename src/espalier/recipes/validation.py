@@ -90,7 +90,7 @@ def load_recipe(path: Path) -> Recipe:
         values = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise EspalierError(f"there is no recipe file {path}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EspalierError(f"recipe file {path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise EspalierError(f"recipe file {path} does not hold an object of fields")

@@ -207,6 +207,8 @@ def record_from_line(line: str) -> Record:
         values = json.loads(line, parse_constant=lambda name: _refuse(f"{name} is not a finite number"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError("not an object of fields")
     known = {each.name for each in fields(Record)}
