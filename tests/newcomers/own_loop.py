@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 import espalier
+from espalier.study import text_table
 
 
 def train(arm: str, lr: float, seed: int, folder: Path) -> list[tuple[int, float]]:
@@ -26,7 +27,7 @@ def train(arm: str, lr: float, seed: int, folder: Path) -> list[tuple[int, float
 
 if __name__ == "__main__":
     found = espalier.compare(train, arms=["plain", "momentum"], lrs=[1e-3, 1e-2], seeds=3, out="study", workers=2)
-    print(found)
+    print(text_table(found))
     again = espalier.compare(train, arms=["plain", "momentum"], lrs=[1e-3, 1e-2], seeds=3, out="study", workers=0)
-    assert str(again) == str(found)
+    assert text_table(again) == text_table(found)
     assert list(Path("study").rglob("*"))
