@@ -75,7 +75,7 @@ def refuse_unused_fields(base: Recipe, recipe: Recipe, arms: Sequence[str], lrs:
         EspalierError: a field that was changed and is not used; the message says what to write.
     """
     unused = dict.fromkeys(
-        set.intersection(*(set(ARMS.get(arm, ARMS["default"])) for arm in arms or ["default"])),
+        [name for name in ARMS["default"] if all(name in ARMS.get(arm, ARMS["default"]) for arm in arms)],
         "every arm sets its own: name arms with --arms, or your own initialisation there, FILE.py:NAME",
     )
     if recipe.init == "transferred" and "init_args" not in unused:  # the statistics of --init FILE.safetensors
