@@ -94,7 +94,8 @@ def train(
     if result.get("diverged"):
         where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
         told = f"espalier: {out} {where}: choose another folder and a smaller --lr; its last checkpoint is kept"
-        print(told * first, file=sys.stderr)
+        if first:
+            print(told, file=sys.stderr)
         raise SystemExit(1)
     if first and not quiet:
         print(f"run: {out}", file=sys.stderr)
