@@ -52,7 +52,9 @@ def test_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     assert len(plots) == 5
     assert all(plot.count('class="main-svg"') >= 2 for plot in plots)
     lines = [re.search(r'class="js-line"[^>]* d="M[-0-9.]+,', plot) is not None for plot in plots]
-    assert [bool(re.search(r'<image[^>]* xlink:href="data:image', plot)) for plot in plots] == [not line for line in lines]
+    assert [bool(re.search(r'<image[^>]* xlink:href="data:image', plot)) for plot in plots] == [
+        not line for line in lines
+    ]
     assert lines.count(False) == 1
     assert plots[0].count('class="legendtext') == 2
 

@@ -50,7 +50,7 @@ def evaluate(
             tokens = targets.dim() == 2 and not targets.is_floating_point()
             share = targets[mine]
             # Every process runs the model, or those that share its weights would wait for the one that does not.
-            logits = model(inputs[mine] if len(share) else inputs[:1])
+            logits = model(inputs[mine] if len(share) else inputs.new_zeros(1, *inputs.shape[1:]))
             if len(share):
                 sums += _batch_sums(logits, share, loss)
         loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
