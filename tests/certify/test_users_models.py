@@ -131,7 +131,7 @@ def theirs(name: str, *args: float) -> nn.Module:
 def steepest_pair(module: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the largest slope between pairs of images, and between images and themselves a step away."""
     module = copy.deepcopy(module).double()
-    pairs = [(x, y), (x, x + 1e-6 * y), (x, -x)]
+    pairs = [(x, y), (x, x + 1e-6 * y), (x, -x), (50 * x, 60 * x)]
     slopes = [(module(a) - module(b)).flatten(1).norm(dim=1) / (a - b).flatten(1).norm(dim=1) for a, b in pairs]
     return torch.cat(slopes).max().item()
 

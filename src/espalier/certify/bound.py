@@ -24,11 +24,11 @@ from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz.activations import GroupSort
+from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
 from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling
-from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 
 Rule = Callable[[Any], float | None]
 
@@ -74,7 +74,8 @@ def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = No
 
 for _rule, _classes in DECLARED:
     register_lipschitz(*_classes)(_rule)
-for _cls in (ConvexSum, GroupSort, InvertibleDownsampling, Normalize, NormalizedLinear):  # they state their own
+# They state their own.
+for _cls in (Abs, ConvexSum, GroupSort, InvertibleDownsampling, LinearResidual, Normalize, NormalizedLinear):
     code.record(_cls)
 
 

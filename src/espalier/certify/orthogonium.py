@@ -10,7 +10,7 @@
 A rule is about the source of one forward pass, by its SHA-256: another version of the library, or a changed class, is
 followed into its operations as any other module is.
 
-Source: orthogonium 0.0.4, layers/custom_activations.py; Singla, Singla & Feizi, arXiv 2108.04062, section 5.
+Source: orthogonium 0.0.4, layers/custom_activations.py; Singla, Singla & Feizi, arXiv 2108.04062.
 """
 
 from __future__ import annotations
