@@ -24,7 +24,8 @@ ACTIVATIONS: tuple[Callable[[bool], nn.Module], ...] = (
     lambda inplace: nn.ELU(1.3, inplace), lambda inplace: nn.LeakyReLU(3.0, inplace),
     lambda inplace: nn.LeakyReLU(-0.5, inplace), lambda inplace: nn.GELU(), lambda inplace: nn.Tanh(),
     lambda inplace: nn.Sigmoid(), lambda inplace: nn.Softsign(), lambda inplace: nn.Softshrink(0.1),
-    lambda inplace: nn.LogSigmoid(), lambda inplace: nn.Tanhshrink(), lambda inplace: nn.PReLU(1, -2.0), lambda inplace: enn.Abs(),
+    lambda inplace: nn.LogSigmoid(), lambda inplace: nn.Tanhshrink(), lambda inplace: nn.PReLU(1, -2.0),
+    lambda inplace: enn.Abs(),
 )  # fmt: skip
 
 
