@@ -150,8 +150,8 @@ class OrthogonalConvNet(LipschitzNet):
     Pixels are moved into channels in blocks of p × p; every stage then applies ``depths[i]`` k × k convolutions of
     width ``widths[i]``, and the next one begins with a matrix on blocks of 2 × 2 pixels, which halves the image; two
     orthogonal linear layers and the head follow, with an activation after each but the head. With one stage it is a
-    patch net. An image of half the side has a quarter of the frequencies and of the activations, so that a net on patches takes
-    many more steps in the same time (measured in docs/results/archive/robustness.md).
+    patch net. An image of half the side has a quarter of the frequencies and of the activations, so that a net on
+    patches takes many more steps in the same time (measured in docs/results/archive/robustness.md).
 
     Args:
         widths: channels of every stage.
