@@ -25,6 +25,7 @@ ACTIVATIONS: tuple[Callable[[bool], nn.Module], ...] = (
     lambda inplace: nn.LeakyReLU(-0.5, inplace), lambda inplace: nn.GELU(), lambda inplace: nn.Tanh(),
     lambda inplace: nn.Sigmoid(), lambda inplace: nn.Softsign(), lambda inplace: nn.Softshrink(0.1),
     lambda inplace: nn.LogSigmoid(), lambda inplace: nn.Tanhshrink(), lambda inplace: nn.PReLU(1, -2.0),
+    lambda inplace: enn.Abs(),
 )  # fmt: skip
 
 
@@ -118,6 +119,9 @@ class Draw:
             lambda: nn.MaxPool2d(2, 1),
             lambda: enn.ScaledAvgPool2d(2),
             lambda: enn.InvertibleDownsampling(1),
+            lambda: enn.L2Pool2d(rng.choice([1, 2])),
+            lambda: enn.LinearResidual(c, rng.choice([1, 3])),
+            lambda: self._centring(c),
             lambda: nn.ReflectionPad2d(1),
             lambda: nn.CircularPad2d(1),
             lambda: nn.ReplicationPad2d((0, 2, 1, 0)),
@@ -158,7 +162,7 @@ class Draw:
     def elementwise(self, channels: int) -> nn.Module:
         """Return an activation or some plain operations."""
         if channels % 2 == 0 and self.chance(0.4):
-            return self.rng.choice([enn.MaxMin(), enn.GroupSort(2)])
+            return self.rng.choice([enn.MaxMin(), enn.GroupSort(2), self._reflection(channels)])
         if self.chance(0.5):
             return self.activation()
         names = [name for name in FUNCTIONS if channels % 2 == 0 or name != "halves"]
@@ -170,6 +174,17 @@ class Draw:
         norm.running_var.copy_(torch.rand(channels, generator=self.torch) * 2 + 0.01)
         norm.running_mean.copy_(torch.randn(channels, generator=self.torch))
         return norm
+
+    def _centring(self, channels: int) -> nn.Module:
+        centring = enn.BatchCentering(channels)
+        centring.running_mean.copy_(torch.randn(channels, generator=self.torch))
+        return centring
+
+    def _reflection(self, channels: int) -> nn.Module:
+        reflection = enn.Householder(channels)
+        with torch.no_grad():
+            reflection.theta.copy_(7 * torch.randn(channels // 2, generator=self.torch))
+        return reflection
 
     def _wrapped(self, part: nn.Module, same: Callable[[], nn.Module], depth: int) -> nn.Module:
         """Return the part, or a part with something around it, or something that was done to it."""

@@ -33,9 +33,10 @@ def test_kwlarge_has_the_parameters_of_the_paper() -> None:
     assert sum(p.numel() for p in KWLarge().parameters()) == 2_405_418 + 7  # and one scale for each of seven layers
 
 
+@pytest.mark.parametrize("activation", ["maxmin", "abs", "householder"])
 @pytest.mark.parametrize("name", SMALL)
-def test_every_model_is_certified_at_one_and_is_no_steeper(name: str) -> None:
-    net = small(name).double().eval()
+def test_every_model_is_certified_at_one_and_is_no_steeper(name: str, activation: str) -> None:
+    net = small(name, activation=activation).double().eval()
     assert lipschitz_bound(net) == 1.0
     generator = torch.Generator().manual_seed(1)
     for scale in (0.01, 1.0, 100.0):
@@ -102,6 +103,7 @@ def test_a_normalised_head_is_certified_pair_by_pair() -> None:
         (lambda: OrthogonalConvNet(widths=(8, 16), depths=(1,)), "one of each for every stage"),
         (lambda: OrthogonalConvNet(depths=(-1,)), "depths from 0"),
         (lambda: OrthogonalConvNet(patch_size=0), "sides of at least 1"),
+        (lambda: KWLarge(activation="relu"), "unknown activation 'relu'"),
         (lambda: KWLarge(layer="cayle"), "did you mean 'cayley'"),
     ],
 )

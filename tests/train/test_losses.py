@@ -44,7 +44,7 @@ def test_evaluation_does_not_smooth() -> None:
     assert loss(scores(), LABELS).item() == pytest.approx(plain_cross_entropy(scores(), torch.eye(C)[LABELS]), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "multi_margin", "tempered_cross_entropy"])
+@pytest.mark.parametrize("name", ["cross_entropy", "multi_margin", "tempered_cross_entropy", "logit_annealing"])
 def test_ignored_tokens_carry_no_loss(name: str) -> None:
     loss = build_loss(recipe(loss=name))
     tokens = torch.stack([LABELS, LABELS.flip(0)])
@@ -77,6 +77,32 @@ def test_tempered_cross_entropy_against_the_formula() -> None:
     assert loss(scores(), hard).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_logit_annealing_against_the_formula() -> None:
+    t, offset, beta = 0.5, 1.25, 3.0
+    total = 0.0
+    for row, label in zip(scores().tolist(), LABELS.tolist(), strict=True):
+        tempered = [(value - offset * (j == label)) / t for j, value in enumerate(row)]
+        p = math.exp(tempered[label]) / sum(math.exp(value) for value in tempered)
+        total -= t * (1 - p) ** beta * math.log(p)
+    arguments = {"temperature": t, "offset": offset, "beta": beta}
+    loss = build_loss(recipe(loss="logit_annealing", loss_args=arguments))
+    assert loss(scores(), LABELS).item() == pytest.approx(total, rel=1e-6)
+    plain, tempered_loss = (
+        build_loss(recipe(loss=name, loss_args={"temperature": t, "offset": offset, **more}))(scores(), LABELS).item()
+        for name, more in (("logit_annealing", {"beta": 0.0}), ("tempered_cross_entropy", {}))
+    )
+    assert plain == pytest.approx(tempered_loss, rel=1e-6)
+
+
+def test_logit_annealing_has_finite_gradients_at_every_margin() -> None:
+    logits = torch.tensor([[-200.0, 0.0], [0.0, 0.0], [200.0, 0.0]], requires_grad=True)
+    build_loss(recipe(loss="logit_annealing"))(logits, torch.zeros(3, dtype=torch.long)).backward()
+    assert logits.grad is not None
+    assert logits.grad[:, 0].tolist()[0] == pytest.approx(-1.0)
+    assert logits.grad[1, 0] < -0.1
+    assert logits.grad[2].abs().max() == 0
+
+
 def test_half_precision_scores_are_summed_in_float32() -> None:
     logits = scores(torch.bfloat16)
     loss = build_loss(recipe())(logits, LABELS)
@@ -98,6 +124,7 @@ def test_bad_losses_are_named(changes: dict[str, object], message: str) -> None:
         build_loss(recipe(**changes))
 
 
-def test_multi_margin_refuses_soft_targets() -> None:
+@pytest.mark.parametrize("name", ["multi_margin", "logit_annealing"])
+def test_losses_of_margins_refuse_soft_targets(name: str) -> None:
     with pytest.raises(EspalierError, match="class indices"):
-        build_loss(recipe(loss="multi_margin"))(scores(), torch.eye(C)[LABELS])
+        build_loss(recipe(loss=name))(scores(), torch.eye(C)[LABELS])

@@ -127,6 +127,23 @@ def test_the_same_recipe_gives_the_same_bits_whatever_the_global_stream(tmp_path
     assert bits[0] == bits[1] != bits[2]
 
 
+def test_nadam_takes_torch_s_own_steps() -> None:
+    chosen = recipe(optimizer="nadam", lr=0.1, betas=(0.8, 0.9), weight_decay=0.01)
+    ours, theirs = (build_bare_model(chosen, {"num_classes": 4}) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    mine = build_optimizer(ours, chosen)
+    decayed = [p for name, p in theirs.named_parameters() if not name.startswith("norm")]
+    groups = [{"params": decayed}, {"params": list(theirs.norm.parameters()), "weight_decay": 0.0}]
+    reference = torch.optim.NAdam(groups, lr=0.1, betas=(0.8, 0.9), weight_decay=0.01)
+    for _ in range(3):
+        for model, optimizer in ((ours, mine), (theirs, reference)):
+            sum(p.square().sum() for p in model.parameters()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_frozen_filters_stay_and_leave_the_optimiser(tmp_path: Path) -> None:
     run = train(recipe(freeze="depthwise", weight_decay=1.0), tmp_path / "run")
     start, final = (load_file(run.path / f"{name}.safetensors") for name in ("start", "final"))

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from espalier.certify import code, elementwise, linear, shapes
+from espalier.certify import code, elementwise, linear, orthogonium, shapes
 from espalier.certify.arithmetic import unit, up
 from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz.activations import GroupSort
+from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
 from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling
-from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 
 Rule = Callable[[Any], float | None]
 
@@ -74,7 +74,8 @@ def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = No
 
 for _rule, _classes in DECLARED:
     register_lipschitz(*_classes)(_rule)
-for _cls in (ConvexSum, GroupSort, InvertibleDownsampling, Normalize, NormalizedLinear):  # they state their own
+# They state their own.
+for _cls in (Abs, ConvexSum, GroupSort, InvertibleDownsampling, LinearResidual, Normalize, NormalizedLinear):
     code.record(_cls)
 
 
@@ -105,22 +106,29 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
 def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn.Module:
     """Return a copy of a network in one precision that can be run on values with bounds.
 
-    Compiled and wrapped models (``torch.compile``, DataParallel, DistributedDataParallel) are taken for the module
-    inside, which computes the same.
+    Compiled and wrapped models (``torch.compile``, DataParallel, DistributedDataParallel, AveragedModel) are taken for
+    the module inside, which computes the same; ``analysis`` notes the wrappers.
 
     Args:
         net: the network; it is left alone.
         dtype: of its floating parameters and buffers; None keeps theirs.
         analysis: what the copy notes its modules in.
+
+    Raises:
+        UncertifiableError: it cannot be copied, or a wrapper does more than call the module inside.
     """
+    orthogonium.enter_rules()
+    if any(module._compiled_call_impl is not None for module in net.modules()):  # compiled in place
+        analysis.wrappers["torch.compile"] = None
+    net = _inner(net, analysis)
     try:
-        twin = copy.deepcopy(_inner(net)).to(dtype)
+        twin = copy.deepcopy(net).to(dtype)
     except Exception as error:
         raise UncertifiableError(f"it cannot be copied: {_line(error)}", type(net).__name__) from error
     for parent in twin.modules():
         for name, child in parent._modules.items():
             if child is not None:
-                parent._modules[name] = _inner(child)
+                parent._modules[name] = _inner(child, analysis)
     for path, module in twin.named_modules():
         vars(module)["forward"] = _Watched(module, path, module.forward, analysis)
     return twin
@@ -142,11 +150,21 @@ def run(net: nn.Module, analysis: Analysis, x: Bounded) -> Bound:
     return result.bound
 
 
-def _inner(net: nn.Module) -> nn.Module:
-    name, home = type(net).__name__, type(net).__module__
-    while home.startswith("torch.") and name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        net = net._orig_mod if name == "OptimizedModule" else net.module  # type: ignore[assignment]
-        name, home = type(net).__name__, type(net).__module__
+_INSIDE = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
+           "AveragedModel": "module"}  # fmt: skip
+"""Of torch's wrappers by name: where the module inside is."""
+
+
+def _inner(net: nn.Module, analysis: Analysis) -> nn.Module:
+    while type(net).__module__.startswith("torch.") and type(net).__name__ in _INSIDE:
+        kind = type(net).__name__
+        # torch.compile itself puts the compiled forward pass on the instance.
+        patched = "forward" in vars(net) and kind != "OptimizedModule"
+        if patched or net._forward_hooks or net._forward_pre_hooks or getattr(net, "mixed_precision", None):
+            raise UncertifiableError("it does more than call the module inside (hooks, a patch or mixed precision): "
+                                     "put these on the module inside, or certify that one", kind)  # fmt: skip
+        analysis.wrappers[kind] = None
+        net = getattr(net, _INSIDE[kind])
     return net
 
 

@@ -113,6 +113,8 @@ class Analysis:
     """How many modules were run."""
     verified: dict[tuple[type, type], str | None] = field(default_factory=dict)
     """What of a class was changed since its rule was entered, or None."""
+    wrappers: dict[str, None] = field(default_factory=dict)
+    """What the network, or a part of it, came wrapped in, in order."""
     modules: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
 

@@ -3,7 +3,7 @@
 | layer | constant |
 |---|---|
 | CayleyLinear, CayleyConv | √(1 + ‖QᴴQ − I‖), of the operator that runs |
-| MaxMin, ScaledAvgPool2d | 1 |
+| MaxMin, Householder, ScaledAvgPool2d, L2Pool2d, BatchCentering (evaluation) | 1 |
 | Conv1d/2d/3d | ``kernel_norm``, times the constant of the padding |
 | BatchNorm (evaluation) | max |γ| / √(var + ε) |
 | CircularPad | √(how often one pixel can appear in the padded image) |
@@ -28,9 +28,10 @@ from espalier.certify.bounded import Analysis, Bound, Rows, Term
 from espalier.certify.linear import affine, batch_norm_scale, finite
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.shapes import padding_factor
-from espalier.nn.lipschitz.activations import MaxMin
+from espalier.nn.lipschitz.activations import Householder, MaxMin
 from espalier.nn.lipschitz.constant import kernel_norm
-from espalier.nn.lipschitz.pooling import ScaledAvgPool2d
+from espalier.nn.lipschitz.normalisation import BatchCentering
+from espalier.nn.lipschitz.pooling import L2Pool2d, ScaledAvgPool2d
 from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.orthogonal.linear import CayleyLinear, orthogonal_matrix
 
@@ -64,6 +65,31 @@ def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[
 def permutation(analysis: Analysis, module: nn.Module, x: Bound, forward: Forward) -> Bound:
     """1, and no rounding: numbers of the input in an order that depends on them."""
     return analysis.exact(x, None if x.value is None else forward(x.value))
+
+
+@layer(Householder)
+def reflection(analysis: Analysis, module: Householder, x: Bound, forward: Forward) -> Bound:
+    """1: continuous, and an isometry on either side of every line.
+
+    Sine and cosine are right to 8 units each, n·z to 16‖z‖, and 2·max(0, n·z)·n to less than 64‖z‖.
+    """
+    if not bool(module.theta.isfinite().all()):
+        raise UncertifiableError("its angles are not finite")
+    if x.value is None:
+        return analysis.exact(x, None)
+    value = forward(x.value)
+    return analysis.combine(value, [Term(x, 1.0, 64 * unit(value.dtype), 4.0)])
+
+
+@layer(L2Pool2d)
+def norm_pooling(analysis: Analysis, module: L2Pool2d, x: Bound, forward: Forward) -> Bound:
+    """1: norms of parts of the image. Squares may overflow above √max, and vanish below √tiny."""
+    if x.value is None:
+        return analysis.exact(x, None)
+    value = forward(x.value)
+    limits, rounding = torch.finfo(value.dtype), gamma(module.factor**2 + 4, value.dtype)
+    lost = 2 * math.sqrt(limits.tiny * x.value[0].numel())
+    return analysis.combine(value, [Term(x, 1.0, rounding, math.sqrt(limits.max))], absolute=lost)
 
 
 @layer(ScaledAvgPool2d, alias=True)
@@ -211,6 +237,13 @@ def batch_norm(module: nn.BatchNorm2d) -> float:
     return scale.abs().max().item() * (1 + 1e-14)
 
 
+def centring(module: BatchCentering) -> float:
+    """Return 1 in evaluation mode, in which it subtracts a constant."""
+    if module.training:
+        raise UncertifiableError("it subtracts the mean of the batch in training mode: call eval() first")
+    return 1.0
+
+
 def circular_padding(module: Any) -> float:
     """Return √Π(1 + sides that are padded): a pixel can appear once more for every padded side of an axis."""
     return padding_factor(per_axis(module.padding, 2), "circular")
@@ -219,5 +252,6 @@ def circular_padding(module: Any) -> float:
 DECLARED: tuple[tuple[Callable[[Any], float | None], tuple[type[nn.Module], ...]], ...] = (
     (convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     (batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    (centring, (BatchCentering,)),
     (circular_padding, (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)),
 )

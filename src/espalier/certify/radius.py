@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def certify(
         lipschitz=bound.lipschitz,
         last_layer=bound.last_layer,
         rounding=rounding,
-        assumptions=_assumptions(bound, arithmetic, rounding),
+        assumptions=_assumptions(bound, arithmetic, rounding, tuple(analysis.wrappers)),
         arithmetic=arithmetic,
         slack=tuple((path, *numbers) for path, numbers in analysis.modules.items()),
     )
@@ -230,12 +231,13 @@ def _refuse_shortcuts(dtype: torch.dtype, device: torch.device) -> None:
         raise EspalierError("DNNL_DEFAULT_FPMATH_MODE asks for fewer digits: unset it")
 
 
-def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[str, ...]:
+def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float, wrappers: Sequence[str]) -> tuple[str, ...]:
     how = (
         "the distances between the rows of the last layer, pair by pair, times the constant of what is below it"
         if bound.last_layer
         else "√2 times the constant of the network"
     )
+    wrapped = f"The model came wrapped ({', '.join(wrappers)}): it is about the module inside, run by itself."
     return (
         "Distances are ℓ2 over pixels in [0, 1], all channels together; a perturbed image need not stay in that range.",
         f"Score differences grow at most by {how} ({bound.lipschitz:.6g}), over the operations as they ran.",
@@ -247,4 +249,5 @@ def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float) -> tuple[s
         "The certificate is about these weights, about what the network computes of them (orthogonal operators, "
         "normalised rows, parametrisations) as this machine computed it, and about deterministic evaluation, in which "
         "images do not meet.",
+        *([wrapped] if wrappers else []),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,17 @@ from torch.utils.checkpoint import checkpoint_sequential
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.hub import HubModel
 from espalier.models.orthogonal_layers import orthogonal_conv
-from espalier.nn.lipschitz.activations import MaxMin
+from espalier.nn.lipschitz.activations import Abs, Householder, MaxMin
 from espalier.nn.lipschitz.normalisation import NormalizedLinear
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling
 from espalier.nn.orthogonal.conv import CayleyConv2d
 from espalier.nn.orthogonal.linear import CayleyLinear
 
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "maxmin": lambda channels: MaxMin(),
+    "abs": lambda channels: Abs(),
+    "householder": Householder,
+}
 HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
 
 
@@ -52,9 +57,10 @@ class LipschitzNet(HubModel, nn.Sequential):
         | parameter | distribution |
         |---|---|
         | Cayley weights and biases, normalised head | uniform on ±1/√fan-in; α is the norm of the weights |
+        | angles of Householder activations | π/2 |
         """
         for module in self.modules():
-            if isinstance(module, CayleyConv2d | CayleyLinear | NormalizedLinear):
+            if isinstance(module, CayleyConv2d | CayleyLinear | Householder | NormalizedLinear):
                 module.reset_parameters(generator)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -92,12 +98,12 @@ class LipschitzNet(HubModel, nn.Sequential):
         return {"stem": r"^features\.0\.", "blocks": r"^features\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters exempt from weight decay: the scales α."""
-        return {name for name, _ in self.named_parameters() if name.endswith("alpha")}
+        """Return the parameters exempt from weight decay: the scales α and the angles θ."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("alpha", "theta"))}
 
 
 class KWLarge(LipschitzNet):
-    """The network of the Cayley paper's main table: four convolutions and three linear layers, with MaxMin between.
+    """The network of the Cayley paper's main table: four convolutions, three linear layers, activations between.
 
     conv(w, 3) → conv(w, stride 2) → conv(2w, 3) → conv(2w, stride 2) → linear(16w) → linear(512) → head. The strided
     layers have one coarse tap: a matrix on blocks of 2×2 pixels, as the original's turn out to be.
@@ -110,6 +116,7 @@ class KWLarge(LipschitzNet):
         num_classes: classes; 0 leaves the head out.
         layer: ``"cayley"``, or a convolution of the library orthogonium: ``"aoc"`` or ``"soc"``.
         head: see ``LipschitzNet``.
+        activation: ``"maxmin"``, ``"abs"`` or ``"householder"``.
 
     Source: arXiv 2104.07167, section 5, after Wong & Kolter's large net (arXiv 1805.12514).
     """
@@ -123,15 +130,16 @@ class KWLarge(LipschitzNet):
         num_classes: int = 10,
         layer: str = "cayley",
         head: str = "orthogonal",
+        activation: str = "maxmin",
     ) -> None:
         rows, columns = _sides(img_size, 4)
         hidden = 16 * width if hidden is None else hidden
         features = [
-            *_conv(layer, in_chans, width, 3),
-            *_conv(layer, width, width, 1, stride=2),
-            *_conv(layer, width, 2 * width, 3),
-            *_conv(layer, 2 * width, 2 * width, 1, stride=2),
-            *_dense(2 * width * rows * columns // 16, hidden),
+            *_conv(layer, activation, in_chans, width, 3),
+            *_conv(layer, activation, width, width, 1, stride=2),
+            *_conv(layer, activation, width, 2 * width, 3),
+            *_conv(layer, activation, 2 * width, 2 * width, 1, stride=2),
+            *_dense(activation, 2 * width * rows * columns // 16, hidden),
         ]
         super().__init__(features, hidden, num_classes, head)
 
@@ -141,9 +149,9 @@ class OrthogonalConvNet(LipschitzNet):
 
     Pixels are moved into channels in blocks of p × p; every stage then applies ``depths[i]`` k × k convolutions of
     width ``widths[i]``, and the next one begins with a matrix on blocks of 2 × 2 pixels, which halves the image; two
-    orthogonal linear layers and the head follow, with MaxMin after each but the head. With one stage it is a patch net.
-    An image of half the side has a quarter of the frequencies and of the activations, so that a net on patches takes
-    many more steps in the same time (measured in docs/results/archive/robustness.md).
+    orthogonal linear layers and the head follow, with an activation after each but the head. With one stage it is a
+    patch net. An image of half the side has a quarter of the frequencies and of the activations, so that a net on
+    patches takes many more steps in the same time (measured in docs/results/archive/robustness.md).
 
     Args:
         widths: channels of every stage.
@@ -156,6 +164,7 @@ class OrthogonalConvNet(LipschitzNet):
         num_classes: classes; 0 leaves the head out.
         layer: see ``KWLarge``.
         head: see ``LipschitzNet``.
+        activation: ``"maxmin"``, ``"abs"`` or ``"householder"``.
 
     Raises:
         EspalierError: not as many widths as depths, a size out of range, or an image that does not divide.
@@ -173,6 +182,7 @@ class OrthogonalConvNet(LipschitzNet):
         num_classes: int = 10,
         layer: str = "cayley",
         head: str = "orthogonal",
+        activation: str = "maxmin",
     ) -> None:
         if not widths or len(widths) != len(depths) or min(depths) < 0:
             raise EspalierError(
@@ -184,21 +194,32 @@ class OrthogonalConvNet(LipschitzNet):
         channels = in_chans * patch_size**2
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if stage:
-                features += _conv(layer, channels, width, 1, stride=2)
+                features += _conv(layer, activation, channels, width, 1, stride=2)
                 channels = width
             for _ in range(depth):
-                features += _conv(layer, channels, width, kernel_size)
+                features += _conv(layer, activation, channels, width, kernel_size)
                 channels = width
-        features += _dense(channels * rows * columns // shrink**2, hidden)
+        features += _dense(activation, channels * rows * columns // shrink**2, hidden)
         super().__init__(features, hidden, num_classes, head)
 
 
-def _conv(layer: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    return orthogonal_conv(layer, inputs, outputs, kernel_size, stride), MaxMin()
+def _conv(
+    layer: str, activation: str, inputs: int, outputs: int, kernel_size: int, stride: int = 1
+) -> tuple[nn.Module, nn.Module]:
+    return orthogonal_conv(layer, inputs, outputs, kernel_size, stride), _activation(activation, outputs)
 
 
-def _dense(inputs: int, hidden: int) -> list[nn.Module]:
-    return [nn.Flatten(), CayleyLinear(inputs, hidden), MaxMin(), CayleyLinear(hidden, hidden), MaxMin()]
+def _dense(activation: str, inputs: int, hidden: int) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in (inputs, hidden):
+        layers += [CayleyLinear(width, hidden), _activation(activation, hidden)]
+    return layers
+
+
+def _activation(name: str, channels: int) -> nn.Module:
+    if name not in ACTIVATIONS:
+        raise unknown_name("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name](channels)
 
 
 def _sides(img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:

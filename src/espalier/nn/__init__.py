@@ -2,11 +2,11 @@
 
 from espalier.nn.depthwise import DepthwiseConv2d
 from espalier.nn.kernels.backend import Backend, backend, use_backend
-from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.activations import Abs, GroupSort, Householder, MaxMin
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite, kernel_norm, spectral_norm
-from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
-from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
-from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.lipschitz.normalisation import BatchCentering, Normalize, NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, L2Pool2d, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.orthogonal.linear import CayleyLinear
 from espalier.nn.orthogonal.original import load_original_state_dict
@@ -20,7 +20,9 @@ from espalier.nn.ssm.selective_scan import selective_scan
 from espalier.nn.ssm.ssd import ssd
 
 __all__ = [
+    "Abs",
     "Backend",
+    "BatchCentering",
     "CayleyConv1d",
     "CayleyConv2d",
     "CayleyConv3d",
@@ -30,7 +32,10 @@ __all__ = [
     "DepthwiseConv2d",
     "GatedRMSNorm",
     "GroupSort",
+    "Householder",
     "InvertibleDownsampling",
+    "L2Pool2d",
+    "LinearResidual",
     "Lipschitz",
     "LipschitzComposite",
     "Mamba1",

@@ -27,10 +27,10 @@ class Recipe:
     """File or folder of the data, where it is not bundled or generated; `--data` for short."""
     data_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the source: `train_limit`, or the sizes of a synthetic task."""
-    loss: Literal["cross_entropy", "multi_margin", "tempered_cross_entropy"] = "cross_entropy"
+    loss: Literal["cross_entropy", "multi_margin", "tempered_cross_entropy", "logit_annealing"] = "cross_entropy"
     """What is minimised."""
     loss_args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the loss: `margin`, `temperature`, `offset`."""
+    """Keyword arguments of the loss: `margin`, `temperature`, `offset`, `beta`."""
     label_smoothing: float = 0.0
     """Share of the probability spread over all classes."""
 
@@ -49,8 +49,8 @@ class Recipe:
     """Parameters that stay at their initial values and leave the optimiser."""
 
     # Optimisation.
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """AdamW (weight decay apart from the gradient) or Adam (weight decay added to the gradient)."""
+    optimizer: Literal["adamw", "adam", "nadam"] = "adamw"
+    """AdamW (weight decay apart from the gradient), or Adam or NAdam (weight decay added to the gradient)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01

@@ -152,14 +152,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for name, p in trained if name not in exempt]},
         {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
     ]
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
-    return kind(
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "nadam": torch.optim.NAdam}
+    return kinds[recipe.optimizer](
         [group for group in groups if group["params"]],
         lr=recipe.lr,
         betas=recipe.betas,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
-        fused=True,
+        **({} if recipe.optimizer == "nadam" else {"fused": True}),  # NAdam has no fused kernel
     )
 
 

@@ -41,8 +41,7 @@ def multi_margin(logits: Tensor, targets: Tensor, *, margin: float = 0.5) -> Ten
     Raises:
         EspalierError: the targets are probabilities.
     """
-    if targets.is_floating_point():
-        raise EspalierError("loss 'multi_margin' needs class indices: turn mixup and cutmix off or use 'cross_entropy'")
+    _expect_indices(targets, "multi_margin")
     each = F.multi_margin_loss(logits, targets.clamp_min(0), margin=margin, reduction="none")
     # Masked, not selected: selecting would make the host wait for the device at every step.
     return each.masked_fill(targets == IGNORED, 0.0).sum()
@@ -76,8 +75,39 @@ def tempered_cross_entropy(
     return temperature * cross_entropy(tempered, targets, label_smoothing=label_smoothing)
 
 
+def logit_annealing(
+    logits: Tensor, targets: Tensor, *, temperature: float = 0.75, offset: float = 2.0, beta: float = 5.0
+) -> Tensor:
+    """Return Σ −t·(1 − p_y)^β·log p_y with p = softmax((f − offset·y)/t), the loss of BRONet (arXiv 2505.15174).
+
+    Tempered cross-entropy, annealed: an example whose margin is large has p_y near 1 and ceases to count, so that a net
+    of limited slope spends it on the others. β = 0 gives ``tempered_cross_entropy``.
+
+    Args:
+        logits: scores ``(N, C)``.
+        targets: class indices ``(N,)``, −100 where there is no loss.
+        temperature: t > 0.
+        offset: ξ, in units of the scores.
+        beta: β, 0 or at least 1: how soon an example ceases to count.
+
+    Raises:
+        EspalierError: the targets are probabilities.
+    """
+    _expect_indices(targets, "logit_annealing")
+    truth = F.one_hot(targets.clamp_min(0), logits.shape[-1]).to(logits.dtype)
+    each = F.cross_entropy((logits - offset * truth) / temperature, targets, reduction="none", ignore_index=IGNORED)
+    # 1 − p_y without cancellation where p_y is near 1.
+    return temperature * (torch.expm1(-each).neg() ** beta * each).sum()
+
+
+def _expect_indices(targets: Tensor, loss: str) -> None:
+    if targets.is_floating_point():
+        raise EspalierError(f"loss {loss!r} needs class indices: turn mixup and cutmix off or use 'cross_entropy'")
+
+
 LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
+    "logit_annealing": logit_annealing,
     "multi_margin": multi_margin,
     "tempered_cross_entropy": tempered_cross_entropy,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.lipschitz.activations import Abs, GroupSort, Householder, MaxMin
 from espalier.nn.lipschitz.constant import spectral_norm
-from espalier.nn.lipschitz.normalisation import NormalizedLinear
-from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
-from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.lipschitz.normalisation import BatchCentering, NormalizedLinear
+from espalier.nn.lipschitz.pooling import InvertibleDownsampling, L2Pool2d, ScaledAvgPool2d
+from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 
 
 def jacobian_norm(module: nn.Module, x: Tensor) -> float:
@@ -65,6 +67,10 @@ def test_group_sort_is_a_sort_of_every_group(size: int, groups: int, spatial: tu
     [
         (MaxMin(), (4, 3, 2)),
         (GroupSort(3), (6, 2, 2)),
+        (Abs(), (3, 2, 2)),
+        (Householder(4).double(), (4, 3, 2)),
+        (L2Pool2d(1), (2, 4, 6)),
+        (L2Pool2d(2), (2, 4, 6)),
         (InvertibleDownsampling(2), (2, 4, 6)),
         (ScaledAvgPool2d(1), (2, 4, 6)),
         (ScaledAvgPool2d(2), (2, 4, 6)),
@@ -118,6 +124,68 @@ def test_normalised_rows_have_unit_norm_whatever_the_weights_are() -> None:
     assert layer.lipschitz_constant() >= torch.linalg.svdvals(jacobian).max().item()
 
 
+@settings(max_examples=20, deadline=None)
+@given(theta=st.floats(-7, 7), seed=st.integers(0, 99))
+def test_householder_reflects_one_side_of_its_line_and_keeps_the_other(theta: float, seed: int) -> None:
+    module = Householder(2).double()
+    with torch.no_grad():
+        module.theta.fill_(theta)
+    (z,) = draw(1, 2, seed=seed)
+    normal = torch.tensor([math.sin(theta / 2), -math.cos(theta / 2)], dtype=torch.float64)
+    side = (normal @ z).item()
+    expected = z - 2 * side * normal if side > 0 else z
+    torch.testing.assert_close(module(z[None])[0], expected)
+    assert module(z[None]).norm().item() == pytest.approx(z.norm().item(), rel=1e-12)
+
+
+def test_householder_starts_as_a_sort_of_pairs() -> None:
+    x = draw(3, 4, 2, 2)
+    a, b = x.chunk(2, dim=1)
+    torch.testing.assert_close(Householder(4).double()(x), torch.cat((torch.minimum(a, b), torch.maximum(a, b)), 1))
+
+
+def test_l2_pooling_is_the_norm_of_every_block_and_of_the_image() -> None:
+    x = draw(2, 3, 4, 6)
+    y = L2Pool2d(2)(x)
+    for i in range(2):
+        for j in range(3):
+            block = x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            torch.testing.assert_close(y[:, :, i, j], block.square().sum((2, 3)).sqrt())
+    torch.testing.assert_close(y.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
+    zero = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    L2Pool2d(2)(zero).sum().backward()
+    assert zero.grad is not None
+    assert not zero.grad.any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(channels=st.integers(1, 3), kernel=st.sampled_from([1, 3]), seed=st.integers(0, 99))
+def test_a_linear_residual_adds_its_input_and_is_bounded_as_a_whole(channels: int, kernel: int, seed: int) -> None:
+    block = LinearResidual(channels, kernel).double()
+    block.reset_parameters(torch.Generator().manual_seed(seed))
+    x = draw(2, channels, 4, 5, seed=seed)
+    plain = torch.nn.functional.conv2d(x, block.weight, block.bias, padding=kernel // 2)
+    torch.testing.assert_close(block(x), x + plain)
+    assert jacobian_norm(block, x[0]) <= block.lipschitz_constant()
+    with torch.no_grad():
+        block.weight.zero_()
+        block.weight[:, :, kernel // 2, kernel // 2] = -0.5 * torch.eye(channels)
+    assert block.lipschitz_constant() == pytest.approx(0.5)  # the sum of the norms would be 1.5
+
+
+def test_batch_centring_subtracts_the_batch_then_its_running_mean() -> None:
+    module, expected = BatchCentering(3, momentum=0.25).double(), torch.zeros(3, dtype=torch.float64)
+    for seed in range(4):
+        x = draw(5, 3, 2, 2, seed=seed)
+        means = torch.stack([x[:, c].mean() for c in range(3)])
+        torch.testing.assert_close(module(x), x - means.view(1, 3, 1, 1))
+        expected = 0.75 * expected + 0.25 * means
+    module.eval()
+    torch.testing.assert_close(module(x), x - expected.view(1, 3, 1, 1))
+    torch.testing.assert_close(module(x[:, :, 0, 0]), x[:, :, 0, 0] - expected)
+    assert jacobian_norm(module, x[0]) == pytest.approx(1.0, abs=1e-12)
+
+
 def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
     assert 3.0 <= spectral_norm(torch.diag(torch.tensor([1.0, -3.0, 2.0]))) <= 3.0 * (1 + 1e-12)
     assert spectral_norm(torch.tensor([[float("nan")]])) != spectral_norm(torch.zeros(1, 1))
@@ -129,6 +197,11 @@ def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
     [
         (lambda: MaxMin()(torch.zeros(1, 3)), "3 channels"),
         (lambda: GroupSort(1), "group_size 1"),
+        (lambda: Householder(3), "3 channels"),
+        (lambda: Householder(4)(torch.zeros(1, 2)), r"give \(B, 4"),
+        (lambda: BatchCentering(3)(torch.zeros(2, 1, 2, 2)), r"give \(B, 3"),
+        (lambda: LinearResidual(2, 2), "kernel_size 2"),
+        (lambda: L2Pool2d(2)(torch.zeros(1, 1, 3, 4)), "3×4"),
         (lambda: ConvexSum(nn.Identity(), 1.0), "coefficient 1.0"),
         (lambda: InvertibleDownsampling(2)(torch.zeros(1, 1, 3, 4)), "3×4"),
         (lambda: InvertibleDownsampling(0), "factor 0"),

@@ -1,7 +1,8 @@
-"""Activations that sort channels: gradient-preserving, Lipschitz constant 1."""
+"""Activations that preserve gradients: they sort, reflect or fold channels, with Lipschitz constant 1."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -116,6 +117,72 @@ class GroupSort(nn.Module):
     def extra_repr(self) -> str:
         """Show the group size in ``print(model)``."""
         return f"group_size={self.group_size}"
+
+
+class Abs(nn.Module):
+    """Return |x|: slope ±1 everywhere, so that no gradient is lost.
+
+    Shapes: any.
+
+    Source: Anil, Lucas & Grosse, arXiv 1811.05381 (gradient-preserving activations).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the absolute values."""
+        return x.abs()
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0
+
+
+class Householder(nn.Module):
+    """Reflect the pairs of channels (a, b) that lie on one side of a learned line: z − 2·max(0, n·z)·n.
+
+    Channel j is paired with channel j + C/2, and n = (sin θ/2, −cos θ/2). At θ = π/2, where it starts, it is a sort,
+    the smaller number first. The map is continuous and an isometry on either side, so its constant is 1.
+
+    Args:
+        channels: C, even.
+
+    Shapes: (B, C, …) → (B, C, …).
+
+    Raises:
+        EspalierError: an odd number of channels; on the input, another number than C.
+
+    Source: Singla, Singla & Feizi, arXiv 2108.04062 (Householder activations).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise EspalierError(f"{channels} channels do not divide into pairs: choose an even width")
+        self.channels = channels
+        self.theta = nn.Parameter(torch.empty(channels // 2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set every angle to π/2; nothing is drawn."""
+        self.theta.fill_(math.pi / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the pairs, reflected where n·z > 0."""
+        if x.ndim < 2 or x.shape[1] != self.channels:
+            raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.channels}, …)")
+        a, b = x.chunk(2, dim=1)
+        half = 0.5 * self.theta.view(-1, *[1] * (x.ndim - 2))
+        sine, cosine = half.sin(), half.cos()
+        twice = 2 * torch.relu(sine * a - cosine * b)
+        return torch.cat((a - twice * sine, b + twice * cosine), dim=1)
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0
+
+    def extra_repr(self) -> str:
+        """Show the channels in ``print(model)``."""
+        return f"{self.channels}"
 
 
 def _check_groups(x: Tensor, size: int) -> None:

@@ -61,6 +61,46 @@ class Normalize(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
+class BatchCentering(nn.Module):
+    """Subtract the mean of every channel: of the batch in training, its running mean in evaluation.
+
+    What batch norm does without its division, so that in evaluation it is a translation: its constant is 1.
+
+    Args:
+        channels: C.
+        momentum: share of the present batch in the running mean.
+
+    Shapes: (B, C, …) → (B, C, …).
+
+    Raises:
+        EspalierError: on the input, another number of channels.
+
+    Source: Salimans & Kingma, arXiv 1602.07868 (mean-only batch normalisation).
+    """
+
+    running_mean: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.channels, self.momentum = channels, momentum
+        self.register_buffer("running_mean", torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x minus the mean."""
+        if x.ndim < 2 or x.shape[1] != self.channels:
+            raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.channels}, …)")
+        mean = self.running_mean
+        if self.training:
+            mean = x.mean([axis for axis in range(x.ndim) if axis != 1])
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+        return x - mean.view(-1, *[1] * (x.ndim - 2))
+
+    def extra_repr(self) -> str:
+        """Show the channels in ``print(model)``."""
+        return f"{self.channels}, momentum={self.momentum}"
+
+
 class NormalizedLinear(nn.Linear):
     """Linear layer whose rows are used at unit norm: W_i/‖W_i‖·x + b, for the last layer of a Lipschitz net.
 

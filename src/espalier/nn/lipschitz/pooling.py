@@ -1,7 +1,8 @@
-"""Smaller maps without a larger norm: blocks of pixels as channels, and scaled averages."""
+"""Smaller maps without a larger norm: blocks of pixels as channels, scaled averages, norms."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,3 +77,30 @@ class ScaledAvgPool2d(nn.Module):
     def extra_repr(self) -> str:
         """Show the kernel in ``print(model)``."""
         return f"kernel_size={self.kernel_size}"
+
+
+class L2Pool2d(InvertibleDownsampling):
+    """Take the ℓ2 norm of every s×s block of pixels, channel by channel: 1-Lipschitz, and no number is dropped.
+
+    Its gradient at a block of zeros is 0.
+
+    Args:
+        factor: s, at least 1.
+
+    Shapes: (B, C, H, W) → (B, C, H/s, W/s).
+
+    Raises:
+        EspalierError: a factor below 1, or sides that it does not divide.
+
+    Source: Sermanet, Chintala & LeCun, arXiv 1204.3968 (Lp pooling).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norms."""
+        blocks = super().forward(x)
+        parts = blocks.reshape(blocks.shape[0], x.shape[1], self.factor**2, *blocks.shape[2:])
+        return torch.linalg.vector_norm(parts, dim=2)
+
+    def lipschitz_constant(self) -> float:
+        """Return 1."""
+        return 1.0

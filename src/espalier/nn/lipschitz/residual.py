@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.lipschitz.constant import kernel_norm
 
 
 class ConvexSum(nn.Module):
@@ -50,3 +52,49 @@ class ConvexSum(nn.Module):
         """Return (1 − c) + c·L(f)."""
         c = torch.sigmoid(self.logit.detach().double()).item()
         return 1.0 + c * (bound(self.fn) - 1.0)
+
+
+class LinearResidual(nn.Conv2d):
+    """Linear residual block x + W∗x + b, run as one convolution with the kernel W + δ.
+
+    Its constant is that of W + δ, which ``kernel_norm`` bounds as a whole: at most 1 + L(W), and often far less.
+
+    Args:
+        channels: C.
+        kernel_size: k, odd.
+        bias: add b.
+
+    Shapes: (B, C, H, W) → (B, C, H, W), zeros around.
+
+    Raises:
+        EspalierError: an even kernel.
+
+    Source: Hu et al., LiResNet, arXiv 2301.12549.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise EspalierError(f"kernel_size {kernel_size} of a residual has no centre: choose an odd number")
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights and bias uniformly from ±1/(k·√channels), torch's default."""
+        bound = (self.weight.shape[1] * self.weight.shape[2] * self.weight.shape[3]) ** -0.5
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def residual_kernel(self) -> Tensor:
+        """Return W + δ, shaped as W."""
+        reach = self.weight.shape[-1] // 2
+        identity = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+        return self.weight + F.pad(identity[:, :, None, None], (reach,) * 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x + W∗x + b."""
+        return F.conv2d(input, self.residual_kernel(), self.bias, padding=self.weight.shape[-1] // 2)
+
+    def lipschitz_constant(self) -> float:
+        """Return the bound of W + δ for every image size."""
+        return kernel_norm(self.residual_kernel())
