@@ -83,7 +83,12 @@ def test_a_module_of_the_present_folder_and_an_installed_one(tmp_path: Path) -> 
         ("nets.py:Net.inner", "class Net: inner = print", "write FILE.py:NAME"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(tmp_path: Path, reference: str, content: str, message: str) -> None:
+def test_what_is_wrong_is_told_in_one_line(
+    tmp_path: Path, reference: str, content: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of tests before this one: their module of the same name, and the folders that they left on the path.
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "nets.py").exists()])
     (tmp_path / "nets.py").write_text(content)
     with pytest.raises(EspalierError, match=message) as caught:
         load("model", pin("model", reference))

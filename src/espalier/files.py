@@ -153,6 +153,11 @@ def read_file(path: Path) -> bytes:
         raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error
 
 
+def lock_of(path: Path) -> Path:
+    """Return the lock file of a file or folder, beside it."""
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a file or folder for the length of a ``with`` block, by a lock file beside it that a kill lets go of.
@@ -163,7 +168,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # torch depends on it
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    lock = FileLock(lock_of(path), blocking=False)
     try:
         lock.acquire()
     except Timeout:

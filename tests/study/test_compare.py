@@ -225,7 +225,8 @@ def test_whatever_is_returned_is_a_curve_or_one_line(value: Any, metric: str) ->
     assert steps == sorted(set(steps))
     assert all(isinstance(score, float) for _, score in curve)
     if isinstance(value, list):
-        assert [(float(a), float(b)) for a, b in value] == pytest.approx(curve, nan_ok=True)
+        assert steps == pytest.approx([float(step) for step, _ in value])
+        assert [score for _, score in curve] == pytest.approx([float(score) for _, score in value], nan_ok=True)
     else:
         assert curve[0][1] == pytest.approx(float(value), nan_ok=True)
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.files import write_json
+from espalier.files import lock_of, write_json
 from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
 from espalier.train.parallel import first_of_any, gather_objects
 
@@ -168,6 +168,13 @@ def drop_checkpoint(folder: Path) -> None:
     """Delete the checkpoints of a finished run: its weights are in final.safetensors."""
     for name in (_CURRENT, _OLD, _PARTIAL):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def clear_finished(folder: Path) -> None:
+    """Delete what a run left that was killed after its result was written: checkpoints, and its lock."""
+    drop_checkpoint(folder)
+    with suppress(OSError):
+        lock_of(folder).unlink()
 
 
 def recover(folder: Path) -> None:

@@ -22,6 +22,7 @@ from espalier.train.build import build_optimizer, build_run_model, build_run_sou
 from espalier.train.checkpoint import (
     Checkpoint,
     Counters,
+    clear_finished,
     drop_checkpoint,
     load_checkpoint,
     recover,
@@ -137,7 +138,10 @@ def train(
     if checkpoint_every_minutes is not None and not checkpoint_every_minutes > 0:
         raise EspalierError(f"checkpoint_every_minutes {checkpoint_every_minutes} must be positive")
     if check_folder(out, recipe, resume) == "finished":
-        return load_run(out)
+        run = load_run(out)
+        if not (run.result or {}).get("diverged"):
+            clear_finished(out)
+        return run
     with own_threads(recipe.threads), one_line_errors(recipe, out):
         fabric = make_fabric(recipe, strategy)
         devices = [fabric.device] if fabric.device.type == "cuda" else []

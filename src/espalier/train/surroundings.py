@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ def held(out: Path, fabric: Any) -> Iterator[None]:
     with ExitStack() as stack:
         refusal = None
         if fabric.is_global_zero:
+            # A run that is refused leaves no empty folders behind.
+            for parent in [each for each in out.parents if not each.exists()][::-1]:
+                stack.callback(_remove_if_empty, parent)
             out.parent.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(locked(out))
@@ -35,6 +38,11 @@ def held(out: Path, fabric: Any) -> Iterator[None]:
         if (refusal := first_of_any(refusal)) is not None:
             raise EspalierError(refusal)
         yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager
