@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ KERNELS = pytest.mark.skipif(
     not _kernels_run(), reason="the C++ kernels are not built: apt-get install g++, then make kernels"
 )
 INDUCTOR = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
-    reason="torch's compiler writes C++ that does not compile without vectors: unset ATEN_CPU_CAPABILITY",
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT" or not shutil.which(os.environ.get("CXX", "g++")),
+    reason="torch's compiler writes C++: apt-get install g++, and unset ATEN_CPU_CAPABILITY (it needs vectors)",
 )
 # The values of a parameter that goes through every implementation of the hot loops on a CPU.
 IMPLEMENTATIONS = [pytest.param("compiled", marks=KERNELS), "torch"]

@@ -211,7 +211,9 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None
         raise Unproven("its output does not depend on what was read as values and output projection")
     if _near(trial.look(q=torch.zeros_like).out, base.out):
         raise Unproven("its output does not depend on its scores")
-    # Were it a gate, an output would follow its own token through these rows, as its queries do.
+    # Were it a gate, an output would follow its own token through these rows, as its queries do. With queries of zero
+    # attention is spread over tokens: one that happens to look at its own token alone would pass for a gate.
+    spread = trial.look(q=torch.zeros_like).tokens_LX
     dim = trial.parts[2].shape[-1]
     ways = torch.randn(2, dim, generator=generator, dtype=torch.float64)
     pushes = torch.zeros(trial.groups, trial.values, 1, dtype=torch.float64)
@@ -220,13 +222,17 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     queries[0] = _PUSH
     outs, scores = [], []
     for way_D in ways:
-        outs.append(trial.look(v=_pushed(pushes * way_D)).tokens_LX)
+        outs.append(trial.look(q=torch.zeros_like, v=_pushed(pushes * way_D)).tokens_LX)
         pushed = trial.look(q=_pushed(queries * way_D)).scores_HLL
         scores.append((pushed - base.scores_HLL)[0].diagonal())
-    if base.tokens_LX is None or outs[0] is None or outs[1] is None:
+    if spread is None or outs[0] is None or outs[1] is None:
         raise Unproven("its output has no axis of tokens")
-    moves = (outs[0] - base.tokens_LX, outs[1] - base.tokens_LX)
-    if _same_direction(moves, (scores[0][:, None], scores[1][:, None]), torch.ones_like(moves[0]).bool()):
+    moves, own = (outs[0] - spread, outs[1] - spread), [score[:, None] for score in scores]
+    # Token by token: the first of a causal layer has none but itself to look at.
+    cross_L = (moves[0] * own[1] - moves[1] * own[0]).norm(dim=1)
+    size_L = (moves[0].square() + moves[1].square()).sum(1).sqrt() * (own[0].square() + own[1].square()).sqrt()[:, 0]
+    clear_L = size_L > 1e-3 * size_L.max()
+    if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
 
 
