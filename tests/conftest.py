@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Generator, Iterator
 
@@ -22,6 +24,11 @@ if importlib.util.find_spec("hypothesis"):
 # torch is loaded, which is after this file, and by the processes that tests start.
 if (_WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+
+# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that: tests of it need it back.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
