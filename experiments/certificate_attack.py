@@ -13,7 +13,6 @@ import collections
 import copy
 import json
 import multiprocessing
-import platform
 import random
 import statistics
 import sys
@@ -27,6 +26,7 @@ import espalier
 from adversarial_models import Attack, Draw, attack
 from espalier.certify import certify
 from espalier.errors import EspalierError
+from espalier.train.build import environment
 
 IMAGES = 3
 
@@ -92,7 +92,7 @@ def main() -> int:
         "seconds": round(time.time() - start),
         "espalier": espalier.__version__,
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": environment()["processor"],
         "command": "python experiments/certificate_attack.py " + " ".join(sys.argv[1:]),
     }
     text = json.dumps(record, indent=1)
@@ -101,13 +101,6 @@ def main() -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n")
     return 1 if fell else 0
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ def verdict(interval: Interval | None) -> str:
     return CONTRADICTED if interval.high < 0 else NOT_SHOWN
 
 
+def weakest_of(verdicts: Sequence[str]) -> str:
+    """Return the verdict that stands where a claim needs several."""
+    return min(verdicts, key=(NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN).index)
+
+
 def not_run(results: Results) -> Evidence:
     """Judge a claim for which there is no experiment yet."""
     return Evidence(NOT_RUN, 0, "–")
@@ -68,11 +73,6 @@ def not_run(results: Results) -> Evidence:
 def better(experiment: Experiment, arm: str, baseline: str, metric: str = "") -> Judge:
     """Judge that an arm beats another, each at its own best rate, over paired seeds."""
     return partial(_better, experiment=experiment, arm=arm, baseline=baseline, metric=metric)
-
-
-def all_better(experiment: Experiment, pairs: Sequence[tuple[str, str]]) -> Judge:
-    """Judge that every pair's first arm beats its second: the weakest of the verdicts stands."""
-    return partial(_weakest, judges=[better(experiment, arm, baseline) for arm, baseline in pairs])
 
 
 def weakest(judges: Sequence[Judge]) -> Judge:
@@ -122,9 +122,8 @@ def _better(results: Results, experiment: Experiment, arm: str, baseline: str, m
 
 def _weakest(results: Results, judges: Sequence[Judge]) -> Evidence:
     found = [judge(results) for judge in judges]
-    order = (NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN)
     text = "; ".join(each.text for each in found if each.text != "–") or "–"
-    return Evidence(min((each.verdict for each in found), key=order.index), min(each.n for each in found), text)
+    return Evidence(weakest_of([each.verdict for each in found]), min(each.n for each in found), text)
 
 
 def _across(results: Results, experiments: Sequence[Experiment], arm: str, baseline: str) -> Evidence:
@@ -157,8 +156,7 @@ def _extra_better(
             count = interval.n
             means = " and ".join(f"{100 * fmean(found.values()):.1f}" for found in reversed(values))
             parts.append(f"{metric.partition('/')[0]}: {means} %, {interval_text(interval, 100)}")
-    order = (NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN)
-    return Evidence(min(verdicts, key=order.index), count, "; ".join(parts) or "–")
+    return Evidence(weakest_of(verdicts), count, "; ".join(parts) or "–")
 
 
 def _extra(summary: Summary, arm: str, lr: float | None, metric: str) -> Mapping[int, float]:
@@ -177,8 +175,7 @@ def _wider_window(results: Results, experiment: Experiment, arm: str, baseline: 
             count = interval.n
             mean, low, high = (10**value for value in (interval.mean, interval.low, interval.high))
             parts.append(f"{words}: × {mean:.2g} [{low:.2g}, {high:.2g}]")
-    order = (NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN)
-    return Evidence(min(verdicts, key=order.index), count, "; ".join(parts) or "–")
+    return Evidence(weakest_of(verdicts), count, "; ".join(parts) or "–")
 
 
 def _reaches(results: Results, study: str, arm: str, goal: float, metric: str) -> Evidence:

@@ -28,17 +28,7 @@ from espalier.nn import CayleyConv2d
 from espalier.study.statistics import Interval, t_interval
 from espalier.study.table import markdown_rows
 from espalier.train.build import environment
-from experiments.evidence import (
-    CONTRADICTED,
-    NOT_RUN,
-    NOT_SHOWN,
-    SHOWN,
-    Evidence,
-    Results,
-    interval_text,
-    not_run,
-    verdict,
-)
+from experiments.evidence import Evidence, Results, interval_text, not_run, verdict, weakest_of
 from experiments.scheduler import COMMITTED
 
 MADE = "<!-- Made from docs/results/records by `make results`: do not edit. -->"
@@ -147,7 +137,7 @@ def leans(results: Results) -> Evidence:
     if qk is None or vo is None:
         return not_run(results)
     below = Interval(-vo.mean, -vo.high, -vo.low, vo.n)
-    found = min((verdict(qk), verdict(below)), key=(NOT_RUN, CONTRADICTED, NOT_SHOWN, SHOWN).index)
+    found = weakest_of([verdict(qk), verdict(below)])
     return Evidence(found, qk.n, f"β of W_Q W_Kᵀ {interval_text(qk, 100)} %, of W_V W_out {interval_text(vo, 100)} %")
 
 

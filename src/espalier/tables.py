@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return ``table_lines`` as one text."""
+    return "\n".join(table_lines(rows))
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the first row as a heading, a line under it and the other rows, every column as wide as its widest cell.
 
     Args:
@@ -13,4 +18,4 @@ def plain_table(rows: Sequence[Sequence[str]]) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]

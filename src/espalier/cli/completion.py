@@ -17,11 +17,11 @@ def completion_script(commands: Mapping[str, Callable[..., None]], shell: Shell)
         commands: the commands by name.
         shell: ``"bash"``, ``"zsh"`` or ``"fish"``.
     """
+    import tyro
+
     from espalier.cli.parse import takes_recipe, typed_arguments
-    from espalier.errors import require
     from espalier.recipes import get_recipe
 
-    tyro = require("tyro", "train")
     typed = {
         name: typed_arguments(command, get_recipe("digits_vit") if takes_recipe(command) else None)
         for name, command in commands.items()

@@ -18,7 +18,7 @@ from espalier.cli.recipe_flags import (
     refuse_unused_fields,
     split_keyword_fields,
 )
-from espalier.errors import EspalierError, require, unknown_name
+from espalier.errors import EspalierError, unknown_name
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.recipes.files import open_recipe
 
@@ -78,7 +78,8 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
         base = merge_keyword_fields(drop_replaced_arguments(base, tokens), keywords)
     typed = typed_arguments(command, base)
-    tyro = require("tyro", "train")
+    import tyro
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -107,7 +108,8 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
         command: the command.
         base: the default of its recipe, whose fields become options without a prefix (``--lr``).
     """
-    tyro = require("tyro", "train")
+    import tyro
+
     hints = get_type_hints(command, globalns={**command.__globals__, "Recipe": Recipe})
     parameters = list(inspect.signature(command).parameters.values())
     for index, each in enumerate(parameters):

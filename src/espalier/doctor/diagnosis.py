@@ -9,6 +9,7 @@ from typing import Any
 
 from espalier.doctor.finding import SEVERITIES, Finding
 from espalier.doctor.record import pattern_of
+from espalier.tables import table_lines
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,8 @@ def _merged(findings: Sequence[Finding]) -> list[Finding]:
 def _table(rows: Sequence[Finding]) -> list[str]:
     header = ("severity", "layer", "check", "measured", "usual")
     cells = [header, *((f.severity, f.layer or "(model)", f.check, f.measured, f.usual) for f in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    table = [lines[0], "  ".join("─" * width for width in widths)]
-    for line, finding in zip(lines[1:], rows, strict=True):
-        table += [line, f"{'':{widths[0]}}  → {finding.remedy}" + (f" ({finding.page})" if finding.page else "")]
+    heading, rule, *lines = table_lines(cells)
+    table, margin = [heading, rule], " " * len(rule.partition(" ")[0])
+    for line, finding in zip(lines, rows, strict=True):
+        table += [line, f"{margin}  → {finding.remedy}" + (f" ({finding.page})" if finding.page else "")]
     return table

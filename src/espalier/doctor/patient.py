@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from espalier.doctor.record import Record
 from espalier.doctor.stats import TensorStats
+from espalier.init.trained import drawn_around_zero
 
 
 @dataclass
@@ -60,11 +61,6 @@ class Patient:
     @cached_property
     def _by_name(self) -> dict[str, Record]:
         return {record.name: record for record in self.records}
-
-
-def drawn_around_zero(mean: float, std: float) -> bool:
-    """Return whether gains look like weights: small, and as many below zero as above."""
-    return 0 < std < 0.3 and abs(mean) < 0.3 * std
 
 
 def _left_its_start(bias: TensorStats) -> bool:

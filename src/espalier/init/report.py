@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from espalier.tables import plain_table
+
 Status = Literal["written", "present", "changed", "absent", "lost", "failed", "skipped"]
 
 
@@ -67,10 +69,7 @@ class StructureReport:
             (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
             for row in self.layers
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:], *notes])
+        return "\n".join([plain_table(rows), *(f"note: {note}" for note in self.notes)])
 
 
 def measured_in_words(row: LayerReport) -> str:

@@ -34,10 +34,15 @@ def trained_norms(model: nn.Module) -> tuple[list[str], int]:
             continue
         count += 1
         gain = gain.detach().double()
-        around_zero = 0 < gain.std() < 0.3 and gain.mean().abs() < 0.3 * gain.std()
+        around_zero = drawn_around_zero(float(gain.mean()), float(gain.std()))
         if torch.isfinite(gain).all() and gain.min() < gain.max() and not around_zero:
             moved.append(name)
     return moved, count
+
+
+def drawn_around_zero(mean: float, std: float) -> bool:
+    """Return whether gains look like weights: small, and as many below zero as above."""
+    return 0 < std < 0.3 and abs(mean) < 0.3 * std
 
 
 def warn_if_trained(model: nn.Module) -> None:

@@ -64,7 +64,7 @@ def read_yaml(text: str, where: str) -> Any:
     pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
     try:
-        return yaml.load(text, Loader)
+        return yaml.load(text, Loader)  # a SafeLoader: it builds plain values alone
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EspalierError(f"recipe file {where!r} is no YAML: {' '.join(str(error).split())[:200]}") from None
 

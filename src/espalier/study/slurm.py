@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("SLURM_CPUS_ON_NODE", "1")))
     started = time.monotonic()
     with open(sys.argv[1], "rb") as file:
-        worker = pickle.load(file)
+        worker = pickle.load(file)  # which the launcher of this study wrote for its own jobs
     try:
         worker()
     except KeyboardInterrupt as error:

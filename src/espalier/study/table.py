@@ -10,6 +10,7 @@ from espalier.study.solving_table import NOTES, solving_tables
 from espalier.study.statistics import Interval, t_interval
 from espalier.study.summary import ArmSummary, Summary, score_limits
 from espalier.study.trial import Trial
+from espalier.tables import plain_table
 
 
 def header(summary: Summary) -> tuple[str, ...]:
@@ -88,11 +89,8 @@ def assumptions(summary: Summary) -> list[str]:
 
 def text_table(summary: Summary) -> str:
     """Return the summary as plain text for a terminal."""
-    rows = [header(summary), *cells(summary)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:], "", *sentences(summary), *failure_lines(summary)])
+    table = plain_table([header(summary), *cells(summary)])
+    return "\n".join([table, "", *sentences(summary), *failure_lines(summary)])
 
 
 def markdown_table(summary: Summary) -> str:

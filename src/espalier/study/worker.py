@@ -111,7 +111,7 @@ class Worker:
     def __call__(self) -> None:
         """Drain the list."""
         sys.path += [folder for folder in self.folders if folder not in sys.path]
-        study, run = pickle.loads(self.task)
+        study, run = pickle.loads(self.task)  # a function has no other form, and its own launcher made it
         torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
         drain(study, run)
 
@@ -120,7 +120,7 @@ def main() -> None:
     """Run the worker that the launcher writes to standard input, and end when that input ends (Note [Stopping])."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that runs in the background starts with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    worker = pickle.load(sys.stdin.buffer)
+    worker = pickle.load(sys.stdin.buffer)  # a pipe from the launcher that started this process
     launcher = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a trial that reads its input must not wait for the launcher
     threading.Thread(target=_stop_with, args=(launcher,), daemon=True).start()

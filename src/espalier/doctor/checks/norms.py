@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from espalier.doctor.finding import Finding
-from espalier.doctor.patient import Patient, drawn_around_zero
+from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
 from espalier.doctor.registry import register_check
+from espalier.init.trained import drawn_around_zero
 
 _TORCH = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
