@@ -110,6 +110,7 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
     """
     import tyro
 
+    positional: Any = tyro.conf.Positional
     hints = get_type_hints(command, globalns={**command.__globals__, "Recipe": Recipe})
     parameters = list(inspect.signature(command).parameters.values())
     for index, each in enumerate(parameters):
@@ -122,7 +123,8 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
             # What its default means stands in its description.
             alone = len(parameters) == 1
             told = tyro.conf.arg(help_behavior_hint="", metavar=each.name.upper() if alone else None)
-            hint = tyro.conf.Positional[Annotated[hint, told]] if alone else Annotated[hint, told]
+            hint = Annotated[hint, told]
+            hint = positional[hint] if alone else hint
         parameters[index] = each.replace(annotation=hint, default=default)
 
     def arguments(**values: Any) -> dict[str, Any]:
