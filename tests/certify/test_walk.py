@@ -271,7 +271,7 @@ def test_an_operator_that_rounding_left_far_from_orthogonal_is_measured() -> Non
     x = torch.rand(1, 6, 8, 8).double()
     try:
         exact = steepest(conv, x)
-    except torch.linalg.LinAlgError:  # the inverse of some libraries, which pivot: singular as it is rounded, or infinite
+    except torch.linalg.LinAlgError:  # some libraries invert by pivoting: singular as it is rounded, or infinite
         with pytest.raises(UncertifiableError, match="forward pass fails|its constant is inf"):
             lipschitz_bound(conv, x)
     else:
