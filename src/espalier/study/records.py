@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from espalier.errors import EspalierError
-from espalier.files import write_bytes
+from espalier.files import lock_of, write_bytes
 from espalier.study.record import Record, contradiction, record_from_line
 
 _WAIT_SECONDS = 60.0
@@ -96,7 +96,7 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     to = Path(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(to.parent / f".{to.name}.lock", timeout=_WAIT_SECONDS):
+        with FileLock(lock_of(to), timeout=_WAIT_SECONDS):  # left there: whoever waits for it must find the same file
             before = to.read_bytes() if to.exists() else None
             combined = combine([*(read_records(to) if before is not None else ()), *records])
             content = "".join(record.line() for record in combined).encode()
