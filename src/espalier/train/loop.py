@@ -389,7 +389,7 @@ def _locate(s: _Session) -> str:
     for inputs, _ in batches:
         for part in inputs[s.mine].chunk(parts):
             with s.fabric.autocast():
-                found = find_nonfinite(s.model, part if len(part) else inputs[:1])
+                found = find_nonfinite(s.model, part if len(part) else inputs.new_zeros(1, *inputs.shape[1:]))
             first = min((each for each in gather_objects(found) if each is not None), default=None)
             if first is not None:
                 return f"{place}: {first[1]}"
