@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from torch import nn
 from espalier import data, models
 from espalier.cli.main import main
 from espalier.errors import EspalierError
+from espalier.recipes.base import Recipe
 from espalier.train import train
+from espalier.train.build import build_optimizer
 from espalier.train.nonfinite import LossGuard, find_nonfinite
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -76,9 +78,10 @@ def test_the_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lay
     assert ("'weight' of" in where) == gradient
 
 
-def test_the_step_is_exact_however_late_somebody_looks() -> None:
+@pytest.mark.parametrize("name", get_args(get_type_hints(Recipe)["optimizer"]))
+def test_the_step_is_exact_however_late_somebody_looks(name: str) -> None:
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = build_optimizer(model, recipe(optimizer=name, lr=0.1))
     guard = LossGuard(optimizer, torch.device("cpu"))
     before: list[torch.Tensor] = []
     for step in range(20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -220,12 +221,11 @@ def _load(
             raise ValueError("its loss is not finite")
         if not all(isinstance(row, dict) for row in content["rows"]):
             raise ValueError("its rows are none")
-        parameters = dict(model.named_parameters())
+        parameters, single = dict(model.named_parameters()), _single_numbers(optimizer)
         for name, keys in content["optimizer"].items():
             like = parameters[name]
-            # Adam's only entry that is not as large as its parameter.
-            step = torch.zeros((), dtype=torch.float32, device=like.device)
-            optimizer.state[like] = {key: step if key == "step" else torch.zeros_like(like) for key in keys}
+            number = torch.zeros((), dtype=torch.float32, device=like.device)
+            optimizer.state[like] = {key: number.clone() if key in single else torch.zeros_like(like) for key in keys}
         if content["averages"] != (averages is not None):
             raise ValueError("averaged weights are in one of the two")
         tensors = _tensors(model, optimizer, averages)
@@ -242,6 +242,16 @@ def _load(
     except Exception as error:  # a dozen kinds: the digests are right, so somebody made this checkpoint by hand
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error
+
+
+def _single_numbers(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Return the entries of an optimiser's state that are not as large as their parameter, from a step on another."""
+    other = torch.zeros(2, requires_grad=True)
+    other.grad = torch.zeros(2)
+    known = inspect.signature(type(optimizer)).parameters
+    twin = type(optimizer)([other], **{key: value for key, value in optimizer.defaults.items() if key in known})
+    twin.step()
+    return {key for key, value in twin.state[other].items() if value.ndim == 0}
 
 
 def _tensors(

@@ -13,24 +13,32 @@ from espalier.train.parallel import local_part
 class LossGuard:
     """Holds the optimiser back from the first step on whose loss is not finite, without waiting for the device.
 
-    The fused optimisers skip their update where ``found_inf`` is 1, as for gradient scaling. So the weights stay those
-    that the bad step saw, however much later somebody looks.
+    The fused optimisers skip their update where ``found_inf`` is 1, as for gradient scaling; from the others the
+    gradients are taken away, for which they wait for the device. So the weights stay those that the bad step saw,
+    however much later somebody looks.
 
     Args:
-        optimizer: a fused Adam or AdamW.
+        optimizer: of torch.
         device: where the losses are.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.found = torch.zeros((), device=device)
         self._healthy = torch.zeros((), device=device)
-        optimizer.found_inf = self.found  # type: ignore[attr-defined]
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = self.found  # type: ignore[attr-defined]
+        else:
+            optimizer.register_step_pre_hook(self._take_gradients)
 
     @torch.no_grad()
     def note(self, loss: Tensor) -> None:
         """Take in the loss of a step, the same on all processes, before its update."""
         self.found.copy_(torch.maximum(self.found, (~torch.isfinite(loss)).float()))
         self._healthy += 1 - self.found
+
+    def _take_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.found.item():
+            optimizer.zero_grad(set_to_none=True)
 
     def healthy_steps(self) -> int | None:
         """Return the number of steps before the first bad one, None if there was none; waits for the device."""
