@@ -53,8 +53,21 @@ _COPY = {
 
 
 def plans() -> list[Plan]:
-    """Return every training in order of worth: the published number, then pairs of arms, then nets at equal time."""
-    first = [Plan("convmixer_cifar10", "convmixer_cifar10", seconds=360, epochs=25, changes=_FAST)]
+    """Return every training in order of worth: what no committed record shows yet comes first."""
+    nets = [
+        Plan("certified_at_equal_time", recipe, recipe, 0, 420, certified=True)
+        for recipe in ("kwlarge_cifar10", "orthogonal_cifar10")
+    ]
+    # The published number: its first seed is among the committed records.
+    published = [
+        Plan("convmixer_cifar10", "convmixer_cifar10", "default", seed, seconds=420, epochs=25, changes=_FAST)
+        for seed in (1, 2, 0)
+    ]
+    recall = [
+        Plan("copying_50", "copy_mamba1", arm, seed, 200, 100, _COPY)
+        for seed in (0, 1)
+        for arm in ("default", "mimetic-ssm")
+    ]
     # Without RandAugment, which is drawn image by image and takes ten times the step of so small a network.
     vit = [
         Plan(
@@ -70,16 +83,7 @@ def plans() -> list[Plan]:
         for lr in CIFAR10.lrs
         for arm in CIFAR10.arms
     ]
-    nets = [
-        Plan("certified_at_equal_time", recipe, recipe, 0, 240, certified=True)
-        for recipe in ("kwlarge_cifar10", "orthogonal_cifar10")
-    ]
-    recall = [
-        Plan("copying_50", "copy_mamba1", arm, seed, 200, 100, _COPY)
-        for seed in (0, 1)
-        for arm in ("default", "mimetic-ssm")
-    ]
-    return [*first, *vit[:6], *nets, *recall[:2], *vit[6:12], *recall[2:], *vit[12:]]
+    return [nets[0], *published[:2], nets[1], *recall, *vit, published[2]]
 
 
 def _changes(recipe: Recipe) -> dict[str, Any]:
