@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,6 +131,25 @@ def test_layers_of_orthogonium_are_bounded_by_their_kernels(layer: str, kernel: 
         theirs = conv.conv(x) if stride == 2 else None
     if theirs is not None:
         torch.testing.assert_close(conv(x), theirs)
+
+
+@pytest.mark.parametrize("layer", ["aoc", "soc"])
+def test_nets_of_orthogonium_are_certified(layer: str) -> None:
+    pytest.importorskip("orthogonium")
+    torch.manual_seed(1)
+    net = OrthogonalConvNet((8,), (1,), hidden=16, img_size=16, layer=layer).eval()
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        scores, double = net(images), copy.deepcopy(net).double()(images.double())
+    # Their kernels come from iterations that are run again in float64: they agree to the float32 iteration's rounding.
+    torch.testing.assert_close(scores.double(), double, rtol=1e-4, atol=1e-5)
+    certificate = certify(net, images, scores.argmax(1))
+    top = scores.topk(2, dim=1).values
+    margins = (top[:, 0] - top[:, 1]).double()
+    radii = torch.tensor(certificate.radii)
+    assert (radii > 0).all()
+    # No radius is larger than the one of a net whose constant is 1, up to the difference between the two kernels.
+    assert (radii <= margins / 2**0.5 + 1e-4).all()
 
 
 # -- stale caches: what is certified are the present weights

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,6 +71,14 @@ class OrthogoniumConv2d(nn.Module):
         low = reach // 2
         padded = F.pad(x, (low, reach - low, low, reach - low), mode="circular")
         return F.conv2d(padded, weight, self.conv.bias, self.stride)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthogoniumConv2d:
+        # The library's normalisations note their dtype when they are made, and fail after ``double()``.
+        super()._apply(fn, recurse)
+        for part in self.modules():
+            if isinstance(getattr(part, "dtype", None), torch.dtype):
+                part.dtype = self.conv.bias.dtype
+        return self
 
     def lipschitz_constant(self) -> float:
         """Return the bound of the kernel as it is now."""
