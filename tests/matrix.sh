@@ -31,7 +31,9 @@ ALL="default threads-1 threads-4 aten-default aten-avx2 torch-backend mkl-avx2 m
 
 # A PATH with the programs that the tests call and without a compiler.
 rm -rf .matrix-path && mkdir .matrix-path
-trap 'rm -rf .matrix-path' EXIT
+# torch's compiler does not tell instruction sets apart in its cache: what it kept of one crashes under another.
+kept=$(mktemp -d)
+trap 'rm -rf .matrix-path "$kept"' EXIT
 for program in sh bash env git make chromium chromium-browser google-chrome; do
   found=$(command -v "$program") && ln -s "$found" ".matrix-path/$program"
 done
@@ -44,7 +46,7 @@ for setting in ${SETTINGS:-$ALL}; do
   log=$(mktemp)
   started=$(date +%s)
   # shellcheck disable=SC2086  # one word an assignment
-  env ${ENVIRONMENT[$setting]} "$PYTHON" -m pytest -q -n "$WORKERS" --dist loadfile "$@" 2>&1 | /usr/bin/tee "$log"
+  env TORCHINDUCTOR_CACHE_DIR="$kept/$setting" ${ENVIRONMENT[$setting]} "$PYTHON" -m pytest -q -n "$WORKERS" --dist loadfile "$@" 2>&1 | /usr/bin/tee "$log"
   verdict=${PIPESTATUS[0]}
   [ "$verdict" = 0 ] && word=pass || { word=FAIL; failed=1; }
   table+=$(printf '%-15s %-4s %5d s  %s' "$setting" "$word" "$(($(date +%s) - started))" "$(tail -1 "$log")")$'\n'
