@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -57,6 +57,7 @@ class Runs(nn.Module):
     move=st.one_of(*MOVES.values()),
     shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 4)),
 )
+@example(move=lambda x: F.pad(x, [-1, 2, 0, 0], "circular"), shape=(1, 1, 2, 2))
 def test_a_move_is_bounded_by_its_norm_or_refused(move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
     x = torch.rand(shape, dtype=torch.float64)
     try:
@@ -67,7 +68,11 @@ def test_a_move_is_bounded_by_its_norm_or_refused(move: Callable[[Tensor], Tenso
     assert len(y) == len(x)
     if not y.numel():
         return
-    jacobian = torch.autograd.functional.jacobian(move, x).reshape(len(x), y[0].numel(), len(x), x[0].numel())
+    # By differences, exact for what only moves numbers: torch's own gradient of circular padding that cuts one side and
+    # wraps the other more than once leaves copies out.
+    zero, units = torch.zeros_like(x), torch.eye(x.numel(), dtype=x.dtype).view(-1, *shape)
+    columns = torch.stack([(move(zero + unit) - move(zero)).flatten() for unit in units], dim=1)
+    jacobian = columns.reshape(len(x), y[0].numel(), len(x), x[0].numel())
     for image in range(len(x)):
         others = [other for other in range(len(x)) if other != image]
         assert not jacobian[image, :, others].any()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -26,6 +27,7 @@ def run(script: str, *start: str, folder: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_shards_hold_the_single_process_weights_bit_for_bit(tmp_path: Path) -> None:
     run("sharded_structure.py", folder=tmp_path / "1")
     one = load_file(tmp_path / "1" / "weights.safetensors")
@@ -42,6 +44,7 @@ def test_shards_hold_the_single_process_weights_bit_for_bit(tmp_path: Path) -> N
         assert (tmp_path / ranks / "table.txt").read_text() == table
 
 
+@pytest.mark.slow
 def test_ranks_inside_ddp_take_the_draw_of_rank_0(tmp_path: Path) -> None:
     run("replicated_structure.py", folder=tmp_path / "one")
     run("replicated_structure.py", *TORCHRUN, "2", folder=tmp_path / "two")

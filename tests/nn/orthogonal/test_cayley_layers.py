@@ -187,6 +187,7 @@ def test_inductor_compiles_layers_of_many_shapes(dynamic: bool | None) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_exported_program_is_the_same_function_and_follows_its_weights() -> None:
     net, x = small_net().eval(), images()
     program = torch.export.export(net, (x,))
