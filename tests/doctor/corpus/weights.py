@@ -60,6 +60,17 @@ def experts_are_drawn_from_one_seed(fault: bool) -> dict[str, Any]:
     return {"model": model}
 
 
+@case("", "zero-rows", "qkv.weight")
+def the_queries_within_a_fused_projection_are_zero(fault: bool) -> dict[str, Any]:
+    model = nn.ModuleDict({"qkv": nn.Linear(32, 96), "proj": nn.Linear(32, 32)})
+    for layer in model.values():
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    if fault:
+        model["qkv"].weight.data[:32] = 0
+    return {"model": model}
+
+
 @case("PaddlePaddle/PaddleRec#721", "equal-units", "0.weight")
 def every_unit_of_an_expert_has_the_same_weights(fault: bool) -> dict[str, Any]:
     model = mlp()

@@ -85,6 +85,35 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
         return
 
 
+@register_check("zero-rows", scope="tensor", fresh_only=True)
+def zero_rows(record: Record, patient: Patient) -> Iterator[Finding]:
+    """Output units of one weight that are all zero among others that were drawn: queries within a fused projection.
+
+    An error where the layer feeds a product, a warning elsewhere.
+    """
+    stats, values = record.stats, record.values
+    if stats is None or values is None or not record.matrix or record.role != "weight" or not stats.noise:
+        return
+    if not (record.trainable or patient.model is None):
+        return
+    # Zeros in the sample first: a look at every row costs as much as all other checks.
+    if stats.zeros < stats.sampled / 64:
+        return
+    closed = (values.reshape(len(values), -1) == 0).all(1).nonzero().flatten()
+    if len(closed) < max(2, len(values) / 32):
+        return
+    name = record.layer or record.leaf
+    vital = _READS.search(name) or _READS.search(record.leaf)
+    yield Finding(
+        "error" if vital else "warning",
+        record.name,
+        "zero-rows",
+        f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on",
+        "rows drawn alike",
+        "draw them: heads or units that start at zero here get no gradient, or leave their partners without one",
+    )
+
+
 def _all_equal(pieces: Tensor) -> bool:
     head = pieces[:, :256]
     return bool((head == head[:1]).all()) and bool(torch.equal(pieces[1:], pieces[:1].expand_as(pieces[1:])))
