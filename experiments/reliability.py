@@ -108,12 +108,12 @@ def damage(folder: Path, draw: random.Random, most: int) -> Found:
         content = (copy / file).read_bytes()
         (copy / file).write_bytes(DAMAGES[how](content, draw))
 
-        def go_on(work: Any = work, outcome: Any = outcome, expected: Any = expected, copy: Path = copy) -> None:
+        def resume(work: Any = work, outcome: Any = outcome, expected: Any = expected, copy: Path = copy) -> None:
             work(copy)
             if outcome(copy) != expected:
                 raise AssertionError("a wrong number")
 
-        found.add(ended(start(go_on)), f"{name}/{file} {how}", "same numbers")
+        found.add(ended(start(resume)), f"{name}/{file} {how}", "same numbers")
         shutil.rmtree(copy)
     return found
 

@@ -30,7 +30,7 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
     Args:
         out: folder of the runs and the page.
         workers: processes that train side by side.
-        smallest: one seed, one learning rate, one epoch: checks that everything runs, shows nothing.
+        smallest: one seed, one learning rate, one epoch: a smoke test; its numbers mean nothing.
     """
     from espalier.report import write_report
     from espalier.study import launch, plan_study, summarise, text_table

@@ -66,13 +66,13 @@ class StructureReport:
     def __str__(self) -> str:
         header = ("layer", "kind", "host", "status", "asked", "measured")
         rows = [header] + [
-            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
+            (row.layer or "(model)", row.kind, row.host, row.status, row.asked, describe_measured(row))
             for row in self.layers
         ]
         return "\n".join([plain_table(rows), *(f"note: {note}" for note in self.notes)])
 
 
-def measured_in_words(row: LayerReport) -> str:
+def describe_measured(row: LayerReport) -> str:
     """Return what was measured of a layer, and the note on it; standard scores are left out."""
     shown = ", ".join(f"{name} {value:+.3g}" for name, value in row.measured.items() if not name.endswith("_z"))
     return "; ".join(part for part in (shown, row.note) if part)

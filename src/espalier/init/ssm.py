@@ -87,7 +87,7 @@ class MimeticSSM:
             delta_weight=self.delta_weight,
         )
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return what is asked for, as reports show it."""
         exponent = "" if self.decay is None else f"{self.decay:g}" + ("·A_log" if self.decay_rule == "scaled" else "")
         parts = (
@@ -173,7 +173,7 @@ def mimetic_ssm_(
     Raises:
         EspalierError: shapes that do not fit together, or an argument out of range.
 
-    Source: arXiv 2410.11135. The law of W′, its scale and the constant rule are ours.
+    Source: arXiv 2410.11135. The distribution of W′, its scale and the constant rule are ours.
     """
     spec = MimeticSSM(**parts)
     _check_shapes(w_b, w_c, groups)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.init import StructureReport
-from espalier.init.report import measured_in_words
+from espalier.init.report import describe_measured
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.report.confusion import confusion
 from espalier.report.curves import run_curves
@@ -49,7 +49,7 @@ def structure(run: Run, context: Context) -> Section | None:
     for row in content["layers"]:
         row["measured"] = {name: value for name, value in row["measured"].items() if value is not None}
     rows = [
-        (row.layer or "(model)", row.kind, row.host, row.status, row.asked, measured_in_words(row))
+        (row.layer or "(model)", row.kind, row.host, row.status, row.asked, describe_measured(row))
         for row in StructureReport.from_dict(content).layers
     ]
     header = ("layer", "kind", "host", "status", "asked", "measured at the start")

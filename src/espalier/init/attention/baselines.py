@@ -1,4 +1,4 @@
-"""Peers of mimetic initialisation: what others write into attention and MLP layers, each in a few lines."""
+"""Baselines for mimetic initialisation: what others write into attention and MLP layers, each in a few lines."""
 
 from __future__ import annotations
 

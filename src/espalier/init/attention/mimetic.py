@@ -34,7 +34,7 @@ class Mimetic:
     Attributes:
         qk: strengths for W_Q W_Kᵀ, one draw a head; ``None`` leaves queries and keys alone.
         vo: strengths for W_V W_proj, one draw a layer; ``None`` leaves values and the output projection alone.
-        noise: law of Z, ``"normal"`` or ``"uniform"``.
+        noise: distribution of Z, ``"normal"`` or ``"uniform"``.
         method: how factors are found, ``"auto"``, ``"exact"`` or ``"fast"``.
         layers: pairs (qk, vo) from the first attention layer to the last, in place of the two above; a model of another
             depth takes strengths between them, at the same fraction of its depth. ``espalier.init.fit`` makes them.
@@ -121,7 +121,7 @@ def mimetic_attention_(
         num_kv_heads: H_kv; H when left out.
         qk: (α₁, β₁), or ``None`` to leave queries and keys alone.
         vo: (α₂, β₂), or ``None`` to leave values and outputs alone.
-        noise: law of Z.
+        noise: distribution of Z.
         method: how the factors are found, see ``near_identity_factors``.
         generator: source of Z.
 

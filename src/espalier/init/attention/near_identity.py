@@ -28,10 +28,10 @@ _CUT_SLACK = 1.2
 _PILOT = 256
 
 # Note [Turned copies]
-# Gaussian noise has no preferred axes: O Z Oᵀ has the law of Z for every orthogonal O, and O I Oᵀ = I. So for a random
-# O, uniformly drawn, O A Oᵀ is another draw of αZ + βI, with the same singular values turned to fresh directions, and
-# its top triplets are those of A times O: no second decomposition. O acts on the 2k columns of [L R] = Q R alone, and
-# O Q is simply a uniformly random orthonormal frame. Each copy has exactly the law of a fresh draw; together they share
+# Gaussian noise has no preferred axes: O Z Oᵀ is distributed as Z for every orthogonal O, and O I Oᵀ = I. So for a
+# uniformly random O, O A Oᵀ is another draw of αZ + βI, with the same singular values turned to fresh directions; its
+# top triplets are those of A times O: no second decomposition. O acts on the 2k columns of [L R] = Q R alone, and O Q
+# is a uniformly random orthonormal frame. Each copy has exactly the distribution of a fresh draw; together they share
 # one spectrum, which hardly varies from draw to draw at the widths where this is used.
 #
 # The same serves full rank, above 512 features: (O L)(O R)ᵀ = O A Oᵀ. To turn two factors costs half of an
@@ -185,7 +185,7 @@ def near_identity_factors(
         rank: k ≤ d.
         alpha: strength of the noise.
         beta: strength of the identity.
-        noise: law of Z, as in ``near_identity``.
+        noise: distribution of Z, as in ``near_identity``.
         method: ``"exact"`` by a full decomposition; ``"fast"`` by a Chebyshev-filtered subspace that captures at least
             99.5 % of the energy of the exact one; ``"auto"`` is fast where that pays (d ≥ 256 and k ≤ d/4). At full
             rank all are exact; above d = 512, with normal noise, all but ``"exact"`` turn one decomposition.
@@ -241,7 +241,7 @@ def near_identity_heads(
     """Yield the factors of ``count`` draws of ``αZ + βI``, one a head, each as ``near_identity_factors`` returns them.
 
     Where the fast way is taken and the noise is normal, one draw is decomposed and the others are random rotations of
-    it, ``O A Oᵀ``: each has the law of a fresh draw, at a tenth of the cost; see Note [Turned copies].
+    it, ``O A Oᵀ``: each has the distribution of a fresh draw, at a tenth of the cost; see Note [Turned copies].
 
     Args:
         count: how many draws; one d × d matrix at most is held at a time.

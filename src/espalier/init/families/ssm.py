@@ -73,7 +73,7 @@ class SSMFamily(Family):
             bias.zero_()
         for bias in weights.delta_shifts if spec.delta is not None else ():
             bias.zero_()
-        return spec.in_words()
+        return spec.describe()
 
     def measure(self, weights: SSMWeights) -> dict[str, float]:
         """Return the figures of ``measure_ssm``."""
@@ -147,7 +147,7 @@ class SSMFamily(Family):
     def lines(self, rows: Sequence[SSMFit]) -> list[str]:
         """Return a line a layer, and what to ask for."""
         spec = self.spec(rows)
-        return [*map(str, rows), *([] if spec is None else [f"ask for {spec.in_words()}"])]
+        return [*map(str, rows), *([] if spec is None else [f"ask for {spec.describe()}"])]
 
 
 def _steps(weights: SSMWeights) -> Tensor:

@@ -51,7 +51,7 @@ def pooled_covariance(groups: Sequence[Tensor]) -> tuple[Tensor, float]:
     """Return the pooled covariance of groups of filters and the square of its expected sampling error.
 
     ``S = Σ f fᵀ / Σ(n_j − 1)`` with f a filter less the mean of its own group, and
-    ``E‖S − Σ‖² ≈ (mean ‖f‖⁴ − ‖S‖²) / (Σ(n_j − 1) − 1)``, which assumes no particular law of the filters.
+    ``E‖S − Σ‖² ≈ (mean ‖f‖⁴ − ‖S‖²) / (Σ(n_j − 1) − 1)``, which assumes no particular distribution of the filters.
 
     Args:
         groups: one (n_j, K) tensor a network.
