@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cases_gpu import CASES, NETWORKS, ORTHOGONAL, Case, oracle, run, with_decisions, worst_error
+from cases_gpu import CASES, NETWORKS, ORTHOGONAL, SEQUENCE, Case, oracle, run, with_decisions, worst_error
 from espalier.nn import causal_conv_silu, mixing_matrix, selective_scan, ssd
 from reference.selective_scan_reference import selective_scan_loop
 from reference.ssd_reference import ssd_loop
@@ -17,6 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:espalier runs 
 
 # Float32 rounding (6e-8) grown by the longest chains here: 700 steps of a scan, or ten orthogonal layers in a row.
 FLOAT32 = 2e-4
+CAPTURED = {**ORTHOGONAL, **SEQUENCE}
 IMAGES = {name: case for name, case in NETWORKS.items() if len(case.shape) == 4}
 
 
@@ -55,7 +58,7 @@ def test_bf16_autocast_is_near(case: Case, device: torch.device) -> None:
     assert error <= 0.05, f"off by {error:.1e}"
 
 
-@pytest.mark.parametrize("case", ORTHOGONAL.values(), ids=ORTHOGONAL)
+@pytest.mark.parametrize("case", CAPTURED.values(), ids=CAPTURED)
 def test_training_steps_do_not_wait_and_can_be_captured(case: Case, device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a CUDA device")
@@ -110,16 +113,34 @@ def test_channels_last_and_contiguous_agree(case: Case, device: torch.device) ->
     assert error <= FLOAT32, f"{where} is off by {error:.1e}"
 
 
-def test_selective_scan_against_the_loop(device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, delta = torch.randn(2, 70, 6, generator=generator), torch.rand(2, 70, 6, generator=generator)
-    a, b, c = -torch.rand(6, 5, generator=generator), *torch.randn(2, 2, 70, 5, generator=generator)
-    d, initial = torch.randn(6, generator=generator), torch.randn(2, 6, 5, generator=generator)
-    exact = selective_scan_loop(*(t.double() for t in (x, delta, a, b, c, d, initial)))
-    x, delta, a, b, c, d, initial = (t.to(device) for t in (x, delta, a, b, c, d, initial))
-    found = selective_scan(x, delta, a, b, c, d, initial_state=initial, return_state=True)
-    for mine, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(mine.cpu().double(), other, rtol=1e-4, atol=1e-4)
+def check_scan(scan: Any, loop: Any, tensors: tuple[Tensor, ...], device: torch.device, **rest: Any) -> None:
+    """Compare (y, final state) and all gradients with the float64 loop's; a second run must repeat every bit."""
+    exact_inputs = [t.double().requires_grad_() for t in tensors]
+    exact = loop(*exact_inputs)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(t.shape, generator=generator) for t in exact]
+    gradients = torch.autograd.grad(exact, exact_inputs, [w.double() for w in weights])
+    exact = [t.detach() for t in (*exact, *gradients)]
+    runs = []
+    for _ in range(2):
+        inputs = [t.to(device).requires_grad_() for t in tensors]
+        found = scan(*inputs[:6], initial_state=inputs[6], return_state=True, **rest)
+        gradients = torch.autograd.grad(found, inputs, [w.to(device) for w in weights])
+        runs.append([t.detach() for t in (*found, *gradients)])
+    for place, (mine, again, other) in enumerate(zip(*runs, exact, strict=True)):
+        error = float((mine.cpu().double() - other).norm() / other.norm())
+        assert error <= 1e-4, f"tensor {place} is off by {error:.1e}"
+        assert torch.equal(mine, again), f"tensor {place} does not repeat"
+
+
+@pytest.mark.parametrize(("channels", "size"), [(6, 5), (40, 16), (9, 64)])
+def test_selective_scan_against_the_loop(channels: int, size: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(channels)
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    x, delta = normal(2, 70, channels), torch.rand(2, 70, channels, generator=generator)
+    a, b, c = -torch.rand(channels, size, generator=generator), normal(2, 70, size), normal(2, 70, size)
+    inputs = (x, delta, a, b, c, normal(channels), normal(2, channels, size))
+    check_scan(selective_scan, selective_scan_loop, inputs, device)
 
 
 def test_ssd_against_the_loop(device: torch.device) -> None:
@@ -127,11 +148,7 @@ def test_ssd_against_the_loop(device: torch.device) -> None:
     x, delta = torch.randn(2, 70, 4, 6, generator=generator), torch.rand(2, 70, 4, generator=generator)
     a, b, c = -torch.rand(4, generator=generator), *torch.randn(2, 2, 70, 2, 5, generator=generator)
     d, initial = torch.randn(4, generator=generator), torch.randn(2, 4, 5, 6, generator=generator)
-    exact = ssd_loop(*(t.double() for t in (x, delta, a, b, c, d, initial)))
-    x, delta, a, b, c, d, initial = (t.to(device) for t in (x, delta, a, b, c, d, initial))
-    found = ssd(x, delta, a, b, c, d, initial_state=initial, return_state=True, chunk_size=16)
-    for mine, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(mine.cpu().double(), other, rtol=1e-4, atol=1e-4)
+    check_scan(ssd, ssd_loop, (x, delta, a, b, c, d, initial), device, chunk_size=16)
 
 
 def test_causal_convolution_against_a_plain_one(device: torch.device) -> None:

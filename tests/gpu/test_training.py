@@ -16,6 +16,7 @@ import espalier
 from cases_gpu import CASES, NETWORKS, run, worst_error
 from espalier.certify import certify, challenge
 from espalier.data.augmentation import Augmentation
+from espalier.errors import require
 from espalier.models import OrthogonalConvNet
 from espalier.randomness import derive_generator
 from espalier.recipes import INITS, Recipe, get_recipe
@@ -27,14 +28,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:espalier runs 
 @pytest.fixture
 def on_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that trains a recipe on the device or on the CPU."""
-    fabric_class = loop.require("lightning_fabric", "train").Fabric
+    fabric_class = require("lightning_fabric", "train").Fabric
 
     def run_recipe(recipe: Recipe, out: Path, where: torch.device) -> Any:
-        def make(chosen: Recipe) -> Any:
+        def make(chosen: Recipe, strategy: str) -> Any:
             precision = {"32": "32-true", "bf16": "bf16-mixed"}[chosen.precision]
             return fabric_class(accelerator="gpu" if where.type == "cuda" else "cpu", devices=1, precision=precision)
 
-        monkeypatch.setattr(loop, "_make_fabric", make)
+        monkeypatch.setattr(loop, "make_fabric", make)
         return train(recipe, out, progress=False)
 
     return run_recipe
@@ -122,7 +123,7 @@ def test_fused_optimisers_step_as_the_plain_ones(kind: type[torch.optim.Optimize
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore:The .grad attribute:UserWarning")
-@pytest.mark.parametrize("name", ["convmixer", "vit", "sequence", "orthogonal-convnet", "kwlarge", "mamba2"])
+@pytest.mark.parametrize("name", ["convmixer", "vit", "sequence", "orthogonal-convnet", "kwlarge", "mamba1", "mamba2"])
 def test_compiled_modules_agree(name: str, device: torch.device) -> None:
     module, x = CASES[name].seeded()
     module, x = module.to(device), x.to(device)

@@ -10,6 +10,21 @@ import pytest
 
 from espalier.errors import EspalierError
 from espalier.nn import backend, use_backend
+from needs import needs_library
+
+STAND_IN = """
+import sys, warnings
+from types import ModuleType
+sys.modules["mamba_ssm"] = None  # not to be imported
+for name in ("triton", "espalier.nn.kernels.triton_scans"):
+    sys.modules[name] = ModuleType(name) if {found} else None
+if {found}:
+    sys.modules["triton"].__version__ = "3"
+from espalier.nn import backend
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    print(backend("cuda"), backend("cuda").name, len(seen), sep=" | ")
+"""
 
 PROBE = """
 import warnings
@@ -35,7 +50,31 @@ def test_choosing_torch_gives_no_warning() -> None:
 
 
 def test_demanding_what_cannot_run_is_refused() -> None:
-    with pytest.raises(EspalierError, match="cannot run on cpu"), use_backend("mamba_ssm"):
+    with (
+        pytest.raises(EspalierError, match=r"'mamba_ssm' cannot run on cuda here .*pip install"),
+        use_backend("mamba_ssm"),
+    ):
         pass
     with pytest.raises(EspalierError, match="unknown backend 'tritn'"), use_backend("tritn"):
         pass
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_cuda_runs_in_triton_where_mamba_ssm_is_not(found: bool) -> None:
+    code, environment = STAND_IN.format(found=found), os.environ | {"CC": "cc"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    words, name, warned = run.stdout.strip().split(" | ")
+    if found:
+        assert (words, name, warned) == ("triton (our kernels in Triton 3)", "triton", "0")
+    else:
+        assert name == "torch"
+        assert "pip install mamba-ssm" in words
+        assert "pip install triton" in words
+        assert warned == "1"  # asked twice
+
+
+@needs_library("triton", "triton")
+def test_what_runs_on_cuda_alone_is_refused_on_a_cpu() -> None:
+    with use_backend("triton"), pytest.raises(EspalierError, match="'triton' cannot run on cpu"):
+        backend("cpu")

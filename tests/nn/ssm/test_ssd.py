@@ -63,7 +63,7 @@ def test_equals_the_loop_in_float64(
     inputs = draw(batch, length, heads[0], width, heads[1], states, torch.float64, seed=length)
     size = batch * heads[0] * min(chunk, length) ** 2
     with pytest.MonkeyPatch.context() as patch, use_backend(implementation):
-        patch.setattr(ssd_module, "_SEGMENT_NUMBERS", together * size)  # one, a few or all chunks at once
+        patch.setattr(ssd_module, "_SEGMENT_NUMBERS", {"cpu": together * size})  # one, a few or all chunks at once
         patch.setattr(ssd_module, "_KEPT_NUMBERS", 1 << 40 if keep else 0)  # what the forward pass made, or made again
         if bare:
             inputs = inputs[:5]

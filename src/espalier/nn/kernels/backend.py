@@ -1,11 +1,12 @@
-"""Which implementation of the hot loops runs, and why: compiled C++ or torch on a CPU, mamba_ssm or torch on CUDA."""
+"""Which implementation of the hot loops runs, and why: compiled C++ on a CPU, mamba_ssm or Triton on CUDA, or torch."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 
 from espalier.errors import EspalierError, unknown_name
 
-BACKENDS = ("auto", "compiled", "mamba_ssm", "torch")
+BACKENDS = ("auto", "compiled", "mamba_ssm", "triton", "torch")
 _OPERATIONS = {
     "compiled": ("selective_scan", "ssd", "causal_conv", "gated_norm", "orthogonal", "depthwise"),
     "mamba_ssm": ("selective_scan", "ssd"),
+    "triton": ("selective_scan", "ssd"),
 }
 _forced: ContextVar[str | None] = ContextVar("espalier_backend", default=None)
 
@@ -38,7 +40,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
     """Return what runs the scans, the causal convolution, the gated norm and orthogonal layers on ``device``, and why.
 
     The choice is automatic; ``use_backend`` or the environment variable ``ESPALIER_BACKEND`` (``compiled``,
-    ``mamba_ssm``, ``torch``) overrides it.
+    ``mamba_ssm``, ``triton``, ``torch``) overrides it.
 
     Raises:
         EspalierError: a backend is demanded that is unknown or cannot run here.
@@ -51,19 +53,27 @@ def backend(device: torch.device | str = "cpu") -> Backend:
         raise unknown_name("backend", asked, BACKENDS)
     if asked == "torch":
         return Backend("torch", source)
-    fast = {"cpu": _compiled, "cuda": _mamba_ssm}.get(kind)
-    found = fast() if fast else Backend("torch", f"there are no kernels for {kind}")
-    if asked not in ("auto", found.name):
-        raise EspalierError(f"backend {asked!r} cannot run on {kind} here ({found.reason}): use 'auto' or 'torch'")
-    return found
+    missing = []
+    for name, find in _FINDERS.get(kind, {}).items():
+        if asked in ("auto", name):
+            found = find()
+            if isinstance(found, Backend):
+                return found
+            missing.append(found)
+    reason = "; ".join(missing) or f"there are no such kernels for {kind}"
+    if asked != "auto":
+        raise EspalierError(f"backend {asked!r} cannot run on {kind} here ({reason}): use 'auto' or 'torch'")
+    if kind in _FINDERS:
+        _warn_once(reason)
+    return Backend("torch", reason)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[Backend]:
-    """Choose the implementation within a ``with`` block (see ``backend``)."""
+    """Choose the implementation within a ``with`` block (see ``backend``); where it cannot run is an error."""
     token = _forced.set(name)
     try:
-        yield backend()
+        yield backend("cuda" if name in _FINDERS["cuda"] else "cpu")
     finally:
         _forced.reset(token)
 
@@ -80,28 +90,47 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _compiled() -> Backend:
+def _compiled() -> Backend | str:
+    """Return the backend, or why it cannot run; so do those below."""
     from espalier.nn.kernels.library import KernelError, load
 
     try:
         return Backend("compiled", f"C++ kernels from {load()}")
     except KernelError as error:
-        return _fall_back(f"no C++ kernels: {error}")
+        return f"no C++ kernels: {error}"
 
 
 @cache
-def _mamba_ssm() -> Backend:
+def _mamba_ssm() -> Backend | str:
     try:
         module = importlib.import_module("mamba_ssm")
         importlib.import_module("espalier.nn.kernels.cuda")
     except ImportError as error:
-        return _fall_back(f"mamba_ssm's kernels cannot be imported ({error}): pip install mamba-ssm")
+        return f"mamba_ssm's kernels cannot be imported ({error}): pip install mamba-ssm"
     return Backend("mamba_ssm", f"mamba_ssm {getattr(module, '__version__', '')} is installed")
 
 
-def _fall_back(reason: str) -> Backend:
-    """Warn, once as the callers are cached, that the slower implementation runs."""
+@cache
+def _triton() -> Backend | str:
+    try:
+        module = importlib.import_module("triton")
+        importlib.import_module("espalier.nn.kernels.triton_scans")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install triton"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler, which it needs to start kernels: install gcc"
+    return Backend("triton", f"our kernels in Triton {module.__version__}")
+
+
+# By kind of device, the preferred ones first.
+_FINDERS: dict[str, dict[str, Callable[[], Backend | str]]] = {
+    "cpu": {"compiled": _compiled},
+    "cuda": {"mamba_ssm": _mamba_ssm, "triton": _triton},
+}
+
+
+@cache
+def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"espalier runs Mamba and orthogonal layers in plain torch, several times slower: {reason}", stacklevel=2
+        f"espalier runs Mamba and orthogonal layers in plain torch, several times slower: {reason}", stacklevel=3
     )
-    return Backend("torch", reason)

@@ -1,4 +1,4 @@
-"""The Mamba-1 recurrence: a compiled kernel where there is one, else pieces of time in plain torch."""
+"""The Mamba-1 recurrence: by a kernel where there is one, else pieces of time in plain torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Pieces of time in torch]
@@ -108,12 +108,12 @@ def _run(
         tensors = (x, delta, bias, a, b, c, d, gate, state)
         y, final, _ = selective_scan_cpu(*tensors, softplus, needs_grad(*tensors))
         return y, final
-    if name == "mamba_ssm" and state is None:  # its kernel starts from zero only
+    if name == "mamba_ssm" and state is None and x.dtype == torch.float32:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
         y, final = selective_scan_mamba_ssm(x, delta, a, b, c, d)
     else:
-        y, final = _apply_pieces(x, delta, a, b, c, state)
+        y, final = _apply(name, x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
     return (y if gate is None else y * F.silu(gate)), final
@@ -215,5 +215,18 @@ class _Pieces(torch.autograd.Function):
         return dx, ddelta, da, db, dc, carry if ctx.has_initial else None
 
 
+def _recurrence(
+    name: str, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # What traces operations, an export say, sees through those of torch alone. Triton comes with mamba_ssm.
+    if name in ("mamba_ssm", "triton") and x.dtype == torch.float32 and not is_tracing():
+        from espalier.nn.kernels.triton_scans import TritonScan
+
+        in_triton: tuple[Tensor, Tensor] = TritonScan.apply(x, delta, a, b, c, state)
+        return in_triton
+    in_torch: tuple[Tensor, Tensor] = _Pieces.apply(x, delta, a, b, c, state)
+    return in_torch
+
+
 # Wrapped once, here: a compiler that meets the call cannot trace the wrapping.
-_apply_pieces = outside_graphs(_Pieces.apply)
+_apply = outside_graphs(_recurrence)

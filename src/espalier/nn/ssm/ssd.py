@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Segments]
@@ -20,7 +20,9 @@ from espalier.nn.ssm.optional_inputs import check_rest
 # a time makes many small calls. So several chunks, a segment, are done at once, as many as keep the Q×Q matrices near
 # the cache size. The backward pass of a short batch reuses what the forward pass made of a segment; that of a long one,
 # where it would have left the cache and filled the memory, recomputes it from the state at the segment's start.
-_SEGMENT_NUMBERS = 1 << 18
+# A GPU's segments are as large as make a product worth its launch: 64 MiB a Q×Q tensor. Between the chunks of a segment
+# the state goes by one Triton kernel there, so that launches do not grow with the number of chunks.
+_SEGMENT_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _KEPT_NUMBERS = 1 << 23
 
 # Note [No gradient of the Q×Q decays]
@@ -78,12 +80,12 @@ def ssd(
     name = choose("ssd", x.device.type)
     if name == "compiled":
         y, final = _compiled((x, delta, a, b, c, d, state), chunk_size, return_state)
-    elif name == "mamba_ssm":
+    elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
         y, final = ssd_mamba_ssm(x, delta, a, b, c, d, state, chunk_size)
     else:
-        y, final = _grouped(x, delta, a, b, c, d, state, chunk_size, return_state)
+        y, final = _grouped((x, delta, a, b, c, d, state), chunk_size, return_state, name == "triton")
     if mask is not None:
         y = y * mask[..., None, None]
     y = y.to(dtype)
@@ -132,18 +134,9 @@ def _compiled(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool) ->
     return y.view(x.shape), final
 
 
-def _grouped(
-    x: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    state: Tensor | None,
-    chunk_size: int,
-    need_state: bool,
-) -> tuple[Tensor, Tensor]:
+def _grouped(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool, in_triton: bool) -> tuple[Tensor, Tensor]:
     """Fold groups into the batch, so that the core sees one B and one C for all its heads."""
+    x, delta, a, b, c, d, state = tensors
     batch, length, heads, width = x.shape
     groups, size = b.shape[2:]
     share = heads // groups
@@ -158,16 +151,18 @@ def _grouped(
     b, c = (t.transpose(1, 2).reshape(-1, length, size) for t in (b, c))
     if state is not None:
         state = state.reshape(-1, share, size, width).transpose(1, 2).contiguous()
-    y, final = _apply_chunked(x, delta, alpha, b, c, d_GH, state, min(chunk_size, length), need_state)
+    y, final = _apply_chunked(x, delta, alpha, b, c, d_GH, state, min(chunk_size, length), need_state, in_triton)
     if groups > 1:
         y = y.reshape(batch, groups, length, share, width).transpose(1, 2).reshape(batch, length, heads, width)
     return y, final.transpose(1, 2).reshape(batch, heads, size, width)
 
 
-def _segments(batch: int, length: int, heads: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+def _segments(shape: tuple[int, ...], chunk: int, device: str) -> Iterator[tuple[int, int, int]]:
     """Yield (start, number of chunks, chunk size): full segments, then the ragged last chunk on its own."""
+    batch, length, heads, _ = shape
     whole = length // chunk
-    together = max(1, _SEGMENT_NUMBERS // (batch * heads * chunk * chunk))
+    numbers = _SEGMENT_NUMBERS.get(device, _SEGMENT_NUMBERS["cpu"])
+    together = max(1, numbers // (batch * heads * chunk * chunk))
     for first in range(0, whole, together):
         yield first * chunk, min(together, whole - first), chunk
     if length % chunk:
@@ -203,8 +198,34 @@ def _inputs(tensors: tuple[Tensor, ...], place: tuple[int, int, int]) -> tuple[T
     return x, delta, b.reshape(x.shape[0] * n, q, -1), c.reshape(x.shape[0] * n, q, -1)
 
 
+def _between_chunks(
+    updates_BnNHP: Tensor, decays_BnH: Tensor, first_BNHP: Tensor | None, in_triton: bool, *, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the state before each chunk and the one after all: state ← update + decay · state.
+
+    ``reverse`` goes from the last chunk to the first.
+    """
+    if in_triton:
+        from espalier.nn.kernels.triton_scans import walk_chunks
+
+        return walk_chunks(updates_BnNHP, decays_BnH, first_BNHP, reverse=reverse)
+    before, state = torch.empty_like(updates_BnNHP), first_BNHP
+    chunks = range(updates_BnNHP.shape[1])
+    for k in reversed(chunks) if reverse else chunks:
+        before[:, k] = 0 if state is None else state
+        update = updates_BnNHP[:, k]
+        state = update if state is None else torch.addcmul(update, decays_BnH[:, k, None, :, None], state)
+    assert state is not None  # there is a chunk
+    return before, state
+
+
 def _prepare(
-    tensors: tuple[Tensor, ...], alpha_BLH: Tensor, place: tuple[int, int, int], state: Tensor | None, go_on: bool
+    tensors: tuple[Tensor, ...],
+    alpha_BLH: Tensor,
+    place: tuple[int, int, int],
+    state: Tensor | None,
+    go_on: bool,
+    in_triton: bool,
 ) -> _Segment:
     """Compute decays, scores and the states before each chunk of one segment."""
     start, n, q = place
@@ -219,14 +240,10 @@ def _prepare(
         return _Segment(x, delta, b, c, cum, decay, scores, None, None, None)
     into = x * (delta * torch.exp(cum[:, :, -1:] - cum))[..., None]
     updates = torch.bmm(b.mT, into.reshape(batch * n, q, heads * width)).view(batch, n, -1, heads, width)
-    whole_BnH = cum[:, :, -1].exp()
-    first = state
-    states = None if state is None and n == 1 else torch.empty_like(updates)
-    for k in range(n):
-        if states is not None:
-            states[:, k] = 0 if first is None else first
-        first = updates[:, k] if first is None else torch.addcmul(updates[:, k], whole_BnH[:, k, None, :, None], first)
-    return _Segment(x, delta, b, c, cum, decay, scores, into, states, first)
+    if state is None and n == 1:
+        return _Segment(x, delta, b, c, cum, decay, scores, into, None, updates[:, 0])
+    states, after = _between_chunks(updates, cum[:, :, -1].exp(), state, in_triton)
+    return _Segment(x, delta, b, c, cum, decay, scores, into, states, after)
 
 
 def _heads_first(tensor_BnQHP: Tensor) -> Tensor:
@@ -254,18 +271,20 @@ class _Chunked(torch.autograd.Function):
         initial_BNHP: Tensor | None,
         chunk: int,
         need_state: bool,
+        in_triton: bool,
     ) -> tuple[Tensor, Tensor]:
         batch, length, heads, width = x_BLHP.shape
+        ctx.in_triton = in_triton and not is_tracing()  # what traces sees through the operations of torch alone
         y = torch.empty_like(x_BLHP, memory_format=torch.contiguous_format)
         state, states = initial_BNHP, []
         inputs = (x_BLHP, delta_BLH, b_BLN, c_BLN)
         kept: list[Tensor | None] = []
-        places = list(_segments(batch, length, heads, chunk))
+        places = list(_segments(x_BLHP.shape, chunk, x_BLHP.device.type))
         keep = batch * length * heads * chunk <= _KEPT_NUMBERS and any(ctx.needs_input_grad)
         for place in places:
             states.append(state)
             go_on = need_state or place is not places[-1]
-            seg = _prepare(inputs, alpha_BLH, place, state, go_on)
+            seg = _prepare(inputs, alpha_BLH, place, state, go_on, ctx.in_triton)
             state = seg.after_BNHP
             kept += seg.made() if keep else ()
             _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d_GH)
@@ -294,16 +313,16 @@ class _Chunked(torch.autograd.Function):
                 made, kept = kept[-_MADE:], kept[:-_MADE]
                 seg = _Segment(*_inputs(inputs, place), *made)
             else:
-                seg = _prepare(inputs, alpha, place, state, dstate is not None)
+                seg = _prepare(inputs, alpha, place, state, dstate is not None, ctx.in_triton)
             span = slice(place[0], place[0] + place[1] * place[2])
             parts = (dy[:, span].unflatten(1, place[1:]), y[:, span].unflatten(1, place[1:]))
-            results, dstate, skip = _segment_backward(seg, parts, d, dstate)
+            results, dstate, skip = _segment_backward(seg, parts, d, dstate, ctx.in_triton)
             for grad, result in zip(grads, results, strict=True):
                 grad[:, span] = result.flatten(1, 2)
             if dd_BH is not None:
                 dd_BH += skip
         dd = None if dd_BH is None else (dd_BH if d.shape[0] > 1 or x.shape[0] == 1 else dd_BH.sum(0, keepdim=True))
-        return (*grads, dd, dstate if ctx.needs_input_grad[6] else None, None, None)
+        return (*grads, dd, dstate if ctx.needs_input_grad[6] else None, None, None, None)
 
 
 def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
@@ -321,7 +340,7 @@ def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
 
 
 def _segment_backward(
-    seg: _Segment, outputs: tuple[Tensor, Tensor], d_GH: Tensor | None, dafter: Tensor | None
+    seg: _Segment, outputs: tuple[Tensor, Tensor], d_GH: Tensor | None, dafter: Tensor | None, in_triton: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
     """Return gradients of (x, delta, alpha, b, c), of the state before the segment, and of D per batch entry."""
     x, delta = seg.x_BnQHP, seg.delta_BnQH
@@ -336,19 +355,12 @@ def _segment_backward(
     dvalues = torch.bmm(mixing.mT, dy_h).view(batch, n, heads, q, width).transpose(2, 3)
     dc, db = torch.bmm(dscores, seg.b_mQN), torch.bmm(dscores.mT, seg.c_mQN)
     # The part through the states.
-    whole_BnH = seg.cum_BnQH[:, :, -1].exp()
     ends_BnH = None
     dbefore = dafter
     if seg.states_BnNHP is not None or dafter is not None:
         from_BnQHP = dy * seg.cum_BnQH.exp()[..., None]
         through = torch.bmm(seg.c_mQN.mT, from_BnQHP.reshape(flat)).view(batch, n, -1, heads, width)
-        dends = torch.empty_like(through)
-        for k in reversed(range(n)):
-            dends[:, k] = 0 if dbefore is None else dbefore
-            if dbefore is not None:
-                dbefore = torch.addcmul(through[:, k], whole_BnH[:, k, None, :, None], dbefore)
-            else:
-                dbefore = through[:, k]
+        dends, dbefore = _between_chunks(through, seg.cum_BnQH[:, :, -1].exp(), dafter, in_triton, reverse=True)
         if seg.states_BnNHP is not None:
             dc.baddbmm_(from_BnQHP.reshape(flat), seg.states_BnNHP.view(batch * n, -1, heads * width).mT)
         if seg.into_BnQHP is not None:

@@ -18,7 +18,6 @@ a fast transform where the number of points is even.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +37,8 @@ _T = TypeVar("_T")
 def counts(size: tuple[int, ...]) -> tuple[int, ...]:
     """Return how many of its frequencies each one of the half spectrum stands for: 0 if left out, 1, or 2 in one.
 
-    See Note [Half the frequencies].
+    See Note [Half the frequencies]. Numbers here and in the tables come from choices, not sums of conditions, which
+    ``torch.compile`` cannot trace where a size is a symbol.
     """
     *lead, width = size
     mirror = [0]
@@ -46,7 +46,7 @@ def counts(size: tuple[int, ...]) -> tuple[int, ...]:
         mirror = [row * n + -f % n for row in mirror for f in range(n)]
     halves = [2 * f % width == 0 for f in range(width // 2 + 1)]
     return tuple(
-        2 * (row < image) if holds_images and row != image else 1
+        (2 if row < image else 0) if holds_images and row != image else 1
         for row, image in enumerate(mirror)
         for holds_images in halves
     )
@@ -101,12 +101,14 @@ def _build_tables(
     *lead, width = size
     half, times = width // 2 + 1, counts(size)
     kept = [f for f, count in enumerate(times) if count]
-    before = itertools.accumulate((count > 0 for count in times), initial=0)
+    place = [0] * len(times)
+    for n, f in enumerate(kept):
+        place[f] = n
     if inverse:
         # Frequencies between 0 and half the width stand for those above, too.
         shares = [count * (1 if 2 * (f % half) % width == 0 else 2) / math.prod(size) for f, count in enumerate(times)]
     else:
-        shares = [float(count > 0) for count in times]
+        shares = [1.0 if count else 0.0 for count in times]
     cos, sin = _angles(half, width)
     weights = torch.tensor(shares, dtype=torch.float64).to(dtype)
     return Tables(
@@ -116,7 +118,7 @@ def _build_tables(
         weights.to(device),
         inverse,
         torch.tensor(kept, device=device),
-        torch.tensor([n if count else 0 for n, count in zip(before, times, strict=False)], device=device),
+        torch.tensor(place, device=device),
         _packed(size, weights) if device.type == "cpu" else None,
         together,
     )
