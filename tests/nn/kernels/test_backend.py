@@ -61,7 +61,7 @@ def test_demanding_what_cannot_run_is_refused() -> None:
 
 @pytest.mark.parametrize("found", [True, False])
 def test_cuda_runs_in_triton_where_mamba_ssm_is_not(found: bool) -> None:
-    code, environment = STAND_IN.format(found=found), os.environ | {"CC": "cc"}
+    code, environment = STAND_IN.format(found=found), os.environ | {"CC": "cc", "ESPALIER_BACKEND": "auto"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     words, name, warned = run.stdout.strip().split(" | ")
