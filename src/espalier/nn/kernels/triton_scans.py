@@ -1,5 +1,8 @@
 """Triton kernels of both recurrences on CUDA: Mamba-1 whole, of Mamba-2 what goes from chunk to chunk."""
 
+# The arguments of a kernel are Triton's pointers and numbers, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any
