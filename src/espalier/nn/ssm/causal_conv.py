@@ -55,7 +55,7 @@ class _Shifted(torch.autograd.Function):
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return F.silu(_convolve(x, weight, bias), inplace=True)
+        return F.silu(_convolve(x, weight, bias))  # a new tensor: see ``outside_graphs``
 
     @staticmethod
     @without_autocast

@@ -50,7 +50,7 @@ class _GatedNorm(torch.autograd.Function):
         ctx.save_for_backward(y, z, weight)
         ctx.groups, ctx.eps = groups, eps
         gated, scale = _gate(y, z, groups, eps)
-        return gated.mul_(scale).flatten(-2).mul_(weight)
+        return gated.mul_(scale).flatten(-2) * weight  # a new tensor: see ``outside_graphs``
 
     @staticmethod
     @without_autocast
