@@ -226,10 +226,10 @@ def test_version_and_help_answer_without_torch(capsys: pytest.CaptureFixture[str
 
 # Each shell's own way of being asked: the last of the words is completed, and what is offered is printed.
 SHELLS = {
-    "bash": """source ./script; COMP_WORDS=(WORDS); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _tyro_espalier
+    "bash": """source ./script; COMP_WORDS=(LINE); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _tyro_espalier
         printf '%s\\n' "${COMPREPLY[@]}" """,
-    "zsh": """words=(WORDS); CURRENT=${#words}; _describe() { print -l -- "${(P@)2}" }; source ./script""",
-    "fish": """source ./script; complete -C "WORDS" """,
+    "zsh": """words=(LINE); CURRENT=${#words}; _describe() { print -l -- "${(P@)2}" }; source ./script""",
+    "fish": """source ./script; complete -C "LINE" """,
 }
 
 
@@ -249,7 +249,7 @@ def test_shells_complete_commands_options_and_choices(
         "espalier train digits_vit --schedule const": "constant",
         "espalier certify run --arith": "--arithmetic",
     }.items():
-        command = [shell, *(["-f"] if shell == "zsh" else []), "-c", SHELLS[shell].replace("WORDS", words)]
+        command = [shell, *(["-f"] if shell == "zsh" else []), "-c", SHELLS[shell].replace("LINE", words)]
         told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert [re.split(r"[\t:]", line)[0] for line in told.stdout.splitlines()] == [expected], words
 
