@@ -51,7 +51,7 @@ reliability-short: env           ## the same, a few of each
 wheel: env                       ## the wheel, kernels included, in dist/
 	$(BIN)/python -m build --wheel
 newcomers: wheel                 ## a script for each kind of new user, each from an empty environment
-	TORCH=$(TORCH) $(BIN)/python tests/newcomers/run.py dist/*.whl
+	TORCH=$(TORCH) $(BIN)/python tests/newcomers/run.py "$$(ls -t dist/*.whl | head -n 1)"
 lock: env                        ## write requirements/dev.lock from the environment as it stands
 	$(BIN)/python requirements/freeze.py > requirements/dev.lock.new && mv requirements/dev.lock.new requirements/dev.lock
 clean:

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import espalier
 
@@ -49,18 +52,62 @@ def test_namesake_is_told_in_one_line(tmp_path: Path, name: str, command: str, t
         assert "pip uninstall espalier" in lines[0]
 
 
-def test_every_extra_that_an_error_names_exists() -> None:
-    named: dict[str, Path] = {}
+def brought(extra: str) -> tuple[set[str], set[str], list[str]]:
+    """Return the packages that an extra brings, those of them that are not installed, and what contradicts what."""
+    names: set[str] = set()
+    missing: set[str] = set()
+    wrong: list[str] = []
+    waiting = [("torch-espalier", extra, Requirement(text)) for text in PROJECT["dependencies"] + EXTRAS[extra]]
+    seen = set()
+    while waiting:
+        asking, asked_extra, need = waiting.pop()
+        if need.marker and not need.marker.evaluate({"extra": asked_extra}):
+            continue
+        name = canonicalize_name(need.name)
+        names.add(name)
+        try:
+            version, needs = metadata.version(name), metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            missing.add(name)
+            continue
+        if name == "torch-espalier":  # as the project file says today, whatever was installed here
+            waiting += [(name, "", Requirement(text)) for inner in need.extras for text in EXTRAS[inner]]
+            continue
+        if not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{asking} needs {need}, and {version} is here")
+        for inner in {"", *need.extras}:
+            if (name, inner) not in seen:
+                seen.add((name, inner))
+                waiting += [(name, inner, Requirement(text)) for text in needs]
+    return names, missing, wrong
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_no_two_packages_of_an_extra_ask_for_versions_that_exclude_each_other(extra: str) -> None:
+    # One set of versions that fits them all is the one that is installed here.
+    _, missing, wrong = brought(extra)
+    assert not wrong
+    assert extra in ("timm", "loggers") or not missing  # these two have environments of their own
+
+
+def test_every_extra_that_an_error_names_brings_the_library() -> None:
+    owners = metadata.packages_distributions()
+    named: dict[str, set[str]] = {}
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
+        for extra in re.findall(r"torch-espalier\[(\w+)\]", text):
+            named.setdefault(extra, set())
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
-                extra = node.args[1]
-                if isinstance(extra, ast.Constant):
-                    named[extra.value] = path
-        named |= dict.fromkeys(re.findall(r"torch-espalier\[(\w+)\]", text), path)
-    assert {"train", "timm", "transformers"} <= named.keys()
-    assert not {extra: path for extra, path in named.items() if extra not in EXTRAS}
+                library, extra = (getattr(argument, "value", None) for argument in node.args)
+                if isinstance(extra, str):
+                    libraries = {library.partition(".")[0]} if isinstance(library, str) else set()
+                    named.setdefault(extra, set()).update(libraries)
+    assert {"train", "timm", "transformers"} <= named.keys() <= EXTRAS.keys()
+    for extra, libraries in named.items():
+        found = brought(extra)[0]
+        for library in libraries:
+            assert found & {canonicalize_name(owner) for owner in owners.get(library, [library])}, (extra, library)
 
 
 def test_installation_page_names_every_extra() -> None:

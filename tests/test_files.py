@@ -18,6 +18,7 @@ from espalier.data.digits import read_digits
 from espalier.data.idx import FASHION_MNIST_MD5, parse_idx, read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages, stratified_order
 from espalier.errors import EspalierError
+from espalier.files import write_bytes
 from needs import data_folder, needs_data
 
 
@@ -245,3 +246,11 @@ def test_limits_are_balanced_nested_and_checked() -> None:
 
 
 # Folders
+
+
+def test_a_file_that_cannot_be_written_is_told_by_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / ("x" * 250)):  # a folder; a name too long once it is a temporary one
+        with pytest.raises(OSError) as caught:
+            write_bytes(path, b"content")
+        assert caught.value.filename == str(path)
+    assert not list(tmp_path.parent.glob(".*.partial"))

@@ -46,8 +46,11 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     try:
         part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was asked for
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -101,7 +104,11 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
                 mapped = mapped and zipfile.is_zipfile(path)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # both readers raise half a dozen kinds for a damaged or hostile file
-        reason = "it would run code" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        reason = (
+            "it is no file of weights, or would run code"
+            if isinstance(error, pickle.UnpicklingError)
+            else _first_line(error)
+        )
         raise EspalierError(f"checkpoint {path} cannot be read safely: {reason}") from None
     for name in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):

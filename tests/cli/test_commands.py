@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,6 +82,8 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
         (["train", "nowhere.yaml"], "recipe file 'nowhere.yaml' cannot be read: No such file"),
         (["recipes", "digit_vit"], "unknown recipe 'digit_vit': did you mean 'digits_vit'"),
         (["completion", "tcsh"], "invalid choice 'tcsh'"),
+        (["audit", "espalier:vit", "--heads", "3"], "heads 3: give a number from 1, and only with a file of weights"),
+        (["doctor", "espalier:vit", "--probe", "--heads", "7"], "heads 7: give a number from 1, and only with a file"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_with_status_2(
@@ -221,22 +224,34 @@ def test_version_and_help_answer_without_torch(capsys: pytest.CaptureFixture[str
     assert "usage: espalier train RECIPE" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_commands_options_and_choices(tmp_path: Path) -> None:
-    made = subprocess.run([sys.executable, "-m", "espalier", "completion", "bash"], capture_output=True, check=True)
-    (tmp_path / "script").write_bytes(made.stdout)
+# Each shell's own way of being asked: the last of the words is completed, and what is offered is printed.
+SHELLS = {
+    "bash": """source ./script; COMP_WORDS=(LINE); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _tyro_espalier
+        printf '%s\\n' "${COMPREPLY[@]}" """,
+    "zsh": """words=(LINE); CURRENT=${#words}; _describe() { print -l -- "${(P@)2}" }; source ./script""",
+    "fish": """source ./script; complete -C "LINE" """,
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_complete_commands_options_and_choices(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}: apt-get install {shell}")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "{None}" not in script
+    (tmp_path / "script").write_text(script)
     for words, expected in {
         "espalier tr": "train",
         "espalier train digits_vit --sched": "--schedule",
         "espalier train digits_vit --schedule const": "constant",
         "espalier certify run --arith": "--arithmetic",
     }.items():
-        asked = f"source ./script; COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}; _tyro_espalier"
-        asked += '; echo "${COMPREPLY[*]}"'
-        told = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert told.stdout.split() == [expected], words
-    for shell in ("zsh", "fish"):
-        assert main(["completion", shell]) == 0
+        command = [shell, *(["-f"] if shell == "zsh" else []), "-c", SHELLS[shell].replace("LINE", words)]
+        told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert [re.split(r"[\t:]", line)[0] for line in told.stdout.splitlines()] == [expected], words
 
 
 def start(argv: list[str]) -> subprocess.Popen[str]:

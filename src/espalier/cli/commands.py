@@ -326,6 +326,8 @@ def _open_model(spec: str, heads: int | None = None) -> nn.Module:
     from espalier.train import load_run
 
     path = Path(spec)
+    if heads is not None and (heads < 1 or not path.is_file()):
+        raise EspalierError(f"heads {heads}: give a number from 1, and only with a file of weights")
     if path.is_file():
         return open_checkpoint(path, heads)
     if (path / "config.json").is_file():

@@ -19,7 +19,7 @@ def completion_script(commands: Mapping[str, Callable[..., None]], shell: Shell)
     """
     import tyro
 
-    from espalier.cli.parse import takes_recipe, typed_arguments
+    from espalier.cli.parse import option_rules, takes_recipe, typed_arguments
     from espalier.recipes import get_recipe
 
     typed = {
@@ -29,6 +29,7 @@ def completion_script(commands: Mapping[str, Callable[..., None]], shell: Shell)
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
-            typed, prog="espalier", args=["--tyro-print-completion", shell], config=(tyro.conf.PositionalRequiredArgs,)
-        )
+            typed, prog="espalier", args=["--tyro-print-completion", shell],
+            config=(tyro.conf.PositionalRequiredArgs,), registry=option_rules(tyro),
+        )  # fmt: skip
     return script.getvalue()

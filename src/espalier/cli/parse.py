@@ -85,7 +85,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         with contextlib.redirect_stderr(complaint):
             found, unknown = tyro.cli(
                 typed, prog=f"espalier {name}" + (" RECIPE" if base else ""), args=tokens, return_unknown_args=True,
-                config=(tyro.conf.PositionalRequiredArgs,), registry=_registry(tyro),
+                config=(tyro.conf.PositionalRequiredArgs,), registry=option_rules(tyro),
             )  # fmt: skip
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -141,7 +141,7 @@ def _spelt(token: str) -> str:
     return f"{_SHORT[flag]}{equals}{value}" if flag in _SHORT else token
 
 
-def _registry(tyro: Any) -> Any:
+def option_rules(tyro: Any) -> Any:
     """Return rules of our own: paths that name something, and options that may be left out shown as ``--out PATH``."""
     registry = tyro.constructors.ConstructorRegistry()
     spec = tyro.constructors.PrimitiveConstructorSpec

@@ -91,6 +91,8 @@ def _admit(
         source = open_weights(Path(model))
     else:
         raise EspalierError(f"model {str(model)!r} is neither a module nor a path: name a checkpoint that exists")
+    if heads is not None and heads < 1:
+        raise EspalierError(f"heads {heads}: give a whole number from 1")
     known = source.config.get("num_attention_heads") or source.config.get("n_head")
     heads = heads or (known if isinstance(known, int) else None)
     module = model if isinstance(model, nn.Module) else None
