@@ -45,6 +45,7 @@ from espalier.doctor import diagnose
 from espalier.errors import EspalierError
 from espalier.files import read_tensors
 from espalier.init import FilterStatistics, audit, fit
+from espalier.models import VisionTransformer
 from espalier.recipes import Recipe
 from espalier.recipes.files import open_recipe
 from espalier.recipes.validation import load_recipe, recipe_to_dict
@@ -104,7 +105,7 @@ def _beside(name: str, read: Callable[[Path], object]) -> Target:
     """Return a target that writes its content beside a checkpoint of one block, and reads the checkpoint."""
 
     def target(content: bytes, folder: Path) -> object:
-        (folder / "w.safetensors").write_bytes(_BLOCK)
+        (folder / "w.safetensors").write_bytes(_WEIGHTS)
         (folder / name).write_bytes(content)
         return read(folder / ("w.safetensors" if name != "w.safetensors.index.json" else name))
 
@@ -136,6 +137,17 @@ def _torch_file() -> bytes:
     return buffer.getvalue()
 
 
+_VIT = {"embed_dim": 12, "depth": 1, "num_heads": 3, "img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 2}
+_STATED = json.dumps({"name": "vit", "args": _VIT})
+
+
+def _vit() -> bytes:
+    with torch.random.fork_rng():
+        model = VisionTransformer(**_VIT)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return save(model.state_dict(), {"espalier": _STATED})
+
+
 def _saved(name: str, write: Callable[[Path], object]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / name)
@@ -163,15 +175,8 @@ _CERTIFICATE = Certificate(
     (0.5, 0.0), (1, 0), (1, 1), 1.0, True, 1e-6, ("none",), "float64", (("0: Linear", 1.0, 0.0),)
 )
 _ATTACK = AttackReport((0.1,), (0.5,), (0.5,), 0.5, 1, (), (0.7, None), 0.9, ("PGD",))
+_WEIGHTS = _vit()
 _IDX = bytes([0, 0, 8, 2]) + struct.pack(">2I", 2, 3) + bytes(6)
-_NOISE = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0))
-_VIT_ARGS = {"embed_dim": 12, "depth": 1, "num_heads": 3, "img_size": 8, "patch_size": 4, "in_chans": 1}
-_VIT = json.dumps({"name": "vit", "args": {**_VIT_ARGS, "num_classes": 2}})
-_BLOCK = save(
-    {"attn.qkv.weight": _NOISE.reshape(36, 12).clone(), "attn.proj.weight": _NOISE[0].clone(),
-     "depthwise.weight": _NOISE[:, :5, :5].reshape(3, 1, 5, 5).clone()},
-    {"espalier": _VIT},
-)  # fmt: skip
 _INPUT = {"class_names": ["a", "b"], "channels": 1, "height": 8, "width": 8, "mean": [0.3], "std": [0.4]}
 
 TARGETS: dict[str, tuple[Target, bytes]] = {
@@ -181,9 +186,9 @@ TARGETS: dict[str, tuple[Target, bytes]] = {
     "cifar": (_published, b"\x80\x04}\x94."),
     "safetensors": (_written("w.safetensors", read_tensors), save({"weight": torch.zeros(2, 3)}, {"format": "pt"})),
     "torch": (_written("w.pt", read_tensors), _torch_file()),
-    "checkpoint": (_written("w.safetensors", _checkpoint), _BLOCK),
+    "checkpoint": (_written("w.safetensors", _checkpoint), _WEIGHTS),
     "config": (_beside("config.json", _checkpoint), b'{"num_attention_heads": 2, "tie_word_embeddings": true}'),
-    "model": (_beside("model.json", _checkpoint), _VIT.encode()),
+    "model": (_beside("model.json", _checkpoint), _STATED.encode()),
     "index": (_beside("w.safetensors.index.json", diagnose), b'{"weight_map": {"weight": "w.safetensors"}}'),
     "statistics": (_written("s.safetensors", FilterStatistics.load), save({"layer": torch.eye(9)}, {"layers": "[]"})),
     "images": (_images, _png()),
