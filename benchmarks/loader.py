@@ -7,7 +7,7 @@ Writes ``DIR/train/CLASS/NUMBER.jpg`` (and ``val``) once: JPEGs of ImageNet's si
 on average) of coloured 1/f noise. Only ``--distinct`` of them are encoded, the others are hard links: each is listed,
 opened, read and decoded as a file of its own, but the disk's cache holds them all, so this measures decoding, not the
 disk. A model's number is that of a training step on a batch that is in memory already: a loader that is faster never
-shows. Memory is the proportional set size of this process and its workers, early and late in the loader's run.
+shows. Memory is the proportional set size of this process and of its workers, at eleven moments of the loader's run.
 """
 
 from __future__ import annotations
@@ -74,27 +74,32 @@ def measure_loader(source: Any, batch: int, steps: int, device: torch.device) ->
     source.to(device)
     for step in range(2):
         source.train_batch(0, 0, step, batch)
-    held, handles = [memory_mb()], len(os.listdir("/proc/self/fd"))
+    held, handles = [], len(os.listdir("/proc/self/fd"))
     started = time.perf_counter()
     for step in range(2, 2 + steps):
         source.train_batch(0, *divmod(step, source.steps_per_epoch(batch)), batch)
-        if step % max(1, steps // 20) == 0:
+        if (step - 2) % max(1, steps // 10) == 0 or step == steps + 1:
             held.append(memory_mb())
     if device.type == "cuda":
         torch.cuda.synchronize()
     rate = steps * batch / (time.perf_counter() - started)
-    third = max(1, len(held) // 3)
-    return (
-        f"{rate:.0f} images/s over {steps * batch} images; memory {np.mean(held[:third]):.0f} MB in the first third, "
-        f"{np.mean(held[-third:]):.0f} MB in the last; {len(os.listdir('/proc/self/fd')) - handles} more file handles"
+    series = "; ".join(
+        f"{name} {', '.join(f'{sizes[key]:.0f}' for sizes in held)} MB"
+        for name, key in (("this process", 0), ("workers", 1))
     )
+    more = len(os.listdir("/proc/self/fd")) - handles
+    return f"{rate:.0f} images/s over {steps * batch} images; memory of {series}; {more} more file handles"
 
 
-def memory_mb() -> float:
-    """Return the proportional set size of this process and of those it started: shared pages count once."""
+def memory_mb() -> tuple[float, float]:
+    """Return the proportional set sizes of this process and of those it started: shared pages count once."""
+
+    def of(pid: int | str) -> float:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1024
+
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    rolled = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (os.getpid(), *children)]
-    return sum(int(line.split()[1]) for text in rolled for line in text.splitlines() if line.startswith("Pss:")) / 1024
+    return of(os.getpid()), sum(map(of, children))
 
 
 def measure_model(build: Callable[[], nn.Module], batch: int, size: int, device: torch.device) -> str:

@@ -193,8 +193,11 @@ def ranks(folder: Path, watches: list[Watch], kill: Kill | None, victim: int) ->
     return list(statuses.values())
 
 
-def kills(folder: Path, count: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Kill runs, studies and ranks at random moments of every phase, go on, and compare with what was never killed."""
+def kills(folder: Path, count: int, seed: int, ends: float) -> tuple[Counter[str], list[str]]:
+    """Kill runs, studies and ranks at random moments of every phase, go on, and compare with what was never killed.
+
+    It stops after ``count`` kills, or when ``time.monotonic()`` is at ``ends``.
+    """
     draw = random.Random(seed)
     tried: Counter[str] = Counter()
     lost: list[str] = []
@@ -207,7 +210,7 @@ def kills(folder: Path, count: int, seed: int) -> tuple[Counter[str], list[str]]
         (folder / name).mkdir(parents=True)
         assert attempt(work, folder / name, watches, None, 0), f"{name} does not even run unbroken"
         expected[name], seen[name] = outcome(folder / name), watches[0]
-    while sum(tried.values()) < count:
+    while sum(tried.values()) < count and time.monotonic() < ends:
         name = ("run", "study", "run", "ranks")[sum(tried.values()) % 4]
         work, outcome, processes = jobs[name]
         # The phase with the fewest kills so far among those that this job has.

@@ -1,7 +1,7 @@
 """What runs, studies and records survive: kill −9 in any phase, damage, full and read-only disks, hostile values.
 
     python experiments/reliability.py --short                                         (a minute; nothing is written)
-    python experiments/reliability.py --kills 200 --write docs/results/reliability.md
+    python experiments/reliability.py --kills 200 --write docs/results/reliability.md [--minutes 60]
 
 Runs are small (digits, a two-block ViT, averaged weights) and forked from one process that has imported everything, on
 one thread; two ranks of DDP are two forks. Every campaign counts what it tried and what was lost, and the command ends
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import mmap
 import os
 import random
@@ -26,8 +27,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,6 +41,9 @@ from espalier.train import RunInterrupted, train
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from experiments.kills import LOST, REFUSED, RUN, do_study, ended, kills, run_outcome, start, study_outcome, train_run
+from experiments.readers import TARGETS, hunt, samples
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -84,7 +89,15 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 }
 
 
-def damage(folder: Path, draw: random.Random, most: int) -> Found:
+def within(todo: Sequence[T], draw: random.Random, most: int, ends: float) -> Iterator[T]:
+    """Yield at most ``most`` of what there is to do, in random order, until ``time.monotonic()`` is at ``ends``."""
+    for each in draw.sample(todo, min(most, len(todo))):
+        if time.monotonic() >= ends:
+            return
+        yield each
+
+
+def damage(folder: Path, draw: random.Random, most: int, ends: float) -> Found:
     """Damage every file of a finished run, a stopped run and a finished study, go on, and compare."""
     found = Found("damage", "every file of a finished run, a stopped run and a study with its records, in five ways")
     cases: list[tuple[str, Callable[[Path], None], Callable[[Path], Any]]] = [
@@ -102,7 +115,7 @@ def damage(folder: Path, draw: random.Random, most: int) -> Found:
             expected = outcome(folder / name)
         for path in sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.stat().st_size):
             todo += [(name, work, outcome, expected, path.relative_to(folder / name), how) for how in DAMAGES]
-    for name, work, outcome, expected, file, how in draw.sample(todo, min(most, len(todo))):
+    for name, work, outcome, expected, file, how in within(todo, draw, most, ends):
         copy = folder / "copy"
         shutil.copytree(folder / name, copy)
         content = (copy / file).read_bytes()
@@ -154,7 +167,7 @@ def failing_writes(folder: Path, first: int, code: int, count: mmap.mmap) -> Ite
     yield
 
 
-def failing_disks(folder: Path, draw: random.Random, most: int) -> Found:
+def failing_disks(folder: Path, draw: random.Random, most: int, ends: float) -> Found:
     """Make the k-th write and all after it fail, for every k; then go on with a disk that works."""
     found = Found("failing writes", "the disk full or read-only from the k-th write of a run on; then resumed")
     folder.mkdir()
@@ -168,7 +181,7 @@ def failing_disks(folder: Path, draw: random.Random, most: int) -> Found:
     assert ended(start(lambda: work(folder / "whole", 10**9, errno.ENOSPC))) == 0
     writes, expected = int.from_bytes(count[:8], "little"), run_outcome(folder / "whole")
     todo = [(first, code) for first in range(1, writes + 1) for code in (errno.ENOSPC, errno.EROFS)]
-    for first, code in draw.sample(todo, min(most, len(todo))):
+    for first, code in within(todo, draw, most, ends):
         place = folder / "place"
         place.mkdir()
         count[:8] = bytes(8)
@@ -184,7 +197,7 @@ def failing_disks(folder: Path, draw: random.Random, most: int) -> Found:
     return found
 
 
-def small_disks(folder: Path, draw: random.Random, most: int) -> Found:
+def small_disks(folder: Path, draw: random.Random, most: int, ends: float) -> Found:
     """Run on disks that are really full, of many sizes; then on the same disk, made larger."""
     found = Found(
         "small disks", "a run on a tmpfs of k pages, for every k that is too few; then resumed on a larger one"
@@ -197,7 +210,7 @@ def small_disks(folder: Path, draw: random.Random, most: int) -> Found:
     expected = run_outcome(folder / "whole")
     disk = folder / "disk"
     disk.mkdir()
-    for kib in draw.sample(range(4, 400, 4), most):
+    for kib in within(range(4, 400, 4), draw, most, ends):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(disk)], check=True)
         try:
             status = ended(start(lambda: train_run(disk)))
@@ -217,12 +230,12 @@ VALUES: Sequence[Any] = (
 )  # fmt: skip
 
 
-def hostile_values(folder: Path, draw: random.Random, most: int) -> Found:
+def hostile_values(folder: Path, draw: random.Random, most: int, ends: float) -> Found:
     """Give every field of a recipe every hostile value: it is refused in one line, or it runs."""
     found = Found("hostile values", f"every field of a recipe with {len(VALUES)} hostile values")
     folder.mkdir()
     todo = [(each.name, value) for each in fields(Recipe) for value in VALUES]
-    for name, value in draw.sample(todo, min(most, len(todo))):
+    for name, value in within(todo, draw, most, ends):
         recipe = replace(RUN, **{name: value})
 
         def work(recipe: Recipe = recipe) -> None:
@@ -233,6 +246,20 @@ def hostile_values(folder: Path, draw: random.Random, most: int) -> Found:
         shutil.rmtree(folder / "run", ignore_errors=True)
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return found
+
+
+def damaged_files(folder: Path, draw: random.Random, most: int, ends: float) -> Found:
+    """Give every reader of files from elsewhere a damaged sample, many times."""
+    found = Found("readers", f"damaged samples for {len(TARGETS)} readers of files that come from elsewhere")
+    folder.mkdir()
+    for left, name in zip(range(len(TARGETS), 0, -1), TARGETS, strict=True):
+        now = time.monotonic()
+        share = now + max(0.0, ends - now) / left
+        tried, broken = hunt(name, islice(samples(name, draw, share), most), folder / "reader")
+        found.tried += tried
+        found.outcomes["read, or refused in one line"] += tried - len(broken)
+        found.lost += broken
     return found
 
 
@@ -267,6 +294,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a minute: a few of each")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--most", type=int, default=10**6, help="of each other campaign")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="half of them for the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="the page of results")
     given = parser.parse_args()
@@ -276,13 +304,16 @@ def main() -> int:
     started, draw = time.monotonic(), random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tried, lost = kills(folder / "kills", number, given.seed)
+        tried, lost = kills(folder / "kills", number, given.seed, started + 30 * given.minutes)
         campaigns = [Found("kill -9", "", lost=lost)]
         print(f"kill -9: {sum(tried.values())} tried, {len(lost)} lost", flush=True)
-        for campaign, limit in (
-            (damage, most), (failing_disks, most), (small_disks, min(most, 90)), (hostile_values, most),
-        ):  # fmt: skip
-            campaigns.append(campaign(folder / campaign.__name__, draw, limit))
+        todo: list[tuple[Callable[[Path, random.Random, int, float], Found], int]] = [
+            (damage, most), (failing_disks, most), (small_disks, 90), (hostile_values, most), (damaged_files, 1000),
+        ]  # fmt: skip
+        for left, (campaign, limit) in zip(range(len(todo), 0, -1), todo, strict=True):
+            now = time.monotonic()
+            ends = now + (started + 60 * given.minutes - now) / left
+            campaigns.append(campaign(folder / campaign.__name__, draw, min(most, limit), ends))
             print(f"{campaigns[-1].name}: {campaigns[-1].tried} tried, {dict(campaigns[-1].outcomes)}", flush=True)
     for line in (line for each in campaigns for line in each.lost):
         print("LOST", line)

@@ -58,6 +58,54 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as ``write_json`` does, with a digest of itself that ``read_sealed`` holds it to."""
+    write_json(path, {**content, "digest": _digest_of(content)})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a file of JSON holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("not an object of fields")
+    return content
+
+
+def read_sealed(path: Path, what: str) -> dict[str, Any]:
+    """Return the object that ``write_sealed`` wrote, without its digest; the oldest files do not have one.
+
+    Args:
+        path: the file.
+        what: it is, for messages.
+
+    Raises:
+        EspalierError: it is missing, unreadable, no object, or not as it was written.
+    """
+    try:
+        content = read_object(path)
+        stated = content.pop("digest", None)
+        damaged = stated not in (None, _digest_of(content))
+    except OSError as error:
+        raise EspalierError(f"{what} {path} cannot be read ({error.strerror}): name a file that is there") from None
+    except ValueError:
+        damaged = True
+    if damaged:
+        raise EspalierError(f"{what} {path} is damaged: it is not as it was written; restore it or make it again")
+    return content
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write tensors as safetensors through ``write_bytes`` and return the path; see ``tensors_bytes``."""
     write_bytes(path, tensors_bytes(tensors, metadata))
@@ -93,6 +141,7 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     if not path.is_file():
         raise EspalierError(f"there is no checkpoint {path}: name a file of weights")
     try:
+        _refuse_bombs(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -115,9 +164,22 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
             content = content[name]
             break
     found = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    for name, tensor in found.items():
+        # A stride of zero repeats one number: a copy of what claims to be larger than its file fills the memory.
+        if tensor.nbytes > path.stat().st_size:
+            raise EspalierError(f"checkpoint {path}: {name} claims to be larger than the file: save its values")
     if not found:
         raise EspalierError(f"checkpoint {path} holds no tensors by name, nor under any of {', '.join(_NESTED)}")
     return found
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse an archive that grows when it is read: torch stores its entries side by side, as they are."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("it holds more than its size: torch does not compress")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from espalier.certify import Certificate, CertificateBrokenError, autoattack_l2, certify, challenge, pgd_l2
 from espalier.certify.attack import distance, fooled
+from espalier.certify.attack_report import AttackReport
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.activations import MaxMin
 
@@ -115,7 +116,9 @@ def test_the_report_counts_wrong_predictions_and_saves_itself(tmp_path: Path) ->
     assert report.clean_accuracy == report.accuracy[0] == 0.75
     assert report.attacked == 30
     assert report.distances[:10] == (0.0,) * 10
-    values = json.loads(report.save(tmp_path / "attack.json").read_text())
+    path = report.save(tmp_path / "attack.json")
+    assert AttackReport.load(path) == report
+    values = json.loads(path.read_text())
     assert values["broken"] == []
     assert values["clean_accuracy"] == 0.75
     assert "75.00 %" in str(report)

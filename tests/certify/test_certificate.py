@@ -39,6 +39,24 @@ def test_certificate_survives_saving_and_loading(tmp_path: Path) -> None:
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_a_certificate_with_another_digit_is_refused_and_one_without_a_digest_is_checked(tmp_path: Path) -> None:
+    path = certificate().save(tmp_path / "certificate.json")
+    values = json.loads(path.read_text())
+    for changes in ({"lipschitz": 0.1}, {"radii": values["radii"][::-1]}, {"digest": "0" * 64}):
+        path.write_text(json.dumps({**values, **changes}))
+        with pytest.raises(EspalierError, match=r"certificate\.json is damaged"):
+            Certificate.load(path)
+    del values["digest"]  # as the oldest certificates are
+    path.write_text(json.dumps(values))
+    assert Certificate.load(path) == certificate()
+    wrong = ({"radii": []}, {"radii": 1.0}, {"lipschitz": "1"}, {"labels": [0]}, {"slack": [1]}, {"assumptions": [2]},
+             {"rounding": float("nan")}, {"radii": [-1.0] * len(certificate())})  # fmt: skip
+    for changes in wrong:
+        path.write_text(json.dumps({**values, **changes}))
+        with pytest.raises(EspalierError, match="no certificate can have"):
+            Certificate.load(path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"radii": []}', "{"])
 def test_what_is_no_certificate_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "file.json"

@@ -65,6 +65,25 @@ def test_a_study_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> 
         plan_study(RECIPE, ["default"], [1e-3], [0], tmp_path)
 
 
+def test_values_that_no_plan_has_are_refused_without_a_digest_too(tmp_path: Path) -> None:
+    plan_study(RECIPE, ["default"], [1e-3], [0], tmp_path / "study")
+    file = tmp_path / "study/study.json"
+    plan = json.loads(file.read_text())
+    del plan["digest"]
+    own = {"name": 1, "code": "", "metric": "score", "lr": 1e-3}
+    wrong = (
+        {"lrs": ["x"]}, {"lrs": [1e400]}, {"seeds": [-1]}, {"seeds": [0.5]}, {"arms": {"../../x": {}}}, {"arms": []},
+        {"arms": {"default": ["lr"]}}, {"recipe": []}, {"recipe": {"name": "r", "lr": "x"}}, {"more": 1},
+    )  # fmt: skip
+    for changed in [*({**plan, **changes} for changes in wrong), {"train": own, "arms": {}, "lrs": [1], "seeds": [0]}]:
+        file.write_text(json.dumps(changed))
+        with pytest.raises(EspalierError) as caught:
+            load_study(tmp_path / "study")
+        assert "\n" not in str(caught.value)
+    file.write_text(json.dumps(plan))
+    assert load_study(tmp_path / "study").arms == {"default": {}}
+
+
 @pytest.mark.parametrize(
     ("arms", "lrs", "seeds", "message"),
     [

@@ -2,7 +2,8 @@
 
 ``FOLDER STRATEGY RUN:WHAT …`` is one process of those that a launcher started, or alone. ``FOLDER N:STRATEGY RUN:WHAT …
 -- N:STRATEGY …`` starts groups of N processes one after the other, by forks, so that torch is imported once. WHAT is
-``whole``, ``stop=E.S`` (rank 0 alone gets SIGTERM at step S of epoch E) or ``end`` (go on to the last epoch).
+``whole``, ``stop=E.S`` (rank 0 alone gets SIGTERM at step S of epoch E) or ``end`` (go on to the last epoch). Runs are
+called after their kind: one of ``RECIPES``, ``observed``, or ``streamN``, whose N workers read ``FOLDER/images``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import observed
 import standins
+import streamed
 import torch
 
 from espalier import data, models
 from espalier.errors import require
+from espalier.recipes import Recipe
 from espalier.train import RunInterrupted, train
 
 RECIPES = {
@@ -38,9 +44,20 @@ def one_process(folder: Path, strategy: str, *runs: str) -> None:
     for run in runs:
         name, _, what = run.partition(":")
         kind = name.partition("-")[0]
+        if kind == "observed":
+            recipe = observed.recipe()
+            observed.look_after_checkpoints(rank)
+        elif kind.startswith("stream"):
+            recipe = streamed.recipe(folder / "images", int(kind.removeprefix("stream")))
+        else:
+            recipe = RECIPES[kind]
 
-        def build_source(recipe: object, kind: str = kind, what: str = what) -> object:
-            source = standins.build_source(RECIPES[kind])
+        def build_source(recipe: Recipe, name: str = name, what: str = what) -> object:
+            source: Any = (
+                streamed.NotingSource(recipe, folder / f"{name}.{rank}.jsonl")
+                if recipe.dataset == "folder"
+                else standins.build_source(recipe)
+            )
             if what.startswith("stop=") and rank == 0:
                 epoch, step = map(int, what.removeprefix("stop=").split("."))
                 source.signal_at = (epoch, step, signal.SIGTERM)
@@ -49,7 +66,7 @@ def one_process(folder: Path, strategy: str, *runs: str) -> None:
         data.build_source = build_source
         stopped = None
         try:
-            train(RECIPES[kind], folder / name, strategy=strategy)
+            train(recipe, folder / name, strategy=strategy)
         except RunInterrupted as interruption:
             stopped = interruption.status
         assert stopped == (75 if what.startswith("stop=") else None)
@@ -84,7 +101,8 @@ def group(processes: int, folder: Path, strategy: str, *runs: str) -> None:
         if status and not failed:
             failed = True
             for child in children:  # the others would wait for the one that failed
-                os.kill(child, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
     assert not failed, (processes, strategy, runs)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from espalier.models import VisionTransformer
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 
@@ -151,7 +152,8 @@ class BlockNet(nn.Module):
 
 
 def build_model(name: str, **model_args: Any) -> nn.Module:
-    return {"tiny": TinyNet, "tied": TiedNet, "blocks": BlockNet}[name](**model_args)
+    known: dict[str, type[nn.Module]] = {"tiny": TinyNet, "tied": TiedNet, "blocks": BlockNet, "vit": VisionTransformer}
+    return known[name](**model_args)
 
 
 def recipe(**changes: Any) -> Recipe:

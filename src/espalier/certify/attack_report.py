@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from espalier.certify.attack import autoattack_l2, bisect_to_boundary, distance, fooled, pgd_l2
-from espalier.certify.certificate import EPSILONS, Certificate, in_255
+from espalier.certify.certificate import EPSILONS, Certificate, in_255, is_distance
 from espalier.certify.radius import ARITHMETIC, check_pixels
 from espalier.errors import EspalierError
-from espalier.files import write_json
+from espalier.files import read_sealed, write_sealed
 from espalier.tables import plain_table
 
 _GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -85,8 +86,22 @@ class AttackReport:
         """Write the report as JSON, whole or not at all, and return the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(self))
+        write_sealed(path, asdict(self))
         return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a report that ``save`` wrote.
+
+        Raises:
+            EspalierError: missing file, damaged, or not an attack report.
+        """
+        values = read_sealed(Path(path), "attack report")
+        names = {each.name for each in fields(cls)}
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        if values.keys() != names or not all(d is None or is_distance(d) for d in lists.get("distances", ("",))):
+            raise EspalierError(f"{path} is not an attack report: its fields must be {', '.join(sorted(names))}")
+        return cls(**{**values, **lists})
 
 
 def challenge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from espalier.errors import EspalierError
-from espalier.files import write_json
+from espalier.files import read_sealed, write_sealed
 from espalier.tables import plain_table
 
 EPSILONS = (36 / 255, 72 / 255, 108 / 255)
@@ -87,7 +86,7 @@ class Certificate:
         values = asdict(self)
         values["radii"] = [radius if math.isfinite(radius) else None for radius in self.radii]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, values)
+        write_sealed(path, values)
         return path
 
     @classmethod
@@ -95,17 +94,37 @@ class Certificate:
         """Read a certificate that ``save`` wrote.
 
         Raises:
-            EspalierError: missing file, not JSON, or not a certificate.
+            EspalierError: missing file, damaged, or not a certificate.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise EspalierError(f"cannot read certificate {path}: {error}") from error
+        values = read_sealed(Path(path), "certificate")
         names = {f.name for f in fields(cls)}
         needed = {f.name for f in fields(cls) if f.default is MISSING}
-        if not isinstance(values, dict) or not needed <= set(values) <= names:
+        if not needed <= set(values) <= names:
             raise EspalierError(f"{path} is not a certificate: its fields must be {', '.join(sorted(names))}")
-        return cls(**{name: _frozen(value) for name, value in values.items()})
+        found = cls(**{name: _frozen(value) for name, value in values.items()})
+        if not found._is_sound():
+            raise EspalierError(f"certificate {path} holds values that no certificate can have: make it again")
+        return found
+
+    def _is_sound(self) -> bool:
+        try:
+            return (
+                len(self.radii) == len(self.labels) == len(self.predictions) > 0
+                and all(map(is_distance, (*self.radii, self.lipschitz, self.rounding)))
+                and all(type(label) is int for label in (*self.labels, *self.predictions))
+                and all(isinstance(text, str) for text in (*self.assumptions, self.arithmetic))
+                and all(
+                    isinstance(path, str) and is_distance(constant) and is_distance(added)
+                    for path, constant, added in self.slack
+                )
+            )
+        except (TypeError, ValueError):  # one number where there should be many, or the other way round
+            return False
+
+
+def is_distance(value: Any) -> bool:
+    """Return whether a value from a file is a number from 0, infinity included."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def in_255(eps: float) -> str:

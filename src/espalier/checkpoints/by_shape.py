@@ -56,7 +56,7 @@ def _transposed(fused: Tensor | None) -> bool:
 
 def _layer(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Module:
     layer: nn.Module = nn.Module()
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or not weight.numel():
         layer.register_buffer("weight", weight)
         return layer
     if weight.ndim in (3, 4, 5) and weight.shape[1] == 1 and len(weight) > 1:

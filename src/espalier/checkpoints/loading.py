@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.checkpoints.by_shape import skeleton
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.files import load_weights, read_tensors
+from espalier.files import load_weights, read_object, read_tensors
 from espalier.init.layouts.linears import HEADS
 from espalier.models import MODELS, build_model
 from espalier.models.hub import open_hub_model
@@ -91,8 +92,8 @@ def _open_transformers(name: str) -> nn.Module:
         hub = require("huggingface_hub", "hub")
         config_file = Path(_fetched(name, lambda: hub.hf_hub_download(name, "config.json")))
     try:
-        architectures = json.loads(config_file.read_text()).get("architectures") or []
-    except (OSError, json.JSONDecodeError) as error:
+        architectures = read_object(config_file).get("architectures") or []
+    except (OSError, ValueError) as error:
         raise EspalierError(
             f"model {name}: cannot read {config_file} ({error}): name a folder that has one, or ORG/NAME on the hub"
         ) from None
@@ -119,7 +120,9 @@ def _fetched(name: str, fetch: Callable[[], T]) -> T:
 def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
     """Return the model whose weights a file holds, where something says which; else modules enough to audit and fit.
 
-    A run folder says it in ``model.json`` beside the weights, an exported file in its own metadata.
+    A run folder says it in ``model.json`` beside the weights, an exported file in its own metadata. Only models of
+    ours are built so, and none that is larger than the file: whoever made it may be a stranger, and a reference to code
+    (``package.module:NAME``) would run that.
 
     Args:
         path: a ``.safetensors`` file, or one that ``torch.save`` wrote (read with ``weights_only=True``).
@@ -130,12 +133,33 @@ def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
     """
     state = read_tensors(path)
     stated = _stated_model(path)
-    if stated is not None:
-        model = build_model(stated["name"], **stated["args"])
+    if stated is not None and stated["name"] in MODELS:
+        with _no_larger_than(state, path):
+            model = build_model(stated["name"], **stated["args"])
         if model.state_dict().keys() == state.keys():
             load_weights(model, path)
             return model.eval()
     return skeleton(state, num_heads or _stated_heads(path.with_name("config.json")))
+
+
+@contextmanager
+def _no_larger_than(state: Mapping[str, Tensor], path: Path) -> Iterator[None]:
+    """Stop the building of a model that goes far beyond the tensors of a file."""
+    # A tied weight is registered up to three times: twice while it is made, once when it is tied.
+    most, numbers = 3 * len(state) + 8, 3 * sum(tensor.numel() for tensor in state.values()) + 1000
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal most, numbers
+        if parameter is not None:
+            most, numbers = most - 1, numbers - parameter.numel()
+        if most < 0 or numbers < 0:
+            raise EspalierError(f"checkpoint {path} states a model larger than itself: see its metadata or model.json")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _stated_model(path: Path) -> dict[str, Any] | None:
@@ -150,14 +174,14 @@ def _stated_model(path: Path) -> dict[str, Any] | None:
         text = text if text is not None or not beside.is_file() else beside.read_text()
         content = None if text is None else json.loads(text)
         return None if content is None else {"name": str(content["name"]), "args": dict(content["args"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EspalierError(f"what {path} says of its model is damaged ({error!r}): see {beside.name}") from None
 
 
 def _stated_heads(config_file: Path) -> int | None:
     try:
-        config = json.loads(config_file.read_text())
-    except (OSError, json.JSONDecodeError):
+        config = read_object(config_file)
+    except (OSError, ValueError):
         return None
     found = [config.get(name) for name in HEADS]
-    return next((heads for heads in found if isinstance(heads, int)), None)
+    return next((heads for heads in found if type(heads) is int and heads > 0), None)

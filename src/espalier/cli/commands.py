@@ -336,11 +336,14 @@ def _open_model(spec: str, heads: int | None = None) -> nn.Module:
 
 
 def _read_fit(path: Path) -> StructureFit:
+    from espalier.files import read_object
     from espalier.init import StructureFit
 
     try:
-        return StructureFit.from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = StructureFit.from_dict(read_object(path))
+        str((found, found.specs()))  # values that no fit has show here
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EspalierError(f"like {path}: is not a fit ({error!r}): name a file that espalier fit wrote") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from espalier.doctor.record import Record, fans, plain_name, role_of
 from espalier.errors import EspalierError
-from espalier.files import read_tensors
+from espalier.files import read_object, read_tensors
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def open_weights(path: Path) -> Source:
         raise EspalierError(f"checkpoint {path}: holds no tensors by name: name a file of weights")
     folder = path if path.is_dir() else path.parent
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        config = read_object(folder / "config.json")
+    except (OSError, ValueError):
         config = {}
     return Source(
         tuple(readers),
@@ -133,8 +132,8 @@ def weight_files(path: Path) -> list[Path]:
         return []
     if path.suffix == ".json":
         try:
-            return sorted({path.parent / file for file in json.loads(path.read_text())["weight_map"].values()})
-        except (OSError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            return sorted({path.parent / file for file in read_object(path)["weight_map"].values()})
+        except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise EspalierError(f"index {path}: cannot be read ({error!r}): name a sharded index") from None
     return [path]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from espalier.certify.attack_report import AttackReport
 from espalier.certify.certificate import Certificate
 from espalier.errors import EspalierError
 from espalier.report.curves import figure_of, scatter
@@ -24,7 +24,8 @@ def robustness(run: Run, context: Context) -> Section | None:
     certificate = Certificate.load(certificate_path(run.path))
     distances = None
     if attack_path(run.path).exists():
-        distances = [math.inf if d is None else d for d in json.loads(attack_path(run.path).read_text())["distances"]]
+        found = AttackReport.load(attack_path(run.path)).distances
+        distances = [math.inf if distance is None else distance for distance in found]
     rows = [(path, f"{constant:.9g}", f"{rounding:.2e}") for path, constant, rounding in certificate.slack]
     parts: list[Markup | Plot] = [
         _curves(certificate, distances),

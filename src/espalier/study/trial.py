@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.files import write_json
+from espalier.files import read_sealed, write_sealed
 from espalier.lookup import is_reference
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
@@ -18,7 +17,6 @@ from espalier.study.own_training import OwnTraining
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.train import load_run
-from espalier.train.manifest import digest
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
 RECORD, FILES = "record.json", "files"
@@ -205,24 +203,28 @@ def load_study(path: Path | str) -> Study:
     """
     path = Path(path)
     file = path / STUDY
+    if not file.is_file():
+        raise EspalierError(f"{path} is not a study folder: it has no {STUDY}")
+    plan = read_sealed(file, "study")
     try:
-        plan = json.loads(file.read_text())
-        stated = plan.pop("digest", None)  # which the oldest studies do not have
-        if plan.keys() - {"recipe", "train", "arms", "lrs", "seeds"} or stated not in (None, _plan_digest(plan)):
-            raise KeyError("it is not as it was written")
+        if plan.keys() - {"recipe", "train", "arms", "lrs", "seeds"}:
+            raise KeyError("fields that no study has")
         recipe: Recipe | OwnTraining
         if "recipe" in plan:
             recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
         else:
             recipe = OwnTraining(**plan["train"])
+            if not (all(isinstance(text, str) for text in (recipe.name, recipe.code, recipe.metric)) and recipe.lr > 0):
+                raise TypeError("a training that no study has")
         known = {field.name for field in fields(Recipe)}
         if not all(set(changes) <= known for changes in plan["arms"].values()):
             raise KeyError("a field that no recipe has")
-        rates, seeds = tuple(map(float, plan["lrs"])), tuple(map(int, plan["seeds"]))
-        study = Study(path, recipe, dict(plan["arms"]), rates, seeds)
-    except OSError as error:
-        raise EspalierError(f"{path} is not a study folder: it has no {STUDY}") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        rates, seeds = learning_rates(1.0, plan["lrs"]), _seeds(plan["seeds"])
+        study = Study(path, recipe, dict(plan["arms"]), tuple(sorted(rates)), tuple(sorted(seeds)))
+        for arm in study.arms:
+            _check_arm(arm)
+            study.trial(arm, study.lrs[0], study.seeds[0])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise EspalierError(f"{file} is damaged ({error}): plan the study in another folder") from error
     return replace(study, records=_records(path))
 
@@ -273,8 +275,7 @@ def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[s
         arm = spec.partition("#")[0].rpartition(":")[2] if is_reference(spec) and not own else spec
         if arm in changes:
             raise EspalierError(f"arms: {arm!r} is named twice: give every arm a name of its own")
-        if not arm or set(arm) & _NO_FOLDER or arm.startswith("."):
-            raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
+        _check_arm(arm)
         changes[arm] = {}
         if isinstance(recipe, OwnTraining):
             continue
@@ -282,6 +283,11 @@ def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[s
         before, values = recipe_to_dict(recipe), recipe_to_dict(resolve_recipe(after))
         changes[arm] = {name: value for name, value in values.items() if value != before[name]}
     return changes
+
+
+def _check_arm(arm: str) -> None:
+    if not arm or set(arm) & _NO_FOLDER or arm.startswith("."):
+        raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
 
 
 def _with_fields(recipe: Recipe, arm: str, values: Mapping[str, Any]) -> Recipe:
@@ -327,8 +333,4 @@ def save_study(study: Study) -> None:
     recipe = study.recipe
     what = {"recipe": recipe_to_dict(recipe)} if isinstance(recipe, Recipe) else {"train": asdict(recipe)}
     plan = {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds}
-    write_json(study.path / STUDY, {**plan, "digest": _plan_digest(plan)})
-
-
-def _plan_digest(plan: Mapping[str, Any]) -> str:
-    return digest(json.dumps(plan, sort_keys=True).encode())
+    write_sealed(study.path / STUDY, plan)

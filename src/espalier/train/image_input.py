@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from espalier.data.augment import to_unit
 from espalier.data.colour import upright_rgb
 from espalier.errors import EspalierError, require
-from espalier.files import write_json
+from espalier.files import read_object, write_json
 from espalier.nn.lipschitz.normalisation import Normalize
 
 IMAGES = "images.json"
@@ -64,7 +63,7 @@ class ImageInput:
             EspalierError: the run was not trained on images, or its file is damaged.
         """
         try:
-            values: dict[str, Any] = json.loads((folder / IMAGES).read_text())
+            values = read_object(folder / IMAGES)
             given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
             return cls(**given)
         except FileNotFoundError:

@@ -251,7 +251,7 @@ class FilterStatistics:
                 layers = [_checked(entry, file.get_tensor(f"{i:04d}")) for i, entry in enumerate(described)]
                 if not layers or len(layers) != len(list(file.keys())):
                     raise EspalierError(f"it names {len(layers)} layers and holds {len(list(file.keys()))}")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise EspalierError(f"statistics {path} cannot be read: {reason}") from error
         return cls(tuple(layers))
