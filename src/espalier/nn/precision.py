@@ -58,10 +58,10 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of graphs that ``torch.compile`` makes; ``torch.export`` still sees through it.
 
-    For work that gains nothing from a compiler and loses its in-place updates. ``torch.compiler.disable`` as a decorator
-    would import the compiler with this library, which takes longer than all else in it; torch 2.11 traces through the
-    call here all the same, and takes a function whose result was last changed in place for a constant: its gradient
-    was zero. So what such a function returns must be fresh.
+    For work that gains nothing from a compiler and loses its in-place updates. ``torch.compiler.disable`` as a
+    decorator would import the compiler with this library, which takes longer than all else in it; torch 2.11 traces
+    through the call here all the same, and takes a function whose result was last changed in place for a constant: its
+    gradient was zero. So what such a function returns must be fresh.
     """
 
     @functools.wraps(function)

@@ -220,7 +220,7 @@ def test_sizes_that_do_not_divide_are_refused_in_one_line() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compilers_leave_the_backward_passes_by_hand_alone(family: str) -> None:
-    # Compiled for CUDA, their in-place updates gave wrong gradients of in_proj: graphs hold plain operations only.
+    # Traced, their in-place updates gave gradients of zero with torch 2.11: graphs hold plain operations only.
     graphs: list[torch.fx.GraphModule] = []
 
     def collect(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
@@ -233,7 +233,10 @@ def test_compilers_leave_the_backward_passes_by_hand_alone(family: str) -> None:
         compiled = torch.compile(mixer, backend=collect)
         wanted = [x, *mixer.parameters()]
         found, plain = (torch.autograd.grad(m(x).square().sum(), wanted) for m in (compiled, mixer))
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    # Sums of thousands of float32 products, in another order: to each gradient's size and the largest one's.
+    largest = max(grad.norm() for grad in plain)
+    for mine, other in zip(found, plain, strict=True):
+        assert (mine - other).norm() <= 1e-4 * other.norm() + 1e-5 * largest
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert any("linear" in target for target in targets)
     assert not [target for target in targets if "autograd" in target]
