@@ -306,3 +306,21 @@ def test_bad_input_is_one_line(arguments: dict[str, object], message: str) -> No
     with pytest.raises(EspalierError, match=message) as error:
         espalier.diagnose(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_branch_that_starts_at_fixed_offsets_is_not_closed() -> None:
+    branch = nn.ModuleDict({"offsets": nn.Linear(16, 8), "weights": nn.Linear(16, 4)})
+    model = nn.Sequential(nn.Linear(16, 16), nn.ModuleDict({"attention": branch}))
+    for layer in branch.values():
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    assert any(f.check == "closed-twice" for f in espalier.diagnose(model).findings)
+    branch["offsets"].bias.data += torch.linspace(-1, 1, 8)
+    assert not any(f.check == "closed-twice" for f in espalier.diagnose(model).findings)
+
+
+@pytest.mark.parametrize(("shape", "severity"), [((0,), "error"), ((1, 0, 64), "note"), ((0, 64), "note")])
+def test_none_of_a_kind_is_no_lost_weight(shape: tuple[int, ...], severity: str) -> None:
+    model = nn.Linear(16, 16)
+    model.register_parameter("registers", nn.Parameter(torch.empty(shape)))
+    assert [f.severity for f in espalier.diagnose(model).findings if f.check == "empty"] == [severity]

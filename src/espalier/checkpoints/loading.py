@@ -17,6 +17,7 @@ from espalier.checkpoints.by_shape import skeleton
 from espalier.errors import EspalierError, require, unknown_name
 from espalier.files import load_weights, read_object, read_tensors
 from espalier.init.layouts.linears import HEADS
+from espalier.lookup import is_reference
 from espalier.models import MODELS, build_model
 from espalier.models.hub import open_hub_model
 
@@ -133,7 +134,9 @@ def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
     """
     state = read_tensors(path)
     stated = _stated_model(path)
-    if stated is not None and stated["name"] in MODELS:
+    if stated is not None and not is_reference(stated["name"]):
+        if stated["name"] not in MODELS:
+            raise unknown_name("model", stated["name"], MODELS)
         with _no_larger_than(state, path):
             model = build_model(stated["name"], **stated["args"])
         if model.state_dict().keys() == state.keys():

@@ -51,7 +51,8 @@ def make_fabric(recipe: Recipe, strategy: Strategy) -> Any:
     how: Any = "auto" if processes == 1 else strategy
     if strategy == "fsdp2":
         how = require("lightning_fabric.strategies", "train").ModelParallelStrategy(_shard, processes, 1)
-    with _quiet(logging.getLogger("lightning_fabric")):
+    # Once lightning.pytorch was imported, Fabric's remarks go to a logger of its own there.
+    with _quiet("lightning_fabric"), _quiet("lightning.pytorch"):
         fabric = require("lightning_fabric", "train").Fabric(
             devices=devices,
             num_nodes=processes // devices,
@@ -162,7 +163,8 @@ def _whole(tensor: Any) -> Tensor:
 
 
 @contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.WARNING)
     try:

@@ -137,10 +137,17 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
         parts = record.layer.split(".")
         for depth in range(1, len(parts)):
             below.setdefault(".".join(parts[:depth]), []).append(record)
+    # Nor is a branch closed whose biases were set: deformable attention starts at fixed offsets. None is drawn large.
+    speaking = {
+        r.layer for r in patient.records
+        if not r.matrix and r.stats is not None and "bias" in r.leaf and r.stats.magnitude >= 0.5
+    }  # fmt: skip
     closed = [
         layer
         for layer, members in below.items()
-        if len(members) > 1 and all(m.name in zero and m.leaf == "weight" and m.role in _FACTORS for m in members)
+        if len(members) > 1
+        and all(m.name in zero and m.leaf == "weight" and m.role in _FACTORS for m in members)
+        and not any(m.layer in speaking for m in members)
     ]
     for layer in closed:
         if not any(layer.startswith(f"{other}.") for other in closed):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from espalier.doctor.finding import Finding
+from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
 from espalier.doctor.registry import register_check
@@ -66,6 +66,7 @@ def uninitialised(patient: Patient) -> Iterator[Finding]:
 def empty(patient: Patient) -> Iterator[Finding]:
     """No storage (meta device), no entries (ZeRO-3 outside its gather), or not built yet (lazy modules)."""
     for record in patient.records:
+        severity: Severity = "error"
         if record.meta:
             lazy = record.module is not None and any(
                 nn.parameter.is_lazy(t) for t in record.module._parameters.values() if t is not None
@@ -77,6 +78,8 @@ def empty(patient: Patient) -> Iterator[Finding]:
             tensor = None if record.module is None else record.module._parameters.get(record.leaf)
             if hasattr(tensor, "ds_id"):
                 remedy = "diagnose inside deepspeed.zero.GatheredParameters(model.parameters())"
+            elif len(record.shape) > 1:  # a configuration that asks for none of them: no registers, no points
+                severity = "note"
         else:
             continue
-        yield Finding("error", record.name, "empty", measured, "numbers", remedy)
+        yield Finding(severity, record.name, "empty", measured, "numbers", remedy)
