@@ -35,7 +35,7 @@ def start(out: Path, *flags: str) -> subprocess.Popen[str]:
         "--committed",
         str(out / "no"),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "QUEUE_NICE": "0"}
     return subprocess.Popen(
         [*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
