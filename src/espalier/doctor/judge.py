@@ -128,17 +128,20 @@ def judge_gradients(gradients: Gradients, *, unused: Severity | None) -> list[Fi
                 "something cuts the graph or multiplies by zero: look at the findings above",
             )
         )  # fmt: skip
-    # Weights of a chain of blocks: their typical gradient, first block against last.
-    blocks: dict[str, list[float]] = {}
+    # Weights of every list of blocks: their typical gradient, first block against last. Blocks of different lists (a
+    # stem and the stages, attention and its norms in XLM) are of different kinds, and are not compared.
+    chains: dict[str, dict[str, list[float]]] = {}
     for name, size in finite.items():
         parts = name.split(".")
         index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if index is not None and size > 0 and parts[-1] == "weight":
-            blocks.setdefault(".".join(parts[: index + 1]), []).append(size)
-    ends = list(blocks.items())
-    if len(ends) >= 3:
-        (first, start), (last, end) = ((n, median(v)) for n, v in (ends[0], ends[-1]))
-        ratio = start / end
+            chain = chains.setdefault(".".join(parts[:index]), {})
+            chain.setdefault(".".join(parts[: index + 1]), []).append(size)
+    for chain in chains.values():
+        if len(chain) < 3:
+            continue
+        first, *_, last = chain
+        ratio = median(chain[first]) / median(chain[last])
         if not 1 / _GRADIENTS < ratio < _GRADIENTS:
             findings.append(
                 Finding(

@@ -158,7 +158,9 @@ def _loss(
         return logits, F.cross_entropy(flat, targets), False
     if first is None:
         return None, None, False
-    return None, first.float().square().mean(), False
+    # Not the mean square: that of a normalised output is constant, and its gradient only rounding.
+    weights = torch.randn(first.shape, generator=generator).to(first.device)
+    return None, (first.float() * weights).mean(), False
 
 
 def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
@@ -184,7 +186,7 @@ def _gradients(model: nn.Module) -> Gradients:
             continue
         if parameter.grad is None:
             missing.append(plain_name(name))
-        else:
+        elif parameter.numel():
             gradient = parameter.grad
             gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
             norms[plain_name(name)] = float(gradient.double().norm()) / math.sqrt(gradient.numel())

@@ -22,6 +22,8 @@ _POSITION = re.compile(
     r"time_?embed",
     re.IGNORECASE,
 )
+# Learned vectors that stand among the inputs, as a class token or a prompt: nothing is summed over their rows.
+_TOKEN = re.compile(r"(^|_)(tokens?|prompts?|probes?|latents?|registers?|class_embedding|cls)$|_(query|queries)$")
 _EMBEDDING = re.compile(
     r"(^|\.)(wte|tok\w*emb\w*|embed_tokens|word_embeddings|embeddings?|embed|shared)$", re.IGNORECASE
 )
@@ -113,7 +115,9 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
         return "bias" if "bias" in leaf or leaf == "beta" else "norm"
     if module is None and flat and leaf == "weight":  # of what has a weight, only normalisation keeps a vector
         return "norm"
-    if _POSITION.search(name):
+    # What is broadcast over the batch is added to the inputs or stands beside them.
+    broadcast = len(shape) >= 3 and shape[0] == 1 and not re.search("weight|kernel", leaf)
+    if _POSITION.search(name) or _TOKEN.search(leaf) or broadcast:
         return "position"
     if isinstance(module, nn.Embedding) or (module is None and _EMBEDDING.search(layer)):
         return "embedding"

@@ -75,10 +75,14 @@ def empty(patient: Patient) -> Iterator[Finding]:
             remedy = "run one forward pass first" if lazy else "call to_empty(device=…), then initialise or load"
         elif 0 in record.shape and not record.buffer:
             measured, remedy = f"shape {tuple(record.shape)}", "give it a size, or gather it first"
-            tensor = None if record.module is None else record.module._parameters.get(record.leaf)
+            own = {} if record.module is None else record.module._parameters
+            tensor = own.get(record.leaf)
+            # ZeRO-3 leaves one dimension of zero; a configuration that asks for no registers or no points, a zero
+            # among others, in the bias beside such a weight one alone.
+            asked = any(t is not None and t.ndim > 1 and 0 in t.shape for t in own.values())
             if hasattr(tensor, "ds_id"):
                 remedy = "diagnose inside deepspeed.zero.GatheredParameters(model.parameters())"
-            elif len(record.shape) > 1:  # a configuration that asks for none of them: no registers, no points
+            elif asked or len(record.shape) > 1:
                 severity = "note"
         else:
             continue

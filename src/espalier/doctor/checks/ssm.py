@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from espalier.doctor.finding import Finding
+from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
 from espalier.doctor.registry import register_check
@@ -27,12 +27,15 @@ def state_space(patient: Patient) -> Iterator[Finding]:
     for record in patient.records:
         if record.leaf != "A_log" or record.stats is None:
             continue
-        yield from _decay(record, patient)
-        for leaf in ("dt_bias", "dt_proj.bias"):
-            step = patient.find(f"{record.layer}.{leaf}".lstrip("."))
+        steps = [patient.find(f"{record.layer}.{leaf}".lstrip(".")) for leaf in ("dt_bias", "dt_proj.bias")]
+        # Gated delta nets, which have no skip D, publish a dt_bias of one, or a decay of one beside drawn steps (where
+        # the gate has a lower bound); Mamba-2 draws both.
+        skips = f"{record.layer}.D".lstrip(".") in names
+        drawn = any(s is not None and s.stats is not None and not s.stats.constant for s in steps)
+        yield from _decay(record, patient, gated=not skips and drawn)
+        for step in steps:
             if step is not None and step.stats is not None:
-                # Gated delta nets, which have no skip D, publish a constant of one; Mamba-2 draws.
-                yield from _step(step, patient, drawn=f"{record.layer}.D".lstrip(".") in names)
+                yield from _step(step, patient, drawn=skips)
         convolution = patient.find(f"{record.layer}.conv1d.weight".lstrip("."))
         if convolution is not None and convolution.stats is not None and convolution.stats.magnitude == 0:
             yield Finding(
@@ -41,7 +44,7 @@ def state_space(patient: Patient) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _decay(record: Record, patient: Patient) -> Iterator[Finding]:
+def _decay(record: Record, patient: Patient, *, gated: bool) -> Iterator[Finding]:
     stats = record.stats
     assert stats is not None
     if stats.maximum > 12 or stats.minimum < -30:
@@ -50,9 +53,10 @@ def _decay(record: Record, patient: Patient) -> Iterator[Finding]:
             "initialise it again, on every rank: exp(A_log) is the decay",
         )  # fmt: skip
     elif not patient.trained and stats.constant and stats.numel > 1 and stats.minimum > -4:
+        severity: Severity = "error" if stats.minimum == 0 and not gated else "warning"
         yield Finding(
-            "error" if stats.minimum == 0 else "warning", record.name, "state-space", f"all {stats.minimum:.3g}",
-            _DECAY, "initialise it again: a wrapper, loading or sharding overwrote it",
+            severity, record.name, "state-space", f"all {stats.minimum:.3g}", _DECAY,
+            "initialise it again: a wrapper, loading or sharding overwrote it",
         )  # fmt: skip
     elif not patient.trained and stats.minimum < -9 and stats.nonfinite == 0 and stats.maximum > -1:
         yield Finding(

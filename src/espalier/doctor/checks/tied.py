@@ -38,7 +38,14 @@ def tied(patient: Patient) -> Iterator[Finding]:
     )
     name = record.name if record else "output head"
     if asked and not shared:
-        yield _untied(name, "the head has weights of its own")
+        if getattr(patient.model, "_tied_weights_keys", True):
+            yield _untied(name, "the head has weights of its own")
+        else:  # a class of transformers that lists nothing to tie: calling tie_weights() would change nothing
+            yield Finding(
+                "warning", name, "tied", "its class ties nothing, whatever the configuration says",
+                "the embedding itself (tie_word_embeddings)",
+                "assign the embedding's weight to the head, or set tie_word_embeddings to false",
+            )  # fmt: skip
     elif shared and not asked:
         yield Finding(
             "warning", name, "tied", "the head shares the embedding's memory", "weights of its own (configuration)",
