@@ -1,0 +1,125 @@
+"""Starts that look like faults and are none: norms of every formula, learned tokens, gates, parts in lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import espalier
+from espalier.doctor import Finding
+
+
+class Norm(nn.Module):
+    """A normalisation of any formula: centred or not, w or 1 + w, with a bias or without."""
+
+    def __init__(self, width: int, shift: float, gain: float, *, centred: bool, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), gain))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.shift, self.centred = shift, centred
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.centred:
+            return F.layer_norm(x, self.weight.shape, self.weight + self.shift, self.bias)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (self.weight + self.shift)
+        return x if self.bias is None else x + self.bias
+
+
+class OwnLayerNorm(nn.LayerNorm):
+    """A layer norm of torch's own family that multiplies by 1 + w."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+def findings(model: nn.Module, check: str, **keywords: object) -> list[Finding]:
+    return [f for f in espalier.diagnose(model, **keywords).findings if f.check == check]  # type: ignore[arg-type]
+
+
+def block(width: int, norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), norm, nn.ReLU(), nn.Linear(width, 4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(2, 65),
+    shift=st.sampled_from([0.0, 1.0]),
+    gain=st.sampled_from([0.0, 1.0]),
+    centred=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_what_a_norm_multiplies_by_decides(
+    width: int, shift: float, gain: float, centred: bool, bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = block(width, Norm(width, shift, gain, centred=centred, bias=bias).to(dtype))
+    severities = [f.severity for f in findings(model, "normalisation")]
+    assert severities == {0.0: ["error"], 1.0: [], 2.0: ["warning"]}[shift + gain]
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_a_subclass_of_torchs_norm_is_asked_too(gain: float) -> None:
+    model = block(16, OwnLayerNorm(16))
+    nn.init.constant_(model[1].weight, gain)  # type: ignore[arg-type]
+    assert bool(findings(model, "normalisation")) == (gain == 1.0)
+
+
+class Prompted(nn.Module):
+    """Learned vectors that are added to the inputs or stand beside them, drawn with deviation 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent_query = nn.Parameter(torch.randn(64, 512))
+        self.text_prompt = nn.Parameter(torch.randn(10, 512))
+        self.pad_up = nn.Parameter(torch.randn(1, 3, 30, 448))
+        self.query = nn.Parameter(torch.randn(512, 512))  # a matrix that multiplies
+
+
+def test_learned_tokens_have_no_fan_in() -> None:
+    torch.manual_seed(0)
+    assert [f.layer for f in findings(Prompted(), "scale")] == ["query"]
+
+
+class Gate(nn.Module):
+    """A gated delta layer: a decay and steps, with the skip of a state-space layer or without."""
+
+    def __init__(self, *, skip: bool, drawn: bool) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(8))
+        self.dt_bias = nn.Parameter(torch.randn(8) - 4 if drawn else torch.zeros(8))
+        if skip:
+            self.D = nn.Parameter(torch.ones(8))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_decay_of_one_is_an_error_unless_a_gate_starts_there(skip: bool, drawn: bool) -> None:
+    torch.manual_seed(0)
+    found = [f for f in findings(Gate(skip=skip, drawn=drawn), "state-space") if f.layer == "A_log"]
+    assert [f.severity for f in found] == ["warning" if drawn and not skip else "error"]
+
+
+class Parallel(nn.Module):
+    """Blocks whose parts lie in lists of their own, as in XLM: attention beside small norms."""
+
+    def __init__(self, scales: list[float]) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(nn.Linear(16, 16) for _ in scales)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in scales)
+        self.scales = scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for mixer, norm, scale in zip(self.mixers, self.norms, self.scales, strict=True):
+            x = norm(x + scale * mixer(x))
+        return x
+
+
+@pytest.mark.parametrize(("scales", "fault"), [([1e-9] * 4, False), ([1e-9, 1e-9, 1e-9, 1], True)])
+def test_lists_of_blocks_are_compared_with_themselves(scales: list[float], fault: bool) -> None:
+    torch.manual_seed(0)
+    assert bool(findings(Parallel(scales), "gradients", example=torch.randn(4, 8, 16))) == fault
