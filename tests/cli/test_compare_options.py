@@ -91,6 +91,17 @@ def test_failed_trials_are_status_1_in_one_line_for_all_alike(
     assert plan["recipe"]["model"].startswith(f"{tmp_path / 'nets.py'}:Net#")
 
 
+def test_a_comparison_that_always_diverges_is_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "digits_vit", "--model-args.embed-dim", "12", "--arms", "default", "--lrs", "1e30"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--seeds", "1", "--workers", "0", "--epochs", "1", "--threads", "1"])
+    assert stop.value.code == 1
+    assert "every trial diverged: choose smaller --lrs" in capsys.readouterr().err
+
+
 def test_torchrun_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -323,7 +323,7 @@ def test_a_bad_image_is_named_when_it_is_met(images: Path, tmp_path: Path) -> No
 
 def test_too_little_room_is_said_before_anything_is_read(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EncodedImages, "open", lambda self, index: pytest.fail("an image was read"))
-    monkeypatch.setattr(decoded, "_free_memory", lambda: 1000.0)
+    monkeypatch.setattr(decoded, "free_memory", lambda: 1000.0)
     with pytest.raises(EspalierError, match=r"0\.0 GB.*--data-args\.storage mapped"):
         source_of(images, "memory")
     monkeypatch.setattr(decoded.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9))

@@ -117,7 +117,9 @@ def compare(
     gpus: int | None = None,
     account: str | None = None,
 ) -> None:
-    """Train every arm at every learning rate and seed, print the table and write the page; status 1 if a trial failed.
+    """Train every arm at every learning rate and seed, print the table and write the page.
+
+    Status 1 if a trial failed, or if every one diverged.
 
     Args:
         recipe: the recipe that all arms share.
@@ -153,6 +155,9 @@ def compare(
     )
     print(text_table(summary))
     print(f"report: {write_report([out], out / 'report.html')}")
+    if not summary.failures and not any(point.scores for arm in summary.arms for point in arm.rates):
+        print(f"espalier: {out}: every trial diverged: choose smaller --lrs", file=sys.stderr)
+        raise SystemExit(1)
     if summary.failures:
         raise SystemExit(1)
 

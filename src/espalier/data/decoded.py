@@ -65,7 +65,7 @@ def check_memory(needed: int) -> None:
     Raises:
         EspalierError: there is less; the message names the other storages.
     """
-    free = _free_memory()
+    free = free_memory()
     if needed > free:
         raise EspalierError(
             f"the decoded images take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: use "
@@ -80,7 +80,8 @@ def progress(steps: Any, total: int, what: str) -> Iterator[Any]:
     yield from track(steps, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
 
 
-def _free_memory() -> float:
+def free_memory() -> float:
+    """Return how many bytes of memory are free; infinity where the system does not say."""
     free = math.inf  # where nothing says how much there is, nothing is refused
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()

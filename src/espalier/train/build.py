@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import data, models, recipes
+from espalier.data.decoded import free_memory
 from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.lookup import errors_of
@@ -108,11 +109,27 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
     generator = derive_generator(recipe.seed, "weights")
     # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
     with _seeded_globally(generator):
+        if recipe.model in models.MODELS:
+            _check_memory(recipe, model_args)
         model: nn.Module = models.build_model(recipe.model, **model_args)
     init_weights = getattr(model, "init_weights", None)
     if init_weights is not None and "generator" in inspect.signature(init_weights).parameters:
         init_weights(generator=generator)
     return model
+
+
+def _check_memory(recipe: Recipe, model_args: Mapping[str, Any]) -> None:
+    """Refuse a model of ours that would fill the memory, before it does: its shapes are known without its numbers."""
+    with torch.device("meta"):
+        parameters = list(models.build_model(recipe.model, **model_args).parameters())
+    # On a CPU the gradients and the optimiser's two averages lie in the same memory.
+    needed = sum(p.numel() * p.element_size() for p in parameters) * (1 if torch.cuda.is_available() else 4)
+    if needed > (free := free_memory()):
+        raise EspalierError(
+            f"model {recipe.model} with {dict(recipe.model_args)} has {sum(p.numel() for p in parameters):,} "
+            f"parameters, {needed / 1e9:.3g} GB to train, and {free / 1e9:.3g} GB of memory are free: choose a "
+            "smaller one"
+        )
 
 
 @contextmanager
