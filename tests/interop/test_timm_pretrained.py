@@ -1,4 +1,4 @@
-"""timm's pre-trained weights by name: from a hub, from its cache when the hub is gone, and one line when there is none."""
+"""timm's pre-trained weights by name: from a hub, from its cache without it, and one line when there are none."""
 
 from __future__ import annotations
 
