@@ -19,16 +19,16 @@ Path("photos/train/ripe/._0.jpg").write_bytes(b"left by another system")
 
 
 def espalier(*words: str) -> str:
-    """Run the command and return what it prints."""
+    """Run the command and return what it prints and says."""
     run = subprocess.run(["espalier", *words], capture_output=True, text=True, check=False)
     assert run.returncode == 0, (words, run.stderr)
-    return run.stdout
+    return run.stdout + run.stderr
 
 
 train = ["train", "digits_vit", "--dataset", "folder", "--data", "photos", "--data-args.size", "16", "--epochs", "4"]
 espalier(*train, "--batch-size", "8", "--out", "runs/photos", "--quiet")
 assert json.loads(Path("runs/photos/result.json").read_text())["epochs"] == 4
-assert "already finished" in espalier(*train, "--batch-size", "8", "--out", "runs/photos", "--quiet")
+assert "already finished" in espalier(*train, "--batch-size", "8", "--out", "runs/photos")
 predicted = espalier("predict", "runs/photos", "photos/val/ripe/0.jpg", "photos/val/green/0.jpg")
 assert "ripe" in predicted
 espalier("export", "runs/photos", "--to", "onnx")

@@ -128,6 +128,16 @@ def test_head_width_need_not_be_the_model_s_share_and_qk_norm_is_noted() -> None
     assert "distance zero" in row.note
 
 
+@pytest.mark.parametrize("width", [32, 48, 64])
+def test_a_layer_norm_of_the_queries_takes_away_what_its_channels_share(width: int) -> None:
+    sizes = config(
+        "PersimmonConfig", hidden_size=width, num_attention_heads=4, intermediate_size=8, num_hidden_layers=1
+    )
+    [row] = espalier.structure_(build("persimmon.modeling_persimmon.PersimmonModel", sizes)).layers
+    assert row.status == "written"
+    assert "up to scale" in row.note
+
+
 def test_rows_interleaved_by_head() -> None:
     neox = build(
         "gpt_neox.modeling_gpt_neox.GPTNeoXAttention",

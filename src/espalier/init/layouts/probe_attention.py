@@ -218,8 +218,9 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     ways = torch.randn(2, dim, generator=generator, dtype=torch.float64)
     pushes = torch.zeros(trial.groups, trial.values, 1, dtype=torch.float64)
     pushes[0, 0] = _PUSH
+    # Every channel by another amount: a layer norm of the queries takes away what all have in common.
     queries = torch.zeros(trial.heads, trial.width, 1, dtype=torch.float64)
-    queries[0] = _PUSH
+    queries[0] = _PUSH * torch.randn(trial.width, 1, generator=generator, dtype=torch.float64)
     outs, scores = [], []
     for way_D in ways:
         outs.append(trial.look(q=torch.zeros_like, v=_pushed(pushes * way_D)).tokens_LX)
@@ -232,6 +233,8 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     cross_L = (moves[0] * own[1] - moves[1] * own[0]).norm(dim=1)
     size_L = (moves[0].square() + moves[1].square()).sum(1).sqrt() * (own[0].square() + own[1].square()).sqrt()[:, 0]
     clear_L = size_L > 1e-3 * size_L.max()
+    if not clear_L.any():
+        raise Unproven("its scores at a token's own place do not move with what was read as its query")
     if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
 
