@@ -44,6 +44,7 @@ from experiments.kills import LOST, REFUSED, RUN, do_study, ended, kills, run_ou
 from experiments.readers import TARGETS, hunt, samples
 
 T = TypeVar("T")
+BY_HAND = "## What the tests try"
 
 
 @dataclass
@@ -319,7 +320,10 @@ def main() -> int:
         print("LOST", line)
     if given.write is not None:
         command = f"python experiments/reliability.py --kills {given.kills} --write {given.write}"
-        given.write.write_text(page(tried, campaigns[1:], time.monotonic() - started, command))
+        text = page(tried, campaigns[1:], time.monotonic() - started, command)
+        # What the page says of the test suite is written by hand, and stays.
+        kept = given.write.read_text().partition(BY_HAND)[1:] if given.write.exists() else ()
+        given.write.write_text("\n".join([text, "".join(kept)]) if kept else text)
     return 1 if any(each.lost for each in campaigns) else 0
 
 
