@@ -32,8 +32,9 @@ FLOORS = [
     {"models", "data", "recipes"},
     {"doctor"},
     {"init", "nn"},
+    {"lookup"},
     {"files"},
-    {"errors", "lookup", "randomness", "tables"},
+    {"errors", "randomness", "tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What `import espalier` must not load.

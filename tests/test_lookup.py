@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.errors import EspalierError
-from espalier.lookup import is_reference, load, pin
+from espalier.lookup import TRUST, is_reference, load, pin
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,29 @@ def test_a_module_of_the_present_folder_and_an_installed_one(tmp_path: Path) -> 
     assert pinned.startswith("mypackage.nets:Net#")
     assert load("model", pinned).__name__ == "Net"
     assert load("model", "collections:Counter")("aa") == {"a": 2}
-    assert pin("model", "time:sleep") == "time:sleep"  # built in: there is no file
+
+
+def test_code_that_only_a_file_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nets.py").write_text("open('ran', 'w').close()\nclass Net: pass\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("open('ran', 'w').close()\n")
+    (tmp_path / "package" / "nets.py").write_text("class Net: pass\n")
+    for reference in ("nets.py:Net", "package.nets:Net", "subprocess:getoutput"):
+        monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "mine"))
+        pinned = pin("model", reference)
+        (tmp_path / "ran").unlink(missing_ok=True)  # a parent package is imported to find its module
+        monkeypatch.delenv(TRUST)
+        monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "theirs"))
+        for name in [name for name in sys.modules if name.startswith("package")]:
+            del sys.modules[name]
+        with pytest.raises(EspalierError, match=f"you have not named here.*{TRUST}=") as caught:
+            load("model", pinned)
+        assert not (tmp_path / "ran").exists()
+        monkeypatch.setenv(TRUST, "0123," + str(caught.value).rpartition("=")[2])
+        assert callable(load("model", pinned))
+        monkeypatch.delenv(TRUST)
+        monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "mine"))  # named before, in another process
+        assert callable(load("model", pinned))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +99,7 @@ def test_a_module_of_the_present_folder_and_an_installed_one(tmp_path: Path) -> 
         (".:Net", "", "write FILE.py:NAME"),
         ("nets:Net", "1 / 0", "ZeroDivisionError"),
         ("no.such.module:Net", "", "there is no module 'no.such.module'"),
+        ("time:sleep", "", "module 'time' is built in"),
         ("timm/nets:Net", "", "write FILE.py:NAME"),
         ("nets.py:", "", "write FILE.py:NAME"),
         (":Net", "", "write FILE.py:NAME"),

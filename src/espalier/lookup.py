@@ -9,12 +9,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.files import cache_folder
 
 # Note [Pins]
 # What a name means changes when its file is edited. A recipe that is saved beside a run therefore says
@@ -22,6 +23,12 @@ from espalier.errors import EspalierError, unknown_name
 # and readers of the run get that very code or an error, and a digest of the recipe tells two versions apart. Modules
 # that the file itself imports are not covered.
 _DIGITS = 12
+
+# Note [Trust]
+# A run folder or a study may come from a stranger, and what it names as its model would be called with arguments of the
+# stranger's choice. Code is therefore run on a file's word only if the user has named it before, that version of it:
+# ``pin`` leaves a mark in the cache folder, and one in the environment for processes that start from here.
+TRUST = "ESPALIER_TRUST"
 
 _imported: set[str] = set()
 """Files of the user's own that were imported."""
@@ -46,8 +53,14 @@ def pin(kind: str, reference: str) -> str:
     if digest:
         return reference
     file = _file_of(kind, place)
-    where = str(file) if place.endswith(".py") else place
-    return f"{where}:{name}" + (f"#{_digest(file)}" if file is not None else "")
+    pinned = f"{file if place.endswith('.py') else place}:{name}#{_digest(file)}"
+    mark = _mark(pinned)
+    os.environ[TRUST] = ",".join({*filter(None, os.environ.get(TRUST, "").split(",")), mark})
+    with suppress(OSError):  # a home that cannot be written to: then only the environment says it
+        folder = cache_folder() / "trusted"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / mark).touch()
+    return pinned
 
 
 def load(kind: str, reference: str) -> Callable[..., Any]:
@@ -57,14 +70,19 @@ def load(kind: str, reference: str) -> Callable[..., Any]:
         EspalierError: no such file, module or name, code that fails on import or that is not what was pinned.
     """
     place, name, digest = _split(kind, reference)
+    if digest and not (_mark(reference) in os.environ.get(TRUST, "").split(",") or _marked(reference)):
+        raise EspalierError(
+            f"{kind} {place}:{name} is code that a run or study names and you have not named here: look at it, "
+            f"and if you trust it set {TRUST}={_mark(reference)}"
+        )
     file = _file_of(kind, place)
-    if digest and file is not None and _digest(file) != digest:
+    if digest and _digest(file) != digest:
         raise EspalierError(
             f"{kind} {place}:{name}: {file} is not the code that this was planned or trained with ({digest}): put that "
             "version back, or start in another folder"
         )
     with errors_of(kind, f"{place}:{name}"):
-        module = _import_file(file) if file is not None and place.endswith(".py") else importlib.import_module(place)
+        module = _import_file(file) if place.endswith(".py") else importlib.import_module(place)
     if not callable(found := getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name(f"{kind} in {place}", name, known)
@@ -110,8 +128,16 @@ def _split(kind: str, reference: str) -> tuple[str, str, str]:
     return place, name, digest
 
 
-def _file_of(kind: str, place: str) -> Path | None:
-    """Return the file that holds the code; None for what is built in."""
+def _mark(reference: str) -> str:
+    return hashlib.sha256(reference.encode()).hexdigest()[:16]
+
+
+def _marked(reference: str) -> bool:
+    return (cache_folder() / "trusted" / _mark(reference)).exists()
+
+
+def _file_of(kind: str, place: str) -> Path:
+    """Return the file that holds the code."""
     if place.endswith(".py"):
         file = Path(place).expanduser().resolve()
         if not file.is_file():
@@ -127,7 +153,9 @@ def _file_of(kind: str, place: str) -> Path | None:
             spec = None
     if spec is None:
         raise EspalierError(f"{kind}: there is no module {place!r}: install it, or name a file, FILE.py:NAME")
-    return Path(spec.origin) if spec.origin and spec.has_location else None
+    if not spec.origin or not spec.has_location:
+        raise EspalierError(f"{kind}: module {place!r} is built in: write a function of your own around it, in a file")
+    return Path(spec.origin)
 
 
 def _digest(file: Path) -> str:

@@ -48,6 +48,7 @@ def test_a_recipe_comes_back_equal_with_its_tuples(tmp_path: Path) -> None:
         ({"betas": [0.9, True]}, "field 'betas'"),
         ({"crop_scale": [0.5, "1"]}, "item 1 of tuple is neither float or int"),
         ({"randaugment": [2, 12.5]}, "field 'randaugment'"),
+        ({"model": "subprocess:getoutput"}, "field 'model' names code, .*, and not which version"),
     ],
 )
 def test_bad_fields_are_named_in_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:

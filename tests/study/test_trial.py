@@ -74,6 +74,7 @@ def test_values_that_no_plan_has_are_refused_without_a_digest_too(tmp_path: Path
     wrong = (
         {"lrs": ["x"]}, {"lrs": [1e400]}, {"seeds": [-1]}, {"seeds": [0.5]}, {"arms": {"../../x": {}}}, {"arms": []},
         {"arms": {"default": ["lr"]}}, {"recipe": []}, {"recipe": {"name": "r", "lr": "x"}}, {"more": 1},
+        {"recipe": {**plan["recipe"], "model": "os:getcwd"}}, {"arms": {"default": {"init": "os:getcwd"}}},
     )  # fmt: skip
     for changed in [*({**plan, **changes} for changes in wrong), {"train": own, "arms": {}, "lrs": [1], "seeds": [0]}]:
         file.write_text(json.dumps(changed))

@@ -32,9 +32,24 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
             raise EspalierError("data_path is empty: name a file or folder")
         # A run folder must find its data from anywhere.
         resolved = replace(resolved, data_path=str(Path(resolved.data_path).expanduser().absolute()))
-    own = {name: getattr(resolved, name) for name in ("dataset", "model", "init")}
-    pinned: dict[str, Any] = {name: pin(name, value) for name, value in own.items() if is_reference(value)}
+    pinned: dict[str, Any] = {name: pin(name, value) for name, value in _own_code(resolved).items()}
     return replace(resolved, **pinned)
+
+
+def _own_code(recipe: Recipe) -> dict[str, str]:
+    own = {name: getattr(recipe, name) for name in ("dataset", "model", "init")}
+    return {name: value for name, value in own.items() if is_reference(value)}
+
+
+def refuse_unpinned(recipe: Recipe, where: str) -> None:
+    """Refuse a recipe of a run or study whose code has no pin: no run writes that (Note [Trust] of ``lookup``).
+
+    Raises:
+        EspalierError: the field and what it names.
+    """
+    for name, value in _own_code(recipe).items():
+        if "#" not in value:
+            raise EspalierError(f"{where}: field {name!r} names code, {value!r}, and not which version: it was changed")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -94,7 +109,9 @@ def load_recipe(path: Path) -> Recipe:
         raise EspalierError(f"recipe file {path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise EspalierError(f"recipe file {path} does not hold an object of fields")
-    return recipe_from_dict(values, where=f"recipe file {path}")
+    recipe = recipe_from_dict(values, where=f"recipe file {path}")
+    refuse_unpinned(recipe, f"recipe file {path}")
+    return recipe
 
 
 def first_difference(mine: Recipe, other: Recipe) -> str | None:

@@ -12,7 +12,13 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.files import read_sealed, write_sealed
 from espalier.lookup import is_reference
 from espalier.recipes import Recipe, apply_arm
-from espalier.recipes.validation import first_difference, recipe_from_dict, recipe_to_dict, resolve_recipe
+from espalier.recipes.validation import (
+    first_difference,
+    recipe_from_dict,
+    recipe_to_dict,
+    refuse_unpinned,
+    resolve_recipe,
+)
 from espalier.study.own_training import OwnTraining
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
@@ -223,7 +229,9 @@ def load_study(path: Path | str) -> Study:
         study = Study(path, recipe, dict(plan["arms"]), tuple(sorted(rates)), tuple(sorted(seeds)))
         for arm in study.arms:
             _check_arm(arm)
-            study.trial(arm, study.lrs[0], study.seeds[0])
+            trial = study.trial(arm, study.lrs[0], study.seeds[0])
+            if isinstance(trial.recipe, Recipe):
+                refuse_unpinned(trial.recipe, f"{file}, arm {arm!r}")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise EspalierError(f"{file} is damaged ({error}): plan the study in another folder") from error
     return replace(study, records=_records(path))
