@@ -85,14 +85,14 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield up to three architectures of every file of timm, small ones first."""
+    """Yield up to sixteen architectures of every file of timm, small ones first."""
     import timm
 
     per_file: Counter[str] = Counter()
     small = re.compile("test|femto|atto|pico|nano|micro|xx?s|tiny|mini|small|_s|18|26|50")
     for name in sorted(timm.list_models(), key=lambda name: not small.search(name)):
         file = timm.models.model_entrypoint(name).__module__
-        if per_file[file] < 3:
+        if per_file[file] < 16:
             per_file[file] += 1
             yield name, lambda name=name: timm.create_model(name, pretrained=False, num_classes=100)
 
