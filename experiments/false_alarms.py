@@ -157,6 +157,10 @@ LOOKED_AT = {
     "muse_glimmer_text": "the library: its base class sets every RMSNorm to one, and this one multiplies by 1 + w",
     "granitemoehybrid": "the library: `dt_bias` is one, a step of 1.31, where Mamba-2 draws steps from 1e-3 to 0.1",
     "bigbird_pegasus": "the library: the decoder's class lists no tied weights, its configuration says tied",
+    **dict.fromkeys(
+        ["mobilenetv4_conv_small", "mobilenetv4_conv_small_035", "mobilenetv4_conv_small_050"],
+        "the library: the head is drawn by its fan-out, so 100 classes get three times the weights of 1,000",
+    ),
     "glm5_next_text": "the check: this gate has a lower bound and starts at a decay of one on purpose",
 }
 
