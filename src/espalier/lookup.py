@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.files import cache_folder
 
 # Note [Pins]
 # What a name means changes when its file is edited. A recipe that is saved beside a run therefore says
@@ -57,7 +56,7 @@ def pin(kind: str, reference: str) -> str:
     mark = _mark(pinned)
     os.environ[TRUST] = ",".join({*filter(None, os.environ.get(TRUST, "").split(",")), mark})
     with suppress(OSError):  # a home that cannot be written to: then only the environment says it
-        folder = cache_folder() / "trusted"
+        folder = _trusted()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / mark).touch()
     return pinned
@@ -70,10 +69,11 @@ def load(kind: str, reference: str) -> Callable[..., Any]:
         EspalierError: no such file, module or name, code that fails on import or that is not what was pinned.
     """
     place, name, digest = _split(kind, reference)
-    if digest and not (_mark(reference) in os.environ.get(TRUST, "").split(",") or _marked(reference)):
+    mark = _mark(reference)
+    if digest and mark not in os.environ.get(TRUST, "").split(",") and not (_trusted() / mark).exists():
         raise EspalierError(
             f"{kind} {place}:{name} is code that a run or study names and you have not named here: look at it, "
-            f"and if you trust it set {TRUST}={_mark(reference)}"
+            f"and if you trust it set {TRUST}={mark}"
         )
     file = _file_of(kind, place)
     if digest and _digest(file) != digest:
@@ -132,8 +132,10 @@ def _mark(reference: str) -> str:
     return hashlib.sha256(reference.encode()).hexdigest()[:16]
 
 
-def _marked(reference: str) -> bool:
-    return (cache_folder() / "trusted" / _mark(reference)).exists()
+def _trusted() -> Path:
+    from espalier.files import cache_folder  # brings torch, for which `espalier --help` does not wait
+
+    return cache_folder() / "trusted"
 
 
 def _file_of(kind: str, place: str) -> Path:
