@@ -30,15 +30,17 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from experiments.scheduler import COMMITTED, ROOT
 
-SAMPLE_SECONDS, WARM_SECONDS = 20.0, 120.0
+SAMPLE_SECONDS = 20.0
+WARM_SECONDS = 60.0
+"""Processor time after which everything is imported, read and compiled, on a machine however busy."""
 KINDS = [(who, number) for who in ("queue", "trial") for number in (signal.SIGTERM, signal.SIGKILL)]
-Held = tuple[float, float, int, int]  # age in seconds, MB, file handles, threads
+Held = tuple[float, float, int, int]  # seconds of processor time, MB, file handles, threads
 
 
-def held(process: psutil.Process, now: float) -> Held:
+def held(process: psutil.Process) -> Held:
     with process.oneshot():
         memory = process.memory_full_info().uss / 2**20
-        return now - process.create_time(), memory, process.num_fds(), process.num_threads()
+        return sum(process.cpu_times()[:2]), memory, process.num_fds(), process.num_threads()
 
 
 def growth(samples: list[Held]) -> dict[str, float] | None:
@@ -73,7 +75,7 @@ def watch(out: Path, seconds: float, stops_an_hour: float, draw: random.Random) 
         while time.monotonic() < until and queue.poll() is None:
             for process in [queue, *children(queue)]:
                 try:
-                    samples[process.pid].append(held(process, time.time()))
+                    samples[process.pid].append(held(process))
                 except psutil.Error:  # it ended meanwhile
                     continue
             time.sleep(min(SAMPLE_SECONDS, max(0.0, until - time.monotonic())))

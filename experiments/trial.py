@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from espalier.errors import EspalierError
 from espalier.study import add_records, record_run
-from espalier.train import train
+from espalier.train import RunInterrupted, train
 from experiments.scheduler import BUSY, known_records, load_order
 
 
@@ -38,6 +38,9 @@ def main(order: str, name: str, arm: str, lr: str, seed: str, out: str, committe
                 add_records([record_run(run, name, arm, extra)], folder / "records" / f"{name}.jsonl")
             shutil.rmtree(trial.path, ignore_errors=True)
     except Timeout:
+        return BUSY
+    except RunInterrupted as stop:  # by a signal: the next queue goes on where it was
+        print(f"{name}: {arm} lr={lr} seed={seed}: {stop}", file=sys.stderr)
         return BUSY
     except EspalierError as error:
         print(f"{name}: {arm} lr={lr} seed={seed}: {error}", file=sys.stderr)
