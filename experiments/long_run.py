@@ -66,6 +66,7 @@ def watch(out: Path, seconds: float, stops_an_hour: float, draw: random.Random) 
     started, end = time.time(), time.monotonic() + seconds
     log = out / "long_run.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    told = log.stat().st_size if log.exists() else 0  # by earlier sessions
     while (left := end - time.monotonic()) > SAMPLE_SECONDS:
         with log.open("a") as file:
             command = [sys.executable, str(ROOT / "experiments" / "queue.py"), "--out", str(out)]
@@ -95,7 +96,7 @@ def watch(out: Path, seconds: float, stops_an_hour: float, draw: random.Random) 
         psutil.wait_procs([queue, *children(queue)], timeout=60)
         handed_over += 1
     after = written(out)
-    text = log.read_text()
+    text = log.read_bytes()[told:].decode()
     complaints += [line for line in text.splitlines() if "Traceback" in line or "contradict" in line]
     grown = [found for each in samples.values() if (found := growth(each)) is not None]
     return {
