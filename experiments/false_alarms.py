@@ -5,7 +5,7 @@
     python experiments/false_alarms.py --table alarms.jsonl > docs/results/false-alarms.md
 
 Every model is built with the library's own start, from a small configuration, in a process of its own that is stopped
-after a minute; the static checks run on all, the probe where a batch can be made. About half an hour on one core.
+after a minute; the static checks run on all, the probe where a batch can be made. Some eighty minutes on one core.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ Written by `experiments/false_alarms.py`: untouched models as their libraries bu
 0.28 and flash-linear-attention 0.6. Models of up to 3 million parameters also ran a made-up batch, where one could be
 made; larger than 60 million, or not built within a minute, they are left out.
 
-Every error and warning was looked at in the library's own code. Where that code starts a model so that it cannot learn
-as meant, the warning is right; the column *not the library's fault* counts the models where the check is wrong.
+Every error and warning was looked at in the library's own code. Where that code starts a model other than its layers
+are meant to start, the warning is right; the column *not the library's fault* counts models where the check is wrong.
 """
 
 
