@@ -86,10 +86,11 @@ def test_learned_tokens_have_no_fan_in() -> None:
 
 
 class Gate(nn.Module):
-    """A gated delta layer: a decay and steps, with the skip of a state-space layer or without."""
+    """A gated delta layer: a decay and steps, with the skip of a state-space layer or without, bounded or not."""
 
-    def __init__(self, *, skip: bool, drawn: bool) -> None:
+    def __init__(self, *, skip: bool, drawn: bool, bound: float | None = None) -> None:
         super().__init__()
+        self.gate_lower_bound = bound
         self.A_log = nn.Parameter(torch.zeros(8))
         self.dt_bias = nn.Parameter(torch.randn(8) - 4 if drawn else torch.zeros(8))
         if skip:
@@ -102,6 +103,12 @@ def test_a_decay_of_one_is_an_error_unless_a_gate_starts_there(skip: bool, drawn
     torch.manual_seed(0)
     found = [f for f in findings(Gate(skip=skip, drawn=drawn), "state-space") if f.layer == "A_log"]
     assert [f.severity for f in found] == ["warning" if drawn and not skip else "error"]
+
+
+def test_a_bounded_gate_starts_at_a_decay_of_one() -> None:
+    torch.manual_seed(0)
+    assert not findings(Gate(skip=False, drawn=True, bound=-5.0), "state-space")
+    assert findings(Gate(skip=False, drawn=False, bound=-5.0), "state-space")
 
 
 class Parallel(nn.Module):

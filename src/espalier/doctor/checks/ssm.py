@@ -28,11 +28,11 @@ def state_space(patient: Patient) -> Iterator[Finding]:
         if record.leaf != "A_log" or record.stats is None:
             continue
         steps = [patient.find(f"{record.layer}.{leaf}".lstrip(".")) for leaf in ("dt_bias", "dt_proj.bias")]
-        # Gated delta nets, which have no skip D, publish a dt_bias of one, or a decay of one beside drawn steps (where
-        # the gate has a lower bound); Mamba-2 draws both.
+        # Gated delta nets, which have no skip D, publish a dt_bias of one; Mamba-2 draws both.
         skips = f"{record.layer}.D".lstrip(".") in names
         drawn = any(s is not None and s.stats is not None and not s.stats.constant for s in steps)
-        yield from _decay(record, patient, gated=not skips and drawn)
+        if not (drawn and _bounded(record, patient)):
+            yield from _decay(record, patient, gated=not skips and drawn)
         for step in steps:
             if step is not None and step.stats is not None:
                 yield from _step(step, patient, drawn=skips)
@@ -42,6 +42,12 @@ def state_space(patient: Patient) -> Iterator[Finding]:
                 "error", convolution.name, "state-space", "all zero", "noise, or the identity",
                 "initialise the convolution: nothing reaches the state",
             )  # fmt: skip
+
+
+def _bounded(record: Record, patient: Patient) -> bool:
+    """Return whether the gate's decay has a lower bound: such gates start at a decay of one in every head."""
+    says = patient.config if record.module is None else vars(record.module)
+    return any(name.endswith("lower_bound") and value is not None for name, value in says.items())
 
 
 def _decay(record: Record, patient: Patient, *, gated: bool) -> Iterator[Finding]:
