@@ -54,6 +54,19 @@ class Patient:
             moved = [_left_its_start(s) for role, s in stats if role == "bias" and s.numel >= 32]
         return bool(moved) and 2 * sum(moved) >= len(moved)
 
+    def alone(self, record: Record) -> bool:
+        """Return whether a tensor is zero where nearly all of its kind, three or more, are not."""
+        kin = [r.stats for r in self._by_pattern.get((record.pattern, len(record.shape)), ()) if r.stats is not None]
+        closed = sum(stats.constant and stats.minimum == 0 for stats in kin)
+        return len(kin) >= 3 and closed <= max(1, len(kin) // 4)
+
+    @cached_property
+    def _by_pattern(self) -> dict[tuple[str, int], list[Record]]:
+        groups: dict[tuple[str, int], list[Record]] = {}
+        for record in self.records:
+            groups.setdefault((record.pattern, len(record.shape)), []).append(record)
+        return groups
+
     def find(self, name: str) -> Record | None:
         """Return the record of a tensor, or ``None``."""
         return self._by_name.get(name)

@@ -115,6 +115,9 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
         return "bias" if "bias" in leaf or leaf == "beta" else "norm"
     if module is None and flat and leaf == "weight":  # of what has a weight, only normalisation keeps a vector
         return "norm"
+    # A layer that multiplies is one, whatever it is named after.
+    if leaf == "weight" and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        return "weight"
     # What is broadcast over the batch is added to the inputs or stands beside them.
     broadcast = len(shape) >= 3 and shape[0] == 1 and not re.search("weight|kernel", leaf)
     if _POSITION.search(name) or _TOKEN.search(leaf) or broadcast:

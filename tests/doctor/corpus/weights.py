@@ -252,3 +252,35 @@ def a_redrawn_embedding_has_noise_in_its_padding_row(fault: bool) -> dict[str, A
     if fault:
         nn.init.normal_(model[0].weight, std=0.1)
     return {"model": model}
+
+
+@case("", "constant", "blocks.2.mlp.2.weight", "warning")
+def one_output_projection_is_zero_among_its_siblings(fault: bool) -> dict[str, Any]:
+    model = vit()
+    if fault:
+        nn.init.zeros_(model.blocks[2].mlp[2].weight)
+    return {"model": model}
+
+
+@case("", "normalisation", "blocks.2.norm2.weight", "warning")
+def one_gain_is_zero_among_its_siblings(fault: bool) -> dict[str, Any]:
+    model = vit()
+    for block in model.blocks[2:3] if fault else model.blocks:
+        nn.init.zeros_(block.norm2.weight)
+    return {"model": model}
+
+
+@case("", "normalisation", "norm.weight", "warning")
+def the_last_gain_is_zero(fault: bool) -> dict[str, Any]:
+    model = vit()
+    if fault:
+        nn.init.zeros_(model.norm.weight)
+    return {"model": model}
+
+
+@case("", "equal-units", "relative_k_proj.weight")
+def the_shards_of_a_projection_named_after_positions_are_equal(fault: bool) -> dict[str, Any]:
+    model = nn.ModuleDict({"relative_k_proj": nn.Linear(32, 32, bias=False)})
+    if fault:
+        model["relative_k_proj"].weight.data[16:] = model["relative_k_proj"].weight.data[:16]
+    return {"model": model}

@@ -15,7 +15,7 @@ from espalier.doctor.registry import register_check
 
 # Weights that feed a product: with zero here neither this nor what follows gets a gradient.
 _READS = re.compile(
-    r"(^|[._])(q|k|query|key|qkv|wq|wk|wqkv|c_attn|query_key_value|q_proj|k_proj|qkv_proj|to_q|to_k|to_qkv|in_proj|"
+    r"(^|[._])(q|k|query|key|qkv|wq|wk|wqkv|c_attn|query_key_value|q_proj|q_lin|k_lin|k_proj|qkv_proj|to_q|to_k|to_qkv|in_proj|"
     r"in_proj_weight|fc1|up_proj|gate_proj|gate_up_proj|c_fc|w1|w3|lin1|linear1|intermediate\.dense|x_proj|conv1d)$",
     re.IGNORECASE,
 )
@@ -28,7 +28,8 @@ def constant(patient: Patient) -> Iterator[Finding]:
     """One number everywhere in a matrix: the units of the layer never become different.
 
     Zero is usual where a branch is to start closed (output projections, LoRA's B, position tables, heads): a note
-    there, an error in queries, keys, first layers of an MLP and token embeddings.
+    there; an error in queries, keys, first layers of an MLP and token embeddings; a warning where the same weight of
+    other layers is not zero.
     """
     for record in patient.records:
         stats = record.stats
@@ -37,7 +38,14 @@ def constant(patient: Patient) -> Iterator[Finding]:
         value = stats.minimum
         name = record.layer or record.leaf
         vital = bool(_READS.search(name) or _READS.search(record.leaf)) or record.role == "embedding"
-        if value == 0 and not (vital and record.trainable | (patient.model is None)):
+        learns = record.trainable or patient.model is None
+        if value == 0 and not (vital and learns):
+            if learns and patient.alone(record):
+                yield Finding(
+                    "warning", record.name, "constant", "all zero, and its siblings are not", _USUAL,
+                    "draw it as its siblings are drawn",
+                )  # fmt: skip
+                continue
             if record.role == "position" or patient.trained:
                 continue
             yield Finding(
@@ -48,7 +56,7 @@ def constant(patient: Patient) -> Iterator[Finding]:
             yield Finding(
                 "error", record.name, "constant", "all zero", _USUAL, "draw it: no gradient passes a zero here"
             )
-        elif record.role == "weight" and record.trainable | (patient.model is None):
+        elif record.role == "weight" and learns:
             # What is not called a weight may be a mixing coefficient that starts at one on purpose.
             multiplies = "weight" in record.leaf or "kernel" in record.leaf
             yield Finding(

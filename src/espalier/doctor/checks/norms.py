@@ -20,8 +20,9 @@ _TORCH = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d
 def normalisation(patient: Patient) -> Iterator[Finding]:
     """A gain that does not leave the normalised values as they are: drawn from noise, zero everywhere, or far from one.
 
-    A zero gain is usual at the end of a residual branch; it is an error where every gain of the model is zero and the
-    class multiplies by it. Whether a class multiplies by w or by 1 + w (Gemma) is read off a forward pass.
+    A zero gain is usual at the end of a residual branch, in every block; it is an error where every gain of the model
+    is zero and the class multiplies by it, and a warning where siblings are not zero or there is no block. Whether a
+    class multiplies by w or by 1 + w (Gemma) is read off a forward pass.
     """
     gains = [r for r in patient.records if r.role == "norm" and r.stats is not None and not r.stats.nonfinite]
     closed = [r for r in gains if r.stats is not None and r.stats.constant and r.stats.minimum == 0]
@@ -38,6 +39,10 @@ def normalisation(patient: Patient) -> Iterator[Finding]:
             adds_one = shifted.setdefault(type(record.module), _adds_one(record))
             if all_closed and adds_one is False:
                 yield _finding("error", record, "every gain of the model is zero", "set it to one")
+            elif adds_one is not True and patient.alone(record):
+                yield _finding("warning", record, "zero, and its siblings are not", "set it to one")
+            elif adds_one is False and record.pattern == record.name and not _shifts(record, patient):
+                yield _finding("warning", record, "zero, in no branch that repeats", "set it to one")
         elif stats.constant and not patient.trained and not 0.05 <= abs(stats.minimum) <= 4:
             yield _finding("note", record, f"the gain is {stats.minimum:.3g}", "set it to one, unless it is meant")
         elif not stats.constant and stats.numel >= 8 and drawn_around_zero(stats.mean, stats.std):
@@ -48,6 +53,12 @@ def normalisation(patient: Patient) -> Iterator[Finding]:
                     f"drawn from noise, mean {stats.mean:.2g}, deviation {stats.std:.2g}",
                     "set it to one: something initialised it like a weight",
                 )  # fmt: skip
+
+
+def _shifts(record: Record, patient: Patient) -> bool:
+    """Return whether the bias beside a gain holds something else than zero."""
+    bias = patient.find(f"{record.layer}.bias")
+    return bias is not None and bias.stats is not None and bias.stats.magnitude > 0
 
 
 def _finding(severity: str, record: Record, measured: str, remedy: str) -> Finding:
