@@ -104,6 +104,8 @@ def test_code_that_only_a_file_names_is_not_run(tmp_path: Path, monkeypatch: pyt
         ("nets.py:", "", "write FILE.py:NAME"),
         (":Net", "", "write FILE.py:NAME"),
         ("nets.py:Net.inner", "class Net: inner = print", "write FILE.py:NAME"),
+        ("nets.py:Net#", "", "write FILE.py:NAME"),
+        ("nets.py:Net#0123", "", "write FILE.py:NAME"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from espalier.errors import EspalierError, unknown_name
 # and readers of the run get that very code or an error, and a digest of the recipe tells two versions apart. Modules
 # that the file itself imports are not covered.
 _DIGITS = 12
+_PIN = re.compile(f"#[0-9a-f]{{{_DIGITS}}}$")
 
 # Note [Trust]
 # A run folder or a study may come from a stranger, and what it names as its model would be called with arguments of the
@@ -36,6 +38,16 @@ _imported: set[str] = set()
 def is_reference(name: str) -> bool:
     """Return whether a name is of this form, rather than one that is registered here."""
     return ":" in name
+
+
+def is_pinned(reference: str) -> bool:
+    """Return whether a reference says which version of the code it means (Note [Pins])."""
+    return _PIN.search(reference) is not None
+
+
+def without_pin(reference: str) -> str:
+    """Return a reference as the user wrote it."""
+    return _PIN.sub("", reference)
 
 
 def pin(kind: str, reference: str) -> str:
@@ -107,7 +119,7 @@ def errors_of(kind: str, reference: str) -> Iterator[None]:
         where = _place([f for f in frames if not any(part in f.filename for part in foreign)])
         text = " ".join(str(error).split())[:300]
         raise EspalierError(
-            f"{kind} {reference.partition('#')[0]} fails with {type(error).__name__}: {text}{where}"
+            f"{kind} {without_pin(reference)} fails with {type(error).__name__}: {text}{where}"
         ) from error
 
 
@@ -121,7 +133,8 @@ def _place(frames: Sequence[traceback.FrameSummary]) -> str:
 
 
 def _split(kind: str, reference: str) -> tuple[str, str, str]:
-    body, _, digest = reference.partition("#")
+    body = without_pin(reference)
+    digest = reference[len(body) + 1 :]
     place, _, name = body.rpartition(":")
     if not name.isidentifier() or not (place.endswith(".py") or all(map(str.isidentifier, place.split(".")))):
         raise EspalierError(f"{kind} {reference!r}: write FILE.py:NAME or package.module:NAME")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from espalier.data.augmentation import Augmentation
 from espalier.data.source import Source
 from espalier.errors import EspalierError, unknown_name
-from espalier.lookup import errors_of, load
+from espalier.lookup import errors_of, load, without_pin
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def own_source(recipe: Recipe) -> Source:
         EspalierError: no such function, arguments that it does not take, augmentation (which is the function's own
             matter), or a result of another kind.
     """
-    name = recipe.dataset.partition("#")[0]
+    name = without_pin(recipe.dataset)
     plain = Augmentation()
     asked = Augmentation.from_recipe(recipe)
     changed = [f.name for f in fields(Augmentation) if getattr(asked, f.name) != getattr(plain, f.name)]

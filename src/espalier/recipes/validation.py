@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from espalier.errors import EspalierError, require, unknown_name
 from espalier.files import write_json
-from espalier.lookup import is_reference, pin
+from espalier.lookup import is_pinned, is_reference, pin
 from espalier.recipes.base import Recipe
 
 _TYPES: dict[str, Any] = get_type_hints(Recipe)
@@ -48,7 +48,7 @@ def refuse_unpinned(recipe: Recipe, where: str) -> None:
         EspalierError: the field and what it names.
     """
     for name, value in _own_code(recipe).items():
-        if "#" not in value:
+        if not is_pinned(value):
             raise EspalierError(f"{where}: field {name!r} names code, {value!r}, and not which version: it was changed")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.files import read_sealed, write_sealed
-from espalier.lookup import is_reference
+from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import (
     first_difference,
@@ -280,7 +280,7 @@ def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[s
     changes: dict[str, Mapping[str, Any]] = {}
     for spec in arms:
         # An initialisation of the user's own: the arm bears the function's name.
-        arm = spec.partition("#")[0].rpartition(":")[2] if is_reference(spec) and not own else spec
+        arm = without_pin(spec).rpartition(":")[2] if is_reference(spec) and not own else spec
         if arm in changes:
             raise EspalierError(f"arms: {arm!r} is named twice: give every arm a name of its own")
         _check_arm(arm)

@@ -19,7 +19,7 @@ from espalier import data, models, recipes
 from espalier.data.decoded import free_memory
 from espalier.data.source import Source
 from espalier.errors import EspalierError
-from espalier.lookup import errors_of
+from espalier.lookup import errors_of, without_pin
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.train.losses import build_loss
@@ -78,8 +78,8 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
 @torch.no_grad()
 def _try_on_one_example(model: nn.Module, source: Source, recipe: Recipe) -> None:
     inputs, targets = next(iter(source.eval_batches(source.eval_splits[0], 1)))
-    name = recipe.model.partition("#")[0]
-    with errors_of("model", f"{name} on dataset {recipe.dataset.partition('#')[0]}"):
+    name = without_pin(recipe.model)
+    with errors_of("model", f"{name} on dataset {without_pin(recipe.dataset)}"):
         outputs = model.eval()(inputs)
         model.train()
     wanted = targets.shape[: -1 if targets.is_floating_point() else None]
