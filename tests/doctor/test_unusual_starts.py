@@ -77,6 +77,7 @@ class Prompted(nn.Module):
         self.latent_query = nn.Parameter(torch.randn(64, 512))
         self.text_prompt = nn.Parameter(torch.randn(10, 512))
         self.pad_up = nn.Parameter(torch.randn(1, 3, 30, 448))
+        self.latents_1d = nn.Parameter(torch.randn(64, 512))
         self.query = nn.Parameter(torch.randn(512, 512))  # a matrix that multiplies
 
 
@@ -130,3 +131,22 @@ class Parallel(nn.Module):
 def test_lists_of_blocks_are_compared_with_themselves(scales: list[float], fault: bool) -> None:
     torch.manual_seed(0)
     assert bool(findings(Parallel(scales), "gradients", example=torch.randn(4, 8, 16))) == fault
+
+
+def test_gains_drawn_beside_biases_of_zero_are_fresh() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(3)))
+    for _, norm, _ in model:
+        nn.init.normal_(norm.weight, 0.1, 0.1)  # as RepVGG's start in timm
+    assert not findings(model, "batch-norm")
+    for _, norm, _ in model:
+        nn.init.normal_(norm.bias, std=0.3)  # no draw, then: trained weights whose statistics were not saved
+    assert len(findings(model, "batch-norm")) == 3
+
+
+def test_a_branch_may_be_closed_where_its_block_has_a_shortcut() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.stages = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2)) for width in (16, 24, 32, 48))
+    nn.init.zeros_(model.stages[1][1].weight)  # the first block of a stage changes the width and has none
+    assert not findings(model, "normalisation")

@@ -43,28 +43,39 @@ class Patient:
     def trained(self) -> bool:
         """Whether the weights look trained: at least half of the normalisation gains differ from entry to entry.
 
-        Every library starts them at a constant. A gain drawn from noise around zero does not count: no training does
-        that to it. A model without normalisation is judged by its biases, which start constant or uniform.
+        Nearly every library starts them at a constant. A gain drawn from noise around zero does not count, nor one that
+        spreads as far as its mean beside a bias of zeros (RepVGG's are drawn so): no training leaves them like that. A
+        model without normalisation is judged by its biases, which start constant or uniform.
         """
-        stats = [(r.role, r.stats) for r in self.records if r.stats and not r.stats.nonfinite]
-        gains = [s for role, s in stats if role == "norm" and s.numel >= 8]
+        known = [(r, r.stats) for r in self.records if r.stats and not r.stats.nonfinite]
+        gains = [(r, s) for r, s in known if r.role == "norm" and s.numel >= 8]
         if gains:
-            moved = [not s.constant and not drawn_around_zero(s.mean, s.std) for s in gains]
+            moved = [
+                not s.constant
+                and not drawn_around_zero(s.mean, s.std)
+                and not (self.bias_beside(r) == 0 and s.std > abs(s.mean) / 2)
+                for r, s in gains
+            ]
         else:
-            moved = [_left_its_start(s) for role, s in stats if role == "bias" and s.numel >= 32]
+            moved = [_left_its_start(s) for r, s in known if r.role == "bias" and s.numel >= 32]
         return bool(moved) and 2 * sum(moved) >= len(moved)
+
+    def bias_beside(self, gain: Record) -> float | None:
+        """Return the largest magnitude of the bias beside a gain; ``None`` where there is none."""
+        bias = self.find(f"{gain.layer}.bias")
+        return None if bias is None or bias.stats is None else bias.stats.magnitude
 
     def alone(self, record: Record) -> bool:
         """Return whether a tensor is zero where nearly all of its kind, three or more, are not."""
-        kin = [r.stats for r in self._by_pattern.get((record.pattern, len(record.shape)), ()) if r.stats is not None]
+        kin = [r.stats for r in self._by_pattern.get((record.pattern, record.shape), ()) if r.stats is not None]
         closed = sum(stats.constant and stats.minimum == 0 for stats in kin)
         return len(kin) >= 3 and closed <= max(1, len(kin) // 4)
 
     @cached_property
-    def _by_pattern(self) -> dict[tuple[str, int], list[Record]]:
-        groups: dict[tuple[str, int], list[Record]] = {}
+    def _by_pattern(self) -> dict[tuple[str, tuple[int, ...]], list[Record]]:
+        groups: dict[tuple[str, tuple[int, ...]], list[Record]] = {}
         for record in self.records:
-            groups.setdefault((record.pattern, len(record.shape)), []).append(record)
+            groups.setdefault((record.pattern, record.shape), []).append(record)
         return groups
 
     def find(self, name: str) -> Record | None:

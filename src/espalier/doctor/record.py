@@ -23,7 +23,9 @@ _POSITION = re.compile(
     re.IGNORECASE,
 )
 # Learned vectors that stand among the inputs, as a class token or a prompt: nothing is summed over their rows.
-_TOKEN = re.compile(r"(^|_)(tokens?|prompts?|probes?|latents?|registers?|class_embedding|cls)$|_(query|queries)$")
+_TOKEN = re.compile(
+    r"(^|_)(tokens?|prompts?|probes?|latents?|registers?|class_embedding|cls)(_\d\w?)?$|_(query|queries)$"
+)
 _EMBEDDING = re.compile(
     r"(^|\.)(wte|tok\w*emb\w*|embed_tokens|word_embeddings|embeddings?|embed|shared)$", re.IGNORECASE
 )

@@ -41,7 +41,7 @@ def normalisation(patient: Patient) -> Iterator[Finding]:
                 yield _finding("error", record, "every gain of the model is zero", "set it to one")
             elif adds_one is not True and patient.alone(record):
                 yield _finding("warning", record, "zero, and its siblings are not", "set it to one")
-            elif adds_one is False and record.pattern == record.name and not _shifts(record, patient):
+            elif adds_one is False and record.pattern == record.name and not patient.bias_beside(record):
                 yield _finding("warning", record, "zero, in no branch that repeats", "set it to one")
         elif stats.constant and not patient.trained and not 0.05 <= abs(stats.minimum) <= 4:
             yield _finding("note", record, f"the gain is {stats.minimum:.3g}", "set it to one, unless it is meant")
@@ -53,12 +53,6 @@ def normalisation(patient: Patient) -> Iterator[Finding]:
                     f"drawn from noise, mean {stats.mean:.2g}, deviation {stats.std:.2g}",
                     "set it to one: something initialised it like a weight",
                 )  # fmt: skip
-
-
-def _shifts(record: Record, patient: Patient) -> bool:
-    """Return whether the bias beside a gain holds something else than zero."""
-    bias = patient.find(f"{record.layer}.bias")
-    return bias is not None and bias.stats is not None and bias.stats.magnitude > 0
 
 
 def _finding(severity: str, record: Record, measured: str, remedy: str) -> Finding:
