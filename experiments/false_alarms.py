@@ -142,7 +142,7 @@ LOOKED_AT = {
         _TINY,
     ),
     **dict.fromkeys(["sam", "sam_hq", "sam_hq_vision_model", "sam_vision_model"], _TINY),
-    **dict.fromkeys(["mobilevit", "mobilevitv2", "rt_detr", "rt_detr_v2", "efficientloftr"], _GAINS),
+    **dict.fromkeys(["mobilevit", "mobilevitv2", "rt_detr", "rt_detr_v2", "efficientloftr", "efficientnet"], _GAINS),
     **dict.fromkeys(["pp_doclayout_v3", "pp_doclayout_v4"], _GAINS),
     **dict.fromkeys(["aimv2", "xclip", "udop", "cpmant"], _FACTOR),
     "phi4_multimodal": "the library: `normal_` without a deviation for every weight of the vision encoder",

@@ -39,7 +39,7 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 def matrices(model: nn.Module) -> list[str]:
-    """Names of the weights that multiply: linear layers' and convolutions' with at least 512 entries, tied ones once."""
+    """Names of the weights of linear layers and convolutions with at least 512 entries, tied ones once."""
     names = []
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -171,9 +171,7 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], list[str]], Callable[[nn.Module, s
 def named(diagnosis: espalier.Diagnosis, layer: str) -> list[str]:
     """Return the checks whose errors and warnings name a layer, what holds it, or a pair that it is one of."""
     loud = [f for f in diagnosis.findings if f.severity != "note" and f.layer]
-    return sorted(
-        {f.check for f in loud if layer == f.layer or layer.startswith(f"{f.layer}.") or layer in f.measured}
-    )
+    return sorted({f.check for f in loud if layer == f.layer or layer.startswith(f"{f.layer}.") or layer in f.measured})
 
 
 def examine(build: Callable[[], nn.Module], name: str, pipe: Any) -> None:

@@ -44,26 +44,21 @@ class Patient:
         """Whether the weights look trained: at least half of the normalisation gains differ from entry to entry.
 
         Nearly every library starts them at a constant. A gain drawn from noise around zero does not count, nor one that
-        spreads as far as its mean beside a bias of zeros (RepVGG's are drawn so): no training leaves them like that. A
-        model without normalisation is judged by its biases, which start constant or uniform.
+        spreads as far as its mean and well below zero (RepVGG's start so): no training leaves them like that. A model
+        without normalisation is judged by its biases, which start constant or uniform.
         """
-        known = [(r, r.stats) for r in self.records if r.stats and not r.stats.nonfinite]
-        gains = [(r, s) for r, s in known if r.role == "norm" and s.numel >= 8]
+        stats = [(r.role, r.stats) for r in self.records if r.stats and not r.stats.nonfinite]
+        gains = [s for role, s in stats if role == "norm" and s.numel >= 8]
         if gains:
             moved = [
                 not s.constant
                 and not drawn_around_zero(s.mean, s.std)
-                and not (self.bias_beside(r) == 0 and s.std > abs(s.mean) / 2)
-                for r, s in gains
+                and not (s.std > 0.7 * abs(s.mean) and s.minimum < -s.std / 2)
+                for s in gains
             ]
         else:
-            moved = [_left_its_start(s) for r, s in known if r.role == "bias" and s.numel >= 32]
+            moved = [_left_its_start(s) for role, s in stats if role == "bias" and s.numel >= 32]
         return bool(moved) and 2 * sum(moved) >= len(moved)
-
-    def bias_beside(self, gain: Record) -> float | None:
-        """Return the largest magnitude of the bias beside a gain; ``None`` where there is none."""
-        bias = self.find(f"{gain.layer}.bias")
-        return None if bias is None or bias.stats is None else bias.stats.magnitude
 
     def alone(self, record: Record) -> bool:
         """Return whether a tensor is zero where nearly all of its kind, three or more, are not."""

@@ -41,8 +41,10 @@ def normalisation(patient: Patient) -> Iterator[Finding]:
                 yield _finding("error", record, "every gain of the model is zero", "set it to one")
             elif adds_one is not True and patient.alone(record):
                 yield _finding("warning", record, "zero, and its siblings are not", "set it to one")
-            elif adds_one is False and record.pattern == record.name and not patient.bias_beside(record):
-                yield _finding("warning", record, "zero, in no branch that repeats", "set it to one")
+            elif adds_one is False and record.pattern == record.name:
+                bias = patient.find(f"{record.layer}.bias")
+                if bias is None or bias.stats is None or bias.stats.magnitude == 0:
+                    yield _finding("warning", record, "zero, in no branch that repeats", "set it to one")
         elif stats.constant and not patient.trained and not 0.05 <= abs(stats.minimum) <= 4:
             yield _finding("note", record, f"the gain is {stats.minimum:.3g}", "set it to one, unless it is meant")
         elif not stats.constant and stats.numel >= 8 and drawn_around_zero(stats.mean, stats.std):
