@@ -224,7 +224,7 @@ def read_file(path: Path) -> bytes:
 
 def lock_of(path: Path) -> Path:
     """Return the lock file of a file or folder, beside it."""
-    return path.with_name(f".{path.name}.lock")
+    return path.parent / f".{path.name}.lock"  # with_name fails for "/" and "."
 
 
 @contextlib.contextmanager
