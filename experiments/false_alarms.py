@@ -201,8 +201,10 @@ def examine(build: Callable[[], nn.Module], pipe: Any) -> None:
         pipe.send({"probed": True, "findings": [vars(finding) for finding in diagnosis.findings]})
 
 
-def sweep(library: str, out: Path, only: str) -> None:
-    """Examine every model of a library and append one line of JSON for each."""
+def sweep(
+    library: str, examine: Callable[[Callable[[], nn.Module], Any], None], out: Path, only: str = "", share: int = 1
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Examine every ``share``-th model of a library in a child process; append a line of JSON and yield it."""
     done = set()
     if out.exists():
         done = {(r["library"], r["model"]) for r in map(json.loads, out.read_text().splitlines())}
@@ -212,7 +214,7 @@ def sweep(library: str, out: Path, only: str) -> None:
     context = multiprocessing.get_context("fork")
     # Shuffled by name, so that a sweep that is stopped has seen some of everything.
     models = sorted(LIBRARIES[library](), key=lambda pair: hashlib.md5(pair[0].encode()).hexdigest())
-    for name, build in models:
+    for name, build in models[::share]:
         if (library, name) in done or only not in name:
             continue
         here, there = context.Pipe(duplex=False)
@@ -231,13 +233,7 @@ def sweep(library: str, out: Path, only: str) -> None:
         child.join()
         with out.open("a") as file:
             file.write(json.dumps({"library": library, "model": name, **result}) + "\n")
-        loud = [f for f in result.get("findings", []) if f["severity"] != "note"]
-        state = result.get("left_out") or result.get("broken_probe") or f"{len(loud)} errors and warnings"
-        print(
-            f"{library} {name}: {state}",
-            *(f"\n    {f['severity']} {f['layer']} {f['check']}: {f['measured']}" for f in loud[:4]),
-            flush=True,
-        )
+        yield name, result
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -294,7 +290,11 @@ def main() -> None:
         print(table([json.loads(line) for path in arguments.table for line in path.read_text().splitlines()]))
         return
     for library in arguments.libraries:
-        sweep(library, arguments.out, arguments.only)
+        for name, result in sweep(library, examine, arguments.out, arguments.only):
+            loud = [f for f in result.get("findings", []) if f["severity"] != "note"]
+            state = result.get("left_out") or result.get("broken_probe") or f"{len(loud)} errors and warnings"
+            lines = [f"\n    {f['severity']} {f['layer']} {f['check']}: {f['measured']}" for f in loud[:4]]
+            print(f"{library} {name}: {state}", *lines, flush=True)
 
 
 if __name__ == "__main__":

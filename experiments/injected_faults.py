@@ -1,21 +1,18 @@
 """Does the doctor find a fault in models that it was not built on? Breaks one layer of hundreds, and counts.
 
-    python experiments/injected_faults.py transformers espalier --out faults.jsonl       (the project's environment)
-    PYTHONPATH=src:tests python experiments/injected_faults.py timm --out faults.jsonl   (the interop environment)
-    python experiments/injected_faults.py --table faults.jsonl > docs/results/injected-faults.md
+    python -m experiments.injected_faults transformers espalier --out faults.jsonl       (the project's environment)
+    PYTHONPATH=src:tests python -m experiments.injected_faults timm --out faults.jsonl   (the interop environment)
+    python -m experiments.injected_faults --table faults.jsonl > docs/results/injected-faults.md
 
-The other side of `false_alarms.py`: the same untouched models, each with every fault in turn at one layer, which the
-model's name decides. A fault counts as found where an error or a warning names that layer. Two seconds a model.
+The other side of `false_alarms.py`: the same untouched models, each with every fault in turn at one layer, which a draw
+decides, the same at every run. A fault counts as found where an error or a warning names that layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import importlib
 import json
-import multiprocessing
 import random
 import re
 import resource
@@ -29,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 import espalier
-from experiments.false_alarms import LIBRARIES
+from experiments.false_alarms import LIBRARIES, sweep
 
 LIMIT = 12_000_000  # parameters
-SECONDS = 120
 
 _QUERY = re.compile(r"(^|\.)(q|query|q_proj|wq|to_q|query_proj|q_lin)\.weight$")
 _LAYER = re.compile(r"\.\d+\.")
@@ -174,7 +170,7 @@ def named(diagnosis: espalier.Diagnosis, layer: str) -> list[str]:
     return sorted({f.check for f in loud if layer == f.layer or layer.startswith(f"{f.layer}.") or layer in f.measured})
 
 
-def examine(build: Callable[[], nn.Module], name: str, pipe: Any) -> None:
+def examine(build: Callable[[], nn.Module], pipe: Any) -> None:
     """Build one model, break a copy of it in every way, and send what was found; runs in a child process."""
     resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
     warnings.simplefilter("ignore")
@@ -191,7 +187,7 @@ def examine(build: Callable[[], nn.Module], name: str, pipe: Any) -> None:
         return
     results: dict[str, Any] = {}
     for fault, (places, apply) in FAULTS.items():
-        draw = random.Random(f"{name} {fault}")
+        draw = random.Random(f"{type(model).__name__} {numbers} {fault}")
         found = [place for place in places(model) if not named(healthy, place)]
         if not found:
             continue
@@ -201,34 +197,6 @@ def examine(build: Callable[[], nn.Module], name: str, pipe: Any) -> None:
             apply(broken, place)
         results[fault] = {"layer": place, "checks": named(espalier.diagnose(broken), place)}
     pipe.send({"parameters": numbers, "faults": results})
-
-
-def sweep(library: str, out: Path, only: str, share: int) -> None:
-    """Examine the models of a library and append one line of JSON for each."""
-    done = set()
-    if out.exists():
-        done = {(r["library"], r["model"]) for r in map(json.loads, out.read_text().splitlines())}
-    if library in ("timm", "torchvision", "fla"):
-        importlib.import_module("reference.torchvision_operators")
-    context = multiprocessing.get_context("fork")
-    models = sorted(LIBRARIES[library](), key=lambda pair: hashlib.md5(pair[0].encode()).hexdigest())
-    for name, build in models[::share]:
-        if (library, name) in done or only not in name:
-            continue
-        here, there = context.Pipe(duplex=False)
-        child = context.Process(target=examine, args=(build, name, there))
-        child.start()
-        there.close()
-        try:
-            result = here.recv() if here.poll(SECONDS) else {"left_out": f"more than {SECONDS} s"}
-        except EOFError:
-            result = {"left_out": "out of memory"}
-        child.kill()
-        child.join()
-        with out.open("a") as file:
-            file.write(json.dumps({"library": library, "model": name, **result}) + "\n")
-        missed = [f"\n    missed: {f} at {r['layer']}" for f, r in result.get("faults", {}).items() if not r["checks"]]
-        print(f"{library} {name}: {result.get('left_out') or len(result['faults'])}", *missed, flush=True)
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -273,7 +241,10 @@ def main() -> None:
         print(table([json.loads(line) for path in arguments.table for line in path.read_text().splitlines()]))
         return
     for library in arguments.libraries:
-        sweep(library, arguments.out, arguments.only, arguments.share)
+        for name, result in sweep(library, examine, arguments.out, arguments.only, arguments.share):
+            faults = result.get("faults", {})
+            missed = [f"\n    missed: {fault} at {r['layer']}" for fault, r in faults.items() if not r["checks"]]
+            print(f"{library} {name}: {result.get('left_out') or len(faults)}", *missed, flush=True)
 
 
 if __name__ == "__main__":

