@@ -88,12 +88,14 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     """Add records to a file and return all that it holds then; it is replaced as a whole, under a lock beside it.
 
     Raises:
-        EspalierError: the file holds lines that are no records, records contradict each other (then nothing is
-            written), or another process holds the lock for a minute.
+        EspalierError: ``to`` is a folder, the file holds lines that are no records, records contradict each other
+            (then nothing is written), or another process holds the lock for a minute.
     """
     from filelock import FileLock, Timeout  # torch depends on it
 
     to = Path(to)
+    if to.is_dir():
+        raise EspalierError(f"records {to} is a folder: name a file")
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock_of(to), timeout=_WAIT_SECONDS):  # left there: whoever waits for it must find the same file
