@@ -208,7 +208,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "Written by `experiments/injected_faults.py`: untouched models of up to 12 million parameters, broken at one",
         "layer in one way at a time. A fault is found where an error or a warning names the layer.",
         "",
-        f"{len(examined)} models of {', '.join(sorted({r['library'] for r in examined}))}.",
+        f"{len(examined)} models of {', '.join(sorted({r['library'] for r in examined}))}, a sample by name.",
         "",
         "| fault | models | found | by |",
         "|---|---|---|---|",
