@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 import espalier
 from espalier.errors import EspalierError
@@ -48,6 +51,12 @@ ALL = (
     + [name.replace("s.0.", "s.1.") for name in FIRST if "s.0." in name]
     + ["mixers.layers.3.mixer", "filters.1"]
 )
+# What is said of a layer that is damaged in these ways.
+REASONS = {
+    "lazy": "no shape before its first call",
+    "expanded": "seen many times|tied to one weight",
+    "hook": r"a hook \(<lambda>\) runs",
+}
 
 
 class Adapter(nn.Module):
@@ -70,6 +79,12 @@ def damage(model: nn.Module, layer: str, how: str) -> None:
         setattr(module, path, Adapter(owner))
     elif how == "int8" and path:
         owner.weight = nn.Parameter(torch.zeros(weight.shape, dtype=torch.int8), requires_grad=False)
+    elif how == "lazy":
+        setattr(owner, leaf, UninitializedParameter())
+    elif how == "expanded":
+        setattr(owner, leaf, nn.Parameter(weight.detach()[:1].expand(weight.shape)))
+    elif how == "hook":
+        owner.register_forward_pre_hook(functools.partial(lambda scale, m, _: getattr(m, leaf).data.mul_(scale), 0.5))
     elif how in ("nan", "inf"):
         weight.data.flatten()[3] = float(how)
 
@@ -89,7 +104,9 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     device=st.sampled_from([None, "meta", "cpu"]),
     damaged=st.dictionaries(
-        st.sampled_from([*FIRST]), st.sampled_from(["none", "empty", "adapter", "int8", "nan", "inf"]), max_size=3
+        st.sampled_from([*FIRST]),
+        st.sampled_from(["none", "empty", "adapter", "int8", "nan", "inf", "lazy", "expanded", "hook"]),
+        max_size=3,
     ),
     wrapped=st.booleans(),
 )
@@ -116,6 +133,8 @@ def test_what_surrounds_a_call_changes_nothing_and_a_bad_layer_costs_its_row(
             assert (row.status, "quantised" in row.note) == ("skipped", True)
         elif how == "adapter" and "." in FIRST[name]:
             assert (row.status, "adapter (LoRA)" in row.note) == ("skipped", True)
+        elif how in REASONS:
+            assert (row.status, bool(re.search(REASONS[how], row.note))) == ("skipped", True), row
         elif row.status == "failed":
             # W_B is kept and not written, so what was wrong in it still is.
             assert how in ("nan", "inf")
@@ -231,3 +250,26 @@ def test_a_layout_or_a_measure_that_fails_costs_one_row() -> None:
     after = {row.layer: row.status for row in espalier.audit(nn.ModuleDict({"odd": Odd(), **mixed()})).layers}
     assert after.pop("odd") == "failed"
     assert len(after) == len(ALL)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 32, 4095])
+def test_projections_that_share_some_memory_are_not_written(shift: int) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, batch_first=True), 2)
+    attention = (
+        VisionTransformer(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=1, num_heads=4).blocks[0].attn
+    )
+    attention.qkv.weight = nn.Parameter(torch.randn(3 * 64, 64))
+    attention.proj.weight = nn.Parameter(attention.qkv.weight.detach().flatten()[shift : shift + 4096].view(64, 64))
+    report = espalier.structure_(nn.ModuleDict({"shared": attention, "encoder": encoder}))
+    rows = {row.layer: row for row in report.layers}
+    assert rows["shared"].status == "skipped"
+    assert "tied" in rows["shared"].note or "share memory" in rows["shared"].note
+    assert rows["encoder.layers.0.self_attn"].status == "written"
+
+
+def test_a_hooked_layer_is_measured_all_the_same() -> None:
+    model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3)
+    report = espalier.structure_(model, generator=seeded())
+    model.blocks[0].attn.qkv.register_forward_pre_hook(lambda *_: None)
+    assert [row.status for row in espalier.audit(model, against=report).layers] == ["present", "present"]
+    assert [row.status for row in espalier.structure_(model, generator=seeded()).layers] == ["skipped", "written"]

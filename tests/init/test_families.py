@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import espalier
 from espalier.errors import EspalierError
-from espalier.init import StructureFit, fit, register_layout
+from espalier.init import AttentionWeights, Mimetic, StructureFit, fit, register_layout
 from espalier.init.families import FAMILIES, Family
 from espalier.init.families.base import Place
 
@@ -109,3 +109,27 @@ def test_no_general_module_names_a_family() -> None:
 def test_an_unknown_family_is_refused_in_one_line() -> None:
     with pytest.raises(EspalierError, match="did you mean 'attention'"):
         espalier.structure_(nn.MultiheadAttention(24, 3), atention=None)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 64), (4, 4, 16), (12, 12, 32), (4, 2, 16), (8, 1, 24)])
+@pytest.mark.parametrize("broken", ["qk", "vo"])
+def test_products_that_were_not_written_do_not_pass_as_verified(heads: tuple[int, int, int], broken: str) -> None:
+    count, groups, width = heads
+    dim, generator = count * width, torch.Generator().manual_seed(0)
+
+    def drawn(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    weights = AttentionWeights(
+        drawn(dim, dim), drawn(groups * width, dim), drawn(groups * width, dim), drawn(dim, dim), count, groups
+    )
+    family, spec = FAMILIES["attention"], Mimetic()
+    family.write(weights, spec, (0, 1), generator)
+    assert family.verify(weights, spec, (0, 1), family.measure(weights)) == ""
+    for change in (lambda t: drawn(*t.shape), torch.neg, torch.zeros_like):
+        kept = weights.k.clone(), weights.out.clone()
+        target = weights.k if broken == "qk" else weights.out
+        target.copy_(change(target))
+        assert family.verify(weights, spec, (0, 1), family.measure(weights)).startswith(broken)
+        weights.k.copy_(kept[0])
+        weights.out.copy_(kept[1])

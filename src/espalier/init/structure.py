@@ -14,6 +14,7 @@ from espalier.init.adapters import without_adapters
 from espalier.init.families import FAMILIES, Family, Specs, family_of
 from espalier.init.families.base import Place, on_meta
 from espalier.init.layouts import Layer, Skipped, locate_layers
+from espalier.init.layouts.registry import refuse_hooked
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
@@ -83,7 +84,7 @@ def structure_(
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked: dict[str, Any] = {kind: family.default for kind, family in FAMILIES.items()} | specs
     reshard(model)
-    sites = [site for site in _sites(model) if asked[site.family.kind] is not None]
+    sites = [_unless_hooked(site) for site in _sites(model) if asked[site.family.kind] is not None]
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     warn_if_trained(model)
@@ -184,6 +185,14 @@ def _attempt(
             raise type(error)(f"layer {site.layer.name!r}: {error}") from error
         words = str(error).strip().splitlines() or ["no message"]
         return site.row("failed", f"{type(error).__name__}: {words[0]}")
+
+
+def _unless_hooked(site: _Site) -> _Site:
+    """Return a site that may be written; ``audit`` measures a hooked layer all the same."""
+    refused = refuse_hooked(site.layer.module, site.family.kind)
+    if refused is None or isinstance(site.layer.found, Skipped):
+        return site
+    return replace(site, layer=replace(site.layer, found=refused))
 
 
 def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequence[LayerReport]) -> EspalierError:

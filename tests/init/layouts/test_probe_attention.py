@@ -149,12 +149,44 @@ def test_names_that_read_as_cross_attention_are_skipped(name: str) -> None:
     assert "cross-attention" in rows[name].note
 
 
+class SaysByClass(nn.MultiheadAttention):
+    """Cross-attention by an attribute of its class."""
+
+    is_cross_attention = True
+
+
+class SaysByKind(nn.MultiheadAttention):
+    """Cross-attention by a value."""
+
+    kind = "cross_attn"
+
+
+class SaysByProperty(nn.MultiheadAttention):
+    """Cross-attention by a property of its class."""
+
+    @property
+    def is_cross(self) -> bool:
+        """Say so."""
+        return True
+
+
+class Permissive(nn.MultiheadAttention):
+    """Self-attention that could be given other keys, and says so; its other words are not about itself."""
+
+    supports_cross_attention = True
+    no_cross = True
+    loss = "cross_entropy"
+
+
 def test_a_module_s_own_word_counts() -> None:
-    module = RandomAttention(Form())
-    module.is_cross_attention = True
-    [found] = found_in(module).values()
-    assert isinstance(found, Skipped)
-    assert "cross-attention" in found.reason
+    guessed, registered = RandomAttention(Form()), nn.MultiheadAttention(DIM, 4)
+    guessed.is_cross_attention = True
+    registered.encoder_decoder_attention = True
+    for module in (guessed, registered, SaysByClass(DIM, 4), SaysByKind(DIM, 4), SaysByProperty(DIM, 4)):
+        [found] = found_in(nn.ModuleDict({"layer": module})).values()
+        assert isinstance(found, Skipped), type(module)
+        assert "cross-attention" in found.reason
+    assert isinstance(found_in(nn.ModuleDict({"layer": Permissive(DIM, 4)}))["layer"], AttentionWeights)
     model = nn.ModuleDict({"cross_encoder": nn.ModuleDict({"self_attn": RandomAttention(Form())})})
     assert isinstance(found_in(model)["cross_encoder.self_attn"], AttentionWeights)
 

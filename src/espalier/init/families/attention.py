@@ -28,8 +28,10 @@ from espalier.init.layouts import AttentionWeights, LatentAttentionWeights
 # A product counts as structured when its diagonal is this many standard errors from its other entries: with independent
 # weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
 _Z = 8.0
-# How far a verified diagonal may be from the one asked for, beside the sampling error of its noise.
-_TOLERANCE = 0.1
+# How far a verified diagonal may be from the one asked for. Over a thousand kinds of layer with three seeds each what
+# ``expected_diagonal`` finds on one matrix was up to a fifth off at a low rank, and none was four standard errors off.
+_TOLERANCE = 0.25
+_SCATTER = 8.0
 _ANGLES = 25
 
 AnyAttention = AttentionWeights | LatentAttentionWeights
@@ -104,18 +106,21 @@ class AttentionFamily(Family):
 
     def verify(self, weights: AnyAttention, spec: Mimetic, place: Place, measured: Mapping[str, float]) -> str:
         """Hold both diagonals against those that the best approximation of what was asked has."""
-        dim = len(weights.out)
-        # With grouped queries only one query head in a group has the best approximation; the others keep less of it.
-        grouped = isinstance(weights, AttentionWeights) and weights.num_heads != weights.num_kv_heads
-        slack = 1.0 if grouped else _TOLERANCE
-        spec = spec.at(*place)
+        dim, spec = len(weights.out), spec.at(*place)
+        groups = weights.num_kv_heads if isinstance(weights, AttentionWeights) else weights.num_heads
+        best = groups / weights.num_heads
         for name, pair, shares in zip(("qk", "vo"), (spec.qk, spec.vo), _shares(weights), strict=True):
             if pair is None:
                 continue
             asked = expected_diagonal(*pair, *shares)
+            if name == "qk":
+                # One query head a group has the best approximation; the others' targets meet a key head drawn without
+                # them, which keeps the share of I that its rank is of the width.
+                asked = best * asked + (1 - best) * pair[1] * shares[0]
             error = abs(measured[f"{name}_diagonal"] - asked)
             scatter = (abs(pair[0]) + abs(pair[1])) / dim**0.5
-            if not error <= slack * abs(asked) + 6 * scatter / (weights.num_heads if name == "qk" else dim) ** 0.5:
+            means = dim * groups if name == "qk" else dim
+            if not error <= _TOLERANCE * abs(asked) + _SCATTER * scatter / means**0.5:
                 return f"{name} diagonal is {measured[f'{name}_diagonal']:.3g} where {asked:.3g} was written"
         return ""
 

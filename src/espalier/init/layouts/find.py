@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from espalier.init.layouts.registry import (
     COMPUTED,
     GUESSES,
     LAYOUTS,
+    LAZY,
     AttentionWeights,
     DepthwiseWeights,
     Found,
@@ -23,6 +25,7 @@ from espalier.init.layouts.registry import (
     Refused,
     Skipped,
     class_path,
+    holds_lazy,
     refuse_computed,
 )
 from espalier.init.sharded import whole
@@ -149,6 +152,8 @@ def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | N
     try:
         return layout(module)
     except Exception as error:  # a layout may be anyone's, and one layer that it cannot read must not stop the others
+        if holds_lazy(module):
+            return Skipped(_kind_of(module), LAZY)
         if any(parameter.numel() == 0 for parameter in module.parameters()):
             return Skipped(_kind_of(module), _EMPTY)
         if isinstance(error, Refused):
@@ -159,6 +164,8 @@ def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | N
 
 
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
+_EXPANDED = "its weights are fewer numbers seen many times (expanded): clone them, then write"
+_OVERLAPPING = "two of its projections share memory: their products cannot both be set"
 _QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
 
 
@@ -171,6 +178,13 @@ def _unless_unusable(weights: Found) -> Found:
         return Skipped(weights.kind, _EMPTY)
     if any(not value.is_floating_point() or value.element_size() < 2 for value in values):
         return Skipped(weights.kind, _QUANTISED)
+    if any(size > 1 and step == 0 for value in values for size, step in zip(value.shape, value.stride(), strict=True)):
+        return Skipped(weights.kind, _EXPANDED)
+    # Views of one head's rows are not dense: they lie between each other's rows, apart by construction.
+    dense = [v for v in values if v.is_contiguous() or (v.ndim > 1 and v.mT.is_contiguous())]
+    spans = sorted((v.untyped_storage()._cdata, v.storage_offset(), v.storage_offset() + v.numel()) for v in dense)
+    if any(first[0] == second[0] and second[1] < first[2] for first, second in pairwise(spans)):
+        return Skipped(weights.kind, _OVERLAPPING)
     return weights
 
 
@@ -183,6 +197,8 @@ def _kind_of(module: nn.Module) -> str:
 
 def _vet(name: str, module: nn.Module, found: Found) -> Found:
     """Return what a layout read, or why it must not be written whatever the module computes."""
+    if not isinstance(found, Skipped) and holds_lazy(module):
+        return Skipped(found.kind, LAZY)
     if isinstance(found := _unless_unusable(found), Skipped):
         return found
     if isinstance(found, AttentionWeights | LatentAttentionWeights) and (reads_cross(name) or says_cross(module)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _ATTENTION = frozenset({"attention", "attentions", "attn", "att", "attend", "mha", "mhsa", "msa", "sdpa", "mqa", "gqa"})
 # Words that make an attention module compare two sequences.
@@ -16,6 +18,9 @@ _CROSS |= {"pool", "pooling", "pooler", "attnpool", "crossattn", "crossattention
 # Words that say nothing of the kind of attention: the name of what holds it is read then.
 _PLAIN = _ATTENTION | {"self", "fn", "module", "inner", "layer", "attentionlayer", "mh"}
 _SELF = frozenset({"self", "selfattn", "selfattention", "sattn", "intra"})
+# What an attribute or a value says of cross-attention, and words that make it say less than that the layer is one.
+_SAYS = frozenset({"cross", "xattn", "encdec", "crossattn", "crossattention"})
+_SAYS_LESS = frozenset({"add", "has", "use", "supports", "with", "allow", "can", "no", "not", "skip", "disable"})
 # Names of maps to queries, keys and values; two kinds of them in one module make attention.
 _MAPS = (
     re.compile(r"^(to_?q|w_?q|q|query|queries|q_?(proj|lin)\w*|query_\w+|q_(a|b|down|up|layer)\w*|linear_q)$", re.I),
@@ -50,13 +55,28 @@ def reads_self(name: str) -> bool:
 
 
 def says_cross(module: nn.Module) -> bool:
-    """Return whether a module, or a part of it, says of itself that it is cross-attention."""
+    """Return whether a module, or a part of it, says of itself that it is cross-attention.
+
+    By a true attribute of the instance or its class (``is_cross_attention``, ``encoder_decoder_attention``), by a value
+    (``kind = "cross"``), or by the name of its class.
+    """
     for owner in (module, *module.children()):
-        for name, value in vars(owner).items():
-            words = set(split_words(name)) if value is True else set()
-            if "cross" in words and not words & {"add", "has", "use"}:
+        classes = [cls for cls in reversed(type(owner).__mro__) if cls not in nn.Module.__mro__]
+        stated = {key: value for holder in (*classes, owner) for key, value in vars(holder).items() if key[:2] != "__"}
+        for name, value in stated.items():
+            words = set(split_words(name))
+            told = (words & _SAYS or {"encoder", "decoder"} <= words) and not words & _SAYS_LESS
+            if told and isinstance(value, property):
+                with suppress(Exception):  # anyone's code
+                    value = getattr(owner, name)
+            if (told and value is True) or (isinstance(value, str) and _is_cross(value)):
                 return True
     return "cross" in split_words(type(module).__name__) and "self" not in split_words(type(module).__name__)
+
+
+def _is_cross(value: str) -> bool:
+    words = set(split_words(value)) if len(value) < 40 else set()
+    return bool(words & _SAYS) and words <= _SAYS | _ATTENTION
 
 
 def denies_cross(module: nn.Module) -> bool:
@@ -73,7 +93,7 @@ def looks_like_attention(module: nn.Module) -> bool:
     words = set(split_words(type(module).__name__))
     own = [name for name, _ in module.named_children()] + [name for name, _ in module.named_parameters(recurse=False)]
     named = bool(words & _ATTENTION) or _holds_maps(own)
-    return named and sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2
+    return named and sum(is_lazy(parameter) or parameter.ndim >= 2 for parameter in module.parameters()) >= 2
 
 
 def _holds_maps(names: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import Unproven, prove_attention
@@ -187,7 +188,7 @@ def _bound(module: nn.Module, call: Call) -> dict[str, Any]:
 
 
 def _width(module: nn.Module) -> int:
-    return next((p.shape[-1] for p in module.parameters() if p.ndim == 2), 8)
+    return next((p.shape[-1] for p in module.parameters() if not is_lazy(p) and p.ndim == 2), 8)
 
 
 def token_widths(owner: nn.Module) -> list[int]:
@@ -217,10 +218,14 @@ def module_key(module: nn.Module) -> Any:
     """Return all that decides what a module computes but its values: classes, shapes, plain attributes, settings."""
     parts = []
     for name, part in module.named_modules():
-        shapes = tuple((key, tuple(p.shape)) for key, p in part._parameters.items() if p is not None)
-        buffers = tuple((key, tuple(b.shape), b.is_meta) for key, b in part._buffers.items() if b is not None)
+        shapes = tuple((key, _shape(p)) for key, p in part._parameters.items() if p is not None)
+        buffers = tuple((key, _shape(b), b.is_meta) for key, b in part._buffers.items() if b is not None)
         parts.append((name, type(part), shapes, buffers, _plain(vars(part), deep=True)))
     return tuple(parts)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...] | None:
+    return None if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def _plain(attributes: Mapping[str, Any], *, deep: bool) -> tuple[Any, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 
@@ -136,7 +139,11 @@ Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
 AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
+LAZY = "its weights have no shape before its first call: run a batch, then write"
 COMPUTED = "its weights are computed by a hook before each call: remove the hook, write, put it back"
+
+# Libraries whose hooks before a call gather, move or watch weights and change none.
+_CARRIERS = ("torch.distributed", "accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.", "espalier.")
 
 # By the class's dotted path.
 LAYOUTS: dict[str, Layout] = {}
@@ -189,6 +196,8 @@ def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
     Parametrisations say so of themselves. Hooks of the older kind (``weight_norm``, ``spectral_norm``, ``prune`` and
     what users write after their model) keep what they compute from beside the weight, under the weight's name and more.
     """
+    if holds_lazy(module):
+        return Skipped(kind, LAZY)
     if any(parametrize.is_parametrized(part) for part in module.modules()):
         return Skipped(kind, "its weights are parametrised: remove the parametrisation, write, register it again")
     for part in module.modules():
@@ -198,6 +207,26 @@ def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
             if name in vars(part) or (part._forward_pre_hooks and name in kept and sources):
                 return Skipped(kind, COMPUTED)
     return None
+
+
+def refuse_hooked(module: nn.Module, kind: str) -> Skipped | None:
+    """Return why nothing is written below a hook that runs before each call: it may write the weights anew.
+
+    What a hook does cannot be known without running it, which may do anything.
+    """
+    for hook in (hook for part in module.modules() for hook in part._forward_pre_hooks.values()):
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        home = str(getattr(hook, "__module__", None) or type(hook).__module__)
+        if not home.startswith(_CARRIERS):
+            words = f"a hook ({getattr(hook, '__name__', type(hook).__name__)}) runs before each call"
+            return Skipped(kind, f"{words} and may change its weights: remove it, write, put it back")
+    return None
+
+
+def holds_lazy(module: nn.Module) -> bool:
+    """Return whether a module holds parameters or buffers that its first call will make."""
+    return any(map(is_lazy, itertools.chain(module.parameters(), module.buffers())))
 
 
 def class_path(cls: type) -> str:

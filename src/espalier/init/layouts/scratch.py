@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.init.layouts.registry import LAZY, holds_lazy
+
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
@@ -53,6 +55,8 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     """
     if any("forward" in vars(part) for part in module.modules()):
         raise CannotRunError("its forward was replaced on the instance")
+    if holds_lazy(module):
+        raise CannotRunError(LAZY)
     parameters = dict(module.named_parameters())
     if sum(parameter.numel() for parameter in parameters.values()) > _LARGEST:
         raise CannotRunError("it is too large to be copied")
