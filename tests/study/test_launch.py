@@ -51,7 +51,7 @@ def test_workers_share_the_list_and_the_threads(study: Study, log: Path, monkeyp
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     count = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
     threads = int(subprocess.run(count, capture_output=True, text=True, check=True).stdout)
-    assert launch(study, workers=2, run=trial_runners.quick) == ()
+    assert launch(study, workers=2, run=trial_runners.together) == ()
     lines = [line.split() for line in log.read_text().splitlines()]
     assert len(lines) == len({tuple(line[1:4]) for line in lines}) == 6  # every trial once
     assert len({line[0] for line in lines} - {str(os.getpid())}) == 2  # by two other processes

@@ -112,3 +112,19 @@ def a_decay_that_underflows_to_never_forgetting(fault: bool) -> dict[str, Any]:
     if fault:
         model.layers[1].mixer.A_log.data[0] = torch.tensor(1e-5).log()
     return {"model": model}
+
+
+@case("", "state-space", "layers.0.mixer.D", "warning")
+def the_skip_is_zeroed_with_everything_that_is_no_matrix(fault: bool) -> dict[str, Any]:
+    model = mamba()
+    if fault:
+        nn.init.zeros_(model.layers[0].mixer.D)
+    return {"model": model}
+
+
+@case("", "state-space", "layers.1.mixer.D")
+def the_skip_holds_what_the_memory_held(fault: bool) -> dict[str, Any]:
+    model = mamba("mamba1*2")
+    if fault:
+        model.layers[1].mixer.D.data[::3] = 4e9
+    return {"model": model}
