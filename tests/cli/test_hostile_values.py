@@ -136,6 +136,7 @@ def outcome(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @example(("certify", "SAFE", "--eps", "1e999"))
 @example(("structure", "espalier:vit", "--out", "/"))
 @example(("records", "merge", "RECORDS", "--to", "/"))
+@example(("records", "merge", "x" * 5000, "--to", "NEW"))
 @example(("demo", "--smallest", "--out", "FILE"))
 @example(("demo", "--smallest", "--workers", "two"))
 @given(argv=st.sampled_from(CASES))

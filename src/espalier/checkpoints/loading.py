@@ -95,8 +95,9 @@ def _open_transformers(name: str) -> nn.Module:
     try:
         architectures = read_object(config_file).get("architectures") or []
     except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise EspalierError(
-            f"model {name}: cannot read {config_file} ({error}): name a folder that has one, or ORG/NAME on the hub"
+            f"model {name}: cannot read {config_file} ({reason}): name a folder that has one, or ORG/NAME on the hub"
         ) from None
     # Only classes that the installed library ships: a folder must not bring code of its own.
     known = [getattr(transformers, name) for name in architectures if hasattr(transformers, name)]

@@ -28,7 +28,9 @@ def read_records(path: Path | str) -> list[Record]:
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise EspalierError(f"records {path} cannot be read ({error}): name a file of records") from error
+        # The system's words hold the name a second time.
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise EspalierError(f"records {path} cannot be read ({reason}): name a file of records") from error
     records, wrong = [], []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
