@@ -58,7 +58,7 @@ def shrink(config: Any) -> Any:
         if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
             shrink(inner)
     kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list):
+    if isinstance(kinds, list) and not isinstance(getattr(type(config), "layer_types", None), property):
         config.layer_types = (kinds * 4)[: getattr(config, "num_hidden_layers", len(kinds))]
     return config
 
