@@ -11,6 +11,7 @@ after three minutes; the static checks run on all, the probe where a batch can b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -58,8 +59,9 @@ def shrink(config: Any) -> Any:
         if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
             shrink(inner)
     kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and not isinstance(getattr(type(config), "layer_types", None), property):
-        config.layer_types = (kinds * 4)[: getattr(config, "num_hidden_layers", len(kinds))]
+    if isinstance(kinds, list):
+        with contextlib.suppress(AttributeError):  # a property that follows the number of layers by itself
+            config.layer_types = (kinds * 4)[: getattr(config, "num_hidden_layers", len(kinds))]
     return config
 
 
@@ -148,7 +150,11 @@ LOOKED_AT = {
     "phi4_multimodal": "the library: `normal_` without a deviation for every weight of the vision encoder",
     "muse_glimmer": "the library: its base class sets every RMSNorm to one, and this one multiplies by 1 + w",
     "muse_glimmer_text": "the library: its base class sets every RMSNorm to one, and this one multiplies by 1 + w",
-    "granitemoehybrid": "the library: `dt_bias` is one, a step of 1.31, where Mamba-2 draws steps from 1e-3 to 0.1",
+    **dict.fromkeys(
+        ["granitemoehybrid", "bamba", "falcon_h1"],
+        "the library: `dt_bias` is one, a step of 1.31, where Mamba-2 draws steps from 1e-3 to 0.1",
+    ),
+    "jamba": "the library: `_init_weights` sets the bias of `dt_proj` to zero like any other, so every step is 0.69",
     "bigbird_pegasus": "the library: the decoder's class lists no tied weights, its configuration says tied",
     **dict.fromkeys(
         ["mobilenetv4_conv_small", "mobilenetv4_conv_small_035", "mobilenetv4_conv_small_050"],

@@ -95,7 +95,7 @@ def _open_transformers(name: str) -> nn.Module:
     try:
         architectures = read_object(config_file).get("architectures") or []
     except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        reason = error.strerror if isinstance(error, OSError) else error
         raise EspalierError(
             f"model {name}: cannot read {config_file} ({reason}): name a folder that has one, or ORG/NAME on the hub"
         ) from None

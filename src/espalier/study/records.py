@@ -29,7 +29,7 @@ def read_records(path: Path | str) -> list[Record]:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         # The system's words hold the name a second time.
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        reason = error.strerror if isinstance(error, OSError) else error
         raise EspalierError(f"records {path} cannot be read ({reason}): name a file of records") from error
     records, wrong = [], []
     for number, line in enumerate(text.split("\n"), 1):
