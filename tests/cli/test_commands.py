@@ -305,3 +305,23 @@ def test_a_process_group_does_not_outlive_the_command(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     assert main(["recipes"]) == 0
     assert not torch.distributed.is_initialized()
+
+
+def test_a_worker_of_gloo_that_still_holds_a_tensor_does_not_abort_a_finished_process(tmp_path: Path) -> None:
+    script = f"""
+import time, weakref
+import torch
+from torch import distributed
+from espalier.cli.main import leave_process_group
+
+store = distributed.FileStore({str(tmp_path / "store")!r}, 1)
+distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+import torch.distributed.fsdp  # from here on something in torch refers to the group until the end
+tensor = torch.ones(2**24)
+weakref.finalize(tensor, time.sleep, 0.05).atexit = False  # runs in the thread that lets go last
+distributed.all_reduce(tensor, async_op=True)
+del tensor
+leave_process_group()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

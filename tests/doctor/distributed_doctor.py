@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import espalier
+from espalier.cli.main import leave_process_group
 
 
 def build(seed: int) -> nn.Sequential:
@@ -53,7 +54,7 @@ def main(out: Path) -> None:
     assert all(isinstance(p, DTensor) for p in models["sharded"].parameters())
     if rank == 0:
         out.write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

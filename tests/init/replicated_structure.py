@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import espalier
+from espalier.cli.main import leave_process_group
 from espalier.models import SequenceModel, VisionTransformer
 
 
@@ -38,7 +39,7 @@ def main(folder: Path) -> None:
     espalier.structure_(wrapped, generator=torch.Generator().manual_seed(5 + rank))
     save_file({name: p.detach().clone() for name, p in model.named_parameters()}, folder / f"rank{rank}.safetensors")
     if ranks:
-        torch.distributed.destroy_process_group()
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import espalier
+from espalier.cli.main import leave_process_group
 from espalier.models import VisionTransformer
 
 
@@ -71,7 +72,7 @@ def main(folder: Path) -> None:
         save_file(results, folder / "weights.safetensors")
         (folder / "table.txt").write_text(table)
     if many:
-        torch.distributed.destroy_process_group()
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from small_runs import train, vit
 from torch import nn
 
+from espalier.cli.main import leave_process_group
 from espalier.integrations import StructureWatch, UnhealthyModelError
 
 folder = Path(sys.argv[1])
@@ -36,4 +37,4 @@ try:
 except UnhealthyModelError as error:
     raised = str(error)
 (folder / f"rank{rank}.txt").write_text(raised)
-torch.distributed.destroy_process_group()
+leave_process_group()

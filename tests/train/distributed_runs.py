@@ -20,9 +20,9 @@ from typing import Any
 import observed
 import standins
 import streamed
-import torch
 
 from espalier import data, models
+from espalier.cli.main import leave_process_group
 from espalier.errors import require
 from espalier.recipes import Recipe
 from espalier.train import RunInterrupted, train
@@ -70,8 +70,7 @@ def one_process(folder: Path, strategy: str, *runs: str) -> None:
         except RunInterrupted as interruption:
             stopped = interruption.status
         assert stopped == (75 if what.startswith("stop=") else None)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+    leave_process_group()
 
 
 def group(processes: int, folder: Path, strategy: str, *runs: str) -> None:

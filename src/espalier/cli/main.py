@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _dispatch(arguments)
         sys.stdout.flush()
-        _leave_process_group()
+        leave_process_group()
     except BrokenPipeError:  # who reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 141
@@ -112,8 +113,14 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(t in str(error) for t in ("out of memory", "can't allocate memory"))
 
 
-def _leave_process_group() -> None:
-    """End what torchrun's processes share: left to the interpreter's end, its threads may abort a finished run."""
+def leave_process_group() -> None:
+    """End what torchrun's processes share, as the last thing before the interpreter ends.
+
+    A worker thread of gloo that lets go of a tensor while the interpreter ends aborts a process whose work is done.
+    Destroying the group does not end those threads where something in torch still refers to it (default arguments of
+    ``torch.distributed.nn``, caches of device meshes), so they get time to finish what they hold.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.2)
