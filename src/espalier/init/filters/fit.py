@@ -43,7 +43,10 @@ class FilterFit(NamedTuple):
 
     @property
     def structured(self) -> bool:
-        """Whether the closed form explains the filters better than independent weights do."""
+        """Whether the closed form explains the filters better than independent weights do.
+
+        Sixteen filters of nine taps are too few to be sure: 6 of 600 such layers of independent weights seemed to be.
+        """
         return self.error < self.white_error
 
 
