@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 141
     except KeyboardInterrupt as stop:
+        if hasattr(stop, "status"):  # all ranks stop at one step; a bare Ctrl-C may leave one waiting for another
+            leave_process_group()
         return _complain(stop or "interrupted: run the same command again to resume", getattr(stop, "status", 130))
     except EspalierError as error:
         _show_traceback()

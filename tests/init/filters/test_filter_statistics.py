@@ -346,7 +346,6 @@ def test_fit_recovers_the_closed_form_exactly(
 
 @settings(max_examples=40, deadline=None)
 @example(k=3, width=16, sigma=0.5, seed=175)
-@example(k=3, width=16, sigma=1.0, seed=238)
 @given(
     k=st.integers(3, 15), width=st.sampled_from([16, 64, 256]), sigma=st.floats(0.08, 3.0), seed=st.integers(0, 2**31)
 )
@@ -355,8 +354,7 @@ def test_structured_filters_are_told_from_default_ones(k: int, width: int, sigma
     default = (torch.rand(width, 1, k, k, generator=g) * 2 - 1) / k
     structured = depthwise_covariance_(torch.empty(width, 1, k, k), sigma, generator=g)
     absent, present = covariance_fit(default), covariance_fit(structured)
-    # Sixteen filters of nine taps may lie within their sampling error of both: then nothing is claimed. And of such
-    # layers whose weights are independent, 6 of 600 seemed structured: too few numbers for an assertion.
+    # Sixteen filters of nine taps may lie within their sampling error of both; independent ones do in 6 of 600 layers.
     assert present.structured or (width == 16 and present.white_error == 0)
     assert not absent.structured or (width == 16 and k == 3)
     assert abs(absent.concentration) < 6 / math.sqrt(width * k * k)
