@@ -113,6 +113,39 @@ def pinned(weight: Tensor) -> None:
     weight.view(-1)[:: max(1, min(200, weight.numel() // 8))] = -100 * weight.std()
 
 
+def interleaved(weight: Tensor) -> None:
+    """Write every second row into the one after it."""
+    weight[1::2] = weight[: len(weight) // 2 * 2 : 2]
+
+
+def outer(weight: Tensor) -> None:
+    """Make all rows multiples of the first, of the lengths that they had."""
+    rows = weight.reshape(len(weight), -1)
+    weight.copy_((rows.norm(dim=1, keepdim=True) * rows[0] / rows[0].norm()).view_as(weight))
+
+
+def tables(kind: type[nn.Module]) -> Callable[[nn.Module], list[str]]:
+    """Return what lists the trainable weights of one class."""
+
+    def places(model: nn.Module) -> list[str]:
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, kind)]
+        return [f"{n}.weight" for n, m in found if m.weight.requires_grad and m.weight.std() > 0]  # type: ignore[union-attr, operator, arg-type]
+
+    return places
+
+
+def wide(model: nn.Module) -> list[str]:
+    """Names of the weights that map at least 16 inputs to at least 16 outputs."""
+    return [name for name in matrices(model) if min(model.get_parameter(name).flatten(1).shape) >= 16]
+
+
+def biases(model: nn.Module) -> list[str]:
+    """Names of the biases of the weights that ``matrices`` lists."""
+    kept = dict(model.named_parameters())
+    names = [f"{name.removesuffix('.weight')}.bias" for name in matrices(model)]
+    return [name for name in names if name in kept and kept[name].numel() >= 16]
+
+
 def repeated(weight: Tensor) -> None:
     """Write the first half of the rows into the second."""
     half = len(weight) // 2
@@ -131,6 +164,11 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], list[str]], Callable[[nn.Module, s
         lambda model: [n for n in matrices(model) if len(model.get_parameter(n)) % 2 == 0],
         values(repeated),
     ),
+    "every second row a copy": (matrices, values(interleaved)),
+    "rows along one direction": (wide, values(outer)),
+    "drawn off centre": (matrices, values(lambda w: w.copy_(torch.rand(w.shape) * 2 * w.std()))),
+    "tokens a hundred times": (tables(nn.Embedding), values(lambda w: w.mul_(100 / w.std().clamp(max=1)))),
+    "a bias drawn with deviation ten": (biases, values(lambda b: b.normal_(std=10))),
     "a third of the rows zero": (matrices, values(lambda w: w[: max(2, len(w) // 3)].zero_())),
     "a sibling's copy": (stacked, copied),
     "thirty times its siblings": (stacked, values(lambda w: w.mul_(30))),

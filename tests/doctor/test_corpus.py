@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import espalier
-from doctor.corpus import memory, state_space, training, weights  # noqa: F401  (they fill CASES)
+from doctor.corpus import direction, memory, state_space, training, weights  # noqa: F401  (they fill CASES)
 from doctor.corpus.case import CASES, Case
 
 

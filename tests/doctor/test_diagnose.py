@@ -72,6 +72,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
     "uninitialised": lambda w: w.copy_(garbage(*w.shape)),
     "constant": lambda w: w.fill_(0.05),
     "equal-units": lambda w: w.copy_(w[:1].clone().expand_as(w)),
+    "off-centre": lambda w: w.add_(2 * w.std()),
     "scale": lambda w: w.normal_(std=30.0),
     "pinned": lambda w: w.view(-1)[:: max(1, w.numel() // 8)].fill_(-2000 * float(w.abs().max())),
 }

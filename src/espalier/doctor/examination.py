@@ -96,7 +96,8 @@ def _admit(
     known = source.config.get("num_attention_heads") or source.config.get("n_head")
     heads = heads or (known if isinstance(known, int) else None)
     module = model if isinstance(model, nn.Module) else None
-    patient = Patient(module, source.config, source.load, optimizer, against, heads, aliases=dict(source.aliases))
+    names, aliases = frozenset(source.names), dict(source.aliases)
+    patient = Patient(module, source.config, source.load, optimizer, against, heads, aliases=aliases, names=names)
     return patient, source
 
 

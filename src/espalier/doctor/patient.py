@@ -28,6 +28,7 @@ class Patient:
         heads: query heads, where they are known.
         records: every tensor that was read.
         aliases: other names of the same tensor, by the name that is read.
+        names: of every tensor that is or will be read.
     """
 
     model: nn.Module | None
@@ -38,6 +39,7 @@ class Patient:
     heads: int | None = None
     records: list[Record] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
 
     @cached_property
     def trained(self) -> bool:

@@ -16,7 +16,7 @@ def mamba(pattern: str = "mamba2*2") -> SequenceModel:
     return SequenceModel(32, 32, pattern, state_size=8, head_dim=8)
 
 
-@case("fla-org/flash-linear-attention#753", "state-space", "layers.0.mixer.dt_bias")
+@case("fla-org/flash-linear-attention#753", "state-space", "layers.0.mixer.dt_bias", "warning")
 def dt_bias_stays_zero_when_sharded_tensors_are_skipped(fault: bool) -> dict[str, Any]:
     model = mamba()
     if fault:
@@ -65,7 +65,7 @@ def a_mixer_used_alone_keeps_step_biases_of_one(fault: bool) -> dict[str, Any]:
     return {"model": model}
 
 
-@case("athms/mad-lab#3", "state-space", "layers.0.mixer.dt_proj.bias")
+@case("athms/mad-lab#3", "state-space", "layers.0.mixer.dt_proj.bias", "warning")
 def a_wrapper_zeroes_the_bias_of_every_linear_layer(fault: bool) -> dict[str, Any]:
     model = mamba("mamba1*2")
     for module in model.modules():
@@ -76,7 +76,7 @@ def a_wrapper_zeroes_the_bias_of_every_linear_layer(fault: bool) -> dict[str, An
     return {"model": model}
 
 
-@case("hustvl/Vim#19", "state-space", "layers.1.mixer.dt_proj.bias")
+@case("hustvl/Vim#19", "state-space", "layers.1.mixer.dt_proj.bias", "warning")
 def a_vision_backbone_redraws_the_mixers_it_was_given(fault: bool) -> dict[str, Any]:
     model = mamba("mamba1*2")
 

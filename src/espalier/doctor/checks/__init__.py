@@ -3,6 +3,7 @@
 from espalier.doctor.checks import (  # noqa: F401
     clones,
     constant,
+    direction,
     earlier,
     memory,
     noise,

@@ -37,7 +37,7 @@ def constant(patient: Patient) -> Iterator[Finding]:
             continue
         value = stats.minimum
         name = record.layer or record.leaf
-        vital = bool(_READS.search(name) or _READS.search(record.leaf)) or record.role == "embedding"
+        vital = bool(_READS.search(name) or _READS.search(record.leaf)) or _only_table(record, patient)
         learns = record.trainable or patient.model is None
         if value == 0 and not (vital and learns):
             if learns and patient.alone(record):
@@ -69,6 +69,12 @@ def constant(patient: Patient) -> Iterator[Finding]:
             )
 
 
+def _only_table(record: Record, patient: Patient) -> bool:
+    """Return whether no other table of tokens holds anything: a second one may be added from zero on."""
+    tables = [r.stats for r in patient.records if r.role == "embedding" and r.matrix and r.stats is not None]
+    return record.role == "embedding" and all(stats.magnitude == 0 for stats in tables)
+
+
 @register_check("equal-units", scope="tensor")
 def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
     """Output units, heads, experts or shards of one weight that repeat each other."""
@@ -91,6 +97,37 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
             "draw each on its own: repeats come from one seed for every shard, expert or head, or from copying",
         )  # fmt: skip
         return
+    # The mimetic start of a state-space layer reads and writes its state by the same rows.
+    mixer = record.layer.rpartition(".")[0]
+    if stats.noise and not record.filters and f"{mixer}.A_log".lstrip(".") not in patient.names:
+        yield from _repeated_rows(record, values)
+
+
+def _repeated_rows(record: Record, values: Tensor) -> Iterator[Finding]:
+    """Rows that occur more than once among others that do not: a note in a table of tokens, where rows that are added
+    later often start at the mean of the others."""
+    # GPT-2's linear layer keeps the transpose.
+    rows = values.T if type(record.module).__name__ == "Conv1D" else values.reshape(len(values), -1)
+    count, length = rows.shape
+    if count < 4 or length < 8:
+        return
+    # Equal rows give equal sums of their first entries; the few that do are compared in full.
+    head = rows[:, :32].double()
+    keys, order = (head @ torch.linspace(1, 2, head.shape[1], dtype=head.dtype, device=head.device)).sort()
+    repeats = []
+    for index in (keys[1:] == keys[:-1]).nonzero().flatten().tolist()[:4096]:
+        one, other = sorted((int(order[index]), int(order[index + 1])))
+        # Zero rows, and rows of few levels, have a check of their own or repeat on purpose.
+        if torch.equal(rows[one], rows[other]) and int(rows[one][:64].unique().numel()) > min(length, 64) // 2:
+            repeats.append((one, other))
+    if repeats:
+        severity = "note" if record.role == "embedding" else "error" if len(repeats) >= count / 4 else "warning"
+        one, other = repeats[0]
+        yield Finding(
+            severity,  # type: ignore[arg-type]
+            record.name, "equal-units", f"{len(repeats)} of {count} rows repeat others: row {other} is row {one}",
+            "rows that differ", "draw each row on its own: units with equal weights in and out stay equal",
+        )  # fmt: skip
 
 
 @register_check("zero-rows", scope="tensor", fresh_only=True)

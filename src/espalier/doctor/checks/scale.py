@@ -45,6 +45,40 @@ def scale(patient: Patient) -> Iterator[Finding]:
         )
 
 
+@register_check("scale-of-inputs", fresh_only=True)
+def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
+    """Tables and biases that drown what they are added to.
+
+    Published starts draw tables of tokens and positions with deviations up to 1, and biases within ±1/√fan-in; gates
+    and detectors start at constants of up to ten.
+    """
+    tokens = [r.stats.rms for r in patient.records if r.role == "embedding" and r.matrix and r.stats is not None]
+    for record in patient.records:
+        stats = record.stats
+        if stats is None or stats.nonfinite or not stats.noise or not (record.trainable or patient.model is None):
+            continue
+        if record.role in ("embedding", "position") and record.matrix:
+            beside = max(tokens, default=0.0)
+            alone = record.role == "embedding" or not beside
+            if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * beside):
+                yield Finding(
+                    "warning", record.name, "scale-of-inputs",
+                    f"rms {stats.rms:.3g}" + ("" if alone else f", the tokens' {beside:.3g}"), "0.02 to 1",
+                    "scale it down: the table drowns what it is added to",
+                )  # fmt: skip
+        elif record.role == "bias":
+            weight = patient.find(f"{record.layer}.weight".lstrip("."))
+            if weight is None or weight.stats is None or not weight.matrix or weight.stats.nonfinite:
+                continue
+            output = weight.stats.rms * math.sqrt(weight.fans[0])
+            if stats.std > max(1.0, 10 * output):
+                yield Finding(
+                    "warning", record.name, "scale-of-inputs",
+                    f"rms {stats.rms:.3g}, the weight's outputs near {output:.2g}", "zero, or within ±1/√fan-in",
+                    "set the bias to zero: it drowns what the weight says of the input",
+                )  # fmt: skip
+
+
 @register_check("out-of-line")
 def out_of_line(patient: Patient) -> Iterator[Finding]:
     """One layer's weight far larger or smaller than the same weight of its siblings, or one that grows with depth.
