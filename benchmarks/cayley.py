@@ -21,7 +21,6 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-import statistics
 import sys
 import time
 import types
@@ -39,6 +38,7 @@ from espalier.nn import CayleyConv2d
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.cayley_original import OriginalCayleyConv
+from timings import Row, add_option, record, summary
 
 
 class Shape(NamedTuple):
@@ -121,8 +121,8 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
-def measure(shape: Shape, *, training: bool, repeats: int) -> dict[str, tuple[float, float, int]]:
-    """Return median and smallest seconds, and peak bytes, of every contender."""
+def measure(shape: Shape, *, training: bool, repeats: int) -> dict[str, Row]:
+    """Return the times and the peak memory of every contender."""
     torch.manual_seed(0)
     layers = contenders(shape)
     x = torch.randn(shape.batch, shape.inputs, shape.size, shape.size, requires_grad=training)
@@ -139,15 +139,15 @@ def measure(shape: Shape, *, training: bool, repeats: int) -> dict[str, tuple[fl
             for name, call in calls.items():
                 call()
                 times[name].append(seconds(call))
-    return {name: (statistics.median(taken), min(taken), peaks[name]) for name, taken in times.items()}
+    return {name: summary(taken, peaks[name] / 2**20) for name, taken in times.items()}
 
 
-def show(title: str, rows: dict[str, tuple[float, float, int]]) -> None:
+def show(title: str, rows: dict[str, Row]) -> None:
     """Print one table."""
-    reference = rows["original"][0]
+    reference = rows["original"]["ms"]
     print(f"\n{title}\n{'':22}{'median ms':>11}{'min ms':>9}{'× faster':>10}{'peak MiB':>10}")
-    for name, (median, least, peak) in rows.items():
-        print(f"{name:22}{median * 1e3:11.1f}{least * 1e3:9.1f}{reference / median:10.2f}{peak / 2**20:10.1f}")
+    for name, row in rows.items():
+        print(f"{name:22}{row['ms']:11.1f}{row['least']:9.1f}{reference / row['ms']:10.2f}{row['mib']:10.1f}")
 
 
 def main() -> None:
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="three repeats")
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads, float32")
@@ -165,7 +166,9 @@ def main() -> None:
         words = f"{inputs} → {outputs} channels, {size} × {size}, batch {batch}, stride {stride}"
         for training in (True, False):
             rows = measure(shape, training=training, repeats=3 if options.quick else options.repeats)
-            show(f"{name}: {words}: {'training step' if training else 'evaluation'}", rows)
+            case = f"{name}, {words}, {'training step' if training else 'evaluation'}"
+            show(case, rows)
+            record(options.record, "cayley", case, rows, threads=options.threads)
 
 
 if __name__ == "__main__":

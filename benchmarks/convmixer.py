@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from espalier.models import ConvMixer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.convmixer_original import original_convmixer
+from timings import Row, add_option, record, summary
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -102,8 +102,8 @@ def inference(net: nn.Module, x: Tensor, autocast: Callable[[], Any]) -> None:
         net(x)
 
 
-def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the median seconds of every way, for training and for inference."""
+def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[str, dict[str, Row]]:
+    """Return the times of every way, for training and for inference."""
     device = options.device
 
     def autocast() -> Any:
@@ -121,7 +121,7 @@ def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[s
                 taken = seconds(lambda net=net, inputs=inputs, run=run: run(net, inputs, autocast), device)
                 if round_number:  # the first one warms up and compiles
                     times[kind].setdefault(name, []).append(taken)
-    return {kind: {name: statistics.median(t) for name, t in rows.items()} for kind, rows in times.items()}
+    return {kind: {name: summary(t) for name, t in rows.items()} for kind, rows in times.items()}
 
 
 def main() -> None:
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
+    add_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -144,11 +145,13 @@ def main() -> None:
         shape = SHAPES[name]
         shape = replace(shape, depth=options.blocks or shape.depth, batch=options.batch or shape.batch)
         for precision in options.precisions:
-            for kind, medians in measure(shape, precision, options).items():
-                base = medians["plain, contiguous"]
-                print(f"\n{name}, {shape.depth} blocks, batch {shape.batch}, {precision}, {kind}")
-                for way, median in medians.items():
-                    print(f"  {way:<36} {median * 1e3:9.1f} ms  {base / median:5.2f}×")
+            for kind, rows in measure(shape, precision, options).items():
+                base = rows["plain, contiguous"]["ms"]
+                case = f"{name}, {shape.depth} blocks, batch {shape.batch}, {precision}, {kind}"
+                print(f"\n{case}")
+                for way, row in rows.items():
+                    print(f"  {way:<36} {row['ms']:9.1f} ms  {base / row['ms']:5.2f}×")
+                record(options.record, "convmixer", case, rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

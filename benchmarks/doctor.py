@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import espalier
+from timings import add_option, record, summary
 
 
 class Block(nn.Module):
@@ -55,14 +56,14 @@ def build(parameters: float, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def timed(subject: nn.Module | Path, runs: int) -> tuple[float, espalier.Diagnosis]:
-    """Return the fastest of several diagnoses, in seconds, and the last diagnosis."""
-    fastest = float("inf")
+def timed(subject: nn.Module | Path, runs: int) -> tuple[list[float], espalier.Diagnosis]:
+    """Return the seconds of several diagnoses, and the last diagnosis."""
+    taken = []
     for _ in range(runs):
         start = time.perf_counter()
         diagnosis = espalier.diagnose(subject)
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest, diagnosis
+        taken.append(time.perf_counter() - start)
+    return taken, diagnosis
 
 
 def main() -> None:
@@ -70,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1e8)
     parser.add_argument("--runs", type=int, default=3)
+    add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("| weights | parameters | seconds | per 100 M | found |\n|---|---|---|---|---|")
@@ -79,10 +81,12 @@ def main() -> None:
             file = Path(folder) / "model.safetensors"
             save_file({name: parameter.detach() for name, parameter in model.named_parameters()}, file)
             for place, subject in (("in memory", model), ("on disk", file)):
-                seconds, diagnosis = timed(subject, arguments.runs)
-                count = diagnosis.parameters
+                taken, diagnosis = timed(subject, arguments.runs)
+                count, seconds, weights = diagnosis.parameters, min(taken), f"{str(dtype)[6:]}, {place}"
+                case = f"{weights}, {count:,} parameters"
+                record(arguments.record, "doctor", case, {"diagnose": summary(taken)}, threads=1)
                 print(
-                    f"| {str(dtype)[6:]}, {place} | {count:,} | {seconds:.2f} | {1e8 * seconds / count:.2f} | "
+                    f"| {weights} | {count:,} | {seconds:.2f} | {1e8 * seconds / count:.2f} | "
                     f"{len(diagnosis.findings)} |",
                     flush=True,
                 )

@@ -10,7 +10,6 @@ that a drift of the machine's speed touches all; medians over the rounds, and ra
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from espalier.models import build_model
 from espalier.recipes import get_recipe
 from espalier.train.losses import multi_margin
+from timings import add_option, record, summary
 
 RECIPES = ("kwlarge_fashion", "orthogonal_fashion")
 LAYERS = ("cayley", "aoc", "soc")
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=256)
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
@@ -66,11 +67,12 @@ def main() -> None:
             if turn:  # the first warms up
                 times[name].append(taken)
     print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}, n = {options.rounds}")
-    base = statistics.median(next(iter(times.values())))
-    for name, samples in times.items():
-        middle = statistics.median(samples)
-        spread = f"{min(samples) * 1e3:.0f}…{max(samples) * 1e3:.0f}"
-        print(f"  {name:<28}{middle * 1e3:8.0f} ms ({spread}) {middle / base:6.2f}×")
+    rows = {name: summary(samples) for name, samples in times.items()}
+    base = next(iter(rows.values()))["ms"]
+    for name, row in rows.items():
+        print(f"  {name:<28}{row['ms']:8.0f} ms ({row['least']:.0f}…{row['most']:.0f}) {row['ms'] / base:6.2f}×")
+    case = f"training step, batch {options.batch}"
+    record(options.record, "lipschitz_nets", case, rows, threads=options.threads)
 
 
 if __name__ == "__main__":

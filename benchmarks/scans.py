@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from espalier.nn import Mamba1, Mamba2, backend, use_backend
 from peers import plain_blocks, pscan
 from peers.minimal_ssd import ssd_minimal
+from timings import add_option, record, summary
 
 DIM = 256
 SHAPES = {
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
@@ -212,6 +214,8 @@ def main() -> None:
             times = measure_times(family, shape, 3 if options.quick else options.rounds)
             peaks = {} if options.no_memory else measure_memory(family, shape, options.threads)
             report(family, shape, times, peaks)
+            rows = {name: summary(samples, peaks.get(name)) for name, samples in times.items()}
+            record(options.record, "scans", f"{family}, {shape[0]} × {shape[1]}", rows, threads=options.threads)
 
 
 if __name__ == "__main__":

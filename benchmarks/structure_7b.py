@@ -23,6 +23,7 @@ from torch import nn
 
 import espalier
 from espalier.init.attention.mimetic import expected_diagonal
+from timings import add_option, record, summary
 
 ALL_LAYERS = 32
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dim, heads, layers = options.dim, options.heads, max(options.layers, 2)
@@ -72,6 +74,7 @@ def main() -> None:
     attention, last = measure("attention", lambda: nn.MultiheadAttention(dim, heads, bias=False), layers)
     mixers = measure("Mamba-2", lambda: espalier.nn.Mamba2(dim, 128), layers)[0]
     filters = measure("depthwise", lambda: nn.Conv2d(dim, dim, 7, padding=3, groups=dim), layers)[0]
+    rows = {}
     # On a busy machine the processor's time says more than the clock's.
     for name, parts in (("attention", [attention]), ("hybrid", [attention, mixers, filters])):
         clock, processor = (sum(part) / 60 for part in zip(*(cost.all() for cost in parts), strict=True))
@@ -79,6 +82,8 @@ def main() -> None:
             f"{name}, {ALL_LAYERS} layers of each kind: {clock:.1f} min, {processor:.1f} min of processor time "
             f"(extrapolated from {layers})"
         )
+        rows[f"{name}, {ALL_LAYERS} layers of each kind, multiplied up"] = summary([60 * clock], peak_mib())
+    record(options.record, "structure_7b", f"width {dim}, {heads} heads", rows, threads=options.threads)
     row = espalier.audit(last).layers[0]
     asked = expected_diagonal(0.7, 0.7, 1 / heads), -0.4
     for name, wanted in zip(("qk", "vo"), asked, strict=True):

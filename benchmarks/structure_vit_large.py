@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import espalier
+from timings import add_option, record, summary
 
 DIM, HEADS = 1024, 16
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--obvious-heads", type=int, default=4)
+    add_option(parser)
     options = parser.parse_args()
     layers = nn.ModuleList(nn.MultiheadAttention(DIM, HEADS) for _ in range(options.layers))
     obvious_head(DIM // HEADS, 0.7, 0.7)  # warm-up
@@ -59,6 +61,9 @@ def main() -> None:
     print(f"obvious way, {options.layers} layers × {HEADS + 1} SVDs: {obvious:.1f} s (extrapolated)")
     print(f"structure_ with verification, {options.layers} layers: {ours:.1f} s (measured)")
     print(f"ratio: {obvious / ours:.1f}×")
+    rows = {"espalier, verified": summary([ours]), "full SVDs, multiplied up": summary([obvious])}
+    case = f"{options.layers} layers of width {DIM}, {HEADS} heads"
+    record(options.record, "structure_vit_large", case, rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from experiments.gpu_page import gpu_page
 from experiments.measured import measured_page
 from experiments.pages import PAGES, index_text, page_text
 from experiments.scheduler import COMMITTED, known_records
+from experiments.speed import speed_page
 
 
 def collect(out: Path, committed: Path = COMMITTED) -> int:
@@ -39,7 +40,12 @@ def collect(out: Path, committed: Path = COMMITTED) -> int:
 def generated(committed: Path = COMMITTED) -> Mapping[Path, str]:
     """Return every generated file by its path below docs/results."""
     results = Results(known_records([committed]))
-    files = {Path("index.md"): index_text(results), Path("gpu.md"): gpu_page(), Path("measured.md"): measured_page()}
+    files = {
+        Path("index.md"): index_text(results),
+        Path("gpu.md"): gpu_page(),
+        Path("measured.md"): measured_page(),
+        Path("speed.md"): speed_page(),
+    }
     for page in PAGES:
         text, pictures = page_text(page, results)
         files[Path(page.file)] = text

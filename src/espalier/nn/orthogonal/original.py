@@ -103,6 +103,6 @@ def _half_norm_ratio(weight: Tensor, dilation: tuple[int, ...], size: tuple[int,
     """Return ‖ŵ‖/‖w‖ over the half spectrum, from the Gram matrix of the taps alone."""
     taps = weight.double().flatten(2).permute(2, 0, 1).flatten(1)
     offsets = [tuple(d * t for t in range(k)) for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    cos, sin = tap_angles(size, offsets, torch.float64, weight.device)
+    cos, sin, _ = tap_angles(size, offsets, torch.float64, weight.device)
     times = torch.tensor([n for n in counts(size) if n], dtype=torch.float64, device=weight.device)
     return ((taps @ taps.mT) * (cos.mT * times @ cos + sin.mT * times @ sin)).sum().sqrt() / taps.norm()

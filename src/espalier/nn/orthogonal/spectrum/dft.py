@@ -18,6 +18,7 @@ a fast transform where the number of points is even.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -141,11 +142,25 @@ def _packed(size: tuple[int, ...], weights: Tensor) -> Tensor:
     return torch.cat([*(part.to(weights.dtype) for part in parts), weights])
 
 
+class Lags(NamedTuple):
+    """How taps lie to one another: the lags o_t − o_s of their pairs, one of every two that differ by sign, 0 first."""
+
+    pairs: Tensor
+    """Of (T·T) pairs (s, t), those with such a lag."""
+    lag: Tensor
+    """The lag of each of these pairs."""
+    cos: Tensor
+    """(F, L)"""
+    sin: Tensor
+    """(F, L)"""
+
+
 class Angles(NamedTuple):
-    """Cosine and sine of the angle of every tap at every frequency, each (F, T)."""
+    """Cosine and sine of the angle of every tap at every frequency, each (F, T), and where they are few the lags."""
 
     cos: Tensor
     sin: Tensor
+    lags: Lags | None = None
 
 
 def tap_angles(
@@ -165,14 +180,36 @@ def tap_angles(
 def _build_angles(
     size: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Angles:
-    theta = torch.zeros(1, 1, dtype=torch.float64)
-    for axis, (n, taps) in enumerate(zip(size, offsets, strict=True)):
-        count = n // 2 + 1 if axis == len(size) - 1 else n
-        turns = torch.outer(torch.arange(count), torch.tensor(taps)) % n
-        here = turns.double() * (2 * math.pi / n)
-        theta = (theta[:, None, :, None] + here[None, :, None, :]).reshape(theta.shape[0] * count, -1)
-    theta = theta.index_select(0, torch.tensor([f for f, count in enumerate(counts(size)) if count]))
-    return Angles(theta.cos().to(device, dtype), theta.sin().to(device, dtype))
+    cos, sin = _turned(size, list(itertools.product(*offsets)), dtype, device)
+    # Products of pairs of taps against those of four real matrices at every frequency; a graph keeps to one way.
+    if is_tracing() or not 1 < cos.shape[1] ** 2 < 3 * len(cos):
+        return Angles(cos, sin)
+    places = list(itertools.product(*offsets))
+    lags = [tuple(b - a for a, b in zip(one, two, strict=True)) for one in places for two in places]
+    zero = (0,) * len(size)
+    # Of two lags that differ by sign the larger one: tuples are compared by their first axes first.
+    kept = sorted({lag for lag in lags if lag >= zero})
+    pairs = [pair for pair, lag in enumerate(lags) if lag >= zero]
+    number = {lag: index for index, lag in enumerate(kept)}
+    which = torch.tensor([number[lags[pair]] for pair in pairs], device=device)
+    return Angles(cos, sin, Lags(torch.tensor(pairs, device=device), which, *_turned(size, kept, dtype, device)))
+
+
+def _turned(
+    size: tuple[int, ...], places: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine (F, T) of 2π Σ_a f_a o_a / n_a for places o."""
+    *lead, width = size
+    counted = torch.tensor([f for f, count in enumerate(counts(size)) if count])
+    theta = torch.zeros(len(counted), len(places), dtype=torch.float64)
+    step = 1
+    for axis in reversed(range(len(size))):
+        n, count = size[axis], width // 2 + 1 if axis == len(lead) else size[axis]
+        offsets = torch.tensor([place[axis] for place in places])
+        turns = torch.outer(counted // step % count, offsets) % n  # reduced as integers: exact at any size
+        theta += turns.double() * (2 * math.pi / n)
+        step *= count
+    return theta.cos().to(device, dtype), theta.sin().to(device, dtype)
 
 
 def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:

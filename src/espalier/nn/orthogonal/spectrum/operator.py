@@ -16,6 +16,11 @@ Note [Twice differentiable]: the autograd function returns z beside y. Nobody us
 backward pass reads it as an output of the forward one: under ``create_graph`` its gradient finds the way back here.
 What else the backward pass needs (N⁻¹ and V) it then computes again from the taps, by the same code on tensors that
 autograd follows.
+
+Note [Pairs of taps]: VᴴV = Σ_st v_sᵀv_t e^(i(θ_t − θ_s)) is the spectrum of an autocorrelation, R_d = Σ v_sᵀv_t over
+the pairs of lag d. Nine taps have 25 lags, of which 13 do, as R_−d = R_dᵀ: 81 real products of n × m × n and one of a
+table with 13 matrices, in place of four real products at every frequency, of which images of 16 × 16 have 130. The
+gradient goes back the same way: ∂v_t gains Σ_s v_s·(∂R_(t−s) + ∂R_(s−t)ᵀ) instead of V(∂N + ∂Nᴴ) at every frequency.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.orthogonal.spectrum.dft import Angles
+from espalier.nn.orthogonal.spectrum.dft import Angles, Lags
 from espalier.nn.orthogonal.spectrum.factor import Factor, each, factor_, inverse, solve
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, contiguous, product, transpose
 from espalier.nn.precision import differentiable, is_tracing
@@ -90,15 +95,36 @@ def _system(taps: Tensor, angles: Angles | None) -> tuple[SplitComplex, SplitCom
         flat = matrices[0] if table is None else table @ matrices.reshape(len(matrices), -1)
         return flat.view(-1, matrices.shape[2], n)
 
-    cos, sin = angles or (None, None)
+    cos, sin, lags = angles or (None, None, None)
     top, low = taps[:, :, :n], taps[:, :, n:]
     # U − Uᴴ is linear in the taps: antisymmetric real part, symmetric imaginary part, one product each.
-    real, imag = emit(cos, top - top.mT), None if sin is None else emit(sin, top + top.mT)
-    n_planes: SplitComplex = _plus_identity(real, 1), imag
+    skew, symmetric = top - top.mT, top + top.mT
     if rows == n:
-        return n_planes, None
+        real, imag = emit(cos, skew), None if sin is None else emit(sin, symmetric)
+        return (_plus_identity(real, 1), imag), None
     v: SplitComplex = emit(cos, low), None if sin is None else emit(sin, low)
+    if lags is not None:
+        # VᴴV is linear in the products of pairs of taps; see Note [Pairs of taps].
+        plain = _pairs(low, lags)
+        both = torch.cat((plain[:1], plain[1:] + plain[1:].mT)), plain - plain.mT
+        real = emit(_with_lags(cos, lags.cos), torch.cat((skew, both[0])))
+        imag = emit(_with_lags(sin, lags.sin), torch.cat((symmetric, both[1])))
+        return (_plus_identity(real, 1), imag), v
+    n_planes = _plus_identity(emit(cos, skew), 1), None if sin is None else emit(sin, symmetric)
     return product(transpose(v), v, conj_a=True, into=n_planes), v
+
+
+def _pairs(low: Tensor, lags: Lags) -> Tensor:
+    """Return R_d = Σ v_sᵀv_t over the pairs of taps with lag d, (L, G, n, n), from taps (T, G, m, n)."""
+    count, groups, _, n = low.shape
+    beside = _beside(low)
+    blocks = (beside.mT @ beside).view(groups, count, n, count, n).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return low.new_zeros(lags.cos.shape[1], groups, n, n).index_add(0, lags.lag, blocks.index_select(0, lags.pairs))
+
+
+def _beside(taps: Tensor) -> Tensor:
+    """Return taps (T, G, m, n) side by side, (G, m, T·n)."""
+    return taps.permute(1, 2, 0, 3).flatten(2)
 
 
 def _plus_identity(plane: Tensor, times: int) -> Tensor:
@@ -214,23 +240,40 @@ def _to_taps(
     grad_n: SplitComplex, grad_v: SplitComplex | None, v: SplitComplex | None, angles: Angles | None, taps: Tensor
 ) -> Tensor:
     """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
-    count, groups, _, n = taps.shape
+    groups, n = taps.shape[1], taps.shape[-1]
 
     def gather(table: Tensor | None, plane: Tensor) -> Tensor:
         if table is not None:
             plane = table.mT @ plane.reshape(table.shape[0], -1)
-        return plane.view(count, groups, -1, n)
+        return plane.view(len(taps) if table is None else table.shape[1], groups, -1, n)
 
-    cos, sin = angles or (None, None)
+    cos, sin, lags = angles or (None, None, None)
     real, imag = grad_n
-    skew = gather(cos, real)
-    top = skew - skew.mT
+    even = gather(_with_lags(cos, lags and lags.cos), real)
+    top = even[: len(taps)] - even[: len(taps)].mT
     if imag is not None:
-        symmetric = gather(sin, imag)
-        top = top.add_(symmetric).add_(symmetric.mT)
+        odd = gather(_with_lags(sin, lags and lags.sin), imag)
+        top = top.add_(odd[: len(taps)]).add_(odd[: len(taps)].mT)
     if grad_v is None or v is None:
         return top
-    hermitian = real + real.mT, None if imag is None else imag - imag.mT
-    v_r, v_i = product(v, hermitian, into=grad_v)
-    low = gather(cos, v_r)
-    return torch.cat((top, low if v_i is None else low + gather(sin, v_i)), dim=2)
+    if lags is None:
+        hermitian = real + real.mT, None if imag is None else imag - imag.mT
+        grad_v = product(v, hermitian, into=grad_v)
+    low = gather(cos, grad_v[0])
+    low = low if grad_v[1] is None else low.add_(gather(sin, grad_v[1]))
+    if lags is not None:
+        low = low.add_(_to_pairs(taps[:, :, n:], even[len(taps) :], odd[len(taps) :], lags))
+    return torch.cat((top, low), dim=2)
+
+
+def _with_lags(of_taps: Tensor | None, of_lags: Tensor | None) -> Tensor | None:
+    return of_taps if of_taps is None or of_lags is None else torch.cat((of_taps, of_lags), 1)
+
+
+def _to_pairs(low: Tensor, even: Tensor, odd: Tensor, lags: Lags) -> Tensor:
+    """Return the gradient of V's taps through ``_pairs``, from Σ_f of cosine and sine parts of ∂N at every lag."""
+    count, groups, _, n = low.shape
+    grad = even + odd - odd.mT + torch.cat((torch.zeros_like(even[:1]), even[1:].mT))
+    blocks = low.new_zeros(count * count, groups, n, n).index_copy(0, lags.pairs, grad.index_select(0, lags.lag))
+    square = blocks.view(count, count, groups, n, n).permute(2, 0, 3, 1, 4).reshape(groups, count * n, count * n)
+    return (_beside(low) @ (square + square.mT)).view(groups, -1, count, n).permute(2, 0, 1, 3)
