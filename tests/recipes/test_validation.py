@@ -82,6 +82,8 @@ def test_bad_files_are_named(tmp_path: Path, text: str | None) -> None:
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"mixup": float("inf")}, "mixup"),
+        ({"eval_batch_size": 10**30}, "eval_batch_size.*18 digits"),
+        ({"model_args": {"depths": [2, -(2**63)]}}, "model_args.*18 digits"),
     ],
 )
 def test_values_no_run_can_have(changes: dict[str, object], message: str) -> None:

@@ -154,11 +154,19 @@ def _misfit(value: Any, kind: Any) -> str:
         return "bool is not expected"
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number is expected"
+    if _too_long(value):
+        return "a whole number of at most 18 digits is expected"
     try:
         guard.check_type(value, kind, collection_check_strategy=guard.CollectionCheckStrategy.ALL_ITEMS)
     except guard.TypeCheckError as error:
         return " ".join(str(error).split())
     return ""
+
+
+def _too_long(value: Any) -> bool:
+    """Return whether a whole number anywhere in it is none that torch can count to."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    return (isinstance(value, int) and abs(value) >= 10**18) or any(map(_too_long, inner))
 
 
 def _convert(value: Any, kind: Any) -> Any:

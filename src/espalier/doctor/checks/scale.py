@@ -57,7 +57,9 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
         stats = record.stats
         if stats is None or stats.nonfinite or not stats.noise or not (record.trainable or patient.model is None):
             continue
-        if record.role in ("embedding", "position") and record.matrix:
+        # Two or three rows turn coordinates into random Fourier features: they are multiplied, and none is added.
+        table = record.matrix and min(size for size in record.shape if size > 1) >= 8
+        if record.role in ("embedding", "position") and table:
             beside = max(tokens, default=0.0)
             alone = record.role == "embedding" or not beside
             if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * beside):
@@ -69,6 +71,9 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
         elif record.role == "bias":
             weight = patient.find(f"{record.layer}.weight".lstrip("."))
             if weight is None or weight.stats is None or not weight.matrix or weight.stats.nonfinite:
+                continue
+            # Beside a weight of zero a bias speaks alone on purpose, as the grid of deformable attention.
+            if weight.stats.magnitude == 0:
                 continue
             output = weight.stats.rms * math.sqrt(weight.fans[0])
             if stats.std > max(1.0, 10 * output):
