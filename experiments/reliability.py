@@ -224,8 +224,8 @@ def small_disks(folder: Path, draw: random.Random, most: int, ends: float) -> Fo
 
 
 VALUES: Sequence[Any] = (
-    float("nan"), float("inf"), -float("inf"), -1, 0, 1, 2.5, 1e-300, 1e300, 10**30, 2**62, 10**17, True, None, "", "two",
-    "nan", "../x", "\0",
+    float("nan"), float("inf"), -float("inf"), -1, 0, 1, 2.5, 1e-300, 1e300, 10**30, 2**62, 10**17, True, None, "",
+    "two", "nan", "../x", "\0",
     "x" * 5000, [], [1, 2, 3], (1.0, 1e300), (0.0, 0.0), {}, {"a": 1}, {"num_classes": -1}, {"embed_dim": 0},
     {"depth": "x"},    {"train_limit": 1}, {"": None}, {"dim": float("nan")}, object(), b"bytes",
 )  # fmt: skip

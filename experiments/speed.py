@@ -156,8 +156,8 @@ def _targets(lines: Sequence[Line]) -> tuple[str, list[str]]:
     text = [
         "## Against what was asked",
         "",
-        "How many times longer the best rival takes than ours: by medians, and by least times in brackets. A number under",
-        "its target is in italics. bf16 is asked to gain three times only where the processor has AMX.",
+        "How many times longer the best rival takes than ours: by medians, and by least times in brackets. A number",
+        "under its target is in italics. bf16 is asked to gain three times only where the processor has AMX.",
         "",
         f"| case | ours | rival | target | {' | '.join(processors)} |",
         f"|---|---|---|---|{'---|' * len(processors)}",

@@ -86,3 +86,15 @@ def test_per_layer_strengths_interpolate_over_fractional_depth() -> None:
 def test_a_model_without_structured_layers_is_refused() -> None:
     with pytest.raises(EspalierError, match="Linear has no structure to fit"):
         fit(nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sigma": None}, {"error": {}}, {"error": float("nan")}, {"sigma": "x"}, {"white_error": [1.0]}, {"sigma": True},
+     {"more": 1.0}],
+)  # fmt: skip
+def test_values_that_no_fit_has_are_refused(change: dict[str, object]) -> None:
+    row = {"layer": "mixer", "sigma": 2.0, "error": 0.1, "white_error": 0.4}
+    assert StructureFit.from_dict({"depthwise": [row]}).specs()["depthwise"] is not None
+    with pytest.raises((TypeError, ValueError)):
+        StructureFit.from_dict({"depthwise": [row | change]})

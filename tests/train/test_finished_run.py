@@ -135,7 +135,20 @@ def test_bad_questions_are_one_line(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"class_names": 3}', "null"])
+SOUND = {"class_names": ["a", "b"], "channels": 1, "height": 8, "width": 8, "mean": [0.3], "std": [0.2]}
+DAMAGED = [
+    SOUND | change
+    for change in (
+        {"std": [None]}, {"std": [{}]}, {"std": [0.0]}, {"std": [0.1] * 5}, {"mean": ["x"]}, {"mean": 0.3},
+        {"height": -1}, {"width": 2.5}, {"channels": True}, {"height": 2**40}, {"class_names": "ab"},
+        {"class_names": [1, 2]}, {"more": 1},
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"class_names": 3}', "null", *map(json.dumps, DAMAGED), '{"std": [NaN]}']
+)
 def test_damage_of_what_the_net_expects_is_named(
     photo_run: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

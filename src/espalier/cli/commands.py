@@ -345,9 +345,7 @@ def _read_fit(path: Path) -> StructureFit:
     from espalier.init import StructureFit
 
     try:
-        found = StructureFit.from_dict(read_object(path))
-        str((found, found.specs()))  # values that no fit has show here
-        return found
+        return StructureFit.from_dict(read_object(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EspalierError(f"like {path}: is not a fit ({error!r}): name a file that espalier fit wrote") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,16 +41,26 @@ class StructureFit:
 
         Raises:
             KeyError: a family that is not known.
+            TypeError, ValueError: rows with other fields, or with values that no fit has.
         """
-        return cls(
-            {
-                kind: tuple(FAMILIES[kind].row(**{key: as_tuples(value) for key, value in row.items()}) for row in rows)
-                for kind, rows in data.items()
-            }
-        )
+        rows: dict[str, tuple[LayerFit, ...]] = {}
+        for kind, given in data.items():
+            found = [{key: as_tuples(value) for key, value in row.items()} for row in given]
+            if not all(_is_fitted(value) for row in found for value in row.values()):
+                raise ValueError(f"{kind}: a value that is no finite number")
+            rows[kind] = tuple(FAMILIES[kind].row(**row) for row in found)
+        whole = cls(rows)
+        str((str(whole), whole.specs()))  # a number where a name or a pair should be shows here
+        return whole
 
     def __str__(self) -> str:
         return "\n".join(line for kind, rows in self.rows.items() for line in FAMILIES[kind].lines(rows))
+
+
+def _is_fitted(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_fitted, value))
+    return isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,11 +66,25 @@ class ImageInput:
         try:
             values = read_object(folder / IMAGES)
             given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-            return cls(**given)
+            loaded = cls(**given)
+            loaded._check()
+            return loaded
         except FileNotFoundError:
             raise EspalierError(f"run {folder} has no {IMAGES}: only runs on data sets of images have one") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise EspalierError(f"{folder / IMAGES} is damaged ({error}): train into another folder") from None
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` for values that no run writes."""
+        numbers = *self.mean, *self.std
+        if type(self.class_names) is not tuple or not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("class_names holds no list of names")
+        if not all(type(size) is int and 0 < size < 2**20 for size in (self.channels, self.height, self.width)):
+            raise ValueError("channels, height and width are no sizes of an image")
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError("mean and std hold no finite numbers")
+        if not {len(self.mean), len(self.std)} <= {0, 1, self.channels} or not all(s > 0 for s in self.std):
+            raise ValueError("mean and std hold no positive deviation a channel")
 
     def normalizer(self) -> nn.Module:
         """Return the module that normalises pixels in [0, 1]."""
