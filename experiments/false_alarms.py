@@ -1,7 +1,8 @@
 """How often does the doctor complain about untouched models? Builds hundreds of them and writes a table.
 
     python experiments/false_alarms.py transformers espalier --out alarms.jsonl          (the project's environment)
-    PYTHONPATH=src:tests python experiments/false_alarms.py timm torchvision fla         (the interop environment)
+    PYTHONPATH=src:tests python experiments/false_alarms.py timm torchvision fla         (the interop environment; there
+        --only NAME of transformers, too, for models whose backbone is timm's)
     python experiments/false_alarms.py --table alarms.jsonl > docs/results/false-alarms.md
 
 Every model is built with the library's own start, from a small configuration, in a process of its own that is stopped
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import resource
@@ -222,7 +223,7 @@ def sweep(
     done = set()
     if out.exists():
         done = {(r["library"], r["model"]) for r in map(json.loads, out.read_text().splitlines())}
-    if library in ("timm", "torchvision", "fla"):
+    if importlib.util.find_spec("torchvision") is not None:
         # The interop environment's torchvision does not import without these operators declared first.
         importlib.import_module("reference.torchvision_operators")
     context = multiprocessing.get_context("fork")

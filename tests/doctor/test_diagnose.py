@@ -88,6 +88,27 @@ def test_one_broken_layer_is_named(model: nn.Sequential, fault: str, index: int)
     assert fault in {finding.check for finding in loud(espalier.diagnose(model)) if finding.layer == name}
 
 
+EXTREME = [0.0, 1e-320, 1e-44, 1e-30, 1.0, -1.0, 3e22, 1e38, -1e300, float("inf"), float("nan")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(EXTREME), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.integers(0, 2**16),
+)
+def test_no_numbers_break_a_check(scales: list[float], rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(columns, rows), nn.LayerNorm(rows), nn.Embedding(rows, columns)).double()
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        factors = torch.tensor(scales, dtype=torch.float64)
+        parameter.data = noise * factors[torch.randint(len(scales), parameter.shape, generator=draw)]
+    espalier.diagnose(model.to(dtype))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1e-38, float("nan"), float("inf")]), min_size=1),

@@ -49,7 +49,8 @@ def one_direction(record: Record, patient: Patient) -> Iterator[Finding]:
     rows = values.T if type(record.module).__name__ == "Conv1D" else values.reshape(len(values), -1)
     if min(rows.shape) < 16:
         return
-    rows = rows[:: -(-len(rows) // _ROWS), :: -(-rows.shape[1] // _COLUMNS)].to("cpu", torch.float32)
+    rows = rows[:: -(-len(rows) // _ROWS), :: -(-rows.shape[1] // _COLUMNS)].to("cpu", torch.float64)
+    rows = rows / rows.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # squares of 1e200 overflow
     lengths = rows.norm(dim=1)
     kept = rows[lengths > 0] / lengths[lengths > 0, None]
     if len(kept) < 8:
