@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from espalier.errors import require
 from espalier.recipes import Recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train import RunInterrupted, train
+from espalier.train.build import environment
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -269,8 +271,9 @@ def page(tried: Counter[str], campaigns: Sequence[Found], seconds: float, comman
     lines = [
         "# What runs survive",
         "",
-        f"Written by `{command}` in {seconds / 60:.0f} minutes on one core (torch {torch.__version__}). A run is three "
-        "epochs of a small ViT on digits with averaged weights; a study is four trials with their records and page; "
+        f"Written by `{command}` in {seconds / 60:.0f} minutes on one core ({environment()['processor']}, torch "
+        f"{torch.__version__}, {date.today()}). A run is three epochs of a small ViT on digits with averaged weights; "
+        "a study is four trials with their records and page; "
         "ranks are two processes of DDP. Lost means: a resumed result that differs in one bit from an unbroken run, a "
         "traceback, or a wrong number.",
         "",
@@ -319,7 +322,7 @@ def main() -> int:
     for line in (line for each in campaigns for line in each.lost):
         print("LOST", line)
     if given.write is not None:
-        command = f"python experiments/reliability.py --kills {given.kills} --write {given.write}"
+        command = f"python experiments/reliability.py --kills {given.kills} --seed {given.seed} --write {given.write}"
         text = page(tried, campaigns[1:], time.monotonic() - started, command)
         # What the page says of the test suite is written by hand, and stays.
         kept = given.write.read_text().partition(BY_HAND)[1:] if given.write.exists() else ()
