@@ -21,6 +21,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def shrink(config: Any, fields: dict[str, int] = SMALL) -> Any:
     return config
 
 
+def small(config: Callable[[], Any], build: Callable[[Any], nn.Module]) -> nn.Module:
+    """Build a model from its configuration, smaller in every size, or in its layers alone where that does not build."""
+    try:
+        return build(shrink(config()))
+    except Exception:
+        return build(shrink(config(), FEWER))
+
+
 def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield every model type that ``AutoModel`` knows, and every one with a language head."""
     import transformers
@@ -83,13 +92,7 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     ):
         for kind in table:
-
-            def build(kind: str = kind, head: str = head) -> nn.Module:
-                try:
-                    return getattr(transformers, head).from_config(shrink(CONFIG_MAPPING[kind]()))
-                except Exception:
-                    return getattr(transformers, head).from_config(shrink(CONFIG_MAPPING[kind](), FEWER))
-
+            build = partial(small, CONFIG_MAPPING[kind], getattr(transformers, head).from_config)
             yield f"{kind} ({head[4:]})", build
 
 
@@ -116,7 +119,7 @@ def fla_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     for name in sorted(n for n in dir(models) if n.endswith("Config")):
         head = getattr(models, name.replace("Config", "ForCausalLM"), None)
         if head is not None:
-            yield name.removesuffix("Config"), lambda n=name, h=head: h(shrink(getattr(models, n)()))
+            yield name.removesuffix("Config"), partial(small, getattr(models, name), head)
 
 
 def espalier_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -163,7 +166,7 @@ LOOKED_AT = {
         ["granitemoehybrid", "bamba", "falcon_h1"],
         "the library: `dt_bias` is one, a step of 1.31, where Mamba-2 draws steps from 1e-3 to 0.1",
     ),
-    "jamba": "the library: `_init_weights` sets the bias of `dt_proj` to zero like any other, so every step is 0.69",
+    "jamba": "the library: `_init_weights` sets the bias of `dt_proj` to zero like any other: every step is 0.69",
     "bigbird_pegasus": "the library: the decoder's class lists no tied weights, its configuration says tied",
     **dict.fromkeys(
         ["mobilenetv4_conv_small", "mobilenetv4_conv_small_035", "mobilenetv4_conv_small_050"],

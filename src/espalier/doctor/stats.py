@@ -52,7 +52,7 @@ class TensorStats:
     @property
     def std(self) -> float:
         """Standard deviation of the finite entries."""
-        return math.sqrt(max(self.rms**2 - self.mean**2, 0.0))
+        return self.rms * math.sqrt(max(1 - (self.mean / self.rms) ** 2, 0.0)) if self.rms else 0.0
 
     @property
     def magnitude(self) -> float:
@@ -101,6 +101,11 @@ def measure(values: Tensor) -> TensorStats:
     finite_count = max(flat.numel() - nonfinite, 1)
     if minimum > maximum:
         minimum = maximum = math.nan
+    rms = math.sqrt(squares / finite_count)
+    if (not rms or math.isinf(rms)) and (size := max(abs(minimum), abs(maximum))) > 0:
+        # The squares of 1e200 and of 1e-200 are no numbers: once more, in shares of the largest.
+        shares = (piece.double().nan_to_num(0.0, 0.0, 0.0) / size for piece in flat.split(chunk))
+        rms = size * math.sqrt(sum(float(torch.dot(share, share)) for share in shares) / finite_count)
     sample, distinct, correlation = _sample(flat)
     digest = hashlib.blake2b(sample.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8)
     digest.update(repr((tuple(values.shape), total, squares, minimum, maximum)).encode())
@@ -112,7 +117,7 @@ def measure(values: Tensor) -> TensorStats:
         minimum,
         maximum,
         total / finite_count,
-        math.sqrt(squares / finite_count),
+        rms,
         sampled=sample.numel(),
         zeros=zeros,
         tiny=int((numbers.abs() < TINY).sum()) - zeros,

@@ -47,7 +47,7 @@ def pinned(patient: Patient) -> Iterator[Finding]:
         count, value = (low, stats.minimum) if low >= high else (high, stats.maximum)
         share = count / stats.sampled
         # What the rest looks like without the pinned entries.
-        rest = max(stats.rms**2 - share * value**2, 0.0) ** 0.5
+        rest = stats.rms * max(1 - share * (value / stats.rms) ** 2, 0.0) ** 0.5 if stats.rms else 0.0
         if count >= 3 and share >= 1e-4 and value != 0 and abs(value) > 6 * rest:
             yield Finding(
                 "error", record.name, "pinned", f"{share:.2%} of its entries are {value:.4g}, the rest near {rest:.2g}",

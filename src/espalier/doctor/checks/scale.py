@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from statistics import median
 
+from torch import nn
+
 from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
@@ -58,8 +60,9 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
         if stats is None or stats.nonfinite or not stats.noise or not (record.trainable or patient.model is None):
             continue
         # Two or three rows turn coordinates into random Fourier features: they are multiplied, and none is added.
-        table = record.matrix and min(size for size in record.shape if size > 1) >= 8
-        if record.role in ("embedding", "position") and table:
+        looked_up = record.role == "embedding" or isinstance(record.module, nn.Embedding)
+        features = not looked_up and record.matrix and min(size for size in record.shape if size > 1) < 8
+        if record.role in ("embedding", "position") and record.matrix and not features:
             beside = max(tokens, default=0.0)
             alone = record.role == "embedding" or not beside
             if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * beside):
