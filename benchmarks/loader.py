@@ -29,6 +29,7 @@ from torch import nn
 from espalier.data import build_source
 from espalier.models import VisionTransformer, build_model
 from espalier.recipes import get_recipe
+from timings import Row, add_option, record, summary
 
 # Sides (width, height) with their shares, roughly as in ImageNet.
 SIDES = (((500, 375), 0.6), ((375, 500), 0.16), ((500, 333), 0.16), ((640, 480), 0.05), ((1024, 768), 0.03))
@@ -69,8 +70,8 @@ def noise_image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def measure_loader(source: Any, batch: int, steps: int, device: torch.device) -> str:
-    """Return images a second over ``steps`` batches after the first two, and what was held in memory meanwhile."""
+def measure_loader(source: Any, batch: int, steps: int, device: torch.device) -> tuple[Row, str]:
+    """Return the time of an image over ``steps`` batches after the first two, and what was held in memory meanwhile."""
     source.to(device)
     for step in range(2):
         source.train_batch(0, 0, step, batch)
@@ -82,13 +83,14 @@ def measure_loader(source: Any, batch: int, steps: int, device: torch.device) ->
             held.append(memory_mb())
     if device.type == "cuda":
         torch.cuda.synchronize()
-    rate = steps * batch / (time.perf_counter() - started)
+    seconds = (time.perf_counter() - started) / (steps * batch)
     series = "; ".join(
         f"{name} {', '.join(f'{sizes[key]:.0f}' for sizes in held)} MB"
         for name, key in (("this process", 0), ("workers", 1))
     )
     more = len(os.listdir("/proc/self/fd")) - handles
-    return f"{rate:.0f} images/s over {steps * batch} images; memory of {series}; {more} more file handles"
+    text = f"{1 / seconds:.0f} images/s over {steps * batch} images; memory of {series}; {more} more file handles"
+    return summary([seconds], max(map(sum, held))), text
 
 
 def memory_mb() -> tuple[float, float]:
@@ -102,8 +104,8 @@ def memory_mb() -> tuple[float, float]:
     return of(os.getpid()), sum(map(of, children))
 
 
-def measure_model(build: Callable[[], nn.Module], batch: int, size: int, device: torch.device) -> str:
-    """Return images a second of a training step: forward, backward, AdamW; bfloat16 and channels last on a GPU."""
+def measure_model(build: Callable[[], nn.Module], batch: int, size: int, device: torch.device) -> Row:
+    """Return the time of an image in a training step: forward, backward, AdamW; bfloat16 and channels last on a GPU."""
     model = build().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images, labels = (
@@ -125,7 +127,7 @@ def measure_model(build: Callable[[], nn.Module], batch: int, size: int, device:
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
         times.append(time.perf_counter() - started)
-    return f"{batch / np.median(times[1:]):.1f} images/s"
+    return summary([taken / batch for taken in times[1:]])
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -147,18 +149,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--model-batch", type=int, default=8)
+    add_option(parser)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     write_jpegs(arguments.folder, arguments.images, arguments.distinct)
+    rows: dict[str, Row] = {}
     recipe = replace(get_recipe("convmixer_imagenet"), data_path=str(arguments.folder), randaugment=None)
     for workers in arguments.workers:
         reads = {"size": arguments.size, "storage": "stream", "workers": workers}
         started = time.perf_counter()
         source = build_source(replace(recipe, data_args=reads))
         print(f"loader, {workers} workers: listed in {time.perf_counter() - started:.1f} s; ", end="", flush=True)
-        print(measure_loader(source, arguments.batch, arguments.steps, device), flush=True)
+        rows[f"loader, {workers} workers"], text = measure_loader(source, arguments.batch, arguments.steps, device)
+        print(text, flush=True)
     for name in arguments.models:
-        print(f"{name}: {measure_model(MODELS[name], arguments.model_batch, arguments.size, device)}", flush=True)
+        rows[name] = measure_model(MODELS[name], arguments.model_batch, arguments.size, device)
+        print(f"{name}: {1e3 / rows[name]['ms']:.1f} images/s", flush=True)
+    case = f"an image of {arguments.size} pixels, {arguments.images:,} JPEGs, batch {arguments.batch}"
+    record(arguments.record, "loader", case, rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

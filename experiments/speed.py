@@ -84,6 +84,13 @@ SECTIONS = (
         "python benchmarks/structure_7b.py --threads 2 --record FILE",
     ),
     Section(
+        "loader",
+        "Streamed images",
+        "What an image costs the streaming loader (reading, decoding, cropping, resizing in workers), and the models that\n"
+        "it feeds in a training step; the memory is the largest of this process and its workers together.",
+        "python benchmarks/loader.py --folder DIR --workers 1 --steps 1560 --record FILE",
+    ),
+    Section(
         "doctor",
         "The doctor",
         "Static checks on one core; the bar is one second for 100 million parameters.",
