@@ -86,8 +86,8 @@ SECTIONS = (
     Section(
         "loader",
         "Streamed images",
-        "What an image costs the streaming loader (reading, decoding, cropping, resizing in workers), and the models that\n"
-        "it feeds in a training step; the memory is the largest of this process and its workers together.",
+        "What an image costs the streaming loader (reading, decoding, cropping, resizing in workers), and the models\n"
+        "that it feeds in a training step; the memory is the largest of this process and its workers together.",
         "python benchmarks/loader.py --folder DIR --workers 1 --steps 1560 --record FILE",
     ),
     Section(

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from espalier.nn import use_backend
 from espalier.nn.kernels import split_complex as kernels
+from espalier.nn.orthogonal.shuffle import space_to_depth
 from espalier.nn.orthogonal.spectrum.dft import irfft, rfft, tables
 from espalier.nn.orthogonal.spectrum.split_complex import product
 from needs import KERNELS
@@ -145,3 +147,23 @@ def test_solutions_by_blocks_are_those_of_the_matrices(
         assert (torch.complex(*y)[..., :n] - reflected).abs().max() < 2 * tolerance * n**0.5
     assert y[0].shape == (count, batch, n + 2)
     assert kernels.solve(x, factor, width, None, transposed=transposed, conj=conj)[1] is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(2, 4),
+    st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_blocks_of_pixels_become_channels_as_in_torch(
+    batch: int, channels: int, height: int, width: int, stride: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(batch, channels, height * stride, width * stride, dtype=dtype, requires_grad=True)
+    blocks = space_to_depth(x, (stride, stride))
+    assert torch.equal(blocks, F.pixel_unshuffle(x, stride))
+    grad = torch.randn_like(blocks).mT.contiguous().mT  # in another layout
+    assert torch.equal(torch.autograd.grad(blocks, x, grad)[0], F.pixel_shuffle(grad, stride))
+
+
+def test_blocks_of_pixels_are_differentiable_twice() -> None:
+    x = torch.randn(1, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda images: space_to_depth(images, (2, 2)).square(), x)

@@ -70,6 +70,8 @@ _DFT = "lead width rows columns columns_first size_0 size_1 channels together"
 DFT_FORWARD = _arguments("dft_analyse", "x tables re im", _DFT)
 DFT_INVERSE = _arguments("dft_synthesise", "re im tables bias x", _DFT)
 
+BLOCKS = _arguments("blocks", "source target", "images height width stride back")
+
 _DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
 DEPTHWISE_FORWARD = _arguments("depthwise_forward", "x taps bias scale shift y", _DEPTHWISE)
 DEPTHWISE_BACKWARD = _arguments("depthwise_backward", "x dy add taps dx dtaps dbias", f"{_DEPTHWISE} shares")

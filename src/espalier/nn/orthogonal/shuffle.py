@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.kernels.arguments import BLOCKS
+from espalier.nn.kernels.backend import choose
+from espalier.nn.kernels.library import call, usable
+from espalier.nn.precision import is_tracing
 
 
 def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -30,6 +36,9 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
     batch, channels, *size = x.shape
     check_divides(size, stride)
     if len(set(stride)) == 1 and len(stride) == 2 and x.is_contiguous() and batch:  # torch's forgets to fold nothing
+        if not is_tracing() and usable(x) and choose("orthogonal", "cpu") == "compiled":
+            blocks: Tensor = _Shuffle.apply(x, stride[0], False)
+            return blocks
         return F.pixel_unshuffle(x, stride[0])
     cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
     axes = range(len(size))
@@ -37,6 +46,33 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
     moved = blocks.permute(*(2 + 2 * a for a in axes), 0, 1, *(3 + 2 * a for a in axes))
     coarse = moved.shape[: len(size)]
     return channels_first(moved.reshape(*coarse, batch, channels * math.prod(stride)))
+
+
+class _Shuffle(torch.autograd.Function):
+    """``F.pixel_unshuffle``, or ``F.pixel_shuffle``, of contiguous images by the compiled kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: int, back: bool) -> Tensor:
+        """See above; each is the other's adjoint."""
+        ctx.stride, ctx.back = stride, back
+        x = x.contiguous()
+        batch, channels, height, width = x.shape
+        if back:
+            channels, rows, columns = channels // stride**2, height, width
+            y = x.new_empty(batch, channels, rows * stride, columns * stride)
+        else:
+            rows, columns = height // stride, width // stride
+            y = x.new_empty(batch, channels * stride**2, rows, columns)
+        sizes = {"images": batch * channels, "height": rows, "width": columns, "stride": stride, "back": back}
+        call(BLOCKS, x.dtype, source=x, target=y, **sizes)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the images."""
+        if is_tracing() or not usable(grad):
+            return (F.pixel_unshuffle if ctx.back else F.pixel_shuffle)(grad, ctx.stride), None, None
+        return _Shuffle.apply(grad, ctx.stride, not ctx.back), None, None
 
 
 def blocks_last(x: Tensor, stride: Sequence[int]) -> Tensor:
