@@ -87,7 +87,8 @@ SECTIONS = (
         "loader",
         "Streamed images",
         "What an image costs the streaming loader (reading, decoding, cropping, resizing in workers), and the models\n"
-        "that it feeds in a training step; the memory is the largest of this process and its workers together.",
+        "that it feeds in a training step; the memory is the largest of this process and its workers together. Other\n"
+        "programs shared both cores while the loader ran: its time is an upper bound.",
         "python benchmarks/loader.py --folder DIR --workers 1 --steps 1560 --record FILE",
     ),
     Section(
