@@ -18,7 +18,7 @@ _HEAD = """\
 
 {finding}
 
-Times of every contender of a row were taken in one run, in turns, on a virtual machine with two cores that nothing else
+Times of every contender of a row were taken in one run, in turns, on a virtual machine with two cores that little else
 used. They drift from run to run; the ratios of medians are the result, and the ratios of least times stand beside them.
 Where a line was typed in from a table that was printed before there were records, it has ratios only, and says so.
 """

@@ -79,6 +79,14 @@ class Record:
         return not self.buffer and sum(size > 1 for size in self.shape) >= 2
 
     @property
+    def units(self) -> Tensor | None:
+        """The values as a matrix, a row for each output; GPT-2's linear layer keeps the transpose."""
+        values = self.values
+        if values is None:
+            return None
+        return values.T if type(self.module).__name__ == "Conv1D" else values.reshape(len(values), -1)
+
+    @property
     def filters(self) -> bool:
         """Whether it holds depthwise filters."""
         return len(self.shape) >= 3 and self.shape[1] == 1

@@ -50,7 +50,7 @@ class StructureFit:
                 raise ValueError(f"{kind}: a value that is no finite number")
             rows[kind] = tuple(FAMILIES[kind].row(**row) for row in found)
         whole = cls(rows)
-        str((str(whole), whole.specs()))  # a number where a name or a pair should be shows here
+        _ = str(whole), whole.specs()  # a number where a name or a pair should be shows here
         return whole
 
     def __str__(self) -> str:

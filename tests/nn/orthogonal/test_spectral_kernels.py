@@ -159,7 +159,7 @@ def test_blocks_of_pixels_become_channels_as_in_torch(
 ) -> None:
     x = torch.randn(batch, channels, height * stride, width * stride, dtype=dtype, requires_grad=True)
     blocks = space_to_depth(x, (stride, stride))
-    assert torch.equal(blocks, F.pixel_unshuffle(x, stride))
+    assert torch.equal(blocks, F.pixel_unshuffle(x, stride))  # nothing is computed, numbers only move
     grad = torch.randn_like(blocks).mT.contiguous().mT  # in another layout
     assert torch.equal(torch.autograd.grad(blocks, x, grad)[0], F.pixel_shuffle(grad, stride))
 

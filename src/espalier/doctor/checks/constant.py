@@ -70,9 +70,11 @@ def constant(patient: Patient) -> Iterator[Finding]:
 
 
 def _only_table(record: Record, patient: Patient) -> bool:
-    """Return whether no other table of tokens holds anything: a second one may be added from zero on."""
+    """Return whether it is a table of tokens and no other holds anything: a second one may be added from zero on."""
+    if record.role != "embedding":
+        return False
     tables = [r.stats for r in patient.records if r.role == "embedding" and r.matrix and r.stats is not None]
-    return record.role == "embedding" and all(stats.magnitude == 0 for stats in tables)
+    return all(stats.magnitude == 0 for stats in tables)
 
 
 @register_check("equal-units", scope="tensor")
@@ -99,14 +101,14 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
         return
     if stats.noise and not record.filters:
         mixer = record.layer.rpartition(".")[0]
-        yield from _repeated_rows(record, values, f"{mixer}.A_log".lstrip(".") in patient.names)
+        yield from _repeated_rows(record, f"{mixer}.A_log".lstrip(".") in patient.names)
 
 
-def _repeated_rows(record: Record, values: Tensor, state_space: bool) -> Iterator[Finding]:
+def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
     """Rows that occur more than once among others that do not: a note in a table of tokens, where rows that are added
     later often start at the mean of the others."""
-    # GPT-2's linear layer keeps the transpose.
-    rows = values.T if type(record.module).__name__ == "Conv1D" else values.reshape(len(values), -1)
+    rows = record.units
+    assert rows is not None  # a check of tensors is called while they are at hand
     count, length = rows.shape
     if count < 4 or length < 8:
         return

@@ -180,11 +180,11 @@ def tap_angles(
 def _build_angles(
     size: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Angles:
-    cos, sin = _turned(size, list(itertools.product(*offsets)), dtype, device)
+    places = list(itertools.product(*offsets))
+    cos, sin = _turned(size, places, dtype, device)
     # Products of pairs of taps against those of four real matrices at every frequency; a graph keeps to one way.
     if is_tracing() or not 1 < cos.shape[1] ** 2 < 3 * len(cos):
         return Angles(cos, sin)
-    places = list(itertools.product(*offsets))
     lags = [tuple(b - a for a, b in zip(one, two, strict=True)) for one in places for two in places]
     zero = (0,) * len(size)
     # Of two lags that differ by sign the larger one: tuples are compared by their first axes first.

@@ -106,9 +106,9 @@ def _system(taps: Tensor, angles: Angles | None) -> tuple[SplitComplex, SplitCom
     if lags is not None:
         # VᴴV is linear in the products of pairs of taps; see Note [Pairs of taps].
         plain = _pairs(low, lags)
-        both = torch.cat((plain[:1], plain[1:] + plain[1:].mT)), plain - plain.mT
-        real = emit(_with_lags(cos, lags.cos), torch.cat((skew, both[0])))
-        imag = emit(_with_lags(sin, lags.sin), torch.cat((symmetric, both[1])))
+        even, odd = torch.cat((plain[:1], plain[1:] + plain[1:].mT)), plain - plain.mT
+        real = emit(_with_lags(cos, lags.cos), torch.cat((skew, even)))
+        imag = emit(_with_lags(sin, lags.sin), torch.cat((symmetric, odd)))
         return (_plus_identity(real, 1), imag), v
     n_planes = _plus_identity(emit(cos, skew), 1), None if sin is None else emit(sin, symmetric)
     return product(transpose(v), v, conj_a=True, into=n_planes), v
