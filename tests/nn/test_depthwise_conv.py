@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -193,6 +194,54 @@ def test_hooks_patches_and_other_norms_are_called() -> None:
 
     net.norms[1] = Other(4)
     assert (net(x) == 7).all()
+
+
+class Doubled(nn.Conv2d):
+    """Convolves with twice its weight, as a subclass that quantises or standardises it does with another."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
+class Called(nn.Conv2d):
+    """Convolves with twice its weight when it is called."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, 2 * self.weight, self.bias)
+
+
+def through_its_forward(conv: nn.Conv2d) -> nn.Conv2d:
+    """Return torch's layer with a patch on the instance that doubles its weight."""
+    inner = conv._conv_forward
+    conv._conv_forward = lambda x, weight, bias: inner(x, 2 * weight, bias)  # type: ignore[method-assign]
+    return conv
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [Doubled, Called, lambda *a, **k: through_its_forward(nn.Conv2d(*a, **k))])
+def test_convolutions_that_change_their_weight_are_called(kind: Callable[..., nn.Conv2d], training: bool) -> None:
+    net = Blocks(4, 3, {}).train(training)
+    x = draw_map(2, 4, 6, 6)
+    net.mix, net.point = kind(4, 4, 3, groups=4, padding="same"), kind(4, 4, 1)
+    plain = copy.deepcopy(net)
+    plain.mix, plain.point = nn.Conv2d(4, 4, 3, groups=4, padding="same"), nn.Conv2d(4, 4, 1)
+    for ours, theirs in ((net.mix, plain.mix), (net.point, plain.point)):
+        theirs.load_state_dict({"weight": 2 * ours.weight, "bias": ours.bias})
+    torch.testing.assert_close(net(x).double(), plain.twin()(x.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_quantisation_aware_convolutions_quantise() -> None:
+    import torch.ao.nn.qat as qat
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    net, x = Blocks(4, 3, {}).eval(), draw_map(2, 4, 6, 6)
+    expected = {}
+    for backend in ("compiled", "torch"):
+        torch.manual_seed(0)
+        net.point = qat.Conv2d(4, 4, 1, qconfig=get_default_qat_qconfig("x86")).eval()
+        net.fused = backend == "compiled"
+        expected[backend] = net(x)
+    torch.testing.assert_close(expected["compiled"], expected["torch"], rtol=1e-4, atol=1e-5)
 
 
 def test_synchronised_statistics_are_left_to_torch() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +63,12 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
-    """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of any kind, called one by one else."""
-    if not (_takes_norm(x, conv, act, norm) and isinstance(conv, nn.Conv2d)):
+    """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of torch's, called one by one else."""
+    if not (_takes_norm(x, conv, act, norm) and _is_torchs(conv) and conv.padding_mode == "zeros"):
         return norm(act(conv(x)))
-    plain = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
-    if not plain or conv.groups > 1:
-        return _gelu_norm(conv(x.contiguous(memory_format=torch.channels_last)), None, norm)
-    # As one matrix product over all pixels; the bias is added where GELU is computed.
-    u = F.linear(_autocast(x).permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    # The bias is added where GELU is computed.
+    u = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     return _gelu_norm(u, conv.bias, norm)
 
 
@@ -79,8 +77,7 @@ def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) ->
     x = _autocast(x) if _takes_norm(x, conv, act, norm) else x
     if not (_takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)):
         return x + norm(act(conv(x)))
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
     taps, bias = _summed(conv.weight, x), _summed(conv.bias, x)
     y, mean, variance = mix(x, taps, bias, _norm(norm, x), _padding(conv))
     _track(norm, mean, variance, x)
@@ -147,7 +144,7 @@ def _keeps_size(conv: nn.Module) -> bool:
 
 def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
     """Return whether the compiled convolution computes what ``conv`` would on x."""
-    if not (isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels and _compiled(x)):
+    if not (_is_torchs(conv) and conv.groups == conv.in_channels == conv.out_channels and _compiled(x)):
         return False
     if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
         return False
@@ -173,7 +170,7 @@ def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> 
         return False
     if norm.training and x.numel() == x.shape[1]:  # one value a channel, which torch refuses
         return False
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    tensors = (*conv.parameters(), norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return (
         not any(is_watched(part) for part in (conv, act, norm))
         and usable(*tensors, dtypes=_MAPS)
@@ -194,6 +191,18 @@ def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:
     else:
         kinds = {x.dtype, torch.float32} if x.dtype == torch.bfloat16 else {x.dtype}
     return all(t is None or t.dtype in kinds for t in (x, *parameters))
+
+
+def _is_torchs(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether the layer convolves with its ``weight`` as it is: a subclass may quantise or standardise it."""
+    kind = type(conv)
+    return (
+        isinstance(conv, nn.Conv2d)
+        and kind._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+        and kind.forward in (nn.Conv2d.forward, DepthwiseConv2d.forward)
+        and kind.__call__ is nn.Module.__call__
+        and "_conv_forward" not in conv.__dict__
+    )
 
 
 def is_watched(module: nn.Module) -> bool:

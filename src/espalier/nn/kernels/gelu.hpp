@@ -15,15 +15,13 @@ inline Vec<float> normal_cdf(Vec<float> x) {
                          3.198995813727379e-2f,  -2.472362294793129e-2f, 1.7954792827367783e-2f, -1.2505143880844116e-2f,
                          8.559957146644592e-3f,  -4.788997117429972e-3f, 1.8001332646235824e-3f, -1.2215294409543276e-3f,
                          1.2685072142630816e-3f, -4.812653933186084e-4f};
-  const Vec<float> edge = splat(5.2f);
-  Vec<float> v = x < -edge ? -edge : x;
-  v = v > edge ? edge : v;
+  const Vec<float> v = within(x, 5.2f);
   const Vec<float> t = v * v * 7.396449704142011e-2f - 1.f;
   Vec<float> p = splat(c[13]);
 #pragma GCC unroll 13
   for (int i = 12; i >= 0; i--) p = p * t + c[i];
   const Vec<float> cdf = v * p + 0.5f;
-  return x < -edge ? Vec<float>{} : cdf;
+  return x < -5.2f ? Vec<float>{} : cdf;
 }
 inline Vec<float> normal_density(Vec<float> x) { return exp2v(x * x * float(-0.5 * kLog2E)) * float(kRootTwoPi); }
 

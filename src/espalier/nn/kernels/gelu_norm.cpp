@@ -59,10 +59,49 @@ template <class S> struct GeluNormForward {
   NormSizes shape;
   double eps;
 };
+template <class T> struct Affine { Vec<T> scale, shift; };
+template <class S> Affine<Sum<S>> affine(const GeluNormForward<S>& a, int64_t c, int64_t count) {
+  Affine<Sum<S>> to;
+  for (int64_t v = 0; v < kLanes<Sum<S>>; v++) {
+    const int64_t at = c + std::min(v, count - 1);
+    const double scale = double(a.weight[at]) / std::sqrt(double(a.variance[at]) + a.eps);
+    to.scale[v] = Sum<S>(scale);
+    to.shift[v] = Sum<S>(double(a.shift[at]) - scale * double(a.mean[at]));
+  }
+  return to;
+}
+
+// With given statistics one pass does, along the rows as they lie.
+template <class S> void run_fixed(const GeluNormForward<S>& a) {
+  using T = Sum<S>;
+  constexpr int64_t V = kLanes<T>;
+  const int64_t channels = a.shape.channels, rows = a.shape.rows, blocks = (channels + V - 1) / V;
+  Room<T> given(3 * blocks * V);
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t c = b * V, count = std::min(V, channels - c);
+    const Affine<T> to = affine(a, c, count);
+    store(given + 3 * c, a.bias ? read(a.bias + c, count) : Vec<T>{});
+    store(given + 3 * c + V, to.scale);
+    store(given + 3 * c + 2 * V, to.shift);
+  }
+  parallel((rows + kChunk - 1) / kChunk, a.threads, [&](Items items) {
+    for (int64_t item; items.next(item);)
+      for (int64_t r = item * kChunk; r < std::min((item + 1) * kChunk, rows); r++)
+        for (int64_t c = 0; c < channels; c += V) {
+          const int64_t at = r * channels + c, count = std::min(V, channels - c);
+          const Vec<T> x = read(a.u + at, count) + load(given + 3 * c);
+          Vec<T> y = x * normal_cdf(x) * load(given + 3 * c + V) + load(given + 3 * c + 2 * V);
+          if (a.residual) y += read(a.residual + at, count);
+          write(a.y + at, y, count);
+        }
+  });
+}
+
 template <class S> void run(const GeluNormForward<S>& a) {
   using T = Sum<S>;
   constexpr int64_t V = kLanes<T>;
   const NormSizes& s = a.shape;
+  if (s.fixed) return run_fixed(a);
   for_each_vector<S>(s, 1, a.threads, [&](int64_t c, int64_t count, T* values) {
     const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
     Moments<T> moments;
@@ -73,23 +112,17 @@ template <class S> void run(const GeluNormForward<S>& a) {
         const Vec<T> x = read(a.u + r * s.channels + c, count) + bias;
         store(values + r * V, x * normal_cdf(x));
       }
-      if (!s.fixed) moments.add(values + r0 * V, rows);
+      moments.add(values + r0 * V, rows);
     }
-    for (int64_t v = 0; v < count && !s.fixed; v++) {
+    for (int64_t v = 0; v < count; v++) {
       a.mean[c + v] = T(moments.mean[v]);
       a.variance[c + v] = T(moments.square[v] / double(s.rows));
     }
-    Vec<T> scale, shift;
-    for (int64_t v = 0; v < V; v++) {
-      const int64_t at = c + std::min(v, count - 1);
-      const double one = double(a.weight[at]) / std::sqrt(double(a.variance[at]) + a.eps);
-      scale[v] = T(one);
-      shift[v] = T(double(a.shift[at]) - one * double(a.mean[at]));
-    }
+    const Affine<T> to = affine(a, c, count);
     for (int64_t r = 0; r < s.rows; r++) {
       const int64_t at = r * s.channels + c;
       if (a.residual) __builtin_prefetch(a.residual + at + 16 * s.channels);
-      Vec<T> y = load(values + r * V) * scale + shift;
+      Vec<T> y = load(values + r * V) * to.scale + to.shift;
       if (a.residual) y += read(a.residual + at, count);
       write(a.y + at, y, count);
     }

@@ -36,22 +36,22 @@ template <class T> constexpr int kWidth = kPair * kLanes<T>;
 // Less zero, not plus zero: that leaves −0 as it is, so that compilers drop it.
 template <class T> inline Vec<T> splat(T value) { return value - Vec<T>{}; }
 
-// v within [−126, 126]; NaN stays NaN. Compilers make two instructions of each comparison where the processor has one.
-inline Vec<float> within_exponents(Vec<float> v) {
+// v within [−limit, limit]; NaN stays NaN. Compilers make two instructions of each comparison where the processor has one.
+inline Vec<float> within(Vec<float> v, float limit) {
 #if ESPALIER_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(126.f), _mm512_max_ps(_mm512_set1_ps(-126.f), (__m512)v));
+  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(limit), _mm512_max_ps(_mm512_set1_ps(-limit), (__m512)v));
 #elif defined(__AVX__)
-  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(126.f), _mm256_max_ps(_mm256_set1_ps(-126.f), (__m256)v));
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(limit), _mm256_max_ps(_mm256_set1_ps(-limit), (__m256)v));
 #else
-  v = v < -126.f ? splat<float>(-126.f) : v;
-  return v > 126.f ? splat<float>(126.f) : v;
+  v = v < -limit ? splat<float>(-limit) : v;
+  return v > limit ? splat<float>(limit) : v;
 #endif
 }
 
 // 2^v for float: split off the nearest integer by adding 1.5·2^23, a polynomial for the rest (relative error < 2e-7).
 inline Vec<float> exp2v(Vec<float> v) {
   typedef Lanes<float>::ivec ivec;
-  v = within_exponents(v);
+  v = within(v, 126.f);
   const Vec<float> magic = splat<float>(12582912.f);
   Vec<float> shifted = v + magic;
   Vec<float> f = v - (shifted - magic);
