@@ -77,7 +77,8 @@ def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) ->
     x = _autocast(x) if _takes_norm(x, conv, act, norm) else x
     if not (_takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)):
         return x + norm(act(conv(x)))
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
     taps, bias = _summed(conv.weight, x), _summed(conv.bias, x)
     y, mean, variance = mix(x, taps, bias, _norm(norm, x), _padding(conv))
     _track(norm, mean, variance, x)
