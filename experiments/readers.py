@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
@@ -37,7 +38,9 @@ from espalier.checkpoints.loading import open_checkpoint
 from espalier.cli.commands import _read_fit
 from espalier.data.cifar import read_cifar10
 from espalier.data.folder import read_folder
+from espalier.data.generated import read_generated
 from espalier.data.idx import parse_idx
+from espalier.data.labelled import LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
 from espalier.data.text import TextSource, read_text
@@ -131,6 +134,17 @@ def _tar() -> bytes:
     return buffer.getvalue()
 
 
+def _archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, image=np.zeros((2, 4, 4, 3), np.uint8), label=np.array([0, 1]))
+    return buffer.getvalue()
+
+
+def _generated(path: Path) -> object:
+    real = LabelledImages(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+    return read_generated({"generated": str(path), "generated_share": 0.5}, real, 2)
+
+
 def _torch_file() -> bytes:
     buffer = io.BytesIO()
     torch.save({"state_dict": {"weight": torch.zeros(2, 3)}}, buffer)
@@ -194,6 +208,7 @@ TARGETS: dict[str, tuple[Target, bytes]] = {
     "images": (_images, _png()),
     "folders": (_folders, b"train/a/1.png\ntrain/b/2.png\nval/a/3.png\nval/b/4.png\nval/b/.5.png"),
     "shards": (_written("0.tar", list_shards), _tar()),
+    "generated": (_written("g.npz", _generated), _archive()),
     "text": (
         _written("t.txt", lambda path: TextSource(read_text(path), 4)),
         "ein Märchen aus alten Zeiten ".encode() * 4,

@@ -49,6 +49,17 @@ def positive_int(name: str, value: Any) -> int:
     return value
 
 
+def unit_share(name: str, value: Any) -> float:
+    """Return ``value`` if it is a number strictly between 0 and 1.
+
+    Raises:
+        EspalierError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise EspalierError(f"{name} is {value!r}: give a share between 0 and 1")
+    return float(value)
+
+
 def find_data(recipe: Recipe, subfolder: str) -> Path:
     """Return the file or folder of the recipe's data: ``data_path``, else ``$ESPALIER_DATA/subfolder``.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import shutil
 import sys
@@ -21,6 +19,7 @@ from espalier.data.decode import central_square
 from espalier.data.encoded import EncodedImages
 from espalier.errors import EspalierError, require
 from espalier.files import cache_folder
+from espalier.memory import free_memory
 
 _BLOCK = 256
 
@@ -78,17 +77,6 @@ def progress(steps: Any, total: int, what: str) -> Iterator[Any]:
     console = require("rich.console", "train").Console(stderr=True)
     track = require("rich.progress", "train").track
     yield from track(steps, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
-
-
-def free_memory() -> float:
-    """Return how many bytes of memory are free; infinity where the system does not say."""
-    free = math.inf  # where nothing says how much there is, nothing is refused
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        # A container's limit, where there is one; else the word "max".
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return free
 
 
 def _write(images: EncodedImages, size: int, target: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.data.arguments import find_data, positive_int, read_arguments, unit_share
 from espalier.data.augmentation import Augmentation
 from espalier.data.decoded import check_memory, decode_all
 from espalier.data.encoded import EncodedImages
@@ -18,7 +18,7 @@ from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
 from espalier.data.stream import MappedPixels, StreamedPixels, StreamSource
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import unknown_name
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -36,7 +36,7 @@ def folder_source(recipe: Recipe) -> ImageSource | StreamSource:
     ``workers`` (processes that read, for the last two storages).
     """
     arguments = read_arguments(recipe, {**_ARGUMENTS, "storage": "memory", "test": None})
-    share = _share(arguments)
+    share = unit_share("test_share", arguments["test_share"])
     listing = list_folder(find_data(recipe, "folder"), test_share=share, test=arguments["test"])
     return _source(recipe, listing, arguments)
 
@@ -47,7 +47,7 @@ def shards_source(recipe: Recipe) -> ImageSource | StreamSource:
     Arguments are those of a folder but ``test``, with ``storage`` ``stream`` unless another is asked for.
     """
     arguments = read_arguments(recipe, {**_ARGUMENTS, "storage": "stream"})
-    listing = list_shards(find_data(recipe, "shards"), test_share=_share(arguments))
+    listing = list_shards(find_data(recipe, "shards"), test_share=unit_share("test_share", arguments["test_share"]))
     return _source(recipe, listing, arguments)
 
 
@@ -64,13 +64,6 @@ def read_folder(root: Path, *, size: int = 64, test_share: float = 0.2) -> Image
         MissingExtraError: Pillow is not installed.
     """
     return _in_memory(list_folder(root, test_share=test_share), size)
-
-
-def _share(arguments: dict[str, Any]) -> float:
-    share = arguments["test_share"]
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise EspalierError(f"test_share is {share!r}: give a share between 0 and 1")
-    return share
 
 
 def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[str, Any]) -> ImageSource | StreamSource:

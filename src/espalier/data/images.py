@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.cifar import read_cifar10
 from espalier.data.digits import read_digits
+from espalier.data.generated import GENERATED, GeneratedImages, read_generated
 from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.normalizer import build_normalizer, value_counts
@@ -23,7 +25,7 @@ from espalier.randomness import derive_generator
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
-LIMITS: Mapping[str, Any] = {"train_limit": None, "test_limit": None}
+LIMITS: dict[str, Any] = {"train_limit": None, "test_limit": None}
 """Arguments of every source of images: how many of the stratified order are used."""
 
 
@@ -37,12 +39,20 @@ class ImageSource:
         data: the images.
         augmentation: what is done to training batches.
         normalize: ``mean_std``, ``mean`` or ``none``: per channel, measured on the training set as it is used.
+        generated: images that fill a share of every training batch. An epoch keeps its number of batches; the real
+            ones of a batch are the next of the epoch's permutation.
 
     Raises:
         EspalierError: unknown ``normalize``, or a padding that the images are too small for.
     """
 
-    def __init__(self, data: ImageData, augmentation: Augmentation | None = None, normalize: str = "mean_std") -> None:
+    def __init__(
+        self,
+        data: ImageData,
+        augmentation: Augmentation | None = None,
+        normalize: str = "mean_std",
+        generated: GeneratedImages | None = None,
+    ) -> None:
         self.augmentation = augmentation or Augmentation()
         side = min(data.train.images_NCHW.shape[-2:])
         if self.augmentation.crop_padding >= side:
@@ -50,6 +60,7 @@ class ImageSource:
         self.class_names = data.class_names
         self.normalizer = build_normalizer(value_counts(data.train.images_NCHW), normalize)
         self._splits = {"train": data.train, "test": data.test}
+        self._generated = generated
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -70,15 +81,14 @@ class ImageSource:
     @property
     def digest(self) -> str:
         """Digest of the classes, their order, and every image and label."""
-        splits = [tensor.cpu() for split in self._splits.values() for tensor in (split.images_NCHW, split.labels_N)]
-        return contents_digest(*self.class_names, *splits)
+        sets = [*self._splits.values(), *([self._generated.images] if self._generated else [])]
+        tensors = [tensor.cpu() for images in sets for tensor in (images.images_NCHW, images.labels_N)]
+        return contents_digest(*self.class_names, *tensors)
 
     def to(self, device: torch.device | str) -> Self:
         """Move images, labels and the normaliser to ``device`` and return the source."""
-        self._splits = {
-            name: LabelledImages(split.images_NCHW.to(device), split.labels_N.to(device))
-            for name, split in self._splits.items()
-        }
+        self._splits = {name: split.to(device) for name, split in self._splits.items()}
+        self._generated = self._generated.to(device) if self._generated else None
         self.normalizer = self.normalizer.to(device)
         return self
 
@@ -96,8 +106,10 @@ class ImageSource:
             raise IndexError(f"step {step} of {self.steps_per_epoch(batch_size)} with batch_size {batch_size}")
         train = self._splits["train"]
         device = train.labels_N.device
-        chosen_B = self._epoch_order(seed, epoch)[step * batch_size : (step + 1) * batch_size].to(device)
-        batch = train.take(chosen_B)
+        real = batch_size - (self._generated.count(batch_size) if self._generated else 0)
+        batch = train.take(self._epoch_order(seed, epoch)[step * real : (step + 1) * real].to(device))
+        if self._generated:
+            batch = self._generated.join(batch, seed, epoch, step, batch_size)
         images_BCHW, targets = self.augmentation(
             batch.images_NCHW,
             batch.labels_N,
@@ -144,20 +156,25 @@ class ImageSource:
 def digits_source(recipe: Recipe) -> ImageSource:
     """Return scikit-learn's 8×8 digits (arguments: ``train_limit``, ``test_limit``)."""
     arguments = read_arguments(recipe, LIMITS, reads_files=False)
-    return _source(recipe, read_digits().limited(**arguments))
+    return ImageSource(read_digits().limited(**arguments), Augmentation.from_recipe(recipe), recipe.normalize)
 
 
 def cifar10_source(recipe: Recipe) -> ImageSource:
-    """Return CIFAR-10 from ``data_path`` or ``$ESPALIER_DATA/cifar10`` (arguments: ``train_limit``, ``test_limit``)."""
-    arguments = read_arguments(recipe, LIMITS)
-    return _source(recipe, read_cifar10(find_data(recipe, "cifar10")).limited(**arguments))
+    """Return CIFAR-10 from ``data_path`` or ``$ESPALIER_DATA/cifar10``.
+
+    Arguments: ``train_limit``, ``test_limit``; ``generated``, ``generated_share`` (see ``read_generated``).
+    """
+    return _from_files(recipe, "cifar10", read_cifar10)
 
 
 def fashion_mnist_source(recipe: Recipe) -> ImageSource:
     """Return Fashion-MNIST from ``data_path`` or ``$ESPALIER_DATA/fashion-mnist`` (arguments as for CIFAR-10)."""
-    arguments = read_arguments(recipe, LIMITS)
-    return _source(recipe, read_fashion_mnist(find_data(recipe, "fashion-mnist")).limited(**arguments))
+    return _from_files(recipe, "fashion-mnist", read_fashion_mnist)
 
 
-def _source(recipe: Recipe, data: ImageData) -> ImageSource:
-    return ImageSource(data, Augmentation.from_recipe(recipe), recipe.normalize)
+def _from_files(recipe: Recipe, subfolder: str, read: Callable[[Path], ImageData]) -> ImageSource:
+    arguments = read_arguments(recipe, LIMITS | GENERATED)
+    data = read(find_data(recipe, subfolder))
+    limited = data.limited(arguments["train_limit"], arguments["test_limit"])
+    generated = read_generated(arguments, data.train, len(data.class_names))
+    return ImageSource(limited, Augmentation.from_recipe(recipe), recipe.normalize, generated)

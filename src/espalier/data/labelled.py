@@ -27,6 +27,10 @@ class LabelledImages:
         """Return the examples at ``indices_M``, in that order."""
         return LabelledImages(self.images_NCHW[indices_M], self.labels_N[indices_M])
 
+    def to(self, device: torch.device | str) -> LabelledImages:
+        """Return the examples on ``device``."""
+        return LabelledImages(self.images_NCHW.to(device), self.labels_N.to(device))
+
 
 class Labelled(Protocol):
     """Images with class indices, in memory or not."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier import data, models, recipes
-from espalier.data.decoded import free_memory
 from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.lookup import errors_of, without_pin
+from espalier.memory import free_memory
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.train.losses import build_loss
