@@ -41,7 +41,7 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
 
     Args:
         spec: see the table.
-        generator: source of our own models' initial weights; other hosts draw from torch's global state.
+        generator: source of our own models' initial weights; other libraries draw from torch's global state.
 
     Raises:
         EspalierError: an unknown host or name, a file that does not exist, a folder without a readable

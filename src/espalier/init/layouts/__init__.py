@@ -1,4 +1,4 @@
-"""Where each library keeps the weights: views that initialisers write to, one small file a host."""
+"""Where each library keeps the weights: views that initialisers write to, one small file a library."""
 
 from espalier.init.layouts import (
     by_name,

@@ -26,7 +26,7 @@ _CLASSES = (
     "mistral4.modeling_mistral4.Mistral4Attention",
     "youtu.modeling_youtu.YoutuAttention",
 )
-# What a host calls the factors of its normalised latents, where it has any.
+# What a library calls the factors of its normalised latents, where it has any.
 _SCALES = (("mla_scale_q_lora", "q_lora_scale"), ("mla_scale_kv_lora", "kv_lora_scale"))
 
 

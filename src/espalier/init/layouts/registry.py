@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 class AttentionWeights:
     """One self-attention layer's projections, as views that share storage with its parameters.
 
-    Every weight acts as ``y = x Wᵀ``: q is (H·k, d), k and v are (H_kv·k, d), out is (d, H·k); hosts that store the
-    transpose hand out transposed views, and hosts that keep each head's q, k and v together hand them out as
+    Every weight acts as ``y = x Wᵀ``: q is (H·k, d), k and v are (H_kv·k, d), out is (d, H·k); libraries that store the
+    transpose hand out transposed views, and those that keep each head's q, k and v together hand them out as
     (H, k, d). ``biases`` are those of the four projections that exist. ``causal`` says whether a token sees only those
     before it, where that is known.
     """
@@ -108,7 +108,7 @@ class SSMWeights:
     Maps act as ``y = x Wᵀ``. ``w_b`` and ``w_c`` are (G·N, width) with N the state size and G ``groups``; ``w_delta``
     is (channels or heads, its fan-in); ``a_log`` is (channels, N) in Mamba-1 and (heads,) in Mamba-2; ``conv_weight``
     is (channels, 1, K) with the newest tap last. ``map_biases`` are biases of W_B and W_C, ``delta_shifts`` what is
-    added to Δ beside ``delta_bias``: both hosts that have them and those that do not start at zero there.
+    added to Δ beside ``delta_bias``: both libraries that have them and those that do not start at zero there.
     """
 
     kind: ClassVar[str] = "ssm"

@@ -102,7 +102,7 @@ void ssd_forward(const T* x, const T* delta, const T* a, const T* b, const T* c,
                        s.width);
       for (int64_t k = 0; k < s.chunks(); k++) {
         const int64_t q = std::min(s.chunk, s.length - k * s.chunk), row = work.batch * s.length + k * s.chunk;
-        const bool begun = k > 0 || initial, go_on = final_state || k + 1 < s.chunks();
+        const bool begun = k > 0 || initial, state_needed = final_state || k + 1 < s.chunks();
         maps.fill(b + row * s.b_stride + work.group * N, c + row * s.c_stride + work.group * N, q, s);
         for (int64_t h = work.first; h < work.last; h++) {
           T* state = states + (h - work.first) * size;
@@ -115,7 +115,7 @@ void ssd_forward(const T* x, const T* delta, const T* a, const T* b, const T* c,
           for (int64_t i = 0; i < q; i++)
             for (int64_t p = 0; p < s.width; p++)
               y[((row + i) * H + h) * s.width + p] = out[i * P + p] + skip * from[i * s.x_stride + p];
-          if (!go_on) continue;
+          if (!state_needed) continue;
           scale_rows<T>(into, P, values, P, decays.end, q, P);
           multiply<T>(N, P, q, {maps.b, 1, maps.N}, into, P, {state, P, begun ? decays.whole : T(0)});
           if (kept && k + 1 < s.chunks())

@@ -224,7 +224,7 @@ def _prepare(
     alpha_BLH: Tensor,
     place: tuple[int, int, int],
     state: Tensor | None,
-    go_on: bool,
+    state_needed: bool,
     in_triton: bool,
 ) -> _Segment:
     """Compute decays, scores and the states before each chunk of one segment."""
@@ -236,7 +236,7 @@ def _prepare(
     # Above the diagonal the exponent would be positive and could overflow: cut it at 0, the scores are 0 there.
     decay = (cum_BnHQ[..., :, None] - cum_BnHQ[..., None, :]).clamp_max_(0).exp_()
     scores = torch.bmm(c, b.mT).tril_().view(batch, n, q, q)
-    if not go_on and state is None and n == 1:
+    if not state_needed and state is None and n == 1:
         return _Segment(x, delta, b, c, cum, decay, scores, None, None, None)
     into = x * (delta * torch.exp(cum[:, :, -1:] - cum))[..., None]
     updates = torch.bmm(b.mT, into.reshape(batch * n, q, heads * width)).view(batch, n, -1, heads, width)
@@ -283,8 +283,8 @@ class _Chunked(torch.autograd.Function):
         keep = batch * length * heads * chunk <= _KEPT_NUMBERS and any(ctx.needs_input_grad)
         for place in places:
             states.append(state)
-            go_on = need_state or place is not places[-1]
-            seg = _prepare(inputs, alpha_BLH, place, state, go_on, ctx.in_triton)
+            state_needed = need_state or place is not places[-1]
+            seg = _prepare(inputs, alpha_BLH, place, state, state_needed, ctx.in_triton)
             state = seg.after_BNHP
             kept += seg.made() if keep else ()
             _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d_GH)
