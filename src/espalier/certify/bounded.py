@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
+from espalier.certify.digits import try_products
 from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
 from espalier.certify.refusal import UncertifiableError
 
@@ -115,6 +116,8 @@ class Analysis:
     """What of a class was changed since its rule was entered, or None."""
     wrappers: dict[str, None] = field(default_factory=dict)
     """What the network, or a part of it, came wrapped in, in order."""
+    tried: set[tuple[Any, ...]] = field(default_factory=set)
+    """Operations whose products are known to keep their digits."""
     modules: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
 
@@ -192,6 +195,15 @@ class Analysis:
             return Bound(None, up(factor, x.lipschitz))
         assert x.error is not None
         return Bound(value, up(factor, x.lipschitz), factor * x.error, up(factor, x.growth))
+
+    def try_products(
+        self, kind: Any, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, rows_are_outputs: bool
+    ) -> None:
+        """Find out whether an operation in float32 keeps its digits, once for its shapes; see ``certify.digits``."""
+        key = (repr(kind), x.shape, x.stride(), weight.shape, weight.stride())
+        if x.dtype == weight.dtype == torch.float32 and key not in self.tried and x.numel() and weight.numel():
+            try_products(run, x, weight, rows_are_outputs=rows_are_outputs)
+            self.tried.add(key)
 
     def _leave_room(self, peak: Tensor, slope: float, dtype: torch.dtype) -> None:
         """Note up to which radius numbers of size peak + slope·r are finite."""

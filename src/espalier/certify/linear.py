@@ -73,7 +73,10 @@ def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None
     """The spectral norm of the weights."""
     if input.value is not None and input.value.ndim < 2:
         raise UncertifiableError("it maps the batch: give one row per image")
-    value = None if input.value is None else F.linear(input.value, weight, bias)
+    value = None
+    if input.value is not None:
+        value = F.linear(input.value, weight, bias)
+        analysis.try_products("linear", F.linear, input.value, weight, True)
     detached = None if bias is None else bias.detach()
     rows = Rows(input, weight.detach(), detached, weight.shape[1]) if weight.ndim == 2 else None
     norms = analysis.norms
@@ -110,7 +113,10 @@ def _convolution(function: Callable[..., Tensor], axes: int, *, transposed: bool
         value = None
         if input.value is not None:
             middle = (output_padding, groups, dilation) if transposed else (dilation, groups)
-            value = function(input.value, weight, bias, stride, padding, *middle)
+            settings = (stride, padding, *middle)
+            value = function(input.value, weight, bias, *settings)
+            kind, bilinear = (function.__name__, settings), lambda x, w: function(x, w, None, *settings)
+            analysis.try_products(kind, bilinear, input.value, weight, not transposed)
         taps = math.prod(weight.shape[2:])
         plain = set(per_axis(dilation, axes)) == {1}
         cover = windows(weight.shape[2:], per_axis(stride, axes)) if plain else None

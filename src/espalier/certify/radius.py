@@ -23,7 +23,6 @@ orthogonal layer, is part of the map that is bounded, and taken as this machine 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +33,7 @@ from espalier.certify.arithmetic import gamma, image_norms
 from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
 from espalier.certify.bounded import Analysis, Bound
 from espalier.certify.certificate import Certificate
+from espalier.certify.digits import refuse_settings
 from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError, unknown_name
 
@@ -85,7 +85,8 @@ def certify(
     dtype = ARITHMETIC[arithmetic]
     analysis = Analysis()
     twin = prepare(net, dtype, analysis)
-    _refuse_shortcuts(dtype, device_of(twin))
+    if dtype == torch.float32:
+        refuse_settings(device_of(twin))
     radii, predictions, roundings = [], [], []
     with torch.no_grad(), plain_arithmetic(twin):
         for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
@@ -213,22 +214,6 @@ def _bounded_scores(
     bad = ~torch.isfinite(plain).all(1, keepdim=True)
     scores = torch.where(bad, math.nan, traced.numbers.double())
     return scores.cpu(), score_bound(traced)
-
-
-def _refuse_shortcuts(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse settings under which float32 products are not float32 products."""
-    if dtype != torch.float32:
-        return
-    if torch.get_float32_matmul_precision() != "highest":
-        raise EspalierError(
-            "float32 matrix products are set to fewer digits: torch.set_float32_matmul_precision('highest') first"
-        )
-    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        raise EspalierError(
-            "float32 convolutions are set to fewer digits: torch.backends.cudnn.allow_tf32 = False first"
-        )
-    if os.environ.get("DNNL_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("", "STRICT"):
-        raise EspalierError("DNNL_DEFAULT_FPMATH_MODE asks for fewer digits: unset it")
 
 
 def _assumptions(bound: ScoreBound, arithmetic: str, rounding: float, wrappers: Sequence[str]) -> tuple[str, ...]:
