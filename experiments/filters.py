@@ -13,6 +13,7 @@ from typing import Any
 
 from espalier.recipes import Recipe, get_recipe
 from experiments.experiment import Experiment
+from experiments.trained_filters import SOURCE
 
 ARMS = ("default", "covariance", "default-frozen", "covariance-frozen")
 # S3.3 asks the first two, S3.4 the last.
@@ -87,6 +88,30 @@ CONVNEXT = Experiment(
     minutes=0.8,
     pairs=PAIRS,
 )
+# What a source of kernel 9, patch 2, width 48 and 4 layers is carried over to.
+_TARGETS: Mapping[str, Mapping[str, Any]] = {
+    "depth8": {"depth": 8},
+    "width96": {"dim": 96},
+    "patch4": {"patch_size": 4},
+    "kernel5": {"kernel_size": 5},
+}
+TRANSFER = [
+    Experiment(
+        f"filters-transfer-{name}",
+        f"Covariances of trained filters (ConvMixer-48/4, kernel 9, patch 2) carried over to {name}",
+        replace(convmixer(9, 2), model_args={**convmixer(9, 2).model_args, **changes}),
+        {
+            "default": {},
+            "covariance": {"init": "covariance"},
+            "transferred": {"init": "transferred", "init_args": {"statistics": SOURCE.as_posix()}},
+        },
+        (1e-2, 3e-2),
+        seeds=3,
+        minutes=minutes,
+        pairs=(("transferred", "default"), ("transferred", "covariance")),
+    )
+    for (name, changes), minutes in zip(_TARGETS.items(), (1.8, 2.2, 0.5, 0.8), strict=True)
+]
 SWITCHED = [
     Experiment(
         f"filters-switches-{words}",

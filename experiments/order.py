@@ -19,6 +19,8 @@ ORDER: Sequence[Experiment] = (
     robustness.EQUAL_EPOCHS,
     recall.MQAR["mamba1"],
     recall.MQAR["hybrid"],
+    *filters.TRANSFER,
+    robustness.SCALE,
     robustness.EQUAL_TIME,
     filters.CONVNEXT,
     recall.LAYERS,

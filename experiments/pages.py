@@ -60,7 +60,7 @@ PAGES: Sequence[Page] = (
         "Filters: what the closed form of their covariance is worth",
         "Small nets with depthwise convolutions see 2,000 CIFAR-10 images for 8 epochs; the score is the accuracy on "
         "2,000 test images. Frozen filters stay as they were drawn.",
-        (*filters.WORTH, filters.CONVNEXT, *filters.SWITCHED),
+        (*filters.WORTH, filters.CONVNEXT, *filters.TRANSFER, *filters.SWITCHED),
         "archive/filters.md",
     ),
     Page(
@@ -75,7 +75,7 @@ PAGES: Sequence[Page] = (
         "Robustness: certified accuracy of orthogonal layers",
         "One patch net with several kinds of orthogonal convolution, on all of Fashion-MNIST. The score is the share "
         "of test images that are classified right and certified at an ℓ2 radius of 36/255.",
-        (robustness.EQUAL_EPOCHS, robustness.EQUAL_TIME, robustness.MINUTES),
+        (robustness.EQUAL_EPOCHS, robustness.EQUAL_TIME, robustness.MINUTES, robustness.SCALE),
         "archive/robustness.md",
     ),
 )

@@ -19,10 +19,11 @@ from espalier.errors import EspalierError
 from espalier.study import add_records, read_records
 from experiments.evidence import Results
 from experiments.gpu_page import gpu_page
-from experiments.measured import measured_page
+from experiments.measured import measured_page, read
 from experiments.pages import PAGES, index_text, page_text
 from experiments.scheduler import COMMITTED, known_records
 from experiments.speed import speed_page
+from experiments.trained_filters import filter_picture
 
 
 def collect(out: Path, committed: Path = COMMITTED) -> int:
@@ -46,6 +47,8 @@ def generated(committed: Path = COMMITTED) -> Mapping[Path, str]:
         Path("measured.md"): measured_page(),
         Path("speed.md"): speed_page(),
     }
+    if found := read("trained-filters"):
+        files[Path("pictures") / "trained-filters.svg"] = filter_picture(found["maps"])
     for page in PAGES:
         text, pictures = page_text(page, results)
         files[Path(page.file)] = text

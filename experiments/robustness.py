@@ -84,3 +84,21 @@ MINUTES = Experiment(
     measure=certified_accuracies,
     metric=METRIC,
 )
+
+SCALE = Experiment(
+    "robustness-fashion-scale",
+    "Certified nets on Fashion-MNIST by width and depth, at equal epochs",
+    BASE,
+    {
+        f"width{width}-depth{depth}": {
+            "model_args": {**BASE.model_args, "widths": (width,), "depths": (depth,), "hidden": 8 * width}
+        }
+        for width, depth in ((16, 2), (32, 2), (64, 2), (32, 1), (32, 4))
+    },
+    (3e-3, 1e-2),
+    seeds=3,
+    minutes=2.0,
+    pairs=(("width64-depth2", "width16-depth2"), ("width32-depth4", "width32-depth1")),
+    measure=certified_accuracies,
+    metric=METRIC,
+)
