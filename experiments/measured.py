@@ -207,48 +207,86 @@ def measured_page() -> str:
     lines = [MADE, "", "# Measured once: pre-trained attention, trained filters, orthogonality, scale", ""]
     worst = {name: max(found) for name in DTYPES if (found := deviations(name))}
     said = "; ".join(f"{name} {value:.1e}" for name, value in worst.items())
-    lines += [f"**Finding:** singular values of trained Cayley layers differ from 1 by at most: {said}. "
-              "In the one pre-trained model at hand, a language model, W_Q W_Kᵀ leans towards +I and W_V W_out towards "
-              "neither sign. [The claims](index.md).", ""]  # fmt: skip
-    if found := read("pretrained-attention"):
-        rows = [("layer", "W_Q W_Kᵀ: α", "β, mean of heads", "W_V W_out: α", "β")]
-        rows += [(row["layer"], *(f"{value:+.3f}" for value in (*row["qk"], *row["vo"]))) for row in found["rows"]]
-        lines += ["## Attention of a pre-trained model (S2.4)", "", f"`{found['model']}`, a language model: the paper "
-                  "speaks of vision transformers, whose weights no package index serves. Products are fitted to "
-                  "αZ + βI with Z a Gaussian matrix; the paper's start is β = +0.7 and −0.4.", "", *markdown_rows(rows),
-                  "", _stamp(found), ""]  # fmt: skip
-    if found := read("trained-filters"):
-        scores = " and ".join(f"{100 * score:.1f}" for score in found["accuracy"])
-        lines += ["## Filters of trained nets (S3.1)", "", f"ConvMixer-48/4, kernel 9, patch 2, all 50,000 images, "
-                  f"{found['epochs']} epochs, two seeds ({scores} % right). Distances are of covariances, relative, "
-                  "with the sampling error taken out: 0 follows the form, 1 has nothing of it. In the picture, of the two "
-                  "nets pooled: red is positive, blue negative.", "", *filter_rows(found["rows"]), "",
-                  "![Covariances of trained filters and of the closed form](pictures/trained-filters.svg)", "",
-                  _stamp(found), ""]  # fmt: skip
-    if found := read("scale"):
-        rows = [("width", "depth", "parameters", "ms a step (least … most)", "kept for the backward pass, MiB")]
-        for row in found["rows"]:
-            rows.append((str(row["width"]), str(row["depth"]), f"{row['parameters']:,}",
-                         f"{row['ms']:.0f} ({row['least']:.0f} … {row['most']:.0f})",
-                         f"{row['kept'] / 2**20:.0f}"))  # fmt: skip
-        lines += ["## Time and memory of nets of Cayley layers (S5.3)", "", "Patch nets on images of 28 × 28, batches "
-                  f"of {found['batch']}, one thread, float32; their certified accuracy is on [its page](robustness.md).",
-                  "", *markdown_rows(rows), "", _stamp(found), ""]  # fmt: skip
-    if found := read("orthogonality"):
-        rows = [("kernel", "image", "channels", "dtype", "smallest singular value", "largest")]
-        for row in found["rows"]:
-            digits = 4 if row["dtype"] == "bfloat16" else 8 if row["dtype"] == "float32" else 16
-            rows.append((*(str(row[key]) for key in ("kernel", "size", "channels", "dtype")),
-                         f"{row['smallest']:.{digits}f}", f"{row['largest']:.{digits}f}"))  # fmt: skip
-        lines += ["## Orthogonality after training (S5.1)", "", f"Each layer after {found['steps']} steps of Adam at "
-                  "0.05 towards a random target, asked from outside by impulses. Half-precision layers compute in "
-                  "float32; what remains is the rounding of their outputs.", "", *markdown_rows(rows), "",
-                  _stamp(found), ""]  # fmt: skip
+    lines += [
+        f"**Finding:** singular values of trained Cayley layers differ from 1 by at most: {said}. In the one "
+        "pre-trained model at hand, a language model, W_Q W_Kᵀ leans towards +I and W_V W_out towards neither sign. "
+        "[The claims](index.md).",
+        "",
+    ]
+    for name, section in _SECTIONS.items():
+        if found := read(name):
+            command = f"`{found['command']}`: torch {found['torch']}, {found['processor']}, {found['date']}."
+            lines += [*section(found), "", command, ""]
     return "\n".join(lines)
 
 
-def _stamp(found: Mapping[str, Any]) -> str:
-    return f"`{found['command']}`: torch {found['torch']}, {found['processor']}, {found['date']}."
+def _attention_section(found: Mapping[str, Any]) -> list[str]:
+    rows = [("layer", "W_Q W_Kᵀ: α", "β, mean of heads", "W_V W_out: α", "β")]
+    rows += [(row["layer"], *(f"{value:+.3f}" for value in (*row["qk"], *row["vo"]))) for row in found["rows"]]
+    return [
+        "## Attention of a pre-trained model (S2.4)",
+        "",
+        f"`{found['model']}`, a language model: the paper speaks of vision transformers, whose weights no package "
+        "index serves. Products are fitted to αZ + βI with Z a Gaussian matrix; the paper's start is β = +0.7 and "
+        "−0.4.",
+        "",
+        *markdown_rows(rows),
+    ]
+
+
+def _filters_section(found: Mapping[str, Any]) -> list[str]:
+    scores = " and ".join(f"{100 * score:.1f}" for score in found["accuracy"])
+    return [
+        "## Filters of trained nets (S3.1)",
+        "",
+        f"ConvMixer-48/4, kernel 9, patch 2, all 50,000 images, {found['epochs']} epochs, two seeds ({scores} % right)."
+        " Distances are of covariances, relative, with the sampling error taken out: 0 follows the form, 1 has nothing "
+        "of it. The picture is of the two nets pooled: red is positive, blue negative.",
+        "",
+        *filter_rows(found["rows"]),
+        "",
+        "![Covariances of trained filters and of the closed form](pictures/trained-filters.svg)",
+    ]
+
+
+def _scale_section(found: Mapping[str, Any]) -> list[str]:
+    rows = [("width", "depth", "parameters", "ms a step (least … most)", "kept for the backward pass, MiB")]
+    for row in found["rows"]:
+        size = (str(row["width"]), str(row["depth"]), f"{row['parameters']:,}")
+        times = f"{row['ms']:.0f} ({row['least']:.0f} … {row['most']:.0f})"
+        rows.append((*size, times, f"{row['kept'] / 2**20:.0f}"))
+    return [
+        "## Time and memory of nets of Cayley layers (S5.3)",
+        "",
+        f"Patch nets on images of 28 × 28, batches of {found['batch']}, one thread, float32; their certified accuracy "
+        "is on [its page](robustness.md).",
+        "",
+        *markdown_rows(rows),
+    ]
+
+
+def _orthogonality_section(found: Mapping[str, Any]) -> list[str]:
+    rows = [("kernel", "image", "channels", "dtype", "smallest singular value", "largest")]
+    for row in found["rows"]:
+        digits = 4 if row["dtype"] == "bfloat16" else 8 if row["dtype"] == "float32" else 16
+        values = (f"{row[which]:.{digits}f}" for which in ("smallest", "largest"))
+        rows.append((*(str(row[key]) for key in ("kernel", "size", "channels", "dtype")), *values))
+    return [
+        "## Orthogonality after training (S5.1)",
+        "",
+        f"Each layer after {found['steps']} steps of Adam at 0.05 towards a random target, asked from outside by "
+        "impulses. Half-precision layers compute in float32; what remains is the rounding of their outputs.",
+        "",
+        *markdown_rows(rows),
+    ]
+
+
+_SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "pretrained-attention": _attention_section,
+    "trained-filters": _filters_section,
+    "scale": _scale_section,
+    "orthogonality": _orthogonality_section,
+}
 
 
 def main() -> int:
