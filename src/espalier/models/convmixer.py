@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.hub import HubModel
-from espalier.nn.depthwise import is_watched, mixing_block, pointwise_block
+from espalier.nn.depthwise import mixing_block, pointwise_block
+from espalier.nn.plain import is_watched
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

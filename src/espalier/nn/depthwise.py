@@ -7,12 +7,12 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as module_hooks
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.depthwise import Depthwise, Norm, Padding, gelu_norm, mix
 from espalier.nn.kernels.library import usable
+from espalier.nn.plain import computes_as, is_watched
 from espalier.nn.precision import is_tracing
 
 _MAPS = (torch.float32, torch.float64, torch.bfloat16)
@@ -64,7 +64,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of torch's, called one by one else."""
-    if not (_takes_norm(x, conv, act, norm) and _is_torchs(conv) and conv.padding_mode == "zeros"):
+    if not (_takes_norm(x, conv, act, norm) and _is_convolution(conv) and conv.padding_mode == "zeros"):
         return norm(act(conv(x)))
     x = x.contiguous(memory_format=torch.channels_last)
     # The bias is added where GELU is computed.
@@ -145,7 +145,7 @@ def _keeps_size(conv: nn.Module) -> bool:
 
 def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
     """Return whether the compiled convolution computes what ``conv`` would on x."""
-    if not (_is_torchs(conv) and conv.groups == conv.in_channels == conv.out_channels and _compiled(x)):
+    if not (_is_convolution(conv) and conv.groups == conv.in_channels == conv.out_channels and _compiled(x)):
         return False
     if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
         return False
@@ -194,29 +194,5 @@ def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:
     return all(t is None or t.dtype in kinds for t in (x, *parameters))
 
 
-def _is_torchs(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Return whether the layer convolves with its ``weight`` as it is: a subclass may quantise or standardise it."""
-    kind = type(conv)
-    return (
-        isinstance(conv, nn.Conv2d)
-        and kind._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
-        and kind.forward in (nn.Conv2d.forward, DepthwiseConv2d.forward)
-        and kind.__call__ is nn.Module.__call__
-        and "_conv_forward" not in conv.__dict__
-    )
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Return whether calling the module does more than its class's ``forward``: hooks, patches, parametrisations."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or hasattr(module, "parametrizations")
-        or module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
-    )
+def _is_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return computes_as(conv, nn.Conv2d) or computes_as(conv, DepthwiseConv2d)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,6 +65,43 @@ def test_adapters_hooks_and_parametrizations_of_a_mixer_take_effect(family: str)
         torch.testing.assert_close(adapted, mixer(x))
         base.weight.mul_(2 / 3)
         torch.testing.assert_close(doubled, mixer(x))
+
+
+def patched(conv: nn.Conv1d, name: str) -> nn.Conv1d:
+    """Return the layer with a method on the instance that makes its output three times as large."""
+    inner = getattr(conv, name)
+    setattr(conv, name, lambda *args: 3 * inner(*args))
+    return conv
+
+
+WAYS: dict[str, Callable[[nn.Conv1d], nn.Module]] = {
+    "adapter": Adapter,
+    "forward": lambda conv: patched(conv, "forward"),
+    "_conv_forward": lambda conv: patched(conv, "_conv_forward"),
+    "hook": lambda conv: (conv.register_forward_hook(lambda module, args, output: 3 * output), conv)[1],
+}
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_changed_convolution_of_a_mixer_takes_effect(family: str, way: str) -> None:
+    mixer = Mamba1(8, 4) if family == "mamba1" else Mamba2(8, 4, head_dim=8)
+    x = torch.randn(2, 7, 8)
+    changed, tripled = copy.deepcopy(mixer), copy.deepcopy(mixer)
+    changed.conv1d = WAYS[way](changed.conv1d)  # type: ignore[assignment]
+    with torch.no_grad():
+        for parameter in tripled.conv1d.parameters():
+            parameter.mul_(3)
+    torch.testing.assert_close(changed(x), tripled(x))
+    # In two parts, and token by token.
+    first, state = changed(x[:, :4], return_state=True)
+    rest, _ = changed(x[:, 4:], state=state, return_state=True)
+    torch.testing.assert_close(torch.cat([first, rest], 1), tripled(x), rtol=1e-4, atol=1e-5)
+    state, outputs = changed.empty_state(2), []
+    for token in x.unbind(1):
+        y, state = changed.step(token, state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.stack(outputs, 1), tripled(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_replaced_step_projection_of_mamba1_takes_effect_in_float32() -> None:

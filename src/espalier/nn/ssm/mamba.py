@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.plain import is_plain
 from espalier.nn.precision import upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
 from espalier.nn.ssm.gated_norm import GatedRMSNorm
 from espalier.nn.ssm.selective_scan import selective_scan, selective_step
-from espalier.nn.ssm.split_linear import is_plain, split_linear
+from espalier.nn.ssm.split_linear import split_linear
 from espalier.nn.ssm.ssd import ssd, ssd_step
 
 
@@ -60,6 +61,7 @@ class Mamba1(nn.Module):
         _check_sizes(dim=dim, state_size=state_size, expand=expand, conv_size=conv_size, dt_rank=self.dt_rank)
         self.dim, self.state_size, self.inner = dim, state_size, expand * dim
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
+        self.conv_size = conv_size
         self.conv1d = nn.Conv1d(self.inner, self.inner, conv_size, groups=self.inner, padding=conv_size - 1)
         self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.inner)
@@ -104,7 +106,7 @@ class Mamba1(nn.Module):
         inner_BLE, z_BLE = split_linear(self.in_proj, x_BLD, (self.inner, self.inner))
         inner_BLE = _masked(inner_BLE, mask)
         history = None if state is None else state.conv_BKC
-        u_BLE = causal_conv_silu(inner_BLE, self.conv1d.weight.squeeze(1), self.conv1d.bias, history=history)
+        u_BLE = _conv_silu(self.conv1d, inner_BLE, history)
         delta_BLE, bias_E, b_BLN, c_BLN = self._maps(u_BLE)
         y_BLE, scan = selective_scan(
             u_BLE,
@@ -123,7 +125,7 @@ class Mamba1(nn.Module):
         out_BLD = self.out_proj(y_BLE)
         if not return_state:
             return out_BLD
-        return out_BLD, MambaState(_last_inputs(inner_BLE, history, mask, self.conv1d.kernel_size[0]), scan)
+        return out_BLD, MambaState(_last_inputs(inner_BLE, history, mask, self.conv_size), scan)
 
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Mix one token and return (output, the state after it)."""
@@ -135,7 +137,7 @@ class Mamba1(nn.Module):
 
     def empty_state(self, batch: int) -> MambaState:
         """Return the state before the first token."""
-        history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.inner)
+        history = self.A_log.new_zeros(batch, self.conv_size - 1, self.inner)
         return MambaState(history, upcast(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -152,7 +154,7 @@ class Mamba1(nn.Module):
         """Return (softplus⁻¹(Δ) less its bias, that bias, B, C) of the convolved inputs."""
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         with torch.autocast(u.device.type, enabled=False):  # small steps would round away
-            if not is_plain(self.dt_proj):
+            if not is_plain(self.dt_proj, nn.Linear):
                 return upcast(self.dt_proj(rank.to(self.dt_proj.weight.dtype)))[0], None, b, c
             rank, weight, bias = upcast(rank, self.dt_proj.weight, self.dt_proj.bias)
             return F.linear(rank, weight), bias, b, c
@@ -203,6 +205,7 @@ class Mamba2(nn.Module):
             raise EspalierError(f"groups {groups} does not divide the {self.num_heads} heads: choose a divisor")
         self.conv_dim = self.inner + 2 * groups * state_size
         self.in_proj = nn.Linear(dim, self.inner + self.conv_dim + self.num_heads, bias=False)
+        self.conv_size = conv_size
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, conv_size, groups=self.conv_dim, padding=conv_size - 1)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -237,7 +240,7 @@ class Mamba2(nn.Module):
         z_BLE, inner_BLC, delta_BLH = self._project(x_BLD)
         inner_BLC = _masked(inner_BLC, mask)
         history = None if state is None else state.conv_BKC
-        u_BLC = causal_conv_silu(inner_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, history=history)
+        u_BLC = _conv_silu(self.conv1d, inner_BLC, history)
         x_BLHP, b_BLGN, c_BLGN = self._maps(u_BLC)
         result = ssd(
             x_BLHP,
@@ -255,7 +258,7 @@ class Mamba2(nn.Module):
         out_BLD = self.out_proj(self.norm(y_BLHP.flatten(-2), z_BLE))
         if scan is None:
             return out_BLD
-        return out_BLD, MambaState(_last_inputs(inner_BLC, history, mask, self.conv1d.kernel_size[0]), scan)
+        return out_BLD, MambaState(_last_inputs(inner_BLC, history, mask, self.conv_size), scan)
 
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Mix one token and return (output, the state after it)."""
@@ -268,7 +271,7 @@ class Mamba2(nn.Module):
 
     def empty_state(self, batch: int) -> MambaState:
         """Return the state before the first token."""
-        history = self.A_log.new_zeros(batch, self.conv1d.kernel_size[0] - 1, self.conv_dim)
+        history = self.A_log.new_zeros(batch, self.conv_size - 1, self.conv_dim)
         scan = self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim)
         return MambaState(history, upcast(scan)[0])
 
@@ -349,8 +352,20 @@ def _last_inputs(inputs_BLC: Tensor, history: Tensor | None, mask_BL: Tensor | N
     return padded.gather(1, index_BK[..., None].expand(-1, -1, padded.shape[2]))
 
 
-def _conv_step(conv: nn.Conv1d, inputs_BC: Tensor, history_BKC: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_silu(conv: nn.Module, x_BLC: Tensor, history_BKC: Tensor | None) -> Tensor:
+    """Return the causal convolution with SiLU, by calling the layer where more than its weights take part."""
+    if is_plain(conv, nn.Conv1d):
+        return causal_conv_silu(x_BLC, conv.weight.squeeze(1), conv.bias, history=history_BKC)
+    before = 0 if history_BKC is None else history_BKC.shape[1]
+    x_BLC = x_BLC if history_BKC is None else torch.cat([history_BKC.to(x_BLC.dtype), x_BLC], dim=1)
+    mixed_BCL: Tensor = conv(x_BLC.mT)
+    return F.silu(mixed_BCL[..., before : x_BLC.shape[1]].mT)
+
+
+def _conv_step(conv: nn.Module, inputs_BC: Tensor, history_BKC: Tensor) -> tuple[Tensor, Tensor]:
     window_BKC = torch.cat([history_BKC.to(inputs_BC.dtype), inputs_BC[:, None]], dim=1)
+    if not is_plain(conv, nn.Conv1d):
+        return _conv_silu(conv, inputs_BC[:, None], history_BKC)[:, 0], window_BKC[:, 1:]
     window, weight_CK, bias_C = upcast(window_BKC, conv.weight.squeeze(1), conv.bias)
     mixed_BC = (window * weight_CK.mT).sum(1)
     if bias_C is not None:

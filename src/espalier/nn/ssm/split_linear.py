@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.nn.plain import is_plain
 from espalier.nn.precision import is_tracing
-
-
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether calling the layer does no more than ``F.linear`` of its weight and bias."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def split_linear(layer: nn.Module, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -27,7 +22,9 @@ def split_linear(layer: nn.Module, x: Tensor, sizes: Sequence[int]) -> tuple[Ten
         x: inputs (..., in).
         sizes: how many outputs each part has; their sum is the layer's.
     """
-    if is_tracing() or not is_plain(layer):  # a compiler makes its own parts, and a graph reads better with one product
+    if is_tracing() or not is_plain(
+        layer, nn.Linear
+    ):  # a compiler makes its own parts, and a graph reads better with one product
         parts: tuple[Tensor, ...] = layer(x).split(list(sizes), dim=-1)
         return parts
     weights = layer.weight.split(list(sizes))
