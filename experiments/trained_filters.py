@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from espalier.init import FilterStatistics
 from espalier.init.filters.closed_form import depthwise_layers, filter_covariance
@@ -34,31 +35,36 @@ def source_recipe() -> Recipe:
 
 
 def trained_filters(model: Path | None) -> Mapping[str, Any]:
-    """Return, for every layer of every net, how far its filters are from the closed form and from white noise."""
-    rows, nets, scores = [], [], []
+    """Train the nets, keep their statistics for others to start from, and return what their filters are like."""
+    nets, scores = [], []
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             run = train(replace(source_recipe(), seed=seed), Path(folder) / "run", progress=False)
             assert run.result is not None
             scores.append(run.result["score"])
-            net = run.model()
+            nets.append(run.model())
         print(f"seed {seed}: {scores[-1]:.4f}", flush=True)
-        nets.append(net)
+    FilterStatistics.from_model(nets).save(SOURCE)
+    return {"epochs": source_recipe().epochs, "accuracy": scores, **distances(nets)}
+
+
+def distances(nets: Sequence[nn.Module]) -> Mapping[str, Any]:
+    """Return how far every layer's filters are from the closed form and from white noise, and maps of all nets pooled.
+
+    Args:
+        nets: of one shape, one a seed.
+    """
+    rows = []
+    for seed, net in enumerate(nets):
         for name, layer in depthwise_layers(net):
             found = covariance_fit(layer.weight)
-            rows.append(
-                {
-                    "seed": seed, "layer": name, "sigma": found.sigma, "error": found.error,
-                    "white_error": found.white_error, "concentration": found.concentration,
-                }
-            )  # fmt: skip
-    statistics = FilterStatistics.from_model(nets)
-    statistics.save(SOURCE)
-    maps: Sequence[Mapping[str, Any]] = [
+            figures = {key: getattr(found, key) for key in ("sigma", "error", "white_error", "concentration")}
+            rows.append({"seed": seed, "layer": name, **figures})
+    maps = [
         {"layer": layer.name, "kernel": list(layer.kernel_size), **_maps(layer.covariance, layer.kernel_size)}
-        for layer in statistics.layers
+        for layer in FilterStatistics.from_model(nets).layers
     ]
-    return {"epochs": source_recipe().epochs, "accuracy": scores, "rows": rows, "maps": maps}
+    return {"rows": rows, "maps": maps}
 
 
 def _maps(covariance: torch.Tensor, sizes: tuple[int, ...]) -> Mapping[str, Sequence[float]]:

@@ -26,6 +26,7 @@ from experiments.filters import SWITCHES, convmixer, switch_arms
 from experiments.lag import copying_lag_share
 from experiments.nets import CifarResNet, MLPMixer
 from experiments.recall import SSM_PARTS, mqar, ssm_part_arms
+from experiments.trained_filters import distances, filter_picture, gains
 from experiments.windows import log_width_ratio, width_near_best, width_solving
 
 LAYER_PARTS = {
@@ -217,3 +218,21 @@ def test_widths_of_windows_by_hand() -> None:
     interval = log_width_ratio(mixed, narrow, width_solving)
     assert (interval.mean, interval.low, interval.high) == pytest.approx((2, 2, 3))
     assert log_width_ratio({1e-3: {0: 1.0}}, {1e-3: {1: 1.0}}, width_solving) is None
+
+
+@pytest.mark.parametrize("init", ["covariance", "default"])
+def test_filters_of_the_closed_form_are_told_from_white_ones(init: str) -> None:
+    """Enough filters to be sure, drawn from the closed form or independently: the figure's sign says which."""
+    nets = []
+    for seed in (0, 1):
+        net = build_model("convmixer", dim=400, depth=3, kernel_size=5, patch_size=2, num_classes=2)
+        net.init_weights(torch.Generator().manual_seed(seed))  # type: ignore[operator]
+        INITS[init](net, torch.Generator().manual_seed(seed))
+        nets.append(net)
+    found = distances(nets)
+    assert [row["seed"] for row in found["rows"]] == [0] * 3 + [1] * 3
+    gain = gains(found["rows"])
+    assert gain.low > 0.3 if init == "covariance" else gain.high < -0.3
+    middle = found["maps"][1]
+    assert max(middle["variance measured"]) == 1
+    assert filter_picture(found["maps"]).count("<rect") == 1 + 3 * 4 * 25
