@@ -13,6 +13,7 @@ _TITLES = {
     "scans": "Scans: one block, forward and backward, float32",
     "ssd alone": "The Mamba-2 recurrence alone",
     "convmixer": "ConvMixer",
+    "kernels": "What the Triton kernels take of an H100: compiled for sm_90 without one; bytes, a thread or a program",
 }
 _HIDDEN = {"table", "least_ms", "difference"}
 _HEAD = """\

@@ -1,10 +1,13 @@
 """What do our Triton kernels cost on an H100: registers, spills, shared memory? Compiled for sm_90, no GPU is needed.
 
-``python -m experiments.on_gpu.kernel_resources`` prints one row a kernel, as ``cuobjdump`` reads them from the binary.
+``python -m experiments.on_gpu.kernel_resources [--record]`` prints one row a kernel, as ``cuobjdump`` reads them from the
+binary; Triton alone has to be installed (``pip install --no-deps triton``). ``--record`` keeps them for the page.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import tempfile
@@ -17,9 +20,11 @@ from triton.compiler import ASTSource
 
 from espalier.nn.kernels import triton_scans
 from espalier.tables import plain_table
+from experiments.gpu_page import TABLES
 
 # Alignment by 16, which a launch finds out of the tensors and sizes it is called with.
 ALIGNED = [["tt.divisibility", 16]]
+TABLE = "kernels"
 RUNTIME = {"length", "steps", "pieces", "chunks"}
 
 
@@ -52,7 +57,10 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compile every kernel at the sizes of Mamba blocks and print the table."""
+    """Compile every kernel at the sizes of Mamba blocks, print the table, and keep it if asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--record", action="store_true", help=f"keep the rows in {TABLES.name}")
+    arguments = parser.parse_args()
     cases: list[tuple[str, Any, dict[str, Any], int, tuple[str, ...]]] = []
     for size in (16, 64, 128):
         for batch in (8, 128):
@@ -68,9 +76,14 @@ def main() -> None:
     rows = []
     for name, kernel, constants, warps, absent in cases:
         found = resources(compile_for_hopper(kernel, constants, warps, absent))
-        rows.append([name, str(warps), *(str(value) for value in found.values())])
+        words = {"REG": "registers", "STACK": "stack", "LOCAL": "spilled", "SHARED": "shared"}
+        rows.append({"kernel": name, "warps": warps, **{words.get(key, key): value for key, value in found.items()}})
     print(f"triton {triton.__version__}, sm_90")
-    print(plain_table([["kernel", "warps", *found], *rows]))
+    print(plain_table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)]))
+    if arguments.record:
+        kept = [line for line in TABLES.read_text(encoding="utf-8").splitlines() if json.loads(line)["table"] != TABLE]
+        kept += [json.dumps({"table": TABLE, "triton": triton.__version__, **row}) for row in rows]
+        TABLES.write_text("\n".join(kept) + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
