@@ -1,7 +1,7 @@
 """What do our Triton kernels cost on an H100: registers, spills, shared memory? Compiled for sm_90, no GPU is needed.
 
-``python -m experiments.on_gpu.kernel_resources [--record]`` prints one row a kernel, as ``cuobjdump`` reads them from the
-binary; Triton alone has to be installed (``pip install --no-deps triton``). ``--record`` keeps them for the page.
+``python -m experiments.on_gpu.kernel_resources [--record]`` prints one row a kernel, as ``cuobjdump`` reads it from the
+binary; Triton alone has to be installed (``pip install --no-deps triton``). ``--record`` keeps the rows for the page.
 """
 
 from __future__ import annotations
