@@ -99,3 +99,13 @@ def test_bad_input_is_one_line() -> None:
         ConvMixer(8, 1, activation="gelo")
     with pytest.raises(EspalierError, match="spatial_dims 4"):
         ConvMixer(8, 1, spatial_dims=4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_fx_traces_it(training: bool) -> None:
+    """Feature extractors are built on symbolic traces, in which the input is no tensor."""
+    net = ConvMixer(8, 2, 3, 2, num_classes=3).train(training)
+    net.init_weights(torch.Generator().manual_seed(0))
+    traced = torch.fx.symbolic_trace(net)
+    x = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-5)

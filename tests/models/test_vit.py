@@ -155,3 +155,11 @@ def test_bad_input_is_one_line() -> None:
         build_model("vit", embed_dims=3)
     with pytest.raises(EspalierError, match="did you mean 'vit'"):
         build_model("vitt")
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_torch_fx_traces_it(pool: str) -> None:
+    """Feature extractors are built on symbolic traces, in which the input is no tensor."""
+    net = VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, pool=pool).eval()
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))

@@ -173,12 +173,13 @@ class VisionTransformer(HubModel):
 
     def _tokens(self, x_BCHW: Tensor) -> Tensor:
         x_BLD = self.patch_embed(x_BCHW).flatten(2).transpose(1, 2)
-        if x_BLD.shape[1] != self.pos_embed.shape[1]:
+        # torch.fx traces with what is no tensor, and has no branches.
+        if isinstance(x_BLD, Tensor) and x_BLD.shape[1] != self.pos_embed.shape[1]:
             size = self.grid * self.patch_embed.stride[0]
             raise EspalierError(f"images of {tuple(x_BCHW.shape[-2:])} pixels: this model takes {size} × {size}")
         x_BLD = x_BLD + self.pos_embed
         if self.cls_token is not None:
-            x_BLD = torch.cat([self.cls_token.expand(len(x_BLD), -1, -1), x_BLD], dim=1)
+            x_BLD = torch.cat([self.cls_token.expand(x_BLD.shape[0], -1, -1), x_BLD], dim=1)
         return x_BLD
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:

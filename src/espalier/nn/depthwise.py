@@ -165,7 +165,9 @@ def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
 
 def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> bool:
     """Return whether GELU and batch norm may be fused: the modules are torch's own, and nothing watches them."""
-    if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d or x.ndim != 4:
+    if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d:
+        return False
+    if not isinstance(x, Tensor) or x.ndim != 4:  # torch.fx traces with what is no tensor
         return False
     if norm.weight is None or norm.bias is None or not (_compiled(x) and x.numel()):
         return False
