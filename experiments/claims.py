@@ -29,10 +29,14 @@ class Claim:
     page: str = ""
     """The page that shows it."""
     experiments: Sequence[Experiment] = ()
+    measured: str = ""
+    """What of ``experiments/measured.py`` it rests on."""
 
     @property
     def command(self) -> str:
         """The command that adds to its records."""
+        if self.measured:
+            return f"`python experiments/measured.py {self.measured}`"
         names = [experiment.name for experiment in self.experiments]
         more = f" … ({len(names)} studies)" if len(names) > 3 else ""
         return f"`python experiments/queue.py --only {' '.join(names[:3])}`{more}" if names else "–"
@@ -115,6 +119,7 @@ CLAIMS: Sequence[Claim] = (
         "vision transformers; n counts layers",
         leans,
         "measured.md",
+        measured="pretrained-attention --model FOLDER",
     ),
     Claim(
         "S3.1",
@@ -124,6 +129,7 @@ CLAIMS: Sequence[Claim] = (
         "noise; n counts layers of nets",
         structured,
         "measured.md",
+        measured="trained-filters",
     ),
     Claim(
         "S3.2",
@@ -187,6 +193,7 @@ CLAIMS: Sequence[Claim] = (
         "14 shapes, kernels of 1 to 31 taps, up to 128 channels, after 50 steps of Adam at 0.05; n counts shapes",
         near_one,
         "measured.md",
+        measured="orthogonality",
     ),
     Claim(
         "S5.2",

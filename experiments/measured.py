@@ -198,7 +198,7 @@ def structured(results: Results) -> Evidence:
     if found is None:
         return not_run(results)
     gain = gains(found["rows"])
-    text = f"distance to white noise less that to the closed form {interval_text(gain)}, of 1 at most"
+    text = f"distance to white noise less that to the closed form {interval_text(gain, 100)} %"
     return Evidence(verdict(gain), gain.n, text)
 
 

@@ -7,6 +7,7 @@ import importlib
 import warnings
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 
@@ -34,6 +35,23 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> EspalierError:
     if close:
         return EspalierError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, close))}?")
     return EspalierError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}")
+
+
+def path_of(what: str, text: str) -> Path:
+    """Return the path that a user wrote, with ``~`` in place.
+
+    Args:
+        what: it is, for the message.
+        text: as written.
+
+    Raises:
+        EspalierError: it begins with the home of a user whom this machine does not know.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        home = Path(text).parts[0]
+        raise EspalierError(f"{what} is {text}, and nobody's home is known as {home}: write the path out") from None
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, path_of
 
 _STALE_SECONDS = 3600.0
 # Where training scripts keep the weights within what they save.
@@ -254,8 +254,8 @@ def locked(path: Path) -> Iterator[None]:
 def cache_folder() -> Path:
     """Return the folder for what can be made again: ``ESPALIER_CACHE``, or ``espalier`` in the user's cache folder."""
     if named := os.environ.get("ESPALIER_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "espalier"
+        return path_of("ESPALIER_CACHE", named)
+    return path_of("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "espalier"
 
 
 def _first_line(error: Exception) -> str:

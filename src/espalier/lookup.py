@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, path_of, unknown_name
 
 # Note [Pins]
 # What a name means changes when its file is edited. A recipe that is saved beside a run therefore says
@@ -154,7 +154,7 @@ def _trusted() -> Path:
 def _file_of(kind: str, place: str) -> Path:
     """Return the file that holds the code."""
     if place.endswith(".py"):
-        file = Path(place).expanduser().resolve()
+        file = path_of(kind, place).resolve()
         if not file.is_file():
             raise EspalierError(f"{kind}: there is no file {file}: give the path of a file of Python code")
         return file

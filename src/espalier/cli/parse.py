@@ -18,7 +18,7 @@ from espalier.cli.recipe_flags import (
     refuse_unused_fields,
     split_keyword_fields,
 )
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, path_of, unknown_name
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.recipes.files import open_recipe
 
@@ -147,10 +147,7 @@ def option_rules(tyro: Any) -> Any:
     spec = tyro.constructors.PrimitiveConstructorSpec
 
     def read_path(words: list[str]) -> Path:
-        try:
-            path = Path(words[0]).expanduser()
-        except RuntimeError as error:  # ~somebody
-            raise ValueError(str(error)) from None
+        path = path_of("the path", words[0])
         if not words[0]:
             raise ValueError("an empty path: name a file or folder")
         return path if path.name not in ("", "..") else path.resolve()  # ``.`` has no name to put beside another

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, path_of, unknown_name
 from espalier.recipes import ARMS, Recipe
 
 KEYWORD_FIELDS = ("data_args", "init_args", "loss_args", "model_args")
@@ -102,7 +101,7 @@ def _named_statistics(tokens: Sequence[str]) -> list[str]:
         if value.endswith(".safetensors") and (flag or spelt[-1:] == ["--init"]):
             spelt = spelt if flag else spelt[:-1]
             # Absolute: the recipe that is saved beside the run must mean the same file from anywhere.
-            spelt += ["--init", "transferred", "--init-args.statistics", str(Path(value).expanduser().resolve())]
+            spelt += ["--init", "transferred", "--init-args.statistics", str(path_of("--init", value).resolve())]
         else:
             spelt.append(token)
     return spelt

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, path_of, unknown_name
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -68,9 +68,9 @@ def find_data(recipe: Recipe, subfolder: str) -> Path:
     """
     shared = os.environ.get("ESPALIER_DATA")
     if recipe.data_path is not None:
-        path = Path(recipe.data_path).expanduser()
+        path = path_of("data_path", recipe.data_path)
     elif shared:
-        path = Path(shared).expanduser() / subfolder
+        path = path_of("ESPALIER_DATA", shared) / subfolder
     else:
         raise EspalierError(
             f"dataset {recipe.dataset!r} is not bundled: say where it is with --data PATH, or set ESPALIER_DATA to the "

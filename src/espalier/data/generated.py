@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espalier.data.arguments import unit_share
 from espalier.data.labelled import LabelledImages
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, path_of
 from espalier.memory import free_memory
 from espalier.randomness import derive_generator
 
@@ -94,7 +94,7 @@ def read_generated(arguments: Mapping[str, Any], train: LabelledImages, classes:
             raise EspalierError(f"generated_share is {share!r} without a file: name it with generated")
         return None
     share = _SHARE if share is None else unit_share("generated_share", share)
-    path = Path(str(arguments["generated"])).expanduser()
+    path = path_of("generated", str(arguments["generated"]))
     pixels, labels = _read_archive(path)
     _, channels, height, width = train.images_NCHW.shape
     if pixels.shape[1:] == (height, width, channels):

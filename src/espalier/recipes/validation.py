@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from espalier.errors import EspalierError, require, unknown_name
+from espalier.errors import EspalierError, path_of, require, unknown_name
 from espalier.files import write_json
 from espalier.lookup import is_pinned, is_reference, pin
 from espalier.recipes.base import Recipe
@@ -31,7 +31,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
         if not resolved.data_path:
             raise EspalierError("data_path is empty: name a file or folder")
         # A run folder must find its data from anywhere.
-        resolved = replace(resolved, data_path=str(Path(resolved.data_path).expanduser().absolute()))
+        resolved = replace(resolved, data_path=str(path_of("data_path", resolved.data_path).absolute()))
     pinned: dict[str, Any] = {name: pin(name, value) for name, value in _own_code(resolved).items()}
     return replace(resolved, **pinned)
 
