@@ -102,10 +102,11 @@ def filter_picture(maps: Sequence[Mapping[str, Any]]) -> str:
     kinds.sort(key=lambda kind: (not kind.startswith("variance"), kind.endswith("closed form")))
     side, cell, left, top = maps[0]["kernel"][0], 9, 70, 34
     step = side * cell + 22
-    parts = [
-        f'<text x="{left + column * step}" y="{top - 10}" font-size="9">{kind}</text>'
-        for column, kind in enumerate(kinds)
-    ]
+    parts = []
+    for column, kind in enumerate(kinds):
+        words = "closed form" if kind.endswith("closed form") else "measured"
+        for line, text in enumerate((kind.removesuffix(f" {words}"), words)):
+            parts.append(f'<text x="{left + column * step}" y="{top - 18 + 11 * line}" font-size="9">{text}</text>')
     for row, layer in enumerate(maps):
         parts.append(f'<text x="4" y="{top + row * step + 40}" font-size="9">{layer["layer"].split(".fn")[0]}</text>')
         for column, kind in enumerate(kinds):
