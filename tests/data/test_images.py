@@ -16,6 +16,7 @@ from espalier.data.augmentation import Augmentation
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.normalizer import build_normalizer, channel_statistics, value_counts
 from espalier.errors import EspalierError
+from espalier.files import cache_folder
 from espalier.recipes.base import Recipe
 from needs import needs_data
 
@@ -266,3 +267,21 @@ def test_the_environment_names_a_place_to_look(tmp_path: Path, monkeypatch: pyte
 
 def test_every_source_is_reached_by_a_name() -> None:
     assert {"cifar10", "digits", "fashion_mnist", "folder"} <= SOURCES.keys()
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "fashion_mnist", "folder", "shards", "text"])
+@pytest.mark.parametrize("named", ["data_path", "environment"])
+def test_a_home_that_nobody_has_is_refused_in_one_line(
+    dataset: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_DATA", "~no-such-user")
+    asked = recipe(dataset=dataset, data_path="~no-such-user/x" if named == "data_path" else None)
+    with pytest.raises(EspalierError, match="nobody's home is known as ~no-such-user") as caught:
+        build_source(asked)
+    assert ("data_path" if named == "data_path" else "ESPALIER_DATA") in str(caught.value)
+
+
+def test_a_cache_in_a_home_that_nobody_has_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_CACHE", "~no-such-user/cache")
+    with pytest.raises(EspalierError, match="ESPALIER_CACHE is ~no-such-user/cache"):
+        cache_folder()
