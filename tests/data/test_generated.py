@@ -151,5 +151,7 @@ def test_a_recipe_names_them_and_the_digest_holds_them(tmp_path: Path) -> None:
     assert labels.shape == (10,)
     digest = source.digest  # type: ignore[attr-defined]
     assert digest != build_source(base).digest  # type: ignore[attr-defined]
+    with pytest.raises(EspalierError, match="batch_size 1"):
+        build_source(replace(mixed, batch_size=1))
     write(path, image=pixels, label=np.arange(20) % 9)
     assert digest != build_source(mixed).digest  # type: ignore[attr-defined]

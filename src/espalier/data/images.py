@@ -177,4 +177,6 @@ def _from_files(recipe: Recipe, subfolder: str, read: Callable[[Path], ImageData
     data = read(find_data(recipe, subfolder))
     limited = data.limited(arguments["train_limit"], arguments["test_limit"])
     generated = read_generated(arguments, data.train, len(data.class_names))
+    if generated:
+        generated.count(recipe.batch_size)  # refused here, not in the first step
     return ImageSource(limited, Augmentation.from_recipe(recipe), recipe.normalize, generated)
