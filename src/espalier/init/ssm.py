@@ -99,7 +99,7 @@ class MimeticSSM:
         )
         return ", ".join(text for value, text in parts if value is not None)
 
-    def chooses(self, index: int, count: int) -> bool:
+    def selects(self, index: int, count: int) -> bool:
         """Return whether layer ``index`` of ``count`` is one of ``layers``.
 
         Raises:

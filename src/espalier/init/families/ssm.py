@@ -60,7 +60,7 @@ class SSMFamily(Family):
 
     def selects(self, spec: MimeticSSM, place: Place) -> bool:
         """Return whether the spec's ``layers`` name this one."""
-        return spec.chooses(*place)
+        return spec.selects(*place)
 
     def write(self, weights: SSMWeights, spec: MimeticSSM, place: Place, generator: torch.Generator) -> str:
         """Write the spec's parts, and zero what else would shift them."""

@@ -41,7 +41,7 @@ def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, 
 
 
 def factor_(a: Pair, width: int) -> Pair:
-    """Factor contiguous planes (N, n, n) in place by blocks of ``width`` rows, as ``solve`` takes them.
+    """Factor contiguous parts (N, n, n) in place by blocks of ``width`` rows, as ``solve`` takes them.
 
     N = L·U: below the block diagonal stands L (unit diagonal blocks), above it U, on it the *inverses* of U's diagonal
     blocks. With one block that is the inverse.

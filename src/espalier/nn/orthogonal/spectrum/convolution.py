@@ -65,7 +65,7 @@ def convolve(x: Tensor, taps: Taps, bias: Tensor | None) -> Tensor:
 
 
 def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
-    """Return the planes of Qᵀ at every frequency of a torus, (2, F·G, inputs, outputs), differentiable.
+    """Return Qᵀ at every frequency of a torus, split-complex (2, F·G, inputs, outputs), differentiable.
 
     Args:
         taps: the kernel, scaled.
@@ -92,11 +92,11 @@ def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) 
 
 
 class _Multiply(torch.autograd.Function):
-    """``product`` of two pairs of planes, differentiable any number of times; the same digits with and without it."""
+    """``product`` of split-complex factors, differentiable any number of times; the same digits with and without it."""
 
     @staticmethod
     def forward(ctx: Any, x_r: Tensor, x_i: Tensor, q_r: Tensor, q_i: Tensor) -> Pair:
-        """Return the planes of x·q."""
+        """Return the real and imaginary parts of x·q."""
         ctx.save_for_backward(x_r, x_i, q_r, q_i)
         return _product((x_r, x_i), (q_r, q_i))
 
@@ -127,7 +127,7 @@ def _multiply(x: Pair, planes: Tensor) -> Pair:
 
 
 def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
-    """Transform, apply ``operator`` to rows, planes (F·G, B, inputs), transform back."""
+    """Transform, apply ``operator`` to rows, split-complex (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
     forward_tables = tables(size, x.dtype, x.device, inverse=False, channels=channels)
     real, imag = to_spectrum(x.reshape(*size, batch * channels), forward_tables)

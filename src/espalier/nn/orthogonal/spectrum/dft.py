@@ -1,6 +1,6 @@
 """The real discrete Fourier transform of images as matrix products, in split-complex form, over one to three axes.
 
-Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two planes (F, N). Both
+Images come as (*S, N): the spatial axes first, N = batch × channels last. Spectra leave as two tensors (F, N). Both
 directions are real-linear maps, so the backward pass of each is the transpose, which is the other one with other
 weights.
 
@@ -245,7 +245,7 @@ def _columns_last(x: Tensor) -> Tensor:
 
 
 def irfft(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
-    """Return the transpose of ``rfft``, plus a bias (C) on columns (B, C): planes (F, N) → (*S, N).
+    """Return the transpose of ``rfft``, plus a bias (C) on columns (B, C): split-complex (F, N) → (*S, N).
 
     ``columns_first`` asks for images that lie in memory as (N, *S).
     """

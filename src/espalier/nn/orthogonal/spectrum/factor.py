@@ -31,7 +31,7 @@ def factor_(n: SplitComplex) -> Factor:
     """Factor matrices whose Hermitian part is at least I, in place where the compiled kernels do it.
 
     Args:
-        n: contiguous planes (N, n, n), which may be overwritten.
+        n: contiguous parts (N, n, n), which may be overwritten.
     """
     real, imag = n
     if imag is None or not many(len(real)) or not kernels.compiled(real, imag):
@@ -52,7 +52,7 @@ def solve(
     """Return z = x·N⁻¹, with N first transposed and conjugated as asked, and y = [2z − less, −2z·Vᵀ].
 
     Args:
-        x: rows, planes (N, B, n); left untouched.
+        x: rows, split-complex (N, B, n); left untouched.
         factored: what was made of N.
         less: (N, B, n); y is None without it.
         v: (N, m, n), conjugated as N is; without it y ends after the first n columns.

@@ -10,7 +10,7 @@ z the solution of the system:
 
 (arXiv 2104.07167, section 4, with Q = 2N⁻¹ − I in place of N⁻¹(I − A): one product fewer and less rounding.) Batches
 are rows here, so N z = x reads z·Nᵀ = x. With x = I the solution is Qᵀ itself, and z = N⁻ᵀ. Gradients are those of
-real planes: G = ∂ℓ/∂re + i·∂ℓ/∂im.
+real parts: G = ∂ℓ/∂re + i·∂ℓ/∂im.
 
 Note [Twice differentiable]: the autograd function returns z beside y. Nobody uses it, so it costs nothing, but the
 backward pass reads it as an output of the forward one: under ``create_graph`` its gradient finds the way back here.
@@ -40,7 +40,7 @@ def apply_cayley(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *,
     """Return rows ``x·Qᵀ`` for the orthogonal operators Q of ``taps``, or Qᵀ itself, differentiable any times.
 
     Args:
-        x: planes (F·G, B, inputs), the second None for real matrices; None for the identity, if not ``wide``.
+        x: split-complex (F·G, B, inputs), the second None for real matrices; None for the identity, if not ``wide``.
         taps: scaled kernel (T, G, rows, n) with rows ≥ n, already transposed if the operator is wide.
         angles: of every tap; the matrices of the G groups of one frequency follow each other. None for real matrices,
             one tap at angle zero.
@@ -88,7 +88,7 @@ def _forward(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *, wid
 
 
 def _system(taps: Tensor, angles: Angles | None) -> tuple[SplitComplex, SplitComplex | None]:
-    """Return the planes of N (F·G, n, n) and, unless square, of V (F·G, m, n)."""
+    """Return the real and imaginary parts of N (F·G, n, n) and, unless square, of V (F·G, m, n)."""
     rows, n = taps.shape[2:]
 
     def emit(table: Tensor | None, matrices: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class _ApplyCayley(torch.autograd.Function):
     def forward(
         ctx: Any, real: Tensor | None, imag: Tensor | None, taps: Tensor, angles: Angles | None, wide: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Return the planes of y and of z; the formulas stand at the top of the file."""
+        """Return the real and imaginary parts of y and of z; the formulas stand at the top of the file."""
         y, z, factor, v = _forward(None if real is None else (real, imag), taps, angles, wide=wide)
         ctx.wide, ctx.angles, ctx.width = wide, angles, factor.width
         ctx.set_materialize_grads(False)
@@ -180,7 +180,7 @@ class _ApplyCayley(torch.autograd.Function):
 
 
 def _filled(grad: tuple[Tensor | None, ...], z: SplitComplex, columns: int) -> SplitComplex:
-    """Return planes in which gradients that nobody gave are zeros."""
+    """Return parts in which gradients that nobody gave are zeros."""
     real, imag = (
         like.new_zeros(*like.shape[:2], columns) if given is None and like is not None else given
         for given, like in zip(grad, z, strict=True)

@@ -1,4 +1,4 @@
-"""Batched complex matrices as two real planes, and their inversion by blocks.
+"""Batched complex matrices as two real tensors, the real and imaginary parts, and their inversion by blocks.
 
 Note [Split-complex]: a complex matrix is a pair (real, imaginary) of real tensors, the second None when it is real.
 Real products into contiguous results take the batched-GEMM path of the CPU, a transpose is a view, and a conjugate is
@@ -48,9 +48,9 @@ def product(
     """Return alpha·a·b, or ``into`` with it added, in place where nothing follows the operations.
 
     Args:
-        a: planes (N, p, q); ``conj_a`` takes the complex conjugate.
-        b: planes (N, q, r); ``conj_b`` likewise.
-        into: planes (N, p, r) to add to, apart from a and b in memory.
+        a: split-complex (N, p, q); ``conj_a`` takes the complex conjugate.
+        b: split-complex (N, q, r); ``conj_b`` likewise.
+        into: split-complex (N, p, r) to add to, apart from a and b in memory.
         alpha: factor of the product.
         add: without it ``into``, whatever it holds, becomes the product; nothing may follow the operations then.
     """
@@ -93,13 +93,13 @@ def block(a: SplitComplex, rows: slice, columns: slice) -> SplitComplex:
 
 
 def contiguous(a: SplitComplex) -> SplitComplex:
-    """Return fresh contiguous planes."""
+    """Return fresh contiguous parts."""
     layout = torch.contiguous_format
     return a[0].clone(memory_format=layout), None if a[1] is None else a[1].clone(memory_format=layout)
 
 
 def copy_(target: SplitComplex, source: SplitComplex) -> SplitComplex:
-    """Copy planes into views of others, and return those."""
+    """Copy parts into views of others, and return those."""
     target[0].copy_(source[0])
     if target[1] is not None and source[1] is not None:
         target[1].copy_(source[1])
@@ -118,10 +118,10 @@ def invert(a: SplitComplex) -> SplitComplex:
     square products, which a batched GEMM does best.
 
     Args:
-        a: planes (N, n, n); left untouched.
+        a: split-complex (N, n, n); left untouched.
 
     Returns:
-        Fresh contiguous planes. See Note [No pivoting] and Note [LAPACK hang].
+        Fresh contiguous parts. See Note [No pivoting] and Note [LAPACK hang].
     """
     count, _, n = a[0].shape
     if a[1] is not None and count >= _MANY and kernels.compiled(a[0], a[1]):
