@@ -46,7 +46,7 @@ SHAPES = (
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 STEPS = 50
 SIZES = ((16, 2), (32, 2), (64, 2), (128, 2), (32, 1), (32, 4), (32, 8))
-"""Widths and depths of the nets of ``scale`` and of the experiment beside it."""
+"""Widths and depths of the nets of ``scale``."""
 
 
 def pretrained_attention(model: Path | None) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from espalier.certify import certify
+from espalier.certify import certify, lipschitz_bound
 from espalier.certify.digits import refuse_settings, try_products
 from espalier.errors import EspalierError
 
@@ -41,6 +41,30 @@ def test_full_products_pass(name: str, channels: int, seed: int) -> None:
         torch.manual_seed(seed)
         net, x = net_of(name, channels)
     certify(net, x, torch.zeros(3, dtype=torch.long), arithmetic="float32")
+
+
+class Functional(nn.Module):
+    """A linear map by a row, as a vector: its result has no axis of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = F.linear(x, self.weight)[:, None]
+        return torch.cat((first, -first), 1)
+
+
+def test_a_weight_without_rows_passes() -> None:
+    certify(Functional(), torch.rand(3, 5), torch.zeros(3, dtype=torch.long), arithmetic="float32")
+
+
+def test_constants_alone_are_not_about_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("products were tried for a constant")
+
+    monkeypatch.setattr("espalier.certify.bounded.try_products", fail)
+    lipschitz_bound(nn.Sequential(nn.Linear(3, 2)), example=torch.rand(1, 3))
 
 
 def rounded(digits: int) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -26,14 +27,21 @@ def refuse_settings(device: torch.device) -> None:
     Raises:
         EspalierError: there is one; the message names it.
     """
-    names = ["backends", "backends.mkldnn", "backends.mkldnn.matmul", "backends.mkldnn.conv"]
-    if device.type == "cuda":
-        names = ["backends", "backends.cudnn", "backends.cudnn.conv", "backends.cuda.matmul"]
-        if torch.backends.cudnn.allow_tf32:
+    # The older switches, which alone there are before torch 2.9; they cannot be read once the newer ones were set.
+    with suppress(RuntimeError):
+        if torch.get_float32_matmul_precision() != "highest":
+            raise EspalierError(
+                "float32 matrix products are set to fewer digits: torch.set_float32_matmul_precision('highest') first"
+            )
+    with suppress(RuntimeError):
+        if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
             raise EspalierError(
                 "float32 convolutions are set to fewer digits: torch.backends.cudnn.allow_tf32 = False first"
             )
-    for name in names:
+    own = (
+        ("cudnn", "cudnn.conv", "cuda.matmul") if device.type == "cuda" else ("mkldnn", "mkldnn.matmul", "mkldnn.conv")
+    )
+    for name in ("backends", *(f"backends.{part}" for part in own)):
         place: object = torch
         for part in name.split("."):
             place = getattr(place, part, None)
@@ -64,7 +72,7 @@ def try_products(
     for picks, picked in ((x, weight), (weight, x)) if rows_are_outputs else ((x, weight),):
         # One number of every image, or of every output, is 1.
         places = torch.randint(picks[0].numel(), (len(picks),), generator=generator)
-        ones = torch.nn.functional.one_hot(places, picks[0].numel()).to(picks)
+        ones = picks.new_zeros(len(picks), picks[0].numel()).scatter_(1, places[:, None].to(picks.device), 1)
         numbers = (1 + torch.rand(picked.shape, generator=generator)).to(picked)
         pair = [torch.empty_like(like).copy_(new.view(like.shape)) for like, new in ((picks, ones), (picked, numbers))]
         operand, factor = pair if picks is x else reversed(pair)

@@ -76,7 +76,7 @@ def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None
     value = None
     if input.value is not None:
         value = F.linear(input.value, weight, bias)
-        analysis.try_products("linear", F.linear, input.value, weight, True)
+        analysis.try_products("linear", F.linear, input.value, weight, weight.ndim == 2)
     detached = None if bias is None else bias.detach()
     rows = Rows(input, weight.detach(), detached, weight.shape[1]) if weight.ndim == 2 else None
     norms = analysis.norms

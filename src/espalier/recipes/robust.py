@@ -116,9 +116,8 @@ def orthogonal_cifar10() -> Recipe:
     """Our patch net on CIFAR-10: clean and certified accuracy, hours on one GPU.
 
     To ``kwlarge_cifar10`` what ``orthogonal_fashion`` is to ``kwlarge_fashion``, at the same number of epochs, with a
-    second stage at half the side, which makes a step a quarter shorter: the first linear layer takes the most of it.
-    ``espalier train orthogonal_cifar10 --data DIR``. Not yet run here at full length; docs/results/robustness.md has
-    what an hour of one core gives.
+    second stage at half the side, which makes a step shorter: the first linear layer takes the most of it.
+    ``espalier train orthogonal_cifar10 --data DIR``. Not yet run here at full length.
     """
     return replace(
         kwlarge_cifar10(),
