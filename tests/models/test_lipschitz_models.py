@@ -95,6 +95,29 @@ def test_a_normalised_head_is_certified_pair_by_pair() -> None:
     assert certificate.lipschitz == pytest.approx(1.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("head", ["orthogonal", "normalized"])
+@pytest.mark.parametrize("name", SMALL)
+def test_averaging_over_the_mirror_image_evaluates_both_and_stays_certified_at_one(name: str, head: str) -> None:
+    plain = small(name, head=head).double()
+    net = small(name, head=head, flip_average=True).double()
+    net.load_state_dict(plain.state_dict())
+    x = torch.rand(6, 1, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(net.train()(x), plain.train()(x))
+    net.eval(), plain.eval()
+    mean = (plain(x) + plain(x.flip(3))) / 2
+    torch.testing.assert_close(net(x), mean)
+    torch.testing.assert_close(net(x.flip(3)), mean)  # and so the class never depends on the side
+    assert (net(x) - plain(x)).abs().max() > 1e-3
+    labels = mean.argmax(1)
+    radii = torch.tensor(certify(net, x, labels).radii)
+    assert radii.max() > 0
+    if head == "orthogonal":
+        assert lipschitz_bound(net, example=x) == pytest.approx(1.0, abs=1e-9)
+        assert steepest(net, x[:1]) <= 1.0 + 1e-12
+        best = mean.topk(2).values
+        torch.testing.assert_close(radii, ((best[:, 0] - best[:, 1]) / 2**0.5).float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -38,16 +38,27 @@ class LipschitzNet(HubModel, nn.Sequential):
         num_features: width of the features.
         num_classes: classes; 0 leaves the head out.
         head: ``"orthogonal"`` (Cayley, orthonormal rows) or ``"normalized"`` (rows of unit norm).
+        flip_average: in evaluation, the features are the mean (f(x) + f(mirror x))/2 over the image and its mirror
+            image, at twice the cost. Still 1-Lipschitz: mirroring is an isometry. For nets that were trained on
+            mirrored images (a recipe's ``flip``).
 
     Raises:
         EspalierError: an unknown head.
     """
 
-    def __init__(self, features: Iterable[nn.Module], num_features: int, num_classes: int, head: str) -> None:
+    def __init__(
+        self,
+        features: Iterable[nn.Module],
+        num_features: int,
+        num_classes: int,
+        head: str,
+        flip_average: bool = False,
+    ) -> None:
         if head not in HEADS:
             raise unknown_name("head", head, HEADS)
         super().__init__(OrderedDict(features=nn.Sequential(*features), head=nn.Identity()))
         self.num_features, self.embed_dim, self.head_kind = num_features, num_features, head
+        self.flip_average = flip_average
         self.grad_checkpointing = False
         self.reset_classifier(num_classes)
 
@@ -68,7 +79,12 @@ class LipschitzNet(HubModel, nn.Sequential):
         return self.forward_head(self.forward_features(input))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the features (B, num_features)."""
+        """Return the features (B, num_features), of the mean over the mirror image where ``flip_average`` says so."""
+        if self.flip_average and not self.training:
+            return (self._extract(x) + self._extract(x.flip(-1))) / 2
+        return self._extract(x)
+
+    def _extract(self, x: Tensor) -> Tensor:
         features: nn.Sequential = self.features  # type: ignore[assignment]
         if self.grad_checkpointing and torch.is_grad_enabled():
             kept: Tensor = checkpoint_sequential(features, math.isqrt(len(features)), x, use_reentrant=False)
@@ -117,6 +133,7 @@ class KWLarge(LipschitzNet):
         layer: ``"cayley"``, or a convolution of the library orthogonium: ``"aoc"`` or ``"soc"``.
         head: see ``LipschitzNet``.
         activation: ``"maxmin"``, ``"abs"`` or ``"householder"``.
+        flip_average: see ``LipschitzNet``.
 
     Source: arXiv 2104.07167, section 5, after Wong & Kolter's large net (arXiv 1805.12514).
     """
@@ -131,6 +148,7 @@ class KWLarge(LipschitzNet):
         layer: str = "cayley",
         head: str = "orthogonal",
         activation: str = "maxmin",
+        flip_average: bool = False,
     ) -> None:
         rows, columns = _sides(img_size, 4)
         hidden = 16 * width if hidden is None else hidden
@@ -141,7 +159,7 @@ class KWLarge(LipschitzNet):
             *_conv(layer, activation, 2 * width, 2 * width, 1, stride=2),
             *_dense(activation, 2 * width * rows * columns // 16, hidden),
         ]
-        super().__init__(features, hidden, num_classes, head)
+        super().__init__(features, hidden, num_classes, head, flip_average)
 
 
 class OrthogonalConvNet(LipschitzNet):
@@ -165,6 +183,7 @@ class OrthogonalConvNet(LipschitzNet):
         layer: see ``KWLarge``.
         head: see ``LipschitzNet``.
         activation: ``"maxmin"``, ``"abs"`` or ``"householder"``.
+        flip_average: see ``LipschitzNet``.
 
     Raises:
         EspalierError: not as many widths as depths, a size out of range, or an image that does not divide.
@@ -183,6 +202,7 @@ class OrthogonalConvNet(LipschitzNet):
         layer: str = "cayley",
         head: str = "orthogonal",
         activation: str = "maxmin",
+        flip_average: bool = False,
     ) -> None:
         if not widths or len(widths) != len(depths) or min(depths) < 0:
             raise EspalierError(
@@ -200,7 +220,7 @@ class OrthogonalConvNet(LipschitzNet):
                 features += _conv(layer, activation, channels, width, kernel_size)
                 channels = width
         features += _dense(activation, channels * rows * columns // shrink**2, hidden)
-        super().__init__(features, hidden, num_classes, head)
+        super().__init__(features, hidden, num_classes, head, flip_average)
 
 
 def _conv(
