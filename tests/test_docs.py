@@ -24,6 +24,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Kept as they were written: their commands are those of version 0.1.0.
 ARCHIVE = ROOT / "docs" / "results" / "archive"
 
+
+def _without_links(paragraph: str) -> str:
+    return re.sub(r"\]\([^)]*\)|`[^`]*`", "", paragraph)
+
+
+def _numbers(text: str) -> list[str]:
+    """Return the numbers with a decimal point or thousands; short whole numbers prove nothing."""
+    return re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])|\d{5,}", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+
+
 _SMALL_VIT = "espalier.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2)"
 # What a page says the reader has: a model, a batch, a loop.
 GIVEN = {
@@ -240,3 +250,22 @@ def test_pictures_of_the_pages_are_there_and_drawn_by_the_script() -> None:
     for picture in (ROOT / "docs" / "images" / "methods").glob("*.svg"):
         assert f'write("{picture.stem}"' in re.sub(r"write\(\s*", "write(", script)
         assert any(source.endswith(picture.name) for source in shown)
+
+
+_MEASURED = [
+    pytest.param(page, paragraph, id=f"{page.name}-{number}")
+    for page in PAGES
+    if "results" not in page.parts
+    for number, paragraph in enumerate(page.read_text().split("\n\n"))
+    if re.search(r"results/|diary\.md", paragraph) and _numbers(_without_links(paragraph))
+]
+
+
+@pytest.mark.parametrize(("page", "paragraph"), _MEASURED)
+def test_measured_numbers_stand_where_the_paragraph_says(page: Path, paragraph: str) -> None:
+    # Prose goes stale when records are added: the page or the record that it names must hold every number in it.
+    places = [page.parent / link for link in re.findall(r"\]\(([^):]*(?:results|diary)[^)#]*)", paragraph)]
+    places += [ROOT / name for name in re.findall(r"`(docs/results/records/[^`]*)`", paragraph)]
+    held = set(_numbers("\n".join(place.read_text() for place in places)))
+    missing = set(_numbers(_without_links(paragraph))) - held
+    assert not missing, f"{sorted(missing)} not in {', '.join(place.name for place in places)}"
