@@ -76,6 +76,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "float32 and back": lambda x: x.float().to(x.dtype) + 0.5,
     "one less": lambda x: 1 - x.neg().relu(),
     "stacked": lambda x: torch.stack((x, x), 1).amax(1),
+    "by the number of images": lambda x: x * len(x) / 2,
 }
 """Of values (B, C, …), which keep the number of dimensions."""
 

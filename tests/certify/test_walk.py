@@ -257,9 +257,34 @@ def test_random_and_stateful_networks_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if type(x) is not Tensor else 100 * super().forward(x)
 
-    for net in (Noisy(3, 2), Counting(3, 2), Sniffing(3, 2)):
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return (y, y) if type(x) is Tensor else y  # type: ignore[return-value]
+
+    for net in (Noisy(3, 2), Counting(3, 2), Sniffing(3, 2), Pair(3, 2)):
         with pytest.raises(UncertifiableError, match="run again"):
             certify(net, torch.rand(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_networks_whose_scores_depend_on_the_number_of_images_are_refused(count: int) -> None:
+    kinds: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x * len(x),
+        lambda x: x / x.numel(),
+        lambda x: x + x.shape[0],
+        lambda x: x.mul(torch.arange(1, len(x) + 1).view(-1, 1)) if len(x) > 1 else x,
+        lambda x: x if len(x) == count else 3 * x,
+    ]
+    for kind in kinds:
+        net = nn.Sequential(Runs(kind), nn.Linear(3, 2))
+        with pytest.raises(UncertifiableError):
+            certify(net, torch.rand(count, 3), torch.zeros(count, dtype=torch.long))
+    # What takes one number of images alone has nothing to differ from.
+    fixed = nn.Sequential(Runs(lambda x: x.view(count, 3)), nn.Linear(3, 2))
+    assert len(certify(fixed, torch.rand(count, 3), torch.zeros(count, dtype=torch.long)).radii) == count
+    with pytest.raises(UncertifiableError, match="they would meet"):
+        lipschitz_bound(nn.Sequential(Runs(lambda x: x * len(x)), nn.Linear(3, 2)), torch.rand(count, 3))
 
 
 def test_an_operator_that_rounding_left_far_from_orthogonal_is_measured() -> None:

@@ -98,6 +98,13 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     images = None if example is None else example.detach().to(device_of(twin), torch.float64)
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
+        try:
+            other = result if images is None else run(twin, analysis, analysis.start(other_lengths(images)[0]))
+        except UncertifiableError:  # it takes this length alone
+            other = result
+    if not math.isclose(other.lipschitz, result.lipschitz, rel_tol=1e-6):
+        raise UncertifiableError(f"its constant is {result.lipschitz:.6g} or {other.lipschitz:.6g}, by the number of "
+                                 "images: they would meet", type(net).__name__)  # fmt: skip
     if not math.isfinite(result.lipschitz):
         raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
     return result.lipschitz
@@ -132,6 +139,11 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     for path, module in twin.named_modules():
         vars(module)["forward"] = _Watched(module, path, module.forward, analysis)
     return twin
+
+
+def other_lengths(batch: Tensor) -> list[Tensor]:
+    """Return the images of a batch in batches of other lengths, the first of them as short as can be."""
+    return [batch[:1].clone(), batch[1:].clone()] if len(batch) > 1 else [batch.repeat(2, *[1] * (batch.ndim - 1))]
 
 
 def run(net: nn.Module, analysis: Analysis, x: Bounded) -> Bound:

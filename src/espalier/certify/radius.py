@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
-from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
+from espalier.certify.bound import device_of, other_lengths, plain_arithmetic, prepare, run
 from espalier.certify.bounded import Analysis, Bound
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
@@ -198,20 +198,26 @@ def _bounded_scores(
     traced = run(twin, analysis, analysis.start(batch, shift))
     if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
         raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")
-    # The same without bounds, as a user runs it. A network that is random, that keeps count, or that tells a value with
-    # a bound from a tensor, gives itself away if it is further off than rounding can take it.
-    plain = twin(batch.clone())
+    # The same without bounds, as a user runs it, and in batches of other lengths. A network that is random, that keeps
+    # count, that asks how many images there are, or that tells a value with a bound from a tensor, gives itself away if
+    # it is further off than rounding can take it.
+    try:
+        plain = torch.cat([twin(part) for part in other_lengths(batch)])
+    except (RuntimeError, TypeError):  # it takes this length alone
+        plain = twin(batch.clone())
+    if not isinstance(plain, Tensor):
+        raise UncertifiableError("run again, it does not return a tensor of scores", type(twin).__name__)
     assert traced.error is not None
     gap = (plain.double() - traced.numbers.double()).abs()
     allowed = 2 * _UP * traced.error[:, None] + 1e-300
     alike = (gap <= allowed) | (plain == traced.numbers) | ~torch.isfinite(traced.numbers)
-    if plain.shape != traced.numbers.shape or not bool(alike.all()):
+    if plain.shape[1:] != traced.numbers.shape[1:] or not bool(alike.all()):
         raise UncertifiableError(
-            f"run again it gives scores that differ by {gap.max().item():.3g}, more than rounding can: is it random, "
-            "or does it depend on what it computed before?",
+            f"run again, in batches of another length, it gives scores that differ by {gap.max().item():.3g}, more "
+            "than rounding can: is it random, or does it depend on other images or on what it computed before?",
             type(twin).__name__,
         )
-    bad = ~torch.isfinite(plain).all(1, keepdim=True)
+    bad = ~torch.isfinite(plain[: len(batch)]).all(1, keepdim=True)
     scores = torch.where(bad, math.nan, traced.numbers.double())
     return scores.cpu(), score_bound(traced)
 
