@@ -35,6 +35,7 @@ RECIPES = {
     # The ranks' shares of a token batch hold different numbers of targets; two modules share a weight.
     "tokens": standins.recipe(eps=1e-3, dataset="echo", model="tied"),
     "blocks": standins.recipe(eps=1e-3, model="blocks", precision="bf16"),
+    "matrices": standins.recipe(eps=1e-3, model="blocks", optimizer="muon"),
 }
 
 

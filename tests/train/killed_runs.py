@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Rows and checkpoints fall on different epochs, so the running loss must be carried over as well.
     "images": {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 1.0, "eval_every": 3, "label_smoothing": 0.1},
     "tokens": {"dataset": "echo", "model": "tied", "checkpoint_every": 2, "optimizer": "adam"},
+    "matrices": {"dataset": "echo", "model": "tied", "optimizer": "muon"},
     "last": {"optimizer": "nadam", "channels_last": True, "precision": "bf16", "schedule": "piecewise"},
 }
 

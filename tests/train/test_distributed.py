@@ -30,11 +30,13 @@ def launch(*words: object, by: tuple[str, ...] = ()) -> None:
 
 
 def assert_same_run(found: Run, expected: Run) -> None:
-    half = expected.recipe.precision == "bf16"
+    muon = expected.recipe.optimizer == "muon"  # it iterates in bf16, so that last digits grow
+    half = muon or expected.recipe.precision == "bf16"
     weights, wanted = (load_file(run.path / "final.safetensors") for run in (found, expected))
     assert weights.keys() == wanted.keys()
     for name, weight in wanted.items():
-        torch.testing.assert_close(weights[name], weight, rtol=3e-2 if half else 1e-4, atol=3e-3 if half else 1e-5)
+        tolerance = {"rtol": 3e-2, "atol": 3e-2 if muon else 3e-3} if half else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(weights[name], weight, **tolerance)
     assert [row["step"] for row in found.rows] == [row["step"] for row in expected.rows]
     for left, right in zip(found.rows, expected.rows, strict=True):
         for key in ("train_loss", "test/loss", "test/accuracy"):
@@ -51,16 +53,16 @@ def assert_same_run(found: Run, expected: Run) -> None:
 def test_every_strategy_and_number_of_processes_gives_the_same_run(tmp_path: Path) -> None:
     # Checkpoints move, too: a from one process to four shards to two copies, b from two shards to four copies to one.
     groups = """
-        1:ddp images:whole tokens:whole blocks:whole images-a:stop=2.1 tokens-a:stop=1.2 --
-        2:fsdp2 images-2f:whole tokens-2f:whole blocks-2f:whole images-b:stop=1.3 blocks-b:stop=2.0 --
+        1:ddp images:whole tokens:whole blocks:whole matrices:whole images-a:stop=2.1 tokens-a:stop=1.2 --
+        2:fsdp2 images-2f:whole tokens-2f:whole blocks-2f:whole matrices-2f:whole images-b:stop=1.3 blocks-b:stop=2.0 --
         4:fsdp2 images-4f:whole images-a:stop=3.2 tokens-a:stop=2.1 --
         4:ddp tokens-4d:whole images-b:stop=3.0 blocks-b:stop=3.1 --
-        2:ddp images-a:end tokens-a:end blocks-2d:whole --
+        2:ddp images-a:end tokens-a:end blocks-2d:whole matrices-2d:whole --
         1:ddp images-b:end blocks-b:end
     """
     launch(tmp_path, *groups.split())
     paths = sorted(path for path in tmp_path.iterdir() if "-" in path.name)
-    assert len(paths) == 10
+    assert len(paths) == 12
     for path in paths:
         assert_same_run(load_run(path), load_run(tmp_path / path.name.partition("-")[0]))
         assert not list(path.glob("checkpoint*"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -13,6 +14,7 @@ import standins
 import torch
 from safetensors.torch import load_file
 from standins import BlobSource, TinyNet, recipe
+from torch import nn
 
 from espalier import data, recipes
 from espalier.errors import EspalierError
@@ -142,6 +144,53 @@ def test_nadam_takes_torch_s_own_steps() -> None:
             optimizer.zero_grad()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class _TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(7, 6), nn.LayerNorm(6)
+        self.inner, self.conv, self.head = nn.Linear(6, 6), nn.Conv1d(6, 6, 3, padding=1), nn.Linear(6, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.inner(self.norm(self.table(x)))
+        logits: torch.Tensor = self.head(self.conv(hidden.mT).mT)
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest() -> None:
+    chosen = recipe(optimizer="muon", lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
+    torch.manual_seed(0)
+    ours = _TwoLayers()
+    theirs = copy.deepcopy(ours)
+    mine = build_optimizer(ours, chosen)
+    others = [p for name, p in theirs.named_parameters() if name != "inner.weight"]
+    reference = [
+        torch.optim.Muon([theirs.inner.weight], lr=0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1),
+    ]
+    x = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(1))
+    for step in range(6):
+        if step == 2:  # a schedule
+            for group in (*mine.param_groups, *(group for each in reference for group in each.param_groups)):
+                group["lr"] = 0.01
+        if step == 4:  # a restart, with the state as torch saves it
+            fresh = build_optimizer(ours, chosen)
+            fresh.load_state_dict(mine.state_dict())
+            mine = fresh
+        for model in (ours, theirs):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        mine.step()
+        for each in reference:
+            each.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(EspalierError, match="no linear layer inside: choose 'adamw'"):
+        build_optimizer(nn.Sequential(nn.Conv2d(1, 1, 1)), chosen)
 
 
 def test_frozen_filters_stay_and_leave_the_optimiser(tmp_path: Path) -> None:

@@ -49,8 +49,9 @@ class Recipe:
     """Parameters that stay at their initial values and leave the optimiser."""
 
     # Optimisation.
-    optimizer: Literal["adamw", "adam", "nadam"] = "adamw"
-    """AdamW (weight decay apart from the gradient), or Adam or NAdam (weight decay added to the gradient)."""
+    optimizer: Literal["adamw", "adam", "nadam", "muon"] = "adamw"
+    """AdamW (weight decay apart from the gradient), Adam or NAdam (weight decay added to the gradient), or Muon for the
+    matrices of linear layers inside the network, scaled to AdamW's rates, and AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01

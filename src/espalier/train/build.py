@@ -23,6 +23,7 @@ from espalier.memory import free_memory
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.train.losses import build_loss
+from espalier.train.muon import MuonAdamW, hidden_matrices
 
 if TYPE_CHECKING:
     from espalier.init import StructureReport
@@ -161,23 +162,36 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
     Weight decay acts on every parameter, as in the papers' recipes, but for those whose names the model itself
     exempts in ``no_weight_decay()``. Frozen parameters are left out, so that decay cannot shrink them.
+
+    Raises:
+        EspalierError: Muon for a model without matrices.
     """
     no_weight_decay = getattr(model, "no_weight_decay", None)
     exempt = set(no_weight_decay()) if no_weight_decay is not None else set()
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings: dict[str, Any] = {
+        "lr": recipe.lr,
+        "betas": recipe.betas,
+        "eps": recipe.eps,
+        "weight_decay": recipe.weight_decay,
+    }
+    matrices = hidden_matrices(model) & trained.keys() - exempt if recipe.optimizer == "muon" else set()
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trained if name not in exempt]},
-        {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name not in exempt | matrices]},
+        {"params": [p for name, p in trained.items() if name in exempt], "weight_decay": 0.0},
     ]
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "nadam": torch.optim.NAdam}
-    return kinds[recipe.optimizer](
-        [group for group in groups if group["params"]],
-        lr=recipe.lr,
-        betas=recipe.betas,
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        **({} if recipe.optimizer == "nadam" else {"fused": True}),  # NAdam has no fused kernel
-    )
+    if recipe.optimizer == "muon":
+        if not matrices:
+            raise EspalierError(f"optimizer 'muon': model {recipe.model!r} has no linear layer inside: choose 'adamw'")
+        groups.append({"params": [p for name, p in trained.items() if name in matrices], "muon": True})
+    groups = [group for group in groups if group["params"]]
+    match recipe.optimizer:
+        case "muon":
+            return MuonAdamW(groups, **settings)
+        case "nadam":  # has no fused kernel
+            return torch.optim.NAdam(groups, **settings)
+        case name:
+            return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, **settings, fused=True)
 
 
 def environment() -> dict[str, Any]:
