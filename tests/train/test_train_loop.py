@@ -189,8 +189,15 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest() -> None:
             each.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_muon_refuses_a_model_without_matrices_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("espalier.models.build_model", lambda *_, **__: nn.Sequential(nn.Conv2d(3, 4, 6), nn.Flatten()))
     with pytest.raises(EspalierError, match="no linear layer inside: choose 'adamw'"):
-        build_optimizer(nn.Sequential(nn.Conv2d(1, 1, 1)), chosen)
+        train(recipe(optimizer="muon"), tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_frozen_filters_stay_and_leave_the_optimiser(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     source = build_run_source(recipe)
     model, report = build_run_model(recipe, source)
     freeze_(model, recipe)
+    build_optimizer(model, recipe)  # it may refuse the model, and nothing is written yet
     fabric.barrier()
     if fabric.is_global_zero:
         if not (out / START).exists():
