@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from experiments import attention, convmixer, filters, recall, robustness
 from experiments.experiment import Experiment
 
+_ACROSS = sorted(recall.ACROSS, key=lambda experiment: experiment.minutes)
+
 ORDER: Sequence[Experiment] = (
     recall.MQAR["mamba2"],
     recall.CONTROL,
@@ -22,6 +24,7 @@ ORDER: Sequence[Experiment] = (
     robustness.SCALE,
     filters.CONVNEXT,
     robustness.EQUAL_TIME,
+    *_ACROSS[:8],
     recall.MQAR["mamba1"],
     recall.MQAR["hybrid"],
     recall.LAYERS,
@@ -30,7 +33,7 @@ ORDER: Sequence[Experiment] = (
     convmixer.EQUAL_PARAMETERS,
     convmixer.PATCHES["convmixer"],
     attention.SMALL,
-    *recall.ACROSS,
+    *_ACROSS[8:],
     recall.LONGER,
     attention.CIFAR10,
     convmixer.PATCHES["vit"],
