@@ -57,6 +57,8 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     ("argv", "message"),
     [
         (["trian", "digits_vit"], "unknown command 'trian': did you mean 'train'"),
+        (["report", "~no-such-user/a"], "nobody's home is known as ~no-such-user: write the path out"),
+        (["report", "runs/a", "--out=~no-such-user/a.html"], "nobody's home is known as ~no-such-user"),
         (["train", "digit_vit"], "unknown recipe 'digit_vit': did you mean 'digits_vit'"),
         (["train"], "espalier: train needs a recipe: name a file, or one of"),
         (["compare", "digits_vit", "--arms", "default", "mimetc"], "unknown arm 'mimetc': did you mean 'mimetic'"),

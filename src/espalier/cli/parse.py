@@ -66,6 +66,8 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         SystemExit: help was asked for.
     """
     tokens = [_spelt(token) for token in tokens]
+    for token in tokens:  # tyro has words of its own for what goes wrong inside a list of paths
+        path_of("the path", token.partition("=")[2] if token.startswith("--") else token)
     base = named_recipe = None
     if takes_recipe(command):
         # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
