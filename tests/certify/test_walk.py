@@ -280,6 +280,13 @@ def test_networks_whose_scores_depend_on_the_number_of_images_are_refused(count:
         net = nn.Sequential(Runs(kind), nn.Linear(3, 2))
         with pytest.raises(UncertifiableError):
             certify(net, torch.rand(count, 3), torch.zeros(count, dtype=torch.long))
+    # At these images rounding is larger than what the number of images does, but not far from them.
+    flat = nn.Linear(3, 2)
+    with torch.no_grad():
+        flat.weight.mul_(1e-12)
+    with pytest.raises(UncertifiableError, match="they would meet"):
+        certify(nn.Sequential(Runs(lambda x: x * len(x)), flat), torch.rand(count, 3),
+                torch.zeros(count, dtype=torch.long), arithmetic="float32")  # fmt: skip
     # What takes one number of images alone has nothing to differ from.
     fixed = nn.Sequential(Runs(lambda x: x.view(count, 3)), nn.Linear(3, 2))
     assert len(certify(fixed, torch.rand(count, 3), torch.zeros(count, dtype=torch.long)).radii) == count
