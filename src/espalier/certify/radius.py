@@ -87,7 +87,8 @@ def certify(
     twin = prepare(net, dtype, analysis)
     if dtype == torch.float32:
         refuse_settings(device_of(twin))
-    radii, predictions, roundings = [], [], []
+    radii: list[Tensor] = []
+    predictions, roundings = [], []
     with torch.no_grad(), plain_arithmetic(twin):
         for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
             scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype, first=not radii)
