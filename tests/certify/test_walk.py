@@ -287,6 +287,10 @@ def test_networks_whose_scores_depend_on_the_number_of_images_are_refused(count:
     with pytest.raises(UncertifiableError, match="they would meet"):
         certify(nn.Sequential(Runs(lambda x: x * len(x)), flat), torch.rand(count, 3),
                 torch.zeros(count, dtype=torch.long), arithmetic="float32")  # fmt: skip
+    with torch.no_grad():
+        flat.weight.fill_(math.nan)
+    with pytest.raises(UncertifiableError, match="are its weights finite"):
+        lipschitz_bound(flat, torch.rand(count, 3))
     # What takes one number of images alone has nothing to differ from.
     fixed = nn.Sequential(Runs(lambda x: x.view(count, 3)), nn.Linear(3, 2))
     assert len(certify(fixed, torch.rand(count, 3), torch.zeros(count, dtype=torch.long)).radii) == count

@@ -162,7 +162,7 @@ class _TwoLayers(nn.Module):
 
 
 def test_muon_takes_the_matrices_inside_and_adamw_the_rest() -> None:
-    chosen = recipe(optimizer="muon", lr=0.05, betas=(0.8, 0.9), weight_decay=0.1)
+    chosen = recipe(optimizer="muon", lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, eps=0.5)
     torch.manual_seed(0)
     ours = _TwoLayers()
     theirs = copy.deepcopy(ours)
@@ -170,7 +170,7 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest() -> None:
     others = [p for name, p in theirs.named_parameters() if name != "inner.weight"]
     reference = [
         torch.optim.Muon([theirs.inner.weight], lr=0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1),
+        torch.optim.AdamW(others, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, eps=0.5),
     ]
     x = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(1))
     for step in range(6):

@@ -77,7 +77,7 @@ def certify(
     Raises:
         EspalierError: images outside [0, 1] or not finite, labels that do not fit them, or an unknown arithmetic.
         UncertifiableError: an operation without a rule, named with the path of its module; a network that is random or
-            depends on what it computed before.
+            depends on what it computed before or on the number of images.
     """
     if arithmetic not in ARITHMETIC:
         raise unknown_name("arithmetic", arithmetic, ARITHMETIC)

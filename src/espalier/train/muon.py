@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MUON_EPS = 1e-7
+"""torch's default: what norms of gradients are kept above. AdamW's ε is added to root mean squares, a larger thing."""
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Each group of parameters goes to ``torch.optim.Muon`` or to ``torch.optim.AdamW``, by its entry ``"muon"``.
@@ -32,6 +35,9 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "muon": False})
+        for group in self.param_groups:
+            if group["muon"]:
+                group["eps"] = _MUON_EPS
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
