@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,8 +60,10 @@ def written(out: Path) -> Counter[tuple[str, str, float, int]]:
     return Counter((r.study, r.arm, r.lr, r.seed) for file in files for r in read_records(file))
 
 
-def watch(out: Path, seconds: float, stops_an_hour: float, draw: random.Random) -> dict[str, Any]:
-    """Run the queue for some time with random stops, and return what happened."""
+def watch(
+    out: Path, seconds: float, stops_an_hour: float, draw: random.Random, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the queue, or these experiments of it, for some time with random stops, and return what happened."""
     before, stops, samples = written(out), Counter[str](), defaultdict[int, list[Held]](list)
     handed_over, complaints = 0, []
     started, end = time.time(), time.monotonic() + seconds
@@ -70,7 +73,7 @@ def watch(out: Path, seconds: float, stops_an_hour: float, draw: random.Random) 
     while (left := end - time.monotonic()) > SAMPLE_SECONDS:
         with log.open("a") as file:
             command = [sys.executable, str(ROOT / "experiments" / "queue.py"), "--out", str(out)]
-            command += ["--deadline", f"{left:.0f}s"]
+            command += ["--deadline", f"{left:.0f}s", *(["--only", *only] if only else [])]
             queue = psutil.Popen(command, stdout=file, stderr=file)
         until = min(end, time.monotonic() + draw.expovariate(stops_an_hour / 3600))
         while time.monotonic() < until and queue.poll() is None:
@@ -130,10 +133,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "queue")
     parser.add_argument("--stops-an-hour", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these experiments alone")
     parser.add_argument("--write", type=Path, help="the file of sessions, one line each")
     given = parser.parse_args()
     assert COMMITTED.is_dir(), f"no committed records in {COMMITTED}"
-    session = watch(given.out, given.hours * 3600, given.stops_an_hour, random.Random(given.seed))
+    session = watch(given.out, given.hours * 3600, given.stops_an_hour, random.Random(given.seed), given.only)
     line = json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in session.items()})
     print(line)
     if given.write is not None:
