@@ -77,6 +77,10 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "one less": lambda x: 1 - x.neg().relu(),
     "stacked": lambda x: torch.stack((x, x), 1).amax(1),
     "by the number of images": lambda x: x * len(x) / 2,
+    "by it above one": lambda x: x + x.shape[0] * (x - 1).relu(),
+    "a constant an image": lambda x: x - x.new_full((x.shape[0], *[1] * (x.ndim - 1)), 0.3),
+    "beside constants": lambda x: torch.cat((torch.ones(x.shape, dtype=x.dtype), x), 1)[:, 1 : x.shape[1] + 1],
+    "by shape": lambda x: x.reshape(x.shape[0], -1).view(x.shape) * torch.full_like(x, -1.5),
 }
 """Of values (B, C, …), which keep the number of dimensions."""
 

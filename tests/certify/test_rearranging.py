@@ -103,7 +103,7 @@ def test_moves_that_leave_the_batch_alone_are_bounded() -> None:
     for move, constant in (
         (lambda x: x.flatten(1), 1.0),
         (lambda x: x[:, [0, 0, 0]], 3**0.5),
-        (lambda x: x.expand(2, 4, 2, 2), 1.0),
+        (lambda x: x.expand(x.shape[0], 4, 2, 2), 1.0),
         (lambda x: F.pad(x, (1, 1, 0, 0), "replicate"), 2**0.5),
         (lambda x: F.pad(x, (1, 1, 1, 1), value=3.0), 1.0),
     ):

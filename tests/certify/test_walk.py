@@ -267,37 +267,6 @@ def test_random_and_stateful_networks_are_refused() -> None:
             certify(net, torch.rand(4, 3), torch.zeros(4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_networks_whose_scores_depend_on_the_number_of_images_are_refused(count: int) -> None:
-    kinds: list[Callable[[Tensor], Tensor]] = [
-        lambda x: x * len(x),
-        lambda x: x / x.numel(),
-        lambda x: x + x.shape[0],
-        lambda x: x.mul(torch.arange(1, len(x) + 1).view(-1, 1)) if len(x) > 1 else x,
-        lambda x: x if len(x) == count else 3 * x,
-    ]
-    for kind in kinds:
-        net = nn.Sequential(Runs(kind), nn.Linear(3, 2))
-        with pytest.raises(UncertifiableError):
-            certify(net, torch.rand(count, 3), torch.zeros(count, dtype=torch.long))
-    # At these images rounding is larger than what the number of images does, but not far from them.
-    flat = nn.Linear(3, 2)
-    with torch.no_grad():
-        flat.weight.mul_(1e-12)
-    with pytest.raises(UncertifiableError, match="they would meet"):
-        certify(nn.Sequential(Runs(lambda x: x * len(x)), flat), torch.rand(count, 3),
-                torch.zeros(count, dtype=torch.long), arithmetic="float32")  # fmt: skip
-    with torch.no_grad():
-        flat.weight.fill_(math.nan)
-    with pytest.raises(UncertifiableError, match="are its weights finite"):
-        lipschitz_bound(flat, torch.rand(count, 3))
-    # What takes one number of images alone has nothing to differ from.
-    fixed = nn.Sequential(Runs(lambda x: x.view(count, 3)), nn.Linear(3, 2))
-    assert len(certify(fixed, torch.rand(count, 3), torch.zeros(count, dtype=torch.long)).radii) == count
-    with pytest.raises(UncertifiableError, match="they would meet"):
-        lipschitz_bound(nn.Sequential(Runs(lambda x: x * len(x)), nn.Linear(3, 2)), torch.rand(count, 3))
-
-
 def test_an_operator_that_rounding_left_far_from_orthogonal_is_measured() -> None:
     torch.manual_seed(0)
     conv = CayleyConv2d(6, 8, 3).double().eval()

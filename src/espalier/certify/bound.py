@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from espalier.certify import code, elementwise, linear, orthogonium, shapes
 from espalier.certify.arithmetic import unit, up
 from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
+from espalier.certify.counts import another
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
 from espalier.errors import EspalierError
@@ -98,8 +99,6 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     images = None if example is None else example.detach().to(device_of(twin), torch.float64)
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
-        if images is not None:
-            refuse_counting(twin, analysis, images, result.lipschitz)
     if not math.isfinite(result.lipschitz):
         raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
     return result.lipschitz
@@ -136,33 +135,13 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     return twin
 
 
-def other_lengths(batch: Tensor) -> list[Tensor]:
-    """Return the images of a batch in batches of other lengths, the first of them as short as can be."""
-    return [batch[:1].clone(), batch[1:].clone()] if len(batch) > 1 else [batch.repeat(2, *[1] * (batch.ndim - 1))]
-
-
-def refuse_counting(net: nn.Module, analysis: Analysis, batch: Tensor, lipschitz: float) -> None:
-    """Refuse a prepared network whose constant depends on how many images there are.
-
-    Raises:
-        UncertifiableError: see above.
-    """
-    try:
-        other = run(net, analysis, analysis.start(other_lengths(batch)[0])).lipschitz
-    except UncertifiableError:  # it takes this length alone
-        return
-    if math.isfinite(lipschitz) and not math.isclose(other, lipschitz, rel_tol=1e-6):
-        raise UncertifiableError(f"its constant is {lipschitz:.6g} or {other:.6g}, by the number of images: they would "
-                                 "meet", type(net).__name__)  # fmt: skip
-
-
 def run(net: nn.Module, analysis: Analysis, x: Bounded) -> Bound:
     """Run a prepared network on one value.
 
     Raises:
         UncertifiableError: see ``lipschitz_bound``.
     """
-    result = net(x)
+    result = analysis.run(net, x)
     if not isinstance(result, Bounded):
         what = "scores that do not depend on the images" if isinstance(result, Tensor) else type(result).__name__
         raise UncertifiableError(f"it returns {what}: one tensor is needed", type(net).__name__)
@@ -277,11 +256,13 @@ class _Watched:
     def _declared(self, x: Bounded, constant: Callable[[], float | None], rounding: Rounding | None = None) -> Any:
         """Use a stated constant; with numbers the forward pass is followed, too, for its rounding."""
         analysis, bound = self.analysis, self.analysis.read(x, "it")
+        failed = analysis.failed
         try:
             stated = constant()
         except UncertifiableError:
             if bound.value is None:
                 raise
+            analysis.failed = failed
             return self.forward(x)
         if stated is None:
             return self.forward(x)
@@ -292,10 +273,20 @@ class _Watched:
         if bound.value is None:
             return Bounded(Bound(None, total), analysis, x.memory)
         if not analysis.rounding or rounding is not None:
-            given = bound.value.clone()
+            given, count = bound.value.clone(), another(len(bound.value))
             value = self.forward(given)
-            if not torch.equal(given, bound.value) or not isinstance(value, Tensor) or len(value) != len(given):
+            if (
+                not torch.equal(given, bound.value)
+                or not isinstance(value, Tensor)
+                or value.shape[:1] != given.shape[:1]
+            ):
                 raise UncertifiableError("it changes its input in place, or does not return one value per image")
+            try:
+                fits = self.forward(given[:1].repeat(count, *[1] * (given.ndim - 1))).shape == (count, *value.shape[1:])
+            except RuntimeError:
+                fits = False
+            if not fits:  # it may have taken the images of a batch for the channels of one
+                raise UncertifiableError(f"it takes {len(given)} images and not {count}: is the batch in front?")
             relative, absolute = rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0)
             made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
             return Bounded(made, analysis, x.memory)

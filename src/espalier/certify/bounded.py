@@ -9,7 +9,8 @@ with it, for h* the map in real arithmetic and ĥ the one that runs,
 
 per image x and for every radius r. L and b are numbers, a one number per image: every rule is affine in r, because
 ‖ĥ(x′)‖ ≤ ‖ĥ(x)‖ + 2a + (L + b)·r. An operation without a rule is refused by name, and so is whatever would look at the
-numbers: a branch, a comparison, an index that depends on the input.
+numbers: a branch, a comparison, an index that depends on the input. The number of images cannot be read, either
+(``espalier.certify.counts``).
 
 Without numbers (``value`` None) only L is carried, for a network whose image size is not known; what needs to know it
 is refused.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
+from espalier.certify.counts import CountedCalls, ImageCount, has_count, repeated
 from espalier.certify.digits import try_products
 from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
 from espalier.certify.refusal import UncertifiableError
@@ -120,6 +122,28 @@ class Analysis:
     """Operations whose products are known to keep their digits."""
     modules: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
+    failed: Exception | None = None
+    """The first error of an operation in this pass: a network that catches it would go on unwatched."""
+
+    @cached_property
+    def count(self) -> ImageCount:
+        """The number of images, which cannot be read."""
+        return ImageCount(self._note_failure)
+
+    def _note_failure(self, reason: str) -> Exception:
+        error = self.refuse(reason)
+        self.failed = self.failed or error
+        return error
+
+    def run(self, net: Callable[[Bounded], Any], x: Bounded) -> Any:
+        """Run a network on one value, and refuse it if it went on after an operation that failed."""
+        self.failed = None
+        with CountedCalls(self):
+            result = net(x)
+        if self.failed is not None:
+            line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]
+            raise self.refuse(f"it goes on after an operation that failed, in a way that nobody watches ({line})")
+        return result
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
         """Return the images as the first value: the identity, off by ``shift`` times their norm if rounded."""
@@ -223,13 +247,35 @@ class Analysis:
         note = next((self.notes[path] for path in reversed(self.path) if path in self.notes), None)
         return UncertifiableError(f"{reason} ({note})" if note else reason, where)
 
+    def counted(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do an operation that is given the number of images."""
+        if next(bounded_in((*args, *kwargs.values())), None) is not None:
+            return function(*args, **kwargs)
+        made = None if self.room is None else repeated(function, args, kwargs, len(self.room))
+        if made is None:
+            raise self.count.refused(full_name(function))
+        return Bounded(self.same_for_all(made), self)
+
+    def same_for_all(self, value: Tensor) -> Bound:
+        """Return the bound of a constant that is there once for every image."""
+        return Bound(value, 0.0, value.new_zeros(len(value), dtype=torch.float64))
+
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one operation by its rule."""
+        try:
+            return self._call(function, args, kwargs)
+        except Exception as error:
+            self.failed = self.failed or error
+            raise
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         full = full_name(function)
         name, writes = in_place(full)
         rule = OPERATIONS.get(name)
         if rule is None or kwargs.get("out") is not None:
             raise self.refuse(unknown(full))
+        if not rule.counted and has_count((args, kwargs)):
+            raise self.count.refused(full)
         operands = list(bounded_in((*args, *kwargs.values())))
         for operand in operands:
             self.read(operand, full)
@@ -279,9 +325,9 @@ class Bounded(Tensor):
 
     @staticmethod
     def __new__(cls, bound: Bound, analysis: Analysis, memory: _Memory | None = None) -> Bounded:
-        """Return a tensor without numbers of its own: nothing can read them but a rule."""
+        """Return a tensor without numbers, or a number of images, of its own: nothing can read them but a rule."""
         value = torch.empty(1, dtype=torch.float64) if bound.value is None else bound.value
-        made: Bounded = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
+        made: Bounded = Tensor._make_wrapper_subclass(cls, value.shape[1:], dtype=value.dtype, device=value.device)
         made.bound, made.analysis, made.memory = bound, analysis, memory or _Memory()
         made.version = made.memory.version
         return made

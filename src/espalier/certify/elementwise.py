@@ -101,7 +101,7 @@ def subtract_from(analysis: Analysis, input: Any, other: Any, *, alpha: float = 
 @operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", values=2)
 def multiply(analysis: Analysis, input: Any, other: Any) -> Bound:
     """c·x: the largest |c|. A product of two values has no constant."""
-    if not isinstance(input, Bound):
+    if not isinstance(input, Bound) or (isinstance(other, Bound) and _is_constant(input)):
         input, other = other, input
     return _product(analysis, input, other, lambda x, c: x * c, 1.0)
 
@@ -114,7 +114,14 @@ def divide(analysis: Analysis, input: Any, other: Any, *, rounding_mode: str | N
     return _product(analysis, input, other, lambda x, c: x / c, -1.0)
 
 
+def _is_constant(x: Bound) -> bool:
+    """Return whether a value is a constant, exact and the same for every image."""
+    return x.lipschitz == x.growth == 0 and x.error is not None and not x.error.any()
+
+
 def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any], Tensor], power: float) -> Bound:
+    if isinstance(c, Bound) and _is_constant(c) and c.numbers.ndim == x.numbers.ndim:
+        c = c.numbers[:1]
     if isinstance(c, Bound):
         raise UncertifiableError("a product or quotient of two values that depend on the image has no constant")
     c = _constant(x, c)

@@ -18,6 +18,8 @@ class Rule(NamedTuple):
     """How many leading arguments may depend on the image."""
     alias: bool
     """Whether the result may share its numbers with the first operand."""
+    counted: bool
+    """Whether an argument may be the number of images."""
     signature: inspect.Signature
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -34,7 +36,9 @@ OPERATIONS: dict[str, Rule] = {}
 """By torch's full name, without the underscore of operations in place."""
 
 
-def operation(*names: str, values: int = 1, alias: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operation(
+    *names: str, values: int = 1, alias: bool = False, counted: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a rule (decorator).
 
     Args:
@@ -42,6 +46,7 @@ def operation(*names: str, values: int = 1, alias: bool = False) -> Callable[[Ca
             ``torch.`` as it is. Operations in place have the rule of the others.
         values: how many leading arguments may depend on the image.
         alias: whether the result may share its numbers with the first operand.
+        counted: whether an argument may be the number of images, ``espalier.certify.counts.ImageCount``.
     """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +57,8 @@ def operation(*names: str, values: int = 1, alias: bool = False) -> Callable[[Ca
                 keys = [f"torch.nn.functional.{name[2:]}"]
             else:
                 keys = [f"torch.{name}", f"torch.Tensor.{name}"]
-            OPERATIONS.update(dict.fromkeys(keys, Rule(function, values, alias, inspect.signature(function))))
+            rule = Rule(function, values, alias, counted, inspect.signature(function))
+            OPERATIONS.update(dict.fromkeys(keys, rule))
         return function
 
     return enter

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
-from espalier.certify.bound import device_of, other_lengths, plain_arithmetic, prepare, refuse_counting, run
+from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
 from espalier.certify.bounded import Analysis, Bound
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
@@ -91,7 +91,7 @@ def certify(
     predictions, roundings = [], []
     with torch.no_grad(), plain_arithmetic(twin):
         for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
-            scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype, first=not radii)
+            scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype)
             if theirs.max() >= scores.shape[1]:
                 raise EspalierError(f"labels go up to {int(labels.max())}, the network has {scores.shape[1]} scores")
             assert analysis.room is not None
@@ -190,7 +190,7 @@ def check_pixels(images: Tensor, labels: Tensor) -> None:
 
 
 def _bounded_scores(
-    twin: nn.Module, analysis: Analysis, images: Tensor, dtype: torch.dtype, *, first: bool
+    twin: nn.Module, analysis: Analysis, images: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, ScoreBound]:
     """Return the scores of a batch in float64 on the CPU, as a plain run of the network gives them, and their bound."""
     batch = images.to(device_of(twin), dtype)
@@ -200,10 +200,11 @@ def _bounded_scores(
     if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
         raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")
     # The same without bounds, as a user runs it, and in batches of other lengths. A network that is random, that keeps
-    # count, that asks how many images there are, or that tells a value with a bound from a tensor, gives itself away if
-    # it is further off than rounding can take it.
+    # count, or that tells a value with a bound from a tensor, gives itself away if it is further off than rounding can
+    # take it.
+    parts = [batch[:1].clone(), batch[1:].clone()] if len(batch) > 1 else [batch.repeat(2, *[1] * (batch.ndim - 1))]
     try:
-        plain = torch.cat([twin(part) for part in other_lengths(batch)])
+        plain = torch.cat([twin(part) for part in parts])
     except (RuntimeError, TypeError):  # it takes this length alone
         plain = twin(batch.clone())
     if not isinstance(plain, Tensor):
@@ -218,10 +219,6 @@ def _bounded_scores(
             "than rounding can: is it random, or does it depend on other images or on what it computed before?",
             type(twin).__name__,
         )
-    if first:  # what scores at these images do not show, they may show far from them
-        room = analysis.room
-        refuse_counting(twin, analysis, batch, traced.lipschitz)
-        analysis.room = room
     bad = ~torch.isfinite(plain[: len(batch)]).all(1, keepdim=True)
     scores = torch.where(bad, math.nan, traced.numbers.double())
     return scores.cpu(), score_bound(traced)

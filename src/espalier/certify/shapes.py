@@ -12,16 +12,19 @@ from torch import Tensor
 
 from espalier.certify.arithmetic import cast_unit, root_up, up
 from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.counts import another, has_count, repeated, with_count
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
 
-_MEET = "it moves, drops or repeats a part of the batch, so that images would meet"
+_MEET = (
+    "it moves, drops or repeats a part of the batch, so that images would meet, or fits one number of images alone: "
+    "name it x.shape[0], or -1"
+)
 
 
 def _rearranged(
-    analysis: Analysis, x: Bound, compute: Callable[[Tensor], Any], ids: Callable[[Tensor], Any] | None = None,
-    *, images: int = 2,
-) -> Any:  # fmt: skip
+    analysis: Analysis, x: Bound, compute: Callable[[Tensor], Any], ids: Callable[[Tensor], Any] | None = None
+) -> Any:
     """Return the bound of numbers of x in other places: √ of how often one of them is there, found by trying it out.
 
     Args:
@@ -29,11 +32,17 @@ def _rearranged(
         x: the operand.
         compute: the operation; it returns a tensor, or a tuple of them.
         ids: the same with −1 for numbers that are not of x, if it adds some.
-        images: how many it is tried on. Of two, neither can be moved, dropped or repeated unnoticed.
     """
     shape, size = x.numbers.shape, math.prod(x.numbers.shape[1:])
+    # Of two or three, none can be moved, dropped or repeated unnoticed. What is written for as many as there are, with
+    # a plain number, fails on others: it could do another thing there.
+    images = another(len(x.numbers))
     every = torch.arange(images * size, dtype=torch.float64, device=x.numbers.device).view(images, *shape[1:])
-    values, places = compute(x.numbers), (ids or compute)(every)
+    values = compute(x.numbers)
+    try:
+        places = (ids or compute)(every)
+    except RuntimeError as error:
+        raise UncertifiableError(_MEET) from error
     if isinstance(values, Tensor):
         return _placed(analysis, x, values, places, images, size)
     if len(values) != len(places):
@@ -42,7 +51,7 @@ def _rearranged(
 
 
 def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, images: int, size: int) -> Bound:
-    if value.ndim == 0 or len(value) != len(x.numbers) or len(places) != images:
+    if value.ndim == 0 or len(value) != len(x.numbers) or len(places) != images or value.shape[1:] != places.shape[1:]:
         raise UncertifiableError(_MEET)
     if not value.numel():
         return analysis.exact(x, value)
@@ -55,12 +64,11 @@ def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, images:
     )
 
 
-# -- what a network may ask about a tensor without looking at its numbers
+# -- what a network may ask about a tensor without looking at its numbers, or at how many images there are
 
-_PROPERTIES = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta",
-               "is_mkldnn", "is_nested", "is_mps", "is_xpu", "itemsize", "nbytes")  # fmt: skip
-_METHODS = ("size", "dim", "numel", "nelement", "__len__", "is_floating_point", "is_complex", "get_device",
-            "element_size", "is_contiguous", "stride", "ndimension")  # fmt: skip
+_PROPERTIES = ("ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_mkldnn",
+               "is_nested", "is_mps", "is_xpu", "itemsize")  # fmt: skip
+_METHODS = ("dim", "is_floating_point", "is_complex", "get_device", "element_size", "ndimension")
 _SIZELESS = ("dtype", "device", "layout", "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized")
 
 
@@ -79,6 +87,34 @@ for _name in _METHODS:
     operation(_name)(_ask(_name, lambda x, *args, name=_name, **kwargs: getattr(x, name)(*args, **kwargs)))
 
 
+@operation("torch.Tensor.shape.__get__", "size")
+def size(analysis: Analysis, input: Bound, dim: int | None = None) -> Any:
+    """The shape, with a name in place of the number of images."""
+    sizes: tuple[Any, ...] = (analysis.count, *input.numbers.shape[1:])
+    shape = torch.Size(sizes)
+    return shape if dim is None else shape[dim]
+
+
+for _name in ("numel", "nelement", "__len__", "torch.Tensor.nbytes.__get__"):
+
+    @operation(_name)
+    def _total_size(analysis: Analysis, input: Bound, *, name: str = _name) -> Any:
+        """Refused: the number of images is a factor of it."""
+        raise analysis.count.refused(name.removesuffix(".__get__"))
+
+
+for _name in ("stride", "is_contiguous"):
+
+    @operation(_name)
+    def _layout(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Any:
+        """The same as of the numbers, whose images have to lie one after the other."""
+        x = input.numbers
+        span = 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+        if len(x) > 1 and 0 < x.stride(0) < span:  # the images lie side by side: other strides count them
+            raise analysis.count.refused(name)
+        return getattr(x, name)(*args, **kwargs)
+
+
 @operation("torch.Tensor.requires_grad.__get__", "torch.Tensor.is_leaf.__get__", "is_inference", "is_conj", "is_neg")
 def no(analysis: Analysis, input: Bound) -> bool:
     """False: no gradient is taken."""
@@ -90,17 +126,26 @@ def nothing(analysis: Analysis, input: Bound) -> None:
     """None: no gradient is taken."""
 
 
-def _constants(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Tensor:
-        return function(input.numbers, *args, **kwargs)
-
-    return rule
-
-
 for _name in ("zeros_like", "ones_like", "full_like"):
-    operation(f"torch.{_name}")(_constants(getattr(torch, _name)))
+
+    @operation(f"torch.{_name}")
+    def _like(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Bound:
+        """0: a constant for every image."""
+        return analysis.same_for_all(getattr(torch, name)(input.numbers, *args, **kwargs))
+
+
 for _name in ("new_zeros", "new_ones", "new_full", "new_tensor"):
-    operation(f"torch.Tensor.{_name}")(_constants(getattr(Tensor, _name)))
+
+    @operation(f"torch.Tensor.{_name}", counted=_name != "new_tensor")
+    def _new(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Any:
+        """A constant; 0 if it is one for every image."""
+        make = getattr(Tensor, name)
+        if not has_count((args, kwargs)):
+            return make(input.numbers, *args, **kwargs)
+        made = repeated(make, (input.numbers, *args), kwargs, len(input.numbers))
+        if made is None:
+            raise analysis.count.refused(name)
+        return analysis.same_for_all(made)
 
 
 # -- views and copies
@@ -119,19 +164,19 @@ def copied(analysis: Analysis, input: Bound, *, memory_format: Any = None) -> Bo
     return input
 
 
-def _enter(
-    compute: Callable[..., Any], *names: str, alias: bool = True, images: Callable[[int], int] = lambda _: 2
-) -> None:
-    """Enter an operation that only moves numbers, and on how many images it is tried, given how many there are."""
+def _enter(compute: Callable[..., Any], *names: str, alias: bool = True, counted: bool = False) -> None:
+    """Enter an operation that only moves numbers."""
 
-    @operation(*names, alias=alias)
+    @operation(*names, alias=alias, counted=counted)
     def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
         """The same numbers in other places: √ of the copies of one."""
         if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
             raise UncertifiableError("reading numbers as another dtype has no rule")
         if input.value is None and _keeps_images(names[0], *args, **kwargs):
             return input
-        return _rearranged(analysis, input, lambda x: compute(x, *args, **kwargs), images=images(len(input.numbers)))
+        return _rearranged(
+            analysis, input, lambda x: compute(x, *with_count(args, len(x)), **with_count(kwargs, len(x)))
+        )
 
 
 def _keeps_images(name: str, *args: Any, **kwargs: Any) -> bool:
@@ -147,17 +192,26 @@ for _name in (
 ):  # fmt: skip
     _enter(getattr(Tensor, _name), _name)
 _enter(Tensor.split, "split", "F.split", "split_with_sizes")
-# These two may name the length of the batch.
-_enter(Tensor.reshape, "reshape", "view", images=lambda count: count)
-_enter(Tensor.expand, "expand", "broadcast_to", images=lambda count: count)
+_enter(Tensor.reshape, "reshape", "view", counted=True)
+_enter(Tensor.expand, "expand", "broadcast_to", counted=True)
 _enter(Tensor.__getitem__, "torch.Tensor.__getitem__")
 _enter(lambda x: x.mT, "torch.Tensor.mT.__get__")
 _enter(Tensor.index_select, "index_select", alias=False)
 _enter(Tensor.flip, "flip", alias=False)
-_enter(Tensor.roll, "roll", alias=False, images=lambda count: max(2, count))  # by two, two images would stay in place
 _enter(Tensor.repeat, "repeat", "tile", alias=False)
 for _name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
     _enter(getattr(F, _name), f"F.{_name}", f"torch.{_name}")
+
+
+@operation("roll")
+def roll(analysis: Analysis, input: Bound, shifts: Any, dims: Any = ()) -> Any:
+    """The same numbers in other places."""
+    axes = (dims,) if isinstance(dims, int) else tuple(dims)
+    if not axes or any(
+        axis % input.numbers.ndim == 0 for axis in axes
+    ):  # by as many as there are, all would stay in place
+        raise UncertifiableError(_MEET)
+    return _rearranged(analysis, input, lambda x: x.roll(shifts, dims))
 
 
 def padding_factor(pads: Sequence[int], mode: str) -> float:
@@ -243,8 +297,11 @@ def _converted(analysis: Analysis, input: Bound, dtype: torch.dtype | None) -> B
 
 
 @operation("to", "type", "type_as", values=2, alias=True)
-def to(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound:
+def to(analysis: Analysis, input: Any, *args: Any, **kwargs: Any) -> Any:
     """1, and the rounding of a conversion to fewer digits. Devices are left as they are."""
+    if not isinstance(input, Bound):  # a constant in the precision of a value
+        like = next(target.numbers for target in (*args, *kwargs.values()) if isinstance(target, Bound))
+        return input.to(like)
     targets = [*args, *kwargs.values()]
     dtypes = [target for target in targets if isinstance(target, torch.dtype)]
     dtypes += [target.dtype for target in targets if isinstance(target, Tensor)]

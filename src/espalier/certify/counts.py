@@ -1,0 +1,151 @@
+"""The number of images in a batch, as a network meets it while it is bounded: a length, and nothing else.
+
+A certificate is about each image by itself. A network that computes with the number of images gives one image other
+scores in other company, and where that shows (behind an activation that is zero at the images, say) no run can tell.
+So the number cannot be read: ``x.shape[0]`` is a symbolic integer without a value. It can be the first size of a view,
+of a copy or of a constant; arithmetic, comparisons, ``int``, ``range``, ``len`` and every other operation that is given
+it are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from espalier.certify.operations import full_name
+
+if TYPE_CHECKING:
+    from espalier.certify.bounded import Analysis
+
+_READS = (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor", "matmul"
+)  # fmt: skip
+_OTHERS = (
+    "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "bool", "int", "index", "float", "complex", "round", "trunc",
+    "floor", "ceil", "sym_max", "sym_min", "sym_float", "sym_not", "sym_sqrt", "sym_ite",
+)  # fmt: skip
+
+
+class ImageCount(torch.SymInt):
+    """The number of images: equal to itself, unchanged by 1 as a factor, and otherwise not to be read."""
+
+    def __init__(self, refuse: Callable[[str], Exception]) -> None:
+        self.refuse = refuse
+        super().__init__(self)  # torch asks the node for the value, which is refused below
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what torch asks a symbolic integer for when it wants its value."""
+        if name.startswith("__") or name == "node":
+            raise AttributeError(name)
+        raise self.refused(name)
+
+    def refused(self, name: str) -> Exception:
+        """Return the refusal of one way to read it."""
+        return self.refuse(
+            f"{name.strip('_')} reads the number of images, so that images would meet: use it as the first size of "
+            "view, reshape, expand, zeros, ones, full or new_zeros alone"
+        )
+
+    def __repr__(self) -> str:
+        """Show a name in place of the number."""
+        return "N"
+
+    # As torch's own: libraries that keep what they know of a shape in a dictionary (einops) do without then.
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for itself."""
+        if other is self:
+            return True
+        raise self.refused("==")
+
+    def __ne__(self, other: object) -> bool:
+        """Return False for itself."""
+        return not self == other
+
+
+def _unreadable(name: str) -> Callable[..., Any]:
+    def method(self: ImageCount, *others: Any) -> Any:
+        if name in ("mul", "rmul", "floordiv") and type(others[0]) is int and others[0] == 1:
+            return self
+        raise self.refused(name)
+
+    return method
+
+
+for _name in (*_READS, *(f"r{name}" for name in _READS), *(f"i{name}" for name in _READS), *_OTHERS):
+    setattr(ImageCount, f"__{_name}__", _unreadable(_name))
+
+
+def has_count(items: Iterable[Any]) -> bool:
+    """Return whether the number of images is among arguments, however deep."""
+    for item in items:
+        if isinstance(item, ImageCount):
+            return True
+        parts: Iterable[Any] = ()
+        if isinstance(item, list | tuple):
+            parts = item
+        elif isinstance(item, dict):
+            parts = item.values()
+        elif isinstance(item, slice):
+            parts = (item.start, item.stop, item.step)
+        if has_count(parts):
+            return True
+    return False
+
+
+def with_count(item: Any, count: int) -> Any:
+    """Return an argument with a number in place of the number of images."""
+    if isinstance(item, ImageCount):
+        return count
+    if isinstance(item, list | tuple):
+        return tuple(with_count(part, count) for part in item)
+    return {name: with_count(part, count) for name, part in item.items()} if isinstance(item, dict) else item
+
+
+def another(count: int) -> int:
+    """Return a number of images to try an operation on, other than the one at hand and not one."""
+    return 2 if count != 2 else 3
+
+
+class CountedCalls(TorchFunctionMode):
+    """While a network runs: operations on constants alone that are given the number of images.
+
+    torch itself would take a placeholder for the number. What repeats a constant for every image becomes a value that
+    depends on none; everything else is refused.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        super().__init__()
+        self.analysis = analysis
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do an operation, or refuse it."""
+        kwargs = kwargs or {}
+        if not has_count((args, kwargs)):
+            return func(*args, **kwargs)
+        return self.analysis.counted(func, args, kwargs)
+
+
+_REPEAT = {
+    f"torch.{name}" for name in ("zeros", "ones", "full", "broadcast_to", "Tensor.expand", "Tensor.broadcast_to",
+                                 "Tensor.new_zeros", "Tensor.new_ones", "Tensor.new_full")
+}  # fmt: skip
+
+
+def repeated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], images: int) -> Tensor | None:
+    """Return a constant that is the same for every one of the images, or None if it is not that, found by trying."""
+    if full_name(function) not in _REPEAT:
+        return None
+    other = another(images)
+    made, tried = (function(*with_count(args, count), **with_count(kwargs, count)) for count in (images, other))
+    fits = made.ndim > 0 and len(made) == images and len(tried) == other and made.shape[1:] == tried.shape[1:]
+    if not (fits and made.is_floating_point() and torch.equal(made, tried[:1].expand_as(made))):
+        return None
+    return made if torch.equal(tried, tried[:1].expand_as(tried)) else None
