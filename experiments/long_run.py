@@ -100,7 +100,9 @@ def watch(
         handed_over += 1
     after = written(out)
     text = log.read_bytes()[told:].decode()
-    complaints += [line for line in text.splitlines() if "Traceback" in line or "contradict" in line]
+    complaints += [
+        line for line in text.splitlines() if any(word in line for word in ("Traceback", "contradict", "failed with"))
+    ]
     grown = [found for each in samples.values() if (found := growth(each)) is not None]
     return {
         "hours": (time.time() - started) / 3600,

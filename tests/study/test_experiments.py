@@ -17,14 +17,16 @@ from espalier.models import build_model
 from espalier.nn import mixing_matrix
 from espalier.recipes import ARMS, INITS, Recipe, get_recipe
 from espalier.study import launch, plan_study, summarise
-from espalier.train.build import build_run_model
+from espalier.train.build import build_bare_model, build_run_model
 from espalier.train.evaluate import evaluate
 from espalier.train.losses import build_loss
 from experiments.capacity import accuracy_by_length, longest_copied, longest_length
 from experiments.convmixer import EQUAL_PARAMETERS, NETS
+from experiments.experiment import Experiment
 from experiments.filters import SWITCHES, convmixer, switch_arms
 from experiments.lag import copying_lag_share
 from experiments.nets import CifarResNet, MLPMixer
+from experiments.order import ORDER
 from experiments.recall import SSM_PARTS, mqar, ssm_part_arms
 from experiments.trained_filters import distances, filter_picture, gains
 from experiments.windows import log_width_ratio, width_near_best, width_solving
@@ -44,6 +46,30 @@ TINY = Recipe(
     epochs=1,
     batch_size=8,
 )
+
+
+IMAGES = {
+    "cifar10": {"num_classes": 10, "in_chans": 3, "img_size": 32},
+    "fashion_mnist": {"num_classes": 10, "in_chans": 1, "img_size": 28},
+}
+
+
+@pytest.mark.parametrize("experiment", ORDER, ids=lambda experiment: experiment.name)
+def test_the_model_of_every_arm_can_be_built(experiment: Experiment, tmp_path: Path) -> None:
+    trials = {trial.arm: trial for trial in experiment.first(tmp_path).trials()}
+    assert trials.keys() == set(experiment.arms)
+    built = set()
+    for trial in trials.values():
+        recipe = trial.recipe
+        if "aoc" in trial.arm or "soc" in trial.arm:
+            pytest.importorskip("orthogonium")
+        given = repr((recipe.model, recipe.model_args))
+        if given in built:
+            continue
+        built.add(given)
+        known = IMAGES.get(recipe.dataset)
+        model_args = {**(known or build_source(recipe).model_args), **recipe.model_args}
+        assert sum(p.numel() for p in build_bare_model(recipe, model_args).parameters()) > 0
 
 
 def test_longest_length_equals_a_plain_walk() -> None:

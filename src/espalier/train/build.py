@@ -109,9 +109,10 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
     """Build the recipe's model with weights from the stream (seed, "weights") and no structure."""
     generator = derive_generator(recipe.seed, "weights")
     # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
-    with _seeded_globally(generator):
-        if recipe.model in models.MODELS:
+    if recipe.model in models.MODELS:
+        with _seeded_globally(generator):
             _check_memory(recipe, model_args)
+    with _seeded_globally(generator):
         model: nn.Module = models.build_model(recipe.model, **model_args)
     init_weights = getattr(model, "init_weights", None)
     if init_weights is not None and "generator" in inspect.signature(init_weights).parameters:
@@ -121,8 +122,11 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
 
 def _check_memory(recipe: Recipe, model_args: Mapping[str, Any]) -> None:
     """Refuse a model of ours that would fill the memory, before it does: its shapes are known without its numbers."""
-    with torch.device("meta"):
-        parameters = list(models.build_model(recipe.model, **model_args).parameters())
+    try:
+        with torch.device("meta"):
+            parameters = list(models.build_model(recipe.model, **model_args).parameters())
+    except EspalierError:  # a layer of another library that cannot do without numbers, or what building it will tell
+        return
     # On a CPU the gradients and the optimiser's two averages lie in the same memory.
     needed = sum(p.numel() * p.element_size() for p in parameters) * (1 if torch.cuda.is_available() else 4)
     if needed > (free := free_memory()):
