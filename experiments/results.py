@@ -19,6 +19,7 @@ from espalier.errors import EspalierError
 from espalier.study import add_records, read_records
 from experiments.evidence import Results
 from experiments.gpu_page import gpu_page
+from experiments.long_run_page import long_run_page
 from experiments.measured import measured_page, read
 from experiments.pages import PAGES, index_text, page_text
 from experiments.scheduler import COMMITTED, known_records
@@ -44,6 +45,7 @@ def generated(committed: Path = COMMITTED) -> Mapping[Path, str]:
     files = {
         Path("index.md"): index_text(results),
         Path("gpu.md"): gpu_page(),
+        Path("long-run.md"): long_run_page(),
         Path("measured.md"): measured_page(),
         Path("speed.md"): speed_page(),
     }

@@ -138,7 +138,7 @@ class Analysis:
     def run(self, net: Callable[[Bounded], Any], x: Bounded) -> Any:
         """Run a network on one value, and refuse it if it went on after an operation that failed."""
         self.failed = None
-        with CountedCalls(self):
+        with CountedCalls(self.counted):
             result = net(x)
         if self.failed is not None:
             line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]

@@ -10,16 +10,13 @@ it are refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from espalier.certify.operations import full_name
-
-if TYPE_CHECKING:
-    from espalier.certify.bounded import Analysis
 
 _READS = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor", "matmul"
@@ -119,9 +116,9 @@ class CountedCalls(TorchFunctionMode):
     depends on none; everything else is refused.
     """
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, counted: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
-        self.analysis = analysis
+        self.counted = counted
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,7 +127,7 @@ class CountedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if not has_count((args, kwargs)):
             return func(*args, **kwargs)
-        return self.analysis.counted(func, args, kwargs)
+        return self.counted(func, args, kwargs)
 
 
 _REPEAT = {
