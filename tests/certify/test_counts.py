@@ -113,6 +113,7 @@ COUNTING: dict[str, Callable[[Tensor], Tensor]] = {
     "rolled by a plain number": lambda x: x.roll(4, 0),
     "rolled flat": lambda x: x.roll(12),
     "strides": lambda x: _side_by_side(x.clone()),
+    "mapped": lambda x: torch.func.vmap(lambda row: 3 * row)(x),
     "caught": _caught,
     "fits": _fits,
     "in a tuple": lambda x: x * Wide(x.shape[0]).number,

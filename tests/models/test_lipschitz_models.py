@@ -164,6 +164,7 @@ def test_nets_of_orthogonium_are_certified(layer: str) -> None:
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         scores, double = net(images), copy.deepcopy(net).double()(images.double())
+        assert torch.equal(net(images), scores)  # their power iteration does not go on in evaluation
     # Their kernels come from iterations that are run again in float64: they agree to the float32 iteration's rounding.
     torch.testing.assert_close(scores.double(), double, rtol=1e-4, atol=1e-5)
     certificate = certify(net, images, scores.argmax(1))

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from espalier.certify import code, elementwise, linear, orthogonium, shapes
 from espalier.certify.arithmetic import unit, up
-from espalier.certify.bounded import Analysis, Bound, Bounded, Term, bounded_in
+from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.value import Bound, Term
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
@@ -99,6 +100,7 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     images = None if example is None else example.detach().to(device_of(twin), torch.float64)
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
+        run(twin, analysis, analysis.start(images))  # is it the same map again?
     if not math.isfinite(result.lipschitz):
         raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
     return result.lipschitz
@@ -206,6 +208,8 @@ class _Watched:
                 raise analysis.refuse(str(error)) from None
             raise
         except Exception as error:
+            if isinstance(analysis.failed, UncertifiableError):  # what torch made of a refusal on its way here
+                raise analysis.failed from error
             raise analysis.refuse(f"its forward pass fails on a value with a bound: {_line(error)}") from error
         finally:
             analysis.path.pop()
@@ -219,6 +223,7 @@ class _Watched:
         if known is not None:
             reason = code.change(module, known, self.forward, analysis.verified)
             if reason is None and known in LAYERS:
+                analysis.trail.add(self.path, module.state_dict())
                 made = LAYERS[known].function(analysis, module, analysis.read(x, "it"), self.forward)
                 return Bounded(made, analysis, x.memory if LAYERS[known].alias else None)
             if reason is None:
@@ -267,6 +272,7 @@ class _Watched:
         if stated is None:
             return self.forward(x)
         stated = float(stated)
+        analysis.trail.add(self.path, stated, self.module.state_dict())
         if not (math.isfinite(stated) and stated >= 0):
             raise UncertifiableError(f"its constant is {stated}: are its weights finite?")
         total = up(stated, bound.lipschitz)

@@ -22,72 +22,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
-from espalier.certify.counts import CountedCalls, ImageCount, has_count, repeated
+from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
 from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
 from espalier.certify.refusal import UncertifiableError
-
-NEEDS_EXAMPLE = "what it does depends on the size of its input: give an example= of the images"
-
-
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """What is proved about one tensor of a forward pass; see the top of this file."""
-
-    value: Tensor | None
-    """ĥ(x), (N, …) as computed; None where no image size is given."""
-    lipschitz: float
-    """L."""
-    error: Tensor | None = None
-    """a, (N,) in float64."""
-    growth: float = 0.0
-    """b."""
-    rows: Rows | None = None
-    """Of a value that is a linear map of another one: that map, for bounds on differences of its components."""
-
-    @cached_property
-    def size(self) -> tuple[Tensor, float]:
-        """Return s (N,) and t with ‖ĥ(x′)‖ ≤ s + t·r."""
-        assert self.value is not None
-        assert self.error is not None
-        return image_norms(self.value) + 2 * self.error, add_up(self.lipschitz, self.growth)
-
-    @property
-    def numbers(self) -> Tensor:
-        """Return the value; where there is none, the operation that asks needs to know the image size."""
-        if self.value is None:
-            raise UncertifiableError(NEEDS_EXAMPLE)
-        return self.value
-
-
-class Rows(NamedTuple):
-    """A value (N, C) = h·Wᵀ + b."""
-
-    source: Bound
-    """h."""
-    weight: Tensor
-    """W (C, F)."""
-    bias: Tensor | None
-    terms: int
-    """How many products one component sums."""
-
-
-class Term(NamedTuple):
-    """What one operand adds to the bound of a result."""
-
-    operand: Bound
-    factor: float
-    """Lipschitz constant of the result in this operand."""
-    rounding: float = 0.0
-    """Rounding error of the operation, per unit of the operand's norm."""
-    peak: float | None = None
-    """Largest number that is met on the way, per unit of the operand's norm; None: ``factor``."""
+from espalier.certify.trail import Trail
+from espalier.certify.value import Bound, Rows, Term
 
 
 class _Memory:
@@ -124,6 +70,10 @@ class Analysis:
     """By path of the innermost modules, their constant, and the rounding error that they add to their result."""
     failed: Exception | None = None
     """The first error of an operation in this pass: a network that catches it would go on unwatched."""
+    trail: Trail = field(default_factory=Trail)
+    """What was done in this pass."""
+    done: bytes | None = None
+    """The digest of the first pass."""
 
     @cached_property
     def count(self) -> ImageCount:
@@ -136,13 +86,21 @@ class Analysis:
         return error
 
     def run(self, net: Callable[[Bounded], Any], x: Bounded) -> Any:
-        """Run a network on one value, and refuse it if it went on after an operation that failed."""
-        self.failed = None
-        with CountedCalls(self.counted):
+        """Run a network on one value.
+
+        Raises:
+            UncertifiableError: it went on after an operation that failed, or did other things than in the first pass.
+        """
+        self.failed, self.trail = None, Trail()
+        with CountedCalls(self.counted), eager_calls():
             result = net(x)
         if self.failed is not None:
             line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]
             raise self.refuse(f"it goes on after an operation that failed, in a way that nobody watches ({line})")
+        self.done = self.done or self.trail.digest()
+        if self.trail.digest() != self.done:
+            raise self.refuse("run again, it does other operations or has other constants: is it random, or does it "
+                              "keep count or change its own weights (remove_parametrizations fixes them)?")  # fmt: skip
         return result
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
@@ -294,6 +252,9 @@ class Analysis:
             result = rule.function(*given.args, **given.kwargs)
         except UncertifiableError as error:
             raise error if error.module else self.refuse(f"{full}: {error}") from None
+        if any(isinstance(part, Bound) for part in (result if isinstance(result, tuple) else (result,))):
+            # What is asked about a value changes nothing, and may be asked once.
+            self.trail.add(full, args, kwargs)
         if writes or given.arguments.get("inplace"):
             return self._assign(full, args[0], result)
         memory = allowed[0].memory if rule.alias else None

@@ -9,7 +9,9 @@ it are refused by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,6 +109,12 @@ def with_count(item: Any, count: int) -> Any:
 def another(count: int) -> int:
     """Return a number of images to try an operation on, other than the one at hand and not one."""
     return 2 if count != 2 else 3
+
+
+def eager_calls() -> AbstractContextManager[Any]:
+    """Return a context in which functions that ``torch.compile`` made run as they are written: rules are not traced."""
+    compiler = "torch._dynamo" in sys.modules  # which takes seconds to import
+    return torch.compiler.set_stance("force_eager") if compiler else nullcontext()
 
 
 class CountedCalls(TorchFunctionMode):

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.certify.arithmetic import tensor_norm, unit, up
-from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.bounded import Analysis
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.value import Bound, Term
 
 _ELEMENTARY = 16
 """Units of rounding that an activation made of elementary functions is charged with."""

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from espalier.certify import code
 from espalier.certify.arithmetic import gamma, orthogonality_excess, per_axis, root_up, tensor_norm, unit, up, windows
-from espalier.certify.bounded import Analysis, Bound, Rows, Term
+from espalier.certify.bounded import Analysis
 from espalier.certify.linear import affine, batch_norm_scale, finite
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.shapes import padding_factor
+from espalier.certify.value import Bound, Rows, Term
 from espalier.nn.lipschitz.activations import Householder, MaxMin
 from espalier.nn.lipschitz.constant import kernel_norm
 from espalier.nn.lipschitz.normalisation import BatchCentering

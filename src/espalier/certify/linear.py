@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.certify.arithmetic import gamma, per_axis, root_up, tensor_norm, unit, up, windows
-from espalier.certify.bounded import Analysis, Bound, Rows, Term
+from espalier.certify.bounded import Analysis
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.value import Bound, Rows, Term
 
 
 def finite(norm: float) -> float:

@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from espalier.certify.arithmetic import unit
-from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.bounded import Analysis
 from espalier.certify.layers import LAYERS, Forward, layer, permutation
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.value import Bound, Term
 
 _PART = "its pairs are not those of (B, C, H, W) along axis 1 with one angle each: give it the channels that it has"
 

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
 from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
-from espalier.certify.bounded import Analysis, Bound
+from espalier.certify.bounded import Analysis
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.value import Bound
 from espalier.errors import EspalierError, unknown_name
 
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
@@ -91,7 +92,7 @@ def certify(
     predictions, roundings = [], []
     with torch.no_grad(), plain_arithmetic(twin):
         for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
-            scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype)
+            scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype, first=not radii)
             if theirs.max() >= scores.shape[1]:
                 raise EspalierError(f"labels go up to {int(labels.max())}, the network has {scores.shape[1]} scores")
             assert analysis.room is not None
@@ -190,12 +191,14 @@ def check_pixels(images: Tensor, labels: Tensor) -> None:
 
 
 def _bounded_scores(
-    twin: nn.Module, analysis: Analysis, images: Tensor, dtype: torch.dtype
+    twin: nn.Module, analysis: Analysis, images: Tensor, dtype: torch.dtype, *, first: bool
 ) -> tuple[Tensor, ScoreBound]:
     """Return the scores of a batch in float64 on the CPU, as a plain run of the network gives them, and their bound."""
     batch = images.to(device_of(twin), dtype)
     # An image in more digits is rounded first: a shift of at most u times its norm.
     shift = torch.finfo(dtype).eps / 2 * (1 + 1e-6) if dtype == torch.float32 else 0.0
+    if first:  # the next pass, and those of other batches, must do the same
+        run(twin, analysis, analysis.start(batch[:1], shift))
     traced = run(twin, analysis, analysis.start(batch, shift))
     if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
         raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")

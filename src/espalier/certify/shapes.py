@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espalier.certify.arithmetic import cast_unit, root_up, up
-from espalier.certify.bounded import Analysis, Bound, Term
+from espalier.certify.bounded import Analysis
 from espalier.certify.counts import another, has_count, repeated, with_count
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.value import Bound, Term
 
 _MEET = (
     "it moves, drops or repeats a part of the batch, so that images would meet, or fits one number of images alone: "

@@ -66,7 +66,7 @@ class OrthogoniumConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad around the torus by the kernel's reach and apply the kernel."""
-        weight = self.conv.weight
+        weight = self._kernel()
         reach = max(0, weight.shape[-1] - self.stride)
         low = reach // 2
         padded = F.pad(x, (low, reach - low, low, reach - low), mode="circular")
@@ -82,5 +82,17 @@ class OrthogoniumConv2d(nn.Module):
 
     def lipschitz_constant(self) -> float:
         """Return the bound of the kernel as it is now."""
-        taps = self.conv.weight.shape[-1]
-        return kernel_norm(self.conv.weight, cover=1 if taps == self.stride else None)
+        weight = self._kernel()
+        return kernel_norm(weight, cover=1 if weight.shape[-1] == self.stride else None)
+
+    def _kernel(self) -> Tensor:
+        """Return the kernel; in evaluation it is the same at every call."""
+        if self.training:
+            return self.conv.weight
+        # The library's power iteration goes on from where it was: a kernel would move whenever it is asked for.
+        vectors = [(p, p.detach().clone()) for p in self.conv.parameters() if not p.requires_grad]
+        weight = self.conv.weight
+        with torch.no_grad():
+            for vector, before in vectors:
+                vector.copy_(before)
+        return weight

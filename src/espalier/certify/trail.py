@@ -1,0 +1,68 @@
+"""What a network did in one pass: its operations with their constants, to be compared with another pass.
+
+A bound is about one map. A network that draws random numbers, counts its calls or changes its own weights is another
+one at every call, and where that shows only far from the images (behind an activation that is zero there), its scores
+do not tell. The constants of its operations do: they must be the same in every pass, whatever they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.certify.counts import ImageCount
+
+
+class Trail:
+    """A digest that grows with every operation."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, *items: Any) -> None:
+        """Note names, numbers, tensors by their contents, and other things by their type; values with bounds as such.
+
+        A value with a bound is a tensor without numbers: what it holds differs between images.
+        """
+        for item in items:
+            if isinstance(item, ImageCount):
+                self._note("N")
+            elif isinstance(item, Tensor):
+                self._tensor(item)
+            elif isinstance(item, list | tuple | set | frozenset):
+                self._note(f"{type(item).__name__} of {len(item)}", *item)
+            elif isinstance(item, dict):
+                self._note(f"{len(item)} named", *item.items())
+            elif isinstance(item, slice):
+                self._note("slice", item.start, item.stop, item.step)
+            elif item is None or isinstance(item, bool | int | float | complex | str | torch.dtype | torch.device):
+                self._hash.update(f"{type(item).__name__} {item!r};".encode())
+            else:
+                self._hash.update(f"{type(item).__name__};".encode())
+
+    def _note(self, first: str, *items: Any) -> None:
+        self._hash.update(first.encode() + b";")
+        self.add(*items)
+
+    def _tensor(self, tensor: Tensor) -> None:
+        if hasattr(tensor, "bound"):
+            self._hash.update(b"value;")
+            return
+        tensor = tensor.detach()
+        self._hash.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        if tensor.numel() and tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta:
+            numbers = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+            self._hash.update(numbers.view(torch.uint8).numpy().data)
+
+    def __deepcopy__(self, memo: Any) -> Trail:
+        """Return a digest that grows by itself: networks are copied with what watches them."""
+        made = Trail()
+        made._hash = self._hash.copy()
+        return made
+
+    def digest(self) -> bytes:
+        """Return the digest of what was noted so far."""
+        return self._hash.digest()

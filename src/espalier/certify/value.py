@@ -1,0 +1,68 @@
+"""What is proved about one tensor of a forward pass, and what an operand adds to a result; see ``certify.bounded``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+from espalier.certify.arithmetic import add_up, image_norms
+from espalier.certify.refusal import UncertifiableError
+
+NEEDS_EXAMPLE = "what it does depends on the size of its input: give an example= of the images"
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What is proved about one tensor of a forward pass; see ``espalier.certify.bounded``."""
+
+    value: Tensor | None
+    """ĥ(x), (N, …) as computed; None where no image size is given."""
+    lipschitz: float
+    """L."""
+    error: Tensor | None = None
+    """a, (N,) in float64."""
+    growth: float = 0.0
+    """b."""
+    rows: Rows | None = None
+    """Of a value that is a linear map of another one: that map, for bounds on differences of its components."""
+
+    @cached_property
+    def size(self) -> tuple[Tensor, float]:
+        """Return s (N,) and t with ‖ĥ(x′)‖ ≤ s + t·r."""
+        assert self.value is not None
+        assert self.error is not None
+        return image_norms(self.value) + 2 * self.error, add_up(self.lipschitz, self.growth)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Return the value; where there is none, the operation that asks needs to know the image size."""
+        if self.value is None:
+            raise UncertifiableError(NEEDS_EXAMPLE)
+        return self.value
+
+
+class Rows(NamedTuple):
+    """A value (N, C) = h·Wᵀ + b."""
+
+    source: Bound
+    """h."""
+    weight: Tensor
+    """W (C, F)."""
+    bias: Tensor | None
+    terms: int
+    """How many products one component sums."""
+
+
+class Term(NamedTuple):
+    """What one operand adds to the bound of a result."""
+
+    operand: Bound
+    factor: float
+    """Lipschitz constant of the result in this operand."""
+    rounding: float = 0.0
+    """Rounding error of the operation, per unit of the operand's norm."""
+    peak: float | None = None
+    """Largest number that is met on the way, per unit of the operand's norm; None: ``factor``."""

@@ -1,0 +1,164 @@
+"""A network that is another map at every call is refused, also where that shows nowhere near the images."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espalier.certify import UncertifiableError, certify, lipschitz_bound
+from espalier.certify.trail import Trail
+from espalier.nn import CayleyLinear
+
+
+class Runs(nn.Module):
+    """A forward pass given as a function of the module, x and some modules."""
+
+    def __init__(self, function: Callable[..., Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(parts)
+        self.register_buffer("seen", torch.zeros(3))
+        self.state: Any = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x, *self.parts)
+
+
+def far(x: Tensor) -> Tensor:
+    """Return what is 0 for pixels."""
+    return (x - 5).relu()
+
+
+def counted(net: Runs, x: Tensor) -> Tensor:
+    net.state += 1
+    return x + net.state * far(x)
+
+
+def listed(net: Runs, x: Tensor) -> Tensor:
+    net.state = [*(net.state or []), 1.0]
+    return x + len(net.state) * far(x)
+
+
+CALLS: list[int] = []
+
+
+def counted_elsewhere(net: Runs, x: Tensor) -> Tensor:
+    CALLS.append(1)
+    return x + len(CALLS) * far(x)
+
+
+def kept(net: Runs, x: Tensor) -> Tensor:
+    before, net.state = net.state, x
+    return x + (far(before) if isinstance(before, Tensor) else 0.0)
+
+
+def summed(net: Runs, x: Tensor) -> Tensor:
+    net.seen += 1
+    return x + far(x - net.seen)
+
+
+def shifted(net: Runs, x: Tensor, layer: nn.Linear) -> Tensor:
+    with torch.no_grad():
+        layer.bias.sub_(1.0)
+    return x + far(layer(x))
+
+
+def turned(net: Runs, x: Tensor, layer: CayleyLinear) -> Tensor:
+    with torch.no_grad():
+        layer.weight.data.add_(torch.eye(3).roll(1, 0))
+    return x + far(layer(x) / 10)
+
+
+def alternating(net: Runs, x: Tensor) -> Tensor:
+    net.state += 1
+    return x + (far(x) if net.state % 2 else far(-x))
+
+
+OTHER_EVERY_TIME: dict[str, Callable[..., Tensor]] = {
+    "counts": counted,
+    "keeps a list": listed,
+    "counts elsewhere": counted_elsewhere,
+    "keeps images": kept,
+    "a buffer that sums": summed,
+    "a weight that moves": shifted,
+    "an operator that turns": turned,
+    "does one thing or the other": alternating,
+    "rand": lambda net, x: x + far(x - torch.rand(3)),
+    "a generator of its own": lambda net, x: x + torch.rand(1, generator=torch.Generator().manual_seed(
+        int.from_bytes(os.urandom(4)))) * far(x),
+    "random": lambda net, x: x + random.random() * far(x),
+    "numpy": lambda net, x: x + float(np.random.default_rng().random()) * far(x),
+    "the clock": lambda net, x: x + (time.perf_counter_ns() % 1009) * far(x),
+    "dropout of a constant": lambda net, x: x + F.dropout(torch.ones(64, 1), 0.5, True).sum() * far(x),
+    "noise in sight": lambda net, x: x + 0.1 * torch.randn(3),
+}  # fmt: skip
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    layer: nn.Module = CayleyLinear(3, 3) if OTHER_EVERY_TIME[kind] is turned else nn.Linear(3, 3)
+    parts = (layer,) if OTHER_EVERY_TIME[kind] in (turned, shifted) else ()
+    return nn.Sequential(Runs(OTHER_EVERY_TIME[kind], *parts), nn.Linear(3, 2)).eval()
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("kind", OTHER_EVERY_TIME)
+def test_a_network_that_is_another_map_at_every_call_is_refused(kind: str, images: int) -> None:
+    x = torch.rand(images, 3)
+    with pytest.raises(UncertifiableError):
+        certify(network(kind), x, torch.zeros(images, dtype=torch.long))
+    with pytest.raises(UncertifiableError):
+        lipschitz_bound(network(kind), x)
+
+
+def test_a_network_that_changes_from_batch_to_batch_is_refused() -> None:
+    def late(net: Runs, x: Tensor) -> Tensor:
+        net.state += 1
+        return x + (2.0 if net.state > 5 else 1.0) * far(x)
+
+    net = nn.Sequential(Runs(late), nn.Linear(3, 2)).eval()
+    with pytest.raises(UncertifiableError, match="run again"):
+        certify(net, torch.rand(8, 3), torch.zeros(8, dtype=torch.long), batch_size=2)
+
+
+def test_what_is_remembered_and_the_same_is_no_change() -> None:
+    def remembered(net: Runs, x: Tensor) -> Tensor:
+        if not isinstance(net.state, Tensor):
+            net.state = torch.full(x.shape[1:], 0.5, dtype=x.dtype)
+        return x * net.state
+
+    net = nn.Sequential(Runs(remembered), nn.Linear(3, 2)).eval()
+    certificate = certify(net, torch.rand(5, 3), torch.zeros(5, dtype=torch.long), batch_size=2)
+    assert certificate.lipschitz == pytest.approx(0.5)
+
+
+def test_functions_that_were_compiled_are_followed_as_they_are_written() -> None:
+    tripled = torch.compile(lambda x: 3 * x, backend="eager")
+    net = nn.Sequential(Runs(lambda net, x: tripled(x)), CayleyLinear(3, 3)).eval()
+    assert lipschitz_bound(net, torch.rand(2, 3)) == pytest.approx(3)
+
+
+def test_trails_tell_contents_apart_and_nothing_else() -> None:
+    def digest(*items: Any) -> bytes:
+        trail = Trail()
+        trail.add(*items)
+        return trail.digest()
+
+    x = torch.arange(6.0)
+    same = [(x, x.clone()), (x.view(2, 3), x.view(2, 3).mT.contiguous().mT), ([1, "a"], [1, "a"]), (x.neg(), -x)]
+    for one, other in same:
+        assert digest(one) == digest(other)
+    apart: list[Any] = [
+        x, x.double(), x.view(2, 3), -x, x.bfloat16(), x.to(torch.complex64), 1, 1.0, True, "1", None, [1], [[1]],
+        {"a": 1}, {"b": 1}, {1}, slice(1, 2), slice(2, 1), torch.float32, torch.device("cpu"), torch.tensor(1.0),
+        torch.zeros(0), torch.zeros(0, 2), object(), torch._neg_view(x + 1), torch.complex(x, x).conj(),
+    ]  # fmt: skip
+    assert len({digest(item) for item in apart}) == len(apart)
