@@ -254,7 +254,7 @@ class Analysis:
             raise error if error.module else self.refuse(f"{full}: {error}") from None
         if any(isinstance(part, Bound) for part in (result if isinstance(result, tuple) else (result,))):
             # What is asked about a value changes nothing, and may be asked once.
-            self.trail.add(full, args, kwargs)
+            self.trail.add(full, given.args[1:], given.kwargs)
         if writes or given.arguments.get("inplace"):
             return self._assign(full, args[0], result)
         memory = allowed[0].memory if rule.alias else None

@@ -23,10 +23,7 @@ class Trail:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, *items: Any) -> None:
-        """Note names, numbers, tensors by their contents, and other things by their type; values with bounds as such.
-
-        A value with a bound is a tensor without numbers: what it holds differs between images.
-        """
+        """Note names, numbers, tensors by their contents, and other things by their type, such as bounds of values."""
         for item in items:
             if isinstance(item, ImageCount):
                 self._note("N")
@@ -48,9 +45,6 @@ class Trail:
         self.add(*items)
 
     def _tensor(self, tensor: Tensor) -> None:
-        if hasattr(tensor, "bound"):
-            self._hash.update(b"value;")
-            return
         tensor = tensor.detach()
         self._hash.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
         if tensor.numel() and tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta:
