@@ -18,83 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import nn as enn
-
-ACTIVATIONS: tuple[Callable[[bool], nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.SELU, lambda inplace: nn.Hardtanh(-1.0, 0.7, inplace),
-    lambda inplace: nn.ELU(1.3, inplace), lambda inplace: nn.LeakyReLU(3.0, inplace),
-    lambda inplace: nn.LeakyReLU(-0.5, inplace), lambda inplace: nn.GELU(), lambda inplace: nn.Tanh(),
-    lambda inplace: nn.Sigmoid(), lambda inplace: nn.Softsign(), lambda inplace: nn.Softshrink(0.1),
-    lambda inplace: nn.LogSigmoid(), lambda inplace: nn.Tanhshrink(), lambda inplace: nn.PReLU(1, -2.0),
-    lambda inplace: enn.Abs(),
-)  # fmt: skip
-
-
-class Function(nn.Module):
-    """A forward pass of plain operations around some modules."""
-
-    def __init__(self, name: str, function: Callable[..., Tensor], *parts: nn.Module) -> None:
-        super().__init__()
-        self.name, self.function, self.parts = name, function, nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the function makes of x and the parts."""
-        return self.function(x, *self.parts)
-
-    def extra_repr(self) -> str:
-        """Show which one."""
-        return self.name
-
-
-def _mutate(x: Tensor) -> Tensor:
-    y = x * 1.0
-    z = y
-    y.mul_(2.0).add_(0.25)
-    return z + x
-
-
-def _halves(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, 1)
-    return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), 1)
-
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "x + x": lambda x: x + x,
-    "grey minus three means": lambda x: (
-        x[:, :1] - torch.tensor([0.1, 0.2, 0.3], dtype=x.dtype).view(3, *[1] * (x.ndim - 2))
-    ),
-    "times constants": lambda x: x * torch.linspace(-2, 2, x.shape[1], dtype=x.dtype).view(-1, *[1] * (x.ndim - 2)),
-    "divided": lambda x: x / 0.3,
-    "in place": _mutate,
-    "halves": _halves,
-    "sorted": lambda x: x.sort(dim=1).values,
-    "rolled": lambda x: x.roll(1, -1) - x.flip(-1),
-    "absolute": lambda x: x.abs().clamp(max=0.8),
-    "twice beside itself": lambda x: torch.cat((x, 2 * x), 1),
-    "minus its mean": lambda x: x - x.mean(1, keepdim=True),
-    "sum of channels": lambda x: x.sum(1, keepdim=True).expand(x.shape),
-    "transposed": lambda x: x.transpose(1, -1).contiguous().view(x.shape),
-    "float32 and back": lambda x: x.float().to(x.dtype) + 0.5,
-    "one less": lambda x: 1 - x.neg().relu(),
-    "stacked": lambda x: torch.stack((x, x), 1).amax(1),
-    "by the number of images": lambda x: x * len(x) / 2,
-    "by it above one": lambda x: x + x.shape[0] * (x - 1).relu(),
-    "a constant an image": lambda x: x - x.new_full((x.shape[0], *[1] * (x.ndim - 1)), 0.3),
-    "beside constants": lambda x: torch.cat((torch.ones(x.shape, dtype=x.dtype), x), 1)[:, 1 : x.shape[1] + 1],
-    "by shape": lambda x: x.reshape(x.shape[0], -1).view(x.shape) * torch.full_like(x, -1.5),
-}
-"""Of values (B, C, …), which keep the number of dimensions."""
-
-INNER: dict[str, Callable[..., Tensor]] = {
-    "residual": lambda x, f: x + f(x),
-    "weighted": lambda x, f: 0.3 * x - 1.5 * f(x),
-    "twice": lambda x, f: f(f(x)),
-    "beside": lambda x, f: torch.cat((x, f(x)), 1),
-    "lerp": lambda x, f: torch.lerp(x, f(x), 0.7),
-    "same twice": lambda x, f: f(x) + f(x),
-    "larger": lambda x, f: torch.maximum(x, f(x)),
-    "in place sum": lambda x, f: f(x).add_(x),
-}
-"""With a part that keeps the shape."""
+from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Changing, Function
 
 
 class Draw:
@@ -170,6 +94,8 @@ class Draw:
             return self.rng.choice([enn.MaxMin(), enn.GroupSort(2), self._reflection(channels)])
         if self.chance(0.5):
             return self.activation()
+        if self.chance(0.04):
+            return Changing(self.rng.choice(Changing.KINDS))
         names = [name for name in FUNCTIONS if channels % 2 == 0 or name != "halves"]
         name = self.rng.choice(names)
         return Function(name, FUNCTIONS[name])

@@ -23,10 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import espalier
-from adversarial_models import Attack, Draw, attack
 from espalier.certify import certify
 from espalier.errors import EspalierError
 from espalier.train.build import environment
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from experiments.adversarial_models import Attack, Draw, attack
 
 IMAGES = 3
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
+from typing import Any
 
+import pytest
 import torch
-from adversarial import DRAW, Draw, attack, steepness
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from espalier.certify import certify, lipschitz_bound
+from espalier.certify.bounded import Analysis
+from espalier.certify.operations import OPERATIONS, full_name, in_place
 from espalier.errors import EspalierError
+from experiments.adversarial_models import Draw, attack, steepness
+from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Function
 
 QUICK = settings(
     max_examples=30,
-    phases=DRAW,
+    # A network is named by its draws already: shrinking would take minutes and make it no plainer.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -68,6 +75,26 @@ def test_the_generator_draws_what_can_be_certified_and_the_attack_comes_close() 
         taken = max(taken, found.tightness)
     assert certified >= 8
     assert taken > 0.5
+
+
+def test_the_generator_draws_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, call = set(), Analysis.call
+
+    def watched(self: Analysis, function: Any, args: Any, kwargs: Any) -> Any:
+        reached.add(OPERATIONS[in_place(full_name(function))[0]].function)
+        return call(self, function, args, kwargs)
+
+    monkeypatch.setattr(Analysis, "call", watched)
+    draw = Draw(random.Random(0))
+    parts = [Function(name, function) for name, function in FUNCTIONS.items()]
+    parts += [Function(name, function, draw.activation()) for name, function in INNER.items()]
+    parts += [part(False) for part in ACTIVATIONS]
+    parts += [draw.spatial(4, 1) for _ in range(150)] + [draw.vector(4, 1) for _ in range(60)]
+    for part in parts:
+        for shape in ((4, 4, 4), (4,)):
+            with contextlib.suppress(EspalierError):
+                certify(nn.Sequential(part, nn.Flatten()).eval(), torch.rand(2, *shape), torch.zeros(2).long())
+    assert {name for name, rule in OPERATIONS.items() if rule.function not in reached} == set()
 
 
 def test_the_attack_notices_a_radius_that_is_too_large() -> None:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from adversarial import attack
 from torch import nn
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound
 from espalier.nn import Abs, BatchCentering, Householder, L2Pool2d, LinearResidual
+from experiments.adversarial_models import attack
 
 
 def net_with(part: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import time
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound
 from espalier.certify.trail import Trail
-from espalier.nn import CayleyLinear
+from espalier.nn import CayleyConv2d, CayleyLinear
 
 
 class Runs(nn.Module):
@@ -96,7 +97,7 @@ OTHER_EVERY_TIME: dict[str, Callable[..., Tensor]] = {
         int.from_bytes(os.urandom(4)))) * far(x),
     "random": lambda net, x: x + random.random() * far(x),
     "numpy": lambda net, x: x + float(np.random.default_rng().random()) * far(x),
-    "the clock": lambda net, x: x + (time.perf_counter_ns() % 1009) * far(x),
+    "the clock": lambda net, x: x + (time.perf_counter_ns() % 10**9) * far(x),
     "dropout of a constant": lambda net, x: x + F.dropout(torch.ones(64, 1), 0.5, True).sum() * far(x),
     "noise in sight": lambda net, x: x + 0.1 * torch.randn(3),
 }  # fmt: skip
@@ -127,6 +128,43 @@ def test_a_network_that_changes_from_batch_to_batch_is_refused() -> None:
     net = nn.Sequential(Runs(late), nn.Linear(3, 2)).eval()
     with pytest.raises(UncertifiableError, match="run again"):
         certify(net, torch.rand(8, 3), torch.zeros(8, dtype=torch.long), batch_size=2)
+
+
+def test_a_count_is_noticed_however_late_it_shows() -> None:
+    def late(net: Runs, x: Tensor) -> Tensor:
+        net.state += 1
+        return x + (2.0 if net.state > 1_000_000 else 1.0) * far(x)
+
+    net = nn.Sequential(Runs(late), nn.Linear(3, 2)).eval()
+    with pytest.raises(UncertifiableError, match="keep count"):
+        lipschitz_bound(net, torch.rand(8, 3))
+
+
+@pytest.mark.parametrize(("layer", "name", "values"), [
+    (CayleyConv2d(3, 3, 3, bias=False), "padding_mode", ("circular", "zeros")),
+    (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular", bias=False), "padding_mode", ("circular", "reflect")),
+    (nn.BatchNorm2d(3), "eps", (1e-5, 1.0)), (nn.ELU(), "alpha", (1.0, 2.0)),
+])  # fmt: skip
+def test_a_layer_whose_settings_change_is_noticed(layer: nn.Module, name: str, values: tuple[Any, Any]) -> None:
+    def set_anew(net: Runs, x: Tensor, layer: nn.Module) -> Tensor:
+        setattr(layer, name, values[getattr(layer, name) == values[0]])
+        return x + layer(far(x))
+
+    net = nn.Sequential(Runs(set_anew, copy.deepcopy(layer)), nn.Flatten(), nn.Linear(48, 2)).eval()
+    x = torch.rand(2, 3, 4, 4)
+    for prove in (lambda: certify(net, x, torch.zeros(2, dtype=torch.long)), lambda: lipschitz_bound(net, x)):
+        with pytest.raises(UncertifiableError, match="run again"):
+            prove()
+
+
+def test_values_that_are_kept_to_be_looked_at_are_no_change() -> None:
+    def kept_aside(net: Runs, x: Tensor) -> Tensor:
+        net.state = [x.abs(), x.shape]
+        return 2 * x
+
+    net = nn.Sequential(Runs(kept_aside), nn.Linear(3, 2)).eval()
+    certificate = certify(net, torch.rand(5, 3), torch.zeros(5, dtype=torch.long), batch_size=2)
+    assert certificate.lipschitz == pytest.approx(2)
 
 
 def test_what_is_remembered_and_the_same_is_no_change() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adversarial import attack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound
+from experiments.adversarial_models import attack
 
 
 def dense(layer: nn.Module, shape: tuple[int, ...]) -> float:

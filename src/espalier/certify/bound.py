@@ -223,7 +223,7 @@ class _Watched:
         if known is not None:
             reason = code.change(module, known, self.forward, analysis.verified)
             if reason is None and known in LAYERS:
-                analysis.trail.add(self.path, module.state_dict())
+                analysis.trail.add_module(module)
                 made = LAYERS[known].function(analysis, module, analysis.read(x, "it"), self.forward)
                 return Bounded(made, analysis, x.memory if LAYERS[known].alias else None)
             if reason is None:
@@ -272,7 +272,8 @@ class _Watched:
         if stated is None:
             return self.forward(x)
         stated = float(stated)
-        analysis.trail.add(self.path, stated, self.module.state_dict())
+        analysis.trail.add(stated)
+        analysis.trail.add_module(self.module)
         if not (math.isfinite(stated) and stated >= 0):
             raise UncertifiableError(f"its constant is {stated}: are its weights finite?")
         total = up(stated, bound.lipschitz)

@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
 from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_count, repeated
@@ -89,18 +89,23 @@ class Analysis:
         """Run a network on one value.
 
         Raises:
-            UncertifiableError: it went on after an operation that failed, or did other things than in the first pass.
+            UncertifiableError: it went on after an operation that failed, or did or kept other things than in the first
+                pass.
         """
-        self.failed, self.trail = None, Trail()
+        self.failed, self.trail = None, Trail(Bounded)
         with CountedCalls(self.counted), eager_calls():
             result = net(x)
         if self.failed is not None:
             line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]
             raise self.refuse(f"it goes on after an operation that failed, in a way that nobody watches ({line})")
+        if isinstance(net, nn.Module):
+            self.trail.add_module(net)
         self.done = self.done or self.trail.digest()
         if self.trail.digest() != self.done:
-            raise self.refuse("run again, it does other operations or has other constants: is it random, or does it "
-                              "keep count or change its own weights (remove_parametrizations fixes them)?")  # fmt: skip
+            raise self.refuse(
+                "run again, it does other operations, or has or keeps other constants: is it random, or does it keep "
+                "count or change its own weights (remove_parametrizations fixes them)?"
+            )
         return result
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:

@@ -69,7 +69,7 @@ def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, images:
 
 _PROPERTIES = ("ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_mkldnn",
                "is_nested", "is_mps", "is_xpu", "itemsize")  # fmt: skip
-_METHODS = ("dim", "is_floating_point", "is_complex", "get_device", "element_size", "ndimension")
+_METHODS = ("dim", "is_floating_point", "is_complex", "get_device", "element_size")
 _SIZELESS = ("dtype", "device", "layout", "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized")
 
 
@@ -96,7 +96,7 @@ def size(analysis: Analysis, input: Bound, dim: int | None = None) -> Any:
     return shape if dim is None else shape[dim]
 
 
-for _name in ("numel", "nelement", "__len__", "torch.Tensor.nbytes.__get__"):
+for _name in ("numel", "__len__", "torch.Tensor.nbytes.__get__"):
 
     @operation(_name)
     def _total_size(analysis: Analysis, input: Bound, *, name: str = _name) -> Any:

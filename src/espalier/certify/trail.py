@@ -2,7 +2,8 @@
 
 A bound is about one map. A network that draws random numbers, counts its calls or changes its own weights is another
 one at every call, and where that shows only far from the images (behind an activation that is zero there), its scores
-do not tell. The constants of its operations do: they must be the same in every pass, whatever they come from.
+do not tell. The constants of its operations do: they must be the same in every pass, whatever they come from. So must
+what its modules keep when a pass is over: a count may show only after more calls than there are passes.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.certify.counts import ImageCount
 
 
 class Trail:
-    """A digest that grows with every operation."""
+    """A digest that grows with every operation.
 
-    def __init__(self) -> None:
+    Args:
+        by_type: classes of things that are noted by their type alone, as everything is that has no contents here.
+    """
+
+    def __init__(self, *by_type: type) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
+        self._by_type = by_type
 
     def add(self, *items: Any) -> None:
         """Note names, numbers, tensors by their contents, and other things by their type, such as bounds of values."""
         for item in items:
-            if isinstance(item, ImageCount):
+            if isinstance(item, self._by_type):
+                self._note(type(item).__name__)
+            elif isinstance(item, ImageCount):
                 self._note("N")
             elif isinstance(item, Tensor):
                 self._tensor(item)
@@ -40,6 +48,11 @@ class Trail:
             else:
                 self._hash.update(f"{type(item).__name__};".encode())
 
+    def add_module(self, module: nn.Module) -> None:
+        """Note all that a module can be set to: its tensors and its attributes, and those of the modules inside."""
+        for part in module.modules():
+            self.add(type(part).__qualname__, {name: item for name, item in vars(part).items() if name != "_modules"})
+
     def _note(self, first: str, *items: Any) -> None:
         self._hash.update(first.encode() + b";")
         self.add(*items)
@@ -53,7 +66,7 @@ class Trail:
 
     def __deepcopy__(self, memo: Any) -> Trail:
         """Return a digest that grows by itself: networks are copied with what watches them."""
-        made = Trail()
+        made = Trail(*self._by_type)
         made._hash = self._hash.copy()
         return made
 
