@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.nn.utils import parametrizations
 import espalier
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, VerificationError
+from espalier.init.families.attention import AttentionFamily
+from espalier.init.layouts import AttentionWeights
 from espalier.models import ConvMixer, VisionTransformer
 from reference.attention_reference import head_products, value_output_product
 
@@ -135,10 +138,31 @@ def test_generator_decides_everything_and_layers_draw_apart() -> None:
     assert torch.equal(one.blocks[2].attn.qkv.weight[:96], two.blocks[2].attn.qkv.weight[:96])
 
 
-def test_shared_weights_are_caught_by_the_verification() -> None:
-    model = nn.ModuleList([nn.MultiheadAttention(32, 2), nn.MultiheadAttention(32, 2)])
+def test_layers_that_share_some_weights_are_written_once() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(32, 2) for _ in range(4)])
     model[1].in_proj_weight = model[0].in_proj_weight
-    with pytest.raises(VerificationError, match=r"layer '0': it changed after it was written"):
+    model[3].out_proj.weight = model[2].out_proj.weight
+    before = [model[index].out_proj.weight.clone() for index in (1, 3)]
+    report = espalier.structure_(model, generator=seeded())
+    assert statuses(report) == ["written", "skipped", "written", "skipped"]
+    assert [row.note for row in report.layers][1::2] == [
+        f"some of its weights are those of {first}, which is written" for first in (0, 2)
+    ]
+    assert torch.equal(model[1].out_proj.weight, before[0])
+    assert [row.status for row in espalier.audit(model).layers][::2] == ["present", "present"]
+
+
+def test_a_write_that_does_not_stay_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, write = nn.ModuleList([nn.MultiheadAttention(32, 2)]), AttentionFamily.write
+
+    def undone(family: AttentionFamily, weights: AttentionWeights, *args: Any) -> str:
+        before = weights.q.clone()
+        text = write(family, weights, *args)
+        weights.q.copy_(before)
+        return text
+
+    monkeypatch.setattr(AttentionFamily, "write", undone)
+    with pytest.raises(VerificationError, match=r"layer '0': qk diagonal is .* where .* was written"):
         espalier.structure_(model, generator=seeded())
 
 

@@ -74,7 +74,8 @@ def check_attention(
     strengths = espalier.Mimetic(qk=(0.0, 0.7), vo=(0.0, -0.4))
     espalier.structure_(module, attention=strengths, depthwise=None, generator=generator)
     # Products of rank k: without noise they are 0.7 and −0.4 times projections, of full rank where values have d rows.
-    products = [(0.7, width, head) for head in query_key_products(run, dim, scale)]
+    # Scores get what was asked over √k, whatever the layer itself divides by.
+    products = [(0.7, width, head) for head in query_key_products(run, dim, width**-0.5)]
     products.append((-0.4, min(groups * width, dim), value_output_product(run, dim)))
     for strength, rank, product in products:
         projection = product / strength

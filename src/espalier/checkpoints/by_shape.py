@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from espalier.init.layouts.registry import Codeless
+
 # What a state-space mixer keeps outside its layers.
 _BARE = ("A_log", "dt_bias")
 
@@ -23,7 +25,7 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
         num_heads: query heads of every attention layer; without it attention is found and skipped. Key heads follow
             from the shapes.
     """
-    root = nn.Module()
+    root = Codeless()
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf == "in_proj_weight":

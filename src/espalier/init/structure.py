@@ -14,13 +14,14 @@ from espalier.init.adapters import without_adapters
 from espalier.init.families import FAMILIES, Family, Specs, family_of
 from espalier.init.families.base import Place, on_meta
 from espalier.init.layouts import Layer, Skipped, locate_layers
-from espalier.init.layouts.registry import refuse_hooked
+from espalier.init.layouts.hooks import refuse_hooked
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
 from espalier.init.trained import warn_if_trained
 from espalier.randomness import cpu_generator
 
+_FROZEN = "frozen (requires_grad=False) in a model that trains: write first and freeze then, or unfreeze it"
 # Statuses of layers that carried structure when their report was made.
 _CARRIED = ("written", "present", "changed")
 # A part that stood out (a score of 1) is lost when less than this is left of the score.
@@ -31,6 +32,10 @@ class VerificationError(RuntimeError):
     """A layer's weights do not show what was just written: something shares or computes them."""
 
 
+# A device, and the addresses of the first and the last number of a view there.
+_Span = tuple[str, int, int]
+
+
 @dataclass(frozen=True)
 class _Site:
     """A located layer, its family, and its place (index, count) among the layers of that family."""
@@ -39,7 +44,9 @@ class _Site:
     family: Family
     place: Place
     first: str
-    """Name of the first layer with the very same weights: its own, unless modules are tied."""
+    """Name of the first layer with any of the same weights: its own, unless modules are tied."""
+    whole: bool
+    """Whether all its weights are those of the first layer, and not some."""
 
     def row(self, status: str, note: str = "") -> LayerReport:
         return LayerReport(self.layer.name, self.family.kind, self.layer.host, status, note=note)  # type: ignore[arg-type]
@@ -84,7 +91,7 @@ def structure_(
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked: dict[str, Any] = {kind: family.default for kind, family in FAMILIES.items()} | specs
     reshard(model)
-    sites = [_unless_hooked(site) for site in _sites(model) if asked[site.family.kind] is not None]
+    sites = [_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None]
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     warn_if_trained(model)
@@ -95,7 +102,7 @@ def structure_(
     for site, seed in zip(sites, agree(draws, model), strict=True):
         spec, taken = asked[site.family.kind], dict[str, float]()
         stream = torch.Generator(device="cpu").manual_seed(seed)
-        rows.append(_attempt(site, lambda: _write(site, spec, stream, taken)))  # noqa: B023 (called at once)
+        rows.append(_attempt(site, lambda: _write(site, spec, stream, taken, rows)))  # noqa: B023 (called at once)
         sums.append(taken)
         if rows[-1].status == "written":
             remarks[site.family.remark(site.layer.found, spec, site.layer.module, model)] = None
@@ -148,24 +155,32 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
 def _sites(model: nn.Module) -> Sequence[_Site]:
     located = [(layer, family_of(layer.found)) for layer in locate_layers(model)]
     families = [family for _, family in located]
-    firsts: dict[object, str] = {}
-    return [
-        _Site(
-            layer,
-            family,
-            (families[:index].count(family), families.count(family)),
-            firsts.setdefault(_memory(layer.found) or layer.name, layer.name),
-        )
-        for index, (layer, family) in enumerate(located)
-    ]
+    taken: list[tuple[frozenset[_Span], str]] = []
+    sites = []
+    for index, (layer, family) in enumerate(located):
+        spans = _memory(layer.found)
+        first = next(((theirs, name) for theirs, name in taken if _overlap(spans, theirs)), (spans, layer.name))
+        if first[1] == layer.name:
+            taken.append((spans, layer.name))
+        place = families[:index].count(family), families.count(family)
+        sites.append(_Site(layer, family, place, first[1], whole=first[0] == spans))
+    return sites
 
 
-def _memory(found: object) -> tuple[object, ...]:
+def _memory(found: object) -> frozenset[_Span]:
     """Return where a layer's views lie, empty if that is nowhere (on the meta device, or gathered later)."""
-    tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
-    if any(tensor.is_meta or tensor.numel() == 0 for tensor in tensors):
-        return ()
-    return tuple((t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape)) for t in tensors)
+    values = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    if any(value.is_meta or value.numel() == 0 for value in values):
+        return frozenset()
+    reach = [sum((n - 1) * step for n, step in zip(v.shape, v.stride(), strict=True)) for v in values]
+    return frozenset(
+        (str(v.device), v.data_ptr(), v.data_ptr() + int(far) * v.element_size())
+        for v, far in zip(values, reach, strict=True)
+    )
+
+
+def _overlap(spans: frozenset[_Span], others: frozenset[_Span]) -> bool:
+    return any(a[0] == b[0] and a[1] <= b[2] and b[1] <= a[2] for a in spans for b in others)
 
 
 def _attempt(
@@ -187,12 +202,18 @@ def _attempt(
         return site.row("failed", f"{type(error).__name__}: {words[0]}")
 
 
-def _unless_hooked(site: _Site) -> _Site:
-    """Return a site that may be written; ``audit`` measures a hooked layer all the same."""
-    refused = refuse_hooked(site.layer.module, site.family.kind)
-    if refused is None or isinstance(site.layer.found, Skipped):
+def _unless_refused(site: _Site, model: nn.Module) -> _Site:
+    """Return a site that may be written; ``audit`` measures any layer all the same."""
+    if isinstance(site.layer.found, Skipped):
         return site
-    return replace(site, layer=replace(site.layer, found=refused))
+    refused = refuse_hooked(site.layer.module, site.family.kind)
+    # Where all of a model is frozen, that says nothing of a layer.
+    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.module)]
+    if trained == [True, False]:
+        refused = Skipped(site.family.kind, _FROZEN)
+    elif reason := site.family.set_by_hand(site.layer.found):
+        refused = Skipped(site.family.kind, reason)
+    return site if refused is None else replace(site, layer=replace(site.layer, found=refused))
 
 
 def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequence[LayerReport]) -> EspalierError:
@@ -204,15 +225,18 @@ def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequen
     )
 
 
-def _write(site: _Site, spec: object, stream: torch.Generator, sums: dict[str, float]) -> LayerReport:
-    """Write one layer, and put the sums of its views into ``sums``."""
+def _write(
+    site: _Site, spec: object, stream: torch.Generator, sums: dict[str, float], rows: Sequence[LayerReport]
+) -> LayerReport:
+    """Write one layer unless one that is written has its weights, and put the sums of its views into ``sums``."""
     family, found = site.family, site.layer.found
     if isinstance(found, Skipped):
         return site.row("skipped", found.reason)
     if not family.selects(spec, site.place):
         return site.row("skipped", "not among the layers asked for")
-    if site.first != site.layer.name:
-        return site.row("skipped", f"its weights are those of {site.first}, which is written")
+    if site.first != site.layer.name and (site.first, "written") in [(row.layer, row.status) for row in rows]:
+        some = "its weights are" if site.whole else "some of its weights are"
+        return site.row("skipped", f"{some} those of {site.first}, which is written")
     with site.layer.open() as weights:
         if isinstance(weights, Skipped):
             return site.row("skipped", weights.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -307,18 +308,24 @@ def test_the_probe_leaves_no_trace() -> None:
         assert torch.equal(value, copied)
 
 
-def test_the_probe_runs_once_for_layers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    from espalier.init.layouts import prove
+def test_the_probe_runs_once_for_layers_alike_and_less_for_those_with_another_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from espalier.init.layouts import probe_attention, prove
 
-    runs: list[int] = []
-    original = prove.prove_attention
-    monkeypatch.setattr(prove, "prove_attention", lambda *a: runs.append(1) or original(*a))
+    proofs, runs, run = [], [], probe_attention.run
+    for name in ("prove_attention", "prove_alike"):
+        tried = getattr(prove, name)
+        monkeypatch.setattr(prove, name, lambda *a, tried=tried: proofs.append(len(runs)) or tried(*a))
+    monkeypatch.setattr(probe_attention, "run", lambda *a: runs.append(1) or run(*a))
     monkeypatch.setattr(prove, "_KNOWN", {})
-    model = nn.ModuleList([RandomAttention(Form(heads=3, groups=3)) for _ in range(5)])
+    model = nn.ModuleList([RandomAttention(Form(heads=3, groups=3)) for _ in range(6)])
     for index, module in enumerate(model):
-        module.layer_idx = index
+        module.layer_idx = index // 2
     espalier.structure_(model, generator=seeded())
-    assert len(runs) == 1
+    assert len(proofs) == 3
+    costs = [after - before for before, after in itertools.pairwise([*proofs, len(runs)])]
+    assert max(costs[1:]) <= costs[0] / 4
 
 
 @pytest.mark.parametrize("kind", ["mamba", "encoder", "vit"])

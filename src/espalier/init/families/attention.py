@@ -92,17 +92,22 @@ class AttentionFamily(Family):
                 weights.q, weights.k, weights.v, weights.out, weights.num_heads, num_kv_heads=weights.num_kv_heads,
                 qk=spec.qk, vo=spec.vo, noise=spec.noise, method=spec.method, generator=generator,
             )  # fmt: skip
+            if weights.score_scale != 1:  # the scores get what was asked for: each factor carries half of it
+                for part in (weights.q, weights.k):
+                    part.mul_(weights.score_scale**-0.5)
             for bias in weights.biases:
                 bias.zero_()
         pairs = (("qk", spec.qk), ("vo", spec.vo))
         return ", ".join(f"{name} {pair[0]:.4g}·Z {pair[1]:+.4g}·I" for name, pair in pairs if pair is not None)
 
     def measure(self, weights: AnyAttention) -> dict[str, float]:
-        """Return the figures of ``measure_attention``, through latents where there are any."""
+        """Return the figures of ``measure_attention``, through latents where there are any, as they act on scores."""
         weights = _composed(weights)
-        return measure_attention(
+        figures = measure_attention(
             weights.q, weights.k, weights.v, weights.out, weights.num_heads, weights.num_kv_heads
         )  # fmt: skip
+        scale = weights.score_scale
+        return {name: value * (scale if name in ("qk_diagonal", "qk_off") else 1) for name, value in figures.items()}
 
     def verify(self, weights: AnyAttention, spec: Mimetic, place: Place, measured: Mapping[str, float]) -> str:
         """Hold both diagonals against those that the best approximation of what was asked has."""
@@ -137,7 +142,8 @@ class AttentionFamily(Family):
         shared = heads // weights.num_kv_heads
         q_HKD = weights.q.reshape(heads, -1, dim)
         k_HKD = weights.k.reshape(weights.num_kv_heads, -1, dim).repeat_interleave(shared, 0)
-        pairs = tuple(_head_strength(q, k) for q, k in zip(q_HKD, k_HKD, strict=True))
+        scaled = q_HKD * weights.score_scale if weights.score_scale != 1 else q_HKD
+        pairs = tuple(_head_strength(q, k) for q, k in zip(scaled, k_HKD, strict=True))
         measured = self.measure(weights)
         qk, vo = ((measured[f"{p}_off"] * dim**0.5, measured[f"{p}_diagonal"]) for p in ("qk", "vo"))
         return AttentionFit(name, pairs, vo, strength_behind(qk, *qk_shares), strength_behind(vo, *vo_shares))

@@ -72,6 +72,10 @@ class Family(ABC):
         """Return whether the layer at this place is one of those that the spec asks for."""
         return True
 
+    def set_by_hand(self, weights: Any) -> str:
+        """Return why weights are no start that could be replaced by another, or the empty string."""
+        return ""
+
     def note(self, weights: Any, module: nn.Module) -> str:
         """Return what a reader of the layer's row should know."""
         return weights.note

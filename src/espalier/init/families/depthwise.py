@@ -54,6 +54,14 @@ class DepthwiseFamily(Family):
             spec = replace(spec, centre="last")
         return spec.write_(weights.weight, spec.depth_of(*place), generator=generator)
 
+    def set_by_hand(self, weights: DepthwiseWeights) -> str:
+        """Say so of one pattern that all channels have, such as a blur."""
+        filters = weights.weight.flatten(1)
+        if filters.is_meta or len(filters) < 2 or not filters.isfinite().all():
+            return ""
+        same = bool((filters == filters[:1]).all()) and bool((filters[0] != filters[0, 0]).any())
+        return "all its filters are the same: they were set by hand (a blur)" if same else ""
+
     def measure(self, weights: DepthwiseWeights) -> dict[str, float]:
         """Return the fields of ``FilterFit``."""
         return covariance_fit(weights.weight)._asdict()

@@ -105,6 +105,11 @@ def _matrix(module: nn.Module, name: str) -> Tensor | Skipped:
     if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
         return Skipped("attention", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
     weight = getattr(layer, "weight", None)
+    if weight is None and not any(
+        "quant" in part.lower() or part == "qweight" for part in (type(layer).__name__, *vars(layer), *layer._buffers)
+    ):
+        kind = type(layer).__name__
+        return Skipped("attention", f"{name} ({kind}) holds no weight of its own: register a layout for its class")
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         return Skipped("attention", f"{name} is quantised: write the full-precision model, then quantise it")
     if weight.ndim != 2:

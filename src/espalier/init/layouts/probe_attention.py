@@ -12,7 +12,9 @@ rows, and only those, show the following, which is tested on random weights and 
    x_i and x_j: what is a query, what is a key, and that both come from the same tokens;
 4. signs (or a permutation) on value rows and the output columns that meet them leave the output as it is, and on either
    alone do not: values and outputs;
-5. a push of W_V moves an output through other tokens' values than its own: it is a value and not a gate.
+5. a push of W_V moves an output through other tokens' values than its own: it is a value and not a gate;
+6. S(i, i) and the move of an output are the products themselves, of the module's own tokens, up to a positive factor:
+   the other sign is refused. What stands before the projections or after the output (a linear map, a factor) is noted.
 
 Scores are what reaches the softmax; fused kernels are told to take the products one by one, so that it is called.
 """
@@ -35,6 +37,10 @@ _RELATIVE = 1e-4
 _PUSH = 1e-3
 _PUSHED = 0.05
 _MASKED = -1e20
+_ROTARY = "rotary positions: the QK product holds at distance zero"
+# How well a product must be followed to be called one, and factors that are noted.
+_FOLLOWED = 0.7
+_FACTORS = (0.4, 2.5)
 
 
 class Unproven(Exception):
@@ -82,28 +88,49 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
         Unproven: the module computes something else with these rows.
         CannotRunError: it does not run on these inputs.
     """
-    heads, groups = weights.num_heads, weights.num_kv_heads
-    # One axis of channels a head, whatever the storage.
-    q_HKD = _by_head(weights.q, heads)
-    k_GKD = _by_head(weights.k, groups)
-    v_GKD = _by_head(weights.v, groups)
-    out_HKD = _by_head(weights.out.mT, heads)
-    trial = _Trial(module, call, heads, (q_HKD, k_GKD, v_GKD, out_HKD))
+    trial = _Trial(module, weights, call)
     generator = torch.Generator().manual_seed(2)
     base = trial.look()
-    note = _prove_scores(trial, base, generator)
+    notes = _prove_scores(trial, base, generator)
     _prove_tokens(trial, base, generator)
-    _prove_values(trial, base, generator)
-    return note
+    notes += _prove_values(trial, base, generator)
+    return "; ".join(dict.fromkeys(notes))
+
+
+def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: str) -> str:
+    """Return the note on a layer of which another was proven that differs in its number alone, after tests 2 and 4.
+
+    Raises:
+        Unproven, CannotRunError: see ``prove_attention``.
+    """
+    trial = _Trial(module, weights, call)
+    generator = torch.Generator().manual_seed(2)
+    base, share = trial.look(), trial.heads // trial.groups
+    own = base.scores_HLL.diagonal(0, 1, 2)
+    keys, values = (_signs(generator, trial.groups, size) for size in (trial.width, trial.values))
+    k, q, v, o = (
+        _times(s) for s in (keys, keys.repeat_interleave(share, 0), values, values.repeat_interleave(share, 0))
+    )
+    scores = trial.look(q=q, k=k).scores_HLL
+    kept = _close(scores.diagonal(0, 1, 2), own, own)
+    if not kept or _close(trial.look(q=q).scores_HLL, base.scores_HLL, base.scores_HLL):
+        raise Unproven("its scores are not made of the rows that were read as queries and keys")
+    if not _near(trial.look(v=v, o=o).out, base.out) or _near(trial.look(v=v).out, base.out):
+        raise Unproven("its output is not made of the rows that were read as values and output projection")
+    rotary = not _close(scores, base.scores_HLL, base.scores_HLL)
+    return "; ".join([_ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", _ROTARY)])
 
 
 class _Trial:
     """Runs of a copy with changed weights; ``parts`` are views (heads or groups, channels, d) of q, k, v and outᵀ."""
 
-    def __init__(self, module: nn.Module, call: Call, heads: int, parts: tuple[Tensor, ...]) -> None:
-        self.module, self.call, self.heads, self.parts = module, call, heads, parts
-        self.groups, self.width = parts[1].shape[:2]
-        self.values = parts[2].shape[1]
+    def __init__(self, module: nn.Module, weights: AttentionWeights, call: Call) -> None:
+        self.module, self.call, self.heads, groups = module, call, weights.num_heads, weights.num_kv_heads
+        # One axis of channels a head, whatever the storage.
+        sizes = ((weights.q, self.heads), (weights.k, groups), (weights.v, groups), (weights.out.mT, self.heads))
+        self.parts = tuple(_by_head(part, count) for part, count in sizes)
+        self.groups, self.width = self.parts[1].shape[:2]
+        self.values = self.parts[2].shape[1]
 
     def look(self, **changes: Callable[[Tensor], Tensor]) -> Seen:
         """Run with some of q, k, v and out replaced by functions of themselves; the copy is left as it was."""
@@ -134,8 +161,8 @@ class _Trial:
         raise Unproven(f"its scores, {shapes}, are not those of {self.heads} heads over {length} tokens", shapes=True)
 
 
-def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
-    """Tests 1 and 2 of the note; return what was found to stand between the product and the score."""
+def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
+    """Tests 1, 2 and 6 of the note; return what was found to stand between the product and the score."""
     bias = trial.look(q=torch.zeros_like, k=torch.zeros_like).scores_HLL
     shown = base.scores_HLL - bias
     if not _clear(shown[_open(base.scores_HLL)]):
@@ -164,13 +191,20 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
     if not all(
         _close(scores, base.scores_HLL, base.scores_HLL) for scores, same in zip(paired, kept, strict=True) if same
     ):
-        notes.append("rotary positions: the QK product holds at distance zero")
+        notes.append(_ROTARY)
     doubled = trial.look(q=lambda q: 2 * q).scores_HLL - bias
     if _close(doubled, shown, base.scores_HLL):
         notes.append("queries and keys are normalised: their product holds up to scale")
     elif not _close(doubled, 2 * shown, base.scores_HLL):
         notes.append("scores are no linear function of the QK product: it holds up to their scale")
-    return "; ".join(notes)
+    tokens_LD = _tokens(trial.call, trial.parts[0].shape[-1])
+    if tokens_LD is not None:
+        q_HLK = torch.einsum("hkd,ld->hlk", trial.parts[0], tokens_LD)
+        k_GLK = torch.einsum("gkd,ld->glk", trial.parts[1], tokens_LD)
+        product_HL = (q_HLK * k_GLK.repeat_interleave(share, 0)).sum(-1) / trial.width**0.5
+        remark = _followed(shown.diagonal(0, 1, 2), product_HL, "its scores", "the QK product over √k")
+        notes += [remark] if remark and not (notes and "times" in remark) else []
+    return notes
 
 
 def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None:
@@ -194,8 +228,8 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
         raise Unproven("its keys come from other tokens than its queries: cross-attention")
 
 
-def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None:
-    """Tests 4 and 5 of the note."""
+def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
+    """Tests 4, 5 and 6 of the note; return what was found to stand between the product and the output."""
     share = trial.heads // trial.groups
     signs_GK = _signs(generator, trial.groups, trial.values)
     orders_GK = _orders(generator, trial.groups, trial.values)
@@ -237,6 +271,40 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> None
         raise Unproven("its scores at a token's own place do not move with what was read as its query")
     if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
+    return _follow_values(trial, moves, ways)
+
+
+def _follow_values(trial: _Trial, moves: tuple[Tensor, Tensor], ways: Tensor) -> list[str]:
+    """Test 6 of the note for values: the moves of a first channel's push along two ways, with queries of zero."""
+    tokens_LD = _tokens(trial.call, ways.shape[-1])
+    out_HKD = trial.parts[3]
+    if tokens_LD is None or moves[0].shape != (len(tokens_LD), out_HKD.shape[-1]):
+        return []
+    shares_HLL = trial.look(q=torch.zeros_like).scores_HLL.softmax(-1)[: trial.heads // trial.groups]
+    columns_HD = out_HKD[: len(shares_HLL), 0]
+    expected = [_PUSH * torch.einsum("hij,j,hd->id", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
+    remark = _followed(torch.stack(moves), torch.stack(expected), "its output", "the value-output product")
+    return [remark] if remark else []
+
+
+def _tokens(call: Call, width: int) -> Tensor | None:
+    """Return the tokens (L, d) that a layer is given, if its first input is those."""
+    first = next((value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)), None)
+    if first is None or first.numel() != call.length * width or not first.is_floating_point():
+        return None
+    axis = next((i for i in (first.ndim - 1, 1) if first.ndim > i >= 0 and first.shape[i] == width), None)
+    return None if axis is None else first.movedim(axis, -1).reshape(call.length, width).double()
+
+
+def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
+    """Return in words how what was found differs from a product, or refuse the other sign."""
+    dot, size = float((found * product).sum()), float(product.norm() * found.norm())
+    if dot < -_FOLLOWED * size:
+        raise Unproven(f"{what} follows {name} with the other sign")
+    if dot < _FOLLOWED * size:
+        return "something stands before its projections or after its output: its products are not those of its tokens"
+    factor = dot / float(product.square().sum())
+    return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what} is {factor:.2g} times {name}"
 
 
 def _by_head(part: Tensor, count: int) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.filters.closed_form import Convolution
-from espalier.init.layouts.prove import cached, module_key, token_widths
-from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped
+from espalier.init.layouts.keys import module_key
+from espalier.init.layouts.prove import cached, token_widths
+from espalier.init.layouts.registry import Codeless, DepthwiseWeights, Found, Skipped
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced
 
 _UNKNOWN = "which of its taps meets the present is unknown"
@@ -48,7 +49,7 @@ def align(
     padded = _padding(module)
     if (
         owner is not None
-        and type(names[""]) is not nn.Module
+        and not isinstance(names[""], Codeless)
         and (own_code or len(padded) == 1 or padded != _even(module))
     ):
         path = name[len(owner[0]) :].lstrip(".")
@@ -120,8 +121,32 @@ def _centre(owner: nn.Module, path: str, module: Convolution) -> str:
                 return "other"  # every tap looks past the input's ends
             if len(first) > 1 or len(last) > 1 or not first | last:
                 raise CannotRunError(f"{type(owner).__name__}, which calls it, mixes positions in other ways too")
-            return _name(module, next(iter(first), None), next(iter(last), None))
+            ends = next(iter(first), None), next(iter(last), None)
+            if not path:
+                _prove_taps(twin, call, axes, filters, module, *ends)
+            return _name(module, *ends)
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
+
+
+def _prove_taps(
+    twin: nn.Module,
+    call: Call,
+    axes: tuple[int, ...],
+    filters: Tensor,
+    module: Convolution,
+    first: Offset | None,
+    last: Offset | None,
+) -> None:
+    """Run a convolution with code of its own with weight on every tap alone, and raise if one is not where it belongs.
+
+    A mask, for one, lets some taps do nothing: what is written there would not be used.
+    """
+    sizes, steps = module.kernel_size, module.dilation
+    far = first or tuple(end - (n - 1) * step for end, n, step in zip(last or (), sizes, steps, strict=True))
+    for tap, place in enumerate(itertools.product(*map(range, sizes))):
+        expected = tuple(a + p * step for a, p, step in zip(far, place, steps, strict=True))
+        if _offsets(twin, call, axes, filters, tap, module) != {expected}:
+            raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {place})")
 
 
 def _name(module: Convolution, first: Offset | None, last: Offset | None) -> str:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
-from espalier.init.layouts.probe_attention import Unproven, prove_attention
+from espalier.init.layouts.probe_attention import Unproven, prove_alike, prove_attention
 from espalier.init.layouts.registry import (
     AttentionWeights,
+    Codeless,
     DepthwiseWeights,
     Found,
     LatentAttentionWeights,
@@ -33,11 +35,9 @@ from espalier.init.layouts.scratch import (
     untraced,
 )
 
-# Attributes that number a layer and change nothing of what its rows mean.
-_NUMBERS = frozenset(
-    {"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx", "training"}
-)
-_MODULE_FIELDS = frozenset(vars(nn.Module()))
+_OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
+# Attributes that number a layer, and seldom change what its rows mean: layers that differ in them are tested less.
+_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
 # Verdicts by what decides them: a note, or a refusal.
 _KNOWN: dict[Any, str | Unproven | CannotRunError] = {}
 _KEPT = 4096
@@ -57,7 +57,7 @@ def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: F
     if isinstance(found, DepthwiseWeights):
         return Skipped("depthwise", "its class is not registered: register a layout for it")
     guessed = f"guessed from the names of its layers; {found.note}".rstrip("; ")
-    if type(names[""]) is nn.Module:
+    if isinstance(names[""], Codeless):
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
     if isinstance(found, SSMWeights | LatentAttentionWeights):
@@ -88,13 +88,13 @@ def prove_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, foun
     A layer that is the model, or stands in containers only, is taken at its word.
     """
     owner = owner_of(names, name)
-    if owner is None or type(owner[1]) is nn.TransformerEncoderLayer or type(names[""]) is nn.Module:
+    if owner is None or type(owner[1]) is nn.TransformerEncoderLayer or isinstance(names[""], Codeless):
         return found
     try:
-        for call in _calls(owner, name, module, found.q.shape[-1], found.num_heads):
-            query, key, *_ = _bound(module, call).values()
-            if query.shape != key.shape or not torch.equal(query, key):
-                return Skipped("attention", "its keys come from other tokens than its queries: cross-attention")
+        for call in _calls_in_use(names, name, module, found.q.shape[-1], found.num_heads):
+            query, *others = list(_bound(module, call).values())[:3]
+            if any(other.shape != query.shape or not torch.equal(query, other) for other in others):
+                return Skipped("attention", _OTHERS)
     except CannotRunError as error:
         return Skipped("attention", f"whose keys it gets cannot be proven: {error}")
     return found
@@ -102,6 +102,7 @@ def prove_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, foun
 
 def _prove_alone(module: nn.Module, reading: Layout) -> str:
     """Prove a layer on inputs made from its own signature."""
+    group = ("alike", module_key(module, _NUMBERS), reading)
     with untraced():
         twin = copy_for_probe(module)
         views = reading(twin)
@@ -111,7 +112,11 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
             if call.sequences > 1:
                 raise CannotRunError("it takes two sequences")
             try:
-                return prove_attention(twin, views, call)
+                known = _KNOWN.get(group)
+                if isinstance(known, str):
+                    return prove_alike(twin, views, call, known)
+                _KNOWN[group] = remarks = prove_attention(twin, views, call)
+                return remarks
             except Unproven as error:
                 why = error if isinstance(why, CannotRunError) or why.shapes else why
                 if not error.shapes:
@@ -123,21 +128,18 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
 
 def _with_owner(names: Mapping[str, nn.Module], name: str, module: nn.Module, reading: Layout) -> str:
     """Prove a layer on the inputs that its owner gives it."""
-    owner = owner_of(names, name)
-    if owner is None:
-        raise CannotRunError("nothing in the model calls it")
 
     def verdict() -> str:
-        assert owner is not None
         with untraced():
             twin = copy_for_probe(module)
             views = reading(twin)
             assert isinstance(views, AttentionWeights)
-            width = views.q.shape[-1]
-            notes = [prove_attention(twin, views, call) for call in _calls(owner, name, module, width, views.num_heads)]
+            made = _calls_in_use(names, name, module, views.q.shape[-1], views.num_heads)
+            notes = [prove_attention(twin, views, call) for call in made]
         return notes[0]
 
-    return cached((module_key(module), reading, module_key(owner[1]), name[len(owner[0]) :]), verdict)
+    above = [(module_key(part), name[len(place) :]) for place, part in _owners(names, name)]
+    return cached((module_key(module), reading, tuple(above)), verdict)
 
 
 def _other_keys(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Skipped | None:
@@ -147,7 +149,7 @@ def _other_keys(names: Mapping[str, nn.Module], name: str, module: nn.Module) ->
     if not others or denies_cross(module) or owner is None:
         return None
     try:
-        made = _calls(owner, name, module, _width(module), 0)
+        made = _calls_in_use(names, name, module, _width(module), 0)
     except CannotRunError as error:
         if reads_self(name):
             return None
@@ -158,18 +160,49 @@ def _other_keys(names: Mapping[str, nn.Module], name: str, module: nn.Module) ->
         for other in others:
             value = bound.get(other)
             if isinstance(value, Tensor) and (value.shape != first.shape or not torch.equal(value, first)):
-                return Skipped("attention", "its keys come from other tokens than its queries: cross-attention")
+                return Skipped("attention", _OTHERS)
     return None
 
 
-def _calls(owner: tuple[str, nn.Module], name: str, module: nn.Module, width: int, heads: int) -> list[Call]:
-    """Return what the owner hands to a layer, or raise why that cannot be seen."""
+def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules that decide what a layer is given, innermost first.
+
+    One that may be handed a second sequence may hand it on, so that whoever calls it decides, too.
+    """
+    owners: list[tuple[str, nn.Module]] = []
+    while (owner := owner_of(names, name)) is not None and (not owners or optional_sequences(owners[-1][1])):
+        owners.append(owner)
+        name = owner[0]
+    return owners
+
+
+def _calls_in_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, width: int, heads: int) -> list[Call]:
+    """Return what a layer is handed in its model, or raise why that cannot be seen.
+
+    The outermost module that decides is run; where it does not run, the next inside. One that could be handed a second
+    sequence is handed one: if that reaches the layer, its keys may be another's.
+    """
+    why = "nothing in the model calls it"
+    for owner in reversed(_owners(names, name)):
+        others = tuple(optional_sequences(owner[1]))
+        for given in dict.fromkeys((others, ())):
+            try:
+                return _calls(owner, name, module, width, heads, given)
+            except CannotRunError as error:
+                why = str(error)
+    raise CannotRunError(why)
+
+
+def _calls(
+    owner: tuple[str, nn.Module], name: str, module: nn.Module, width: int, heads: int, given: tuple[str, ...]
+) -> list[Call]:
+    """Return what the owner, given these optional arguments, hands to a layer, or raise why that cannot be seen."""
     path = name[len(owner[0]) :].lstrip(".")
 
     def made() -> list[Call]:
         with untraced():
             twin = copy_for_probe(owner[1])
-            seen = calls_of_part(twin, path, [width, *token_widths(owner[1])], heads)
+            seen = calls_of_part(twin, path, [width, *token_widths(owner[1])], heads, given)
         sized = []
         for call in seen:
             first = next(iter(_bound(module, call).values()), None)
@@ -177,7 +210,7 @@ def _calls(owner: tuple[str, nn.Module], name: str, module: nn.Module, width: in
             sized.append(replace(call, length=length))
         return sized
 
-    return cached((module_key(owner[1]), path, width, heads, "calls"), made)
+    return cached((module_key(owner[1]), path, width, heads, given, "calls"), made)
 
 
 def _bound(module: nn.Module, call: Call) -> dict[str, Any]:
@@ -212,33 +245,3 @@ def cached(key: Any, compute: Callable[[], Any]) -> Any:
     if isinstance(verdict, Exception):
         raise verdict
     return verdict
-
-
-def module_key(module: nn.Module) -> Any:
-    """Return all that decides what a module computes but its values: classes, shapes, plain attributes, settings."""
-    parts = []
-    for name, part in module.named_modules():
-        shapes = tuple((key, _shape(p)) for key, p in part._parameters.items() if p is not None)
-        buffers = tuple((key, _shape(b), b.is_meta) for key, b in part._buffers.items() if b is not None)
-        parts.append((name, type(part), shapes, buffers, _plain(vars(part), deep=True)))
-    return tuple(parts)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...] | None:
-    return None if is_lazy(tensor) else tuple(tensor.shape)
-
-
-def _plain(attributes: Mapping[str, Any], *, deep: bool) -> tuple[Any, ...]:
-    kept = []
-    for key, value in attributes.items():
-        if key in _NUMBERS or key in _MODULE_FIELDS:
-            continue
-        if isinstance(value, bool | int | float | str | torch.dtype | None) or (
-            isinstance(value, tuple | list) and all(isinstance(part, bool | int | float | str) for part in value)
-        ):
-            kept.append((key, tuple(value) if isinstance(value, list) else value))
-        elif key == "forward" or inspect.isroutine(value):
-            kept.append((key, id(value)))
-        elif deep and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-            kept.append((key, _plain(vars(value), deep=False)))
-    return tuple(kept)

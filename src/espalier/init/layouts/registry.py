@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ class AttentionWeights:
     Every weight acts as ``y = x Wᵀ``: q is (H·k, d), k and v are (H_kv·k, d), out is (d, H·k); libraries that store the
     transpose hand out transposed views, and those that keep each head's q, k and v together hand them out as
     (H, k, d). ``biases`` are those of the four projections that exist. ``causal`` says whether a token sees only those
-    before it, where that is known.
+    before it, where that is known; ``score_scale`` is what stands before q·k in place of 1/√k, divided by that.
     """
 
     kind: ClassVar[str] = "attention"
@@ -34,6 +33,7 @@ class AttentionWeights:
     biases: tuple[Tensor, ...] = ()
     note: str = ""
     causal: bool | None = None
+    score_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,13 @@ Found = Weights | Skipped
 Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
 AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
+
+class Codeless(nn.Module):
+    """The root of modules that hold a checkpoint without its code: nothing in it can be run."""
+
+
 LAZY = "its weights have no shape before its first call: run a batch, then write"
 COMPUTED = "its weights are computed by a hook before each call: remove the hook, write, put it back"
-
-# Libraries whose hooks before a call gather, move or watch weights and change none.
-_CARRIERS = ("torch.distributed", "accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.", "espalier.")
 
 # By the class's dotted path.
 LAYOUTS: dict[str, Layout] = {}
@@ -206,21 +208,6 @@ def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
             sources = [other for other in kept if other.startswith(f"{name}_")]
             if name in vars(part) or (part._forward_pre_hooks and name in kept and sources):
                 return Skipped(kind, COMPUTED)
-    return None
-
-
-def refuse_hooked(module: nn.Module, kind: str) -> Skipped | None:
-    """Return why nothing is written below a hook that runs before each call: it may write the weights anew.
-
-    What a hook does cannot be known without running it, which may do anything.
-    """
-    for hook in (hook for part in module.modules() for hook in part._forward_pre_hooks.values()):
-        while isinstance(hook, functools.partial):
-            hook = hook.func
-        home = str(getattr(hook, "__module__", None) or type(hook).__module__)
-        if not home.startswith(_CARRIERS):
-            words = f"a hook ({getattr(hook, '__name__', type(hook).__name__)}) runs before each call"
-            return Skipped(kind, f"{words} and may change its weights: remove it, write, put it back")
     return None
 
 

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,13 +136,14 @@ def run(module: nn.Module, call: Call) -> list[Tensor]:
     return tensors
 
 
-def calls(module: nn.Module, width: int, heads: int = 0) -> Iterator[Call]:
+def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] = ()) -> Iterator[Call]:
     """Yield inputs that a module may run on, the most usual first: made from its signature alone.
 
     Args:
         module: the module.
         width: of a token.
         heads: query heads, if known: rotary tables are as wide as one.
+        given: names of optional arguments that are given, too.
     """
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
@@ -153,7 +154,10 @@ def calls(module: nn.Module, width: int, heads: int = 0) -> Iterator[Call]:
         return
     generator = torch.Generator().manual_seed(1)
     first, rest = named[0], named[1:]
-    needs = [p for p in rest if p.default is p.empty or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")]
+    needs = [
+        p for p in rest
+        if p.default is p.empty or p.name in given or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")
+    ]  # fmt: skip
     rotary = any(_ROTARY.search(p.name) for p in needs)
     share = width // heads if heads and width % heads == 0 else 8
     widths = _rotary_widths(module, share) if rotary else [0]
@@ -162,7 +166,9 @@ def calls(module: nn.Module, width: int, heads: int = 0) -> Iterator[Call]:
         if zero_masks and not any("mask" in p.name for p in needs):
             continue
         for shape in ((1, length, width), (length, 1, width), (length, width)):
+            # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
             values = {p.name: _argument(p, x, length, turn, heads, zero_masks, generator) for p in needs}
             positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
             keywords = values if first.kind is not first.KEYWORD_ONLY else {first.name: x, **values}
@@ -194,15 +200,24 @@ def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module]
     return None
 
 
-def calls_of_part(owner: nn.Module, path: str, widths: Sequence[int], heads: int) -> list[Call]:
+def calls_of_part(
+    owner: nn.Module, path: str, widths: Sequence[int], heads: int, given: Collection[str] = ()
+) -> list[Call]:
     """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
+
+    Args:
+        owner: the copy.
+        path: of the part.
+        widths: of a token, to try.
+        heads: see ``calls``.
+        given: see ``calls``.
 
     Raises:
         CannotRunError: it runs on none of them, or never calls the part.
     """
     why = ""
     for width in dict.fromkeys(widths):
-        for call in calls(owner, width, heads):
+        for call in calls(owner, width, heads, given):
             seen: list[Call] = []
 
             def record(_: nn.Module, args: Any, kwargs: Any, length: int = call.length, seen: Any = seen) -> None:

@@ -1,0 +1,154 @@
+"""All that decides what a module computes but the values of its parameters, as a key under which verdicts are kept.
+
+A verdict on one module is taken for another only where nothing at all tells them apart: classes and the code of their
+methods, every attribute as deep as it goes, buffers by their contents, functions with what they close over and name.
+What holds something that is not understood gets a key of its own, so that it is judged by itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+from collections.abc import Hashable, Mapping
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
+_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_NAMED = (type, ModuleType, BuiltinFunctionType, enum.Enum, CodeType, torch.jit.ScriptFunction)
+# Contents of tensors up to this many numbers are compared.
+_LARGEST = 2**24
+
+
+class _UnknownError(Exception):
+    """Something is met whose contents cannot be told."""
+
+
+class _Same:
+    """Equal to what holds the very same object, which lives as long as the key."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+
+def module_key(module: nn.Module, but: frozenset[str] = frozenset()) -> Hashable:
+    """Return a key that two modules share if they compute the same with the same parameters, or one of its own.
+
+    Args:
+        module: the module.
+        but: names of attributes that are left out.
+    """
+    try:
+        return _Reader(but).read(module)
+    except (_UnknownError, RecursionError):
+        return object()
+
+
+class _Reader:
+    """Reads one module; what is met again is named by its place in the order of meeting."""
+
+    def __init__(self, but: frozenset[str]) -> None:
+        self.left_out = _MODULE_FIELDS | but
+        # The objects themselves are kept, so that no number is given twice.
+        self.met: dict[int, tuple[int, Any]] = {}
+
+    def read(self, value: Any) -> Hashable:
+        if value is None or isinstance(value, _VALUES):
+            return type(value), value
+        if isinstance(value, _NAMED) or type(value) is object:
+            return _Same(value)
+        if id(value) in self.met:
+            return "met", self.met[id(value)][0]
+        self.met[id(value)] = len(self.met), value
+        return type(value).__name__, self._contents(value)
+
+    def _contents(self, value: Any) -> Hashable:
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, FunctionType):
+            return self._function(value)
+        if isinstance(value, MethodType):
+            return self.read(value.__func__), self.read(value.__self__)
+        if isinstance(value, functools.partial):
+            return self.read(value.func), self._items(value.args), self._pairs(value.keywords)
+        if isinstance(value, list | tuple):
+            return self._items(value)
+        if isinstance(value, Mapping):
+            return self._pairs(value), self._pairs(getattr(value, "__dict__", {}))
+        if isinstance(value, set | frozenset):
+            return frozenset(map(self.read, value))
+        if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
+            return self._class(type(value)), self._pairs(vars(value))
+        raise _UnknownError(type(value).__name__)
+
+    def _items(self, values: Any) -> Hashable:
+        return tuple(map(self.read, values))
+
+    def _pairs(self, values: Mapping[Any, Any]) -> Hashable:
+        return tuple((self.read(key), self.read(value)) for key, value in values.items())
+
+    def _module(self, module: nn.Module) -> Hashable:
+        own = {key: value for key, value in vars(module).items() if key not in self.left_out}
+        shapes = tuple((key, self._parameter(p)) for key, p in module._parameters.items() if p is not None)
+        return (
+            self._class(type(module)),
+            shapes,
+            self._pairs(module._buffers),
+            self._pairs(module._modules),
+            self._pairs(own),
+        )
+
+    def _parameter(self, parameter: Tensor) -> Hashable:
+        """Return its shape, and whether it is one that was met: its values are not asked."""
+        first = self.met.setdefault(id(parameter), (len(self.met), parameter))[0]
+        return first, None if is_lazy(parameter) else tuple(parameter.shape)
+
+    def _tensor(self, tensor: Tensor) -> Hashable:
+        plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+        if not plain or is_lazy(tensor) or tensor.numel() > _LARGEST:
+            raise _UnknownError("a tensor")
+        digest = ""
+        if not tensor.is_meta and tensor.numel():
+            numbers = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest = hashlib.blake2b(numbers.numpy().data, digest_size=16).hexdigest()
+        return tuple(tensor.shape), tensor.dtype, tensor.is_meta, digest
+
+    def _function(self, function: FunctionType) -> Hashable:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        bound = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *cells)
+        return _code(function), self._items(bound)
+
+    def _class(self, cls: type) -> Hashable:
+        """Return a class with what it and its parents outside of torch define: another function is another key."""
+        parts: list[Hashable] = [_Same(cls)]
+        for parent in cls.__mro__:
+            if parent is object or parent.__module__.partition(".")[0] in ("torch", "builtins"):
+                continue
+            for name, value in vars(parent).items():
+                function = getattr(value, "__func__", getattr(value, "fget", value))
+                parts.append((name, _Same(value), _code(function) if isinstance(function, FunctionType) else None))
+        return tuple(parts)
+
+
+def _code(function: FunctionType) -> Hashable:
+    """Return a function's code, and what its names stand for in its module now: that is not followed further."""
+    known, code = function.__globals__, function.__code__
+    named = [(name, known[name]) for name in code.co_names if name in known]
+    return (
+        _Same(code),
+        _Same(known),
+        tuple((name, (type(value), value) if isinstance(value, _VALUES) else _Same(value)) for name, value in named),
+    )
