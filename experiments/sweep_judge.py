@@ -54,6 +54,7 @@ class Watch(TorchDispatchMode):
 def judge(model: nn.Module) -> dict[str, Any]:
     """Write structure into a model and return a verdict for every layer."""
     reports, why = [], ""
+    model.requires_grad_(True)  # what a library freezes by default is judged, too
     try:
         reports = list(espalier.structure_(model, depthwise=NARROW, generator=torch.Generator().manual_seed(0)).layers)
     except EspalierError as error:

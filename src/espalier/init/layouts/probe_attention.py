@@ -304,7 +304,7 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     if dot < _FOLLOWED * size:
         return "something stands before its projections or after its output: its products are not those of its tokens"
     factor = dot / float(product.square().sum())
-    return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what} is {factor:.2g} times {name}"
+    return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
 
 
 def _by_head(part: Tensor, count: int) -> Tensor:
