@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import os
 import pickle
+import stat
 import struct
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +22,17 @@ from espalier.data.cifar import CIFAR10_MD5, read_cifar10
 from espalier.data.digits import read_digits
 from espalier.data.idx import FASHION_MNIST_MD5, parse_idx, read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages, stratified_order
+from espalier.data.text import read_text
 from espalier.errors import EspalierError
-from espalier.files import write_bytes
+from espalier.files import (
+    locked,
+    read_checked,
+    read_object,
+    read_regular,
+    read_sealed,
+    shown,
+    write_bytes,
+)
 from needs import data_folder, needs_data
 
 
@@ -245,12 +259,118 @@ def test_limits_are_balanced_nested_and_checked() -> None:
         data.limited(test_limit=101)
 
 
-# Folders
+# Files of our own
 
 
 def test_a_file_that_cannot_be_written_is_told_by_the_name_that_was_asked_for(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / ("x" * 250)):  # a folder; a name too long once it is a temporary one
-        with pytest.raises(OSError) as caught:
+    path = tmp_path / ("x" * 250)  # a name too long once it is a temporary one
+    with pytest.raises(OSError) as caught:
+        write_bytes(path, b"content")
+    assert caught.value.filename == str(path)
+    with pytest.raises(EspalierError, match="is a folder") as refused:
+        write_bytes(tmp_path, b"content")
+    assert str(tmp_path) in one_line(refused)
+    with pytest.raises(EspalierError, match="does not exist"):
+        write_bytes(tmp_path / "nowhere" / "file", b"content")
+    assert not [left for place in (tmp_path, tmp_path.parent) for left in place.glob(".*.partial")]
+
+
+def test_what_is_written_through_links_is_the_file_that_they_lead_to(tmp_path: Path) -> None:
+    real, hop, link, elsewhere = (tmp_path / name for name in ("a/real", "b/hop", "c/link", "d/not yet"))
+    for path in (real, hop, link, elsewhere):
+        path.parent.mkdir()
+    real.write_bytes(b"before")
+    hop.symlink_to("../a/real")
+    link.symlink_to(hop)
+    (tmp_path / "c" / "first").symlink_to(elsewhere)
+    for path in (link, tmp_path / "c" / "first"):
+        write_bytes(path, b"after")
+        assert path.is_symlink()
+        assert path.read_bytes() == b"after"
+    assert hop.is_symlink()
+    assert not real.is_symlink()
+    assert not elsewhere.is_symlink()
+    assert len([path for path in tmp_path.rglob("*") if not path.is_dir()]) == 5, "nothing is left over"
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    places = [tmp_path / "pipe", tmp_path / "socket"]
+    os.mkfifo(places[0])
+    os.mknod(places[1], stat.S_IFSOCK | 0o600)
+    with contextlib.suppress(PermissionError):  # root alone may
+        os.mknod(tmp_path / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        places.append(tmp_path / "device")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    kinds = {path: path.stat().st_mode for path in places}
+    for path in (*places, tmp_path / "link"):
+        with pytest.raises(EspalierError, match="a pipe, device or socket") as caught:
             write_bytes(path, b"content")
-        assert caught.value.filename == str(path)
-    assert not list(tmp_path.parent.glob(".*.partial"))
+        assert str(path) in one_line(caught)
+    assert {path: path.stat().st_mode for path in places} == kinds
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError) as looped:
+        write_bytes(tmp_path / "loop", b"content")
+    assert looped.value.errno == errno.ELOOP
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "loop", *(path.name for path in places)}
+
+
+@contextlib.contextmanager
+def pipe(path: Path, content: bytes) -> Iterator[Path]:
+    """Make a pipe whose reader gets ``content``, as long as the block lasts."""
+    os.mkfifo(path)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError), path.open("wb") as file:
+            file.write(content)
+
+    writer = threading.Thread(target=serve, daemon=True)
+    writer.start()
+    try:
+        yield path
+    finally:
+        while writer.is_alive():
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # lets the writer go on that nobody has read from
+            writer.join(0.01)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_object,
+        lambda path: read_sealed(path, "study"),
+        lambda path: read_checked(path, hashlib.md5(b"{}").hexdigest()),
+        read_text,
+        read_regular,
+    ],
+)
+def test_a_pipe_is_refused_where_a_file_is_read(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pipe(tmp_path / "pipe", b"{}") as path, pytest.raises((EspalierError, OSError), match="not a regular file"):
+        read(path)
+    (tmp_path / "file").write_bytes(b"{}")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    read(tmp_path / "link")
+
+
+def test_a_lock_holds_under_every_name_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "place" / "run"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "other").symlink_to(tmp_path / "place")
+    monkeypatch.chdir(folder)
+    names = [folder, tmp_path / "link", tmp_path / "other" / "run", Path(), Path("../run"), Path("../../link")]
+    for mine in names:
+        with locked(mine):
+            for other in names:
+                with pytest.raises(EspalierError, match="in use"), locked(other):
+                    pass
+    assert {path.name for path in tmp_path.rglob("*")} == {"place", "run", "link", "other"}
+    with locked(tmp_path / "new"), locked(folder):  # two folders, one of them not there yet
+        pass
+
+
+@pytest.mark.parametrize("text", ["plain é", "a\nb", "a\u2028b", os.fsdecode(b"d\xe9g"), "\x1b[2J"])
+def test_paths_in_messages_take_one_line(text: str) -> None:
+    assert len(shown(Path(text)).encode().splitlines()) == len(shown(text).splitlines()) == 1
+    assert "\x1b" not in shown(text)
+    assert (shown(text) == text) == text.isprintable()

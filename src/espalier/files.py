@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
 import pickle
 import secrets
+import stat
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +32,40 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file through a temporary sibling of its own name and a rename; on failure nothing is left of it.
 
     Two processes that write one file at the same time each write a sibling of their own: the last rename wins. What a
-    kill left behind is cleared by whoever writes the file again an hour later or more.
+    kill left behind is cleared by whoever writes the file again an hour later or more. A link stays one: the file that
+    it leads to is written.
 
     Raises:
-        EspalierError: the folder does not exist.
+        EspalierError: the folder does not exist, or there is something of that name which is no regular file.
         OSError: the file cannot be written.
     """
-    if not path.parent.is_dir():
-        raise EspalierError(f"file {path}: folder {path.parent} does not exist: make it first")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    target = _target_of(path)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         with contextlib.suppress(OSError):  # its writer may just have renamed it
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()
-    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    part = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
         part.write_bytes(content)
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was asked for
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _target_of(path: Path) -> Path:
+    """Return the file that is to be replaced where ``path`` is written."""
+    # The system is asked, not the name: /dev/stdout is a link to what has no place among the files.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(mode := path.stat().st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, device or socket"
+            raise EspalierError(f"file {path} is {kind}, which a rename would replace: name a regular file to write")
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise EspalierError(f"file {path}: folder {target.parent} does not exist: make it first")
+    return target
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,11 +82,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object that a file of JSON holds.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is no regular one.
         ValueError: it holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
@@ -214,17 +229,52 @@ def read_file(path: Path) -> bytes:
     """Return the content of ``path``.
 
     Raises:
-        EspalierError: the file is missing or unreadable; the message names it.
+        EspalierError: the file is missing, unreadable or no regular one; the message names it.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error
 
 
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a file for reading its bytes; a pipe, a device or a folder is refused rather than waited for.
+
+    Args:
+        path: the file.
+        buffering: of ``open``: 0 for none.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    # To open a pipe is to wait for its writer, and a device may never end: neither begins here.
+    now = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | now))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file that ``open_regular`` opens.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
+def shown(path: Path | str) -> str:
+    """Return a path as it stands in a message of one line: line breaks and bytes that are no text are written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
+
+
 def lock_of(path: Path) -> Path:
-    """Return the lock file of a file or folder, beside it."""
-    return path.parent / f".{path.name}.lock"  # with_name fails for "/" and "."
+    """Return the lock file of a file or folder, beside the place that its name leads to: one for all its names."""
+    place = Path(os.path.realpath(path))
+    return place.parent / f".{place.name}.lock"  # with_name fails for "/"
 
 
 @contextlib.contextmanager

@@ -105,8 +105,9 @@ def test_the_cache_serves_until_a_file_changes(tmp_path: Path, cache: Path, monk
     first = read_folder(tmp_path, size=8)
     assert len(list(cache.glob("*.npy"))) == 2, "one of each split"
     decoded = []
-    opened = EncodedImages.open
-    monkeypatch.setattr(EncodedImages, "open", lambda self, index: decoded.append(index) or opened(self, index))
+    decode = EncodedImages.decode
+    note = lambda self, index, content: decoded.append(index) or decode(self, index, content)  # noqa: E731
+    monkeypatch.setattr(EncodedImages, "decode", note)
     again = read_folder(tmp_path, size=8)
     assert not decoded
     assert torch.equal(first.train.images_NCHW, again.train.images_NCHW)
@@ -155,6 +156,20 @@ def test_a_cache_without_room_leaves_nothing_behind(
         read_folder(tmp_path, size=8)
     assert str(cache) in one_line(caught)
     assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
+
+
+def test_a_pipe_that_takes_the_place_of_an_image_is_refused(tmp_path: Path) -> None:
+    images = EncodedImages.from_names(tmp_path, ["pipe.png"], [0])
+    os.mkfifo(tmp_path / "pipe.png")
+    writer = os.open(tmp_path / "pipe.png", os.O_RDWR)
+    try:
+        os.write(writer, b"no image")
+        for read in (lambda: images.read(0), lambda: images.fingerprint(8)):
+            with pytest.raises(EspalierError, match="not a regular file") as caught:
+                read()
+            assert str(tmp_path / "pipe.png") in one_line(caught)
+    finally:
+        os.close(writer)
 
 
 def test_folders_without_images_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,9 @@ def test_what_is_hidden_is_no_image_and_no_class(tmp_path: Path) -> None:
         (["imagenet/train/cat/1.jpg", "imagenet/val/cat/1.jpg"], "'imagenet' alone"),
         (["train/cat/1.jpg", "train/dog/x.txt", "val/cat/1.jpg"], "holds no image"),
         (["1.jpg", "2.jpg"], "has no subfolder"),
+        (["train/cat/1.jpg", "train/dog/1.jpg", "Train/cat/1.jpg", "val/cat/1.jpg"], "Train/ and train/"),
+        (["train/cat/1.jpg", "train/dog/1.jpg", "training/cat/1.jpg", "val/cat/1.jpg"], "train/ and training/"),
+        (["train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "VAL/cat/1.jpg"], "VAL/ and val/"),
     ],
 )  # fmt: skip
 def test_a_doubtful_folder_is_refused_in_one_line(tmp_path: Path, names: list[str], words: str) -> None:
@@ -82,6 +87,72 @@ def test_the_test_set_can_be_named(tmp_path: Path) -> None:
         assert list_folder(tmp_path, test=name).test.place(0) == str(tmp_path / name / "a" / "1.jpg")
     with pytest.raises(EspalierError, match="'other'"):
         list_folder(tmp_path, test="other")
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"set/{name}/{number}.jpg" for name in ("cat", "dog") for number in range(5)))
+    touch(tmp_path, "more/9.jpg", "more/deep/8.jpg", "fox/7.jpg", "single.jpg")
+    (tmp_path / "set" / "dog" / "more").symlink_to("../../more")
+    (tmp_path / "set" / "dog" / "one.jpg").symlink_to("../../single.jpg")
+    (tmp_path / "set" / "fox").symlink_to("../fox")
+    listing = list_folder(tmp_path / "set")
+    found = {split.place(index) for split in (listing.train, listing.test) for index in range(len(split))}
+    wanted = {f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(5)}
+    wanted |= {"dog/more/9.jpg", "dog/more/deep/8.jpg", "dog/one.jpg", "fox/7.jpg"}
+    assert found == {str(tmp_path / "set" / name) for name in wanted}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("dog/again", "."),
+        ("dog/inner/up", "../.."),
+        ("loop", "."),
+        ("dog/itself", "itself"),
+        ("dog/x.png", "x.png"),
+        ("dog/gone", "nowhere"),
+        ("dog/gone.png", "nowhere.png"),
+        ("gone", "../nowhere"),
+        ("dog/endless.png", "/dev/zero"),
+        ("dog/pipe.png", None),
+    ],
+)
+def test_what_is_no_file_or_folder_of_images_is_refused_by_name(tmp_path: Path, name: str, target: str | None) -> None:
+    touch(tmp_path, *(f"{folder}/{number}.jpg" for folder in ("cat", "dog", "dog/inner") for number in range(5)))
+    if target is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(EspalierError) as caught:
+        list_folder(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *(f"{name}/{number}.jpg" for name in ("cat", "dog", "dog/closed") for number in range(5)))
+    scandir = os.scandir
+
+    def refuse(place: Path) -> object:
+        if Path(place).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(EspalierError, match="Permission denied") as caught:
+        list_folder(tmp_path)
+    assert str(tmp_path / "dog" / "closed") in str(caught.value)
+
+
+def test_classes_are_named_in_utf8_and_files_as_they_like(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"d\xe9g")
+    touch(tmp_path, *(f"{name}/{odd}{number}.jpg" for name in ("cat", "dog") for number in range(5)))
+    listing = list_folder(tmp_path)
+    assert len(listing.train) + len(listing.test) == 10
+    touch(tmp_path, f"{odd}/1.jpg")
+    with pytest.raises(EspalierError, match="no UTF-8: rename") as caught:
+        list_folder(tmp_path)
+    assert str(caught.value).encode(), "it can be printed"
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(

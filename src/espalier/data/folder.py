@@ -6,12 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from espalier.data.arguments import find_data, positive_int, read_arguments, unit_share
 from espalier.data.augmentation import Augmentation
-from espalier.data.decoded import check_memory, decode_all
+from espalier.data.decoded import check_memory, decode_all, read_all
 from espalier.data.encoded import EncodedImages
 from espalier.data.images import LIMITS, ImageSource
 from espalier.data.labelled import ImageData, LabelledImages
@@ -90,8 +87,5 @@ def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[s
 
 def _in_memory(listing: ImageData[EncodedImages], size: int) -> ImageData[LabelledImages]:
     check_memory((len(listing.train) + len(listing.test)) * 3 * size**2)
-    train, test = (
-        LabelledImages(torch.from_numpy(np.load(decode_all(split, size))), split.labels_N)
-        for split in (listing.train, listing.test)
-    )
+    train, test = (LabelledImages(read_all(split, size), split.labels_N) for split in (listing.train, listing.test))
     return ImageData(train, test, listing.class_names)

@@ -15,6 +15,7 @@ from torch import Tensor
 from espalier.data.arguments import unit_share
 from espalier.data.labelled import LabelledImages
 from espalier.errors import EspalierError, path_of
+from espalier.files import open_regular
 from espalier.memory import free_memory
 from espalier.randomness import derive_generator
 
@@ -115,11 +116,13 @@ def read_generated(arguments: Mapping[str, Any], train: LabelledImages, classes:
 def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the arrays of pixels and of labels, these flat."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            needed = sum(entry.file_size for entry in archive.infolist())
-        fits = needed <= (free := free_memory())
-        with np.load(path, allow_pickle=False) as arrays:
-            found = [arrays["image"], arrays["label"]] if fits else []
+        with open_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                needed = sum(entry.file_size for entry in archive.infolist())
+            fits = needed <= (free := free_memory())
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                found = [arrays["image"], arrays["label"]] if fits else []
     except OSError as error:
         raise EspalierError(f"generated is {path}, which cannot be read ({error.strerror}): give its place") from None
     except KeyError:

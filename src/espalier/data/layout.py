@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from espalier.data.encoded import SUFFIXES, EncodedImages
 from espalier.data.labelled import ImageData, stratified_order
 from espalier.errors import EspalierError
+from espalier.files import shown
 
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation", "eval")
@@ -23,17 +26,19 @@ def list_folder(root: Path, *, test_share: float = 0.2, test: str | None = None)
 
     Raises:
         EspalierError: no images, one class, a test set without a training set or the other way round, two
-            candidates for the test set, or a test class without training images; the message names the folder.
+            candidates for one of them, a test class without training images, a class whose name is no UTF-8, or what
+            ``files_below`` refuses; the message names the folder.
     """
     if not root.is_dir():
         raise EspalierError(f"{root} is not a folder: give one with a subfolder per class as --data")
-    folders = {folder.name.lower(): folder for folder in _subfolders(root)}
+    inner = _subfolders(root)
     # A class may bear the name of a split ("train" beside "plane"); a split holds folders.
-    splits = {name: folders[name] for name in (*_TRAIN, *_TEST) if name in folders and _subfolders(folders[name])}
-    train = [splits[name] for name in _TRAIN if name in splits]
-    tests = [splits[name] for name in _TEST if name in splits]
+    named = {name: [folder for folder in inner if folder.name.lower() == name] for name in (*_TRAIN, *_TEST)}
+    splits = {name: [folder for folder in folders if _subfolders(folder)] for name, folders in named.items()}
+    train = [folder for name in _TRAIN for folder in splits[name]]
+    tests = [folder for name in _TEST for folder in splits[name]]
     if test is not None:
-        tests = [folder for folder in _subfolders(root) if folder.name == test]
+        tests = [folder for folder in inner if folder.name == test]
         if not tests:
             raise EspalierError(f"{root} has no subfolder {test!r}: name the one that holds the test set")
     if not train and not tests:
@@ -41,8 +46,11 @@ def list_folder(root: Path, *, test_share: float = 0.2, test: str | None = None)
         return split_off(whole, class_names, test_share)
     if not train:
         raise EspalierError(f"{root} has {tests[0].name}/ but no train/: add it, or give a folder of classes as --data")
+    if len(train) > 1:
+        names = " and ".join(f"{folder.name}/" for folder in train)
+        raise EspalierError(f"{root} has {names}: rename or remove all but the training set")
     if not tests:
-        flat = next((folders[name] for name in _TEST if name in folders), None)
+        flat = next((folder for name in _TEST for folder in named[name]), None)
         remedy = f"sort the images of {flat} by class" if flat else f"add one, or give {train[0]} as --data"
         raise EspalierError(f"{root} has {train[0].name}/ but no val/ or test/ with a folder per class: {remedy}")
     if len(tests) > 1:
@@ -76,30 +84,85 @@ def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tup
     names: list[str] = []
     labels: list[int] = []
     for name in found:
+        if not _is_text(name):  # it goes into the files of a run, which are UTF-8
+            raise EspalierError(f"{shown(root / name)} is a class whose name is no UTF-8: rename it")
         if name not in class_names:
-            raise EspalierError(f"{root / name} is a class without training images: add some or remove it")
+            raise EspalierError(f"{shown(root / name)} is a class without training images: add some or remove it")
         files = sorted(image_names(root / name))
         if not files:
-            raise EspalierError(f"{root / name} holds no image: fill or remove it ({', '.join(sorted(SUFFIXES))})")
+            raise EspalierError(
+                f"{shown(root / name)} holds no image: fill or remove it ({', '.join(sorted(SUFFIXES))})"
+            )
         names += (f"{name}/{file}" for file in files)
         labels += [class_names.index(name)] * len(files)
     return EncodedImages.from_names(root, names, labels), class_names
 
 
 def image_names(folder: Path) -> list[str]:
-    """Return the images below ``folder`` as paths from there; what is hidden is no image."""
-    names = []
-    for place, inner, files in os.walk(folder):
-        inner[:] = [name for name in inner if not _hidden(name)]
-        prefix = Path(place).relative_to(folder)
-        chosen = (name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES and not _hidden(name))
-        names += [(prefix / name).as_posix() for name in chosen]
+    """Return the images below ``folder`` as paths from there, as ``files_below`` does."""
+    return files_below(folder, SUFFIXES)
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
+    """Return the files below ``folder`` whose names end so, in any case, as paths from there.
+
+    Links are followed, what is hidden is left out, and nothing else is left out unsaid.
+
+    Raises:
+        EspalierError: a folder that cannot be listed, a link that leads nowhere or back to a folder that it lies in,
+            or a pipe or device of such a name; the message names it.
+    """
+    names: list[str] = []
+    # A folder, its path from the first one, and what the system knows the folders around it by.
+    left: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", ())]
+    while left:
+        place, prefix, around = left.pop()
+        with _named_errors(place):
+            status = place.stat()
+        itself = (status.st_dev, status.st_ino)
+        if itself in around:
+            raise EspalierError(f"{shown(place)} leads back to a folder that it lies in: remove the link")
+        for entry, is_folder in _visible(place):
+            if is_folder:
+                left.append((place / entry.name, f"{prefix}{entry.name}/", (*around, itself)))
+            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+                if not entry.is_file():
+                    raise EspalierError(f"{shown(entry.path)} is a pipe, device or socket: remove it")
+                names.append(prefix + entry.name)
     return names
 
 
 def _subfolders(root: Path) -> list[Path]:
-    with os.scandir(root) as entries:  # which knows folders from files without looking at each
-        return sorted(Path(entry) for entry in entries if entry.is_dir() and not _hidden(entry.name))
+    return sorted(Path(entry) for entry, is_folder in _visible(root) if is_folder)
+
+
+def _visible(folder: Path) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    """Yield what is in a folder and not hidden, and whether it is a folder itself, or a link to one."""
+    with _named_errors(folder), os.scandir(folder) as entries:  # which knows folders from files without a look at each
+        found = [entry for entry in entries if not _hidden(entry.name)]
+    for entry in found:
+        with _named_errors(Path(entry.path)):
+            is_folder = entry.is_dir()
+            # It may have been a folder of images, on a disk that is not mounted.
+            if not is_folder and entry.is_symlink() and not os.path.exists(entry.path):
+                raise EspalierError(f"{shown(entry.path)} is a link that leads nowhere: mend or remove it")
+        yield entry, is_folder
+
+
+@contextmanager
+def _named_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EspalierError(f"cannot list {shown(place)} ({error.strerror}): make it readable or remove it") from None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _hidden(name: str) -> bool:

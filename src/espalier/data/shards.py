@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from espalier.data.decoded import progress
 from espalier.data.encoded import SUFFIXES, EncodedImages
 from espalier.data.labelled import ImageData
-from espalier.data.layout import split_off
+from espalier.data.layout import files_below, split_off
 from espalier.errors import EspalierError
+from espalier.files import open_regular, shown
 
 _MOST_CLASSES = 1_000_000
+_TAR_BLOCK = 512
 # A split in the name of a shard or its folder: "train/0000.tar", "imagenet1k-validation-07.tar", "Train_3.tar".
 _SPLIT = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|test|testing|eval))(?![a-z])")
 
@@ -36,10 +39,10 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
             that is none, training shards without test shards or the other way round; the message names the shard.
     """
     base = root if root.is_dir() else root.parent
-    shards = sorted(root.rglob("*.tar")) if root.is_dir() else [root]
+    shards = sorted(root / name for name in files_below(root, {".tar"})) if root.is_dir() else [root]
     if not shards:
         packed = next((path for path in base.rglob("*.tar.*")), None)
-        remedy = f"unpack {packed} to .tar" if packed else "give a folder of shards as --data"
+        remedy = f"unpack {shown(packed)} to .tar" if packed else "give a folder of shards as --data"
         raise EspalierError(f"{root} holds no .tar file: {remedy}")
     names = {path: path.relative_to(base).as_posix() for path in shards}
     kinds = {path: _split_of(names[path]) for path in shards}
@@ -59,7 +62,7 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
         return split_off(whole, _class_names(whole), test_share)
     if found != {"train", "test"}:
         unnamed = [names[path] for path in shards if not kinds[path]]
-        wrong = f"{unnamed[0]} is of no split" if unnamed else f"all are {found.pop()} shards"
+        wrong = f"{shown(unnamed[0])} is of no split" if unnamed else f"all are {found.pop()} shards"
         raise EspalierError(f"shards in {root}: {wrong}: name all of them or their folders train, val or test, or none")
     train, test = images("train"), images("test")
     class_names = _class_names(train)
@@ -86,8 +89,9 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
     """Return class, first byte and length of every image of a shard, in its order."""
     places: dict[str, tuple[int, int]] = {}
     classes: dict[str, int] = {}
+    here = shown(shard)
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 if not member.isfile() or name.startswith("."):
@@ -96,21 +100,45 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 sample = f"{folder}/{stem}"
                 if f".{ending.lower()}" in SUFFIXES:
                     if sample in places:
-                        raise EspalierError(f"shard {shard} holds two images of the name {sample}: rename one")
+                        raise EspalierError(f"shard {here} holds two images of the name {shown(sample)}: rename one")
                     places[sample] = member.offset_data, member.size
                 elif ending.lower() == "cls":
                     text = archive.extractfile(member).read(20).decode("ascii", "replace").strip()  # type: ignore[union-attr]
                     if not (text.isascii() and text.isdigit()) or int(text) > _MOST_CLASSES:
-                        raise EspalierError(f"shard {shard}: {member.name} holds {text!r}: write the number of a class")
+                        raise EspalierError(
+                            f"shard {here}: {shown(member.name)} holds {text!r}: write the number of a class"
+                        )
                     classes[sample] = int(text)
+            _check_end(file, archive.offset)
     except (tarfile.TarError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise EspalierError(
-            f"cannot read shard {shard} ({error}): repair it, or unpack it if it is compressed"
+            f"cannot read shard {here} ({reason}): repair it, or unpack it if it is compressed"
         ) from error
     if odd := places.keys() ^ classes.keys():
         name = min(odd)
         missing = "class: add its number as .cls" if name in places else "image: add it or remove its .cls"
-        raise EspalierError(f"shard {shard}: sample {name.lstrip('/')} has no {missing}")
+        raise EspalierError(f"shard {here}: sample {shown(name.lstrip('/'))} has no {missing}")
     if not places:
-        raise EspalierError(f"shard {shard} holds no image: remove it ({', '.join(sorted(SUFFIXES))})")
+        raise EspalierError(f"shard {here} holds no image: remove it ({', '.join(sorted(SUFFIXES))})")
     return [(classes[name], *place) for name, place in places.items()]
+
+
+def _check_end(file: BinaryIO, place: int) -> None:
+    """Refuse an archive that does not end at ``place``, behind the last member: with two blocks or more of zeros alone.
+
+    tarfile takes any header that it cannot read for the end, and with it goes whatever follows.
+
+    Raises:
+        tarfile.ReadError: there are fewer, or something follows.
+    """
+    file.seek(place)
+    length = 0
+    while chunk := file.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise tarfile.ReadError(f"damaged, or archives one behind the other: the header at byte {place} is none")
+        length += len(chunk)
+    if length < 2 * _TAR_BLOCK:
+        raise tarfile.ReadError(
+            f"cut off at byte {place + length}: the blocks of zeros that end an archive are missing"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -21,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.decode import central_square, random_area
-from espalier.data.decoded import map_images, progress
+from espalier.data.decoded import mapped_digest, progress, read_mapped
 from espalier.data.encoded import EncodedImages
 from espalier.data.normalizer import build_normalizer, value_counts
 from espalier.data.source import contents_digest
 from espalier.errors import EspalierError, unknown_name
-from espalier.files import cache_folder, write_json
+from espalier.files import cache_folder, read_sealed, write_sealed
 from espalier.randomness import derive_generator
 
 # Note [Position]
@@ -89,7 +88,7 @@ class StreamedPixels:
         return random_area(image, self.size, self.crop_scale, generator=generator)
 
     def fingerprint(self, indices_M: Tensor) -> str:
-        """Return a digest of names, sizes and times of the images at ``indices_M``."""
+        """Return a digest of the images at ``indices_M``: names, sizes, times and a sample of their contents."""
         return self.images.take(indices_M).fingerprint(self.size)
 
 
@@ -102,12 +101,16 @@ class MappedPixels:
     size: int
 
     def read(self, index: int, generator: torch.Generator | None) -> Tensor:
-        """Return image ``index`` as uint8 ``(3, size, size)``, in training too: its crop is left to the device."""
-        return map_images(self.path)[index]
+        """Return image ``index`` as uint8 ``(3, size, size)``, in training too: its crop is left to the device.
+
+        Raises:
+            EspalierError: it is not as it was decoded.
+        """
+        return read_mapped(self.path, index)
 
     def fingerprint(self, indices_M: Tensor) -> str:
-        """Return the digest of all images, which the file bears as its name."""
-        return self.path.stem
+        """Return a digest of the pixels of the images at ``indices_M``."""
+        return mapped_digest(self.path, indices_M)
 
 
 class StreamSource:
@@ -151,8 +154,8 @@ class StreamSource:
         self._rank, self._world = 0, 1
         self._next: tuple[int, ...] | None = None
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
-        counts_CV = self._value_counts() if normalize != "none" else torch.zeros(3, 256)
-        self.normalizer = build_normalizer(counts_CV, normalize)
+        self._counts_CV = torch.zeros(3, 256, dtype=torch.int64) if normalize == "none" else self._value_counts()
+        self.normalizer = build_normalizer(self._counts_CV, normalize)
 
     @property
     def model_args(self) -> Mapping[str, Any]:
@@ -166,10 +169,11 @@ class StreamSource:
 
     @property
     def digest(self) -> str:
-        """Digest of the classes, and of names, sizes, times and labels of all images."""
+        """Digest of the classes, of all images as their kind has it, of their labels, and of what normalises them."""
         splits = self._splits.values()
         whole = [split.fingerprint(torch.arange(len(split.labels_N))) for split in splits]
-        return contents_digest(*self.class_names, *whole, *(split.labels_N for split in splits))
+        # Counts and not the numbers made of them, whose last bits depend on the machine.
+        return contents_digest(*self.class_names, *whole, *(split.labels_N for split in splits), self._counts_CV)
 
     def to(self, device: torch.device | str) -> Self:
         """Choose the device that batches are moved to and augmented on, and return the source."""
@@ -234,16 +238,17 @@ class StreamSource:
         drawn_N = torch.randperm(len(train.labels_N), generator=derive_generator(0, "statistics"))
         sample_M = drawn_N[:_STATISTICS].sort().values
         cache = cache_folder() / f"values-{train.fingerprint(sample_M)}.json"
-        try:
-            return torch.tensor(json.loads(cache.read_text())).reshape(3, 256)
-        except (OSError, ValueError, TypeError, RuntimeError):
-            pass  # not measured yet, or damaged
+        with contextlib.suppress(ValueError, TypeError, RuntimeError, KeyError):  # not measured yet, or damaged
+            counts_CV = torch.tensor(read_sealed(cache, "colour statistics")["counts"], dtype=torch.int64)
+            # Its seal may be the part that is damaged: every pixel of the sample has been counted once a channel.
+            if counts_CV.shape == (3, 256) and (counts_CV.sum(1) == len(sample_M) * train.size**2).all():
+                return counts_CV
         parts: list[_Batch] = [(part_M, ()) for part_M in sample_M.split(_CHUNK)]
         steps = progress(_read(train, parts, self._workers, self._device), len(parts), "measuring the images' colours")
         counts_CV = sum((value_counts(pixels) for pixels, _ in steps), torch.zeros(3, 256, dtype=torch.int64))
         with contextlib.suppress(OSError):  # nothing is lost but the time
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, counts_CV.tolist())
+            write_sealed(cache, {"counts": counts_CV.tolist()})
         return counts_CV
 
 

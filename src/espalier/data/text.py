@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,6 +13,7 @@ from torch import Tensor
 from espalier.data.arguments import find_data, positive_int, read_arguments
 from espalier.data.source import contents_digest
 from espalier.errors import EspalierError, unknown_name
+from espalier.files import open_regular
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -121,12 +123,15 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 text file, or the ``input.txt`` of a folder.
 
     Raises:
-        EspalierError: there is none, or it is not UTF-8 text.
+        EspalierError: there is none, it cannot be read, or it is not UTF-8 text.
     """
     file = path / "input.txt" if path.is_dir() else path
     try:
-        return file.read_text(encoding="utf-8")
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8") as opened:
+            return opened.read()
     except FileNotFoundError:
         raise EspalierError(f"{path} holds no input.txt: name the text file itself with --data") from None
+    except OSError as error:
+        raise EspalierError(f"cannot read {file} ({error.strerror}): name a text file with --data") from None
     except UnicodeDecodeError as error:
         raise EspalierError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None

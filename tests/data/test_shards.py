@@ -1,0 +1,173 @@
+"""Shards: what follows the last readable header is never taken for the end, and every usual writer's is read."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from espalier.data.shards import list_shards
+from espalier.errors import EspalierError
+
+COUNT = 12
+
+
+def content_of(number: int) -> bytes:
+    return bytes([number + 1]) * (300 * number + 1)
+
+
+def samples() -> dict[str, bytes]:
+    """Return images that are none, which listing does not care about, and their classes."""
+    found = {}
+    for number in range(COUNT):
+        stem = f"{'long' * 30 if number % 5 == 0 else 'short'}/{number:04}"
+        found |= {f"{stem}.jpg": content_of(number), f"{stem}.cls": str(number % 2).encode()}
+    return found
+
+
+def write(path: Path, how: int = tarfile.PAX_FORMAT, mode: Literal["w", "w|"] = "w") -> bytes:
+    with tarfile.open(path, mode, format=how) as archive:
+        for name, content in samples().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def by_gnu_tar(path: Path, *options: str) -> None:
+    if (tar := shutil.which("tar")) is None:
+        pytest.skip("there is no tar: install GNU tar")
+    for name, content in samples().items():
+        (path.parent / name).parent.mkdir(exist_ok=True)
+        (path.parent / name).write_bytes(content)
+    subprocess.run([tar, "-cf", path, *options, *samples()], cwd=path.parent, check=True)
+
+
+def shortest(path: Path) -> None:
+    """Write the end that POSIX asks for, two blocks of zeros, and no padding to a record."""
+    content = write(path)
+    path.write_bytes(content[: -(-len(content.rstrip(b"\0")) // 512) * 512 + 1024])
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [
+        lambda path: write(path, tarfile.USTAR_FORMAT),
+        lambda path: write(path, tarfile.GNU_FORMAT),
+        lambda path: write(path, tarfile.PAX_FORMAT),
+        by_gnu_tar,
+        lambda path: by_gnu_tar(path, "--blocking-factor=1"),
+        lambda path: by_gnu_tar(path, "--format=posix"),
+        lambda path: write(path, mode="w|"),  # as webdataset's TarWriter does
+        shortest,
+    ],
+)
+def test_shards_of_every_writer_are_listed_whole(tmp_path: Path, writer: Callable[[Path], object]) -> None:
+    writer(tmp_path / "a.tar")
+    listing = list_shards(tmp_path)
+    splits = (listing.train, listing.test)
+    found = [split.read(index) for split in splits for index in range(len(split))]
+    assert sorted(found) == sorted(content_of(number) for number in range(COUNT))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(EspalierError) as caught:
+        list_shards(path.parent)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def headers(path: Path) -> list[int]:
+    """Return where the blocks of headers lie, from how the format pads: tarfile's own offsets are not asked."""
+    content, place, found = path.read_bytes(), 0, []
+    while content[place] != 0:
+        found.append(place)
+        size = int(content[place + 124 : place + 135], 8)
+        place += 512 + -(-size // 512) * 512
+    return [*found, place]
+
+
+def test_no_damage_to_a_header_passes_for_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    whole = write(path, tarfile.GNU_FORMAT)
+    *places, end = headers(path)
+    assert len(places) > 2 * COUNT, "with those of long names"
+    for number, place in enumerate(places):
+        block = bytearray(whole[place : place + 512])
+        block[number * 13 % 512] ^= 1 << number % 8
+        damages = {
+            "one bit flipped": whole[:place] + block + whole[place + 512 :],
+            "zeroed": whole[:place] + bytes(512) + whole[place + 512 :],
+            "cut off before it": whole[:place],
+            "cut off within it": whole[: place + 200],
+            "cut off and padded": whole[:place] + bytes(512),
+            "overwritten to the end": whole[:place] + b"\xff" * (len(whole) - place),
+        }
+        for content in damages.values():
+            path.write_bytes(content)
+            refusal(path)
+    path.write_bytes(whole[:end] + bytes(10240) + whole)
+    assert "one behind the other" in refusal(path)
+    path.write_bytes(whole[:-1] + b"x")
+    assert str(end) in refusal(path)
+
+
+def test_an_image_replaced_within_a_shard_changes_its_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    whole = write(path)
+
+    def fingerprints() -> list[str]:
+        os.utime(path, ns=(10**18, 10**18))
+        listing = list_shards(path)
+        return [images.fingerprint(8) for images in (listing.train, listing.test)]
+
+    before = fingerprints()
+    for number in range(COUNT):
+        content = content_of(number)
+        path.write_bytes(whole.replace(content, content[:-1] + b"\xff"))
+        after = fingerprints()
+        assert (after[0] != before[0]) + (after[1] != before[1]) == 1, "the set that the image is in"
+    path.write_bytes(whole)
+    assert fingerprints() == before
+
+
+def test_names_of_two_lines_are_told_in_one(tmp_path: Path) -> None:
+    path = tmp_path / "a\nb.tar"
+    for name in ("c\nd.cls", "c\nd.jpg"):
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(tarfile.TarInfo(name))
+        with pytest.raises(EspalierError) as caught:
+            list_shards(tmp_path)
+        assert "a\\nb.tar" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_linked_folders_of_shards_are_listed(tmp_path: Path) -> None:
+    for name in ("set/train/0.tar", "elsewhere/1.tar", "elsewhere/._1.tar", "set/val/0.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name)
+    (tmp_path / "elsewhere" / "._1.tar").write_bytes(b"left by another system")
+    (tmp_path / "set" / "train" / "more").symlink_to(tmp_path / "elsewhere")
+    listing = list_shards(tmp_path / "set")
+    assert (len(listing.train), len(listing.test)) == (2 * COUNT, COUNT)
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    writer = os.open(tmp_path / "a.tar", os.O_RDWR)
+    try:
+        os.write(writer, b"not a header" * 100)
+        assert "pipe" in refusal(tmp_path / "a.tar")
+        with pytest.raises(EspalierError, match="not a regular file"):
+            list_shards(tmp_path / "a.tar")
+    finally:
+        os.close(writer)
