@@ -225,7 +225,9 @@ class ConvMixer(HubModel):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         like = self.stem[0].weight
         assert isinstance(like, Tensor)
-        self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        self.head = nn.Identity()
+        if num_classes:  # with a device: the default one may be another
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

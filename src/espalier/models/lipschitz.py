@@ -15,9 +15,10 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.models.hub import HubModel
 from espalier.models.orthogonal_layers import orthogonal_conv
 from espalier.nn.lipschitz.activations import Abs, Householder, MaxMin
-from espalier.nn.lipschitz.normalisation import NormalizedLinear
+from espalier.nn.lipschitz.normalisation import BatchCentering, Normalize, NormalizedLinear
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling
-from espalier.nn.orthogonal.conv import CayleyConv2d
+from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
+from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.orthogonal.linear import CayleyLinear
 
 ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
@@ -25,7 +26,11 @@ ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "abs": lambda channels: Abs(),
     "householder": Householder,
 }
-HEADS = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
+HEADS: dict[str, Callable[..., nn.Module]] = {"orthogonal": CayleyLinear, "normalized": NormalizedLinear}
+_DRAWN = (
+    *(CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d, CayleyLinear, NormalizedLinear, LinearResidual),
+    *(Householder, ConvexSum, Normalize, BatchCentering),
+)
 
 
 class LipschitzNet(HubModel, nn.Sequential):
@@ -67,11 +72,13 @@ class LipschitzNet(HubModel, nn.Sequential):
 
         | parameter | distribution |
         |---|---|
-        | Cayley weights and biases, normalised head | uniform on ±1/√fan-in; α is the norm of the weights |
+        | Cayley weights and biases, linear residuals, normalised head | uniform on ±1/√fan-in |
+        | α of Cayley layers | the norm of their weights |
         | angles of Householder activations | π/2 |
+        | coefficients of convex sums, statistics of normalisations, running means | those at construction |
         """
         for module in self.modules():
-            if isinstance(module, CayleyConv2d | CayleyLinear | Householder | NormalizedLinear):
+            if isinstance(module, _DRAWN):
                 module.reset_parameters(generator)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -102,8 +109,10 @@ class LipschitzNet(HubModel, nn.Sequential):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes
-        fresh = HEADS[self.head_kind](self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = fresh.to(next(self.parameters()))
+        like = next(self.parameters(), None)
+        kind = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        head = HEADS[self.head_kind]
+        self.head = head(self.num_features, num_classes, **kind) if num_classes else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass of ``forward_features`` to save memory."""

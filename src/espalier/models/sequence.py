@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +186,8 @@ class SequenceModel(HubModel):
         num_kv_heads: attention heads of keys and values; ``num_heads`` if none is given.
         rope: rotary positions in attention; without them only the causal mask tells positions apart.
         mlp_ratio: hidden width over D of an MLP after every attention block; 0 adds none.
-        tie_head: the head shares the embedding's weight.
+        tie_head: the head shares the embedding's weight. ``init_weights`` ties them again; so do loading weights and
+            moving the model, if they were tied before.
 
     Raises:
         EspalierError: a pattern that does not parse, or sizes that do not fit together.
@@ -224,12 +226,12 @@ class SequenceModel(HubModel):
             else:
                 layers.append(Layer(dim, Mamba2(dim, head_dim=head_dim, **sizes)))
         self.vocab_size, self.num_features, self.grad_checkpointing = vocab_size, dim, False
+        self.tie_head = tie_head
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(layers)
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
-        if tie_head:
-            self.lm_head.weight = self.embedding.weight
+        self.register_load_state_dict_post_hook(_after_loading)
         self.init_weights()
 
     @torch.no_grad()
@@ -246,7 +248,9 @@ class SequenceModel(HubModel):
         | norms | 1 |
         """
         nn.init.normal_(self.embedding.weight, std=0.02, generator=generator)
-        if self.lm_head.weight is not self.embedding.weight:
+        if self.tie_head:  # ``to_empty`` may have given each a weight of its own
+            self.lm_head.weight = self.embedding.weight
+        else:
             _draw_uniform(self.lm_head.weight, generator)
         outputs = []
         for layer in self._layers():
@@ -260,6 +264,21 @@ class SequenceModel(HubModel):
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 module.reset_parameters()
+
+    def _is_tied(self) -> bool:
+        # The head may be anything by now: quantised, wrapped by an adapter.
+        return isinstance(self.lm_head, nn.Linear) and self.lm_head.weight is self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceModel:
+        tied = self._is_tied()
+        super()._apply(fn, recurse)
+        if tied:  # a parameter that cannot stay itself, as on leaving the meta device, is made once for each module
+            self.lm_head.weight = self.embedding.weight
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.__dict__["_tied_before"] = self._is_tied()  # torch calls this before it loads the modules inside
+        super()._load_from_state_dict(*arguments)
 
     def forward_features(self, tokens_BL: Tensor) -> Tensor:
         """Return the normalised features (B, L, D) of tokens (B, L)."""
@@ -354,6 +373,13 @@ class SequenceModel(HubModel):
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+
+def _after_loading(net: nn.Module, _: Any) -> None:
+    """Tie what was tied: ``load_state_dict(assign=True)`` gives every module the parameter of its own key."""
+    assert isinstance(net, SequenceModel)
+    if net.__dict__.pop("_tied_before", False):
+        net.lm_head.weight = net.embedding.weight
 
 
 def _draw_uniform(weight: Tensor, generator: torch.Generator | None) -> None:

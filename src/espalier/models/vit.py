@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from espalier.errors import EspalierError
 from espalier.models.hub import HubModel
 
 
-def sincos_positions(height: int, width: int, dim: int, temperature: float = 10000.0) -> Tensor:
+def sincos_positions(
+    height: int, width: int, dim: int, temperature: float = 10000.0, device: torch.device | str | None = None
+) -> Tensor:
     """Return the fixed 2-D sine-cosine embedding of a grid of patches.
 
     With ω_i = temperature^(−i/(dim/4)), patch (y, x) gets ``[sin(x ω), cos(x ω), sin(y ω), cos(y ω)]``, unscaled.
@@ -23,6 +26,7 @@ def sincos_positions(height: int, width: int, dim: int, temperature: float = 100
         width: columns of patches.
         dim: width of the embedding, a multiple of 4.
         temperature: longest wavelength over 2π.
+        device: of the result, which is computed on the CPU to be the same everywhere; the default device if None.
 
     Returns:
         Shape (height · width, dim), rows first.
@@ -34,10 +38,12 @@ def sincos_positions(height: int, width: int, dim: int, temperature: float = 100
     """
     if dim % 4:
         raise EspalierError(f"embed_dim {dim} is no multiple of 4: sine-cosine positions need four equal parts")
-    omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    host = torch.device("cpu")
+    omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float64, device=host) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(height, device=host), torch.arange(width, device=host), indexing="ij")
     angles_y, angles_x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
-    return torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1).float()
+    positions = torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1).float()
+    return positions.to(torch.get_default_device() if device is None else device)
 
 
 class Attention(nn.Module):
@@ -57,7 +63,9 @@ class Attention(nn.Module):
     def split_heads(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (B, H, L, k)."""
         b, length, _ = x_BLD.shape
-        q, k, v = self.qkv(x_BLD).reshape(b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # Every size is named: an empty batch leaves nothing to infer one from.
+        width = self.proj.in_features // self.num_heads
+        q, k, v = self.qkv(x_BLD).reshape(b, length, 3, self.num_heads, width).permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def maps(self, x_BLD: Tensor) -> Tensor:
@@ -90,6 +98,9 @@ class Block(nn.Module):
 
 class VisionTransformer(HubModel):
     """A vision transformer with fixed sine-cosine positions and average pooling, as mimetic initialisation expects.
+
+    Fixed positions follow from the sizes and are in no checkpoint: loading weights, and leaving the meta device, set
+    them anew.
 
     Args:
         img_size: side of the square images, in pixels.
@@ -137,6 +148,7 @@ class VisionTransformer(HubModel):
             self.pos_embed: Tensor = nn.Parameter(values)
         else:
             self.register_buffer("pos_embed", values, persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -167,9 +179,23 @@ class VisionTransformer(HubModel):
                     nn.init.uniform_(parameter, -bound, bound, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        self.pos_embed.copy_(sincos_positions(self.grid, self.grid, self.embed_dim)[None])
+        self._set_positions()
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+
+    @torch.no_grad()
+    def _set_positions(self) -> None:
+        values = sincos_positions(self.grid, self.grid, self.embed_dim, device=self.pos_embed.device)[None]
+        if values.shape == self.pos_embed.shape:  # someone may have put positions of another grid
+            self.pos_embed.copy_(values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
+        was_meta = self.pos_embed.is_meta
+        super()._apply(fn, recurse)
+        # ``to_empty`` leaves whatever was in memory.
+        if was_meta and not self.pos_embed.is_meta and "pos_embed" in self._buffers:
+            self._set_positions()
+        return self
 
     def _tokens(self, x_BCHW: Tensor) -> Tensor:
         x_BLD = self.patch_embed(x_BCHW).flatten(2).transpose(1, 2)
@@ -218,11 +244,12 @@ class VisionTransformer(HubModel):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.head, nn.Linear):
+        self.head = nn.Identity()
+        if num_classes:
+            like = self.pos_embed
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-        self.head.to(self.pos_embed.device)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass to save memory."""
@@ -238,3 +265,15 @@ class VisionTransformer(HubModel):
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that timm's optimiser factory exempts from weight decay."""
         return {"pos_embed", "cls_token"}
+
+
+def _after_loading(net: nn.Module, _: Any) -> None:
+    """Give fixed positions their values, and the device and dtype of weights that were assigned."""
+    assert isinstance(net, VisionTransformer)
+    if "pos_embed" not in net._buffers:
+        return
+    like = net.patch_embed.weight
+    assert isinstance(like, Tensor)
+    if not like.is_meta and (net.pos_embed.device, net.pos_embed.dtype) != (like.device, like.dtype):
+        net.pos_embed = torch.empty_like(net.pos_embed, device=like.device, dtype=like.dtype)
+    net._set_positions()

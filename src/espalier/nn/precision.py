@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from espalier.errors import EspalierError
+
 # torch 2.6 cannot tell: it takes an export for a compilation.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def upcast(*tensors: Tensor | None) -> list[Any]:
-    """Return the tensors in one dtype that keeps digits: float64 if any of them has it, else float32; None stays."""
+    """Return the tensors in one dtype that keeps digits: float64 if any of them has it, else float32; None stays.
+
+    Raises:
+        EspalierError: one holds whole numbers, truth values or complex ones: they would be cut to the first's kind.
+    """
+    for tensor in tensors:
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise EspalierError(
+                f"a tensor is {tensor.dtype}: convert it to a floating type first (images: x.float() / 255)"
+            )
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     dtype = torch.float64 if double else torch.float32
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a block without autocast on the device; meta and others that have no autocast need none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +45,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
-        with torch.autocast(tensor.device.type, enabled=False):
+        with no_autocast(tensor.device):
             return function(ctx, tensor, *rest)
 
     return run

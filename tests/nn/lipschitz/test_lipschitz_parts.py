@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.activations import Abs, GroupSort, Householder, MaxMin
-from espalier.nn.lipschitz.constant import spectral_norm
-from espalier.nn.lipschitz.normalisation import BatchCentering, NormalizedLinear
+from espalier.nn.lipschitz.constant import kernel_norm, spectral_norm
+from espalier.nn.lipschitz.normalisation import BatchCentering, Normalize, NormalizedLinear
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling, L2Pool2d, ScaledAvgPool2d
 from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 
@@ -186,6 +186,51 @@ def test_batch_centring_subtracts_the_batch_then_its_running_mean() -> None:
     assert jacobian_norm(module, x[0]) == pytest.approx(1.0, abs=1e-12)
 
 
+def test_batch_centring_keeps_its_mean_when_it_sees_no_example() -> None:
+    module, reference = BatchCentering(3), nn.BatchNorm1d(3, affine=False)
+    for batch in (draw(5, 3).float(), torch.zeros(0, 3), draw(4, 3, seed=1).float()):
+        assert module(batch).shape == batch.shape
+        reference(batch)
+        torch.testing.assert_close(module.running_mean, reference.running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pooling_a_whole_map_in_half_precision_is_in_range_where_its_result_is(dtype: torch.dtype) -> None:
+    x = (100 * draw(2, 3, 40, 50).abs()).to(dtype)  # a sum is about 160000
+    exact = x.double().sum((2, 3), keepdim=True) / (40 * 50) ** 0.5
+    y = ScaledAvgPool2d()(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_layers_that_change_their_weight_are_not_taken_for_torch_s() -> None:
+    # Tools fold batch norms and adapters into the weights of those, and quantise them.
+    assert not isinstance(LinearResidual(2), nn.Conv2d)
+    assert not isinstance(NormalizedLinear(2, 3), nn.Linear)
+    assert set(LinearResidual(2).state_dict()) == set(NormalizedLinear(2, 3).state_dict()) == {"weight", "bias"}
+    assert set(LinearResidual(2, bias=False).state_dict()) == {"weight"}
+
+
+def test_statistics_return_when_memory_is_given_to_them() -> None:
+    with torch.device("meta"):
+        module = Normalize([0.25, 0.5], [2.0, 4.0])
+    assert "0.25, 0.5" in repr(module)
+    module.to_empty(device="cpu")
+    assert module.mean.flatten().tolist() == [0.25, 0.5]
+    assert module.lipschitz_constant() == 0.5
+
+
+def test_a_convex_sum_takes_a_function_of_another_precision() -> None:
+    class Low(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.bfloat16()
+
+    x = draw(2, 3).float()
+    y = ConvexSum(Low(), 0.25)(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, 0.75 * x + 0.25 * x.bfloat16().float())
+
+
 def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
     assert 3.0 <= spectral_norm(torch.diag(torch.tensor([1.0, -3.0, 2.0]))) <= 3.0 * (1 + 1e-12)
     assert spectral_norm(torch.tensor([[float("nan")]])) != spectral_norm(torch.zeros(1, 1))
@@ -206,6 +251,11 @@ def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
         (lambda: InvertibleDownsampling(2)(torch.zeros(1, 1, 3, 4)), "3×4"),
         (lambda: InvertibleDownsampling(0), "factor 0"),
         (lambda: ScaledAvgPool2d(0), "kernel_size 0"),
+        (lambda: ScaledAvgPool2d(2)(torch.ones(1, 1, 2, 2, dtype=torch.int64)), "int64"),
+        (lambda: LinearResidual(0), "channels is 0"),
+        (lambda: NormalizedLinear(0, 2), "in_features 0"),
+        (lambda: spectral_norm(torch.ones(2, 2, dtype=torch.complex64)), "complex64"),
+        (lambda: kernel_norm(torch.ones(2, 2, 3, 3, dtype=torch.complex128)), "complex128"),
     ],
 )
 def test_bad_input_is_named(call: object, words: str) -> None:

@@ -313,6 +313,7 @@ def test_seeds_repeat_and_meta_layers_can_be_filled_later() -> None:
         ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 4}, "groups"),
         ({"in_channels": 0, "out_channels": 6, "kernel_size": 3}, "channels"),
         ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding_mode": "reflect"}, "padding_mode 'reflect'"),
+        ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, "dtype": torch.int32}, "dtype torch.int32"),
     ],
 )
 def test_refuses_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -263,6 +263,8 @@ def test_linear_refuses_wrong_widths() -> None:
         CayleyLinear(0, 3)
     with pytest.raises(EspalierError, match="input is"):
         CayleyLinear(4, 3)(torch.zeros(2, 3))
+    with pytest.raises(EspalierError, match=r"dtype torch\.complex64"):
+        CayleyLinear(4, 3, dtype=torch.complex64)
 
 
 def test_loads_the_original_net_as_the_same_function() -> None:
@@ -342,3 +344,6 @@ def test_parametrization_refuses_what_is_no_matrix() -> None:
         parametrize_cayley(nn.Conv2d(3, 3, 3))
     with pytest.raises(EspalierError, match="no parameter 'gain'"):
         parametrize_cayley(nn.Linear(3, 3), "gain")
+    # What is real here would drop an imaginary part.
+    with pytest.raises(EspalierError, match=r"'weight' is torch\.complex64"):
+        parametrize_cayley(nn.Linear(3, 3, dtype=torch.complex64))

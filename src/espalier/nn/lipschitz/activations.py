@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.precision import is_tracing
 
 
 class MaxMin(nn.Module):
     """Sort channel j and channel j + C/2: (max(a, b), min(a, b)), a gradient-preserving activation.
 
-    Its Jacobian is a permutation wherever it exists, so its Lipschitz constant is 1 and no gradient is lost.
+    Its Jacobian is a permutation wherever it exists, so its Lipschitz constant is 1 and no gradient is lost. A gradient
+    that is not finite, or of two numbers whose difference overflows, makes both of its pair NaN.
 
     Shapes: (B, C, …) → (B, C, …), C even.
 
@@ -56,10 +58,10 @@ class _SortPairs(torch.autograd.Function):
         return y
 
     @staticmethod
+    @takes_batches
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return the gradient of x: sent back to where each number came from."""
-        sent_back: Tensor = _Exchange.apply(grad, *ctx.saved_tensors)
-        return sent_back
+        return _exchange(grad, *ctx.saved_tensors)
 
 
 class _Exchange(torch.autograd.Function):
@@ -78,9 +80,19 @@ class _Exchange(torch.autograd.Function):
         return y
 
     @staticmethod
+    @takes_batches
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the exchanged gradient."""
-        return _Exchange.apply(grad, *ctx.saved_tensors), None
+        return _exchange(grad, *ctx.saved_tensors), None
+
+
+def _exchange(x: Tensor, swapped: Tensor) -> Tensor:
+    if is_tracing():
+        a, b = x.chunk(2, dim=1)
+        exchanged = swapped != 0
+        return torch.cat((torch.where(exchanged, b, a), torch.where(exchanged, a, b)), dim=1)
+    result: Tensor = _Exchange.apply(x, swapped)
+    return result
 
 
 class GroupSort(nn.Module):

@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from espalier.errors import EspalierError
+
 # Relative error that a float64 computation of n terms is charged with: generous, and far below any margin.
 _EPS = torch.finfo(torch.float64).eps
 
@@ -44,8 +46,11 @@ def spectral_norms(matrices: Tensor) -> Tensor:
 
     Returns:
         (…) in float64; NaN for all of them if any value is not finite.
+
+    Raises:
+        EspalierError: complex matrices.
     """
-    exact = matrices.detach().double()
+    exact = _double(matrices)
     if not torch.isfinite(exact).all():
         return exact.new_full(exact.shape[:-2], float("nan"))
     return torch.linalg.matrix_norm(exact, 2) * (1.0 + 16 * max(exact.shape[-2:]) * _EPS)
@@ -69,8 +74,11 @@ def kernel_norm(weight: Tensor, groups: int = 1, cover: int | None = None) -> fl
         weight: (outputs, inputs/groups, *taps); any stride and dilation.
         groups: independent parts.
         cover: how many patches one pixel can lie in; all taps if None.
+
+    Raises:
+        EspalierError: a complex kernel.
     """
-    exact = weight.detach().double()
+    exact = _double(weight)
     # Divided by powers of two near its largest number, for the squares below neither to overflow nor to vanish. By two
     # of them: one alone can be out of range.
     exponent = math.frexp(exact.abs().max().item() if torch.isfinite(exact).all() and exact.numel() else 0.0)[1]
@@ -88,3 +96,9 @@ def kernel_norm(weight: Tensor, groups: int = 1, cover: int | None = None) -> fl
     grams_G = spectral_norms(gram.flatten(3).movedim(3, 1)).sum(1).sqrt()
     bounds_G = torch.minimum(torch.minimum(shifts_G, grams_G), patches_G)
     return bounds_G.max().item() * (1.0 + 1e-12) * scales[0] * scales[1]
+
+
+def _double(weight: Tensor) -> Tensor:
+    if weight.is_complex():  # float64 would drop the imaginary part, and the bound be too low
+        raise EspalierError(f"a weight of {weight.dtype} has no norm here: bound real ones, (re, −im; im, re)")
+    return weight.detach().double()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,30 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float] | float, std: Sequence[float] | float = 1.0) -> None:
         super().__init__()
-        mean_C = torch.atleast_1d(torch.as_tensor(mean, dtype=torch.float32))
-        std_C = torch.atleast_1d(torch.as_tensor(std, dtype=torch.float32))
+        # Checked on the CPU: a default device such as meta has no numbers to check.
+        mean_C = torch.atleast_1d(torch.as_tensor(mean, dtype=torch.float32, device="cpu"))
+        std_C = torch.atleast_1d(torch.as_tensor(std, dtype=torch.float32, device="cpu"))
         if mean_C.ndim != 1 or std_C.ndim != 1 or (1 not in (len(mean_C), len(std_C)) and len(mean_C) != len(std_C)):
             raise EspalierError(f"mean={mean!r} and std={std!r} differ in length: give one value per channel in each")
         if not (torch.isfinite(std_C).all() and (std_C > 0).all() and torch.isfinite(mean_C).all()):
             raise EspalierError(f"std={std!r}, mean={mean!r}: give finite values and positive deviations")
-        self.register_buffer("mean", mean_C.view(-1, 1, 1))
-        self.register_buffer("std", std_C.view(-1, 1, 1))
+        self._given = mean_C.tolist(), std_C.tolist()
+        device = torch.get_default_device()
+        self.register_buffer("mean", mean_C.view(-1, 1, 1).to(device))
+        self.register_buffer("std", std_C.view(-1, 1, 1).to(device))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the statistics to those given at construction; nothing is drawn."""
+        for statistic, values in zip((self.mean, self.std), self._given, strict=True):
+            statistic.copy_(torch.tensor(values, dtype=statistic.dtype, device="cpu").view(-1, 1, 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalize:
+        was_meta = self.mean.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.mean.is_meta:  # ``to_empty`` leaves whatever was in memory
+            self.reset_parameters()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (x − mean) / std."""
@@ -58,13 +74,15 @@ class Normalize(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the statistics in ``print(model)``."""
-        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+        statistics = self._given if self.mean.is_meta else [s.flatten().tolist() for s in (self.mean, self.std)]
+        return f"mean={statistics[0]}, std={statistics[1]}"
 
 
 class BatchCentering(nn.Module):
     """Subtract the mean of every channel: of the batch in training, its running mean in evaluation.
 
-    What batch norm does without its division, so that in evaluation it is a translation: its constant is 1.
+    What batch norm does without its division, so that in evaluation it is a translation: its constant is 1. As there,
+    an empty batch leaves the running mean as it is.
 
     Args:
         channels: C.
@@ -85,6 +103,11 @@ class BatchCentering(nn.Module):
         self.channels, self.momentum = channels, momentum
         self.register_buffer("running_mean", torch.zeros(channels))
 
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the running mean to 0; nothing is drawn."""
+        self.running_mean.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x minus the mean."""
         if x.ndim < 2 or x.shape[1] != self.channels:
@@ -92,8 +115,9 @@ class BatchCentering(nn.Module):
         mean = self.running_mean
         if self.training:
             mean = x.mean([axis for axis in range(x.ndim) if axis != 1])
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            if x.numel():
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
         return x - mean.view(-1, *[1] * (x.ndim - 2))
 
     def extra_repr(self) -> str:
@@ -101,16 +125,45 @@ class BatchCentering(nn.Module):
         return f"{self.channels}, momentum={self.momentum}"
 
 
-class NormalizedLinear(nn.Linear):
+class NormalizedLinear(nn.Module):
     """Linear layer whose rows are used at unit norm: W_i/‖W_i‖·x + b, for the last layer of a Lipschitz net.
 
     Every score is then 1-Lipschitz in the features, though the vector of scores is not: a certificate must use the
-    pairwise distances ‖w_y − w_j‖ ≤ 2, which ``espalier.certify`` does.
+    pairwise distances ‖w_y − w_j‖ ≤ 2, which ``espalier.certify`` does. It is no ``nn.Linear``: tools that fold a batch
+    norm or an adapter into the weight of one, or quantise it, would change another function than this.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: add a learned vector.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes: (…, in_features) → (…, out_features).
 
+    Raises:
+        EspalierError: a width below 1.
+
     Source: Singla, Singla & Feizi, arXiv 2108.04062, section 4 (last-layer normalisation).
     """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features) < 1:
+            raise EspalierError(f"in_features {in_features} and out_features {out_features} must be at least 1")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores."""
@@ -131,3 +184,7 @@ class NormalizedLinear(nn.Linear):
     def lipschitz_constant(self) -> float:
         """Return the spectral norm of the normalised matrix."""
         return spectral_norm(F.normalize(self.weight.detach().double(), dim=1))
+
+    def extra_repr(self) -> str:
+        """Show the shape in ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

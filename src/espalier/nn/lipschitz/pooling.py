@@ -31,7 +31,12 @@ class InvertibleDownsampling(nn.Module):
         """Return the rearranged pixels."""
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise EspalierError(f"image of {x.shape[-2]}×{x.shape[-1]}: sides must be divisible by {self.factor}")
-        return F.pixel_unshuffle(x, self.factor)
+        y = F.pixel_unshuffle(x, self.factor)
+        if y.shape[-1] * self.factor == x.shape[-1]:
+            return y
+        # Torch leaves an empty batch as it is.
+        *lead, channels, height, width = x.shape
+        return x.reshape(*lead, channels * self.factor**2, height // self.factor, width // self.factor)
 
     def lipschitz_constant(self) -> float:
         """Return 1."""
@@ -53,7 +58,7 @@ class ScaledAvgPool2d(nn.Module):
     Shapes: (B, C, H, W) → (B, C, ⌊H/k⌋, ⌊W/k⌋); pixels beyond the last whole block are dropped.
 
     Raises:
-        EspalierError: a kernel below 1.
+        EspalierError: a kernel below 1; on the input, numbers that are not real floating-point ones.
     """
 
     def __init__(self, kernel_size: int | None = None) -> None:
@@ -64,8 +69,13 @@ class ScaledAvgPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scaled averages."""
+        if not x.dtype.is_floating_point:  # averages of integers are cut
+            raise EspalierError(f"input is {x.dtype}: convert it to floating point")
         if self.kernel_size is None:
-            return x.sum((-2, -1), keepdim=True) * (x.shape[-2] * x.shape[-1]) ** -0.5
+            scale = (x.shape[-2] * x.shape[-1]) ** -0.5
+            if x.dtype in (torch.float16, torch.bfloat16):  # the sum, a side times the result, may be out of range
+                return (x.sum((-2, -1), keepdim=True, dtype=torch.float32) * scale).to(x.dtype)
+            return x.sum((-2, -1), keepdim=True) * scale
         if self.kernel_size == 1:
             return x
         return F.avg_pool2d(x, self.kernel_size) * self.kernel_size

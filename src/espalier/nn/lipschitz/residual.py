@@ -46,7 +46,11 @@ class ConvexSum(nn.Module):
         y = self.fn(x)
         if y.shape != x.shape:
             raise EspalierError(f"f turns {tuple(x.shape)} into {tuple(y.shape)}: it must keep the shape of its input")
-        return torch.lerp(x, y, torch.sigmoid(self.logit).to(x.dtype))
+        c = torch.sigmoid(self.logit)
+        if y.dtype != x.dtype:  # under autocast, or an f that casts
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
+        return torch.lerp(x, y, c.to(x.dtype))
 
     def lipschitz_constant_from(self, bound: Callable[[nn.Module], float]) -> float:
         """Return (1 − c) + c·L(f)."""
@@ -54,10 +58,11 @@ class ConvexSum(nn.Module):
         return 1.0 + c * (bound(self.fn) - 1.0)
 
 
-class LinearResidual(nn.Conv2d):
+class LinearResidual(nn.Module):
     """Linear residual block x + W∗x + b, run as one convolution with the kernel W + δ.
 
-    Its constant is that of W + δ, which ``kernel_norm`` bounds as a whole: at most 1 + L(W), and often far less.
+    Its constant is that of W + δ, which ``kernel_norm`` bounds as a whole: at most 1 + L(W), and often far less. It is
+    no ``nn.Conv2d``: tools that fold a batch norm into the weight of one, or quantise it, would leave δ out.
 
     Args:
         channels: C.
@@ -67,15 +72,22 @@ class LinearResidual(nn.Conv2d):
     Shapes: (B, C, H, W) → (B, C, H, W), zeros around.
 
     Raises:
-        EspalierError: an even kernel.
+        EspalierError: no channel, or an even kernel.
 
     Source: Hu et al., LiResNet, arXiv 2301.12549.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
+        if channels < 1:
+            raise EspalierError(f"channels is {channels}: give at least 1")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise EspalierError(f"kernel_size {kernel_size} of a residual has no centre: choose an odd number")
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -98,3 +110,7 @@ class LinearResidual(nn.Conv2d):
     def lipschitz_constant(self) -> float:
         """Return the bound of W + δ for every image size."""
         return kernel_norm(self.residual_kernel())
+
+    def extra_repr(self) -> str:
+        """Show the shape in ``print(model)``."""
+        return f"{len(self.weight)}, kernel_size={self.weight.shape[-1]}, bias={self.bias is not None}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.nn.orthogonal.linear import draw_, orthogonal_matrix, scaled
+from espalier.nn.orthogonal.linear import check_dtype, draw_, orthogonal_matrix, scaled
 from espalier.nn.orthogonal.shuffle import (
     blocks_last,
     channels_first,
@@ -63,6 +63,7 @@ class _CayleyConv(nn.Module):
             raise EspalierError(
                 f"{in_channels} → {out_channels} channels do not fall into {groups} groups: make both multiples of it"
             )
+        check_dtype(dtype)
         fine, coarse = (out_channels, in_channels) if self.transposed else (in_channels, out_channels)
         shape = coarse, math.prod(self.stride) * fine // groups, *self.kernel_size
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -198,8 +199,9 @@ class CayleyConv2d(_CayleyConv):
     Shapes: (B, C, H, W) → (B, C', H/s, W/s).
 
     Raises:
-        EspalierError: sizes below 1, channels that do not fall into groups, an unknown padding mode; on the input,
-            a wrong shape or a size that the stride does not divide.
+        EspalierError: sizes below 1, channels that do not fall into groups, an unknown padding mode, a dtype that is
+            not floating-point; on the input, a wrong shape, a size that the stride does not divide, or integers or
+            complex numbers.
 
     Source: arXiv 2104.07167, with the differences that the guide lists.
     """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.transform import apply_cayley_matrix, cayley
 from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
@@ -42,7 +43,8 @@ class CayleyLinear(nn.Module):
     Shapes: (..., in) → (..., out).
 
     Raises:
-        EspalierError: a width below 1; on the input, another width.
+        EspalierError: a width below 1, or a dtype that is not floating-point; on the input, another width, or integers
+            or complex numbers.
 
     Source: arXiv 2104.07167, section 4.
     """
@@ -61,6 +63,7 @@ class CayleyLinear(nn.Module):
         super().__init__()
         if min(in_features, out_features) < 1:
             raise EspalierError(f"in_features {in_features} and out_features {out_features} must be at least 1")
+        check_dtype(dtype)
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
@@ -87,6 +90,12 @@ class CayleyLinear(nn.Module):
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ``EspalierError`` unless parameters of this dtype hold real numbers; None is torch's default."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise EspalierError(f"dtype {dtype} of an orthogonal layer: choose a real floating-point one")
 
 
 @torch.no_grad()
@@ -123,6 +132,7 @@ class _Scale(torch.autograd.Function):
         return weight * (alpha / norm)
 
     @staticmethod
+    @takes_batches
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         weight, alpha, norm = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates twice: the norm must lead back to the weight

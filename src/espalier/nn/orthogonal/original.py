@@ -71,6 +71,8 @@ def _refuse_other_functions(name: str, layer: CayleyConv2d, size: tuple[int, ...
 def _entry(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state_dict:
         raise EspalierError(f"state_dict has no {key!r}: name the model's layers as the original does")
+    if not state_dict[key].is_floating_point():
+        raise EspalierError(f"{key} is {state_dict[key].dtype} there: the original's parameters are real numbers")
     return state_dict[key]
 
 

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from espalier.errors import EspalierError
 from espalier.nn.orthogonal.transform import cayley
+from espalier.nn.precision import no_autocast
 
 
 def parametrize_cayley(module: nn.Module, name: str = "weight") -> nn.Module:
@@ -25,7 +26,7 @@ def parametrize_cayley(module: nn.Module, name: str = "weight") -> nn.Module:
         The module. ``parametrize.remove_parametrizations(module, name)`` makes the matrix a plain parameter again.
 
     Raises:
-        EspalierError: there is no such parameter, or it is no matrix.
+        EspalierError: there is no such parameter, or it is no matrix of real floating-point numbers.
 
     Source: arXiv 2104.07167, section 4; the fixed rotation as in arXiv 1909.09501.
     """
@@ -34,6 +35,8 @@ def parametrize_cayley(module: nn.Module, name: str = "weight") -> nn.Module:
         raise EspalierError(f"{type(module).__name__} has no parameter {name!r}: name one of its matrices")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise EspalierError(f"{name!r} of shape {tuple(matrix.shape)} is no matrix: for convolutions use CayleyConv2d")
+    if not matrix.is_floating_point():  # the rotation is real: an imaginary part would be dropped
+        raise EspalierError(f"{name!r} is {matrix.dtype}: only real floating-point matrices have this parametrisation")
     parametrize.register_parametrization(module, name, _Cayley(matrix))
     return module
 
@@ -50,7 +53,7 @@ class _Cayley(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the orthogonal matrix."""
-        with torch.autocast(w.device.type, enabled=False):
+        with no_autocast(w.device):
             q = cayley(w)
             return q @ self.base.mT if w.shape[0] < w.shape[1] else self.base @ q
 

@@ -14,6 +14,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels.arguments import BLOCKS
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.library import call, usable
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.precision import is_tracing
 
 
@@ -68,6 +69,7 @@ class _Shuffle(torch.autograd.Function):
         return y
 
     @staticmethod
+    @takes_batches
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the images."""
         if is_tracing() or not usable(grad):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.precision import is_tracing, outside_graphs, without_autocast
 
 # Note [Contents, not versions]
@@ -67,15 +68,15 @@ class OperatorCache:
         """
         if _constant.get() and (key, dtype) in self._entries:
             return self._entries[key, dtype]
-        if is_tracing() and not torch.jit.is_tracing():
+        # The tracing ONNX exporter has no inverse: what it writes is a trained net, with its operators.
+        onnx = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+        if (is_tracing() and not onnx) or parameters[0].is_meta:
             # A graph must hold how the operator follows from its parameters, and a tensor that belongs to a transform
-            # must not outlive it.
+            # must not outlive it. Contents that do not exist cannot be compared.
             return build(*(parameter.double() for parameter in parameters)).to(dtype)
         with _untraced(), torch.inference_mode(False), torch.no_grad():
             planes = self._planes((key, dtype), parameters, build)
-        if torch.jit.is_tracing() or not (
-            torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        ):
+        if onnx or not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)):
             return planes
         result: Tensor = _Reattach.apply(planes, build, *parameters)
         return result
@@ -109,7 +110,7 @@ class OperatorCache:
 
 @contextlib.contextmanager
 def _untraced() -> Iterator[None]:
-    """Hide what happens from ``torch.jit.trace``, to which its results are then constants."""
+    """Hide what happens from the tracing ONNX exporter, to which its results are then constants."""
     tracer: Any = torch._C  # its setter has no type
     state = tracer._get_tracing_state()
     tracer._set_tracing_state(None)
@@ -130,6 +131,7 @@ class _Reattach(torch.autograd.Function):
         return cached.view_as(cached)
 
     @staticmethod
+    @takes_batches
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the parameters, differentiable in turn under ``create_graph``."""

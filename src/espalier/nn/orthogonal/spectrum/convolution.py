@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from espalier.nn.kernels.split_complex import Pair
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.orthogonal.spectrum.operator import apply_cayley
 from espalier.nn.orthogonal.spectrum.split_complex import product
@@ -31,7 +32,8 @@ class Taps(NamedTuple):
 
         The tap (k − 1)//2 of every axis lies on the output pixel, as in torch's ``padding="same"``.
         """
-        outputs, inputs, *kernel = weight.shape
+        # As numbers: ``torch.jit.trace`` hands out sizes as tensors, and cannot compare their comparisons.
+        outputs, inputs, *kernel = (int(n) for n in weight.shape)
         matrices = weight.reshape(groups, outputs // groups, inputs, -1).permute(3, 0, 1, 2)
         sign = -1 if adjoint else 1
         offsets = tuple(
@@ -88,7 +90,7 @@ def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) 
         groups: G.
         bias: one number per output channel.
     """
-    return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, planes))
+    return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, (planes[0], planes[1])))
 
 
 class _Multiply(torch.autograd.Function):
@@ -101,15 +103,17 @@ class _Multiply(torch.autograd.Function):
         return _product((x_r, x_i), (q_r, q_i))
 
     @staticmethod
+    @takes_batches
     @without_autocast
     def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
         """Return ∂x = ∂y·qᴴ and ∂q = xᴴ·∂y."""
         x_r, x_i, q_r, q_i = ctx.saved_tensors
-        grad_x = grad_q = (None, None)
+        grad_x: tuple[Tensor | None, Tensor | None] = (None, None)
+        grad_q: tuple[Tensor | None, Tensor | None] = (None, None)
         if any(ctx.needs_input_grad[:2]):
-            grad_x = _Multiply.apply(real, imag, q_r.mT, -q_i.mT)
+            grad_x = _multiply((real, imag), (q_r.mT, -q_i.mT))
         if any(ctx.needs_input_grad[2:]):
-            grad_q = _Multiply.apply(x_r.mT, -x_i.mT, real, imag)
+            grad_q = _multiply((x_r.mT, -x_i.mT), (real, imag))
         return *grad_x, *grad_q
 
 
@@ -119,10 +123,10 @@ def _product(x: Pair, q: Pair) -> Pair:
     return re, im
 
 
-def _multiply(x: Pair, planes: Tensor) -> Pair:
+def _multiply(x: Pair, q: Pair) -> Pair:
     if is_tracing():
-        return _product(x, (planes[0], planes[1]))
-    result: Pair = _Multiply.apply(*x, planes[0], planes[1])
+        return _product(x, q)
+    result: Pair = _Multiply.apply(*x, *q)
     return result
 
 

@@ -28,10 +28,14 @@ from torch import Tensor
 
 from espalier.nn.kernels import split_complex as kernels
 from espalier.nn.kernels.split_complex import Pair
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.split_complex import product
 from espalier.nn.precision import is_tracing, without_autocast
 
 _T = TypeVar("_T")
+
+# Tables are made here whatever the default device is, so that they are the same everywhere.
+_HOST = torch.device("cpu")
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,7 +115,7 @@ def _build_tables(
     else:
         shares = [1.0 if count else 0.0 for count in times]
     cos, sin = _angles(half, width)
-    weights = torch.tensor(shares, dtype=torch.float64).to(dtype)
+    weights = torch.tensor(shares, dtype=torch.float64, device=_HOST).to(dtype)
     return Tables(
         size,
         torch.stack((cos, -sin)).to(device, dtype),
@@ -200,12 +204,12 @@ def _turned(
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (F, T) of 2π Σ_a f_a o_a / n_a for places o."""
     *lead, width = size
-    counted = torch.tensor([f for f, count in enumerate(counts(size)) if count])
-    theta = torch.zeros(len(counted), len(places), dtype=torch.float64)
+    counted = torch.tensor([f for f, count in enumerate(counts(size)) if count], device=_HOST)
+    theta = torch.zeros(len(counted), len(places), dtype=torch.float64, device=_HOST)
     step = 1
     for axis in reversed(range(len(size))):
         n, count = size[axis], width // 2 + 1 if axis == len(lead) else size[axis]
-        offsets = torch.tensor([place[axis] for place in places])
+        offsets = torch.tensor([place[axis] for place in places], device=_HOST)
         turns = torch.outer(counted // step % count, offsets) % n  # reduced as integers: exact at any size
         theta += turns.double() * (2 * math.pi / n)
         step *= count
@@ -213,7 +217,8 @@ def _turned(
 
 
 def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
-    turns = torch.outer(torch.arange(rows), torch.arange(n)) % n  # reduced as integers: exact at any size
+    row, column = torch.arange(rows, device=_HOST), torch.arange(n, device=_HOST)
+    turns = torch.outer(row, column) % n  # reduced as integers: exact at any size
     theta = turns.double() * (2 * math.pi / n)
     return theta.cos(), theta.sin()
 
@@ -264,10 +269,12 @@ def irfft(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, colum
     last_r, last_i = (m.mT.expand(real.shape[0], width, half) for m in matrices.last)
     images = torch.baddbmm(torch.bmm(last_r, real), last_i, imag)
     if bias is not None:
-        images = (images.unflatten(-1, (columns // len(bias), len(bias))) + bias).view(images.shape)
+        shape = images.shape
+        images = (images.reshape(*shape[:-1], columns // len(bias), len(bias)) + bias).view(shape)
     images = images.reshape(*lead, width, columns)
     if columns_first and lead:
-        images = images.flatten(0, -2).t().contiguous().view(columns, *lead, width).movedim(0, -1)
+        flat = images.reshape(math.prod(lead) * width, columns)
+        images = flat.t().contiguous().view(columns, *lead, width).movedim(0, -1)
     return images
 
 
@@ -291,9 +298,12 @@ class _Rfft(torch.autograd.Function):
         return rfft(x, matrices)
 
     @staticmethod
+    @takes_batches
     @without_autocast
     def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the images, in their layout."""
+        if is_tracing():
+            return irfft((real, imag), ctx.tables, columns_first=ctx.columns_first), None
         return _Irfft.apply(real, imag, None, ctx.tables, ctx.columns_first), None
 
 
@@ -310,10 +320,11 @@ class _Irfft(torch.autograd.Function):
         return irfft((real, imag), matrices, bias, columns_first=columns_first)
 
     @staticmethod
+    @takes_batches
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the spectra and of the bias."""
-        real, imag = _Rfft.apply(grad, ctx.tables)
+        real, imag = to_spectrum(grad, ctx.tables)
         grad_bias = None
         if ctx.needs_input_grad[2]:
             # The transpose of the inverse transform has the images' mean at frequency 0.

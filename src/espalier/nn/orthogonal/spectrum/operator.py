@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.dft import Angles, Lags
 from espalier.nn.orthogonal.spectrum.factor import Factor, each, factor_, inverse, solve
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, contiguous, product, transpose
-from espalier.nn.precision import differentiable, is_tracing
+from espalier.nn.precision import differentiable, is_tracing, no_autocast
 
 
 def apply_cayley(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> SplitComplex:
@@ -49,7 +50,7 @@ def apply_cayley(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *,
     Returns:
         SplitComplex (F·G, B, outputs), without the second for real matrices.
     """
-    with torch.autocast(taps.device.type, enabled=False):
+    with no_autocast(taps.device):
         if is_tracing():
             return _forward(x, taps, angles, wide=wide).y
         real, imag = (None, None) if x is None else x
@@ -156,13 +157,14 @@ class _ApplyCayley(torch.autograd.Function):
         return *y, *z
 
     @staticmethod
+    @takes_batches
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the images and of the taps."""
         # Unpacked once: checkpointing computes each tensor again and hands it out a single time.
         z_r, z_i, factor_r, factor_i, v_r, v_i, taps, real, imag = ctx.saved_tensors
         z, factor = (z_r, z_i), Factor((factor_r, factor_i), ctx.width)
         v = None if v_r is None else (v_r, v_i)
-        with torch.autocast(taps.device.type, enabled=False):
+        with no_autocast(taps.device):
             if is_tracing() or torch.is_grad_enabled():
                 n_planes, v = _system(taps, ctx.angles)
                 factor = inverse(n_planes)
