@@ -72,7 +72,7 @@ def diagnose(
     if example is not None:
         if patient.model is None:
             raise EspalierError("example: a bare checkpoint has no code to run: pass a module to probe it")
-        kept += probe(patient.model, example, trained=patient.trained)
+        kept = probe(patient, example, kept)
     kept = [f if f.page else replace(f, page=f"{GUIDE}#{f.check}") for f in kept]
     return Diagnosis(sort_findings(kept), len(patient.records), numbers, patient.trained)
 

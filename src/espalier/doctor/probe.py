@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,28 +21,34 @@ from espalier.doctor.judge import (
     judge_gradients,
     judge_loss,
 )
+from espalier.doctor.patient import Patient
+from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.record import plain_name
 from espalier.doctor.watch import Activity, watch
 from espalier.errors import EspalierError
 
 
-def probe(model: nn.Module, example: Any, *, trained: bool = False) -> list[Finding]:
+def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding]:
     """Run a batch through a model, forward and backward, and say what looks wrong.
+
+    The findings of the static checks come first, where the pass does not withdraw them.
 
     The pass is a training step without the step: training mode, so that batch norm uses the batch. Parameters,
     gradients, buffers, modes and random state are afterwards what they were.
 
     Args:
-        model: the module; its parameters must have storage.
+        patient: holds the module, whose parameters must have storage, and whether its weights are trained: the loss
+            on made-up targets then says nothing.
         example: what ``as_batch`` takes, or ``"synthetic"``.
-        trained: the weights are trained: the loss on made-up targets says nothing.
+        static: what the static checks found.
 
     Raises:
         EspalierError: no batch can be made of ``example``.
     """
     generator = torch.Generator().manual_seed(0)
+    assert patient.model is not None
     # Compiled code hides what happens in it.
-    model = getattr(model, "_orig_mod", model)
+    model = getattr(patient.model, "_orig_mod", patient.model)
     with _as_before(model), torch.enable_grad():
         model.train()
         batch = _working_batch(model, example, generator)
@@ -51,7 +58,7 @@ def probe(model: nn.Module, example: Any, *, trained: bool = False) -> list[Find
         broken = any(finding.check == "activations" and finding.severity == "error" for finding in findings)
         logits, loss, stated = _loss(output, batch, model, generator)
         if logits is not None and not broken:
-            findings += judge_loss(logits, loss if stated else None, trained=trained)
+            findings += judge_loss(logits, loss if stated else None, trained=patient.trained)
         if loss is not None and loss.requires_grad and not broken:
             model.zero_grad(set_to_none=True)
             loss.backward()
@@ -60,7 +67,11 @@ def probe(model: nn.Module, example: Any, *, trained: bool = False) -> list[Find
             findings += judge_gradients(_gradients(model), unused=real if stated or logits is not None else None)
         if not broken:
             findings += judge_bfloat16(_under_bfloat16(model, batch))
-    return findings
+            static = reconsider(static, patient, activity, partial(_gradient, model))
+            if not patient.trained:
+                named = {(finding.check, finding.layer) for finding in static}
+                findings += [f for f in judge_weights(patient, activity) if (f.check, f.layer) not in named]
+    return [*static, *findings]
 
 
 @contextmanager
@@ -191,6 +202,12 @@ def _gradients(model: nn.Module) -> Gradients:
             gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
             norms[plain_name(name)] = float(gradient.double().norm()) / math.sqrt(gradient.numel())
     return Gradients(norms, tuple(missing))
+
+
+def _gradient(model: nn.Module, name: str) -> Tensor | None:
+    own = next((p for other, p in model.named_parameters() if plain_name(other) == name), None)
+    gradient = None if own is None else own.grad
+    return gradient.full_tensor() if gradient is not None and hasattr(gradient, "full_tensor") else gradient
 
 
 def _under_bfloat16(model: nn.Module, batch: Batch) -> Activity | None:

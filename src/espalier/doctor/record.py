@@ -79,6 +79,11 @@ class Record:
         return not self.buffer and sum(size > 1 for size in self.shape) >= 2
 
     @property
+    def multiplies(self) -> bool:
+        """Whether its name says that a layer multiplies by it: others may be tables, coefficients or learned inputs."""
+        return bool(re.search("weight|kernel|^original", self.leaf))
+
+    @property
     def units(self) -> Tensor | None:
         """The values as a matrix, a row for each output; GPT-2's linear layer keeps the transpose."""
         values = self.values

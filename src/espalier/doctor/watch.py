@@ -18,8 +18,12 @@ from espalier.doctor.record import plain_name
 _RECTIFIERS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _SQUASHERS = (torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, F.tanh, F.sigmoid)
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+# Layers whose outputs have their channels second.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Queries whose attention is looked at; entropies of a sample are enough.
 _QUERIES = 64
+# Positions of a batch that tell how far outputs vary over it.
+_POSITIONS = 1024
 
 
 @dataclass
@@ -29,14 +33,40 @@ class Activity:
     Attributes:
         sizes: root mean square of every module's output; infinite or NaN where it is not finite.
         dead: share of units that are zero for every position of the batch, after each rectifier.
-        saturated: share of entries within 0.01 of the bounds, after each tanh or sigmoid.
+        saturated: share of entries within 0.01 of the bounds after each tanh, within 0.002 after each sigmoid.
         entropy: mean entropy of attention over ln(number of visible keys), 1 being uniform.
+        inputs: root mean square of the first input of every module with parameters of its own.
+        constant: of every layer with a bias, the size of its outputs' mean over the positions of the batch, and that
+            of their deviation.
+        made: the nodes of the graph that gave the outputs of layers with a bias.
+        read: the nodes whose outputs layers take.
     """
 
     sizes: dict[str, float] = field(default_factory=dict)
     dead: dict[str, float] = field(default_factory=dict)
     saturated: dict[str, float] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, float] = field(default_factory=dict)
+    constant: dict[str, tuple[float, float]] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+    read: list[Any] = field(default_factory=list)
+
+    def growth(self, name: str) -> float | None:
+        """Return how many times larger a module's output is than its input; ``None`` where that is unknown."""
+        size, start = self.sizes.get(name), self.inputs.get(name)
+        return size / start if size is not None and start else None
+
+    def is_read(self, name: str) -> bool:
+        """Return whether another layer takes what was computed from a layer's output: no last one's is."""
+        goal, seen, open_nodes = self.made.get(name), set(), list(self.read)
+        while goal is not None and open_nodes:
+            node = open_nodes.pop()
+            if node is goal:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                open_nodes += [earlier for earlier, _ in node.next_functions]
+        return False
 
 
 class _Operators(TorchFunctionMode):
@@ -53,8 +83,9 @@ class _Operators(TorchFunctionMode):
             if func in _RECTIFIERS:
                 _note(self.activity.dead, self.place(), _dead_share(out), max)
             elif func in _SQUASHERS:
-                low = 0.0 if func in (torch.sigmoid, Tensor.sigmoid, F.sigmoid) else -1.0
-                share = float(((out < low + 0.01) | (out > 0.99)).float().mean())
+                # Gates start up to five from zero on purpose, 0.007 from a bound of the sigmoid.
+                low, near = (0.0, 0.002) if func in (torch.sigmoid, Tensor.sigmoid, F.sigmoid) else (-1.0, 0.01)
+                share = float(((out < low + near) | (out > 1 - near)).float().mean())
                 _note(self.activity.saturated, self.place(), share, max)
             elif func in _SOFTMAX and args and isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1:
                 _note(self.activity.entropy, self.place(), _relative_entropy(args[0]), min)
@@ -71,14 +102,24 @@ def watch(model: nn.Module) -> Iterator[Activity]:
     handles = []
     for name, module in model.named_modules():
         short = plain_name(name)
-        handles.append(module.register_forward_pre_hook(lambda _m, _i, short=short: stack.append(short)))
 
-        def leave(_module: nn.Module, _inputs: Any, output: Any, short: str = short) -> None:
+        def enter(module: nn.Module, inputs: Any, keywords: Any, short: str = short) -> None:
+            stack.append(short)
+            tensor = _first_floating((inputs, keywords)) if module._parameters else None
+            if tensor is not None:
+                activity.inputs[short] = _rms(tensor)
+                if _has_matrix(module):
+                    activity.read.append(tensor.grad_fn)
+
+        def leave(module: nn.Module, _inputs: Any, output: Any, short: str = short) -> None:
             stack.pop()
-            tensor = next((t for t in _tensors(output) if t.is_floating_point()), None)
-            if tensor is not None and tensor.numel():
-                activity.sizes[short] = float(tensor.detach().double().square().mean().sqrt())
+            tensor = _first_floating(output)
+            if tensor is not None:
+                activity.sizes[short] = _rms(tensor)
+                if _has_matrix(module) and any("bias" in own for own in module._parameters):
+                    _note_constant(activity, short, tensor, channels_second=isinstance(module, _CONVOLUTIONS))
 
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
     try:
         with _Operators(activity, lambda: stack[-1]):
@@ -97,6 +138,32 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from _tensors(value)
+
+
+def _first_floating(values: Any) -> Tensor | None:
+    return next((t for t in _tensors(values) if t.is_floating_point() and t.numel()), None)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(own is not None and own.ndim > 1 for own in module._parameters.values())
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) / math.sqrt(tensor.numel())
+
+
+def _note_constant(activity: Activity, name: str, output: Tensor, *, channels_second: bool) -> None:
+    """Note the size of the mean over positions of the batch and of the deviation from it, for a layer's first call."""
+    if output.ndim < 2 + channels_second or name in activity.constant:
+        return
+    rows = output.detach()
+    rows = rows.flatten(2).mT if channels_second else rows.unsqueeze(1).flatten(1, -2)
+    rows = rows[:, :: -(-rows.shape[0] * rows.shape[1] // _POSITIONS)]
+    units = rows.reshape(-1, rows.shape[-1])
+    if len(units) >= 16:
+        variance, mean = torch.var_mean(units.double(), 0, correction=0)
+        activity.constant[name] = (_rms(mean), float(variance.mean().sqrt()))
+        activity.made[name] = output.grad_fn
 
 
 def _note(table: dict[str, float], name: str, value: float | None, worse: Callable[[float, float], float]) -> None:

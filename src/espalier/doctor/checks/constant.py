@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from espalier.doctor.finding import Finding
+from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
 from espalier.doctor.registry import register_check
@@ -19,6 +20,11 @@ _READS = re.compile(
     r"in_proj_weight|fc1|up_proj|gate_proj|gate_up_proj|c_fc|w1|w3|lin1|linear1|intermediate\.dense|x_proj|conv1d)$",
     re.IGNORECASE,
 )
+# Of these, the weights that hold both factors of a product; and what else a first layer feeds.
+_BOTH = re.compile(
+    r"(^|_)(qkv|wqkv|c_attn|query_key_value|qkv_proj|to_qkv|in_proj|gate_up_proj|x_proj)$", re.IGNORECASE
+)
+_FOLLOWS = re.compile(r"(^|[._])(fc2|down_proj|c_proj|w2|lin2|linear2|output\.dense)$", re.IGNORECASE)
 _FACTORS = ("weight", "adapter")
 _USUAL = "noise of standard deviation 0.02 to 1/√fan-in"
 
@@ -31,13 +37,16 @@ def constant(patient: Patient) -> Iterator[Finding]:
     there; an error in queries, keys, first layers of an MLP and token embeddings; a warning where the same weight of
     other layers is not zero.
     """
+    zero = zero_matrices(patient)
     for record in patient.records:
         stats = record.stats
         if stats is None or not record.matrix or not stats.constant or record.role in ("norm", "ssm", "gain"):
             continue
         value = stats.minimum
-        name = record.layer or record.leaf
-        vital = bool(_READS.search(name) or _READS.search(record.leaf)) or _only_table(record, patient)
+        vital = reads(record) or _only_table(record, patient)
+        # A bare parameter learns beside a factor that is not zero: attention's query may start there, as a mean.
+        if vital and record.role != "embedding" and not record.multiplies:
+            vital = holds_both(record) or any(_beside(record, other) for other in zero)
         learns = record.trainable or patient.model is None
         if value == 0 and not (vital and learns):
             if learns and patient.alone(record):
@@ -48,25 +57,52 @@ def constant(patient: Patient) -> Iterator[Finding]:
                 continue
             if record.role == "position" or patient.trained:
                 continue
-            yield Finding(
-                "note", record.name, "constant", "all zero", _USUAL,
-                "usual for a branch that starts closed; otherwise draw it",
-            )  # fmt: skip
+            yield all_zero(record, "note")
         elif value == 0:
-            yield Finding(
-                "error", record.name, "constant", "all zero", _USUAL, "draw it: no gradient passes a zero here"
-            )
+            yield all_zero(record, "error")
         elif record.role == "weight" and learns:
             # What is not called a weight may be a mixing coefficient that starts at one on purpose.
-            multiplies = "weight" in record.leaf or "kernel" in record.leaf
             yield Finding(
-                "error" if multiplies else "note",
+                "error" if record.multiplies else "note",
                 record.name,
                 "constant",
                 f"every entry is {value:.4g}",
                 _USUAL,
                 "draw it from noise: equal units get equal gradients and stay equal",
             )
+
+
+def all_zero(record: Record, severity: Severity) -> Finding:
+    """Return what is to be said of a matrix of zeros."""
+    closed, lost = "usual for a branch that starts closed; otherwise draw it", "draw it: no gradient passes a zero here"
+    return Finding(
+        severity, record.name, "constant", "all zero", _USUAL, lost if severity == "error" else closed
+    )  # fmt: skip
+
+
+def zero_matrices(patient: Patient) -> list[Record]:
+    """Return the matrices that hold nothing but zeros, gains of normalisation apart."""
+    matrices = [r for r in patient.records if r.matrix and r.stats is not None and r.role != "norm"]
+    return [r for r in matrices if r.stats is not None and r.stats.constant and r.stats.minimum == 0]
+
+
+def reads(record: Record) -> bool:
+    """Return whether a weight is called as those are that feed a product."""
+    return bool(_READS.search(record.layer or record.leaf) or _READS.search(record.leaf))
+
+
+def holds_both(record: Record) -> bool:
+    """Return whether a weight is called as those are that hold both factors of a product."""
+    return bool(_BOTH.search(record.leaf))
+
+
+def _beside(record: Record, other: Record) -> bool:
+    """Return whether another tensor, of the same module or of a layer in it, is called like a factor beside it."""
+    inner = other.multiplies
+    if other is record or (other.layer.rpartition(".")[0] if inner else other.layer) != record.layer:
+        return False
+    name = other.layer if inner else other.leaf
+    return bool(_READS.search(name) or _FOLLOWS.search(name))
 
 
 def _only_table(record: Record, patient: Patient) -> bool:
@@ -85,23 +121,54 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
         return
     if record.role not in ("weight", "adapter", "embedding") or not (record.trainable or patient.model is None):
         return
-    count = len(values)
-    parts = {count, 2, 4, 8, 16, *([patient.heads] if patient.heads else [])}
-    for number in sorted(part for part in parts if 1 < part <= count and count % part == 0):
-        pieces = values.reshape(number, -1)
-        # Rows of few levels, as of identities and averages, repeat on purpose.
-        length = pieces.shape[1]
-        if length < 4 or not _all_equal(pieces) or int(pieces[0].unique().numel()) < min(length // 2, 64):
-            continue
-        what = "rows" if number == count and values.ndim == 2 else "slices"
-        yield Finding(
-            "error", record.name, "equal-units", f"{number} equal {what}", f"{what} that differ",
-            "draw each on its own: repeats come from one seed for every shard, expert or head, or from copying",
-        )  # fmt: skip
+    number = equal_pieces(values, patient.heads)
+    if number > 1:
+        drawn = looks_drawn(values.reshape(number, -1)[0])
+        # Filters see a channel each. A table's rows may have been computed alike: what they meet sets them apart.
+        meant = not drawn and (record.filters or not record.multiplies or record.role == "embedding")
+        yield repeated(record, number, "note" if meant else "error")
         return
     if stats.noise and not record.filters:
         mixer = record.layer.rpartition(".")[0]
         yield from _repeated_rows(record, f"{mixer}.A_log".lstrip(".") in patient.names)
+
+
+def equal_pieces(values: Tensor, heads: int | None) -> int:
+    """Return into how many equal pieces a tensor falls, its rows or parts of the same length; 0 where into none."""
+    count = len(values)
+    parts = {count, 2, 4, 8, 16, *([heads] if heads else [])}
+    for number in sorted((part for part in parts if 1 < part <= count and count % part == 0), reverse=True):
+        pieces = values.reshape(number, -1)
+        # Rows of few levels, as of identities and averages, repeat on purpose.
+        length = pieces.shape[1]
+        if length >= 4 and _all_equal(pieces) and int(pieces[0].unique().numel()) >= min(length // 2, 64):
+            return number
+    return 0
+
+
+def repeated(record: Record, number: int, severity: Severity, more: str = "") -> Finding:
+    """Return what is to be said of a tensor of equal pieces."""
+    what = "rows" if number == record.shape[0] and len(record.shape) == 2 else "slices"
+    remedy = "draw each on its own: repeats come from one seed for every shard, expert or head, or from copying"
+    if severity == "note":
+        remedy = "usual for a table that was computed; otherwise draw each on its own"
+    return Finding(severity, record.name, "equal-units", f"{number} equal {what}{more}", f"{what} that differ", remedy)
+
+
+def looks_drawn(row: Tensor) -> bool:
+    """Return whether numbers are in no order: noise turns, from rising to falling or back, at two of three entries.
+
+    The number of turns in n entries of noise, of any distribution, has mean 2(n − 2)/3 and variance (16n − 29)/90.
+    Every second entry is looked at, too: conjugate pairs and interleaved sines turn at each.
+    """
+    row = row[:4096].double()
+    return len(row) >= 16 and all(_turns_like_noise(part) for part in (row, row[::2], row[1::2]))
+
+
+def _turns_like_noise(row: Tensor) -> bool:
+    steps, length = row.diff(), len(row)
+    turns = int((steps[1:] * steps[:-1] < 0).sum())
+    return turns > 0 and abs(turns - 2 * (length - 2) / 3) < 4 * math.sqrt((16 * length - 29) / 90)
 
 
 def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
@@ -173,7 +240,7 @@ def _all_equal(pieces: Tensor) -> bool:
 def closed_twice(patient: Patient) -> Iterator[Finding]:
     """Both factors of a product are zero, so that neither ever gets a gradient (LoRA's A and B, a whole branch)."""
     matrices = [r for r in patient.records if r.matrix and r.stats is not None and r.role != "norm"]
-    zero = {r.name for r in matrices if r.stats is not None and r.stats.constant and r.stats.minimum == 0}
+    zero = {r.name for r in zero_matrices(patient)}
     for record in matrices:
         other = record.name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         if other != record.name and record.name in zero and other in zero:

@@ -9,6 +9,7 @@ from statistics import median
 
 from torch import nn
 
+from espalier.doctor.asked import multiplier
 from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
@@ -23,28 +24,53 @@ _SMALLEST = 1e-5
 
 @register_check("scale", fresh_only=True)
 def scale(patient: Patient) -> Iterator[Finding]:
-    """A weight whose outputs are many times larger than its inputs, or all but zero."""
+    """A weight whose outputs are many times larger than its inputs, or all but zero.
+
+    A layer of a class of its own may scale its weight in every pass, as equalised layers do: it is asked, and where it
+    gives no answer only a batch can tell.
+    """
     for record in patient.records:
-        stats = record.stats
-        if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or stats.constant:
+        gain = gain_of(record, patient)
+        if not _sized(gain, record):
             continue
-        fan = min(record.fans)
-        gain = stats.rms * math.sqrt(fan)
-        largest = _LARGEST * (2 if len(record.shape) > 2 else 1)
-        if gain > largest and stats.noise and record.trainable | (patient.model is None):
-            severity, remedy = ("error" if gain > 100 * largest else "warning"), "scale it down"
-        elif 0 < gain < _SMALLEST:
-            severity, remedy = "warning", "scale it up, or set it to zero if the branch is to start closed"
-        else:
+        share = multiplier(record)
+        # A bare parameter is taken for what it looks like; a weight that is computed, or scaled, is not judged.
+        if share is None and record.multiplies:
             continue
-        yield Finding(
-            severity,  # type: ignore[arg-type]
-            record.name,
-            "scale",
-            f"rms {stats.rms:.3g}, {gain:.2g} over the root of {fan}",
-            "0.02, or 0.5 to 1.4 over the root of the smaller fan",
-            remedy,
-        )
+        gain *= 1.0 if share is None else share
+        if _sized(gain, record):
+            yield scale_finding(record, gain)
+
+
+def scale_finding(record: Record, gain: float) -> Finding:
+    """Return what is to be said of a weight of this gain."""
+    small = gain < _SMALLEST
+    remedy = "scale it up, or set it to zero if the branch is to start closed" if small else "scale it down"
+    assert record.stats is not None
+    return Finding(
+        "error" if gain > 100 * largest_gain(record) else "warning", record.name, "scale",
+        f"rms {record.stats.rms:.3g}, {gain:.2g} over the root of {min(record.fans)}",
+        "0.02, or 0.5 to 1.4 over the root of the smaller fan", remedy,
+    )  # fmt: skip
+
+
+def gain_of(record: Record, patient: Patient) -> float:
+    """Return rms·√fan of a weight, 0 where none is to be judged."""
+    stats = record.stats
+    if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or stats.constant:
+        return 0.0
+    gain = stats.rms * math.sqrt(min(record.fans))
+    drawn = stats.noise and (record.trainable or patient.model is None)
+    return gain if drawn or gain < _SMALLEST else 0.0
+
+
+def largest_gain(record: Record) -> float:
+    """Return the largest gain of a healthy start."""
+    return _LARGEST * (2 if len(record.shape) > 2 else 1)
+
+
+def _sized(gain: float, record: Record) -> bool:
+    return gain > largest_gain(record) or 0 < gain < _SMALLEST
 
 
 @register_check("scale-of-inputs", fresh_only=True)
@@ -57,12 +83,16 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
     tokens = [r.stats.rms for r in patient.records if r.role == "embedding" and r.matrix and r.stats is not None]
     for record in patient.records:
         stats = record.stats
-        if stats is None or stats.nonfinite or not stats.noise or not (record.trainable or patient.model is None):
+        if stats is None or stats.nonfinite or not (record.trainable or patient.model is None):
+            continue
+        if record.role == "bias":
+            if patient.drowns(record):
+                yield drowned(record, f"the weight's outputs near {patient.output_beside(record) or 0:.2g}")
             continue
         # Two or three rows turn coordinates into random Fourier features: they are multiplied, and none is added.
         looked_up = record.role == "embedding" or isinstance(record.module, nn.Embedding)
         features = not looked_up and record.matrix and min(size for size in record.shape if size > 1) < 8
-        if record.role in ("embedding", "position") and record.matrix and not features:
+        if record.role in ("embedding", "position") and record.matrix and stats.noise and not features:
             beside = max(tokens, default=0.0)
             alone = record.role == "embedding" or not beside
             if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * beside):
@@ -71,20 +101,15 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
                     f"rms {stats.rms:.3g}" + ("" if alone else f", the tokens' {beside:.3g}"), "0.02 to 1",
                     "scale it down: the table drowns what it is added to",
                 )  # fmt: skip
-        elif record.role == "bias":
-            weight = patient.find(f"{record.layer}.weight".lstrip("."))
-            if weight is None or weight.stats is None or not weight.matrix or weight.stats.nonfinite:
-                continue
-            # Beside a weight of zero a bias speaks alone on purpose, as the grid of deformable attention.
-            if weight.stats.magnitude == 0:
-                continue
-            output = weight.stats.rms * math.sqrt(weight.fans[0])
-            if stats.std > max(1.0, 10 * output):
-                yield Finding(
-                    "warning", record.name, "scale-of-inputs",
-                    f"rms {stats.rms:.3g}, the weight's outputs near {output:.2g}", "zero, or within ±1/√fan-in",
-                    "set the bias to zero: it drowns what the weight says of the input",
-                )  # fmt: skip
+
+
+def drowned(record: Record, beside: str) -> Finding:
+    """Return what is to be said of a bias beside which its layer's weight does not count."""
+    assert record.stats is not None
+    return Finding(
+        "warning", record.name, "scale-of-inputs", f"rms {record.stats.rms:.3g}, {beside}",
+        "zero, or within ±1/√fan-in", "set the bias to zero: it drowns what the weight says of the input",
+    )  # fmt: skip
 
 
 @register_check("out-of-line")
