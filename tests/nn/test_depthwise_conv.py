@@ -141,22 +141,6 @@ def test_gradcheck_of_both_in_double_precision() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("part", ["convolution", "blocks"])
-def test_a_second_derivative_is_refused_and_torch_has_it(part: str) -> None:
-    net: nn.Module = DepthwiseConv2d(3, 3) if part == "convolution" else Blocks(3, 3, {})
-
-    def penalty() -> None:
-        x = draw_map(2, 3, 5, 5).requires_grad_()
-        (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-        gradient.square().sum().backward()
-
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        penalty()
-    with use_backend("torch"):
-        penalty()
-
-
-@needs_kernels
 @pytest.mark.parametrize("threads", [2, 5])
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     net, x, before = Blocks(40, 5, {}), draw_map(5, 40, 9, 8), torch.get_num_threads()

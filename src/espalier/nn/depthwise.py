@@ -12,20 +12,20 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.depthwise import Depthwise, Norm, Padding, gelu_norm, mix
 from espalier.nn.kernels.library import usable
-from espalier.nn.plain import computes_as, is_watched
+from espalier.nn.plain import computes_as, is_watched, remember
 from espalier.nn.precision import is_tracing
 
 _MAPS = (torch.float32, torch.float64, torch.bfloat16)
 _LARGEST = 15  # side of a kernel that the compiled convolution is proved for
 
 
+@remember
 class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d(channels, channels, kernel_size, groups=channels)``, faster on a CPU.
 
     It has that layer's parameters, options, formula and gradients. The compiled kernel runs for stride and dilation 1,
     zero padding and sides up to 15, in float32, in bfloat16 (also under autocast) with float32 sums, and in float64;
     what it cannot take, ``nn.Conv2d`` computes. Its outputs are channels-last; frozen taps get no gradient computed.
-    Gradients of gradients are not supported: they raise an error unless ``use_backend("torch")`` is on.
 
     Args:
         channels: of the input and the output.
@@ -166,6 +166,8 @@ def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
 def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> bool:
     """Return whether GELU and batch norm may be fused: the modules are torch's own, and nothing watches them."""
     if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d:
+        return False
+    if not (computes_as(act, nn.GELU) and computes_as(norm, nn.BatchNorm2d)):
         return False
     if not isinstance(x, Tensor) or x.ndim != 4:  # torch.fx traces with what is no tensor
         return False

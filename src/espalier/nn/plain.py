@@ -6,12 +6,29 @@ observers then see what they would see without kernels.
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 Layer = TypeVar("Layer", bound=nn.Module)
+
+_METHODS = ("forward", "_conv_forward", "__call__")
+# Of every class that kernels stand in for: its methods as they were made. What is patched in later is called.
+_ORIGINAL: dict[type[nn.Module], dict[str, Any]] = {}
+
+
+def remember(kind: type[Layer]) -> type[Layer]:
+    """Note the methods of a class as they are now, and return it."""
+    _ORIGINAL[kind] = {name: getattr(kind, name, None) for name in _METHODS}
+    return kind
+
+
+for _kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.GELU):
+    remember(_kind)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -32,13 +49,20 @@ def is_watched(module: nn.Module) -> bool:
 
 def computes_as(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Return whether the forward pass is that of ``kind``, on ``weight`` as it is: a subclass may quantise it, say."""
-    methods = ("forward", "_conv_forward", "__call__")
-    own = type(module)
+    own, original = type(module), _ORIGINAL[kind]
     return (
         isinstance(module, kind)
-        and all(getattr(own, name, None) is getattr(kind, name, None) for name in methods)
-        and not any(name in vars(module) for name in methods)
+        and all(getattr(own, name, None) is method for name, method in original.items())
+        and not any(name in vars(module) for name in original)
+        and not _modes()
     )
+
+
+def _modes() -> bool:
+    """Return whether a mode may change what torch's functions do; one that chooses a device does not."""
+    if not torch._C._len_torch_function_stack():
+        return False
+    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def is_plain(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:

@@ -66,6 +66,14 @@ def is_tracing() -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Return whether ``torch.func`` transforms or forward-mode derivatives are on: only torch's own operations have
+    rules for those."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def differentiable(*tensors: Tensor | None) -> bool:
     """Return whether operations on these tensors are followed, by autograd or by what ``is_tracing`` names.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -114,7 +115,8 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
             try:
                 known = _KNOWN.get(group)
                 if isinstance(known, str):
-                    return prove_alike(twin, views, call, known)
+                    with suppress(Unproven):  # or it is proven in full: a norm, say, takes no signs
+                        return prove_alike(twin, views, call, known)
                 _KNOWN[group] = remarks = prove_attention(twin, views, call)
                 return remarks
             except Unproven as error:

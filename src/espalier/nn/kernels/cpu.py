@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.arguments import CONV_BACKWARD, CONV_FORWARD, SCAN_BACKWARD, SCAN_FORWARD
 from espalier.nn.kernels.library import call
+from espalier.nn.precision import is_exporting
 
 # Enough pieces of work for any number of threads, fixed so that results do not depend on it.
 WORK_ITEMS = 32
@@ -16,6 +19,9 @@ WORK_ITEMS = 32
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Return whether a backward pass may follow, for which a kernel has to keep something."""
+    # A graph that is traced without gradients may be trained later.
+    if torch.jit.is_tracing() or is_exporting():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -37,8 +43,8 @@ def _scan_shape(x_BLE: Tensor, states: int, gate: Tensor | None = None, softplus
         "length": length,
         "channels": channels,
         "states": states,
-        "piece": min(length, max(8, min(64, 512 // states))),
-        "groups": min(blocks, -(-WORK_ITEMS // batch)),
+        "piece": torch.sym_min(length, max(8, min(64, 512 // states))),
+        "groups": torch.sym_min(blocks, -(-WORK_ITEMS // batch)),
         "gate_stride": 0 if gate is None else gate.stride(1),
         "softplus": int(softplus),
     }
@@ -48,7 +54,8 @@ def _scan_outputs(x_BLE: Tensor, a_EN: Tensor, keep: bool) -> tuple[Tensor, Tens
     """Return room for (y, final state, states at the start of each piece if they are kept)."""
     batch, length, channels = x_BLE.shape
     states, piece, width = a_EN.shape[1], _scan_shape(x_BLE, a_EN.shape[1])["piece"], _width(x_BLE.dtype)
-    kept = (batch, -(-length // piece), -(-channels // width), states, width) if keep else (0,)
+    # In one axis: a graph for any length must not depend on whether there is more than one piece.
+    kept = batch * -(-length // piece) * -(-channels // width) * states * width if keep else 0
     return x_BLE.new_empty(x_BLE.shape), x_BLE.new_empty(batch, channels, states), x_BLE.new_empty(kept)
 
 
@@ -125,19 +132,41 @@ def _(x: Tensor, delta: Tensor, bias: Any, a: Tensor, b: Tensor, c: Tensor, d: A
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial, ctx.softplus, _ = inputs
+    *tensors, ctx.softplus, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.has_initial = initial is not None
     ctx.set_materialize_grads(False)
 
 
 def _scan_backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    *inputs, starts = ctx.saved_tensors
+    if formulas.by_formula() or not starts.numel():  # or nothing was kept: no gradient was expected then
+        found = formulas.differentiate(lambda *t: _scan_formula(*t, softplus=ctx.softplus), inputs, (dy, dfinal))
+        return (*found, None, None)
     if dy is None:
-        dy = torch.zeros_like(saved[0])
-    *grads, dinitial = selective_scan_backward_cpu(*saved, dy, dfinal, ctx.softplus)
-    asked = [None if given is None else grad for given, grad in zip(saved[:8], grads, strict=True)]
-    return (*asked, dinitial if ctx.has_initial else None, None, None)
+        dy = torch.zeros_like(inputs[0])
+    grads = selective_scan_backward_cpu(*inputs[:8], starts, dy, dfinal, ctx.softplus)
+    asked = [None if given is None else grad for given, grad in zip(inputs, grads, strict=True)]
+    return (*asked, None, None)
+
+
+def _scan_formula(
+    x: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    gate: Tensor | None,
+    initial: Tensor | None,
+    *,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    if softplus:
+        delta = F.softplus(delta if bias is None else delta + bias)
+    y, final = formulas.selective_scan(x, delta, a, b, c, initial)
+    y = y if d is None else y + d * x
+    return (y if gate is None else y * F.silu(gate)), final
 
 
 selective_scan_cpu.register_autograd(_scan_backward, setup_context=_scan_setup)
@@ -196,6 +225,8 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
+    if formulas.by_formula():
+        return tuple(formulas.differentiate(formulas.causal_conv_silu, (x, weight, bias), (dy,)))
     dx, dweight, dbias = causal_conv_silu_backward_cpu(x, weight, bias, dy)
     return dx, dweight, None if bias is None else dbias
 

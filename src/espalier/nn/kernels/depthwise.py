@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.arguments import (
     DEPTHWISE_BACKWARD,
     DEPTHWISE_FORWARD,
@@ -36,11 +37,11 @@ class Norm(NamedTuple):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.resolve_neg().contiguous(memory_format=torch.channels_last)
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _taps(weight_C1RS: Tensor) -> Tensor:
@@ -174,17 +175,20 @@ class Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
-        x = _channels_last(x)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.padding = padding
-        return _convolve(x, weight, bias, padding)
+        return _convolve(_channels_last(x), weight, bias, padding)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if formulas.by_formula():
+            found = formulas.differentiate(
+                lambda x, weight, bias: formulas.depthwise(x, weight, bias, ctx.padding), (x, weight, bias), (dy,)
+            )
+            return *found, None
         wanted = ctx.needs_input_grad[:3]
-        return *_convolve_backward(x, weight, _channels_last(dy), None, ctx.padding, wanted), None
+        return *_convolve_backward(_channels_last(x), weight, _channels_last(dy), None, ctx.padding, wanted), None
 
 
 class GeluNorm(torch.autograd.Function):
@@ -194,17 +198,22 @@ class GeluNorm(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, norm: Norm
     ) -> tuple[Tensor, ...]:
-        u = _channels_last(u)
-        y, mean, variance = _normalise(u, None, bias, norm)
-        ctx.save_for_backward(u, bias, weight, mean, variance)
+        y, mean, variance = _normalise(_channels_last(u), None, bias, norm)
+        ctx.save_for_backward(u, bias, weight, shift, mean, variance)
         ctx.eps, ctx.fixed = norm.eps, norm.mean is not None
         ctx.mark_non_differentiable(mean, variance)
         return y, mean, variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        u, bias, weight, mean, variance = ctx.saved_tensors
+        u, bias, weight, shift, mean, variance = ctx.saved_tensors
+        if formulas.by_formula():
+            known = (mean, variance) if ctx.fixed else None
+            given = (u, bias, weight, shift)
+            return *formulas.differentiate(
+                lambda u, b, w, s: formulas.gelu_norm(u, b, w, s, known, ctx.eps), given, (dy,)
+            ), None
+        u = _channels_last(u)
         grads = _normalise_backward(u, bias, weight, mean, variance, _channels_last(dy), ctx.eps, ctx.fixed)
         du, dbias, dweight, dshift = grads
         return du, None if bias is None else dbias, dweight, dshift, None
@@ -224,21 +233,42 @@ class Mix(torch.autograd.Function):
         norm: Norm,
         padding: Padding,
     ) -> tuple[Tensor, ...]:
-        x = _channels_last(x)
-        u = _convolve(x, taps, None, padding)
-        y, mean, variance = _normalise(u, x, bias, norm)
-        ctx.save_for_backward(x, u, taps, bias, weight, mean, variance)
+        wide = _channels_last(x)
+        u = _convolve(wide, taps, None, padding)
+        y, mean, variance = _normalise(u, wide, bias, norm)
+        ctx.save_for_backward(x, u, taps, bias, weight, shift, mean, variance)
         ctx.eps, ctx.fixed, ctx.padding = norm.eps, norm.mean is not None, padding
         ctx.mark_non_differentiable(mean, variance)
         return y, mean, variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, u, taps, bias, weight, mean, variance = ctx.saved_tensors
-        dy = _channels_last(dy)
+        x, u, taps, bias, weight, shift, mean, variance = ctx.saved_tensors
+        if formulas.by_formula():
+            known = (mean, variance) if ctx.fixed else None
+            given = (x, taps, bias, weight, shift)
+            found = formulas.differentiate(
+                lambda x, t, b, w, s: _mixed(x, t, b, w, s, ctx.padding, known, ctx.eps), given, (dy,)
+            )
+            return *found, None, None
+        x, dy = _channels_last(x), _channels_last(dy)
         grads = _normalise_backward(u, bias, weight, mean, variance, dy, ctx.eps, ctx.fixed)
         du, dbias, dweight, dshift = grads
         wanted = (*ctx.needs_input_grad[:2], False)
         dx, dtaps, _none = _convolve_backward(x, taps, du, dy, ctx.padding, wanted)
         return dx, dtaps, None if bias is None else dbias, dweight, dshift, None, None
+
+
+def _mixed(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    padding: Padding,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+) -> Tensor:
+    """Return what ``Mix`` does by its formula."""
+    u = formulas.depthwise(x, taps, None, padding)
+    return x + formulas.gelu_norm(u, bias, weight, shift, statistics, eps)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.arguments import NORM_BACKWARD, NORM_FORWARD
 from espalier.nn.kernels.cpu import WORK_ITEMS, rows
 from espalier.nn.kernels.library import call
@@ -65,6 +66,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    if formulas.by_formula():
+        found = formulas.differentiate(
+            lambda y, z, weight: formulas.gated_norm(y, z, weight, ctx.groups, ctx.eps), ctx.saved_tensors, (dout,)
+        )
+        return (*found, None, None)
     return *gated_norm_backward_cpu(*ctx.saved_tensors, dout, ctx.groups, ctx.eps), None, None
 
 

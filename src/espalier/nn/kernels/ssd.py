@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.arguments import SSD_BACKWARD, SSD_FORWARD
 from espalier.nn.kernels.cpu import padded, rows
 from espalier.nn.kernels.library import call
@@ -26,7 +27,7 @@ def _shape(x: Tensor, b: Tensor, c: Tensor, heads: int, groups: int, chunk: int)
         "share": share,
         "width": x.shape[2] // heads,
         "states": b.shape[2] // groups,
-        "chunk": min(chunk, length),
+        "chunk": torch.sym_min(chunk, length),
         "parts": min(share, -(-_WORK_ITEMS // (batch * groups))),
         "x_stride": x.stride(1),
         "b_stride": b.stride(1),
@@ -40,7 +41,7 @@ def _outputs(
     """Return room for (y, the final state if it is wanted, the states between chunks if they are kept)."""
     batch, length, inner = x.shape
     width, size = inner // heads, b.shape[2] // groups
-    between = -(-length // min(chunk, length)) - 1
+    between = -(-length // torch.sym_min(chunk, length)) - 1
     kept = (batch, heads, between, size, padded(width, x.dtype)) if keep else (0,)
     final = (batch, heads, size, width) if state else (0,)
     return x.new_empty(x.shape), x.new_empty(final), x.new_empty(kept)
@@ -135,11 +136,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    dfinal = dfinal if ctx.need_state else None
+    if formulas.by_formula() or saved[9].ndim == 1:  # or nothing was kept: no gradient was expected then
+        found = formulas.differentiate(lambda *t: _formula(*t, groups=ctx.groups), saved[:7], (dy, dfinal))
+        return (*found, None, None, None, None)
     if dy is None:
         dy = torch.zeros_like(saved[7])
-    *grads, dd, dinitial = ssd_backward_cpu(*saved, dy, dfinal if ctx.need_state else None, ctx.groups, ctx.chunk)
+    *grads, dd, dinitial = ssd_backward_cpu(*saved, dy, dfinal, ctx.groups, ctx.chunk)
     none = [None if given is None else grad for given, grad in zip(saved[5:7], (dd, dinitial), strict=True)]
     return (*grads, *none, None, None, None, None)
+
+
+def _formula(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, initial: Tensor | None, *, groups: int
+) -> tuple[Tensor, Tensor]:
+    x = x.unflatten(2, (delta.shape[2], -1))
+    b, c = (t.unflatten(2, (groups, -1)) for t in (b, c))
+    y, final = formulas.grouped_ssd(x, delta, a, b, c, d, initial)
+    return y.flatten(2), final
 
 
 ssd_cpu.register_autograd(_backward, setup_context=_setup)

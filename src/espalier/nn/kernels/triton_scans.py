@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from espalier.nn.kernels import formulas
 from espalier.nn.precision import without_autocast
 
 # Note [Time in registers]
@@ -148,6 +148,7 @@ class TritonScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        given = x, delta, a, b, c, initial
         x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
         (batch, length, channels), size = x.shape, a.shape[1]
         steps = length
@@ -163,15 +164,17 @@ class TritonScan(torch.autograd.Function):
                 x, delta, a, b, c, begin, y, starts, final, length, channels, size, steps, pieces,
                 HAS_INITIAL=begin is not None, **shape,
             )  # fmt: skip
-        ctx.save_for_backward(x, delta, a, b, c, starts)
-        ctx.steps, ctx.shape, ctx.has_initial = steps, shape, initial is not None
+        ctx.save_for_backward(*given, starts)
+        ctx.steps, ctx.shape = steps, shape
         return y, final
 
     @staticmethod
     @without_autocast
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, a, b, c, starts = ctx.saved_tensors
+        x, delta, a, b, c, initial, starts = ctx.saved_tensors
+        if formulas.by_formula():
+            return tuple(formulas.differentiate(formulas.selective_scan, (x, delta, a, b, c, initial), (dy, dfinal)))
+        x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
         (batch, length, channels), size = x.shape, a.shape[1]
         blocks, pieces = starts.shape[1:3]
         scratch = x.new_empty(batch, blocks, ctx.steps, *starts.shape[3:])
@@ -183,7 +186,7 @@ class TritonScan(torch.autograd.Function):
                 x, delta, a, b, c, dy.contiguous(), starts, dfinal.contiguous(), scratch,
                 dx, ddelta, da, db, dc, dinitial, length, channels, size, ctx.steps, pieces, **ctx.shape,
             )  # fmt: skip
-        return dx, ddelta, da.sum(0), db.sum(0), dc.sum(0), dinitial if ctx.has_initial else None
+        return dx, ddelta, da.sum(0), db.sum(0), dc.sum(0), None if initial is None else dinitial
 
 
 def walk_chunks(

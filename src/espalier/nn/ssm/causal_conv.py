@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from espalier.errors import EspalierError
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_transformed, outside_graphs, upcast, without_autocast
 
 
 def causal_conv_silu(
@@ -25,18 +26,35 @@ def causal_conv_silu(
         weight_CK: taps, (channels, kernel size K).
         bias_C: one number a channel.
         history: the K − 1 inputs before the first, (B, K − 1, C); zeros if none are given.
+
+    Raises:
+        EspalierError: shapes or devices that do not fit together, or numbers that are not real floating-point ones.
     """
+    _check(x_BLC, weight_CK, bias_C, history)
     dtype = x_BLC.dtype
     x, weight, bias = upcast(x_BLC, weight_CK, bias_C)
     if history is not None:
         x = torch.cat([history.to(x.dtype), x], dim=1)
-    if choose("causal_conv", x.device.type) == "compiled":
+    if is_transformed():
+        y = formulas.causal_conv_silu(x, weight, bias)
+    elif choose("causal_conv", x.device.type) == "compiled":
         from espalier.nn.kernels.cpu import causal_conv_silu_cpu
 
         y = causal_conv_silu_cpu(x, weight, bias)
     else:
         y = _apply_shifted(x, weight, bias)
     return (y if history is None else y[:, history.shape[1] :]).to(dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> None:
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or not weight.shape[1]:
+        raise EspalierError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: give (B, L, C) and (C, K)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise EspalierError(f"bias is {tuple(bias.shape)}: give one number a channel, ({weight.shape[0]},)")
+    if history is not None and (history.ndim != 3 or history.shape[::2] != x.shape[::2]):
+        raise EspalierError(f"history is {tuple(history.shape)}: give it as (B, K − 1, C) beside x {tuple(x.shape)}")
+    if any(t is not None and t.device != x.device for t in (weight, bias, history)):
+        raise EspalierError(f"x is on {x.device}: put weight, bias and history there, too")
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,9 +77,10 @@ class _Shifted(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        if formulas.by_formula():
+            return tuple(formulas.differentiate(formulas.causal_conv_silu, (x, weight, bias), (dy,)))
         taps = weight.shape[1]
         dpre = torch.ops.aten.silu_backward(dy, _convolve(x, weight, bias))
         dx, dweight = dpre * weight[:, -1], torch.zeros_like(weight)

@@ -6,18 +6,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from espalier.errors import EspalierError
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_transformed, outside_graphs, upcast, without_autocast
 
 
 class GatedRMSNorm(nn.Module):
-    """``weight · v / √(mean(v²) + eps)`` with v = y · SiLU(z), the mean over each group of channels."""
+    """``weight · v / √(mean(v²) + eps)`` with v = y · SiLU(z), the mean over each group of channels.
+
+    Args:
+        dim: channels.
+        groups: of channels, each with a mean of its own.
+        eps: added to the mean.
+
+    Shapes: y and z (…, dim), broadcast to one shape.
+
+    Raises:
+        EspalierError: groups that do not divide the channels; on the inputs, other channels, shapes that do not
+            broadcast, two devices, or numbers that are not real floating-point ones.
+    """
 
     def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
+        if dim < 1 or groups < 1 or dim % groups:
+            raise EspalierError(f"{dim} channels do not fall into {groups} groups: make dim a multiple of groups")
         self.weight = nn.Parameter(torch.ones(dim))
         self.groups, self.eps = groups, eps
 
@@ -26,9 +41,22 @@ class GatedRMSNorm(nn.Module):
 
         Only the inputs are kept for the backward pass, which computes the rest again.
         """
-        dtype = y.dtype
+        dtype, width = y.dtype, len(self.weight)
+        if not y.ndim or not z.ndim or y.shape[-1] != width or z.shape[-1] != width:
+            raise EspalierError(f"y is {tuple(y.shape)} and z {tuple(z.shape)}: give both {width} channels, last")
+        if not y.device == z.device == self.weight.device:
+            raise EspalierError(
+                f"y is on {y.device}, z on {z.device}, the weight on {self.weight.device}: use one device"
+            )
         y, z, weight = upcast(y, z, self.weight)
-        if choose("gated_norm", y.device.type) == "compiled":
+        if y.shape != z.shape:
+            try:
+                y, z = torch.broadcast_tensors(y, z)
+            except RuntimeError as error:
+                raise EspalierError(f"y is {tuple(y.shape)} and z {tuple(z.shape)}: they do not broadcast") from error
+        if is_transformed():
+            return formulas.gated_norm(y, z, weight, self.groups, self.eps).to(dtype)
+        if choose("gated_norm", y.device.type) == "compiled" and y.ndim > 1:
             from espalier.nn.kernels.gated_norm import gated_norm_cpu
 
             return gated_norm_cpu(y, z, weight, self.groups, self.eps).to(dtype)
@@ -54,9 +82,13 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
+        if formulas.by_formula():
+            found = formulas.differentiate(
+                lambda y, z, weight: formulas.gated_norm(y, z, weight, ctx.groups, ctx.eps), ctx.saved_tensors, (dout,)
+            )
+            return (*found, None, None)
         gated, scale = _gate(y, z, ctx.groups, ctx.eps)
         grad = dout.unflatten(-1, (ctx.groups, -1))
         dweight = (grad * gated).mul_(scale).flatten(-2).flatten(0, -2).sum(0)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.plain import is_plain
-from espalier.nn.precision import upcast
+from espalier.nn.precision import no_autocast, upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
 from espalier.nn.ssm.gated_norm import GatedRMSNorm
 from espalier.nn.ssm.selective_scan import selective_scan, selective_step
@@ -153,9 +153,10 @@ class Mamba1(nn.Module):
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return (softplus⁻¹(Δ) less its bias, that bias, B, C) of the convolved inputs."""
         rank, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        with torch.autocast(u.device.type, enabled=False):  # small steps would round away
-            if not is_plain(self.dt_proj, nn.Linear):
-                return upcast(self.dt_proj(rank.to(self.dt_proj.weight.dtype)))[0], None, b, c
+        with no_autocast(u.device):  # small steps would round away
+            if not is_plain(self.dt_proj, nn.Linear):  # whatever it is: an adapter, a quantised layer
+                floats = (p.dtype for p in self.dt_proj.parameters() if p.is_floating_point())
+                return upcast(self.dt_proj(rank.to(next(floats, self.A_log.dtype))))[0], None, b, c
             rank, weight, bias = upcast(rank, self.dt_proj.weight, self.dt_proj.bias)
             return F.linear(rank, weight), bias, b, c
 

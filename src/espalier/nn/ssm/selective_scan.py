@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Pieces of time in torch]
@@ -70,7 +71,9 @@ def selective_scan(
     x, delta, bias, a, b, c, d, gate, state = upcast(
         x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state
     )
-    name = choose("selective_scan", x.device.type)
+    if any(t is not None and t.device != x.device for t in (delta, bias, a, b, c, d, gate, state)):
+        raise EspalierError(f"x is on {x.device} and something else on another device: put all inputs on one")
+    name = "formula" if is_transformed() else choose("selective_scan", x.device.type)
     in_kernel = name == "compiled" and mask is None and delta_softplus
     if not in_kernel:
         delta, bias = _step_sizes(delta, bias, mask, softplus=delta_softplus), None
@@ -113,7 +116,8 @@ def _run(
 
         y, final = selective_scan_mamba_ssm(x, delta, a, b, c, d)
     else:
-        y, final = _apply(name, x, delta, a, b, c, state)
+        run = formulas.selective_scan if name == "formula" else partial(_apply, name)
+        y, final = run(x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
     return (y if gate is None else y * F.silu(gate)), final
@@ -184,15 +188,17 @@ class _Pieces(torch.autograd.Function):
             _, states = _advance(x_t, delta_t, a, b_t, state)
             y[:, start : start + steps] = (states @ c_t[..., None]).squeeze(-1).transpose(0, 1)
             state = states[-1].clone()
-        ctx.save_for_backward(x, delta, a, b, c, *starts)
-        ctx.steps, ctx.has_initial = steps, initial is not None
+        ctx.save_for_backward(x, delta, a, b, c, initial, *starts)
+        ctx.steps = steps
         return y, state
 
     @staticmethod
     @without_autocast
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, a, b, c, *starts = ctx.saved_tensors
+        x, delta, a, b, c, initial, *starts = ctx.saved_tensors
+        if formulas.by_formula():
+            inputs = x, delta, a, b, c, initial
+            return tuple(formulas.differentiate(formulas.selective_scan, inputs, (dy, dfinal)))
         dx, ddelta, db, dc = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, b, c))
         da, carry = torch.zeros_like(a), dfinal
         for index in reversed(range(len(starts))):
@@ -212,7 +218,7 @@ class _Pieces(torch.autograd.Function):
             dlog[0] *= starts[index]
             da += torch.mul(dlog, delta_t[..., None], out=states).sum((0, 1))
             ddelta[:, span] = (through * x_t + dlog.mul_(a).sum(-1)).transpose(0, 1)
-        return dx, ddelta, da, db, dc, carry if ctx.has_initial else None
+        return dx, ddelta, da, db, dc, None if initial is None else carry
 
 
 def _recurrence(

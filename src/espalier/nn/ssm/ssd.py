@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from espalier.errors import EspalierError
+from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_rest
 
 # Note [Segments]
@@ -77,8 +77,12 @@ def ssd(
     x, delta, a, b, c, d, state = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = delta * mask[..., None]
+    if any(t is not None and t.device != x.device for t in (delta, a, b, c, d, state)):
+        raise EspalierError(f"x is on {x.device} and something else on another device: put all inputs on one")
     name = choose("ssd", x.device.type)
-    if name == "compiled":
+    if is_transformed():
+        y, final = formulas.grouped_ssd(x, delta, a, b, c, d, state)
+    elif name == "compiled":
         y, final = _compiled((x, delta, a, b, c, d, state), chunk_size, return_state)
     elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
@@ -300,11 +304,14 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dfinal = gradients
         x, delta, b, c, alpha, d, y, *rest = ctx.saved_tensors
         inputs, states, kept = (x, delta, b, c), rest[: len(ctx.places)], rest[len(ctx.places) :]
+        if formulas.by_formula():
+            given = (x, delta, alpha, b, c, d, states[0])
+            found = formulas.differentiate(_one_group, given, (dy, dfinal if ctx.need_state else None))
+            return (*found, None, None, None)
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, alpha, b, c))
         dstate = dfinal if ctx.need_state else None
         dd_BH = None if d is None else x.new_zeros(x.shape[0], x.shape[2])
@@ -323,6 +330,15 @@ class _Chunked(torch.autograd.Function):
                 dd_BH += skip
         dd = None if dd_BH is None else (dd_BH if d.shape[0] > 1 or x.shape[0] == 1 else dd_BH.sum(0, keepdim=True))
         return (*grads, dd, dstate if ctx.needs_input_grad[6] else None, None, None, None)
+
+
+def _one_group(
+    x: Tensor, delta: Tensor, alpha: Tensor, b: Tensor, c: Tensor, d_GH: Tensor | None, initial_BNHP: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what ``_Chunked`` does by its formula."""
+    b, c = (t[:, :, None].expand(-1, -1, x.shape[2], -1) for t in (b, c))
+    y, final = formulas.ssd(x, delta, alpha, b, c, None if initial_BNHP is None else initial_BNHP.transpose(1, 2))
+    return (y if d_GH is None else y + d_GH[:, None, :, None] * x), final.transpose(1, 2)
 
 
 def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
