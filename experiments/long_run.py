@@ -103,6 +103,10 @@ def watch(
     complaints += [
         line for line in text.splitlines() if any(word in line for word in ("Traceback", "contradict", "failed with"))
     ]
+    for number in (signal.SIGKILL, signal.SIGTERM):  # the queue tells of those that were killed here, too
+        ours = [line for line in complaints if f"failed with status -{number.value}:" in line]
+        for line in ours[: stops[f"trial {number.name}"]]:
+            complaints.remove(line)
     grown = [found for each in samples.values() if (found := growth(each)) is not None]
     return {
         "hours": (time.time() - started) / 3600,
