@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from espalier.data import LoaderSource, Source, build_source
 from espalier.errors import EspalierError
@@ -178,3 +189,148 @@ def test_factories_get_their_arguments_and_what_would_be_ignored_is_refused(tmp_
         with pytest.raises(EspalierError, match=message) as caught:
             build_source(replace(recipe, **change))
         assert "\n" not in str(caught.value)
+
+
+class Drawing(Dataset[tuple[Tensor, int]]):
+    """Items with noise from something of the data set's own."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.tensor([float(index), self.draw()]), 0
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A transform without a dictionary of attributes."""
+
+    stream: np.random.Generator
+
+    def __call__(self) -> float:
+        return float(self.stream.random())
+
+
+class Shuffled(Sampler[int]):
+    """A sampler with a stream of NumPy's or Python's own."""
+
+    def __init__(self, stream: np.random.Generator | random.Random) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(12))
+        self.stream.shuffle(order)
+        return iter(order)
+
+
+def own_streams() -> dict[str, object]:
+    """Return training data whose random numbers come from generators of their own, each kind in another place."""
+    plain = TensorDataset(torch.arange(24.0).view(12, 2), torch.zeros(12, dtype=torch.long))
+    seeded = RandomSampler(plain, generator=torch.Generator().manual_seed(1))
+    weighted = WeightedRandomSampler([1.0] * 12, 12, generator=torch.Generator().manual_seed(1))
+    transform = np.random.default_rng(1)
+    torchs, old, python = torch.Generator(), np.random.RandomState(1), random.Random(1)
+    return {
+        "sampler": DataLoader(plain, 4, sampler=seeded),
+        "weighted sampler": DataLoader(plain, 4, sampler=weighted),
+        "batch sampler": DataLoader(plain, batch_sampler=BatchSampler(seeded, 4, drop_last=True)),
+        "sampler of numpy's": DataLoader(plain, 4, sampler=Shuffled(np.random.default_rng(1))),
+        "sampler of python's": DataLoader(plain, 4, sampler=Shuffled(random.Random(1))),
+        "dataset": Drawing(transform.random),
+        "dataset in a loader": DataLoader(Drawing(old.random_sample), 4),
+        "subset": DataLoader(Subset(Drawing(python.random), list(range(12))), 4),
+        "closure": Drawing(lambda: float(torch.rand((), generator=torchs))),
+        "partial": Drawing(partial(lambda stream: float(stream.random()), transform)),
+        "slots": Drawing(Slotted(np.random.Generator(np.random.PCG64(1)))),
+        "workers that live on": DataLoader(
+            Drawing(python.random), 4, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", own_streams())
+def test_generators_of_the_loaders_own_stand_where_an_unbroken_run_has_them(kind: str) -> None:
+    def source() -> LoaderSource:
+        return LoaderSource({"train": own_streams()[kind], "test": Noisy(2)})
+
+    unbroken = source()
+    batches = {(epoch, step): unbroken.train_batch(3, epoch, step, 4)[0] for epoch in range(2) for step in range(3)}
+    assert source().train_batch(3, 1, 1, 4)[0].equal(batches[1, 1])
+    assert source().train_batch(3, 0, 2, 4)[0].equal(batches[0, 2])
+    assert not batches[0, 0].equal(batches[1, 0])  # and every epoch draws anew
+    assert not source().train_batch(4, 0, 0, 4)[0].equal(batches[0, 0])
+
+
+def test_two_generators_do_not_draw_the_same_numbers() -> None:
+    one, other = np.random.default_rng(1), np.random.default_rng(1)
+    data = Drawing(lambda: float(one.random() - other.random()))
+    noise = LoaderSource({"train": data, "test": Noisy(1)}).train_batch(0, 0, 0, 4)[0][:, 1]
+    assert bool((noise != 0).all())
+
+
+def test_the_global_streams_are_left_alone_where_data_refer_to_them() -> None:
+    data = DataLoader(Drawing(random.random), 4, shuffle=True, generator=torch.default_generator)
+    source = LoaderSource({"train": data, "test": Noisy(1)})
+    before = torch.get_rng_state(), random.getstate()
+    batch = source.train_batch(0, 0, 0, 4)[0]
+    assert torch.get_rng_state().equal(before[0])
+    assert random.getstate() == before[1]
+    assert batch.equal(source.train_batch(0, 0, 0, 4)[0])
+
+
+class CountsEpochs(Shuffled):
+    """A sampler that seeds itself from the number of times that it was read."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter(torch.randperm(12, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+@pytest.mark.parametrize("kind", ["counts epochs", "entropy of the system", "module"])
+def test_data_that_seed_themselves_out_of_sight_are_refused(kind: str) -> None:
+    """A run that is resumed in epoch 1 reads the data for the first time there."""
+    plain = TensorDataset(torch.arange(12.0), torch.zeros(12, dtype=torch.long))
+    train = {
+        "counts epochs": DataLoader(plain, 4, sampler=CountsEpochs(random.Random())),
+        "entropy of the system": Drawing(lambda: float(np.random.default_rng().random())),
+        "module": Drawing(hidden_draw),
+    }[kind]
+    with pytest.raises(EspalierError, match="begin epoch 1 otherwise when they are read again") as caught:
+        LoaderSource({"train": train, "test": Noisy(1)}).train_batch(0, 1, 0, 4)
+    assert "\n" not in str(caught.value)
+
+
+_hidden = random.Random(0)
+
+
+def hidden_draw() -> float:
+    """Draw from a generator that is no attribute of anything."""
+    return _hidden.random()
+
+
+def test_numbers_that_are_none_are_no_reason_to_refuse() -> None:
+    train = TensorDataset(torch.full((4, 1), torch.nan), torch.zeros(4, dtype=torch.long))
+    assert LoaderSource({"train": train, "test": train}).train_batch(0, 0, 0, 4)[0].isnan().all()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_iterator_is_refused_at_the_start(split: str) -> None:
+    batches = [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))] * 3
+    for once in (iter(batches), (batch for batch in batches), zip(*zip(*batches, strict=True), strict=True)):
+        with pytest.raises(EspalierError, match=f"dataset: {split} is .*, an iterator, which is read once"):
+            LoaderSource({"train": batches, "test": batches, split: once})
+    LoaderSource({"train": batches, "test": batches})
+
+
+def test_a_loader_that_gives_batches_as_they_arrive_is_refused() -> None:
+    loader = DataLoader(Noisy(4), 2, num_workers=2, in_order=False)
+    with pytest.raises(EspalierError, match="set in_order=True"):
+        LoaderSource({"train": loader, "test": Noisy(1)})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from espalier.errors import EspalierError
+from espalier.recipes.files import open_recipe
 from espalier.recipes.validation import first_difference, load_recipe, resolve_recipe, save_recipe
 from train.standins import recipe
 
@@ -84,8 +85,51 @@ def test_bad_files_are_named(tmp_path: Path, text: str | None) -> None:
         ({"mixup": float("inf")}, "mixup"),
         ({"eval_batch_size": 10**30}, "eval_batch_size.*18 digits"),
         ({"model_args": {"depths": [2, -(2**63)]}}, "model_args.*18 digits"),
+        # What would run on without end, or build nothing.
+        ({"mixup": 1e308}, "mixup 1e.308 is too large: give at most 1000"),
+        ({"cutmix": 1001.0}, "cutmix 1001.0 is too large"),
+        ({"threads": 2**31}, "threads 2147483648 is too large: give at most 1024"),
+        ({"threads": 100_000}, "threads 100000 is too large"),
+        ({"randaugment": (1_000_000, 12)}, "randaugment .1000000, 12.: give 1 to 100 operations"),
+        ({"model_args": {"depth": 1_000_000}}, "depth 1000000 is no size of a model"),
+        ({"model_args": {"depth": -1}}, "depth -1 is no size of a model: give a whole number from 0 to 10000"),
+        ({"model_args": {"depths": (2, -1)}}, "depths .2, -1. is no size"),
+        ({"model_args": {"num_classes": 0}}, "num_classes 0 is no size of a model: give a whole number from 1"),
+        ({"model_args": {"embed_dim": 0}}, "embed_dim 0"),
+        ({"model": "sequence", "model_args": {"pattern": "mamba2*9999999 attention"}}, "pattern .* is too deep"),
+        ({"model": "vit\0"}, "field 'model'.*without NUL"),
+        ({"data_path": "a\0b"}, "field 'data_path'.*without NUL"),
+        ({"init_args": {"statistics": ["a\0"]}}, "field 'init_args'.*without NUL"),
+        ({"model": "\ud800.py:Net"}, "model .* holds characters that are no text"),
     ],
 )
 def test_values_no_run_can_have(changes: dict[str, object], message: str) -> None:
     with pytest.raises(EspalierError, match=message):
         resolve_recipe(recipe(**changes))
+
+
+def test_values_at_the_bounds_and_nets_of_the_users_own_are_free(tmp_path: Path) -> None:
+    resolve_recipe(recipe(mixup=1000.0, cutmix=1000.0, threads=1024, randaugment=(100, 12), model_args={"depth": 0}))
+    (tmp_path / "nets.py").write_text("def net(depth=-1, num_classes=0): ...\n")
+    own = recipe(model=f"{tmp_path / 'nets.py'}:net", model_args={"depth": -1, "num_classes": 0})
+    assert resolve_recipe(own).model_args == {"depth": -1, "num_classes": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("r.json", '{"base": "digits_vit", "lr": 1, "lr": 2}'),
+        ("r.json", '{"model_args": {"depth": 1, "depth": 2}}'),
+        ("r.yaml", "base: digits_vit\nlr: 1\nlr: 2\n"),
+        ("r.yaml", "model_args:\n  depth: 1\n  depth: 2\n"),
+        ("r.yaml", "model_args: {depth: 1, depth: 2}\n"),
+    ],
+)
+def test_a_key_that_stands_in_a_file_twice_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(EspalierError, match=r"'(lr|depth)' stands there twice") as caught:
+        open_recipe(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    if name.endswith("json"):
+        with pytest.raises(EspalierError, match="stands there twice"):
+            load_recipe(tmp_path / name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +27,7 @@ RECIPE = replace(get_recipe("digits_vit"), epochs=4, warmup_epochs=0.0)
 ARMS, LRS, SEEDS = ["default", "mimetic"], [1e-4, 1e-3], [0, 1, 2]
 
 finite = st.floats(-1e6, 1e6).map(lambda value: round(value, 6))
+times = st.floats(0, 1e6).map(lambda value: round(value, 6))
 words = st.text(min_size=1, max_size=12)
 made_records = st.builds(
     Record,
@@ -38,9 +41,11 @@ made_records = st.builds(
     diverged=st.just(False),
     epochs=st.integers(0, 999),
     steps=st.integers(0, 10**6),
-    seconds=finite,
-    step_seconds=st.none() | finite,
-    curve=st.lists(st.tuples(finite, st.integers(0, 10**6), finite, finite), max_size=60).map(tuple),
+    seconds=times,
+    step_seconds=st.none() | times.filter(bool),
+    curve=st.lists(
+        st.tuples(times, st.integers(0, 10**6), times, finite), max_size=60, unique_by=lambda row: row[1]
+    ).map(lambda rows: tuple(sorted(rows, key=lambda row: row[1]))),
     extra=st.dictionaries(words, finite, max_size=4),
     versions=st.dictionaries(words, words, max_size=3),
     commit=words,
@@ -106,6 +111,19 @@ def test_what_is_no_record_is_named_with_its_line(text: str) -> None:
         ({"diverged": True}, "diverged is True and score is 0.5"),
         ({"curve": [[1, 2, 3]]}, "field 'curve'"),
         ({"extra": {"a": None}}, "field 'extra'"),
+        # What no trial can leave.
+        ({"score": 10**400}, "field 'score' is 1000"),
+        ({"lr": 10**400}, "field 'lr' is 1000"),
+        ({"extra": {"a": 10**400}}, "field 'extra'"),
+        ({"steps": 10**400}, "field 'steps'"),
+        ({"step_seconds": 0.0}, "field 'step_seconds' is 0.0"),
+        ({"seconds": -1.0}, "field 'seconds' is -1.0"),
+        ({"curve": [[1, 2, -3.0, 0.5]]}, "field 'curve'"),
+        ({"curve": [[1, 2, 3.0, 0.5], [2, 2, 4.0, 0.5]]}, "the steps of its curve do not increase"),
+        ({"metric": "test/accuracy", "score": 7.5}, "score is 7.5, and 'test/accuracy' lies in [0, 1]"),
+        ({"metric": "test/accuracy", "score": -0.1}, "score is -0.1"),
+        ({"metric": "accuracy", "curve": [[1, 2, 3.0, 9.0]]}, "a score of its curve is 9"),
+        ({"extra": {"other/accuracy": 1.5}}, "other/accuracy is 1.5"),
     ],
 )
 def test_a_field_that_does_not_fit_is_named(change: dict[str, object], said: str) -> None:
@@ -119,6 +137,38 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, object], said: str
         record_from_line(json.dumps(values))
     with pytest.raises(ValueError, match="NaN is not a finite number"):
         record_from_line(json.dumps({**values, "arm": "a", "score": float("nan")}))
+
+
+def test_scores_that_are_no_shares_may_be_of_any_size() -> None:
+    record = a_record(score=-1.7e308, curve=((1, 2, 3.0, -7.5),), extra={"perplexity": 1e300}, metric="minus loss")
+    assert record_from_line(record.line()) == record
+
+
+@pytest.mark.parametrize("change", [{"lr": 5.0}, {"seed": 9}, {"metric": "other"}])
+def test_a_record_of_a_trial_with_another_rate_seed_or_metric_is_refused_by_name(
+    finished: Path, change: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a record has the digest of the trial: somebody edited it, and its score would count as another's."""
+    records = list(load_study(finished).outcomes().values())
+    elsewhere = finished.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "study.json").write_bytes((finished / "study.json").read_bytes())
+    add_records([replace(records[0], **change), *records[1:]], elsewhere / "records.jsonl")  # type: ignore[arg-type]
+    ((name, value),) = change.items()
+    with pytest.raises(EspalierError, match=f"records.jsonl: the record of default .* has {name} {value!r}"):
+        summarise(elsewhere)
+    assert main(["report", str(elsewhere), "--out", str(elsewhere / "page.html")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_scores_of_two_metrics_are_not_compared(finished: Path) -> None:
+    records = list(load_study(finished).outcomes().values())
+    elsewhere = finished.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "study.json").write_bytes((finished / "study.json").read_bytes())
+    add_records([replace(records[0], metric="val/accuracy"), *records[1:]], elsewhere / "records.jsonl")
+    with pytest.raises(EspalierError, match=r"several metrics, 'val/accuracy' .* and 'test/accuracy'"):
+        summarise(elsewhere)
 
 
 @given(made_records, st.integers(0), st.integers(0, 6))
@@ -236,3 +286,17 @@ def test_a_damaged_file_ends_with_one_line(tmp_path: Path, capsys: pytest.Captur
 
 def _table(folder: Path) -> str:
     return text_table(summarise(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("as_source", [True, False])
+def test_a_pipe_is_no_file_of_records(tmp_path: Path, as_source: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Opening one waits for whoever writes to it, which may be nobody."""
+    file, pipe = tmp_path / "r.jsonl", tmp_path / "pipe"
+    add_records([a_record()], file)
+    os.mkfifo(pipe)
+    paths = [pipe, file] if as_source else [file, pipe]
+    assert main(["records", "merge", str(paths[0]), "--to", str(paths[1])]) == 2
+    assert f"records {pipe} is a pipe or a device: name a file" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert read_records(file) == [a_record()]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from espalier.study.statistics import (
     best_rate,
     bootstrap_interval,
     first_crossing,
+    mean_of,
     paired_difference,
     rate_window,
     sign_flip_p,
@@ -149,7 +152,8 @@ def test_best_rate_of_equal_ones_is_the_smallest() -> None:
 @given(means=st.dictionaries(st.floats(1e-5, 1.0), st.floats(0, 1), min_size=1, max_size=7), tolerance=st.floats(0, 1))
 def test_window_against_its_definition(means: dict[float, float], tolerance: float) -> None:
     rates = sorted(means)
-    floor = max(means.values()) - tolerance
+    best = max(means.values())
+    floor = best - tolerance - 1e-12 * max(best, tolerance)  # equal by their decimals is equal
     window = rate_window(means, rates, tolerance)
     inside = [rate for rate in rates if window.low <= rate <= window.high]
     assert all(means[rate] >= floor for rate in inside)
@@ -227,3 +231,60 @@ def test_sign_flips_of_few_and_of_many_seeds() -> None:
     assert many == sign_flip_p([0.1] * 20) < 1e-3
     with pytest.raises(EspalierError, match="nothing to test"):
         sign_flip_p([])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    values=st.lists(st.floats(-1, 1).filter(lambda x: x == 0 or abs(x) > 1e-3), min_size=2, max_size=6),
+    power=st.sampled_from([-1000, -600, 600, 1015]),
+)
+def test_intervals_and_p_scale_with_the_scores(values: list[float], power: int) -> None:
+    """A power of two changes no digit, so every figure is the plain one times it, however large or small."""
+    large, scale = [math.ldexp(value, power) for value in values], math.ldexp(1.0, power)
+    plain, scaled = t_interval(values), t_interval(large)
+    for name in ("mean", "low", "high"):
+        assert getattr(scaled, name) / scale == pytest.approx(getattr(plain, name), rel=1e-12, abs=1e-300)
+    ours, theirs = (bootstrap_interval(each, generator=generator(), resamples=50) for each in (large, values))
+    assert ours.low / scale == theirs.low
+    assert ours.high / scale == theirs.high
+    assert sign_flip_p(large) == sign_flip_p(values)
+
+
+def test_the_largest_floats_have_a_mean_an_interval_and_a_p() -> None:
+    top = 1.7e308
+    assert (t_interval([-top] * 3).mean, t_interval([-top] * 3).low) == (-top, -top)
+    assert mean_of([top, top, -top, -top]) == 0
+    assert sign_flip_p([top] * 3) == sign_flip_p([0.5] * 3) == 0.25
+    apart = paired_difference(dict.fromkeys(range(3), top), dict.fromkeys(range(3), -top), generator=generator())
+    assert apart is not None  # no float holds their difference
+    assert apart.t.mean == apart.bootstrap.low == sys.float_info.max
+    assert apart.shown
+    assert first_crossing([0, 10], [-top, top], 0.0) == 5
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(-1e308, 1e308), min_size=1, max_size=6))
+def test_a_mean_lies_between_the_smallest_and_the_largest(values: list[float]) -> None:
+    assert min(values) <= mean_of(values) <= max(values)
+    exact = sum(map(Fraction, values)) / len(values)
+    assert math.isclose(mean_of(values), float(exact), rel_tol=1e-15, abs_tol=max(map(abs, values)) * 1e-15)
+
+
+@pytest.mark.parametrize("value", [7.5, -0.1, math.nan, math.inf])
+def test_no_interval_of_values_that_no_score_can_have(value: float) -> None:
+    with pytest.raises(EspalierError, match=r"^values: "):
+        t_interval([value, value], limits=(0.0, 1.0))
+    # What only rounding took over the edge is no reason to stop, and is not shown.
+    edge = t_interval([1.0000000000000002] * 2, limits=(0.0, 1.0))
+    assert (edge.mean, edge.low, edge.high) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("best", "other"), [(0.90, 0.88), (0.20, 0.18), (0.98, 0.96), (1e200, 0.98e200)])
+def test_a_rate_exactly_the_tolerance_below_the_best_is_in_the_window(best: float, other: float) -> None:
+    tolerance = 0.02 if best < 1 else 0.02e200
+    window = rate_window({1.0: best, 2.0: other}, [1.0, 2.0], tolerance)
+    assert window is not None
+    assert window.high == 2.0
+    below = rate_window({1.0: best, 2.0: other - 1e-9 * best}, [1.0, 2.0], tolerance)
+    assert below is not None
+    assert below.high == 1.0

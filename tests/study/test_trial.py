@@ -73,6 +73,7 @@ def test_values_that_no_plan_has_are_refused_without_a_digest_too(tmp_path: Path
     own = {"name": 1, "code": "", "metric": "score", "lr": 1e-3}
     wrong = (
         {"lrs": ["x"]}, {"lrs": [1e400]}, {"seeds": [-1]}, {"seeds": [0.5]}, {"arms": {"../../x": {}}}, {"arms": []},
+        {"arms": {}}, {"lrs": [10**400]},
         {"arms": {"default": ["lr"]}}, {"recipe": []}, {"recipe": {"name": "r", "lr": "x"}}, {"more": 1},
         {"recipe": {**plan["recipe"], "model": "os:getcwd"}}, {"arms": {"default": {"init": "os:getcwd"}}},
     )  # fmt: skip
@@ -92,6 +93,7 @@ def test_values_that_no_plan_has_are_refused_without_a_digest_too(tmp_path: Path
         ([], [1e-3], [0], "arms is empty"),
         (["default"], [], [0], "lrs"),
         (["default"], [0.0], [0], "0.0 is no learning rate"),
+        (["default"], [10**400], [0], "is no learning rate"),
         (["default"], [float("nan")], [0], "no learning rate"),
         (["default"], "all", [0], "'auto'"),
         (["default"], [1e-3], [], "seeds is empty: name at least one"),

@@ -128,6 +128,15 @@ def test_no_damage_of_a_stopped_run_gives_a_wrong_number(
     assert set(repaired) == {*checkpoints, "metrics.jsonl"}
 
 
+@pytest.mark.parametrize("name", ["environment.json", "model.json", "start.safetensors"])
+def test_damage_of_what_is_written_once_is_found_before_the_first_step(runs: Path, name: str) -> None:
+    flip(runs / "cut" / name)
+    before = {file: (runs / "cut" / file).read_bytes() for file in files_of(runs / "cut")}
+    with pytest.raises(EspalierError, match=f"{name} is damaged: restore it from a copy"):
+        train(recipe(**CHANGES), runs / "cut")
+    assert {file: (runs / "cut" / file).read_bytes() for file in files_of(runs / "cut")} == before
+
+
 def test_two_damaged_checkpoints_are_refused(runs: Path) -> None:
     for name in ("checkpoint", "checkpoint.old"):
         flip(runs / "cut" / name / "state.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from espalier.cli.completion import Shell, completion_script
 from espalier.cli.finished import attack, certify, export, predict
 from espalier.cli.listing import arms, datasets, inits, models, recipes
+from espalier.cli.messages import say
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def train(
     found = check_folder(out, resolve_recipe(recipe), resume)
     if found != "new" and first and not quiet:
         state = "unfinished, resumed" if found == "unfinished" else "already finished, nothing trained"
-        print(f"run: {out} ({state})", file=sys.stderr)
+        say(f"run: {out} ({state})")
     run = run_training(
         recipe,
         out,
@@ -95,13 +95,13 @@ def train(
         where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
         told = f"espalier: {out} {where}: choose another folder and a smaller --lr; its last checkpoint is kept"
         if first:
-            print(told, file=sys.stderr)
+            say(told)
         raise SystemExit(1)
     if first and not quiet:
-        print(f"run: {out}", file=sys.stderr)
+        say(f"run: {out}")
         images = [f"predict {out} IMAGES…", f"export {out} --to onnx"] if (out / IMAGES).exists() else []
         for step in (f"report {out}", f"audit {out}", *images):
-            print(f"next: espalier {step}", file=sys.stderr)
+            say(f"next: espalier {step}")
 
 
 def compare(
@@ -156,7 +156,7 @@ def compare(
     print(text_table(summary))
     print(f"report: {write_report([out], out / 'report.html')}")
     if not summary.failures and not any(point.scores for arm in summary.arms for point in arm.rates):
-        print(f"espalier: {out}: every trial diverged: choose smaller --lrs", file=sys.stderr)
+        say(f"espalier: {out}: every trial diverged: choose smaller --lrs")
         raise SystemExit(1)
     if summary.failures:
         raise SystemExit(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+from espalier.cli.messages import say
 
 
 def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False) -> None:
@@ -107,5 +108,5 @@ def attack(
     try:
         report.check()
     except CertificateBrokenError as error:
-        print(f"espalier: {error}", file=sys.stderr)
+        say(f"espalier: {error}")
         raise SystemExit(1) from None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from espalier import __version__
 from espalier.cli.commands import COMMANDS
+from espalier.cli.messages import say
 from espalier.errors import EspalierError, unknown_name
 from espalier.lookup import own_place
 
@@ -88,7 +89,7 @@ def _overview() -> str:
 def _complain(message: object, status: int) -> int:
     # Under torchrun every process meets the same error: one line each, and it says whose.
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-    print(f"espalier{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
+    say(f"espalier{'' if rank == '0' else f' (rank {rank})'}: {message}")
     return status
 
 

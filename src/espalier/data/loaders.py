@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from itertools import chain, islice
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -24,6 +29,18 @@ if TYPE_CHECKING:
 
 TRAIN = "train"
 
+# Note [Random numbers of the user's code]
+# A resumed run starts an epoch in a process that has not read the epochs before it. It sees the batches of an unbroken
+# run if everything that the user's code draws from stands where it would have stood, and nobody saves that. So every
+# epoch starts all of it anew: the global streams, and every generator that hangs on the loader, its samplers or its
+# dataset. What cannot be found there (a generator in a local variable, a counter of epochs, entropy of the system)
+# makes the data begin the same epoch in two ways, and this is looked at once in every process before the first step.
+_MOST_ITEMS = 1000
+"""Longer lists hold data: nobody keeps a thousand generators."""
+_MOST_OBJECTS = 100_000
+_EMPTY: Any = CellType()
+"""A variable of a function around another that has no value yet."""
+
 
 class LoaderSource:
     """A ``Source`` over torch's datasets and loaders, each by the name of its split.
@@ -31,7 +48,9 @@ class LoaderSource:
     A ``Dataset`` with indices is shuffled here, batch by batch a pure function of (seed, epoch, step), and the ragged
     rest of an epoch is dropped. A ``DataLoader``, or any other iterable of batches with a length, keeps its own batch
     size, sampler and workers; every epoch it starts under streams of random numbers that depend on (seed, epoch) alone
-    (torch's, NumPy's and Python's), and a step in mid-epoch is reached by reading the batches before it.
+    (torch's, NumPy's and Python's, and every generator among the attributes of the loader, its samplers and its
+    dataset), and a step in mid-epoch is reached by reading the batches before it. The first batch is read twice, and
+    data that begin an epoch in two ways are refused: a resumed run would not see the batches of an unbroken one.
 
     Args:
         splits: ``train`` and at least one other; the first other carries the headline score. Batches and items are
@@ -39,7 +58,8 @@ class LoaderSource:
         name: of the data, for messages.
 
     Raises:
-        EspalierError: no training split, nothing to evaluate on, or splits of another kind.
+        EspalierError: no training split, nothing to evaluate on, or splits of another kind: such as an iterator, which
+            can be read only once.
     """
 
     def __init__(self, splits: Mapping[str, Any], name: str = "dataset") -> None:
@@ -52,6 +72,19 @@ class LoaderSource:
             # A stream without indices is batched by a loader, as torch itself would.
             if not isinstance(data, Dataset | DataLoader) and not hasattr(data, "__iter__"):
                 raise EspalierError(f"{name}: {split} is {type(data).__name__}: give a torch Dataset or a DataLoader")
+            if isinstance(data, Iterator) and iter(data) is data:
+                raise EspalierError(
+                    f"{name}: {split} is {type(data).__name__}, an iterator, which is read once: give a torch Dataset, "
+                    "a DataLoader, or an object whose __iter__ returns a new iterator"
+                )
+            if not getattr(data, "in_order", True):
+                raise EspalierError(f"{name}: {split} gives batches as they arrive: set in_order=True in its loader")
+            if getattr(data, "persistent_workers", False):
+                # Workers that live on hold copies that cannot be started anew: every epoch gets workers of its own.
+                self._splits[split] = copy.copy(data)
+                vars(self._splits[split])["persistent_workers"] = False
+        self._repeats = False
+        """Whether the training data were seen to begin an epoch the same way twice."""
         self._place: tuple[int, int, int, int] | None = None
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
         self._model_args = self._measure()
@@ -94,10 +127,10 @@ class LoaderSource:
         """Return batch ``step`` of ``epoch`` of the run with ``seed``.
 
         Raises:
-            EspalierError: the data end before that step, or are no pairs of tensors.
+            EspalierError: the data end before that step, are no pairs of tensors, or begin the epoch in two ways.
         """
         if self._place != (seed, epoch, step, batch_size):
-            self._batches = self._epoch(seed, epoch, batch_size)
+            self._batches = self._start(seed, epoch, batch_size)
             for _ in range(step):
                 next(self._batches, None)
         self._place = (seed, epoch, step + 1, batch_size)
@@ -114,7 +147,25 @@ class LoaderSource:
         """
         if split not in self._splits:
             raise unknown_name("split", split, self._splits)
-        return self._read(self._loader(split, batch_size), derive_generator(0, "evaluation", split))
+        return _read(
+            self._name, self._device, self._loader(split, batch_size), derive_generator(0, "evaluation", split)
+        )
+
+    def _start(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the batches of an epoch, once in a process after a look whether they can be had again."""
+        if self._repeats:
+            return self._epoch(seed, epoch, batch_size)
+        before = list(islice(self._epoch(seed, epoch, batch_size), 1))
+        batches = self._epoch(seed, epoch, batch_size)
+        first = list(islice(batches, 1))
+        if len(before) != len(first) or not all(map(_same, chain(*before), chain(*first))):
+            raise EspalierError(
+                f"{self._name}: the training data begin epoch {epoch} otherwise when they are read again, and a "
+                "resumed run would see other batches: draw from torch's, NumPy's or Python's global stream, or from a "
+                "generator that is an attribute of the loader, sampler or dataset, and count no epochs there"
+            )
+        self._repeats = True
+        return chain(first, batches)
 
     def _epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = None
@@ -123,38 +174,14 @@ class LoaderSource:
             steps = len(data) // batch_size
             shuffled = torch.randperm(len(data), generator=derive_generator(seed, "order", epoch))
             order = shuffled[: steps * batch_size].view(steps, batch_size).tolist()
-        return self._read(self._loader(TRAIN, batch_size, order), derive_generator(seed, "data", epoch))
+        loader = self._loader(TRAIN, batch_size, order)
+        return _read(self._name, self._device, loader, derive_generator(seed, "data", epoch))
 
     def _loader(self, split: str, batch_size: int, order: list[list[int]] | None = None) -> Any:
         data = self._splits[split]
         if _has_indices(data):
             return DataLoader(data, batch_sampler=order) if order is not None else DataLoader(data, batch_size)
         return DataLoader(data, batch_size) if isinstance(data, IterableDataset) else data
-
-    def _read(self, loader: Iterable[Any], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        # What the user's code draws comes from streams of its own, whatever the training draws in between.
-        streams = _Streams(generator)
-        own = getattr(loader, "generator", None)
-        if isinstance(own, torch.Generator):
-            own.manual_seed(generator.initial_seed())
-        with errors_of("dataset", self._name), streams:
-            batches = iter(loader)
-        while True:
-            with errors_of("dataset", self._name), streams:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield self._pair(batch)
-
-    def _pair(self, batch: Any) -> tuple[Tensor, Tensor]:
-        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-            shown = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise EspalierError(f"{self._name}: a batch is {shown}: let every item be a pair (input tensor, target)")
-        inputs, targets = batch[0].to(self._device), batch[1].to(self._device)
-        if inputs.dtype == torch.float64:  # what NumPy makes of decimals
-            inputs = inputs.float()
-        return inputs, targets.float() if targets.is_floating_point() else targets.long()
 
     def _measure(self) -> dict[str, Any]:
         train = self._splits[TRAIN]
@@ -196,6 +223,83 @@ class _Streams:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+# No method: an iterator that held the source that holds it would keep its workers until Python collects its garbage.
+def _read(
+    name: str, device: torch.device, loader: Iterable[Any], generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    # What the user's code draws comes from streams of its own, whatever the training draws in between.
+    streams = _Streams(generator)
+    with errors_of("dataset", name), streams:
+        _reseed(loader, generator.initial_seed())
+        batches = iter(loader)
+    while True:
+        with errors_of("dataset", name), streams:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield _pair(name, device, batch)
+
+
+def _pair(name: str, device: torch.device, batch: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+        shown = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise EspalierError(f"{name}: a batch is {shown}: let every item be a pair (input tensor, target)")
+    inputs, targets = batch[0].to(device), batch[1].to(device)
+    if inputs.dtype == torch.float64:  # what NumPy makes of decimals
+        inputs = inputs.float()
+    return inputs, targets.float() if targets.is_floating_point() else targets.long()
+
+
+def _reseed(loader: Any, seed: int) -> None:
+    """Start every generator anew that hangs on a loader (Note [Random numbers of the user's code])."""
+    waiting: list[tuple[str, Any]] = [("", loader)]
+    seen = {id(torch.default_generator), id(random.getrandbits.__self__), id(np.random.get_state.__self__)}  # type: ignore[attr-defined]
+    for place, item in waiting:  # the nearest first: the list grows
+        if id(item) in seen or len(seen) > _MOST_OBJECTS:
+            continue
+        seen.add(id(item))
+        # Two generators with one seed would draw the same numbers; the loader's own has the epoch's.
+        digest = hashlib.blake2b(f"{seed}{place}".encode(), digest_size=8).digest()
+        own = seed if place == ".generator" else int.from_bytes(digest, "little") >> 1
+        match item:
+            case torch.Generator():
+                item.manual_seed(own)
+            case random.Random():
+                item.seed(own)
+            case np.random.Generator() | np.random.RandomState() | np.random.BitGenerator():
+                bits: Any = item if isinstance(item, np.random.BitGenerator) else getattr(item, "_bit_generator")  # noqa: B009 — a RandomState has no public one
+                bits.state = type(bits)(own).state
+            case _:
+                waiting += [(f"{place}.{name}", part) for name, part in _parts(item)]
+
+
+def _parts(item: Any) -> list[tuple[str, Any]]:
+    """Return what an object is made of, as far as generators may hide there, by name."""
+    match item:
+        case str() | bytes() | int() | float() | complex() | type() | ModuleType() | Tensor() | np.ndarray():
+            return []
+        case list() | tuple() | dict():
+            parts = item.values() if isinstance(item, dict) else item
+            return [(str(index), part) for index, part in enumerate(parts)] if len(item) <= _MOST_ITEMS else []
+        case functools.partial():
+            return [("func", item.func), ("args", item.args), ("keywords", item.keywords)]
+        case MethodType() | BuiltinMethodType():
+            return [("self", item.__self__), ("func", getattr(item, "__func__", None))]
+        case FunctionType():
+            cells = dict(zip(item.__code__.co_freevars, item.__closure__ or (), strict=True))
+            held = [(name, cell.cell_contents) for name, cell in cells.items() if cell != _EMPTY]
+            return [*held, ("defaults", item.__defaults__), ("keywords", item.__kwdefaults__)]
+    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+    named = [(name, getattr(item, name)) for name in slots if hasattr(item, name)]
+    return [*getattr(item, "__dict__", {}).items(), *named]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal, NaN included."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def own_source(recipe: Recipe) -> Source:

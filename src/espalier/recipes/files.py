@@ -10,7 +10,7 @@ from typing import Any
 
 from espalier.errors import EspalierError, require
 from espalier.recipes.base import Recipe, get_recipe
-from espalier.recipes.validation import recipe_from_dict, recipe_to_dict
+from espalier.recipes.validation import recipe_from_dict, recipe_to_dict, refuse_repeated
 
 _YAML = (".yaml", ".yml")
 
@@ -61,6 +61,12 @@ def read_yaml(text: str, where: str) -> Any:
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         """YAML 1.1 takes 1e-3 for text, because it has no point; here it is a number, as in YAML 1.2."""
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Return the mapping of a node; a key that stands there twice is refused (ValueError)."""
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            refuse_repeated([(key, None) for key in keys if isinstance(key, str)])
+            return super().construct_mapping(node, deep)
+
     pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
     try:
@@ -71,6 +77,6 @@ def read_yaml(text: str, where: str) -> Any:
 
 def _read_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=refuse_repeated)
     except (ValueError, RecursionError) as error:
         raise EspalierError(f"recipe file {where!r} is no JSON: {error}") from None

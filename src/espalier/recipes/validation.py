@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,6 +16,22 @@ from espalier.lookup import is_pinned, is_reference, pin
 from espalier.recipes.base import Recipe
 
 _TYPES: dict[str, Any] = get_type_hints(Recipe)
+
+# Beyond these a run does nothing new and does not end, or fails where nobody would look for the reason.
+_LARGEST: dict[str, tuple[float, str]] = {
+    "mixup": (1000, "beyond it every mixture is half and half"),
+    "cutmix": (1000, "beyond it every box is half of the image"),
+    "threads": (1024, "no machine runs more at once"),
+}
+_MOST_OPERATIONS = 100
+_DEEPEST = 10_000
+"""Blocks of the deepest nets that anybody trained (arXiv 1806.05393)."""
+_DEPTHS = ("depth", "depths")
+_SIZES = (
+    "dim", "dims", "embed_dim", "head_dim", "img_size", "in_chans", "kernel_size", "num_classes", "num_heads",
+    "patch_size", "vocab_size", "width", "widths",
+)  # fmt: skip
+"""Arguments of this library's models that count something of which there is at least one."""
 
 
 def resolve_recipe(recipe: Recipe) -> Recipe:
@@ -32,6 +49,11 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
             raise EspalierError("data_path is empty: name a file or folder")
         # A run folder must find its data from anywhere.
         resolved = replace(resolved, data_path=str(path_of("data_path", resolved.data_path).absolute()))
+    for name, value in _own_code(resolved).items():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # bytes of a path that are no text
+            raise EspalierError(f"{name} {value!r} holds characters that are no text: rename the file") from None
     pinned: dict[str, Any] = {name: pin(name, value) for name, value in _own_code(resolved).items()}
     return replace(resolved, **pinned)
 
@@ -102,7 +124,7 @@ def load_recipe(path: Path) -> Recipe:
         EspalierError: missing file, not JSON, unknown or ill-typed fields.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(), object_pairs_hook=refuse_repeated)
     except FileNotFoundError as error:
         raise EspalierError(f"there is no recipe file {path}") from error
     except (ValueError, RecursionError) as error:
@@ -119,6 +141,19 @@ def first_difference(mine: Recipe, other: Recipe) -> str | None:
     return next((f.name for f in fields(Recipe) if getattr(mine, f.name) != getattr(other, f.name)), None)
 
 
+def refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, as ``object_pairs_hook`` of ``json``.
+
+    Raises:
+        ValueError: a key stands there twice, and which of its values counts would be chance.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
 def _check_values(recipe: Recipe) -> None:
     positive = ("lr", "eps", "epochs", "batch_size", "accumulate", "eval_every", "eval_batch_size", "checkpoint_every")
     for name in positive:
@@ -130,6 +165,14 @@ def _check_values(recipe: Recipe) -> None:
     for name in ("ema_decay", "label_smoothing", "erasing"):
         if not 0 <= getattr(recipe, name) < 1:
             raise EspalierError(f"{name} {getattr(recipe, name)} must lie in [0, 1)")
+    for name, (largest, reason) in _LARGEST.items():
+        if getattr(recipe, name) > largest:
+            raise EspalierError(f"{name} {getattr(recipe, name)} is too large: give at most {largest}, {reason}")
+    if recipe.randaugment is not None and not 1 <= recipe.randaugment[0] <= _MOST_OPERATIONS:
+        raise EspalierError(f"randaugment {recipe.randaugment}: give 1 to {_MOST_OPERATIONS} operations, one pass each")
+    if not is_reference(recipe.model):  # a net of the user's own gives the names meanings of its own
+        for name, value in recipe.model_args.items():
+            _check_size(name, value)
     if not all(0 <= beta < 1 for beta in recipe.betas):
         raise EspalierError(f"betas {recipe.betas} must lie in [0, 1)")
     if recipe.batch_size % recipe.accumulate:
@@ -138,6 +181,19 @@ def _check_values(recipe: Recipe) -> None:
         raise EspalierError(f"warmup_epochs {recipe.warmup_epochs} is longer than the {recipe.epochs} epochs")
     if recipe.schedule == "piecewise" and recipe.warmup_epochs:
         raise EspalierError("schedule 'piecewise' begins with a warm-up of its own: set warmup_epochs to 0")
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Refuse a size that no model of this library can have: each would build something, without end or of nothing."""
+    if name == "pattern" and isinstance(value, str):
+        if sum(int(count) for count in re.findall(r"\*\s*(\d{1,18})", value)) > _DEEPEST:
+            raise EspalierError(f"model_args: pattern {value[:60]!r} is too deep: give at most {_DEEPEST} blocks")
+        return
+    least, most = (0, _DEEPEST) if name in _DEPTHS else (1, 10**18)
+    for number in value if isinstance(value, tuple) else (value,):
+        if name in (*_DEPTHS, *_SIZES) and isinstance(number, int) and not least <= number <= most:
+            wanted = f"a whole number from {least}" + (f" to {most}" if name in _DEPTHS else "")
+            raise EspalierError(f"model_args: {name} {value} is no size of a model: give {wanted}")
 
 
 def _tuples(value: Any) -> Any:
@@ -156,11 +212,21 @@ def _misfit(value: Any, kind: Any) -> str:
         return "a finite number is expected"
     if _too_long(value):
         return "a whole number of at most 18 digits is expected"
+    if _unspeakable(value):
+        return "text without NUL characters is expected"
     try:
         guard.check_type(value, kind, collection_check_strategy=guard.CollectionCheckStrategy.ALL_ITEMS)
     except guard.TypeCheckError as error:
         return " ".join(str(error).split())
     return ""
+
+
+def _unspeakable(value: Any) -> bool:
+    """Return whether a text anywhere in it is none that a name or a path can be."""
+    if isinstance(value, str):
+        return "\0" in value
+    inner = [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    return any(map(_unspeakable, inner))
 
 
 def _too_long(value: Any) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from espalier.errors import EspalierError
+from espalier.study.statistics import is_share
 
 Scores = float | Sequence[tuple[int, float]]
 TrainFunction = Callable[[str, float, int, Path], Scores]
@@ -24,7 +28,8 @@ class OwnTraining:
 
     name: str
     code: str
-    """First digits of the SHA-256 of the function's source (else its name) and of the plain values bound to it."""
+    """First digits of the SHA-256 of the function's source (else its name), of the plain values bound to it, and of the
+    plain values of its module that it names."""
     metric: str = "score"
     """Name of the score; larger is better. One that ends in ``accuracy`` is a share of one."""
     lr: float = 1e-3
@@ -48,13 +53,16 @@ class OwnTraining:
             inspect.signature(train).bind("arm", 1e-3, 0, Path())
         except (TypeError, ValueError) as error:
             raise EspalierError(f"train {name} must take (arm, lr, seed, folder): {error}") from error
-        if not (math.isfinite(lr) and lr > 0):
+        if not 0 < lr <= sys.float_info.max:
             raise EspalierError(f"lr {lr}: give a positive number, the centre of the grid of rates")
         try:
             source = inspect.getsource(inner if hasattr(inner, "__qualname__") else type(inner))
         except (OSError, TypeError):  # typed at a prompt, or compiled
             source = name
-        code = hashlib.sha256(f"{source}{bound}".encode()).hexdigest()[:12]
+        # A function that names no constant keeps the digest that studies of earlier versions have.
+        constants = _named_constants(inner)
+        text = f"{source}{bound}{constants or ''}"
+        code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:12]
         return cls(name, code, metric, lr)
 
     def digest(self, lr: float, seed: int) -> str:
@@ -93,7 +101,7 @@ def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
         ) from error
     curve = [(step, score) for step, (_, score) in zip(steps, pairs, strict=True)]
     for _, score in curve:
-        if metric.endswith("accuracy") and math.isfinite(score) and not 0 <= score <= 1:
+        if is_share(metric) and math.isfinite(score) and not 0 <= score <= 1:
             raise EspalierError(
                 f"train returned {score:g} as {metric}: give shares of one, or another name of the metric"
             )
@@ -112,6 +120,37 @@ def _bound_values(function: Any) -> list[tuple[str, Any]]:
         values = {n: c.cell_contents for n, c in zip(getattr(function_code, "co_freevars", ()), cells, strict=False)}
         owner = getattr(function, "__self__", None if hasattr(function, "__qualname__") else function)
         values |= getattr(owner, "__dict__", {})
+    return _plain_values(values)
+
+
+def _named_constants(function: Any) -> list[tuple[str, Any]]:
+    """Return the plain values of its module that a function, or a method of a callable object, names.
+
+    A name that its own code assigns to is a counter or a cache, and no constant.
+    """
+    if not hasattr(function, "__qualname__"):  # an object: every method of its class may train
+        methods = [method for kind in type(function).__mro__ for method in vars(kind).values()]
+    else:
+        methods = [getattr(function, "__func__", function)]
+    found: dict[str, Any] = {}
+    for method in methods:
+        code, names = getattr(method, "__code__", None), getattr(method, "__globals__", {})
+        read, written = _global_names(code) if code is not None else (set(), set())
+        found |= {name: names[name] for name in read - written if name in names and not name.startswith("__")}
+    return _plain_values(found)
+
+
+def _global_names(code: CodeType) -> tuple[set[str], set[str]]:
+    """Return the names of the module that code reads and those that it assigns to, in functions inside it, too."""
+    steps = list(dis.get_instructions(code))
+    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    written = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    for inner in (_global_names(each) for each in code.co_consts if isinstance(each, CodeType)):
+        read, written = read | inner[0], written | inner[1]
+    return read, written
+
+
+def _plain_values(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     plain = str | int | float | bool | None
     return [
         (name, value)

@@ -15,6 +15,7 @@ from espalier.errors import EspalierError
 from espalier.recipes import Recipe
 from espalier.recipes.validation import recipe_to_dict
 from espalier.study.own_training import OwnTraining
+from espalier.study.statistics import score_limits
 from espalier.train import Run, environment
 from espalier.train.run import ENVIRONMENT, RESULT
 
@@ -148,7 +149,7 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
         epochs=int(result["epochs"]),
         steps=int(result["steps"]),
         seconds=round(result["seconds"], 1),
-        step_seconds=None if step is None else float(f"{step:.4g}"),
+        step_seconds=float(f"{step:.4g}") if step else None,
         curve=_thinned(curve, _MOST_POINTS),
         extra={key: round(value, SCORE_DIGITS) for key, value in extra.items()},
         date=datetime.fromtimestamp((run.path / RESULT).stat().st_mtime, UTC).date().isoformat(),
@@ -220,7 +221,8 @@ def record_from_line(line: str) -> Record:
         )
     for name, kind in _KINDS.items():
         if name in values and not kind(values[name]):
-            raise ValueError(f"field {name!r} is {values[name]!r}")
+            raise ValueError(f"field {name!r} is {_short(values[name])}")
+    _refuse_impossible(values)
     if values["diverged"] != (values["score"] is None):
         raise ValueError(f"diverged is {values['diverged']} and score is {values['score']}")
     curve = tuple((row[0], row[1], row[2], row[3]) for row in values.pop("curve"))
@@ -279,18 +281,47 @@ def _refuse(text: str) -> Any:
     raise ValueError(text)
 
 
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refuse_impossible(values: Mapping[str, Any]) -> None:
+    """Refuse scores that the metrics of a record cannot have; which are shares, their names say."""
+    metric = values["metric"]
+    figures = [
+        ("score", metric, values["score"]),
+        *(("a score of its curve", metric, row[3]) for row in values["curve"]),
+    ]
+    for what, name, value in [*figures, *((name, name, value) for name, value in values.get("extra", {}).items())]:
+        low, high = score_limits(name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{what} is {value:g}, and {_short(name)} lies in [{low:g}, {high:g}]")
+    steps = [row[1] for row in values["curve"]]
+    if steps != sorted(set(steps)):
+        raise ValueError("the steps of its curve do not increase")
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that is larger than a float
+        return False
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and _is_number(value) and value >= 0
 
 
 def _is_curve(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) and _is_count(row[1]) for row in value
-    )
+        isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) and _is_count(row[1])
+        and row[0] >= 0 and row[2] >= 0
+        for row in value
+    )  # fmt: skip
 
 
 def _is_text(value: Any) -> bool:
@@ -303,8 +334,8 @@ _KINDS = {
     **dict.fromkeys(("seed", "epochs", "steps"), _is_count),
     "lr": lambda value: _is_number(value) and value > 0,
     "score": lambda value: value is None or _is_number(value),
-    "step_seconds": lambda value: value is None or _is_number(value),
-    "seconds": _is_number,
+    "step_seconds": lambda value: value is None or (_is_number(value) and value > 0),
+    "seconds": lambda value: _is_number(value) and value >= 0,
     "diverged": lambda value: isinstance(value, bool),
     "curve": _is_curve,
     "extra": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,9 +23,11 @@ def read_records(path: Path | str) -> list[Record]:
     """Read a file of records.
 
     Raises:
-        EspalierError: it cannot be read, or holds lines that are no records; the message names the first of them.
+        EspalierError: it is no file or cannot be read, or holds lines that are no records; the message names the first
+            of them.
     """
     path = Path(path)
+    _refuse_other_than_file(path)
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -90,14 +93,13 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     """Add records to a file and return all that it holds then; it is replaced as a whole, under a lock beside it.
 
     Raises:
-        EspalierError: ``to`` is a folder, the file holds lines that are no records, records contradict each other
-            (then nothing is written), or another process holds the lock for a minute.
+        EspalierError: ``to`` is a folder, a pipe or a device, the file holds lines that are no records, records
+            contradict each other (then nothing is written), or another process holds the lock for a minute.
     """
     from filelock import FileLock, Timeout  # torch depends on it
 
     to = Path(to)
-    if to.is_dir():
-        raise EspalierError(f"records {to} is a folder: name a file")
+    _refuse_other_than_file(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock_of(to), timeout=_WAIT_SECONDS):  # left there: whoever waits for it must find the same file
@@ -109,3 +111,14 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     except Timeout:
         raise EspalierError(f"records {to} are locked by another process: try again when it has ended") from None
     return combined
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    """Refuse what is there and no file: a pipe would be waited for, and a device replaced."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # what reads or writes it says why
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise EspalierError(f"records {path} is {kind}: name a file")

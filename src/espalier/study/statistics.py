@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,13 @@ from espalier.errors import EspalierError, require
 
 UNLIMITED = (-math.inf, math.inf)
 _EXACT_SEEDS = 16
+_SLACK = 1e-12
+"""Numbers that are closer than this share of the larger one differ by rounding alone."""
+
+# Note [Scores of any size]
+# A score of the user's own may be as large as a float can be, and then its square, a sum of a few such scores and even
+# the difference of two of them overflow. So the largest is brought to between 1 and 2 by a power of two first, which
+# changes no digit, and a difference that no float can hold counts as the largest float.
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,34 @@ class Window:
         return self.high / self.low
 
 
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of one."""
+    return metric.endswith("accuracy")
+
+
+def score_limits(metric: str) -> tuple[float, float]:
+    """Return the least and the largest score that a metric can have."""
+    return (0.0, 1.0) if is_share(metric) else UNLIMITED
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean of finite values, which lies between the smallest and the largest of them.
+
+    Raises:
+        EspalierError: no value.
+    """
+    if not values:
+        raise EspalierError("values is empty: there is no mean of nothing")
+    scale = _scale(values)
+    mean = math.fsum(value / scale for value in values) / len(values) * scale
+    return min(max(mean, min(values)), max(values))
+
+
+def difference_of(value: float, other: float) -> float:
+    """Return ``value - other``, at most the largest float (Note [Scores of any size])."""
+    return min(max(value - other, -sys.float_info.max), sys.float_info.max)
+
+
 def t_interval(values: Sequence[float], level: float = 0.95, limits: tuple[float, float] = UNLIMITED) -> Interval:
     """Return the mean and Student's interval ``mean ± t_{n−1, (1+level)/2} · s/√n``, cut at the limits.
 
@@ -81,16 +117,21 @@ def t_interval(values: Sequence[float], level: float = 0.95, limits: tuple[float
         limits: the least and the largest that a value can be: (0, 1) for a share.
 
     Raises:
-        EspalierError: no value, or a level outside (0, 1).
+        EspalierError: no value, one that is not finite or outside the limits, or a level outside (0, 1).
     """
-    mean = _mean(values, level)
-    n = len(values)
+    _check(values, level)
+    for value in values:
+        if not limits[0] - _SLACK <= value <= limits[1] + _SLACK:
+            raise EspalierError(f"values: {value:g} lies outside the limits {limits}: look for where it comes from")
+    values = [_within(value, limits) for value in values]
+    mean, n = mean_of(values), len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
+    scale = _scale(values)
     # scipy's t.interval and ttest_1samp give NaN, or warn, where all values are equal: shares often are.
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(require("scipy.stats", "train").t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean, max(mean - half, limits[0]), min(mean + half, limits[1]), n)
+    deviation = math.sqrt(math.fsum((value / scale - mean / scale) ** 2 for value in values) / (n - 1))
+    half = float(require("scipy.stats", "train").t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n) * scale
+    return Interval(mean, _within(mean - half, limits), _within(mean + half, limits), n)
 
 
 def bootstrap_interval(
@@ -106,16 +147,17 @@ def bootstrap_interval(
     Raises:
         EspalierError: no value, or a level outside (0, 1).
     """
-    mean = _mean(values, level)
-    n = len(values)
+    _check(values, level)
+    mean, n = mean_of(values), len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
     # scipy.stats.bootstrap gives NaN for equal values, and takes NumPy's generators, not torch's.
     picks_RN = torch.randint(n, (resamples, n), generator=generator)
-    means_R = torch.tensor(values, dtype=torch.float64)[picks_RN].mean(1)
+    scale = _scale(values)
+    means_R = torch.tensor([value / scale for value in values], dtype=torch.float64)[picks_RN].mean(1)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(means_R, tails).tolist()
-    return Interval(mean, low, high, n)
+    return Interval(mean, low * scale, high * scale, n)
 
 
 def paired_difference(
@@ -140,7 +182,7 @@ def paired_difference(
         resamples: bootstrap resamples.
         generator: source of the resamples.
     """
-    differences = [arm[seed] - baseline[seed] for seed in sorted(arm.keys() & baseline.keys())]
+    differences = [difference_of(arm[seed], baseline[seed]) for seed in sorted(arm.keys() & baseline.keys())]
     if not differences:
         return None
     bootstrap = bootstrap_interval(differences, level, resamples=resamples, generator=generator)
@@ -156,20 +198,21 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     three, 0.06 for five, 0.002 for ten), whatever the effect. From 17 seeds on, 65,536 random choices are taken.
 
     Raises:
-        EspalierError: no difference.
+        EspalierError: no difference, or one that is not finite.
     """
     n = len(differences)
     if n == 0:
         raise EspalierError("differences is empty: there is nothing to test")
+    _refuse_nonfinite(differences)
     if n == 1:
         return math.nan
     stats, numpy = require("scipy.stats", "train"), require("numpy", "train")
     values = numpy.asarray(differences, dtype=float)
-    scale = float(numpy.abs(values).max()) or 1.0
+    values = values / (float(numpy.abs(values).max()) or 1.0)
 
     def mean(x: Any, axis: int) -> Any:
         # Means that differ by rounding alone are equal: a tie counts.
-        return numpy.round(numpy.mean(x, axis=axis) / scale, 12)
+        return numpy.round(numpy.mean(x, axis=axis), 12)
 
     # With as many resamples as there are choices of signs, scipy takes each of them once and draws nothing.
     resamples, rng = 2 ** min(n, _EXACT_SEEDS), numpy.random.default_rng(0)
@@ -198,7 +241,8 @@ def rate_window(means: Mapping[float, float], tried: Sequence[float], tolerance:
     if best is None:
         return None
     rates = sorted(tried)
-    floor = means[best] - tolerance
+    # A rate that is the tolerance below the best by its decimals lies inside, whatever rounding makes of them.
+    floor = means[best] - tolerance - _SLACK * max(abs(means[best]), abs(tolerance))
     low = high = rates.index(best)
     while low > 0 and means.get(rates[low - 1], -math.inf) >= floor:
         low -= 1
@@ -219,14 +263,29 @@ def first_crossing(places: Sequence[float], values: Sequence[float], target: flo
         if value >= target:
             if index == 0:
                 return float(places[0])
-            share = (target - values[index - 1]) / (value - values[index - 1])
+            # Halves: the difference of two floats may be larger than a float.
+            share = (target / 2 - values[index - 1] / 2) / (value / 2 - values[index - 1] / 2)
             return places[index - 1] + share * (places[index] - places[index - 1])
     return math.nan
 
 
-def _mean(values: Sequence[float], level: float) -> float:
-    if not values:
-        raise EspalierError("values is empty: there is no mean of nothing")
+def _check(values: Sequence[float], level: float) -> None:
+    _refuse_nonfinite(values)
     if not 0 < level < 1:
         raise EspalierError(f"level {level} must lie in (0, 1), e.g. 0.95")
-    return math.fsum(values) / len(values)
+
+
+def _refuse_nonfinite(values: Sequence[float]) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise EspalierError(f"values: {value} is not finite: leave out the runs that diverged")
+
+
+def _scale(values: Sequence[float]) -> float:
+    """Return the power of two that brings the largest value to between 1 and 2 (Note [Scores of any size])."""
+    largest = max(map(abs, values))
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 1.0
+
+
+def _within(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from espalier.errors import unknown_name
@@ -14,14 +14,16 @@ from espalier.randomness import derive_generator
 from espalier.recipes import Recipe
 from espalier.study.record import Record
 from espalier.study.statistics import (
-    UNLIMITED,
     Interval,
     PairedDifference,
     Window,
     best_rate,
     first_crossing,
+    is_share,
+    mean_of,
     paired_difference,
     rate_window,
+    score_limits,
     t_interval,
 )
 from espalier.study.trial import RESULT, Study, Trial, load_study
@@ -47,7 +49,7 @@ class RatePoint:
     @property
     def mean(self) -> float:
         """Mean score over the seeds that have one, NaN where none has."""
-        return fmean(self.scores.values()) if self.scores else math.nan
+        return mean_of(list(self.scores.values())) if self.scores else math.nan
 
 
 @dataclass(frozen=True)
@@ -202,16 +204,6 @@ def _summarise_arm(
     )
 
 
-def is_share(metric: str) -> bool:
-    """Return whether a metric is a share of one."""
-    return metric.endswith("accuracy")
-
-
-def score_limits(metric: str) -> tuple[float, float]:
-    """Return the least and the largest score that a metric can have."""
-    return (0.0, 1.0) if is_share(metric) else UNLIMITED
-
-
 def _paired(
     arm: str, scores: Mapping[int, float], baseline: ArmSummary, metric: str, level: float
 ) -> PairedDifference | None:
@@ -239,5 +231,5 @@ def _curve(records: Sequence[Record], limits: tuple[float, float], level: float)
     for step in sorted(set.intersection(*(set(table) for table in tables))):
         rows = [table[step] for table in tables]
         score = t_interval([score for _, _, score in rows], level, limits)
-        points.append(CurvePoint(rows[0][0], step, fmean(seconds for _, seconds, _ in rows), score))
+        points.append(CurvePoint(rows[0][0], step, mean_of([seconds for _, seconds, _ in rows]), score))
     return tuple(points)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from espalier.study.solving import THRESHOLD
 from espalier.study.solving_table import NOTES, solving_tables
-from espalier.study.statistics import Interval, t_interval
-from espalier.study.summary import ArmSummary, Summary, score_limits
+from espalier.study.statistics import Interval, difference_of, score_limits, t_interval
+from espalier.study.summary import ArmSummary, Summary
 from espalier.study.trial import Trial
 from espalier.tables import plain_table
 
@@ -129,7 +129,7 @@ def rate_rows(summary: Summary) -> list[tuple[str, ...]]:
             values = list(point.scores.values())
             limits = score_limits(summary.metric)
             text = mean_and_interval(t_interval(values, summary.level, limits) if values else None, percent=percent)
-            gaps = [score - beside[seed] for seed, score in point.scores.items() if seed in beside]
+            gaps = [difference_of(score, beside[seed]) for seed, score in point.scores.items() if seed in beside]
             if arm is not base and gaps:
                 text += f" ({_bracketed(t_interval(gaps, summary.level, _gap_limits(summary)), percent)})"
             row.append(text + (f", {len(point.diverged)} diverged" if point.diverged else ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from espalier.recipes.validation import (
 from espalier.study.own_training import OwnTraining
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
+from espalier.study.statistics import is_share
 from espalier.train import load_run
 
 STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
@@ -68,11 +69,37 @@ class Trial:
         if isinstance(self.recipe, Recipe):
             return record_run(load_run(self.path), study, self.arm)
         try:
-            return replace(record_from_line((self.path / RECORD).read_text()), study=study)
+            record = replace(record_from_line((self.path / RECORD).read_text()), study=study)
         except (OSError, ValueError) as error:
             raise EspalierError(
                 f"{self.path / RECORD} is damaged ({error}): delete it and run the trial again"
             ) from error
+        self.refuse_another(record, self.path / RECORD)
+        return record
+
+    def refuse_another(self, record: Record, where: Path) -> None:
+        """Refuse a record that is not one of this trial, whatever its digest says.
+
+        Args:
+            record: the record.
+            where: it comes from, for the message.
+
+        Raises:
+            EspalierError: its arm, rate, seed or metric is not the trial's.
+        """
+        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": record.metric}
+        if isinstance(self.recipe, OwnTraining):
+            wanted["metric"] = self.recipe.metric
+        elif not is_share(
+            record.metric
+        ):  # the data say which split a recipe is scored on, by its share of right answers
+            wanted["metric"] = "an accuracy"
+        for name, value in wanted.items():
+            if (found := getattr(record, name)) != value:
+                raise EspalierError(
+                    f"{where}: the record of {self} has {name} {found!r}, and the trial {value!r}: delete it and run "
+                    "the trial again"
+                )
 
     @property
     def failure(self) -> str | None:
@@ -127,15 +154,23 @@ class Study:
         if self.records:
             digest = recipe_digest(recipe) if isinstance(recipe, Recipe) else recipe.digest(lr, seed)
             record = self.records.get((arm, digest))
-        return Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}", record)
+        trial = Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}", record)
+        if record is not None:
+            trial.refuse_another(record, self.path / RECORDS)
+        return trial
 
     def outcomes(self) -> dict[Path, Record]:
         """Return what every finished trial left behind, by its folder.
 
         Raises:
-            EspalierError: a damaged run folder.
+            EspalierError: a damaged run folder, or scores of two metrics.
         """
-        return {t.path: record for t in self.trials() if (record := t.outcome(self.name)) is not None}
+        found = {t.path: record for t in self.trials() if (record := t.outcome(self.name)) is not None}
+        metrics = {record.metric: f"{record.arm} lr={record.lr:g} seed={record.seed}" for record in found.values()}
+        if len(metrics) > 1:
+            named = " and ".join(f"{metric!r} ({trial})" for metric, trial in metrics.items())
+            raise EspalierError(f"{self.path} holds scores of several metrics, {named}: they cannot be compared")
+        return found
 
     def with_records(self, records: Iterable[Record]) -> Study:
         """Return the study with these records, too, counted as finished trials, whatever study they name.
@@ -225,6 +260,8 @@ def load_study(path: Path | str) -> Study:
         known = {field.name for field in fields(Recipe)}
         if not all(set(changes) <= known for changes in plan["arms"].values()):
             raise KeyError("a field that no recipe has")
+        if not plan["arms"]:
+            raise ValueError("arms is empty")
         rates, seeds = learning_rates(1.0, plan["lrs"]), _seeds(plan["seeds"])
         study = Study(path, recipe, dict(plan["arms"]), tuple(sorted(rates)), tuple(sorted(seeds)))
         for arm in study.arms:
@@ -250,7 +287,7 @@ def learning_rates(centre: float, lrs: Sequence[float] | Literal["auto"]) -> set
     if isinstance(lrs, str) or not lrs:
         raise EspalierError(f"lrs {lrs!r}: give learning rates such as [1e-3, 3e-3], or 'auto'")
     for lr in lrs:
-        if not (isinstance(lr, int | float) and math.isfinite(lr) and lr > 0):
+        if not (isinstance(lr, int | float) and 0 < lr <= sys.float_info.max):
             raise EspalierError(f"lrs: {lr!r} is no learning rate: give positive numbers, or 'auto'")
     return {float(f"{lr:g}") for lr in lrs}
 

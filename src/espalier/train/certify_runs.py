@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -97,12 +97,20 @@ def parse_eps(texts: tuple[str, ...]) -> tuple[float, ...]:
         EspalierError: text that is no number from 0.
     """
     try:
-        values = tuple(float(Fraction(text)) for text in texts)
+        values = tuple(_ratio(text) for text in texts)
+        if not all(map(math.isfinite, values)):
+            raise ValueError("no radius")
     except (ValueError, ZeroDivisionError, OverflowError):
         raise EspalierError(f"eps {' '.join(texts)!r}: write radii such as 36/255 or 0.1") from None
     if not all(value >= 0 for value in values):
         raise EspalierError(f"eps {' '.join(texts)!r}: a radius cannot be negative")
     return values
+
+
+def _ratio(text: str) -> float:
+    # Fraction would write 1e999999999 out, digit by digit.
+    above, slash, below = text.partition("/")
+    return int(above) / int(below) if slash else float(text)
 
 
 def demo_certificate(out: Path, *, smallest: bool = False) -> tuple[Path, str]:

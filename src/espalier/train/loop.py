@@ -50,6 +50,7 @@ from espalier.train.run import (
     check_folder,
     create_folder,
     finite,
+    lasting_files,
     load_run,
     refuse_damage,
     write_result,
@@ -166,7 +167,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
             create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
         recover(out)
     fabric.barrier()
-    refuse_damage(out, [START])
+    refuse_damage(out, {START, *lasting_files(out)})  # not after days of training, when the run is read back
     check_data(out, source)
     load_weights(model, out / START)
     if recipe.channels_last and strategy != "fsdp2":  # FSDP2 shards the first axis of contiguous parameters

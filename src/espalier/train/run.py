@@ -85,8 +85,7 @@ def load_run(path: Path | str) -> Run:
     path = Path(path)
     if not (path / RECIPE).is_file():
         raise EspalierError(f"{path} is not a run folder: it has no {RECIPE}")
-    files, _ = read_manifest(path)
-    refuse_damage(path, files.keys() - {START, FINAL, METRICS, RESULT} | {RECIPE})
+    refuse_damage(path, {RECIPE, *lasting_files(path)} - {START})
     for _ in range(_LOOKS):
         lines = _whole_lines(path)
         if digest(lines) in read_manifest(path)[0].get(METRICS, ()):
@@ -215,6 +214,15 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     found = {name: [file_digest(path / name)] for name in (METRICS, FINAL) if (path / name).exists()}
     write_manifest(path, {**files, **found, RESULT: [digest(content)]}, notes)
     write_bytes(path / RESULT, content)
+
+
+def lasting_files(path: Path) -> set[str]:
+    """Return the files of a run folder that are written once, before the first step.
+
+    Raises:
+        EspalierError: the manifest is missing or damaged.
+    """
+    return read_manifest(path)[0].keys() - {FINAL, METRICS, RESULT}
 
 
 def refuse_damage(path: Path, names: Collection[str]) -> None:
