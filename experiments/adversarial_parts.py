@@ -139,6 +139,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     ),
     "in fewer digits": lambda x: x.half().to(x.dtype) + x.bfloat16().type_as(x) - x.double().to(x.dtype),
     "asked": _asked,
+    "as it is": lambda x: x.detach() * 0.6,
     "row convolved": lambda x: _in_a_row(x, lambda y: F.conv1d(y, _taps(y, 3), padding=1)),
     "row spread": lambda x: _in_a_row(x, lambda y: F.conv_transpose1d(y, _taps(y, 2), stride=2)),
     "row averaged": lambda x: _in_a_row(x, lambda y: F.avg_pool1d(y, 3, 1)),

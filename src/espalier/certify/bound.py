@@ -24,6 +24,7 @@ from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.trail import state_of
 from espalier.certify.value import Bound, Term
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.activations import Abs, GroupSort
@@ -96,11 +97,13 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
         UncertifiableError: an operation or a module without a known finite constant, with the path of the module.
     """
     analysis = Analysis(rounding=False)
+    before = state_of(net)
     twin = prepare(net, None if example is None else torch.float64, analysis)
     images = None if example is None else example.detach().to(device_of(twin), torch.float64)
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
         run(twin, analysis, analysis.start(images))  # is it the same map again?
+    check_unchanged(net, before)
     if not math.isfinite(result.lipschitz):
         raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
     return result.lipschitz
@@ -125,9 +128,12 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
         analysis.wrappers["torch.compile"] = None
     net = _inner(net, analysis)
     try:
-        twin = copy.deepcopy(net).to(dtype)
+        twin = copy.deepcopy(net)
     except Exception as error:
         raise UncertifiableError(f"it cannot be copied: {_line(error)}", type(net).__name__) from error
+    _check_copy(net, twin)
+    if dtype is not None:  # as a user converts it: ``to`` would drop imaginary parts, too
+        twin = twin.double() if dtype == torch.float64 else twin.float()
     for parent in twin.modules():
         for name, child in parent._modules.items():
             if child is not None:
@@ -135,6 +141,23 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     for path, module in twin.named_modules():
         vars(module)["forward"] = _Watched(module, path, module.forward, analysis)
     return twin
+
+
+def _check_copy(net: nn.Module, twin: nn.Module) -> None:
+    """Refuse a copy that shares something with the network, or is another one: what is done to it would show there."""
+    kind = type(net).__name__
+    mine = {id(part) for part in (*net.modules(), *net.parameters(), *net.buffers())}
+    if any(id(part) in mine for part in (*twin.modules(), *twin.parameters(), *twin.buffers())):
+        raise UncertifiableError("a copy of it shares modules or tensors with it: remove its own __deepcopy__", kind)
+    if state_of(net) != state_of(twin):
+        raise UncertifiableError("a copy of it has other attributes than it: remove its own __getstate__", kind)
+
+
+def check_unchanged(net: nn.Module, before: bytes) -> None:
+    """Refuse a network that is no longer what it was: only its copy was run."""
+    if state_of(net) != before:
+        raise UncertifiableError("bounding a copy of it changed the network itself: does a hook or a closure hold it?",
+                                 type(net).__name__)  # fmt: skip
 
 
 def run(net: nn.Module, analysis: Analysis, x: Bounded) -> Bound:
@@ -223,8 +246,10 @@ class _Watched:
         if known is not None:
             reason = code.change(module, known, self.forward, analysis.verified)
             if reason is None and known in LAYERS:
+                given = analysis.read(x, "it")
+                analysis.trail.add(analysis.named(given))
                 analysis.trail.add_module(module)
-                made = LAYERS[known].function(analysis, module, analysis.read(x, "it"), self.forward)
+                made = analysis.number(LAYERS[known].function(analysis, module, given, self.forward))
                 return Bounded(made, analysis, x.memory if LAYERS[known].alias else None)
             if reason is None:
                 return self._declared(x, partial(_RULES[known].constant, module), _RULES[known].rounding)
@@ -272,7 +297,7 @@ class _Watched:
         if stated is None:
             return self.forward(x)
         stated = float(stated)
-        analysis.trail.add(stated)
+        analysis.trail.add(stated, analysis.named(bound))
         analysis.trail.add_module(self.module)
         if not (math.isfinite(stated) and stated >= 0):
             raise UncertifiableError(f"its constant is {stated}: are its weights finite?")

@@ -39,10 +39,12 @@ from espalier.certify.value import Bound, Rows, Term
 class _Memory:
     """Tensors that may share their numbers: a change of one in place is a change of all."""
 
-    __slots__ = ("version",)
+    __slots__ = ("constant", "version")
 
-    def __init__(self) -> None:
+    def __init__(self, *, constant: bool = False) -> None:
         self.version = 0
+        self.constant = constant
+        """Whether they may be the network's own, shown once for every image."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Analysis:
     norms: Norms = field(default_factory=Norms)
     room: Tensor | None = None
     """(N,): up to which radius nothing overflows."""
+    dtype: torch.dtype = torch.float64
+    """Of the images."""
     path: list[str] = field(default_factory=list)
     """The modules that are being run, outermost first."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -74,6 +78,8 @@ class Analysis:
     """What was done in this pass."""
     done: bytes | None = None
     """The digest of the first pass."""
+    numbers: dict[int, tuple[int, Bound]] = field(default_factory=dict)
+    """The values of this pass in the order in which they were made, by what Python knows them by."""
 
     @cached_property
     def count(self) -> ImageCount:
@@ -92,12 +98,14 @@ class Analysis:
             UncertifiableError: it went on after an operation that failed, or did or kept other things than in the first
                 pass.
         """
-        self.failed, self.trail = None, Trail(Bounded)
+        self.failed, self.trail, self.numbers = None, Trail(Bounded), {}
         with CountedCalls(self.counted), eager_calls():
             result = net(x)
         if self.failed is not None:
             line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]
             raise self.refuse(f"it goes on after an operation that failed, in a way that nobody watches ({line})")
+        if isinstance(result, Bounded):
+            self.trail.add(self.named(result.bound))
         if isinstance(net, nn.Module):
             self.trail.add_module(net)
         self.done = self.done or self.trail.digest()
@@ -112,6 +120,7 @@ class Analysis:
         """Return the images as the first value: the identity, off by ``shift`` times their norm if rounded."""
         if images is None:
             return self.probe()
+        self.dtype = images.dtype
         self.room = images.new_full((len(images),), math.inf, dtype=torch.float64)
         lost = torch.finfo(images.dtype).tiny * math.sqrt(images[0].numel()) if shift else 0.0
         return Bounded(Bound(images, 1.0, shift * image_norms(images) + lost, shift), self)
@@ -217,7 +226,9 @@ class Analysis:
         made = None if self.room is None else repeated(function, args, kwargs, len(self.room))
         if made is None:
             raise self.count.refused(full_name(function))
-        return Bounded(self.same_for_all(made), self)
+        self.trail.add(full_name(function), args, kwargs, made[:1])
+        shown = full_name(function).rpartition(".")[2] in ("expand", "broadcast_to")
+        return Bounded(self.number(self.same_for_all(made)), self, _Memory(constant=shown))
 
     def same_for_all(self, value: Tensor) -> Bound:
         """Return the bound of a constant that is there once for every image."""
@@ -253,17 +264,38 @@ class Analysis:
             given = rule.signature.bind(self, *(_opened(arg) for arg in args), **kwargs)
         except TypeError as error:
             raise self.refuse(f"{full} has no rule for these arguments ({error})") from error
+        if any(isinstance(item, float) and math.isnan(item) for item in (*given.args, *given.kwargs.values())):
+            raise self.refuse(f"{full} is given a number that is NaN")
         try:
             result = rule.function(*given.args, **given.kwargs)
         except UncertifiableError as error:
             raise error if error.module else self.refuse(f"{full}: {error}") from None
         if any(isinstance(part, Bound) for part in (result if isinstance(result, tuple) else (result,))):
-            # What is asked about a value changes nothing, and may be asked once.
-            self.trail.add(full, given.args[1:], given.kwargs)
+            # What is asked about a value changes nothing, and may be asked once. Values are told by their numbers: what
+            # goes where counts, too.
+            self.trail.add(full, self.named(given.args[1:]), self.named(given.kwargs))
+            for part in result if isinstance(result, tuple) else (result,):
+                self.number(part)
         if writes or given.arguments.get("inplace"):
+            if any(other is not args[0] and other.memory is args[0].memory for other in allowed):
+                raise self.refuse(f"{full} changes numbers in place that it reads through another tensor")
             return self._assign(full, args[0], result)
         memory = allowed[0].memory if rule.alias else None
         return _closed(result, self, memory)
+
+    def number(self, value: Any) -> Any:
+        """Give a bound the next number of this pass, unless it has one, and return it."""
+        if isinstance(value, Bound):
+            self.numbers.setdefault(id(value), (len(self.numbers), value))
+        return value
+
+    def named(self, item: Any) -> Any:
+        """Return arguments with the numbers of bounds in their places."""
+        if isinstance(item, Bound):
+            return "bound", self.numbers.get(id(item), (-1,))[0]
+        if isinstance(item, dict):
+            return {name: self.named(part) for name, part in item.items()}
+        return type(item)(map(self.named, item)) if type(item) in (list, tuple) else item
 
     def _assign(self, name: str, target: Any, result: Any) -> Any:
         """Change a value in place; other tensors that share its numbers are not to be read any more."""
@@ -275,6 +307,8 @@ class Analysis:
                 raise self.refuse(f"{name} would change the shape of its target")
             if old.dtype != result.value.dtype:
                 raise self.refuse(f"{name} would change the dtype of its target")
+        if target.memory.constant:
+            raise self.refuse(f"{name} writes what depends on the image into numbers of the network's own")
         target.memory.version += 1
         target.version = target.memory.version
         target.bound = result

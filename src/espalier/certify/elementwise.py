@@ -126,6 +126,8 @@ def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any],
     if isinstance(c, Bound):
         raise UncertifiableError("a product or quotient of two values that depend on the image has no constant")
     c = _constant(x, c)
+    if not isinstance(c, Tensor) and x.value is not None:
+        as_given(c, x.value.dtype)
     sizes = c.double().abs() if isinstance(c, Tensor) else torch.tensor(abs(c), dtype=torch.float64)
     largest = (sizes if power > 0 else 1.0 / sizes).max().item() if sizes.numel() else 0.0
     largest = up(largest, 1 + 2.0**-50) if power < 0 and largest != 1.0 else largest
@@ -137,6 +139,14 @@ def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any],
     _keeps_batch(value, x.value)
     factor = up(largest, math.sqrt(_spread(value, x.value)))
     return analysis.combine(value, [Term(x, factor, up(3 * unit(value.dtype), factor))])
+
+
+def as_given(number: float, dtype: torch.dtype) -> None:
+    """Refuse a number that a dtype holds as none, as infinity or with fewer digits: it is not the one that runs."""
+    held = abs(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
+    limits = torch.finfo(dtype)
+    if number and not limits.tiny <= held <= limits.max:
+        raise UncertifiableError(f"{number:g} is {held:g} in {dtype}: choose a factor that it can hold")
 
 
 @operation("lerp", values=2)
@@ -253,8 +263,9 @@ activation("F.mish", slope=1.09, units=_ELEMENTARY, offset=1.0)(F.mish)
 @operation("prelu", "F.prelu")
 def prelu(analysis: Analysis, input: Bound, weight: Tensor) -> Bound:
     """The largest of 1 and |slope|."""
-    steepest = max(1.0, weight.detach().double().abs().max().item())
-    if not math.isfinite(steepest):
+    sizes = weight.detach().double().abs()
+    steepest = max(1.0, sizes.max().item())
+    if not bool(sizes.isfinite().all()):
         raise UncertifiableError(f"its slope goes up to {steepest}: are its weights finite?")
     if input.value is None:
         return analysis.exact(input, None, steepest)

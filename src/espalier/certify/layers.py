@@ -76,6 +76,8 @@ def reflection(analysis: Analysis, module: Householder, x: Bound, forward: Forwa
     """
     if not bool(module.theta.isfinite().all()):
         raise UncertifiableError("its angles are not finite")
+    if module.theta.shape != (module.channels // 2,):
+        raise UncertifiableError(f"its angles are {tuple(module.theta.shape)}: one a pair of channels is needed")
     if x.value is None:
         return analysis.exact(x, None)
     value = forward(x.value)
@@ -117,8 +119,8 @@ def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forwar
     if x.value.ndim < 2:
         raise UncertifiableError("it maps the batch: give one row per image")
     value = forward(x.value)
-    bias = None if module.bias is None else module.bias.detach()
-    rows = Rows(x, q.detach(), bias, q.shape[1]) if value.ndim == 2 else None
+    bias = None if module.bias is None else module.bias.detach().clone()
+    rows = Rows(x, q.detach().clone(), bias, q.shape[1]) if value.ndim == 2 else None
     return affine(
         analysis, x, value, norm=_orthogonal_norm(analysis, q[None]), size=analysis.norms.size(q), terms=q.shape[1],
         bias=module.bias, rows=rows,
@@ -217,7 +219,7 @@ def convolution(module: nn.Conv2d) -> float | None:
         return None
     # Around the border of a torus whose side the stride does not divide, a pixel can lie in as many patches as taps.
     plain = set(module.dilation) == {1} and (module.padding_mode != "circular" or set(module.stride) == {1})
-    cover = windows(module.kernel_size, module.stride) if plain else None
+    cover = windows(module.weight.shape[2:], module.stride) if plain else None
     return up(kernel_norm(module.weight, module.groups, cover), _padding_of_convolution(module))
 
 
@@ -225,7 +227,7 @@ def _padding_of_convolution(module: nn.Conv2d) -> float:
     pads = module._reversed_padding_repeated_twice
     if module.padding_mode != "circular":
         return padding_factor(pads, module.padding_mode)
-    reach = [d * (k - 1) for d, k in zip(reversed(module.dilation), reversed(module.kernel_size), strict=True)]
+    reach = [d * (k - 1) for d, k in zip(reversed(module.dilation), reversed(module.weight.shape[2:]), strict=True)]
     # Within the kernel's reach every tap still sees each pixel once, and the shifts stay permutations.
     if any(pads[2 * i] + pads[2 * i + 1] > most for i, most in enumerate(reach)):
         raise UncertifiableError("its circular padding is wider than the kernel reaches: lower padding")
@@ -242,6 +244,8 @@ def centring(module: BatchCentering) -> float:
     """Return 1 in evaluation mode, in which it subtracts a constant."""
     if module.training:
         raise UncertifiableError("it subtracts the mean of the batch in training mode: call eval() first")
+    if module.running_mean.shape != (module.channels,):
+        raise UncertifiableError(f"its means are {tuple(module.running_mean.shape)}: one a channel is needed")
     return 1.0
 
 

@@ -78,8 +78,9 @@ def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None
     if input.value is not None:
         value = F.linear(input.value, weight, bias)
         analysis.try_products("linear", F.linear, input.value, weight, weight.ndim == 2)
-    detached = None if bias is None else bias.detach()
-    rows = Rows(input, weight.detach(), detached, weight.shape[1]) if weight.ndim == 2 else None
+    # Copies: the network may write to what it gave before the bound is read.
+    copied = None if bias is None else bias.detach().clone()
+    rows = Rows(input, weight.detach().clone(), copied, weight.shape[1]) if weight.ndim == 2 else None
     norms = analysis.norms
     matrix = weight if weight.ndim == 2 else weight[None]
     return affine(
@@ -310,6 +311,8 @@ def batch_norm(
     norm = finite(scale.abs().max().item() * (1 + 1e-14))
     if input.value is None:
         return Bound(None, up(norm, input.lipschitz))
+    if running_var is not None and not bool((running_var.detach() + eps >= torch.finfo(running_var.dtype).tiny).all()):
+        raise UncertifiableError("its variance and ε are too small for the precision that runs: raise eps")
     value = F.batch_norm(input.value, running_mean, running_var, weight, bias, False, momentum, eps)
     moved = torch.zeros_like(scale) if running_mean is None else running_mean.detach().double().abs() * scale.abs()
     moved = moved if bias is None else moved + bias.detach().double().abs()

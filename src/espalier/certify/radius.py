@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
-from espalier.certify.bound import device_of, plain_arithmetic, prepare, run
+from espalier.certify.bound import check_unchanged, device_of, plain_arithmetic, prepare, run
 from espalier.certify.bounded import Analysis
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.trail import state_of
 from espalier.certify.value import Bound
 from espalier.errors import EspalierError, unknown_name
 
@@ -85,6 +86,7 @@ def certify(
     check_pixels(images, labels)
     dtype = ARITHMETIC[arithmetic]
     analysis = Analysis()
+    before = state_of(net)
     twin = prepare(net, dtype, analysis)
     if dtype == torch.float32:
         refuse_settings(device_of(twin))
@@ -99,6 +101,7 @@ def certify(
             radii.append(certified_radii(scores, theirs, bound, analysis.room.cpu()))
             predictions.append(scores.argmax(1))
             roundings.append(bound.error_NCC.amax((1, 2)))
+    check_unchanged(net, before)
     rounding = torch.cat(roundings).max().item()
     return Certificate(
         radii=tuple(torch.cat(radii).tolist()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ _SIZELESS = ("dtype", "device", "layout", "is_floating_point", "is_complex", "is
 def _ask(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
     def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
         if input.value is None and name in _SIZELESS:
-            return ask(torch.empty(0, dtype=torch.float64), *args, **kwargs)
+            return ask(torch.empty(0, dtype=analysis.dtype), *args, **kwargs)
         return ask(input.numbers, *args, **kwargs)
 
     return rule
@@ -116,7 +117,13 @@ for _name in ("stride", "is_contiguous"):
         return getattr(x, name)(*args, **kwargs)
 
 
-@operation("torch.Tensor.requires_grad.__get__", "torch.Tensor.is_leaf.__get__", "is_inference", "is_conj", "is_neg")
+@operation("torch.Tensor.is_leaf.__get__")
+def leaf(analysis: Analysis, input: Bound) -> bool:
+    """True, as of every tensor without a gradient."""
+    return True
+
+
+@operation("torch.Tensor.requires_grad.__get__", "is_inference", "is_conj", "is_neg")
 def no(analysis: Analysis, input: Bound) -> bool:
     """False: no gradient is taken."""
     return False
@@ -152,7 +159,15 @@ for _name in ("new_zeros", "new_ones", "new_full", "new_tensor"):
 # -- views and copies
 
 
-@operation("detach", "contiguous", "torch.Tensor.data.__get__", "torch.Tensor.requires_grad_", "positive", "alias",
+@operation("contiguous", alias=True)
+def contiguous(analysis: Analysis, input: Bound, *, memory_format: Any = torch.contiguous_format) -> Bound:
+    """The same numbers, one after the other as asked."""
+    if input.value is None:
+        return input
+    return replace(input, value=input.value.contiguous(memory_format=memory_format))
+
+
+@operation("detach", "torch.Tensor.data.__get__", "torch.Tensor.requires_grad_", "positive", "alias",
            "torch.Tensor.__pos__", "torch.Tensor.requires_grad", "retain_grad", alias=True)  # fmt: skip
 def itself(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound:
     """The same numbers."""
@@ -162,7 +177,9 @@ def itself(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound
 @operation("clone")
 def copied(analysis: Analysis, input: Bound, *, memory_format: Any = None) -> Bound:
     """The same numbers, apart in memory."""
-    return input
+    if input.value is None:
+        return input
+    return replace(input, value=input.value.clone(memory_format=memory_format or torch.preserve_format))
 
 
 def _enter(compute: Callable[..., Any], *names: str, alias: bool = True, counted: bool = False) -> None:
@@ -193,7 +210,8 @@ for _name in (
 ):  # fmt: skip
     _enter(getattr(Tensor, _name), _name)
 _enter(Tensor.split, "split", "F.split", "split_with_sizes")
-_enter(Tensor.reshape, "reshape", "view", counted=True)
+_enter(Tensor.reshape, "reshape", counted=True)
+_enter(Tensor.view, "view", counted=True)  # which torch refuses where numbers lie apart
 _enter(Tensor.expand, "expand", "broadcast_to", counted=True)
 _enter(Tensor.__getitem__, "torch.Tensor.__getitem__")
 _enter(lambda x: x.mT, "torch.Tensor.mT.__get__")
@@ -310,6 +328,8 @@ def to(analysis: Analysis, input: Any, *args: Any, **kwargs: Any) -> Any:
     for target in targets:
         if isinstance(target, str | torch.device) and torch.device(target).type != input.numbers.device.type:
             raise UncertifiableError(f"it moves to {target}: put the network on one device")
+    if kwargs.get("memory_format") is not None and input.value is not None:
+        input = replace(input, value=input.value.to(memory_format=kwargs["memory_format"]))
     return _converted(analysis, input, dtypes[0] if dtypes else None)
 
 

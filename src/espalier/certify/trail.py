@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class Trail:
     def __init__(self, *by_type: type) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
         self._by_type = by_type
+        self._met: set[int] = set()
 
     def add(self, *items: Any) -> None:
         """Note names, numbers, tensors by their contents, and other things by their type, such as bounds of values."""
@@ -37,7 +39,13 @@ class Trail:
                 self._note("N")
             elif isinstance(item, Tensor):
                 self._tensor(item)
-            elif isinstance(item, list | tuple | set | frozenset):
+            elif isinstance(item, set | frozenset):  # in no order
+                self._note("set", *sorted(map(repr, item)))
+            elif isinstance(item, np.ndarray):
+                self._note(f"{item.shape} {item.dtype}", item.tobytes().hex() if item.dtype != object else "")
+            elif isinstance(item, nn.Module) or _of_users(item):
+                self._object(item)
+            elif isinstance(item, list | tuple):
                 self._note(f"{type(item).__name__} of {len(item)}", *item)
             elif isinstance(item, dict):
                 self._note(f"{len(item)} named", *item.items())
@@ -52,6 +60,17 @@ class Trail:
         """Note all that a module can be set to: its tensors and its attributes, and those of the modules inside."""
         for part in module.modules():
             self.add(type(part).__qualname__, {name: item for name, item in vars(part).items() if name != "_modules"})
+
+    def _object(self, item: Any) -> None:
+        """Note an object that is kept somewhere in an attribute, once: it may lead back to itself."""
+        if id(item) in self._met:
+            return
+        self._met.add(id(item))
+        if isinstance(item, nn.Module):
+            self.add_module(item)
+        else:
+            self._note(type(item).__qualname__, vars(item))
+        self._met.discard(id(item))
 
     def _note(self, first: str, *items: Any) -> None:
         self._hash.update(first.encode() + b";")
@@ -73,3 +92,18 @@ class Trail:
     def digest(self) -> bytes:
         """Return the digest of what was noted so far."""
         return self._hash.digest()
+
+
+def state_of(net: nn.Module) -> bytes:
+    """Return a digest of all that a network is set to."""
+    trail = Trail()
+    trail.add_module(net)
+    return trail.digest()
+
+
+def _of_users(item: Any) -> bool:
+    """Return whether an object is a user's, with settings or counts in its attributes: libraries keep caches there."""
+    home = type(item).__module__.partition(".")[0]
+    own = hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item)
+    libraries = ("torch", "espalier", "builtins", "numpy")
+    return own and (home not in libraries or type(item).__name__ == "SimpleNamespace")

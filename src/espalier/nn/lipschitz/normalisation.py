@@ -69,7 +69,9 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
     def lipschitz_constant(self) -> float:
-        """Return 1 / min(std), the ℓ2 Lipschitz constant."""
+        """Return 1 / min(std), the ℓ2 Lipschitz constant; infinite for statistics that are not one a channel."""
+        if any(statistic.shape[1:] != (1, 1) for statistic in (self.mean, self.std)):
+            return float("inf")  # they would be broadcast, and numbers copied
         return float(1.0 / self.std.double().min())
 
     def extra_repr(self) -> str:
