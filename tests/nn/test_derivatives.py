@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian, vhp
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
@@ -190,6 +191,25 @@ def test_gradients_come_one_a_sample_and_many_at_once(name: str) -> None:
             if one is not None:
                 torch.testing.assert_close(each[key][index], one)
     torch.testing.assert_close(jacobian(net, x, vectorize=True), jacobian(net, x))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_gradients_of_a_graph_that_exists_come_many_at_once_and_forward(name: str) -> None:
+    net, x = made(name)
+    x.requires_grad_()
+    y = net(x)
+
+    def back(dy: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    ways = torch.randn(3, *y.shape, dtype=torch.float64)
+    each = torch.stack([back(way) for way in ways])
+    torch.testing.assert_close(vmap(back)(ways), each)
+    if name in ("scan", "Mamba-1") and backend("cpu").name == "torch":
+        return  # the gate is torch's SiLU there, whose gradient has no forward derivative
+    with forward_ad.dual_level():
+        _, slope = forward_ad.unpack_dual(back(forward_ad.make_dual(ways[0], ways[1])))
+        torch.testing.assert_close(slope, each[1])
 
 
 @pytest.mark.parametrize("name", ["Mamba-1", "Mamba-2"])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.kernels.depthwise import Depthwise, Norm, Padding, gelu_norm, mix
+from espalier.nn.kernels.depthwise import Norm, Padding, depthwise, gelu_norm, mix
 from espalier.nn.kernels.library import usable
 from espalier.nn.plain import computes_as, is_watched, remember
 from espalier.nn.precision import is_tracing
@@ -87,7 +87,7 @@ def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) ->
 
 def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     x = _autocast(x)
-    return Depthwise.apply(x, _summed(conv.weight, x), _summed(conv.bias, x), _padding(conv))
+    return depthwise(x, _summed(conv.weight, x), _summed(conv.bias, x), _padding(conv))
 
 
 def _gelu_norm(u: Tensor, bias: Tensor | None, norm: nn.Module) -> Tensor:

@@ -88,6 +88,19 @@ def test_padding_changes_nothing(family: str, side: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_real_tokens_do_not_see_what_stands_in_the_padding(family: str, implementation: str, value: float) -> None:
+    mixer, x, mask = ours(family), tokens(), torch.ones(2, 45)
+    mask[0, 30:], mask[1, :5] = 0, 0
+    with use_backend(implementation):
+        expected, state = mixer(x, mask=mask, return_state=True)
+        out, found = mixer(x.masked_fill(mask[..., None] == 0, value), mask=mask, return_state=True)
+    torch.testing.assert_close(out[mask > 0], expected[mask > 0])
+    torch.testing.assert_close(found, state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_step_mode_equals_the_parallel_one(family: str, implementation: str) -> None:
     mixer, x = ours(family), tokens(20)
     with use_backend(implementation):

@@ -118,8 +118,9 @@ def selective_scan_backward_cpu(
     db, dc = (x.new_empty(batch, groups, length, states) for _ in range(2))
     dd, dbias = (x.new_empty(batch, channels) for _ in range(2))
     inputs = {"x": x, "delta": delta, "bias": bias, "a": a, "b": b, "c": c, "d": d, "gate": gate, "starts": starts}
-    outputs = {"dx": dx, "ddelta": ddelta, "dbias": dbias, "da": da, "db": db, "dc": dc, "dd": dd, "dgate": dgate}
-    call(SCAN_BACKWARD, x.dtype, **inputs, dy=dy, dfinal=df, **outputs, dinitial=dinitial, **shape)
+    outputs = {"dx": dx, "ddelta": ddelta, "dbias": dbias, "da": da, "db": db, "dc": dc, "dd": dd}
+    rest = {"dy": dy, "dfinal": df, "dgate": None if gate is None else dgate, "dinitial": dinitial}
+    call(SCAN_BACKWARD, x.dtype, **inputs, **outputs, **rest, **shape)
     return dx, ddelta, dbias.sum(0), da.sum(0), db.sum(1), dc.sum(1), dd.sum(0), dgate, dinitial
 
 
@@ -166,7 +167,7 @@ def _scan_formula(
         delta = F.softplus(delta if bias is None else delta + bias)
     y, final = formulas.selective_scan(x, delta, a, b, c, initial)
     y = y if d is None else y + d * x
-    return (y if gate is None else y * F.silu(gate)), final
+    return (y if gate is None else y * formulas.silu(gate)), final
 
 
 selective_scan_cpu.register_autograd(_scan_backward, setup_context=_scan_setup)

@@ -153,14 +153,14 @@ def _normalise_backward(
 def gelu_norm(u: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, μ, σ²) of batch norm after GELU of u + bias, and overwrite u if no gradient is wanted."""
     if needs_grad(u, bias, norm.weight, norm.shift):
-        return GeluNorm.apply(u, bias, norm.weight, norm.shift, norm)
+        return _GeluNorm.apply(_channels_last(u), bias, norm.weight, norm.shift, norm)
     return _normalise(_channels_last(u), None, bias, norm, in_place=True)
 
 
 def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, μ, σ²) with y = x + batch norm of GELU of (x convolved with the taps + bias)."""
     if needs_grad(x, taps, bias, norm.weight, norm.shift):
-        return Mix.apply(x, taps, bias, norm.weight, norm.shift, norm, padding)
+        return _Mix.apply(_channels_last(x), taps, bias, norm.weight, norm.shift, norm, padding)
     x = _channels_last(x)
     if norm.mean is None or norm.variance is None:
         return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
@@ -170,14 +170,22 @@ def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Paddi
     return y, norm.mean, norm.variance
 
 
-class Depthwise(torch.autograd.Function):
-    """The depthwise convolution of x with ``weight`` (C, 1, R, S), stride 1, in a frame of zeros."""
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
+    """Return the depthwise convolution of x with ``weight`` (C, 1, R, S), stride 1, in a frame of zeros."""
+    y: Tensor = _Depthwise.apply(_channels_last(x), weight, bias, padding)
+    return y
+
+
+# These three take channels-last maps and keep them as they were given, so that second derivatives find the way on and
+# no map is converted twice.
+class _Depthwise(torch.autograd.Function):
+    """See ``depthwise``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.padding = padding
-        return _convolve(_channels_last(x), weight, bias, padding)
+        return _convolve(x, weight, bias, padding)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,17 +196,17 @@ class Depthwise(torch.autograd.Function):
             )
             return *found, None
         wanted = ctx.needs_input_grad[:3]
-        return *_convolve_backward(_channels_last(x), weight, _channels_last(dy), None, ctx.padding, wanted), None
+        return *_convolve_backward(x, weight, _channels_last(dy), None, ctx.padding, wanted), None
 
 
-class GeluNorm(torch.autograd.Function):
+class _GeluNorm(torch.autograd.Function):
     """Batch norm after GELU: (y, μ, σ²) of u + bias; only u is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, norm: Norm
     ) -> tuple[Tensor, ...]:
-        y, mean, variance = _normalise(_channels_last(u), None, bias, norm)
+        y, mean, variance = _normalise(u, None, bias, norm)
         ctx.save_for_backward(u, bias, weight, shift, mean, variance)
         ctx.eps, ctx.fixed = norm.eps, norm.mean is not None
         ctx.mark_non_differentiable(mean, variance)
@@ -213,13 +221,12 @@ class GeluNorm(torch.autograd.Function):
             return *formulas.differentiate(
                 lambda u, b, w, s: formulas.gelu_norm(u, b, w, s, known, ctx.eps), given, (dy,)
             ), None
-        u = _channels_last(u)
         grads = _normalise_backward(u, bias, weight, mean, variance, _channels_last(dy), ctx.eps, ctx.fixed)
         du, dbias, dweight, dshift = grads
         return du, None if bias is None else dbias, dweight, dshift, None
 
 
-class Mix(torch.autograd.Function):
+class _Mix(torch.autograd.Function):
     """ConvMixer's mixing of pixels, (``x + BN(GELU(depthwise(x) + bias))``, μ, σ²); x and the convolution are kept."""
 
     @staticmethod
@@ -233,9 +240,8 @@ class Mix(torch.autograd.Function):
         norm: Norm,
         padding: Padding,
     ) -> tuple[Tensor, ...]:
-        wide = _channels_last(x)
-        u = _convolve(wide, taps, None, padding)
-        y, mean, variance = _normalise(u, wide, bias, norm)
+        u = _convolve(x, taps, None, padding)
+        y, mean, variance = _normalise(u, x, bias, norm)
         ctx.save_for_backward(x, u, taps, bias, weight, shift, mean, variance)
         ctx.eps, ctx.fixed, ctx.padding = norm.eps, norm.mean is not None, padding
         ctx.mark_non_differentiable(mean, variance)
@@ -251,7 +257,7 @@ class Mix(torch.autograd.Function):
                 lambda x, t, b, w, s: _mixed(x, t, b, w, s, ctx.padding, known, ctx.eps), given, (dy,)
             )
             return *found, None, None
-        x, dy = _channels_last(x), _channels_last(dy)
+        dy = _channels_last(dy)
         grads = _normalise_backward(u, bias, weight, mean, variance, dy, ctx.eps, ctx.fixed)
         du, dbias, dweight, dshift = grads
         wanted = (*ctx.needs_input_grad[:2], False)

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from espalier.nn.precision import is_transformed
+
 # The name costs a look-up of 5 µs at every call; the key does not.
 _VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 def by_formula() -> bool:
-    """Return whether gradients must come from formulas: they will be differentiated, or stand for many at once."""
-    return torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
+    """Return whether gradients must come from formulas: they are differentiated, or stand for many at once."""
+    return torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP) or is_transformed()
 
 
 def differentiate(
@@ -36,10 +38,8 @@ def differentiate(
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Each is a tensor of its own, also where one was given twice.
-        given = [
-            None if t is None else t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in inputs
-        ]
+        # Each is a tensor of its own, also where one was given twice. ``torch.func.vmap`` refuses ``requires_grad_``.
+        given = [None if t is None else t.view_as(t) for t in inputs]
         made = formula(*given)
         outputs = [made] if isinstance(made, Tensor) else list(made)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
@@ -54,15 +54,20 @@ def differentiate(
         return [next(found) if t is not None and t.requires_grad else None for t in given]
 
 
+def silu(x: Tensor) -> Tensor:
+    """Return x · sigmoid(x); the gradient of torch's own ``silu`` has no forward derivative."""
+    return x * torch.sigmoid(x)
+
+
 def causal_conv_silu(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
     """Return ``SiLU(bias + Σ_k weight[:, k] · x_{t−K+1+k})``."""
     y = F.conv1d(F.pad(x_BLC.mT, (weight_CK.shape[1] - 1, 0)), weight_CK[:, None], bias_C, groups=weight_CK.shape[0])
-    return F.silu(y).mT
+    return silu(y).mT
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """Return ``weight · v / √(mean(v²) + eps)``, v = y · SiLU(z), the mean over each group of the last dimension."""
-    gated = (F.silu(z) * y).unflatten(-1, (groups, -1))
+    gated = (silu(z) * y).unflatten(-1, (groups, -1))
     return (gated * (gated.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * weight
 
 
@@ -101,6 +106,15 @@ def grouped_ssd(
     share = x.shape[2] // b.shape[2]
     y, final = ssd(x, delta, delta * a, b.repeat_interleave(share, 2), c.repeat_interleave(share, 2), initial)
     return (y if d is None else y + d[:, None] * x), final
+
+
+def ssd_of_one_group(
+    x: Tensor, delta: Tensor, alpha: Tensor, b: Tensor, c: Tensor, d_GH: Tensor | None, initial_BNHP: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return (y, final state (B, N, H, P)) where all heads share B and C, with D x added."""
+    b, c = (t[:, :, None].expand(-1, -1, x.shape[2], -1) for t in (b, c))
+    y, final = ssd(x, delta, alpha, b, c, None if initial_BNHP is None else initial_BNHP.transpose(1, 2))
+    return (y if d_GH is None else y + d_GH[:, None, :, None] * x), final.transpose(1, 2)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int, int]) -> Tensor:

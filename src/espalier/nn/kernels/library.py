@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.arguments import KINDS, Arguments
+from espalier.nn.kernels.arguments import KINDS, Arguments, counts
 
 FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
@@ -140,18 +140,33 @@ def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | N
         kind: the kernel's structure, from ``arguments``.
         dtype: the precision that it runs in.
         values: every field of the structure by name but ``size`` and ``threads``.
+
+    Raises:
+        KernelError: a tensor has another dtype, lies elsewhere, or has less memory than the sizes say.
     """
     if values.keys() != kind.names:
         raise TypeError(f"{kind.kernel} takes {sorted(kind.names)}, got {sorted(values)}")
-    given: dict[str, Any] = {n: _address(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+    needed = counts(kind, 64 // dtype.itemsize, *[values[name] for name in kind.sizes])
+    sums = torch.float32 if dtype == torch.bfloat16 else dtype
+    given: dict[str, Any] = values.copy()
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            given[name] = _address(kind, name, value, dtype if name in kind.maps else sums, needed.get(name, 0))
     arguments = kind(size=ctypes.sizeof(kind), threads=torch.get_num_threads(), **given)
     status = getattr(_library()[1], f"{kind.kernel}_{_SUFFIX[dtype]}")(ctypes.byref(arguments))
     if status:
         raise MemoryError(f"no memory for {kind.kernel}") if status == 2 else KernelError(f"{kind.kernel}: {status}")
 
 
-def _address(tensor: Tensor) -> int:
+def _address(kind: type[Arguments], name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """Return where a tensor's numbers lie, if there are ``count`` of them that a kernel could read."""
+    if tensor.dtype is not dtype or not tensor.is_cpu:
+        raise KernelError(f"{kind.kernel}: {name} is {tensor.dtype} on {tensor.device}, it takes {dtype} on cpu")
     address = tensor.data_ptr()
     if not address and tensor.numel():
-        raise KernelError(f"a tensor of {tuple(tensor.shape)} has no memory that a kernel could read")
+        raise KernelError(f"{kind.kernel}: {name} of {tuple(tensor.shape)} has no memory that a kernel could read")
+    if tensor.numel() < count or not tensor.is_contiguous():  # or its rows lie apart, within a wider tensor
+        room = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+        if room < count:
+            raise KernelError(f"{kind.kernel}: {name} leads to {room} numbers, the sizes ask for {count}")
     return address

@@ -112,8 +112,10 @@ def ssd_backward_cpu(
     da, dd = x.new_empty(batch, heads), x.new_empty(batch, heads)
     dinitial = x.new_empty(0) if initial is None else torch.empty_like(initial)
     inputs = {"x": x, "delta": delta, "a": a, "b": b, "c": c, "d": d, "initial": initial}
-    kept_by_forward = {"y": y, "final": final, "kept": kept, "dy": dy, "dfinal": dfinal}
-    outputs = {"dx": dx, "ddelta": ddelta, "da": da, "db": db, "dc": dc, "dd": dd, "dinitial": dinitial}
+    ends = {"final": None if dfinal is None else final, "dfinal": dfinal}
+    kept_by_forward = {"y": y, "kept": kept, "dy": dy, **ends}
+    starts = {"dinitial": None if initial is None else dinitial}
+    outputs = {"dx": dx, "ddelta": ddelta, "da": da, "db": db, "dc": dc, "dd": dd, **starts}
     call(SSD_BACKWARD, x.dtype, **inputs, **kept_by_forward, **outputs, **shape)
     db, dc = (t[:, 0] if shape["parts"] == 1 else t.sum(1) for t in (db, dc))
     return dx, ddelta, da.sum(0), db, dc, dd.sum(0), dinitial

@@ -336,7 +336,7 @@ def _draw_step_bias(bias: Tensor, generator: torch.Generator | None) -> None:
 
 
 def _masked(inputs_BLC: Tensor, mask_BL: Tensor | None) -> Tensor:
-    return inputs_BLC if mask_BL is None else inputs_BLC * mask_BL[..., None]
+    return inputs_BLC if mask_BL is None else torch.where(mask_BL.bool()[..., None], inputs_BLC, 0.0)
 
 
 def _last_inputs(inputs_BLC: Tensor, history: Tensor | None, mask_BL: Tensor | None, taps: int) -> Tensor:

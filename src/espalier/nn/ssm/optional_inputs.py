@@ -1,4 +1,4 @@
-"""One check for the inputs that both recurrences may do without."""
+"""Checks that both recurrences share: of the inputs that they may do without, and of where all of them are."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def check_rest(
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
             raise EspalierError(f"{name} is {tuple(tensor.shape)}: give it the shape {tuple(shape)}")
+
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Raise ``EspalierError`` unless all inputs are where x is: a kernel would read memory that is not there."""
+    if any(other is not None and other.device != x.device for other in others):
+        raise EspalierError(f"x is on {x.device} and something else on another device: put all inputs on one")

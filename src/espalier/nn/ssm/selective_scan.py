@@ -13,7 +13,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
-from espalier.nn.ssm.optional_inputs import check_rest
+from espalier.nn.ssm.optional_inputs import check_devices, check_rest
 
 # Note [Pieces of time in torch]
 # All B·L·E·N states at once fill the memory and miss every cache; one step at a time makes a dozen small calls a step.
@@ -71,15 +71,14 @@ def selective_scan(
     x, delta, bias, a, b, c, d, gate, state = upcast(
         x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state
     )
-    if any(t is not None and t.device != x.device for t in (delta, bias, a, b, c, d, gate, state)):
-        raise EspalierError(f"x is on {x.device} and something else on another device: put all inputs on one")
+    check_devices(x, delta, bias, a, b, c, d, gate, state)
     name = "formula" if is_transformed() else choose("selective_scan", x.device.type)
     in_kernel = name == "compiled" and mask is None and delta_softplus
     if not in_kernel:
         delta, bias = _step_sizes(delta, bias, mask, softplus=delta_softplus), None
     y, final = _run(name, x, delta, bias, a, b, c, d, gate, state, softplus=in_kernel)
     if mask is not None:
-        y = y * mask[..., None]
+        y = torch.where(mask.bool()[..., None], y, 0.0)
     y = y.to(dtype)
     return (y, final) if return_state else y
 
@@ -87,7 +86,7 @@ def selective_scan(
 def _step_sizes(delta: Tensor, bias: Tensor | None, mask: Tensor | None, *, softplus: bool) -> Tensor:
     delta = delta if bias is None else delta + bias
     delta = F.softplus(delta) if softplus else delta
-    return delta if mask is None else delta * mask[..., None]
+    return delta if mask is None else torch.where(mask.bool()[..., None], delta, 0.0)
 
 
 def _run(
@@ -120,7 +119,9 @@ def _run(
         y, final = run(x, delta, a, b, c, state)
         if d is not None:
             y = y + d * x
-    return (y if gate is None else y * F.silu(gate)), final
+    if gate is None:
+        return y, final
+    return y * (formulas.silu(gate) if name == "formula" else F.silu(gate)), final
 
 
 def selective_step(

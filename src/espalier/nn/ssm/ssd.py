@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
-from espalier.nn.ssm.optional_inputs import check_rest
+from espalier.nn.ssm.optional_inputs import check_devices, check_rest
 
 # Note [Segments]
 # Within a chunk of Q tokens the recurrence is a Q×Q matrix per head; between chunks only the state travels. Doing all
@@ -47,8 +47,8 @@ def ssd(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the Mamba-2 recurrence ``S_t = exp(Δ_t a) S_{t−1} + Δ_t B_t x_tᵀ``, ``y_t = S_tᵀ C_t + D x_t`` per head.
 
-    States and decays are float32 (float64 for float64 input) whatever autocast says. Heads h of group g = h·G/H share
-    B and C. Any length is accepted.
+    States and decays are float32 (float64 for float64 input) whatever autocast says. Heads of group g = h·G/H share B, C.
+    Infinities and NaN at a token may reach earlier ones of its chunk, as in causal attention.
 
     Args:
         x_BLHP: values, (batch, length, heads, width of a head).
@@ -76,13 +76,11 @@ def ssd(
     dtype = x_BLHP.dtype
     x, delta, a, b, c, d, state = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
-        delta = delta * mask[..., None]
-    if any(t is not None and t.device != x.device for t in (delta, a, b, c, d, state)):
-        raise EspalierError(f"x is on {x.device} and something else on another device: put all inputs on one")
-    name = choose("ssd", x.device.type)
+        delta = torch.where(mask.bool()[..., None], delta, 0.0)
+    check_devices(x, delta, a, b, c, d, state)
     if is_transformed():
         y, final = formulas.grouped_ssd(x, delta, a, b, c, d, state)
-    elif name == "compiled":
+    elif (name := choose("ssd", x.device.type)) == "compiled":
         y, final = _compiled((x, delta, a, b, c, d, state), chunk_size, return_state)
     elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
@@ -91,7 +89,7 @@ def ssd(
     else:
         y, final = _grouped((x, delta, a, b, c, d, state), chunk_size, return_state, name == "triton")
     if mask is not None:
-        y = y * mask[..., None, None]
+        y = torch.where(mask.bool()[..., None, None], y, 0.0)
     y = y.to(dtype)
     return (y, final) if return_state else y
 
@@ -309,8 +307,8 @@ class _Chunked(torch.autograd.Function):
         x, delta, b, c, alpha, d, y, *rest = ctx.saved_tensors
         inputs, states, kept = (x, delta, b, c), rest[: len(ctx.places)], rest[len(ctx.places) :]
         if formulas.by_formula():
-            given = (x, delta, alpha, b, c, d, states[0])
-            found = formulas.differentiate(_one_group, given, (dy, dfinal if ctx.need_state else None))
+            given, ends = (x, delta, alpha, b, c, d, states[0]), (dy, dfinal if ctx.need_state else None)
+            found = formulas.differentiate(formulas.ssd_of_one_group, given, ends)
             return (*found, None, None, None)
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, alpha, b, c))
         dstate = dfinal if ctx.need_state else None
@@ -330,15 +328,6 @@ class _Chunked(torch.autograd.Function):
                 dd_BH += skip
         dd = None if dd_BH is None else (dd_BH if d.shape[0] > 1 or x.shape[0] == 1 else dd_BH.sum(0, keepdim=True))
         return (*grads, dd, dstate if ctx.needs_input_grad[6] else None, None, None, None)
-
-
-def _one_group(
-    x: Tensor, delta: Tensor, alpha: Tensor, b: Tensor, c: Tensor, d_GH: Tensor | None, initial_BNHP: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return what ``_Chunked`` does by its formula."""
-    b, c = (t[:, :, None].expand(-1, -1, x.shape[2], -1) for t in (b, c))
-    y, final = formulas.ssd(x, delta, alpha, b, c, None if initial_BNHP is None else initial_BNHP.transpose(1, 2))
-    return (y if d_GH is None else y + d_GH[:, None, :, None] * x), final.transpose(1, 2)
 
 
 def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
