@@ -47,7 +47,7 @@ def ssd(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the Mamba-2 recurrence ``S_t = exp(Δ_t a) S_{t−1} + Δ_t B_t x_tᵀ``, ``y_t = S_tᵀ C_t + D x_t`` per head.
 
-    States and decays are float32 (float64 for float64 input) whatever autocast says. Heads of group g = h·G/H share B, C.
+    States and decays are float32 (float64 for float64 input) whatever autocast says. Heads of a group share B and C.
     Infinities and NaN at a token may reach earlier ones of its chunk, as in causal attention.
 
     Args:
