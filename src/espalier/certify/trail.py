@@ -59,7 +59,9 @@ class Trail:
     def add_module(self, module: nn.Module) -> None:
         """Note all that a module can be set to: its tensors and its attributes, and those of the modules inside."""
         for part in module.modules():
-            self.add(type(part).__qualname__, {name: item for name, item in vars(part).items() if name != "_modules"})
+            # What torch.compile put there computes the same, and is in no copy.
+            kept = {name: item for name, item in vars(part).items() if name not in ("_modules", "_compiled_call_impl")}
+            self.add(type(part).__qualname__, kept)
 
     def _object(self, item: Any) -> None:
         """Note an object that is kept somewhere in an attribute, once: it may lead back to itself."""
