@@ -59,7 +59,9 @@ class Trail:
     def add_module(self, module: nn.Module) -> None:
         """Note all that a module can be set to: its tensors and its attributes, and those of the modules inside."""
         for part in module.modules():
-            # What torch.compile put there computes the same, and is in no copy.
+            # What torch.compile put there computes the same, and is in no copy, or another in each.
+            if type(part).__module__.startswith("torch._dynamo"):
+                continue
             kept = {name: item for name, item in vars(part).items() if name not in ("_modules", "_compiled_call_impl")}
             self.add(type(part).__qualname__, kept)
 
