@@ -100,13 +100,7 @@ def watch(
         handed_over += 1
     after = written(out)
     text = log.read_bytes()[told:].decode()
-    complaints += [
-        line for line in text.splitlines() if any(word in line for word in ("Traceback", "contradict", "failed with"))
-    ]
-    for number in (signal.SIGKILL, signal.SIGTERM):  # the queue tells of those that were killed here, too
-        ours = [line for line in complaints if f"failed with status -{number.value}:" in line]
-        for line in ours[: stops[f"trial {number.name}"]]:
-            complaints.remove(line)
+    complaints += complaints_in(text, stops)
     grown = [found for each in samples.values() if (found := growth(each)) is not None]
     return {
         "hours": (time.time() - started) / 3600,
@@ -124,6 +118,17 @@ def watch(
            for name in ("megabytes", "handles", "threads")},
         "longest_minutes": max((each["minutes"] for each in grown), default=0.0),
     }  # fmt: skip
+
+
+def complaints_in(text: str, stops: Counter[str]) -> list[str]:
+    """Return what a log complains of, less the trials that were killed here: the queue tells of those, too."""
+    words = ("Traceback", "contradict", "failed with")
+    found = [line for line in text.splitlines() if any(word in line for word in words)]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        ours = [line for line in found if f"failed with status -{number.value}:" in line]
+        for line in ours[: stops[f"trial {number.name}"]]:
+            found.remove(line)
+    return found
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:

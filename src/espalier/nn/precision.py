@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 from espalier.errors import EspalierError
 
+# The name costs a look-up of 5 µs at every call; the key does not.
+_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 # torch 2.6 cannot tell: it takes an export for a compilation.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -72,6 +74,11 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_batched() -> bool:
+    """Return whether gradients stand for many at once: ``is_grads_batched``, Jacobians with ``vectorize=True``."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

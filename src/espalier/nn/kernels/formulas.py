@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from espalier.nn.precision import is_transformed
-
-# The name costs a look-up of 5 µs at every call; the key does not.
-_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
+from espalier.nn.precision import is_batched, is_transformed
 
 
 def by_formula() -> bool:
     """Return whether gradients must come from formulas: they are differentiated, or stand for many at once."""
-    return torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP) or is_transformed()
+    return torch.is_grad_enabled() or is_batched() or is_transformed()
 
 
 def differentiate(

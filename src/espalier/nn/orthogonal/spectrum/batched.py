@@ -10,11 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The name costs a look-up of 5 µs at every call; the key does not.
-_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
+from espalier.nn.precision import is_batched
 
 
 class _Followed(TorchDispatchMode):
@@ -29,7 +27,7 @@ def takes_batches(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
-        if not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP):
+        if not is_batched():
             return backward(ctx, *gradients)
         with _Followed():
             return backward(ctx, *gradients)
