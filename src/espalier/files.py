@@ -39,7 +39,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         EspalierError: the folder does not exist, or there is something of that name which is no regular file.
         OSError: the file cannot be written.
     """
-    target = _target_of(path)
+    target = target_of(path)
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         with contextlib.suppress(OSError):  # its writer may just have renamed it
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
@@ -55,8 +55,12 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
             part.unlink()
 
 
-def _target_of(path: Path) -> Path:
-    """Return the file that is to be replaced where ``path`` is written."""
+def target_of(path: Path) -> Path:
+    """Return the file that is to be replaced where ``path`` is written.
+
+    Raises:
+        EspalierError: its folder does not exist, or there is something of that name which is no regular file.
+    """
     # The system is asked, not the name: /dev/stdout is a link to what has no place among the files.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_ISREG(mode := path.stat().st_mode):
@@ -264,6 +268,15 @@ def read_regular(path: Path) -> bytes:
     """
     with open_regular(path) as file:
         return file.read()
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what ``open_regular`` does, ahead of a library that opens the file by its name.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    open_regular(path).close()
 
 
 def shown(path: Path | str) -> str:

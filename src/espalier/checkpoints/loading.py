@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from espalier.checkpoints.by_shape import skeleton
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.files import load_weights, read_object, read_tensors
+from espalier.files import load_weights, read_object, read_regular, read_tensors, require_regular
 from espalier.init.layouts.linears import HEADS
 from espalier.lookup import is_reference
 from espalier.models import MODELS, build_model
@@ -104,7 +104,13 @@ def _open_transformers(name: str) -> nn.Module:
     cls = known[0] if known else transformers.AutoModel
     if fetch:
         return _fetched(name, lambda: cls.from_pretrained(name, use_safetensors=True))
-    if any(folder.glob("*.safetensors")):
+    if weights := list(folder.glob("*.safetensors")):
+        try:
+            for file in weights:
+                require_regular(file)
+        except OSError as error:
+            said = f"cannot read {error.filename} ({error.strerror})"
+            raise EspalierError(f"model {name}: {said}: name a folder with whole weights") from None
         return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return cls(config) if known else transformers.AutoModel.from_config(config)
@@ -175,7 +181,7 @@ def _stated_model(path: Path) -> dict[str, Any] | None:
             text = (file.metadata() or {}).get("espalier")
     beside = path.with_name("model.json")
     try:
-        text = text if text is not None or not beside.is_file() else beside.read_text()
+        text = text if text is not None or not beside.exists() else read_regular(beside).decode()
         content = None if text is None else json.loads(text)
         return None if content is None else {"name": str(content["name"]), "args": dict(content["args"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -20,7 +20,7 @@ from espalier.data.decode import central_square
 from espalier.data.encoded import EncodedImages
 from espalier.data.seal import RECORD, digest_of, read_seal, seal_of, write_seal
 from espalier.errors import EspalierError, require
-from espalier.files import cache_folder, shown
+from espalier.files import cache_folder, require_regular, shown
 from espalier.memory import free_memory
 
 _BLOCK = 256
@@ -129,6 +129,7 @@ def progress(steps: Any, total: int, what: str) -> Iterator[Any]:
 
 def _load(path: Path, mapped: Literal["r", "c"] | None = None) -> np.ndarray | None:
     try:
+        require_regular(path)
         return np.load(path, mmap_mode=mapped)
     except MemoryError:
         raise

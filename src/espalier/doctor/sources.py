@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from espalier.doctor.record import Record, fans, plain_name, role_of
 from espalier.errors import EspalierError
-from espalier.files import read_object, read_tensors
+from espalier.files import read_object, read_tensors, require_regular
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def _open_file(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular(path)
         file = ExitStack().enter_context(safe_open(path, framework="pt"))
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

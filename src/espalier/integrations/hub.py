@@ -10,6 +10,7 @@ from pathlib import Path
 
 from espalier.certify.certificate import EPSILONS, Certificate
 from espalier.errors import EspalierError, require
+from espalier.files import read_object
 from espalier.init import StructureReport
 from espalier.models.hub import HubModel
 from espalier.recipes import Recipe
@@ -45,7 +46,7 @@ def model_card(run: Run | str | Path) -> str:
         f"## Recipe\n\n```json\n{json.dumps(changed, indent=2)}\n```",
     ]
     if (run.path / STRUCTURE).exists():
-        report = StructureReport.from_dict(json.loads((run.path / STRUCTURE).read_text()))
+        report = StructureReport.from_dict(read_object(run.path / STRUCTURE))
         parts.append(f"## Structure at the start\n\n```text\n{report}\n```")
     if (proof := certificate_path(run.path)).exists():
         parts.append(f"## Certificate\n\n```text\n{Certificate.load(proof).table(EPSILONS)}\n```")

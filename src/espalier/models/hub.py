@@ -16,6 +16,7 @@ from typing import Any, Self
 from torch import nn
 
 from espalier.errors import EspalierError, require, unknown_name
+from espalier.files import read_object, require_regular
 
 CLASS_KEY = "espalier_model"
 CLASSES: dict[str, type[HubModel]] = {}
@@ -81,6 +82,9 @@ class HubModel(nn.Module):
         """
         mixed = _mixed(cls)
         try:
+            for file in ("config.json", "model.safetensors"):
+                if Path(name, file).exists():
+                    require_regular(Path(name, file))
             model = mixed.from_pretrained(str(name), **{"strict": True, **options})
         except Exception as error:  # of the hub, of its HTTP client, of the constructor, of load_state_dict
             said = str(error).strip() or type(error).__name__
@@ -124,7 +128,7 @@ def open_hub_model(name: str, **options: Any) -> HubModel:
     hub = require("huggingface_hub", "hub")
     try:
         file = Path(name, "config.json") if Path(name).is_dir() else hub.hf_hub_download(name, "config.json", **options)
-        named = json.loads(Path(file).read_text()).get(CLASS_KEY, "")
+        named = read_object(Path(file)).get(CLASS_KEY, "")
     except Exception as error:
         raise EspalierError(f"model {name!r}: {' '.join(str(error).split())}") from error
     if named not in CLASSES:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError, require
+from espalier.files import read_regular
 from espalier.recipes.base import Recipe, get_recipe
 from espalier.recipes.validation import recipe_from_dict, recipe_to_dict, refuse_repeated
 
@@ -31,8 +32,8 @@ def open_recipe(spec: str) -> Recipe:
     if path.suffix not in (*_YAML, ".json"):
         return get_recipe(spec)
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        text = read_regular(path).decode()
+    except (OSError, ValueError) as error:
         raise EspalierError(f"recipe file {spec!r} cannot be read: {getattr(error, 'strerror', error)}") from None
     values = read_yaml(text, spec) if path.suffix in _YAML else _read_json(text, spec)
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from espalier.errors import EspalierError, path_of, require, unknown_name
-from espalier.files import write_json
+from espalier.files import read_regular, write_json
 from espalier.lookup import is_pinned, is_reference, pin
 from espalier.recipes.base import Recipe
 
@@ -124,9 +124,9 @@ def load_recipe(path: Path) -> Recipe:
         EspalierError: missing file, not JSON, unknown or ill-typed fields.
     """
     try:
-        values = json.loads(Path(path).read_text(), object_pairs_hook=refuse_repeated)
-    except FileNotFoundError as error:
-        raise EspalierError(f"there is no recipe file {path}") from error
+        values = json.loads(read_regular(path), object_pairs_hook=refuse_repeated)
+    except OSError as error:
+        raise EspalierError(f"recipe file {path} cannot be read ({error.strerror}): name a file of JSON") from error
     except (ValueError, RecursionError) as error:
         raise EspalierError(f"recipe file {path} is not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from espalier.files import read_object
 from espalier.init import StructureReport
 from espalier.init.report import describe_measured
 from espalier.recipes import Recipe, get_recipe, recipe_functions
@@ -79,7 +79,7 @@ def environment(run: Run, context: Context) -> Section | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_object(path) if path.exists() else None
 
 
 RUN_SECTIONS: tuple[RunSection, ...] = (

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from espalier.errors import EspalierError
+from espalier.files import read_object
 from espalier.recipes import Recipe
 from espalier.recipes.validation import recipe_to_dict
 from espalier.study.own_training import OwnTraining
@@ -153,7 +154,7 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
         curve=_thinned(curve, _MOST_POINTS),
         extra={key: round(value, SCORE_DIGITS) for key, value in extra.items()},
         date=datetime.fromtimestamp((run.path / RESULT).stat().st_mtime, UTC).date().isoformat(),
-        **_origin(json.loads(path.read_text()) if path.exists() else {}),
+        **_origin(read_object(path) if path.exists() else {}),
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from espalier.errors import EspalierError
-from espalier.files import lock_of, write_bytes
+from espalier.files import lock_of, read_regular, target_of, write_bytes
 from espalier.study.record import Record, contradiction, record_from_line
 
 _WAIT_SECONDS = 60.0
@@ -27,9 +26,8 @@ def read_records(path: Path | str) -> list[Record]:
             of them.
     """
     path = Path(path)
-    _refuse_other_than_file(path)
     try:
-        text = path.read_bytes().decode()
+        text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         # The system's words hold the name a second time.
         reason = error.strerror if isinstance(error, OSError) else error
@@ -99,11 +97,11 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     from filelock import FileLock, Timeout  # torch depends on it
 
     to = Path(to)
-    _refuse_other_than_file(to)
     to.parent.mkdir(parents=True, exist_ok=True)
+    target_of(to)  # which refuses pipes and devices before there is a lock beside them
     try:
         with FileLock(lock_of(to), timeout=_WAIT_SECONDS):  # left there: whoever waits for it must find the same file
-            before = to.read_bytes() if to.exists() else None
+            before = read_regular(to) if to.exists() else None
             combined = combine([*(read_records(to) if before is not None else ()), *records])
             content = "".join(record.line() for record in combined).encode()
             if content != before:
@@ -111,14 +109,3 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
     except Timeout:
         raise EspalierError(f"records {to} are locked by another process: try again when it has ended") from None
     return combined
-
-
-def _refuse_other_than_file(path: Path) -> None:
-    """Refuse what is there and no file: a pipe would be waited for, and a device replaced."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:  # what reads or writes it says why
-        return
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise EspalierError(f"records {path} is {kind}: name a file")

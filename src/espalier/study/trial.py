@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.files import read_sealed, write_sealed
+from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import (
@@ -69,7 +69,7 @@ class Trial:
         if isinstance(self.recipe, Recipe):
             return record_run(load_run(self.path), study, self.arm)
         try:
-            record = replace(record_from_line((self.path / RECORD).read_text()), study=study)
+            record = replace(record_from_line(read_regular(self.path / RECORD).decode()), study=study)
         except (OSError, ValueError) as error:
             raise EspalierError(
                 f"{self.path / RECORD} is damaged ({error}): delete it and run the trial again"
@@ -104,10 +104,14 @@ class Trial:
     @property
     def failure(self) -> str | None:
         """The text of the error that ended the last attempt, if one did."""
+        if self.finished:
+            return None
         try:
-            return None if self.finished else (self.path / FAILURE).read_text()
+            return read_regular(self.path / FAILURE).decode(errors="replace")
         except FileNotFoundError:
             return None
+        except OSError as error:  # it failed all the same
+            return f"{self.path / FAILURE} cannot be read ({error.strerror})"
 
     def __str__(self) -> str:
         return f"{self.arm} lr={self.lr:g} seed={self.seed}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.files import lock_of, write_json
+from espalier.files import lock_of, read_object, write_json
 from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
 from espalier.train.parallel import first_of_any, gather_objects
 
@@ -211,7 +210,7 @@ def _load(
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     try:
-        content = json.loads((path / _STATE).read_bytes())
+        content = read_object(path / _STATE)
         counters = Counters(**content["counters"])
         whole = (counters.epoch, counters.step, counters.loss_steps)
         done = counters.step - counters.epoch * steps_per_epoch

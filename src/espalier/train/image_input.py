@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from espalier.data.augment import to_unit
 from espalier.data.colour import upright_rgb
 from espalier.errors import EspalierError, require
-from espalier.files import read_object, write_json
+from espalier.files import read_object, read_regular, write_json
 from espalier.nn.lipschitz.normalisation import Normalize
 
 IMAGES = "images.json"
@@ -108,7 +108,7 @@ class ImageInput:
         pixels_NCHW = torch.zeros(len(files), self.channels, self.height, self.width, dtype=torch.uint8)
         for index, file in enumerate(files):
             try:
-                upright = upright_rgb(file.read_bytes())
+                upright = upright_rgb(read_regular(file))
             except (OSError, ValueError) as error:
                 bad.append(f"{file} ({getattr(error, 'strerror', None) or error})")
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError
-from espalier.files import write_json
+from espalier.files import open_regular, read_object, write_json
 
 MANIFEST = "manifest.json"
 
@@ -25,8 +25,8 @@ def digest(content: bytes) -> str:
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed wants readinto
 
 
 def write_manifest(folder: Path, files: Mapping[str, Sequence[str]], notes: Mapping[str, Any] | None = None) -> None:
@@ -46,10 +46,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
 
     Raises:
         EspalierError: it is missing or damaged.
+        OSError: it cannot be read.
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = read_object(path)
         stated = content.pop("digest")
         intact = stated == digest(_canonical(content))
         files, notes = content["files"], content["notes"]
@@ -57,7 +58,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
         raise EspalierError(
             f"{folder} has no {MANIFEST}: it is damaged, or an earlier version made it; train into another folder"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except OSError:
+        if path.is_file():  # and perhaps whole: it only cannot be read now
+            raise
+        intact = False
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder")
@@ -74,13 +79,16 @@ def damaged(folder: Path, names: Iterable[str] | None = None, skip: Iterable[str
 
     Raises:
         EspalierError: the manifest is missing or damaged.
+        OSError: a file that is there cannot be read.
     """
     files, _ = read_manifest(folder)
     for name in files.keys() - set(skip) if names is None else names:
         try:
             if file_digest(folder / name) not in files.get(name, ()):
                 return name
-        except FileNotFoundError:
+        except OSError:
+            if (folder / name).is_file():  # and perhaps whole: it only cannot be read now
+                raise
             return name
     return None
 

@@ -17,7 +17,7 @@ from torch import nn
 from espalier import data
 from espalier.data.source import Source
 from espalier.errors import EspalierError
-from espalier.files import load_weights, write_bytes, write_json, write_tensors
+from espalier.files import load_weights, read_object, read_regular, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import first_difference, load_recipe, recipe_to_dict
 from espalier.train.build import build_bare_model, environment
@@ -60,7 +60,7 @@ class Run:
             state = "diverged" if self.result else "is not finished"
             raise EspalierError(f"run {self.path} {state}: it has no {weights.name}")
         refuse_damage(self.path, [weights.name])
-        model = build_bare_model(self.recipe, json.loads((self.path / MODEL).read_text())["args"])
+        model = build_bare_model(self.recipe, read_object(self.path / MODEL)["args"])
         load_weights(model, weights)
         return model.eval()
 
@@ -94,7 +94,7 @@ def load_run(path: Path | str) -> Run:
         raise EspalierError(f"{path / METRICS} is damaged: train again to restore its rows, or restore it from a copy")
     if (path / RESULT).exists():
         refuse_damage(path, [RESULT])
-    result = json.loads((path / RESULT).read_text()) if (path / RESULT).exists() else None
+    result = read_object(path / RESULT) if (path / RESULT).exists() else None
     return Run(path, load_recipe(path / RECIPE), parse_rows(lines, path / METRICS), result)
 
 
@@ -238,9 +238,13 @@ def refuse_damage(path: Path, names: Collection[str]) -> None:
 def _whole_lines(path: Path) -> bytes:
     """Return metrics.jsonl up to its last end of line; a line that a kill cut short is no row."""
     try:
-        content = (path / METRICS).read_bytes()
+        content = read_regular(path / METRICS)
     except FileNotFoundError:
         return b""
+    except OSError:
+        if (path / METRICS).is_file():
+            raise
+        return b""  # a pipe or a device took its place: its rows are gone
     return content[: content.rfind(b"\n") + 1]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.files import write_tensors
+from espalier.files import require_regular, write_tensors
 from espalier.init.filters.closed_form import (
     covariance_spectrum,
     depthwise_kernel,
@@ -243,6 +243,7 @@ class FilterStatistics:
         from safetensors import SafetensorError, safe_open
 
         try:
+            require_regular(Path(path))
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
