@@ -44,6 +44,7 @@ from espalier.train.progress import Advance, StepClock, progress_bar
 from espalier.train.requests import NOTHING, STOP, Requests
 from espalier.train.run import (
     FINAL,
+    RECIPE,
     START,
     Run,
     check_data,
@@ -163,7 +164,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     build_optimizer(model, recipe)  # it may refuse the model, and nothing is written yet
     fabric.barrier()
     if fabric.is_global_zero:
-        if not (out / START).exists():
+        if not (out / RECIPE).exists():
             create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
         recover(out)
     fabric.barrier()
