@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import nn as enn
-from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Changing, Function
+from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Asking, Changing, Function
 
 
 class Draw:
@@ -96,6 +96,8 @@ class Draw:
             return self.activation()
         if self.chance(0.04):
             return Changing(self.rng.choice(Changing.KINDS))
+        if self.chance(0.04):
+            return Asking(self.rng.choice([*Asking.QUESTIONS]))
         names = [name for name in FUNCTIONS if channels % 2 == 0 or name != "halves"]
         name = self.rng.choice(names)
         return Function(name, FUNCTIONS[name])

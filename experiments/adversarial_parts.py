@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -204,3 +205,29 @@ class Changing(nn.Module):
     def extra_repr(self) -> str:
         """Show which one."""
         return self.kind
+
+
+class Asking(nn.Module):
+    """Another map for users than while it is bounded, where a number is above one."""
+
+    QUESTIONS: ClassVar[dict[str, Callable[[Tensor], bool]]] = {
+        "its type": lambda x: type(x) is Tensor,
+        "whether the number of images is one": lambda x: isinstance(x.shape[0], int),
+        "the text of its shape": lambda x: "N" not in str(x.shape),
+        "whether two names are one tensor": lambda x: x.contiguous() is x,
+        "whether it has another attribute": lambda x: not hasattr(x, "bound"),
+        "whether gradients are on": lambda x: torch.is_grad_enabled(),
+        "whether it wants one": lambda x: x.requires_grad,
+    }
+
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self.question = question
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x and something of what it is above one."""
+        return x + (50 if self.QUESTIONS[self.question](x) else 1) * (x - 1).relu()
+
+    def extra_repr(self) -> str:
+        """Show which one."""
+        return self.question

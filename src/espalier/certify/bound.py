@@ -24,8 +24,9 @@ from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
-from espalier.certify.trail import state_of
+from espalier.certify.trail import Watch, state_of
 from espalier.certify.value import Bound, Term
+from espalier.certify.witness import compare_plain_passes
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
@@ -103,6 +104,8 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     with torch.no_grad(), plain_arithmetic(twin):
         result = run(twin, analysis, analysis.start(images))
         run(twin, analysis, analysis.start(images))  # is it the same map again?
+        if images is not None:
+            compare_plain_passes(twin, analysis, images)
     check_unchanged(net, before)
     if not math.isfinite(result.lipschitz):
         raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
@@ -160,13 +163,13 @@ def check_unchanged(net: nn.Module, before: bytes) -> None:
                                  type(net).__name__)  # fmt: skip
 
 
-def run(net: nn.Module, analysis: Analysis, x: Bounded) -> Bound:
-    """Run a prepared network on one value.
+def run(net: nn.Module, analysis: Analysis, x: Bounded, watch: Watch | None = None) -> Bound:
+    """Run a prepared network on one value; ``watch`` follows what it does.
 
     Raises:
         UncertifiableError: see ``lipschitz_bound``.
     """
-    result = analysis.run(net, x)
+    result = analysis.run(net, x, watch)
     if not isinstance(result, Bounded):
         what = "scores that do not depend on the images" if isinstance(result, Tensor) else type(result).__name__
         raise UncertifiableError(f"it returns {what}: one tensor is needed", type(net).__name__)
@@ -216,11 +219,14 @@ class _Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it; a layer that is given one value with a bound, and has a rule or a constant, uses it."""
         given = list(bounded_in((*args, *kwargs.values())))
-        if not given:
-            return self.forward(*args, **kwargs)
         kind, analysis = type(self.module).__name__, self.analysis
         label = f"{self.path} ({kind})" if self.path else kind
         analysis.path.append(label)
+        if not given:
+            try:
+                return analysis.watch.module(self.path, self.forward, args, kwargs)
+            finally:
+                analysis.path.pop()
         analysis.calls += 1
         calls, before = analysis.calls, given[0].bound
         try:
@@ -249,8 +255,9 @@ class _Watched:
                 given = analysis.read(x, "it")
                 analysis.trail.add(analysis.named(given))
                 analysis.trail.add_module(module)
-                made = analysis.number(LAYERS[known].function(analysis, module, given, self.forward))
-                return Bounded(made, analysis, x.memory if LAYERS[known].alias else None)
+                with analysis.watch.aside():
+                    made = analysis.number(LAYERS[known].function(analysis, module, given, self.forward))
+                return self._as_one(x, Bounded(made, analysis, x.memory if LAYERS[known].alias else None))
             if reason is None:
                 return self._declared(x, partial(_RULES[known].constant, module), _RULES[known].rounding)
         statement, why = self._own_statement()
@@ -288,7 +295,8 @@ class _Watched:
         analysis, bound = self.analysis, self.analysis.read(x, "it")
         failed = analysis.failed
         try:
-            stated = constant()
+            with analysis.watch.aside():
+                stated = constant()
         except UncertifiableError:
             if bound.value is None:
                 raise
@@ -303,29 +311,36 @@ class _Watched:
             raise UncertifiableError(f"its constant is {stated}: are its weights finite?")
         total = up(stated, bound.lipschitz)
         if bound.value is None:
-            return Bounded(Bound(None, total), analysis, x.memory)
+            return self._as_one(x, Bounded(Bound(None, total), analysis, x.memory))
         if not analysis.rounding or rounding is not None:
-            given, count = bound.value.clone(), another(len(bound.value))
-            value = self.forward(given)
-            if (
-                not torch.equal(given, bound.value)
-                or not isinstance(value, Tensor)
-                or value.shape[:1] != given.shape[:1]
-            ):
-                raise UncertifiableError("it changes its input in place, or does not return one value per image")
-            try:
-                fits = self.forward(given[:1].repeat(count, *[1] * (given.ndim - 1))).shape == (count, *value.shape[1:])
-            except RuntimeError:
-                fits = False
-            if not fits:  # it may have taken the images of a batch for the channels of one
-                raise UncertifiableError(f"it takes {len(given)} images and not {count}: is the batch in front?")
-            relative, absolute = rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0)
-            made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
-            return Bounded(made, analysis, x.memory)
+            with analysis.watch.aside():
+                value = self._on_numbers(bound.value)
+                relative, absolute = rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0)
+                made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
+            return self._as_one(x, Bounded(made, analysis, x.memory))
         result = self.forward(x)
         if isinstance(result, Bounded) and result.bound.lipschitz > total:
             result.bound = replace(result.bound, lipschitz=total)
         return result
+
+    def _on_numbers(self, given: Tensor) -> Tensor:
+        """Return the result of the forward pass as it is, which must be one value per image."""
+        images, count = given.clone(), another(len(given))
+        value = self.forward(images)
+        if not torch.equal(given, images) or not isinstance(value, Tensor) or value.shape[:1] != given.shape[:1]:
+            raise UncertifiableError("it changes its input in place, or does not return one value per image")
+        try:
+            fits = self.forward(given[:1].repeat(count, *[1] * (given.ndim - 1))).shape == (count, *value.shape[1:])
+        except RuntimeError:
+            fits = False
+        if not fits:  # it may have taken the images of a batch for the channels of one
+            raise UncertifiableError(f"it takes {len(given)} images and not {count}: is the batch in front?")
+        return value
+
+    def _as_one(self, given: Bounded, made: Bounded) -> Bounded:
+        """Return a result that was bounded without a look at the operations inside."""
+        self.analysis.watch.layer(self.path, given, made)
+        return made
 
 
 def _line(error: Exception) -> str:

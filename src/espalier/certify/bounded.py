@@ -32,7 +32,7 @@ from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_c
 from espalier.certify.digits import try_products
 from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
 from espalier.certify.refusal import UncertifiableError
-from espalier.certify.trail import Trail
+from espalier.certify.trail import Trail, Watch
 from espalier.certify.value import Bound, Rows, Term
 
 
@@ -76,6 +76,8 @@ class Analysis:
     """The first error of an operation in this pass: a network that catches it would go on unwatched."""
     trail: Trail = field(default_factory=Trail)
     """What was done in this pass."""
+    watch: Watch = field(default_factory=Watch)
+    """What follows this pass, on values with bounds or on plain tensors."""
     done: bytes | None = None
     """The digest of the first pass."""
     numbers: dict[int, tuple[int, Bound]] = field(default_factory=dict)
@@ -91,15 +93,15 @@ class Analysis:
         self.failed = self.failed or error
         return error
 
-    def run(self, net: Callable[[Bounded], Any], x: Bounded) -> Any:
-        """Run a network on one value.
+    def run(self, net: Callable[[Bounded], Any], x: Bounded, watch: Watch | None = None) -> Any:
+        """Run a network on one value, while something may follow what it does.
 
         Raises:
             UncertifiableError: it went on after an operation that failed, or did or kept other things than in the first
                 pass.
         """
-        self.failed, self.trail, self.numbers = None, Trail(Bounded), {}
-        with CountedCalls(self.counted), eager_calls():
+        self.failed, self.trail, self.numbers, self.watch = None, Trail(Bounded), {}, watch or Watch()
+        with CountedCalls(self.counted), eager_calls(), self.watch:
             result = net(x)
         if self.failed is not None:
             line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]

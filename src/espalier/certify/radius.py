@@ -37,6 +37,7 @@ from espalier.certify.digits import refuse_settings
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.trail import state_of
 from espalier.certify.value import Bound
+from espalier.certify.witness import compare_plain_passes
 from espalier.errors import EspalierError, unknown_name
 
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
@@ -200,8 +201,9 @@ def _bounded_scores(
     batch = images.to(device_of(twin), dtype)
     # An image in more digits is rounded first: a shift of at most u times its norm.
     shift = torch.finfo(dtype).eps / 2 * (1 + 1e-6) if dtype == torch.float32 else 0.0
-    if first:  # the next pass, and those of other batches, must do the same
+    if first:  # the next passes, and those of other batches, must do the same
         run(twin, analysis, analysis.start(batch[:1], shift))
+        compare_plain_passes(twin, analysis, batch)
     traced = run(twin, analysis, analysis.start(batch, shift))
     if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
         raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")

@@ -9,11 +9,14 @@ what its modules keep when a pass is over: a count may show only after more call
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from espalier.certify.counts import ImageCount
 
@@ -96,6 +99,54 @@ class Trail:
     def digest(self) -> bytes:
         """Return the digest of what was noted so far."""
         return self._hash.digest()
+
+
+class Watch(TorchFunctionMode):
+    """What may follow a pass, operation by operation and layer by layer; this one lets everything go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+        """In how many operations, or layers that count as one, the pass is."""
+
+    def __deepcopy__(self, memo: Any) -> Watch:
+        """Return one that follows nothing: networks are copied with what watches them."""
+        return Watch()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Return a context in which nothing counts as an operation of the network."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at what an operation is given, and return what ``after`` is to know."""
+
+    def after(self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Look at what an operation made."""
+
+    def layer(self, path: str, given: Any, made: Any) -> None:
+        """Look at what a layer made of a value with a bound by its own rule."""
+
+    def module(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module on plain tensors."""
+        return forward(*args, **kwargs)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do an operation."""
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        with self.aside():
+            given = self.before(func, args, kwargs)
+            result = func(*args, **kwargs)
+            self.after(func, given, args, result)
+        return result
 
 
 def state_of(net: nn.Module) -> bytes:
