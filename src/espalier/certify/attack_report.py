@@ -137,7 +137,7 @@ def challenge(
     Raises:
         EspalierError: a certificate of other images, or AutoAttack without torchattacks.
     """
-    check_pixels(images, labels)
+    labels = check_pixels(images, labels)
     if tuple(labels.tolist()) != certificate.labels:
         raise EspalierError(f"the certificate is about {len(certificate)} other images: give those it was made for")
     state = _AttackState(net, certificate, images, labels, batch_size)

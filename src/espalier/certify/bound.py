@@ -98,6 +98,9 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
         UncertifiableError: an operation or a module without a known finite constant, with the path of the module.
     """
     analysis = Analysis(rounding=False)
+    check_network(net)
+    if example is not None:
+        check_numbers("example is", example)
     before = state_of(net)
     twin = prepare(net, None if example is None else torch.float64, analysis)
     images = None if example is None else example.detach().to(device_of(twin), torch.float64)
@@ -133,7 +136,10 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     try:
         twin = copy.deepcopy(net)
     except Exception as error:
-        raise UncertifiableError(f"it cannot be copied: {_line(error)}", type(net).__name__) from error
+        raise UncertifiableError(
+            f"it cannot be copied ({_line(error)}): if it keeps tensors that it computed of its weights, fix these "
+            "first (prune.remove, remove_parametrizations)", type(net).__name__,
+        ) from error  # fmt: skip
     _check_copy(net, twin)
     if dtype is not None:  # as a user converts it: ``to`` would drop imaginary parts, too
         twin = twin.double() if dtype == torch.float64 else twin.float()
@@ -144,6 +150,35 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     for path, module in twin.named_modules():
         vars(module)["forward"] = _Watched(module, path, module.forward, analysis)
     return twin
+
+
+def check_network(net: Any) -> None:
+    """Refuse what is no module, and one without numbers.
+
+    Raises:
+        EspalierError: see above.
+    """
+    if not isinstance(net, nn.Module):
+        raise EspalierError(f"net is {_kind(net)}: give a torch.nn.Module")
+    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+        raise EspalierError("net is on the meta device, without numbers: load its weights first")
+
+
+def check_numbers(what: str, item: Any) -> None:
+    """Refuse what is no tensor of at least one number.
+
+    Raises:
+        EspalierError: see above.
+    """
+    if not isinstance(item, Tensor):
+        raise EspalierError(f"{what} {_kind(item)}: give a torch.Tensor")
+    if item.layout != torch.strided or item.is_meta or item.is_quantized or item.ndim == 0 or len(item) == 0:
+        form = "quantised" if item.is_quantized else f"{item.layout}, {tuple(item.shape)}, on {item.device}"
+        raise EspalierError(f"{what} {form}: give a dense tensor of numbers, one entry per image")
+
+
+def _kind(item: Any) -> str:
+    return f"of type {type(item).__name__}"
 
 
 def _check_copy(net: nn.Module, twin: nn.Module) -> None:

@@ -42,6 +42,8 @@ def _constant(x: Bound, other: Any) -> Any:
         if not (other.is_floating_point() or other.dtype in (torch.int64, torch.int32, torch.uint8)):
             raise UncertifiableError(f"a constant of {other.dtype} has no rule")
         other = other.detach()
+        if x.value is not None and not other.is_floating_point():
+            other = other.to(x.value.dtype)  # as torch does before it computes
         if x.value is None and other.numel() > 1:
             raise UncertifiableError("how a constant broadcasts depends on the size of its input: give an example=")
         if x.value is not None and (
@@ -231,12 +233,17 @@ activation("neg", "negative", "torch.Tensor.__neg__")(torch.neg)
 activation("abs", "absolute", "torch.Tensor.__abs__")(torch.abs)
 activation("relu", "F.relu")(torch.relu)
 activation("F.relu6")(F.relu6)
-activation("F.hardtanh", units=1, offset=lambda min_val=-1.0, max_val=1.0: max(abs(min_val), abs(max_val)))(F.hardtanh)
-activation("clamp", "clip", units=1, offset=lambda min=None, max=None: builtins.max(abs(min or 0.0), abs(max or 0.0)))(
-    torch.clamp
-)
-activation("clamp_min", units=1, offset=lambda min: abs(min))(torch.clamp_min)
-activation("clamp_max", units=1, offset=lambda max: abs(max))(torch.clamp_max)
+
+
+def _limits(*limits: float | None) -> float:
+    """Return the size of what a result may be cut off at: an infinite limit is never met."""
+    return builtins.max((abs(limit) for limit in limits if limit is not None and math.isfinite(limit)), default=0.0)
+
+
+activation("F.hardtanh", units=1, offset=lambda min_val=-1.0, max_val=1.0: _limits(min_val, max_val))(F.hardtanh)
+activation("clamp", "clip", units=1, offset=lambda min=None, max=None: _limits(min, max))(torch.clamp)
+activation("clamp_min", units=1, offset=lambda min: _limits(min))(torch.clamp_min)
+activation("clamp_max", units=1, offset=lambda max: _limits(max))(torch.clamp_max)
 activation("F.leaky_relu", slope=lambda negative_slope=0.01: builtins.max(1.0, abs(negative_slope)), units=3)(
     F.leaky_relu
 )

@@ -30,7 +30,15 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
-from espalier.certify.bound import check_unchanged, device_of, plain_arithmetic, prepare, run
+from espalier.certify.bound import (
+    check_network,
+    check_numbers,
+    check_unchanged,
+    device_of,
+    plain_arithmetic,
+    prepare,
+    run,
+)
 from espalier.certify.bounded import Analysis
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
@@ -41,6 +49,8 @@ from espalier.certify.witness import compare_plain_passes
 from espalier.errors import EspalierError, unknown_name
 
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _UP = 1.0 + 1e-9
 """What bounds are rounded up by at the end: far more than float64 can lose in their own computation."""
@@ -82,9 +92,12 @@ def certify(
         UncertifiableError: an operation without a rule, named with the path of its module; a network that is random or
             depends on what it computed before or on the number of images.
     """
-    if arithmetic not in ARITHMETIC:
-        raise unknown_name("arithmetic", arithmetic, ARITHMETIC)
-    check_pixels(images, labels)
+    if not isinstance(arithmetic, str) or arithmetic not in ARITHMETIC:
+        raise unknown_name("arithmetic", str(arithmetic), ARITHMETIC)
+    if type(batch_size) is not int or batch_size < 1:
+        raise EspalierError(f"batch_size is {batch_size!r}: give a whole number from 1")
+    check_network(net)
+    labels = check_pixels(images, labels)
     dtype = ARITHMETIC[arithmetic]
     analysis = Analysis()
     before = state_of(net)
@@ -174,17 +187,20 @@ def score_bound(scores: Bound) -> ScoreBound:
     return ScoreBound(growth_CC, error_NCC * off, error_growth_CC, source.lipschitz, True)
 
 
-def check_pixels(images: Tensor, labels: Tensor) -> None:
-    """Refuse images that are not pixels in [0, 1], and labels that do not fit them.
+def check_pixels(images: Tensor, labels: Tensor) -> Tensor:
+    """Return the labels in int64, of images that are pixels in [0, 1].
 
     Raises:
-        EspalierError: see above.
+        EspalierError: other images, or labels that do not fit them.
     """
+    check_numbers("images are", images)
+    check_numbers("labels are", labels)
     if not images.is_floating_point():
         raise EspalierError(f"images are {images.dtype}: give pixels in [0, 1] (uint8 images divided by 255)")
-    if len(images) == 0 or labels.shape != images.shape[:1] or labels.is_floating_point() or labels.min() < 0:
+    if labels.shape != images.shape[:1] or labels.dtype not in _INTEGERS or labels.min() < 0:
         raise EspalierError(
-            f"{tuple(images.shape)} images, {tuple(labels.shape)} labels: one class index from 0 per image"
+            f"{tuple(images.shape)} images, {tuple(labels.shape)} labels of {labels.dtype}: one class index from 0 per "
+            "image"
         )
     low, high = images.min().item(), images.max().item()
     if not (low >= 0.0 and high <= 1.0):  # also catches NaN
@@ -192,6 +208,7 @@ def check_pixels(images: Tensor, labels: Tensor) -> None:
             f"images range over [{low:g}, {high:g}]: give pixels in [0, 1] and let the network normalise them "
             "(nn.Sequential(source.normalizer, model))"
         )
+    return labels.long()
 
 
 def _bounded_scores(

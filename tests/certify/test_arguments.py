@@ -1,0 +1,76 @@
+"""Arguments that no certificate can be about are refused in one line; every whole number is a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from espalier.certify import certify, lipschitz_bound
+from espalier.errors import EspalierError
+
+NET = nn.Sequential(nn.Linear(4, 3)).eval()
+X = torch.linspace(0, 1, 8).view(2, 4)
+Y = torch.tensor([0, 1])
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3)).eval()
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ({"labels": [0, 1]}, "labels are of type list"), ({"labels": Y.numpy()}, "labels are of type ndarray"),
+    ({"labels": Y.bool()}, "torch.bool"), ({"labels": Y[:, None]}, r"\(2, 1\)"), ({"labels": -Y}, "from 0"),
+    ({"images": X.numpy()}, "images are of type ndarray"), ({"images": X[:0], "labels": Y[:0]}, r"\(0, 4\)"),
+    ({"images": X.sum()}, r"\(\)"), ({"images": X.to_sparse()}, "sparse"), ({"images": X.to("meta")}, "meta"),
+    ({"images": 255 * X}, "range over"), ({"images": X.long()}, "int64"),
+    ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": 1.5}, "batch_size is 1.5"),
+    ({"batch_size": True}, "batch_size is True"), ({"arithmetic": None}, "arithmetic 'None'"),
+    ({"net": lambda x: x}, "net is of type function"), ({"net": nn.Linear(4, 3, device="meta")}, "meta"),
+    ({"net": pruned()}, "prune.remove"),
+])  # fmt: skip
+def test_what_no_certificate_can_be_about_is_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(EspalierError, match=says) as caught:
+        certify(**{"net": NET, "images": X, "labels": Y, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("net", "example"), [(NET, X.numpy()), (NET, X[:0]), (NET, X.sum()), (len, X)])
+def test_a_bound_needs_a_network_and_images(net: Any, example: Any) -> None:
+    with pytest.raises(EspalierError, match="give a"):
+        lipschitz_bound(net, example)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_every_whole_kind_are_the_same(dtype: torch.dtype) -> None:
+    labels = NET(X).argmax(1)
+    assert certify(NET, X, labels.to(dtype)).radii == certify(NET, X, labels).radii
+
+
+class Runs(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (nn.Hardtanh(0.0, float("inf")), nn.ReLU()),
+    (Runs(lambda x: x - torch.tensor([0, 1, 2, 3], dtype=torch.uint8)), Runs(lambda x: x - torch.arange(4.0))),
+    (Runs(lambda x: x.clamp(-float("inf"), 0.5)), Runs(lambda x: x.clamp(max=0.5))),
+])  # fmt: skip
+def test_the_same_map_has_the_same_certificate(one: nn.Module, other: nn.Module) -> None:
+    found = []
+    for first in (one, other):
+        net = nn.Sequential(first, NET)
+        found.append(certify(net, X, net(X).argmax(1)).radii)
+    assert min(found[1]) > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
