@@ -10,6 +10,8 @@ import os
 import pickle
 import stat
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 
 from espalier.data.cifar import CIFAR10_MD5, read_cifar10
 from espalier.data.digits import read_digits
@@ -25,6 +28,7 @@ from espalier.data.labelled import ImageData, LabelledImages, stratified_order
 from espalier.data.text import read_text
 from espalier.errors import EspalierError
 from espalier.files import (
+    lock_at,
     locked,
     read_checked,
     read_object,
@@ -374,3 +378,40 @@ def test_paths_in_messages_take_one_line(text: str) -> None:
     assert len(shown(Path(text)).encode().splitlines()) == len(shown(text).splitlines()) == 1
     assert "\x1b" not in shown(text)
     assert (shown(text) == text) == text.isprintable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has locks of its own")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_locks_hold_on_file_systems_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Network file systems answer in three ways that they have none; a kill must not leave one held for good."""
+    import fcntl
+
+    program = f"""if True:
+        import fcntl, os, sys
+        from pathlib import Path
+        from espalier.files import lock_at, locked
+        def flock(file, operation): raise OSError({code}, os.strerror({code}))
+        fcntl.flock = flock
+        with locked(Path(sys.argv[1])), lock_at(Path(sys.argv[2])):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+
+    def no_flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    folder, claim = tmp_path / "run", tmp_path / "claim"
+    command = [sys.executable, "-c", program, str(folder), str(claim)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(EspalierError, match=r"run is in use by another process \(.*delete .*\.run\.lock"):
+            locked(folder).__enter__()
+        with pytest.raises(Timeout):
+            lock_at(claim).acquire()
+        other.kill()
+    for _ in range(2):
+        with locked(folder), lock_at(claim), pytest.raises(Timeout):
+            lock_at(claim).acquire()
+        assert list(tmp_path.iterdir()) == []

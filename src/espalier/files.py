@@ -12,18 +12,23 @@ import os
 import pickle
 import secrets
 import stat
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, path_of
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 _STALE_SECONDS = 3600.0
+_TAKE_OVER_SECONDS = 0.5
 # Where training scripts keep the weights within what they save.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module")
 
@@ -290,6 +295,41 @@ def lock_of(path: Path) -> Path:
     return place.parent / f".{place.name}.lock"  # with_name fails for "/"
 
 
+# Note [Locks]
+# The system lets go of a flock when its holder ends, however it ends. Some network file systems have none, because they
+# are mounted so or their lock service does not run. There a lock is a file that exists, with its holder's process and
+# host in it: filelock takes it over from a process of this host that is gone. What another host left behind in a crash
+# stays until somebody deletes it. The folder is asked ahead with a file of its own: a lock file that failed to be
+# locked would look like one that is held.
+
+
+def lock_at(file: Path, seconds: float = 0.0) -> BaseFileLock:
+    """Return the lock that stands behind a file in a folder that exists (Note [Locks]).
+
+    Args:
+        file: the lock file; it is made when missing.
+        seconds: how long to wait for another holder before ``filelock.Timeout`` is raised.
+    """
+    from filelock import FileLock, SoftFileLock  # torch depends on it
+
+    if _has_flock(file.parent):
+        return FileLock(file, timeout=seconds)
+    return SoftFileLock(file, timeout=max(seconds, _TAKE_OVER_SECONDS))
+
+
+def _has_flock(folder: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has locks of its own
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a folder that cannot be written is named by who makes the lock file
+        return error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+    return True
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a file or folder for the length of a ``with`` block, by a lock file beside it that a kill lets go of.
@@ -298,19 +338,24 @@ def locked(path: Path) -> Iterator[None]:
         EspalierError: another process holds it.
         OSError: no lock file can be written there.
     """
-    from filelock import FileLock, Timeout  # torch depends on it
+    from filelock import SoftFileLock, Timeout
 
-    lock = FileLock(lock_of(path), blocking=False)
+    lock = lock_at(lock_of(path))
+    soft = isinstance(lock, SoftFileLock)
     try:
         lock.acquire()
     except Timeout:
-        raise EspalierError(f"{path} is in use by another process: wait for it, or choose another folder") from None
+        hint = f" (this disk has no flock: if nobody is, delete {lock.lock_file})" if soft else ""
+        raise EspalierError(
+            f"{path} is in use by another process{hint}: wait for it, or choose another folder"
+        ) from None
     try:
         yield
     finally:
-        # Deleted while it is held: whoever waits for the file finds that it has no name any more, and makes a new one.
-        with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink()
+        if not soft:
+            # Deleted while it is held: whoever waits for it finds that it has no name any more, and makes a new one.
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
         lock.release()
 
 

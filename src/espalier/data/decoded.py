@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from espalier.data.decode import central_square
 from espalier.data.encoded import EncodedImages
 from espalier.data.seal import RECORD, digest_of, read_seal, seal_of, write_seal
 from espalier.errors import EspalierError, require
-from espalier.files import cache_folder, require_regular, shown
+from espalier.files import cache_folder, lock_at, require_regular, shown
 from espalier.memory import free_memory
 
 _BLOCK = 256
@@ -43,7 +44,7 @@ def decode_all(images: EncodedImages, size: int) -> Path:
     target = cache_folder() / f"images-{images.fingerprint(size)}.npy"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with require("filelock", "train").FileLock(target.with_suffix(".lock")):
+        with lock_at(target.with_suffix(".lock"), math.inf):
             if not _is_current(images, size, target):
                 _check_room(target.parent, len(images) * 3 * size**2)
                 _write(images, size, target)

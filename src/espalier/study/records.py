@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from espalier.errors import EspalierError
-from espalier.files import lock_of, read_regular, target_of, write_bytes
+from espalier.files import lock_at, lock_of, read_regular, target_of, write_bytes
 from espalier.study.record import Record, contradiction, record_from_line
 
 _WAIT_SECONDS = 60.0
@@ -94,13 +94,13 @@ def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
         EspalierError: ``to`` is a folder, a pipe or a device, the file holds lines that are no records, records
             contradict each other (then nothing is written), or another process holds the lock for a minute.
     """
-    from filelock import FileLock, Timeout  # torch depends on it
+    from filelock import Timeout
 
     to = Path(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     target_of(to)  # which refuses pipes and devices before there is a lock beside them
     try:
-        with FileLock(lock_of(to), timeout=_WAIT_SECONDS):  # left there: whoever waits for it must find the same file
+        with lock_at(lock_of(to), _WAIT_SECONDS):  # left there: whoever waits for it must find the same file
             before = read_regular(to) if to.exists() else None
             combined = combine([*(read_records(to) if before is not None else ()), *records])
             content = "".join(record.line() for record in combined).encode()

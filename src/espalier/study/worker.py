@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 
 from espalier.errors import EspalierError, require
-from espalier.files import write_bytes
+from espalier.files import lock_at, write_bytes
 from espalier.study.trial import FAILURE, Study, Trial
 
 RunTrial = Callable[[Trial], object]
 
 # Note [Claims]
 # A worker claims a trial with a lock on a file beside the trials. The system drops the lock when its holder ends,
-# however it ends, so a claim can never outlive its worker and nothing has to be cleaned up after a kill.
+# however it ends, so a claim can never outlive its worker and nothing has to be cleaned up after a kill; where the file
+# system has no such locks, Note [Locks] of ``files`` says what is done.
 # Every worker walks the list once, trials that were begun before last. So a trial that kills its workers is met by one
 # of them only, is reported, and in the next launch does not keep anyone from reaching the others.
 
@@ -50,13 +51,14 @@ def drain(study: Study, run: RunTrial, after: Callable[[], None] = lambda: None)
 @contextmanager
 def claim(study: Study, trial: Trial) -> Iterator[bool]:
     """Claim a trial for the length of a ``with`` block; yields whether it was free (Note [Claims])."""
-    filelock = require("filelock", "train")
+    from filelock import Timeout
+
     file_path = _claim_file(study, trial)
     file_path.parent.mkdir(exist_ok=True)
-    lock = filelock.FileLock(file_path)
+    lock = lock_at(file_path)
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
+        lock.acquire()
+    except Timeout:
         yield False
         return
     try:
