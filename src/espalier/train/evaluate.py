@@ -23,6 +23,7 @@ def evaluate(
     *,
     mine: slice = slice(None),
     reduce: Reduce = lambda sums: sums,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
 
@@ -36,6 +37,7 @@ def evaluate(
         batch_size: examples per forward pass.
         mine: this process's share of a batch.
         reduce: adds a tensor up over the processes.
+        after_batch: called after every batch; it may raise to stop.
 
     Raises:
         EspalierError: a split without examples.
@@ -53,6 +55,7 @@ def evaluate(
             logits = model(inputs[mine] if len(share) else inputs.new_zeros(1, *inputs.shape[1:]))
             if len(share):
                 sums += _batch_sums(logits, share, loss)
+            after_batch()
         loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
         if not count:
             raise EspalierError(f"split {split!r} of the data is empty: give it some examples")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.files import load_weights, write_tensors
 from espalier.randomness import derive_generator
@@ -31,8 +29,8 @@ from espalier.train.checkpoint import (
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
 from espalier.train.loggers import RowLogger, check_logger
-from espalier.train.losses import Loss, build_loss, target_count
-from espalier.train.nonfinite import LossGuard, find_nonfinite
+from espalier.train.losses import build_loss, target_count
+from espalier.train.nonfinite import find_nonfinite
 from espalier.train.parallel import (
     Strategy,
     full_state,
@@ -40,7 +38,7 @@ from espalier.train.parallel import (
     make_fabric,
     synchronise_batch_norms,
 )
-from espalier.train.progress import Advance, StepClock, progress_bar
+from espalier.train.progress import Advance, progress_bar
 from espalier.train.requests import NOTHING, STOP, Requests
 from espalier.train.run import (
     FINAL,
@@ -58,51 +56,15 @@ from espalier.train.run import (
     write_rows,
 )
 from espalier.train.schedule import learning_rate
+from espalier.train.session import Session
 from espalier.train.surroundings import held, one_line_errors, own_threads
 
 # Steps between looks at the loss on a GPU: a look makes the host wait for the device.
 _STEPS_PER_LOOK = 50
 
 
-@dataclass
-class _Session:
-    """The live objects of a run."""
-
-    recipe: Recipe
-    out: Path
-    fabric: Any
-    source: Source
-    model: nn.Module
-    """The bare model: what is saved."""
-    module: nn.Module
-    """The model as the loop calls it: compiled, in its precision, perhaps distributed."""
-    optimizer: torch.optim.Optimizer
-    stepper: Any
-    """The optimiser as the loop calls it."""
-    averages: AveragedWeights | None
-    loss: Loss
-    counters: Counters
-    requests: Requests
-    logger: RowLogger | None
-    """On the first process."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.resumed_at = self.counters.step
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        self.mine = slice(rank, None, world)
-        """This process's share of a batch; the whole one where the source gives each process its own."""
-        if world > 1 and hasattr(self.source, "share"):
-            self.source.share(rank, world)
-            self.mine = slice(None)
-        self.guard = LossGuard(self.optimizer, self.fabric.device)
-        self.request = torch.zeros((), device=self.fabric.device)
-        """The largest request of any process at the step before."""
-        self.steps_per_epoch = self.source.steps_per_epoch(self.recipe.batch_size)
-        self.clock = StepClock(self.fabric.device)
-        # Float64 holds a sum of float32 losses exactly enough that a resumed run reports the same mean to the bit.
-        wide = torch.float32 if self.fabric.device.type == "mps" else torch.float64
-        self.loss_sum = torch.tensor(self.counters.loss_sum, dtype=wide, device=self.fabric.device)
+class _StopEvaluation(Exception):
+    """A signal came during an evaluation, which may take longer than a scheduler waits."""
 
 
 def train(
@@ -120,7 +82,7 @@ def train(
     same numbers as one that was never stopped. A loss that stops being finite ends the run: its result says
     ``"diverged": true`` and where, its score is None, and its last checkpoint stays. Under torchrun or srun the same
     call trains on all processes; each takes its share of every batch. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint
-    after the present step.
+    after the present step, or the present batch of an evaluation.
 
     Args:
         recipe: the run.
@@ -144,18 +106,19 @@ def train(
         if not (run.result or {}).get("diverged"):
             clear_finished(out)
         return run
-    with own_threads(recipe.threads), one_line_errors(recipe, out):
+    requests = Requests(checkpoint_every_minutes)
+    with own_threads(recipe.threads), one_line_errors(recipe, out, requests), requests:
         fabric = make_fabric(recipe, strategy)
         devices = [fabric.device] if fabric.device.type == "cuda" else []
         with held(out, fabric), torch.random.fork_rng(devices=devices):
             # Whoever held the folder until now may have finished the run.
             if check_folder(out, recipe, resume) != "finished":
-                _fit(_open(recipe, out, fabric, strategy, Requests(checkpoint_every_minutes)), progress)
+                _fit(_open(recipe, out, fabric, strategy, requests), progress)
             fabric.barrier()
     return load_run(out)
 
 
-def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: Requests) -> _Session:
+def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: Requests) -> Session:
     check_logger(recipe)
     loss = build_loss(recipe)
     source = build_run_source(recipe)
@@ -194,17 +157,17 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     fabric.barrier()
     source = source.to(fabric.device)
     logger = RowLogger(recipe, out, out / START, found.rows) if fabric.is_global_zero else None
-    return _Session(
+    return Session(
         recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, found.counters, requests,
         logger, found.rows,
     )  # fmt: skip
 
 
-def _fit(s: _Session, show: bool | None) -> None:
+def _fit(s: Session, show: bool | None) -> None:
     recipe, counters = s.recipe, s.counters
     show = show if s.fabric.is_global_zero else False
     total = recipe.epochs * s.steps_per_epoch
-    with s.requests, progress_bar(recipe.name, total, counters.step, show) as advance:
+    with s.requests.noted(), progress_bar(recipe.name, total, counters.step, show) as advance:
         healthy = True
         if not s.rows:
             _add_row(s, advance)
@@ -221,7 +184,7 @@ def _fit(s: _Session, show: bool | None) -> None:
         raise s.requests.interruption(f"the run in {s.out} is finished")
 
 
-def _train_epoch(s: _Session, advance: Advance) -> bool:
+def _train_epoch(s: Session, advance: Advance) -> bool:
     """Train to the end of the epoch and return whether the losses stayed finite."""
     recipe, counters = s.recipe, s.counters
     every = 1 if s.fabric.device.type == "cpu" else _STEPS_PER_LOOK
@@ -248,27 +211,19 @@ def _train_epoch(s: _Session, advance: Advance) -> bool:
     return math.isfinite(s.loss_sum.item())
 
 
-def _obey(s: _Session) -> None:
+def _obey(s: Session) -> None:
     """Save if it is time to, save and stop if a signal asks for it: all processes after the same step."""
-    request = s.requests.pending()
-    if s.fabric.world_size > 1:
-        # One step late, so that the host never waits for the step that it has just queued.
-        mine, earlier = torch.full_like(s.request, float(request)), s.request
-        s.request = s.fabric.all_reduce(mine, reduce_op="max")
-        request = int(earlier.item())
+    request = s.agreed_request()
     if request == NOTHING:
         return
     s.counters.seconds += s.clock.stop()
     saved = _save(s)
     s.clock.mark()
     if request == STOP and saved:
-        raise s.requests.interruption(
-            f"a checkpoint was written after step {s.counters.step}; run the same command again and the run in {s.out} "
-            "goes on from there"
-        )
+        raise s.stopped()
 
 
-def _step(s: _Session, inputs: Tensor, targets: Tensor) -> Tensor:
+def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
     """Take one optimiser step on a whole batch, in micro-batches, and return its mean loss over all processes."""
     recipe, world = s.recipe, s.fabric.world_size
     # The whole batch's count, so that parts with few targets weigh little; DDP averages where we mean a sum.
@@ -294,25 +249,38 @@ def _step(s: _Session, inputs: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-def _sync_only_last(s: _Session, last: bool) -> AbstractContextManager[Any]:
+def _sync_only_last(s: Session, last: bool) -> AbstractContextManager[Any]:
     if last or s.fabric.world_size == 1:
         return nullcontext()
     context: AbstractContextManager[Any] = s.fabric.no_backward_sync(s.module)
     return context
 
 
-def _add_row(s: _Session, advance: Advance) -> bool:
+def _add_row(s: Session, advance: Advance) -> bool:
     """Evaluate, write a row, and return whether its losses are finite."""
     recipe, counters, fabric = s.recipe, s.counters, s.fabric
-    with s.averages.applied() if s.averages is not None else nullcontext():
-        scores = evaluate(
-            s.module,
-            s.source,
-            build_loss(recipe, smoothing=False),
-            recipe.eval_batch_size,
-            mine=s.mine,
-            reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"),
-        )
+
+    def stop_if_asked() -> None:
+        # What is no longer finite is not worth a checkpoint: the run ends by itself.
+        if s.agreed_request() == STOP and math.isfinite(s.loss_sum.item()):
+            raise _StopEvaluation
+
+    try:
+        with s.averages.applied() if s.averages is not None else nullcontext():
+            scores = evaluate(
+                s.module,
+                s.source,
+                build_loss(recipe, smoothing=False),
+                recipe.eval_batch_size,
+                mine=s.mine,
+                reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"),
+                after_batch=stop_if_asked,
+            )
+    except _StopEvaluation:
+        # The row is still to come: the resumed run begins at the end of this epoch, with the evaluation.
+        counters.epoch = max(0, counters.epoch - 1)
+        _save(s)
+        raise s.stopped() from None
     train_loss = s.loss_sum.item() / counters.loss_steps if counters.loss_steps else None
     row = {
         "epoch": counters.epoch,
@@ -335,7 +303,7 @@ def _add_row(s: _Session, advance: Advance) -> bool:
     return math.isfinite(scores[f"{split}/loss"]) and (train_loss is None or math.isfinite(train_loss))
 
 
-def _save(s: _Session) -> bool:
+def _save(s: Session) -> bool:
     """Write a checkpoint, unless the loss is no longer finite: the last good one is worth more."""
     s.counters.loss_sum = s.loss_sum.item()
     if not math.isfinite(s.counters.loss_sum):
@@ -348,7 +316,7 @@ def _save(s: _Session) -> bool:
     return True
 
 
-def _finish(s: _Session, *, diverged: bool) -> None:
+def _finish(s: Session, *, diverged: bool) -> None:
     """Write the final weights (none if the run diverged) and, last of all, the result."""
     result: dict[str, Any] = {"diverged": diverged}
     if diverged:
@@ -378,7 +346,7 @@ def _finish(s: _Session, *, diverged: bool) -> None:
         drop_checkpoint(s.out)
 
 
-def _locate(s: _Session) -> str:
+def _locate(s: Session) -> str:
     """Say at which step the loss was not finite and which tensor was the first; all processes look at their shares."""
     recipe, healthy = s.recipe, s.guard.healthy_steps()
     s.model.train(healthy is not None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -32,8 +34,9 @@ class RunInterrupted(KeyboardInterrupt):
 class Requests:
     """Listens for SIGINT, SIGTERM and SIGUSR1 for the length of a ``with`` block, and keeps the time between saves.
 
-    A second Ctrl-C is obeyed at once. Signals that somebody else handles (or ignores) are left to them, and so are all
-    signals outside the main thread, which alone may handle them.
+    Each ends the block at once (KeyboardInterrupt), but within ``noted`` it waits for who looks at ``pending``; a
+    second Ctrl-C is obeyed at once there, too. Signals that somebody else handles (or ignores) are left to them, and so
+    are all signals outside the main thread, which alone may handle them.
 
     Args:
         minutes: save when this long has passed since the last save; None never does.
@@ -43,6 +46,7 @@ class Requests:
         self._seconds = None if minutes is None else 60 * minutes
         self._saved = time.monotonic()
         self._before: dict[int, Any] = {}
+        self._noting = False
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> Self:
@@ -57,6 +61,15 @@ class Requests:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let signals wait for the length of a ``with`` block: there is something to save first."""
+        self._noting = True
+        try:
+            yield
+        finally:
+            self._noting = False
 
     def pending(self) -> int:
         """Return what this process is asked for now."""
@@ -77,6 +90,7 @@ class Requests:
         return RunInterrupted(f"stopped by {number.name}: {message}", RESUMABLE)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        at_once = not self._noting or (self.signal is not None and number == signal.SIGINT)
         self.signal = signal.Signals(number)
+        if at_once:
+            raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from espalier.errors import EspalierError
 from espalier.files import locked
 from espalier.recipes.base import Recipe
 from espalier.train.parallel import first_of_any
-from espalier.train.requests import RunInterrupted
+from espalier.train.requests import Requests, RunInterrupted
 
 
 @contextmanager
@@ -58,21 +58,22 @@ def own_threads(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def one_line_errors(recipe: Recipe, out: Path) -> Iterator[None]:
+def one_line_errors(recipe: Recipe, out: Path, requests: Requests) -> Iterator[None]:
     """Turn what a machine can do to a run into one line that says how to go on.
 
     Raises:
         EspalierError: a full disk, a folder that cannot be written, too little memory.
-        RunInterrupted: Ctrl-C before or after the steps.
+        RunInterrupted: Ctrl-C or a signal before the steps.
     """
     try:
         yield
     except RunInterrupted:
         raise
     except KeyboardInterrupt:
-        raise RunInterrupted(
-            f"interrupted: run the same command again and the run in {out} goes on from its last checkpoint"
-        ) from None
+        message = f"run the same command again and the run in {out} goes on from its last checkpoint"
+        if requests.signal is None:  # raised by somebody else's handler
+            raise RunInterrupted(f"interrupted: {message}") from None
+        raise requests.interruption(message) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message = f"the disk is full ({out}): free some space and run the same command again to go on"
