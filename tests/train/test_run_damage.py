@@ -151,6 +151,26 @@ def test_two_damaged_checkpoints_are_refused(runs: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint.old", "checkpoint.partial"])
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "link to nothing"])
+def test_what_stands_where_a_checkpoint_belongs_is_replaced(
+    runs: Path, name: str, kind: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    place = runs / "cut" / name
+    shutil.rmtree(place, ignore_errors=True)
+    (runs / "elsewhere").mkdir()
+    (runs / "elsewhere/kept.txt").write_text("somebody's")
+    if kind == "file":
+        place.write_text("no folder")
+    else:
+        place.symlink_to(runs / ("elsewhere" if kind == "link to a folder" else "nowhere"))
+    train(recipe(**CHANGES), runs / "cut")
+    assert outcome(runs / "cut") == outcome(runs / "whole")
+    assert not list((runs / "cut").glob("checkpoint*"))
+    assert (runs / "elsewhere/kept.txt").exists()
+    assert len(recwarn) == (name == "checkpoint" and kind != "link to nothing")
+
+
 @settings(max_examples=30)
 @given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_any_flipped_bit_of_any_file_is_found(

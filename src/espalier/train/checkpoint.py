@@ -86,7 +86,7 @@ def save_checkpoint(
 
     partial = folder / _PARTIAL
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir()
     try:
         first_of_any(None)  # nobody writes before the folder is there
@@ -104,7 +104,7 @@ def save_checkpoint(
         digests = gather_objects({name: [file_digest(partial / name)] for name in files})
         if rank == 0:
             write_manifest(partial, {name: value for each in digests for name, value in each.items()})
-            shutil.rmtree(folder / _OLD, ignore_errors=True)
+            _remove(folder / _OLD)
             if (folder / _CURRENT).exists():
                 os.rename(folder / _CURRENT, folder / _OLD)
             os.rename(partial, folder / _CURRENT)
@@ -148,7 +148,7 @@ def load_checkpoint(
         if (reason := first_of_any(_damage(folder / name, rank, world))) is None:
             if rank == 0 and name == _OLD:
                 # The damaged one must not become the one that is kept beside the next.
-                shutil.rmtree(folder / _CURRENT)
+                _remove(folder / _CURRENT)
                 recover(folder)
             first_of_any(None)
             found = _load(folder / _CURRENT, model, optimizer, averages, steps_per_epoch, world)
@@ -167,7 +167,7 @@ def load_checkpoint(
 def drop_checkpoint(folder: Path) -> None:
     """Delete the checkpoints of a finished run: its weights are in final.safetensors."""
     for name in (_CURRENT, _OLD, _PARTIAL):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        _remove(folder / name)
 
 
 def clear_finished(folder: Path) -> None:
@@ -181,9 +181,19 @@ def recover(folder: Path) -> None:
     """Clear away what a kill left half written, and finish the exchange of checkpoints that it may have cut off."""
     for left in folder.glob(".*.partial"):
         left.unlink()
-    shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
-    if (folder / _OLD).exists() and not (folder / _CURRENT).exists():
-        os.rename(folder / _OLD, folder / _CURRENT)
+    _remove(folder / _PARTIAL)
+    if not (folder / _CURRENT).exists():
+        _remove(folder / _CURRENT)  # a link that leads nowhere
+        if (folder / _OLD).exists():
+            os.rename(folder / _OLD, folder / _CURRENT)
+
+
+def _remove(path: Path) -> None:
+    """Delete what bears the name of a checkpoint: a folder, or what somebody put there instead, such as a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _damage(path: Path, rank: int, world: int) -> str | None:
