@@ -102,10 +102,11 @@ def test_healthy_passes_find_nothing_and_leave_no_hook() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
 def test_the_command_ends_with_status_1_and_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int
 ) -> None:
-    monkeypatch.setattr(data, "build_source", lambda _: BlobSource(poison_at=(0, 2)))
+    monkeypatch.setattr(data, "build_source", lambda _: BlobSource(poison_at=(epoch, 2)))
     monkeypatch.setattr(models, "build_model", lambda name, **_: TinyNet(4))
     arguments = ["train", "digits_vit", "--epochs", "2", "--batch-size", "8", "--out", str(tmp_path / "run"), "--quiet"]
     with pytest.raises(SystemExit) as ended:
@@ -113,7 +114,8 @@ def test_the_command_ends_with_status_1_and_one_line(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("espalier: ")
-    assert "diverged in epoch 1, at step 3: the inputs of the batch:" in line
+    assert f"diverged in epoch {epoch + 1}, at step {5 * epoch + 3}: the inputs of the batch:" in line
+    assert line.endswith("its last checkpoint is kept") == (tmp_path / "run/checkpoint").exists() == (epoch == 1)
 
 
 @pytest.mark.parametrize(

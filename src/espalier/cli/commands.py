@@ -93,7 +93,8 @@ def train(
         print(json.dumps(result, indent=2))
     if result.get("diverged"):
         where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
-        told = f"espalier: {out} {where}: choose another folder and a smaller --lr; its last checkpoint is kept"
+        kept = "; its last checkpoint is kept" if (out / "checkpoint").exists() else ""
+        told = f"espalier: {out} {where}: choose another folder and a smaller --lr{kept}"
         if first:
             say(told)
         raise SystemExit(1)
