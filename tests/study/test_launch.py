@@ -7,18 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trial_runners
 from filelock import FileLock
 
 from espalier.errors import EspalierError
-from espalier.recipes import Recipe
+from espalier.recipes import Recipe, get_recipe
 from espalier.study import Study, Trial, launch, plan_study, slurm
 from espalier.study.worker import claim, drain
-from espalier.train import RunInterrupted
+from espalier.train import RunInterrupted, loop
 from fabricated_runs import fabricate_trial
 
 RECIPE = Recipe(name="r", epochs=2)
@@ -127,11 +129,22 @@ def test_claims_do_not_touch_the_trial_folder(study: Study) -> None:
         pass
 
 
-def test_interrupted_workers_stop_and_the_message_says_how_to_go_on(study: Study, log: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "words", "status"),
+    [
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGTERM, "stopped by SIGTERM", 75),
+        (signal.SIGUSR1, "stopped by SIGUSR1", 75),
+    ],
+)
+def test_interrupted_workers_stop_and_the_message_says_how_to_go_on(
+    study: Study, log: Path, number: signal.Signals, words: str, status: int, workers: int
+) -> None:
     script = (
         "import sys, trial_runners; from espalier.study import launch, load_study\n"
-        "try: launch(load_study(sys.argv[1]), workers=2, run=trial_runners.slow)\n"
-        "except KeyboardInterrupt as stop: print(stop)\n"
+        f"try: launch(load_study(sys.argv[1]), workers={workers}, run=trial_runners.slow)\n"
+        "except KeyboardInterrupt as stop: print(stop.status, stop)\n"
     )
     launcher = subprocess.Popen(
         [sys.executable, "-c", script, str(study.path)],
@@ -143,16 +156,40 @@ def test_interrupted_workers_stop_and_the_message_says_how_to_go_on(study: Study
         # A shell that runs the tests in the background makes its children ignore Ctrl-C.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for(lambda: len(log.read_text().splitlines()) >= 2)
-    os.killpg(launcher.pid, signal.SIGINT)  # what Ctrl-C on a terminal does
+    wait_for(lambda: len(log.read_text().splitlines()) >= max(1, workers))
+    os.killpg(launcher.pid, number)  # what Ctrl-C on a terminal does; schedulers do so, too
     out, error = launcher.communicate(timeout=60)
     assert "Traceback" not in error
     assert out.splitlines()[-1] == (
-        f"interrupted: 0 of 6 trials in {study.path} are done; run the same command again to resume"
+        f"{status} {words}: 0 of 6 trials in {study.path} are done; run the same command again to resume"
     )
     for line in log.read_text().splitlines():
         with pytest.raises(ProcessLookupError):
             os.kill(int(line.split()[0]), 0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_trial_in_this_process_saves_before_the_study_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+) -> None:
+    shape = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    sizes = {"train_limit": 64, "test_limit": 40}
+    recipe = replace(get_recipe("digits_vit"), data_args=sizes, model_args=shape, batch_size=16, epochs=2, threads=1)
+    small = plan_study(recipe, ["default"], [1e-3], [0], tmp_path / "small")
+    step = loop._step
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", signalled)
+        with pytest.raises(RunInterrupted, match=r"0 of 1 trials .* run the same command again") as caught:
+            launch(small, workers=0)
+    assert caught.value.status == status
+    (trial,) = small.trials()
+    assert (trial.path / "checkpoint").is_dir()
+    assert launch(small, workers=0) == ()
 
 
 def test_workers_end_with_a_killed_launcher(study: Study, log: Path) -> None:

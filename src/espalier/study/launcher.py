@@ -20,6 +20,7 @@ from espalier.study.slurm import run_jobs
 from espalier.study.trial import FAILURE, Study, Trial
 from espalier.study.worker import RunTrial, Worker, claim, drain
 from espalier.train import RunInterrupted, train
+from espalier.train.requests import RESUMABLE, Requests
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 20.0
@@ -63,7 +64,7 @@ def launch(
 
     Raises:
         EspalierError: no such cluster, started by torchrun, or a worker died and left trials unfinished.
-        RunInterrupted: stopped from the keyboard; launching again goes on.
+        RunInterrupted: stopped from the keyboard or by a signal; launching again goes on.
     """
     if cluster not in ("local", "slurm"):
         raise EspalierError(f"cluster {cluster!r}: choose 'local' or 'slurm'")
@@ -76,18 +77,22 @@ def launch(
     _forget_failures(study, waiting)
     meter = _Meter(study, sys.stderr.isatty() if progress is None else progress)
     workers = min(workers, len(waiting))
+    requests = Requests()
     try:
-        if cluster == "slurm" and workers:
-            run_jobs(Worker.of(study, run), study.path / "logs", workers, parameters or {}, meter.show)
-        elif workers > 1:
-            _drain_with_processes(study, run, workers, meter)
-        else:
-            drain(study, run, meter.show)
-    except KeyboardInterrupt:
-        raise RunInterrupted(
-            f"interrupted: {meter.done()} of {len(study.trials())} trials in {study.path} are done; "
-            "run the same command again to resume"
-        ) from None
+        with requests:
+            if cluster == "slurm" and workers:
+                run_jobs(Worker.of(study, run), study.path / "logs", workers, parameters or {}, meter.show)
+            elif workers > 1:
+                _drain_with_processes(study, run, workers, meter)
+            else:
+                drain(study, run, meter.show)
+    except KeyboardInterrupt as stop:
+        done = f"{meter.done()} of {len(study.trials())} trials in {study.path} are done"
+        message = f"{done}; run the same command again to resume"
+        if requests.signal is not None:
+            raise requests.interruption(message) from None
+        status = stop.status if isinstance(stop, RunInterrupted) else 130  # of a trial in this process
+        raise RunInterrupted(f"{'stopped' if status == RESUMABLE else 'interrupted'}: {message}", status) from None
     finally:
         meter.end()
     left = _unfinished(study)

@@ -54,7 +54,11 @@ class Requests:
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
                 number = getattr(signal, name, None)  # Windows has no SIGUSR1
-                if number is not None and signal.getsignal(number) in free:
+                if number is None:
+                    continue
+                handler = signal.getsignal(number)
+                # A study listens, too; while a trial of it runs in this process, the trial has something to save.
+                if handler in free or isinstance(getattr(handler, "__self__", None), Requests):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
