@@ -116,6 +116,14 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
         read_generated({"generated": str(tmp_path / "g.npz"), "generated_share": 0.5}, REAL, 3)
 
 
+def test_a_member_that_does_not_begin_as_an_array_is_refused(tmp_path: Path) -> None:
+    """Numpy returns its bytes."""
+    with zipfile.ZipFile(write(tmp_path / "g.npz", image=samples()["image"]), "a") as archive:
+        archive.writestr("label.npy", b"no array" * 5)
+    with pytest.raises(EspalierError, match="no whole"):
+        read_generated({"generated": str(tmp_path / "g.npz"), "generated_share": 0.5}, REAL, 3)
+
+
 def test_an_archive_that_unpacks_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("espalier.data.generated.free_memory", lambda: 1000.0)
     np.savez_compressed(tmp_path / "g.npz", **samples())

@@ -123,6 +123,8 @@ def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 found = [arrays["image"], arrays["label"]] if fits else []
+                if not all(isinstance(each, np.ndarray) for each in found):
+                    raise ValueError("numpy returns the bytes of what does not begin as an array")
     except OSError as error:
         raise EspalierError(f"generated is {path}, which cannot be read ({error.strerror}): give its place") from None
     except KeyError:
