@@ -88,11 +88,7 @@ def launch(
                 drain(study, run, meter.show)
     except KeyboardInterrupt as stop:
         done = f"{meter.done()} of {len(study.trials())} trials in {study.path} are done"
-        message = f"{done}; run the same command again to resume"
-        if requests.signal is not None:
-            raise requests.interruption(message) from None
-        status = stop.status if isinstance(stop, RunInterrupted) else 130  # of a trial in this process
-        raise RunInterrupted(f"{'stopped' if status == RESUMABLE else 'interrupted'}: {message}", status) from None
+        raise _interruption(stop, requests, f"{done}; run the same command again to resume") from None
     finally:
         meter.end()
     left = _unfinished(study)
@@ -102,6 +98,13 @@ def launch(
             f"them or was killed (logs: {study.path / 'logs'}); run the same command again to resume"
         )
     return tuple(trial for trial in study.trials() if trial.failure is not None)
+
+
+def _interruption(stop: KeyboardInterrupt, requests: Requests, message: str) -> RunInterrupted:
+    if requests.signal is not None:
+        return requests.interruption(message)
+    status = stop.status if isinstance(stop, RunInterrupted) else 130  # of a trial that ran in this process
+    return RunInterrupted(f"{'stopped' if status == RESUMABLE else 'interrupted'}: {message}", status)
 
 
 def refuse_torchrun() -> None:
