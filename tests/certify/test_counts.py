@@ -157,7 +157,7 @@ def test_the_number_of_images_can_be_a_length(count: int) -> None:
         lambda x: torch.cat((x, x.new_full((x.shape[0], 2), 0.5)), 1)[:, 2:]: 1,
         lambda x: x if x.shape == x.clone().shape else 9 * x: 1,
         lambda x: x.view(x.shape[0] * 1, 3): 1,
-        lambda x: x.view(x.shape[0] // 1, x.shape[1]) if x.is_contiguous() and x.stride(1) == 1 else 9 * x: 1,
+        lambda x: (x.view if x.is_contiguous() and x.stride(1) == 1 else x.reshape)(x.shape[0] // 1, x.shape[1]): 1,
     }  # fmt: skip
     images = torch.rand(count, 3)
     for kind, constant in kinds.items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import random
 import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -130,14 +132,106 @@ def test_a_network_that_changes_from_batch_to_batch_is_refused() -> None:
         certify(net, torch.rand(8, 3), torch.zeros(8, dtype=torch.long), batch_size=2)
 
 
-def test_a_count_is_noticed_however_late_it_shows() -> None:
-    def late(net: Runs, x: Tensor) -> Tensor:
-        net.state += 1
-        return x + (2.0 if net.state > 1_000_000 else 1.0) * far(x)
+class Slotted:
+    __slots__ = ("calls",)
 
-    net = nn.Sequential(Runs(late), nn.Linear(3, 2)).eval()
-    with pytest.raises(UncertifiableError, match="keep count"):
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Named(nn.Module):
+    calls = 0
+
+
+class Doubled(list[int]):
+    """A list of its own class."""
+
+
+CALLED = 0
+
+
+def _named(_: Any) -> int:
+    global CALLED
+    CALLED += 1
+    return CALLED
+
+
+def _class_attribute(_: Any) -> int:
+    Named.calls += 1
+    return Named.calls
+
+
+def _closure() -> Callable[[Any], int]:
+    calls = 0
+
+    def count(_: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+def _slotted(kept: Slotted) -> int:
+    kept.calls += 1
+    return kept.calls
+
+
+def _appended(kept: Any) -> int:
+    kept.append(1)
+    return len(kept)
+
+
+def _added(kept: Any) -> int:
+    kept["calls"] = kept.get("calls", 0) + 1
+    return int(kept["calls"])
+
+
+def _summed(kept: np.ndarray) -> int:
+    kept[0] += 1
+    return int(kept[0])
+
+
+COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
+    "a number": (lambda: [0], lambda kept: kept.append(kept.pop() + 1) or kept[0]),
+    "a global": (lambda: None, _named),
+    "a class attribute": (lambda: None, _class_attribute),
+    "a closure": (lambda: None, _closure()),
+    "slots": (Slotted, _slotted),
+    "a deque": (deque, _appended),
+    "a list of its own class": (Doubled, _appended),
+    "bytes": (bytearray, _appended),
+    "an ordered dictionary": (OrderedDict, _added),
+    "a counter": (Counter, _added),
+    "an array": (lambda: np.zeros(1), _summed),
+    "an array of objects": (lambda: np.zeros(1, dtype=object), _summed),
+    "an iterator": (lambda: itertools.count(1), next),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_a_count_is_noticed_however_late_it_shows(kind: str) -> None:
+    start, count = COUNTS[kind]
+
+    def late(net: Runs, x: Tensor) -> Tensor:
+        return x + (2.0 if count(net.state) > 1_000_000 else 1.0) * far(x)
+
+    first = Runs(late)
+    first.state = start()
+    first.owner = Named() if kind == "a class attribute" else None
+    net = nn.Sequential(first, nn.Linear(3, 2)).eval()
+    with pytest.raises(UncertifiableError, match=r"keep count|changed the network itself"):
         lipschitz_bound(net, torch.rand(8, 3))
+
+
+def test_numpy_numbers_are_told_apart() -> None:
+    def repeated(net: Runs, x: Tensor) -> Tensor:
+        net.state = not net.state
+        return x + far(x)[:, None].expand(-1, np.int64(1 + 99 * net.state), -1).sum(1)
+
+    net = nn.Sequential(Runs(repeated), nn.Linear(3, 2)).eval()
+    with pytest.raises(UncertifiableError):
+        certify(net, torch.rand(8, 3), torch.zeros(8, dtype=torch.long))
 
 
 @pytest.mark.parametrize(("layer", "name", "values"), [

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound
@@ -104,6 +107,69 @@ def written_without_gradients(x: Tensor) -> Tensor:
     return y
 
 
+class Coarse(Tensor):
+    """A constant that rounds what it meets."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [arg.as_subclass(Tensor) if isinstance(arg, cls) else arg for arg in args]
+        result = func(*args, **(kwargs or {}))
+        return steep(result) if func in (Tensor.mul, torch.mul) else result
+
+
+class Steep(TorchDispatchMode):
+    """Makes another operation of relu."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * (999 if func is torch.ops.aten.relu.default else 1)
+
+
+def under_a_mode(x: Tensor, always: bool) -> Tensor:
+    with Steep() if always or torch.is_grad_enabled() else nullcontext():
+        return x + far(x)
+
+
+def by_exception(x: Tensor) -> Tensor:
+    if x.requires_grad and len(x) == 5:
+        raise RuntimeError("not this many")
+    return steep(x, x.requires_grad)
+
+
+def in_a_callback(x: Tensor) -> Tensor:
+    y = x + far(x)
+    if torch.is_grad_enabled():
+        torch.zeros(1).apply_(lambda zero: y.data.add_(999 * far(x.data)) is None)
+    return y
+
+
+def in_a_backward_pass(x: Tensor) -> Tensor:
+    y = x + far(x)
+    if torch.is_grad_enabled():
+        one = torch.ones(1, requires_grad=True)
+        one.register_hook(lambda grad: y.data.add_(999 * far(x.data)) is None or None)
+        (2 * one).sum().backward()
+    return y
+
+
+def in_place_in_a_thread(x: Tensor) -> Tensor:
+    y = x + far(x)
+    if type(x) is Tensor and not x.requires_grad:
+        thread = threading.Thread(target=lambda: y.add_(999 * far(x)))
+        thread.start()
+        thread.join()
+    return y
+
+
+def named_as_another(x: Tensor) -> Tensor:
+    def relu(x: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function((x,)):
+            return torch.overrides.handle_torch_function(relu, (x,), x)
+        return steep(x)
+
+    relu.__qualname__ = relu.__name__ = "torch.relu"
+    return relu(x)
+
+
 DOES_SOMETHING_ELSE: dict[str, Callable[[Tensor], Tensor]] = {
     "type": lambda x: steep(x, type(x) is Tensor),
     "class name": lambda x: steep(x, type(x).__name__ == "Tensor"),
@@ -130,6 +196,24 @@ DOES_SOMETHING_ELSE: dict[str, Callable[[Tensor], Tensor]] = {
     "numpy": through_numpy,
     "a thread": in_a_thread,
     "caught refusal": caught_refusal,
+    "many images with gradients": lambda x: steep(x, torch.is_grad_enabled() and x.shape[0] != 5),
+    "more than 64 that want one": lambda x: steep(x, x.requires_grad and x.size(0) > 64),
+    "many plain ones": lambda x: steep(x, type(x) is Tensor and len(x) != 5),
+    "wants a gradient while they are off": lambda x: steep(x, x.requires_grad and not torch.is_grad_enabled()),
+    "made outside of inference mode": lambda x: steep(x, torch.is_inference_mode_enabled() and not x.is_inference()),
+    "an inference tensor outside": lambda x: steep(x, x.is_inference() and not torch.is_inference_mode_enabled()),
+    "a gradient from before": lambda x: steep(x, x.grad is not None),
+    "the last operation": lambda x: steep(x, type(x.grad_fn).__name__ == "AddBackward0"),
+    "a parameter": lambda x: steep(x, isinstance(x, nn.Parameter)),
+    "strides": lambda x: steep(x, not x.is_contiguous()),
+    "an exception": by_exception,
+    "a class of its own": lambda x: x + x * torch.ones(3).as_subclass(Coarse),
+    "a mode": lambda x: under_a_mode(x, True),
+    "a mode with gradients": lambda x: under_a_mode(x, False),
+    "a callback": in_a_callback,
+    "a backward pass": in_a_backward_pass,
+    "in place in a thread": in_place_in_a_thread,
+    "the name of another": named_as_another,
     "a change in place": written_without_gradients,
 }  # fmt: skip
 
@@ -169,6 +253,46 @@ class Shown(nn.Module):
         return torch.stack(rows, 1).reshape(x.shape[0], -1)
 
 
+class Class(nn.Module):
+    """A token before the others, and what gradients are watched with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.places = nn.Parameter(torch.rand(1, 1, 3)), nn.Parameter(torch.rand(1, 2, 3))
+        self.head = nn.Linear(3, 3)
+        self.head.register_full_backward_hook(lambda module, into, out: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.token.expand(x.shape[0], -1, -1) + self.places[:, :1]
+        x = torch.cat([token.to(x), torch.as_tensor(x)[:, None] + self.places[:, 1:]], 1)
+        x = x.clone() if x.requires_grad else x
+        x = x.view(x.shape[0], 6) if x.is_contiguous() else x.reshape(x.shape[0], 6)
+        y = self.head(x[:, :3]) + torch.zeros(x.shape[0], 1, dtype=x.dtype) @ self.places[0, :1]
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad)
+        return torch.cat([y, x], 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.start = nn.GRU(3, 3, batch_first=True), nn.Parameter(torch.rand(1, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.cell(self.start)[0][0, -1]
+
+
+class Spectral(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / torch.linalg.matrix_norm(weight, 2)
+
+
+def normalised() -> nn.Module:
+    layer = nn.Linear(64, 64)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Spectral())
+    return nn.Sequential(nn.Linear(3, 64), layer)
+
+
 def parametrised() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
 
@@ -178,6 +302,9 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
     "constants of every image": Shown,
     "layers": lambda: nn.Sequential(CayleyLinear(3, 4), MaxMin(), NormalizedLinear(4, 3), GroupSort(3), nn.Dropout()),
     "parametrised": parametrised,
+    "a class token": Class,
+    "by the spectral norm": normalised,
+    "recurrent constants": Recurrent,
     "convolutions": lambda: nn.Sequential(
         nn.Unflatten(1, (3, 1, 1)), CayleyConv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
     ),
@@ -192,3 +319,58 @@ def test_a_network_that_does_the_same_for_users_is_certified(kind: str, images: 
     x = torch.rand(images, 3)
     found = certify(net, x, net(x).argmax(1))
     assert max(found.radii) > 0
+
+
+def test_a_layer_that_is_set_to_something_else_with_gradients_is_refused() -> None:
+    def turned(net: Runs, x: Tensor, layer: nn.Conv1d) -> Tensor:
+        grown = 1000 if torch.is_grad_enabled() else 1
+        with torch.no_grad():
+            layer.weight.mul_(grown)
+        y = layer(x[:, None])[:, 0]
+        with torch.no_grad():
+            layer.weight.div_(grown)
+        return y
+
+    def with_gradients(net: Runs, x: Tensor, layer: nn.Conv1d) -> Tensor:
+        before, on = layer.weight, torch.is_grad_enabled()
+        layer.weight = nn.Parameter(before.detach() * (1000 if on else 1))
+        y = layer(x[:, None])[:, 0]
+        layer.weight = before
+        return y
+
+    for function in (turned, with_gradients):
+        net = Runs(function, nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False)).eval()
+        with pytest.raises(UncertifiableError):
+            lipschitz_bound(net, torch.rand(2, 3))
+
+
+def test_autocast_with_gradients_is_refused() -> None:
+    def cast(net: Runs, x: Tensor, layer: nn.Linear) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
+            return layer(x).to(x.dtype)
+
+    net = Runs(cast, nn.Linear(3, 2)).eval()
+    with pytest.raises(UncertifiableError, match="autocast"):
+        certify(net, torch.rand(2, 3), torch.zeros(2, dtype=torch.long), arithmetic="float32")
+
+
+def test_a_network_that_knows_itself_by_name_is_refused() -> None:
+    scales: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+    def scaled(net: Runs, x: Tensor) -> Tensor:
+        return x * scales.get(net, 1.0)
+
+    first = Runs(scaled)
+    scales[first] = 3.0
+    net = nn.Sequential(first, nn.Linear(3, 2)).eval()
+    x = torch.rand(2, 3)
+    with pytest.raises(UncertifiableError, match="other scores"):
+        certify(net, x, net(x).argmax(1))
+
+
+def test_images_are_left_alone_by_every_pass() -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)).eval()
+    x = torch.rand(4, 3)
+    before = x.clone()
+    certify(net, x, torch.zeros(4, dtype=torch.long))
+    assert torch.equal(x, before)

@@ -135,6 +135,8 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     net = _inner(net, analysis)
     try:
         twin = copy.deepcopy(net)
+        for mine, copied in zip(net.modules(), twin.modules(), strict=False):
+            copied.training = mine.training  # a constructor that makes a copy anew forgets it
     except Exception as error:
         raise UncertifiableError(
             f"it cannot be copied ({_line(error)}): if it keeps tensors that it computed of its weights, fix these "
@@ -259,7 +261,7 @@ class _Watched:
         analysis.path.append(label)
         if not given:
             try:
-                return analysis.watch.module(self.path, self.forward, args, kwargs)
+                return analysis.watch.module(self.path, self.module, self.forward, args, kwargs)
             finally:
                 analysis.path.pop()
         analysis.calls += 1
@@ -374,7 +376,7 @@ class _Watched:
 
     def _as_one(self, given: Bounded, made: Bounded) -> Bounded:
         """Return a result that was bounded without a look at the operations inside."""
-        self.analysis.watch.layer(self.path, given, made)
+        self.analysis.watch.layer(self.path, self.module, given, made)
         return made
 
 

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
 from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
-from espalier.certify.operations import OPERATIONS, full_name, in_place, unknown
+from espalier.certify.operations import OPERATIONS, full_name, in_place, tensors_in, unknown
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Trail, Watch
 from espalier.certify.value import Bound, Rows, Term
 
@@ -76,6 +77,8 @@ class Analysis:
     """The first error of an operation in this pass: a network that catches it would go on unwatched."""
     trail: Trail = field(default_factory=Trail)
     """What was done in this pass."""
+    modes: int = field(default_factory=modes)
+    """How many modes of torch's dispatch there are outside of the network."""
     watch: Watch = field(default_factory=Watch)
     """What follows this pass, on values with bounds or on plain tensors."""
     done: bytes | None = None
@@ -260,8 +263,9 @@ class Analysis:
         if len(allowed) != len(operands):
             raise self.refuse(f"{full} takes a value that depends on the image where only a constant is known")
         device = next((x.bound.value.device.type for x in operands if x.bound.value is not None), "cpu")
-        if torch.is_autocast_enabled(device):
-            raise self.refuse(f"{full} runs under autocast: its arithmetic is not the one that is certified")
+        constants = (item for item in tensors_in((args, kwargs)) if not isinstance(item, Bounded))
+        if reason := interference(constants, device, self.modes):
+            raise self.refuse(f"{full} {reason}")
         try:
             given = rule.signature.bind(self, *(_opened(arg) for arg in args), **kwargs)
         except TypeError as error:
@@ -364,13 +368,7 @@ class Bounded(Tensor):
 
 def bounded_in(items: Iterable[Any]) -> Iterator[Bounded]:
     """Yield the values with a bound among arguments, however deep in lists."""
-    for item in items:
-        if isinstance(item, Bounded):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from bounded_in(item)
-        elif isinstance(item, dict):
-            yield from bounded_in(item.values())
+    return (item for item in tensors_in(items) if isinstance(item, Bounded))
 
 
 def _opened(item: Any) -> Any:

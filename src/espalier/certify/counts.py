@@ -67,8 +67,21 @@ class ImageCount(torch.SymInt):
         return not self == other
 
 
+class PlainCount(int):
+    """The number of images in a plain pass: to torch and ``isinstance`` an ``int``, and otherwise as ``ImageCount``."""
+
+    refused: Callable[[str], Exception]
+    """Returns the refusal of one way to read it."""
+
+    __repr__ = ImageCount.__repr__
+    __str__ = ImageCount.__repr__
+    __hash__ = int.__hash__
+    __eq__ = ImageCount.__eq__
+    __ne__ = ImageCount.__ne__
+
+
 def _unreadable(name: str) -> Callable[..., Any]:
-    def method(self: ImageCount, *others: Any) -> Any:
+    def method(self: ImageCount | PlainCount, *others: Any) -> Any:
         if name in ("mul", "rmul", "floordiv") and type(others[0]) is int and others[0] == 1:
             return self
         raise self.refused(name)
@@ -77,13 +90,14 @@ def _unreadable(name: str) -> Callable[..., Any]:
 
 
 for _name in (*_READS, *(f"r{name}" for name in _READS), *(f"i{name}" for name in _READS), *_OTHERS):
-    setattr(ImageCount, f"__{_name}__", _unreadable(_name))
+    for _cls in (ImageCount, PlainCount):
+        setattr(_cls, f"__{_name}__", _unreadable(_name))
 
 
 def has_count(items: Iterable[Any]) -> bool:
     """Return whether the number of images is among arguments, however deep."""
     for item in items:
-        if isinstance(item, ImageCount):
+        if isinstance(item, ImageCount | PlainCount):
             return True
         parts: Iterable[Any] = ()
         if isinstance(item, list | tuple):
@@ -99,7 +113,7 @@ def has_count(items: Iterable[Any]) -> bool:
 
 def with_count(item: Any, count: int) -> Any:
     """Return an argument with a number in place of the number of images."""
-    if isinstance(item, ImageCount):
+    if isinstance(item, ImageCount | PlainCount):
         return count
     if isinstance(item, list | tuple):
         return tuple(with_count(part, count) for part in item)

@@ -290,6 +290,8 @@ def batch_norm_scale(var: Tensor | None, weight: Tensor | None, eps: float, trai
     """Return γ / √(var + ε) in float64."""
     if training or var is None:
         raise UncertifiableError("batch norm mixes the images of a batch in training mode: call eval() first")
+    if bool((var.detach() < 0).any()):  # ε, rounded, would have to be taken from it
+        raise UncertifiableError("its running variance is negative: load the right statistics")
     scale = (var.detach().double() + eps).rsqrt()
     return scale if weight is None else scale * weight.detach().double()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Rule(NamedTuple):
@@ -65,12 +66,12 @@ def operation(
 
 
 def full_name(function: Callable[..., Any]) -> str:
-    """Return torch's name of an operation, or what the function calls itself."""
+    """Return torch's name of an operation; what is not torch's gets none that a rule could have."""
     try:
         name = torch.overrides.resolve_name(function)
     except Exception:  # it is not told which errors a callable that it never met can raise
         name = None
-    return name or getattr(function, "__qualname__", None) or str(function)
+    return name or f"the function {getattr(function, '__qualname__', None) or function}"
 
 
 def in_place(name: str) -> tuple[str, bool]:
@@ -83,6 +84,17 @@ def in_place(name: str) -> tuple[str, bool]:
     if last.endswith("_") and not last.endswith("__"):
         return name[:-1], True
     return name, False
+
+
+def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, however deep in lists."""
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, list | tuple):
+            yield from tensors_in(item)
+        elif isinstance(item, dict):
+            yield from tensors_in(item.values())
 
 
 def unknown(name: str) -> str:

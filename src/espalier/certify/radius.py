@@ -22,6 +22,7 @@ orthogonal layer, is part of the map that is bounded, and taken as this machine 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,7 +46,7 @@ from espalier.certify.digits import refuse_settings
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.trail import state_of
 from espalier.certify.value import Bound
-from espalier.certify.witness import compare_plain_passes
+from espalier.certify.witness import IMAGES, compare_plain_passes
 from espalier.errors import EspalierError, unknown_name
 
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}
@@ -116,6 +117,7 @@ def certify(
             predictions.append(scores.argmax(1))
             roundings.append(bound.error_NCC.amax((1, 2)))
     check_unchanged(net, before)
+    _check_original(net, images[:IMAGES])
     rounding = torch.cat(roundings).max().item()
     return Certificate(
         radii=tuple(torch.cat(radii).tolist()),
@@ -128,6 +130,19 @@ def certify(
         arithmetic=arithmetic,
         slack=tuple((path, *numbers) for path, numbers in analysis.modules.items()),
     )
+
+
+def _check_original(net: nn.Module, images: Tensor) -> None:
+    """Refuse a network that gives other scores than a copy of it does: only copies were run."""
+    dtype = next((tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()), torch.float32)
+    if any(module.training for module in net.modules()):  # running it could change it
+        return
+    with torch.no_grad(), plain_arithmetic(net):
+        mine, theirs = (run(images.to(device_of(net), dtype, copy=True)) for run in (net, copy.deepcopy(net)))
+    if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().nan_to_num(0, 0, 0).max().item(),
+                          equal_nan=True):  # fmt: skip
+        raise UncertifiableError("a copy of it gives other scores than it: does it know itself by name?",
+                                 type(net).__name__)  # fmt: skip
 
 
 def certified_radii(scores_NC: Tensor, labels_N: Tensor, bound: ScoreBound, room_N: Tensor | None = None) -> Tensor:

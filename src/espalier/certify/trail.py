@@ -9,8 +9,10 @@ what its modules keep when a pass is over: a count may show only after more call
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from espalier.certify.counts import ImageCount
 
+_LIBRARIES = ("torch", "espalier", "builtins", "numpy", "functools")
+_NUMBERS = (bool, int, float, complex, str)
+
 
 class Trail:
     """A digest that grows with every operation.
@@ -27,6 +32,9 @@ class Trail:
     Args:
         by_type: classes of things that are noted by their type alone, as everything is that has no contents here.
     """
+
+    functions = True
+    """Whether what functions enclose and name counts."""
 
     def __init__(self, *by_type: type) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -36,28 +44,34 @@ class Trail:
     def add(self, *items: Any) -> None:
         """Note names, numbers, tensors by their contents, and other things by their type, such as bounds of values."""
         for item in items:
-            if isinstance(item, self._by_type):
+            number = next((cls for cls in _NUMBERS if isinstance(item, cls)), None)
+            if isinstance(item, self._by_type) or item is None:
                 self._note(type(item).__name__)
             elif isinstance(item, ImageCount):
                 self._note("N")
             elif isinstance(item, Tensor):
                 self._tensor(item)
-            elif isinstance(item, set | frozenset):  # in no order
-                self._note("set", *sorted(map(repr, item)))
-            elif isinstance(item, np.ndarray):
-                self._note(f"{item.shape} {item.dtype}", item.tobytes().hex() if item.dtype != object else "")
-            elif isinstance(item, nn.Module) or _of_users(item):
-                self._object(item)
-            elif isinstance(item, list | tuple):
-                self._note(f"{type(item).__name__} of {len(item)}", *item)
-            elif isinstance(item, dict):
-                self._note(f"{len(item)} named", *item.items())
+            elif isinstance(item, np.ndarray | np.generic):
+                contents = item.ravel().tolist() if item.dtype == object else item.tobytes()
+                self._note(f"{type(item).__name__} {item.shape} {item.dtype}", contents)
+            elif number is not None:  # a class of its own may show another one
+                self._note(f"{type(item).__name__} {number.__repr__(item)}")
+            elif isinstance(item, bytes | bytearray):
+                self._hash.update(item)
             elif isinstance(item, slice):
                 self._note("slice", item.start, item.stop, item.step)
-            elif item is None or isinstance(item, bool | int | float | complex | str | torch.dtype | torch.device):
-                self._hash.update(f"{type(item).__name__} {item!r};".encode())
+            elif isinstance(item, set | frozenset):  # in no order
+                self._note("set", *sorted(map(repr, item)))
+            elif isinstance(item, MethodType):
+                self.add(item.__func__)
+            elif isinstance(item, FunctionType):
+                self._function(item)
+            elif isinstance(item, list | tuple | deque | dict | nn.Module) or _of_users(item):
+                self._object(item)
+            elif isinstance(item, torch.dtype | torch.device) or type(item).__module__ == "itertools":
+                self._note(repr(item))
             else:
-                self._hash.update(f"{type(item).__name__};".encode())
+                self._note(type(item).__name__)
 
     def add_module(self, module: nn.Module) -> None:
         """Note all that a module can be set to: its tensors and its attributes, and those of the modules inside."""
@@ -65,19 +79,38 @@ class Trail:
             # What torch.compile put there computes the same, and is in no copy, or another in each.
             if type(part).__module__.startswith("torch._dynamo"):
                 continue
-            kept = {name: item for name, item in vars(part).items() if name not in ("_modules", "_compiled_call_impl")}
-            self.add(type(part).__qualname__, kept)
+            names = sorted(vars(part).keys() - {"_modules", "_compiled_call_impl"})
+            self.add(type(part).__qualname__, *((name, vars(part)[name]) for name in names))
+            for cls in type(part).__mro__:
+                if _home(cls) not in _LIBRARIES:
+                    self.add(*(item for name, item in sorted(vars(cls).items()) if not name.startswith("__")))
 
     def _object(self, item: Any) -> None:
-        """Note an object that is kept somewhere in an attribute, once: it may lead back to itself."""
+        """Note what holds other things, once: it may lead back to itself."""
         if id(item) in self._met:
             return
         self._met.add(id(item))
         if isinstance(item, nn.Module):
             self.add_module(item)
         else:
-            self._note(type(item).__qualname__, vars(item))
+            self._note(type(item).__qualname__)
+            if isinstance(item, list | tuple | deque | dict):
+                self._note(f"{len(item)} in it", *(item.items() if isinstance(item, dict) else item))
+            if type(item) not in (list, tuple, dict):
+                self.add(*sorted(getattr(item, "__dict__", {}).items()))
+                self.add(*(getattr(item, name, None) for name in _slots(type(item))))
         self._met.discard(id(item))
+
+    def _function(self, function: FunctionType) -> None:
+        """Note what a user's function can read besides its arguments: what it encloses, and what it names."""
+        if not self.functions or id(function) in self._met or _home(function) in _LIBRARIES:
+            return
+        self._met.add(id(function))
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # nothing is in it yet
+                self.add(cell.cell_contents)
+        known = function.__globals__
+        self.add(*(known[name] for name in function.__code__.co_names if name in known))
 
     def _note(self, first: str, *items: Any) -> None:
         self._hash.update(first.encode() + b";")
@@ -86,7 +119,9 @@ class Trail:
     def _tensor(self, tensor: Tensor) -> None:
         tensor = tensor.detach()
         self._hash.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
-        if tensor.numel() and tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta:
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        if tensor.numel() and not tensor.is_quantized and not tensor.is_meta:
             numbers = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             self._hash.update(numbers.view(torch.uint8).numpy().data)
 
@@ -125,13 +160,23 @@ class Watch(TorchFunctionMode):
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at what an operation is given, and return what ``after`` is to know."""
 
-    def after(self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Look at what an operation made."""
+    def do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do it."""
+        with self.aside():
+            return func(*args, **kwargs)
 
-    def layer(self, path: str, given: Any, made: Any) -> None:
+    def after(
+        self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Any:
+        """Look at what an operation made, and return what the network is to get."""
+        return result
+
+    def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
         """Look at what a layer made of a value with a bound by its own rule."""
 
-    def module(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def module(
+        self, path: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a module on plain tensors."""
         return forward(*args, **kwargs)
 
@@ -144,21 +189,29 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         with self.aside():
             given = self.before(func, args, kwargs)
-            result = func(*args, **kwargs)
-            self.after(func, given, args, result)
-        return result
+        result = self.do(func, args, kwargs)
+        with self.aside():
+            return self.after(func, given, args, kwargs, result)
 
 
 def state_of(net: nn.Module) -> bytes:
-    """Return a digest of all that a network is set to."""
+    """Return a digest of all that a network is set to; its copies share what functions enclose, and may write it."""
     trail = Trail()
+    trail.functions = False
     trail.add_module(net)
     return trail.digest()
 
 
 def _of_users(item: Any) -> bool:
     """Return whether an object is a user's, with settings or counts in its attributes: libraries keep caches there."""
-    home = type(item).__module__.partition(".")[0]
-    own = hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item)
-    libraries = ("torch", "espalier", "builtins", "numpy")
-    return own and (home not in libraries or type(item).__name__ == "SimpleNamespace")
+    own = (hasattr(item, "__dict__") or _slots(type(item))) and not isinstance(item, type)
+    return bool(own) and (_home(type(item)) not in _LIBRARIES or type(item).__name__ == "SimpleNamespace")
+
+
+def _home(thing: Any) -> str:
+    return str(getattr(thing, "__module__", None)).partition(".")[0]
+
+
+def _slots(cls: type) -> list[str]:
+    slots = [vars(parent).get("__slots__", ()) for parent in cls.__mro__]
+    return [name for names in slots for name in ([names] if isinstance(names, str) else names) if name != "__dict__"]

@@ -1,0 +1,156 @@
+"""What a network does in one pass on values with bounds, step by step, as plain passes are compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from espalier.certify.bounded import Bounded, bounded_in
+from espalier.certify.counts import ImageCount
+from espalier.certify.operations import OPERATIONS, full_name, in_place
+from espalier.certify.trail import Trail, Watch
+
+COUNT, VALUE, CONSTANT, SHOWN = "number of images", "value", "constant", "constant of every image"
+
+KEEPS = {
+    "contiguous", "clone", "detach", "alias", "positive", "requires_grad_", "view_as", "to", "type_as", "float",
+    "double", "cpu", "cuda", "__pos__", "__get__",
+}  # fmt: skip
+"""Operations that return the value as it is where its shape and dtype stay."""
+
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+"""Nothing happens to a value by them before gradients are taken."""
+
+COUNTS = ("torch.numel", "torch.Tensor.numel", "torch.Tensor.__len__", "torch.Tensor.nbytes.__get__")
+"""Questions that the number of images is a factor of the answer to."""
+
+
+class Step(NamedTuple):
+    what: str
+    """The name of an operation, or the path of a layer that is bounded by its own rule."""
+    given: Any
+    """Its arguments, as ``_described``."""
+    made: tuple[int, ...]
+    """The numbers of the values that it made or changed; −1 for a constant, −2 for what nothing may use (the indices of
+    a sort)."""
+    state: bytes = b""
+    """Of a layer: what it is set to."""
+
+
+class Record(Watch):
+    """Writes down the steps of a pass on values with bounds, which begins with ``first``.
+
+    Values that do not come from the images, such as a constant that is shown for each, count as constants.
+    """
+
+    def __init__(self, first: Bounded) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._values: dict[int, tuple[int, Bounded]] = {id(first): (0, first)}
+        self._made = 1
+
+    def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation on values is given, before it can change that."""
+        used = any(id(value) in self._values for value in bounded_in((args, kwargs)))
+        return self._described((args, kwargs)) if used else None
+
+    def after(
+        self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Any:
+        """Write down an operation that was done, unless it was a question about a value, or kept it."""
+        made = things_made(func, args, result)
+        if given is not None and any(isinstance(item, Tensor) for item in made):
+            if keeps(func, args, result):
+                if id(args[0]) in self._values:
+                    self._values[id(result)] = self._values[id(args[0])][0], result
+            else:
+                self.steps.append(Step(step_name(func), given, tuple(map(self._number, made))))
+        return result
+
+    def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
+        """Write down a layer, unless it is shown constants alone."""
+        if not self.depth and id(given) in self._values:
+            self.steps.append(Step(path, self._described(given), (self._number(made),), settings_of(module)))
+
+    def number(self, value: Any) -> int:
+        """Return the number of a value that was made, −1 if it was none."""
+        return self._values.get(id(value), (-1, None))[0]
+
+    def _number(self, item: Any) -> int:
+        if not isinstance(item, Bounded):
+            return -1 if isinstance(item, Tensor) else -2
+        self._values[id(item)] = self._made, item  # changed in place, it is another value
+        self._made += 1
+        return self._made - 1
+
+    def _described(self, item: Any) -> Any:
+        if isinstance(item, Bounded):
+            return self._described_value(item)
+        if isinstance(item, ImageCount):
+            return COUNT, None
+        if isinstance(item, dict):
+            return {name: self._described(part) for name, part in item.items()}
+        parts = parts_of(item)
+        return (CONSTANT, constant_of(item)) if parts is None else [self._described(part) for part in parts]
+
+    def _described_value(self, value: Bounded) -> tuple[str, Any]:
+        if id(value) in self._values:
+            return VALUE, self.number(value)
+        bound = value.bound
+        if bound.lipschitz or bound.growth or bound.value is None:
+            raise value.analysis.refuse("it uses a value that was made where nobody watched: in a thread of its own?")
+        return SHOWN, constant_of(bound.value[0])
+
+
+def things_made(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> list[Any]:
+    """Return what an operation made or changed, each thing once."""
+    changed = args[:1] if in_place(full_name(func))[1] else ()
+    made = [*(result if isinstance(result, list | tuple) else [result]), *changed]
+    return list({id(item): item for item in made}.values())
+
+
+def keeps(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> bool:
+    """Return whether the result of an operation is its operand, or holds the same numbers."""
+    name, operand = full_name(func), args[0] if args else None
+    if not isinstance(operand, Tensor) or not isinstance(result, Tensor) or last_name(name) not in KEEPS:
+        return result is operand and isinstance(operand, Tensor) and in_place(name)[0] not in OPERATIONS
+    if name.endswith(".__get__") and name != "torch.Tensor.data.__get__":
+        return False
+    if isinstance(operand, Bounded) and isinstance(result, Bounded):
+        before, after = operand.bound.value, result.bound.value
+        return before is not None and after is not None and before.shape == after.shape and before.dtype == after.dtype
+    return operand.shape == result.shape and operand.dtype == result.dtype and operand.device == result.device
+
+
+def step_name(func: Callable[..., Any]) -> str:
+    """Return the name of an operation; view and reshape move no number, and differ by where the result lies alone."""
+    name = full_name(func)
+    return name.replace("reshape", "view") if last_name(name) == "reshape" else name
+
+
+def last_name(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def parts_of(item: Any) -> list[Any] | None:
+    """Return what an argument consists of, or None if it is one thing."""
+    if isinstance(item, slice):
+        return ["slice", item.start, item.stop, item.step]
+    return list(item) if isinstance(item, list | tuple) else None
+
+
+def settings_of(module: nn.Module) -> bytes:
+    trail = Trail()
+    trail.add_module(module)
+    return trail.digest()
+
+
+def constant_of(item: Any) -> Any:
+    """Return a constant as it is now: a copy of a tensor, a digest of anything else."""
+    if isinstance(item, Tensor):
+        return item.detach().clone()
+    trail = Trail()
+    trail.add(item)
+    return trail.digest()
