@@ -131,6 +131,7 @@ def step_name(func: Callable[..., Any]) -> str:
 
 
 def last_name(name: str) -> str:
+    """Return the name of an operation without where it stands."""
     return name.rpartition(".")[2]
 
 
