@@ -136,10 +136,11 @@ class Witness(Watch):
     ) -> Any:
         """Run a module, as one step if it was that."""
         step = self._next
-        one = step and step.what == path and len(args) == 1 and not kwargs and self._alike(step.given, args[0])
-        if self.depth or step is None or not one:
+        if self.depth or step is None or step.what != path or len(args) != 1 or kwargs:
             return forward(*args, **kwargs)
         with self.aside():
+            if not self._alike(step.given, args[0]):
+                raise self.refused("it is given another value")
             if settings_of(module) != step.state:
                 raise self.refused("it is set to something else")
             result = forward(*args)
