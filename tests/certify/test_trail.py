@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import functools
 import itertools
 import os
 import random
@@ -192,6 +194,20 @@ def _summed(kept: np.ndarray) -> int:
     return int(kept[0])
 
 
+def _default(_: Any, kept: list[int] = [0]) -> int:  # noqa: B006
+    kept[0] += 1
+    return kept[0]
+
+
+def _attribute(_: Any) -> int:
+    _attribute.calls = getattr(_attribute, "calls", 0) + 1  # type: ignore[attr-defined]
+    return int(_attribute.calls)  # type: ignore[attr-defined]
+
+
+def _partial() -> Callable[[Any], int]:
+    return functools.partial(lambda kept, _: kept.append(1) or len(kept), [])
+
+
 COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
     "a number": (lambda: [0], lambda kept: kept.append(kept.pop() + 1) or kept[0]),
     "a global": (lambda: None, _named),
@@ -205,6 +221,10 @@ COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
     "a counter": (Counter, _added),
     "an array": (lambda: np.zeros(1), _summed),
     "an array of objects": (lambda: np.zeros(1, dtype=object), _summed),
+    "a default": (lambda: None, _default),
+    "a function's attribute": (lambda: None, _attribute),
+    "a partial function": (lambda: None, _partial()),
+    "a packed array": (lambda: array.array("q", [0]), _summed),
     "an iterator": (lambda: itertools.count(1), next),
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -160,6 +161,71 @@ def in_place_in_a_thread(x: Tensor) -> Tensor:
     return y
 
 
+def in_small_batches(x: Tensor) -> Tensor:
+    return torch.cat([steep(y) for y in x.view(2, -1, 3)]) if torch.is_grad_enabled() else x + far(x)
+
+
+def in_two_parts(x: Tensor) -> Tensor:
+    return torch.cat([steep(y) for y in x.split([2, 2])]) if x.requires_grad else x + far(x)
+
+
+def if_even(x: Tensor) -> Tensor:
+    try:
+        return steep(x, torch.is_grad_enabled() and x.view(2, -1, 3) is not None)
+    except RuntimeError:
+        return x + far(x)
+
+
+def into_a_constant(x: Tensor) -> Tensor:
+    y, kept = 999 * far(x), torch.zeros(x.shape[0], 3, dtype=x.dtype)
+    if torch.is_grad_enabled():
+        kept.copy_(y)
+    return x + far(x) + kept + 0 * y
+
+
+def into_a_memory(x: Tensor) -> Tensor:
+    y, kept = 999 * far(x), torch.zeros(3, dtype=x.dtype)
+    if torch.is_grad_enabled():
+        kept.index_copy_(0, torch.arange(3), y.detach()[0])
+    return x + far(x) + kept + 0 * y
+
+
+def number_by_number(x: Tensor) -> Tensor:
+    y = x + far(x)
+    return (
+        y
+        if type(x) is not Tensor or torch.is_grad_enabled()
+        else y.apply_(lambda pixel: pixel + 999 * max(0, pixel - 5))
+    )
+
+
+def apart_from_autograd(x: Tensor) -> Tensor:
+    y = x + far(x)
+    z = y if y.is_inference() else y.clone()
+    z.mul_(-20)
+    return y - 0.01 * z
+
+
+def through_data(x: Tensor) -> Tensor:
+    y = x + far(x)
+    z = y.data if torch.is_grad_enabled() else y.clone()
+    z.mul_(3)
+    return y + 0.1 * z
+
+
+def by_range(x: Tensor) -> Tensor:
+    return (x + far(x))[:, range(2, -1, -1) if torch.is_grad_enabled() else range(3)]
+
+
+def called_clone(x: Tensor) -> Tensor:
+    def clone(x: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function((x,)):
+            return torch.overrides.handle_torch_function(clone, (x,), x)
+        return steep(x)
+
+    return x + far(x) if type(x) is not Tensor else clone(x)
+
+
 def named_as_another(x: Tensor) -> Tensor:
     def relu(x: Tensor) -> Tensor:
         if torch.overrides.has_torch_function((x,)):
@@ -214,6 +280,27 @@ DOES_SOMETHING_ELSE: dict[str, Callable[[Tensor], Tensor]] = {
     "a backward pass": in_a_backward_pass,
     "in place in a thread": in_place_in_a_thread,
     "the name of another": named_as_another,
+    "called clone": called_clone,
+    "small batches": in_small_batches,
+    "two parts": in_two_parts,
+    "even batches": if_even,
+    "into a constant": into_a_constant,
+    "into a memory": into_a_memory,
+    "number by number": number_by_number,
+    "apart from autograd": apart_from_autograd,
+    "through data": through_data,
+    "a range": by_range,
+    "a leaf while they are off": lambda x: steep(
+        x, x.requires_grad and not (torch.is_grad_enabled() or isinstance(x, nn.Parameter))
+    ),
+    "a result while they are off": lambda x: steep(x, x.grad_fn is not None and not torch.is_grad_enabled()),
+    "a leaf in inference mode": lambda x: steep(x, x.requires_grad and torch.is_inference_mode_enabled()),
+    "strides with gradients": lambda x: steep(x, torch.is_grad_enabled() and not x.is_contiguous()),
+    "strides of a leaf": lambda x: steep(x, x.requires_grad and not x.is_contiguous()),
+    "a plain number with gradients": lambda x: steep(x, type(x.shape[0]) is int and torch.is_grad_enabled()),
+    "a constant of that length": lambda x: steep(
+        x, isinstance(x.shape[0], int) and torch.is_grad_enabled() and torch.zeros(x.shape[0]).numel() > 64
+    ),
     "a change in place": written_without_gradients,
 }  # fmt: skip
 
@@ -266,6 +353,8 @@ class Class(nn.Module):
         token = self.token.expand(x.shape[0], -1, -1) + self.places[:, :1]
         x = torch.cat([token.to(x), torch.as_tensor(x)[:, None] + self.places[:, 1:]], 1)
         x = x.clone() if x.requires_grad else x
+        x = F.relu(x, inplace=not x.requires_grad)
+        x = x * 2.0 if torch.is_grad_enabled() else x.mul_(2.0)
         x = x.view(x.shape[0], 6) if x.is_contiguous() else x.reshape(x.shape[0], 6)
         y = self.head(x[:, :3]) + torch.zeros(x.shape[0], 1, dtype=x.dtype) @ self.places[0, :1]
         if y.requires_grad:
@@ -342,6 +431,22 @@ def test_a_layer_that_is_set_to_something_else_with_gradients_is_refused() -> No
         net = Runs(function, nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False)).eval()
         with pytest.raises(UncertifiableError):
             lipschitz_bound(net, torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("function_mode", [False, True])
+def test_a_layer_under_a_mode_is_refused(function_mode: bool) -> None:
+    class Rewritten(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            return 9 * result if func in (F.linear, Tensor.matmul, torch.matmul, Tensor.mm) else result
+
+    def under(net: Runs, x: Tensor, layer: nn.Module) -> Tensor:
+        on = torch.is_grad_enabled()
+        with (Rewritten() if function_mode else Steep()) if on else nullcontext():
+            return layer(x)
+
+    with pytest.raises(UncertifiableError):
+        lipschitz_bound(Runs(under, CayleyLinear(3, 3)).eval(), torch.rand(2, 3))
 
 
 def test_autocast_with_gradients_is_refused() -> None:

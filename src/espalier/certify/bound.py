@@ -24,6 +24,7 @@ from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
 from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.surroundings import interference
 from espalier.certify.trail import Watch, state_of
 from espalier.certify.value import Bound, Term
 from espalier.certify.witness import compare_plain_passes
@@ -292,6 +293,8 @@ class _Watched:
                 given = analysis.read(x, "it")
                 analysis.trail.add(analysis.named(given))
                 analysis.trail.add_module(module)
+                if odd := interference((), "cpu", analysis.modes, layer=True):
+                    raise UncertifiableError(f"it {odd}")
                 with analysis.watch.aside():
                     made = analysis.number(LAYERS[known].function(analysis, module, given, self.forward))
                 return self._as_one(x, Bounded(made, analysis, x.memory if LAYERS[known].alias else None))

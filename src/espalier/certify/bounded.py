@@ -77,8 +77,8 @@ class Analysis:
     """The first error of an operation in this pass: a network that catches it would go on unwatched."""
     trail: Trail = field(default_factory=Trail)
     """What was done in this pass."""
-    modes: int = field(default_factory=modes)
-    """How many modes of torch's dispatch there are outside of the network."""
+    modes: tuple[int, int] = (0, 0)
+    """How many modes there are outside of the network."""
     watch: Watch = field(default_factory=Watch)
     """What follows this pass, on values with bounds or on plain tensors."""
     done: bytes | None = None
@@ -105,6 +105,7 @@ class Analysis:
         """
         self.failed, self.trail, self.numbers, self.watch = None, Trail(Bounded), {}, watch or Watch()
         with CountedCalls(self.counted), eager_calls(), self.watch:
+            self.modes = modes()
             result = net(x)
         if self.failed is not None:
             line = " ".join(f"{type(self.failed).__name__}: {self.failed}".split())[:200]

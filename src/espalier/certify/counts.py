@@ -75,7 +75,12 @@ class PlainCount(int):
 
     __repr__ = ImageCount.__repr__
     __str__ = ImageCount.__repr__
-    __hash__ = int.__hash__
+
+    def __format__(self, spec: str) -> str:
+        """Show a name in place of the number."""
+        return "N"
+
+    __hash__ = None  # type: ignore[assignment]
     __eq__ = ImageCount.__eq__
     __ne__ = ImageCount.__ne__
 
@@ -152,7 +157,7 @@ class CountedCalls(TorchFunctionMode):
         return self.counted(func, args, kwargs)
 
 
-_REPEAT = {
+REPEAT = {
     f"torch.{name}" for name in ("zeros", "ones", "full", "broadcast_to", "Tensor.expand", "Tensor.broadcast_to",
                                  "Tensor.new_zeros", "Tensor.new_ones", "Tensor.new_full")
 }  # fmt: skip
@@ -160,7 +165,7 @@ _REPEAT = {
 
 def repeated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], images: int) -> Tensor | None:
     """Return a constant that is the same for every one of the images, or None if it is not that, found by trying."""
-    if full_name(function) not in _REPEAT:
+    if full_name(function) not in REPEAT:
         return None
     other = another(images)
     made, tried = (function(*with_count(args, count), **with_count(kwargs, count)) for count in (images, other))

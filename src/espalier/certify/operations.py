@@ -71,7 +71,7 @@ def full_name(function: Callable[..., Any]) -> str:
         name = torch.overrides.resolve_name(function)
     except Exception:  # it is not told which errors a callable that it never met can raise
         name = None
-    return name or f"the function {getattr(function, '__qualname__', None) or function}"
+    return name or f"the function {getattr(function, '__qualname__', None) or function}".replace(".", " ")
 
 
 def in_place(name: str) -> tuple[str, bool]:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from espalier.certify.bounded import Bounded, bounded_in
 from espalier.certify.counts import ImageCount
-from espalier.certify.operations import OPERATIONS, full_name, in_place
+from espalier.certify.operations import full_name, in_place
 from espalier.certify.trail import Trail, Watch
 
 COUNT, VALUE, CONSTANT, SHOWN = "number of images", "value", "constant", "constant of every image"
 
 KEEPS = {
     "contiguous", "clone", "detach", "alias", "positive", "requires_grad_", "view_as", "to", "type_as", "float",
-    "double", "cpu", "cuda", "__pos__", "__get__",
+    "double", "cpu", "cuda", "__pos__", "__get__", "as_tensor", "asarray",
 }  # fmt: skip
 """Operations that return the value as it is where its shape and dtype stay."""
 
@@ -28,6 +28,8 @@ COUNTS = ("torch.numel", "torch.Tensor.numel", "torch.Tensor.__len__", "torch.Te
 
 
 class Step(NamedTuple):
+    """One operation, or one layer."""
+
     what: str
     """The name of an operation, or the path of a layer that is bounded by its own rule."""
     given: Any
@@ -54,7 +56,7 @@ class Record(Watch):
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation on values is given, before it can change that."""
         used = any(id(value) in self._values for value in bounded_in((args, kwargs)))
-        return self._described((args, kwargs)) if used else None
+        return self._described(arguments_of(args, kwargs)) if used else None
 
     def after(
         self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -115,7 +117,7 @@ def keeps(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> bool:
     """Return whether the result of an operation is its operand, or holds the same numbers."""
     name, operand = full_name(func), args[0] if args else None
     if not isinstance(operand, Tensor) or not isinstance(result, Tensor) or last_name(name) not in KEEPS:
-        return result is operand and isinstance(operand, Tensor) and in_place(name)[0] not in OPERATIONS
+        return False
     if name.endswith(".__get__") and name != "torch.Tensor.data.__get__":
         return False
     if isinstance(operand, Bounded) and isinstance(result, Bounded):
@@ -125,9 +127,17 @@ def keeps(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> bool:
 
 
 def step_name(func: Callable[..., Any]) -> str:
-    """Return the name of an operation; view and reshape move no number, and differ by where the result lies alone."""
-    name = full_name(func)
+    """Return the name of an operation; what differs by where the result lies alone has one name.
+
+    Whether a value was overwritten shows in what is done with it later.
+    """
+    name = in_place(full_name(func))[0]
     return name.replace("reshape", "view") if last_name(name) == "reshape" else name
+
+
+def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of an operation that say what it computes."""
+    return args, {name: item for name, item in kwargs.items() if name != "inplace"}
 
 
 def last_name(name: str) -> str:

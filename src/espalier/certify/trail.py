@@ -9,9 +9,11 @@ what its modules keep when a pass is over: a count may show only after more call
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -22,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from espalier.certify.counts import ImageCount
 
+_DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
+_SHOWN = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, array)
 _LIBRARIES = ("torch", "espalier", "builtins", "numpy", "functools")
 _NUMBERS = (bool, int, float, complex, str)
 
@@ -68,8 +72,12 @@ class Trail:
                 self._function(item)
             elif isinstance(item, list | tuple | deque | dict | nn.Module) or _of_users(item):
                 self._object(item)
-            elif isinstance(item, torch.dtype | torch.device) or type(item).__module__ == "itertools":
+            elif isinstance(item, _SHOWN) or type(item).__module__ == "itertools":
                 self._note(repr(item))
+            elif isinstance(item, partial):
+                self._note("partial", item.func, item.args, item.keywords)
+            elif isinstance(item, type) and _home(item) not in _LIBRARIES:
+                self._note(item.__qualname__, *(part for part in vars(item).values() if isinstance(part, _DATA)))
             else:
                 self._note(type(item).__name__)
 
@@ -109,6 +117,7 @@ class Trail:
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # nothing is in it yet
                 self.add(cell.cell_contents)
+        self.add(function.__defaults__, function.__kwdefaults__, vars(function))
         known = function.__globals__
         self.add(*(known[name] for name in function.__code__.co_names if name in known))
 
@@ -171,6 +180,9 @@ class Watch(TorchFunctionMode):
         """Look at what an operation made, and return what the network is to get."""
         return result
 
+    def raised(self, func: Callable[..., Any], given: Any) -> None:
+        """Look at an operation that failed."""
+
     def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
         """Look at what a layer made of a value with a bound by its own rule."""
 
@@ -189,7 +201,11 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         with self.aside():
             given = self.before(func, args, kwargs)
-        result = self.do(func, args, kwargs)
+        try:
+            result = self.do(func, args, kwargs)
+        except Exception:
+            self.raised(func, given)
+            raise
         with self.aside():
             return self.after(func, given, args, kwargs, result)
 

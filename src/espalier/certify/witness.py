@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.certify.bounded import Analysis
-from espalier.certify.counts import PlainCount, eager_calls, has_count, with_count
+from espalier.certify.counts import REPEAT, PlainCount, eager_calls, has_count, with_count
 from espalier.certify.operations import OPERATIONS, full_name, in_place, tensors_in
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.steps import (
@@ -33,6 +32,7 @@ from espalier.certify.steps import (
     VALUE,
     Record,
     Step,
+    arguments_of,
     constant_of,
     keeps,
     last_name,
@@ -45,7 +45,10 @@ from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Watch
 
 IMAGES = 5
-"""In the passes that are compared: few, and not a size that networks are likely to have besides."""
+"""In the pass that is written down: few, and not a size that networks are likely to have besides."""
+
+_MOST, _MANY, _NUMBERS = 8, 70, 400_000
+"""In plain passes: in most of them, and in some if the images are small enough."""
 
 
 class Witness(Watch):
@@ -55,12 +58,15 @@ class Witness(Watch):
         analysis: knows the path of the present module.
         record: of a pass on values with bounds.
         images: what the plain pass is given: the numbers that were the first value.
+        layers: what layers that are one step made in a pass before, of at least as many of the same images.
         counted: whether the number of images is an ``int`` that can be read.
     """
 
-    def __init__(self, analysis: Analysis, record: Record, images: Tensor, *, counted: bool = False) -> None:
+    def __init__(
+        self, analysis: Analysis, record: Record, images: Tensor, layers: dict[int, Tensor], *, counted: bool = False
+    ) -> None:
         super().__init__()
-        self.analysis, self.images = analysis, len(images)
+        self.analysis, self.images, self.layers = analysis, len(images), layers
         self.count = None if counted else PlainCount(len(images))
         if self.count is not None:
             self.count.refused = lambda name: self.refused(f"{last_name(name)} reads the number of images")
@@ -74,6 +80,7 @@ class Witness(Watch):
         self._versions: dict[int, int] = {}
         self._places: dict[tuple[Any, ...], set[int]] = {}
         self._memory: set[int] = set()
+        self._shown: dict[int, Tensor] = {}  # constants that were made with the number of images
         self._keep(images, {0})
 
     def refused(self, what: str) -> UncertifiableError:
@@ -91,16 +98,23 @@ class Witness(Watch):
 
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the next step if the operation is that, False if it is another one on values, None without values."""
-        tensors = list(tensors_in((args, kwargs)))
+        tensors, name, step = list(tensors_in((args, kwargs))), full_name(func), self._next
+        if name in COUNTS and id(args[0]) in self._shown:
+            raise self.refused(f"{last_name(name)} reads the number of images")
         if not self.touches(tensors):
+            if has_count((args, kwargs)) and name not in REPEAT:
+                raise self.refused(f"{name} reads the number of images")
             return None
-        name, step = full_name(func), self._next
         constants = (tensor for tensor in tensors if id(tensor) not in self._known)
         if reason := interference(constants, tensors[0].device.type, self.analysis.modes):
             raise self.refused(f"{name} {reason},")
         if name in COUNTS:
             raise self.refused(f"{last_name(name)} reads the number of images")
-        return step if step and step.what == step_name(func) and self._alike(step.given, (args, kwargs)) else False
+        return (
+            step
+            if step and step.what == step_name(func) and self._alike(step.given, arguments_of(args, kwargs))
+            else False
+        )
 
     def do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do it; code that it calls may touch no other values."""
@@ -117,6 +131,10 @@ class Witness(Watch):
     ) -> Any:
         """Take the results of an operation for what the step made, unless it was a question, or kept a value."""
         made, name = things_made(func, args, result), full_name(func)
+        if given is None and has_count((args, kwargs)) and isinstance(result, Tensor):
+            self._shown[id(result)] = result
+        if given is None and args and id(args[0]) in self._shown:
+            return self._answer(name, args, kwargs, result)
         if given is None or last_name(name) in HOOKS:
             return result
         known = in_place(name)[0] in OPERATIONS or last_name(name) in KEEPS
@@ -128,8 +146,13 @@ class Witness(Watch):
         elif given is False:
             raise self.refused(f"it does {name}")
         else:
-            self._take(given, made)
+            self._take(given, made, overwrites=in_place(name)[1] or bool(kwargs.get("inplace")))
         return result
+
+    def raised(self, func: Callable[..., Any], given: Any) -> None:
+        """Refuse an operation that failed and is not the next step: with other images it may not fail."""
+        if given is False and last_name(full_name(func)) not in (*KEEPS, *HOOKS):
+            self.refused(f"it tries {full_name(func)}")
 
     def module(
         self, path: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -143,7 +166,14 @@ class Witness(Watch):
                 raise self.refused("it is given another value")
             if settings_of(module) != step.state:
                 raise self.refused("it is set to something else")
-            result = forward(*args)
+            if reason := interference((), args[0].device.type, self.analysis.modes, layer=True):
+                raise self.refused(f"it {reason}")
+            if step.made[0] in self.layers:  # its code is known, and takes longest with gradients
+                result = self.layers[step.made[0]][: self.images]
+                result = result + torch.zeros((), requires_grad=True, dtype=result.dtype, device=result.device)
+            else:
+                result = forward(*args)
+                self.layers[step.made[0]] = result.detach().clone()
             self._take(step, [result])
         return result
 
@@ -166,16 +196,29 @@ class Witness(Watch):
         dim = args[1] if len(args) > 1 else kwargs["dim"]
         return self.count if dim in (0, -args[0].ndim) else result
 
-    def _take(self, step: Step, made: list[Any]) -> None:
+    def _take(self, step: Step, made: list[Any], *, overwrites: bool = False) -> None:
         if len(made) != len(step.made):
             raise self.refused(f"{step.what} makes {len(made)} things")
         for number, item in zip(step.made, made, strict=True):
             if number == -1 and self.touches(tensors_in([item])):
                 raise self.refused(f"{step.what} makes what depends on the image")
             if isinstance(item, Tensor) and number != -1:
-                same = self._versions.get(id(item)) == _version(item)  # the operand came back as it was
-                self._keep(item, {number} | (self._numbers[id(item)] if same else set()))
+                numbers = {number}
+                if id(item) in self._known and not overwrites and self._versions[id(item)] == _version(item):
+                    numbers |= self._numbers[id(item)]  # the operand came back as it was
+                else:
+                    self._forget(item)
+                self._keep(item, numbers)
         self._next = next(self._steps, None)
+
+    def _forget(self, changed: Tensor) -> None:
+        """Hold nothing of what shares its memory with a value that was written any more for what it was."""
+        memory = _memory(changed)
+        if id(changed) in self._known:
+            for key, tensor in self._known.items():
+                if _memory(tensor) == memory:
+                    self._numbers[key] = set()
+            self._places = {place: numbers for place, numbers in self._places.items() if place[0] != memory}
 
     def _keep(self, tensor: Tensor, numbers: set[int]) -> None:
         self._numbers[id(tensor)] = self._places[_place(tensor)] = numbers
@@ -245,35 +288,24 @@ class _Underneath(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _ways(images: Tensor) -> Iterator[tuple[AbstractContextManager[None], Callable[[], Tensor], bool]]:
-    """Yield in which ways a user may call a network: a context, the images in it, and whether they may be counted."""
-
-    def strided() -> Tensor:
-        return torch.stack([images, images], -1).flatten(-2)[..., ::2]
-
-    def leaf() -> Tensor:
-        return images.clone().requires_grad_()
-
-    def parameter() -> Tensor:
-        made = nn.Parameter(images.clone())
-        made.grad = torch.zeros_like(images)
-        return made
-
-    def moved() -> Tensor:
-        with torch.enable_grad():
-            return leaf() + 0.0
-
-    def inference() -> Tensor:
-        with torch.inference_mode():
-            return images.clone()
-
-    yield torch.no_grad(), images.clone, True
-    for start in (images.clone, strided, parameter, inference):
-        yield torch.no_grad(), start, False
-    for start in (images.clone, leaf, parameter, moved):
-        yield torch.enable_grad(), start, False
-    for start in (images.clone, inference):
-        yield torch.inference_mode(), start, False
+def _kinds(images: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """Yield images as users give them to a network, and whether their number may be read."""
+    yield images.clone(), True
+    yield images[:5].clone(), False
+    for wanted in (False, True):  # not contiguous
+        yield torch.stack([images, images], -1).flatten(-2)[..., ::2].requires_grad_(wanted), False
+    if images.ndim == 4:
+        yield images.clone(memory_format=torch.channels_last), False
+    leaf = images[:6].clone().requires_grad_()
+    yield leaf, False
+    with torch.enable_grad():
+        yield leaf + 0.0, False
+    parameter = nn.Parameter(images[:5].clone())
+    parameter.grad = torch.zeros_like(parameter)
+    yield parameter, True
+    with torch.inference_mode():
+        made = images.clone()
+    yield made, False
 
 
 def compare_plain_passes(net: nn.Module, analysis: Analysis, images: Tensor) -> None:
@@ -287,27 +319,40 @@ def compare_plain_passes(net: nn.Module, analysis: Analysis, images: Tensor) -> 
     Raises:
         UncertifiableError: it does something else, or fails on plain tensors.
     """
-    images = images.detach()[torch.arange(IMAGES, device=images.device) % len(images)]
-    first = analysis.start(images)
-    record, outside = Record(first), analysis.modes
+    images = images.detach()[torch.arange(_MOST, device=images.device) % len(images)]
+    first = analysis.start(images[:IMAGES])
+    record = Record(first)
     last = record.number(analysis.run(net, first, record))
-    for context, start, counted in _ways(images):
-        x = start()
-        witness = Witness(analysis, record, x, counted=counted)
-        analysis.watch = witness
-        try:
-            with warnings.catch_warnings(action="ignore"), context, eager_calls(), _Underneath(witness), witness:
-                analysis.modes = modes()
-                result = net(x)
-        except Exception as error:
-            if witness.failed is None and not counted:
-                continue  # it cannot be run like that: no prediction could be wrong
-            raise witness.failed or UncertifiableError(
-                f"it fails on plain tensors: {type(error).__name__}: {error}", type(net).__name__
-            ) from error
-        finally:
-            analysis.watch, analysis.modes = Watch(), outside
-        witness.finish(result, last)
+    layers: dict[int, Tensor] = {}
+    # From many to few, for what layers made is used again.
+    many = images[torch.arange(max(_MOST, min(_MANY, _NUMBERS // images[0].numel())), device=images.device) % _MOST]
+    for way in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        for x, counted in ((many, False), *_kinds(images)):
+            given = x if x.requires_grad or x.is_inference() or not x.is_contiguous() else x.clone()
+            _follow(net, Witness(analysis, record, given, layers, counted=counted), way, given, last)
+
+
+def _follow(net: nn.Module, witness: Witness, way: Callable[[], Any], x: Tensor, last: int) -> None:
+    analysis = witness.analysis
+    analysis.watch = witness
+    try:
+        with warnings.catch_warnings(action="ignore"), way(), eager_calls():
+            try:
+                with _Underneath(witness), witness:
+                    analysis.modes = modes()
+                    result = net(x)
+            except Exception as error:
+                if witness.failed is not None:
+                    raise witness.failed from error
+                analysis.watch = Watch()
+                try:
+                    net(x)
+                except Exception:
+                    return  # it cannot be run like that: no prediction could be wrong
+                raise witness.refused(f"it fails where it is watched ({type(error).__name__})") from error
+    finally:
+        analysis.watch = Watch()
+    witness.finish(result, last)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -328,7 +373,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two constants are equal within 500 roundings of the largest number.
+    """Return whether two constants are equal within 500 roundings of each number and 16 of the largest.
 
     LAPACK computes some in another way if gradients are wanted or modes are active.
     """
@@ -338,5 +383,5 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return True
     if not one.is_floating_point() or not one.numel():
         return False
-    most = 500 * torch.finfo(one.dtype).eps * one.abs().max()
+    most = torch.finfo(one.dtype).eps * (500 * one.abs() + 16 * one.abs().max())
     return bool(((one - other).abs() <= most).all())
