@@ -93,7 +93,8 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
 
     Args:
         net: the network, its input normalisation included.
-        example: images (B, …) of the size in question. Without it, what depends on the size is refused.
+        example: images (B, …) of the size in question. Without it, what depends on the size is refused, and it cannot
+            be seen whether the network does the same on plain tensors.
 
     Raises:
         UncertifiableError: an operation or a module without a known finite constant, with the path of the module.

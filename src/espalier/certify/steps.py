@@ -153,6 +153,7 @@ def parts_of(item: Any) -> list[Any] | None:
 
 
 def settings_of(module: nn.Module) -> bytes:
+    """Return a digest of all that a module is set to."""
     trail = Trail()
     trail.add_module(module)
     return trail.digest()
