@@ -51,6 +51,10 @@ _MOST, _MANY, _NUMBERS = 8, 70, 400_000
 """In plain passes: in most of them, and in some if the images are small enough."""
 
 
+Layers = dict[tuple[Any, ...], tuple[Tensor, bool]]
+"""By number, context and kind of input: what a layer made, and whether that wants a gradient."""
+
+
 class Witness(Watch):
     """Follows a plain pass along the steps of a record, and refuses the first that is another.
 
@@ -58,12 +62,12 @@ class Witness(Watch):
         analysis: knows the path of the present module.
         record: of a pass on values with bounds.
         images: what the plain pass is given: the numbers that were the first value.
-        layers: what layers that are one step made in a pass before, of at least as many of the same images.
+        layers: what layers that are one step made of the same images in passes before.
         counted: whether the number of images is an ``int`` that can be read.
     """
 
     def __init__(
-        self, analysis: Analysis, record: Record, images: Tensor, layers: dict[int, Tensor], *, counted: bool = False
+        self, analysis: Analysis, record: Record, images: Tensor, layers: Layers, *, counted: bool = False
     ) -> None:
         super().__init__()
         self.analysis, self.images, self.layers = analysis, len(images), layers
@@ -168,12 +172,15 @@ class Witness(Watch):
                 raise self.refused("it is set to something else")
             if reason := interference((), args[0].device.type, self.analysis.modes, layer=True):
                 raise self.refused(f"it {reason}")
-            if step.made[0] in self.layers:  # its code is known, and takes longest with gradients
-                result = self.layers[step.made[0]][: self.images]
-                result = result + torch.zeros((), requires_grad=True, dtype=result.dtype, device=result.device)
+            x = args[0]
+            key = step.made[0], torch.is_grad_enabled(), x.requires_grad, x.is_inference()
+            # Its code is known, and takes longest with gradients: once for every kind of input is enough.
+            if key in self.layers and len(self.layers[key][0]) >= self.images:
+                value, wants = self.layers[key]
+                result = value[: self.images] + torch.zeros_like(value[0], requires_grad=wants)
             else:
-                result = forward(*args)
-                self.layers[step.made[0]] = result.detach().clone()
+                result = forward(x)
+                self.layers[key] = result.detach().clone(), result.requires_grad
             self._take(step, [result])
         return result
 
@@ -323,7 +330,7 @@ def compare_plain_passes(net: nn.Module, analysis: Analysis, images: Tensor) -> 
     first = analysis.start(images[:IMAGES])
     record = Record(first)
     last = record.number(analysis.run(net, first, record))
-    layers: dict[int, Tensor] = {}
+    layers: Layers = {}
     # From many to few, for what layers made is used again.
     many = images[torch.arange(max(_MOST, min(_MANY, _NUMBERS // images[0].numel())), device=images.device) % _MOST]
     for way in (torch.no_grad, torch.enable_grad, torch.inference_mode):
