@@ -10,8 +10,6 @@ import os
 import pickle
 import stat
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import Timeout
 
 from espalier.data.cifar import CIFAR10_MD5, read_cifar10
 from espalier.data.digits import read_digits
@@ -28,8 +25,6 @@ from espalier.data.labelled import ImageData, LabelledImages, stratified_order
 from espalier.data.text import read_text
 from espalier.errors import EspalierError
 from espalier.files import (
-    lock_at,
-    locked,
     read_checked,
     read_object,
     read_regular,
@@ -356,62 +351,8 @@ def test_a_pipe_is_refused_where_a_file_is_read(tmp_path: Path, read: Callable[[
     read(tmp_path / "link")
 
 
-def test_a_lock_holds_under_every_name_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "place" / "run"
-    folder.mkdir(parents=True)
-    (tmp_path / "link").symlink_to(folder)
-    (tmp_path / "other").symlink_to(tmp_path / "place")
-    monkeypatch.chdir(folder)
-    names = [folder, tmp_path / "link", tmp_path / "other" / "run", Path(), Path("../run"), Path("../../link")]
-    for mine in names:
-        with locked(mine):
-            for other in names:
-                with pytest.raises(EspalierError, match="in use"), locked(other):
-                    pass
-    assert {path.name for path in tmp_path.rglob("*")} == {"place", "run", "link", "other"}
-    with locked(tmp_path / "new"), locked(folder):  # two folders, one of them not there yet
-        pass
-
-
 @pytest.mark.parametrize("text", ["plain é", "a\nb", "a\u2028b", os.fsdecode(b"d\xe9g"), "\x1b[2J"])
 def test_paths_in_messages_take_one_line(text: str) -> None:
     assert len(shown(Path(text)).encode().splitlines()) == len(shown(text).splitlines()) == 1
     assert "\x1b" not in shown(text)
     assert (shown(text) == text) == text.isprintable()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has locks of its own")
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_locks_hold_on_file_systems_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Network file systems answer in three ways that they have none; a kill must not leave one held for good."""
-    import fcntl
-
-    program = f"""if True:
-        import fcntl, os, sys
-        from pathlib import Path
-        from espalier.files import lock_at, locked
-        def flock(file, operation): raise OSError({code}, os.strerror({code}))
-        fcntl.flock = flock
-        with locked(Path(sys.argv[1])), lock_at(Path(sys.argv[2])):
-            print("held", flush=True)
-            sys.stdin.read()
-    """
-
-    def no_flock(file: object, operation: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
-    folder, claim = tmp_path / "run", tmp_path / "claim"
-    command = [sys.executable, "-c", program, str(folder), str(claim)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(EspalierError, match=r"run is in use by another process \(.*delete .*\.run\.lock"):
-            locked(folder).__enter__()
-        with pytest.raises(Timeout):
-            lock_at(claim).acquire()
-        other.kill()
-    for _ in range(2):
-        with locked(folder), lock_at(claim), pytest.raises(Timeout):
-            lock_at(claim).acquire()
-        assert list(tmp_path.iterdir()) == []

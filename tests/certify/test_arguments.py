@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 from espalier.certify import certify, lipschitz_bound
 from espalier.errors import EspalierError
+from tests.certify.test_counts import Runs
 
 NET = nn.Sequential(nn.Linear(4, 3)).eval()
 X = torch.linspace(0, 1, 8).view(2, 4)
@@ -51,15 +51,6 @@ def test_a_bound_needs_a_network_and_images(net: Any, example: Any) -> None:
 def test_labels_of_every_whole_kind_are_the_same(dtype: torch.dtype) -> None:
     labels = NET(X).argmax(1)
     assert certify(NET, X, labels.to(dtype)).radii == certify(NET, X, labels).radii
-
-
-class Runs(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize(("one", "other"), [

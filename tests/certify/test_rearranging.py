@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from espalier.certify import UncertifiableError, lipschitz_bound
+from tests.certify.test_counts import Runs
 
 AXES = st.integers(-4, 3)
 PADS = st.lists(st.integers(-1, 2), min_size=4, max_size=4)
@@ -41,15 +42,6 @@ MOVES: dict[str, st.SearchStrategy[Callable[[Tensor], Any]]] = {
     "pad": st.tuples(PADS, st.sampled_from(["constant", "reflect", "replicate", "circular"]))
     .map(lambda pair: lambda x: F.pad(x, *pair)),
 }  # fmt: skip
-
-
-class Runs(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @settings(max_examples=250, deadline=None)

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from espalier.certify.counts import ImageCount
 
 _DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
-_SHOWN = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, array)
+_BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, array)
 _LIBRARIES = ("torch", "espalier", "builtins", "numpy", "functools")
 _NUMBERS = (bool, int, float, complex, str)
 
@@ -72,7 +72,7 @@ class Trail:
                 self._function(item)
             elif isinstance(item, list | tuple | deque | dict | nn.Module) or _of_users(item):
                 self._object(item)
-            elif isinstance(item, _SHOWN) or type(item).__module__ == "itertools":
+            elif isinstance(item, _BY_TEXT) or type(item).__module__ == "itertools":
                 self._note(repr(item))
             elif isinstance(item, partial):
                 self._note("partial", item.func, item.args, item.keywords)

@@ -114,11 +114,9 @@ class Witness(Watch):
             raise self.refused(f"{name} {reason},")
         if name in COUNTS:
             raise self.refused(f"{last_name(name)} reads the number of images")
-        return (
-            step
-            if step and step.what == step_name(func) and self._alike(step.given, arguments_of(args, kwargs))
-            else False
-        )
+        if step is None or step.what != step_name(func):
+            return False
+        return step if self._alike(step.given, arguments_of(args, kwargs)) else False
 
     def do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do it; code that it calls may touch no other values."""
