@@ -137,6 +137,19 @@ def test_networks_that_compute_with_the_number_of_images_are_refused(kind: str, 
             lipschitz_bound(net, images)
 
 
+@pytest.mark.parametrize(
+    "read", [lambda n: n.real, lambda n: n.numerator, lambda n: n.conjugate(), lambda n: n.to_bytes(2, "big")[1]]
+)
+def test_the_number_of_images_is_not_read_by_what_an_integer_has_besides_operators(read: Callable[[int], int]) -> None:
+    """It would show in batches alone that are larger than any that is tried."""
+
+    def forward(x: Tensor) -> Tensor:
+        return 5 * x if isinstance(x.shape[0], int) and read(x.shape[0]) > 200 else x
+
+    with pytest.raises(UncertifiableError, match="reads the number of images"):
+        certify(nn.Sequential(nn.Linear(4, 3), Runs(forward)), torch.rand(4, 4), torch.zeros(4, dtype=torch.long))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_number_of_images_can_be_a_length(count: int) -> None:
     table = torch.tensor([[0.5, -2.0, 1.0]])

@@ -257,7 +257,7 @@ class _Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it; a layer that is given one value with a bound, and has a rule or a constant, uses it."""
-        given = list(bounded_in((*args, *kwargs.values())))
+        given = list(bounded_in(args, kwargs))
         kind, analysis = type(self.module).__name__, self.analysis
         label = f"{self.path} ({kind})" if self.path else kind
         analysis.path.append(label)

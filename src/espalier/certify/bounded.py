@@ -19,7 +19,7 @@ is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
 from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
-from espalier.certify.operations import OPERATIONS, full_name, in_place, tensors_in, unknown
+from espalier.certify.operations import OPERATIONS, full_name, in_place, leaves, tensors_in, unknown
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Trail, Watch
@@ -227,7 +227,7 @@ class Analysis:
 
     def counted(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation that is given the number of images."""
-        if next(bounded_in((*args, *kwargs.values())), None) is not None:
+        if next(bounded_in(args, kwargs), None) is not None:
             return function(*args, **kwargs)
         made = None if self.room is None else repeated(function, args, kwargs, len(self.room))
         if made is None:
@@ -254,17 +254,17 @@ class Analysis:
         rule = OPERATIONS.get(name)
         if rule is None or kwargs.get("out") is not None:
             raise self.refuse(unknown(full))
-        if not rule.counted and has_count((args, kwargs)):
+        if not rule.counted and has_count(args, kwargs):
             raise self.count.refused(full)
-        operands = list(bounded_in((*args, *kwargs.values())))
+        operands = list(bounded_in(args, kwargs))
         for operand in operands:
             self.read(operand, full)
         args, kwargs = rule.arguments(args, kwargs)
-        allowed = list(bounded_in(args[: rule.values]))
+        allowed = list(bounded_in(*args[: rule.values]))
         if len(allowed) != len(operands):
             raise self.refuse(f"{full} takes a value that depends on the image where only a constant is known")
         device = next((x.bound.value.device.type for x in operands if x.bound.value is not None), "cpu")
-        constants = (item for item in tensors_in((args, kwargs)) if not isinstance(item, Bounded))
+        constants = (item for item in tensors_in(args, kwargs) if not isinstance(item, Bounded))
         if reason := interference(constants, device, self.modes):
             raise self.refuse(f"{full} {reason}")
         try:
@@ -352,7 +352,7 @@ class Bounded(Tensor):
     ) -> Any:
         """Do an operation by its rule, or refuse it."""
         kwargs = kwargs or {}
-        first = next(bounded_in((*args, *kwargs.values())), None)
+        first = next(bounded_in(args, kwargs), None)
         if first is None:
             raise UncertifiableError(unknown(full_name(func)))
         return first.analysis.call(func, args, kwargs)
@@ -362,14 +362,14 @@ class Bounded(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Refuse what came past the table: it would have no numbers to work on."""
-        first = next(bounded_in((*args, *(kwargs or {}).values())), None)
+        first = next(bounded_in(args, kwargs), None)
         error = unknown(str(func))
         raise first.analysis.refuse(error) if first is not None else UncertifiableError(error)
 
 
-def bounded_in(items: Iterable[Any]) -> Iterator[Bounded]:
-    """Yield the values with a bound among arguments, however deep in lists."""
-    return (item for item in tensors_in(items) if isinstance(item, Bounded))
+def bounded_in(*items: Any) -> Iterator[Bounded]:
+    """Yield the values with a bound among arguments, however deep."""
+    return (item for item in leaves(items) if isinstance(item, Bounded))
 
 
 def _opened(item: Any) -> Any:

@@ -10,7 +10,7 @@ it are refused by name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,36 +18,20 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from espalier.certify.operations import full_name
+from espalier.certify.operations import full_name, leaves
 
-_READS = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor", "matmul"
-)  # fmt: skip
-_OTHERS = (
-    "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "bool", "int", "index", "float", "complex", "round", "trunc",
-    "floor", "ceil", "sym_max", "sym_min", "sym_float", "sym_not", "sym_sqrt", "sym_ite",
-)  # fmt: skip
+_SHOWN = {
+    "__new__", "__init__", "__repr__", "__hash__", "__getattribute__", "__eq__", "__ne__", "__format__", "__doc__",
+    "__module__", "__dict__", "__weakref__",
+}  # fmt: skip
+"""What an integer has besides ways to read it."""
 
 
-class ImageCount(torch.SymInt):
+class Count:
     """The number of images: equal to itself, unchanged by 1 as a factor, and otherwise not to be read."""
 
-    def __init__(self, refuse: Callable[[str], Exception]) -> None:
-        self.refuse = refuse
-        super().__init__(self)  # torch asks the node for the value, which is refused below
-
-    def __getattr__(self, name: str) -> Any:
-        """Refuse what torch asks a symbolic integer for when it wants its value."""
-        if name.startswith("__") or name == "node":
-            raise AttributeError(name)
-        raise self.refused(name)
-
-    def refused(self, name: str) -> Exception:
-        """Return the refusal of one way to read it."""
-        return self.refuse(
-            f"{name.strip('_')} reads the number of images, so that images would meet: use it as the first size of "
-            "view, reshape, expand, zeros, ones, full or new_zeros alone"
-        )
+    refused: Callable[[str], Exception]
+    """Returns the refusal of one way to read it."""
 
     def __repr__(self) -> str:
         """Show a name in place of the number."""
@@ -67,58 +51,59 @@ class ImageCount(torch.SymInt):
         return not self == other
 
 
-class PlainCount(int):
-    """The number of images in a plain pass: to torch and ``isinstance`` an ``int``, and otherwise as ``ImageCount``."""
+def _unreadable(name: str) -> Callable[..., Any]:
+    def method(self: Count, *others: Any) -> Any:
+        if name in ("__mul__", "__rmul__", "__floordiv__") and type(others[0]) is int and others[0] == 1:
+            return self
+        raise self.refused(name.strip("_"))
 
-    refused: Callable[[str], Exception]
-    """Returns the refusal of one way to read it."""
+    return method
 
-    __repr__ = ImageCount.__repr__
-    __str__ = ImageCount.__repr__
+
+for _name, _part in {**vars(torch.SymInt), **vars(int)}.items():
+    if _name not in _SHOWN:
+        setattr(Count, _name, _unreadable(_name) if callable(_part) else property(_unreadable(_name)))
+
+
+class ImageCount(Count, torch.SymInt):
+    """The number of images in a pass on values with bounds."""
+
+    def __init__(self, refuse: Callable[[str], Exception]) -> None:
+        self.refuse = refuse
+        super().__init__(self)  # torch asks the node for the value, which is refused below
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what torch asks a symbolic integer for when it wants its value."""
+        if name.startswith("__") or name == "node":
+            raise AttributeError(name)
+        raise self.refused(name)
+
+    def refused(self, name: str) -> Exception:
+        """Return the refusal of one way to read it."""
+        return self.refuse(
+            f"{name.strip('_')} reads the number of images, so that images would meet: use it as the first size of "
+            "view, reshape, expand, zeros, ones, full or new_zeros alone"
+        )
+
+
+class PlainCount(Count, int):
+    """The number of images in a plain pass: to torch and ``isinstance`` an ``int``."""
+
+    __str__ = Count.__repr__
 
     def __format__(self, spec: str) -> str:
         """Show a name in place of the number."""
         return "N"
 
-    __hash__ = None  # type: ignore[assignment]
-    __eq__ = ImageCount.__eq__
-    __ne__ = ImageCount.__ne__
 
-
-def _unreadable(name: str) -> Callable[..., Any]:
-    def method(self: ImageCount | PlainCount, *others: Any) -> Any:
-        if name in ("mul", "rmul", "floordiv") and type(others[0]) is int and others[0] == 1:
-            return self
-        raise self.refused(name)
-
-    return method
-
-
-for _name in (*_READS, *(f"r{name}" for name in _READS), *(f"i{name}" for name in _READS), *_OTHERS):
-    for _cls in (ImageCount, PlainCount):
-        setattr(_cls, f"__{_name}__", _unreadable(_name))
-
-
-def has_count(items: Iterable[Any]) -> bool:
+def has_count(*items: Any) -> bool:
     """Return whether the number of images is among arguments, however deep."""
-    for item in items:
-        if isinstance(item, ImageCount | PlainCount):
-            return True
-        parts: Iterable[Any] = ()
-        if isinstance(item, list | tuple):
-            parts = item
-        elif isinstance(item, dict):
-            parts = item.values()
-        elif isinstance(item, slice):
-            parts = (item.start, item.stop, item.step)
-        if has_count(parts):
-            return True
-    return False
+    return any(isinstance(item, Count) for item in leaves(items))
 
 
 def with_count(item: Any, count: int) -> Any:
     """Return an argument with a number in place of the number of images."""
-    if isinstance(item, ImageCount | PlainCount):
+    if isinstance(item, Count):
         return count
     if isinstance(item, list | tuple):
         return tuple(with_count(part, count) for part in item)
@@ -152,7 +137,7 @@ class CountedCalls(TorchFunctionMode):
     ) -> Any:
         """Do an operation, or refuse it."""
         kwargs = kwargs or {}
-        if not has_count((args, kwargs)):
+        if not has_count(args, kwargs):
             return func(*args, **kwargs)
         return self.counted(func, args, kwargs)
 

@@ -86,15 +86,22 @@ def in_place(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, however deep in lists."""
+def leaves(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield what arguments consist of, however deep in lists, dictionaries and slices."""
     for item in items:
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from tensors_in(item)
+        if isinstance(item, list | tuple):
+            yield from leaves(item)
         elif isinstance(item, dict):
-            yield from tensors_in(item.values())
+            yield from leaves(item.values())
+        elif isinstance(item, slice):
+            yield from leaves((item.start, item.stop, item.step))
+        else:
+            yield item
+
+
+def tensors_in(*items: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, however deep."""
+    return (item for item in leaves(items) if isinstance(item, Tensor))
 
 
 def unknown(name: str) -> str:

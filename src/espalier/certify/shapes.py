@@ -148,7 +148,7 @@ for _name in ("new_zeros", "new_ones", "new_full", "new_tensor"):
     def _new(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Any:
         """A constant; 0 if it is one for every image."""
         make = getattr(Tensor, name)
-        if not has_count((args, kwargs)):
+        if not has_count(args, kwargs):
             return make(input.numbers, *args, **kwargs)
         made = repeated(make, (input.numbers, *args), kwargs, len(input.numbers))
         if made is None:

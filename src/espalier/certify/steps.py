@@ -55,7 +55,7 @@ class Record(Watch):
 
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation on values is given, before it can change that."""
-        used = any(id(value) in self._values for value in bounded_in((args, kwargs)))
+        used = any(id(value) in self._values for value in bounded_in(args, kwargs))
         return self._described(arguments_of(args, kwargs)) if used else None
 
     def after(

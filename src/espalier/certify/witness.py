@@ -102,11 +102,11 @@ class Witness(Watch):
 
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the next step if the operation is that, False if it is another one on values, None without values."""
-        tensors, name, step = list(tensors_in((args, kwargs))), full_name(func), self._next
+        tensors, name, step = list(tensors_in(args, kwargs)), full_name(func), self._next
         if name in COUNTS and id(args[0]) in self._shown:
             raise self.refused(f"{last_name(name)} reads the number of images")
         if not self.touches(tensors):
-            if has_count((args, kwargs)) and name not in REPEAT:
+            if has_count(args, kwargs) and name not in REPEAT:
                 raise self.refused(f"{name} reads the number of images")
             return None
         constants = (tensor for tensor in tensors if id(tensor) not in self._known)
@@ -120,8 +120,8 @@ class Witness(Watch):
 
     def do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do it; code that it calls may touch no other values."""
-        self.allowed, before = {_memory(tensor) for tensor in tensors_in((args, kwargs))}, self.allowed
-        if has_count((args, kwargs)):  # Python functions of torch compute with it
+        self.allowed, before = {_memory(tensor) for tensor in tensors_in(args, kwargs)}, self.allowed
+        if has_count(args, kwargs):  # Python functions of torch compute with it
             args, kwargs = with_count(args, self.images), with_count(kwargs, self.images)
         try:
             return super().do(func, args, kwargs)
@@ -133,7 +133,7 @@ class Witness(Watch):
     ) -> Any:
         """Take the results of an operation for what the step made, unless it was a question, or kept a value."""
         made, name = things_made(func, args, result), full_name(func)
-        if given is None and has_count((args, kwargs)) and isinstance(result, Tensor):
+        if given is None and has_count(args, kwargs) and isinstance(result, Tensor):
             self._shown[id(result)] = result
         if given is None and args and id(args[0]) in self._shown:
             return self._answer(name, args, kwargs, result)
@@ -205,7 +205,7 @@ class Witness(Watch):
         if len(made) != len(step.made):
             raise self.refused(f"{step.what} makes {len(made)} things")
         for number, item in zip(step.made, made, strict=True):
-            if number == -1 and self.touches(tensors_in([item])):
+            if number == -1 and self.touches(tensors_in(item)):
                 raise self.refused(f"{step.what} makes what depends on the image")
             if isinstance(item, Tensor) and number != -1:
                 numbers = {number}
@@ -280,7 +280,7 @@ class _Underneath(TorchDispatchMode):
         kwargs, witness = kwargs or {}, self.witness
         if not witness.depth or witness.allowed is not None:
             with witness.aside():
-                touched = [tensor for tensor in tensors_in((args, kwargs)) if witness.touches([tensor])]
+                touched = [tensor for tensor in tensors_in(args, kwargs) if witness.touches([tensor])]
                 others = {_memory(tensor) for tensor in touched} - (witness.allowed or set())
                 # Torch itself makes views of what goes through a function with gradients of its own.
                 view = func in (
