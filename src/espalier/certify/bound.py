@@ -23,6 +23,7 @@ from espalier.certify.arithmetic import unit, up
 from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
 from espalier.certify.layers import DECLARED, LAYERS
+from espalier.certify.operations import Call
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference
 from espalier.certify.trail import Watch, state_of
@@ -263,7 +264,7 @@ class _Watched:
         analysis.path.append(label)
         if not given:
             try:
-                return analysis.watch.module(self.path, self.module, self.forward, args, kwargs)
+                return analysis.watch.module(self.path, self.module, Call(self.forward, args, kwargs))
             finally:
                 analysis.path.pop()
         analysis.calls += 1

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
 from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
-from espalier.certify.operations import OPERATIONS, full_name, in_place, leaves, tensors_in, unknown
+from espalier.certify.operations import OPERATIONS, Call, full_name, leaves, tensors_in, unknown
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Trail, Watch
@@ -225,15 +225,15 @@ class Analysis:
         note = next((self.notes[path] for path in reversed(self.path) if path in self.notes), None)
         return UncertifiableError(f"{reason} ({note})" if note else reason, where)
 
-    def counted(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def counted(self, call: Call) -> Any:
         """Do an operation that is given the number of images."""
-        if next(bounded_in(args, kwargs), None) is not None:
-            return function(*args, **kwargs)
-        made = None if self.room is None else repeated(function, args, kwargs, len(self.room))
+        if next(bounded_in(call.args, call.kwargs), None) is not None:
+            return call.run()
+        made = None if self.room is None else repeated(call, len(self.room))
         if made is None:
-            raise self.count.refused(full_name(function))
-        self.trail.add(full_name(function), args, kwargs, made[:1])
-        shown = full_name(function).rpartition(".")[2] in ("expand", "broadcast_to")
+            raise self.count.refused(call.full)
+        self.trail.add(call.full, call.args, call.kwargs, made[:1])
+        shown = call.last in ("expand", "broadcast_to")
         return Bounded(self.number(self.same_for_all(made)), self, _Memory(constant=shown))
 
     def same_for_all(self, value: Tensor) -> Bound:
@@ -243,23 +243,21 @@ class Analysis:
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one operation by its rule."""
         try:
-            return self._call(function, args, kwargs)
+            return self._call(Call(function, args, kwargs))
         except Exception as error:
             self.failed = self.failed or error
             raise
 
-    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        full = full_name(function)
-        name, writes = in_place(full)
-        rule = OPERATIONS.get(name)
-        if rule is None or kwargs.get("out") is not None:
+    def _call(self, call: Call) -> Any:
+        full, rule = call.full, OPERATIONS.get(call.name)
+        if rule is None or call.kwargs.get("out") is not None:
             raise self.refuse(unknown(full))
-        if not rule.counted and has_count(args, kwargs):
+        if not rule.counted and has_count(call.args, call.kwargs):
             raise self.count.refused(full)
-        operands = list(bounded_in(args, kwargs))
+        operands = list(bounded_in(call.args, call.kwargs))
         for operand in operands:
             self.read(operand, full)
-        args, kwargs = rule.arguments(args, kwargs)
+        args, kwargs = rule.arguments(call.args, call.kwargs)
         allowed = list(bounded_in(*args[: rule.values]))
         if len(allowed) != len(operands):
             raise self.refuse(f"{full} takes a value that depends on the image where only a constant is known")
@@ -283,7 +281,7 @@ class Analysis:
             self.trail.add(full, self.named(given.args[1:]), self.named(given.kwargs))
             for part in result if isinstance(result, tuple) else (result,):
                 self.number(part)
-        if writes or given.arguments.get("inplace"):
+        if call.writes or given.arguments.get("inplace"):
             if any(other is not args[0] and other.memory is args[0].memory for other in allowed):
                 raise self.refuse(f"{full} changes numbers in place that it reads through another tensor")
             return self._assign(full, args[0], result)

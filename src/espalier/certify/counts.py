@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from espalier.certify.operations import full_name, leaves
+from espalier.certify.operations import Call, leaves
 
 _SHOWN = {
     "__new__", "__init__", "__repr__", "__hash__", "__getattribute__", "__eq__", "__ne__", "__format__", "__doc__",
@@ -110,6 +110,11 @@ def with_count(item: Any, count: int) -> Any:
     return {name: with_count(part, count) for name, part in item.items()} if isinstance(item, dict) else item
 
 
+def at_count(call: Call, count: int) -> Call:
+    """Return a call that is given a number in place of the number of images."""
+    return Call(call.function, with_count(call.args, count), with_count(call.kwargs, count))
+
+
 def another(count: int) -> int:
     """Return a number of images to try an operation on, other than the one at hand and not one."""
     return 2 if count != 2 else 3
@@ -128,7 +133,7 @@ class CountedCalls(TorchFunctionMode):
     depends on none; everything else is refused.
     """
 
-    def __init__(self, counted: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    def __init__(self, counted: Callable[[Call], Any]) -> None:
         super().__init__()
         self.counted = counted
 
@@ -136,10 +141,8 @@ class CountedCalls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Do an operation, or refuse it."""
-        kwargs = kwargs or {}
-        if not has_count(args, kwargs):
-            return func(*args, **kwargs)
-        return self.counted(func, args, kwargs)
+        call = Call(func, args, kwargs or {})
+        return self.counted(call) if has_count(args, kwargs) else call.run()
 
 
 REPEAT = {
@@ -148,12 +151,12 @@ REPEAT = {
 }  # fmt: skip
 
 
-def repeated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], images: int) -> Tensor | None:
+def repeated(call: Call, images: int) -> Tensor | None:
     """Return a constant that is the same for every one of the images, or None if it is not that, found by trying."""
-    if full_name(function) not in REPEAT:
+    if call.full not in REPEAT:
         return None
     other = another(images)
-    made, tried = (function(*with_count(args, count), **with_count(kwargs, count)) for count in (images, other))
+    made, tried = (at_count(call, count).run() for count in (images, other))
     fits = made.ndim > 0 and len(made) == images and len(tried) == other and made.shape[1:] == tried.shape[1:]
     if not (fits and made.is_floating_point() and torch.equal(made, tried[:1].expand_as(made))):
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +80,50 @@ def in_place(name: str) -> tuple[str, bool]:
     """Return the name of the operation that makes a new tensor, and whether this one works in place."""
     if name.endswith(".__get__"):
         return name, False
-    last = name.rpartition(".")[2]
+    last = last_name(name)
     if last.startswith("__i") and last.endswith("__") and last not in ("__index__", "__int__", "__invert__"):
         return name.replace(last, f"__{last[3:]}"), True
     if last.endswith("_") and not last.endswith("__"):
         return name[:-1], True
     return name, False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function of torch."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @cached_property
+    def full(self) -> str:
+        """See ``full_name``."""
+        return full_name(self.function)
+
+    @property
+    def last(self) -> str:
+        """The name of the operation without where it stands."""
+        return last_name(self.full)
+
+    @property
+    def name(self) -> str:
+        """The name of the operation that makes a new tensor."""
+        return in_place(self.full)[0]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it works in place."""
+        return in_place(self.full)[1]
+
+    def run(self) -> Any:
+        """Do it."""
+        return self.function(*self.args, **self.kwargs)
+
+
+def last_name(name: str) -> str:
+    """Return the name of an operation without where it stands."""
+    return name.rpartition(".")[2]
 
 
 def leaves(items: Iterable[Any]) -> Iterator[Any]:
@@ -107,7 +147,7 @@ def tensors_in(*items: Any) -> Iterator[Tensor]:
 def unknown(name: str) -> str:
     """Return why an operation is refused."""
     short = name.removesuffix(".__get__")
-    if short.rpartition(".")[2] in _LOOKS:
+    if last_name(short) in _LOOKS:
         return (
             f"{short} looks at the numbers: what is done next would depend on the image, and no bound holds across that"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from espalier.certify.arithmetic import cast_unit, root_up, up
 from espalier.certify.bounded import Analysis
 from espalier.certify.counts import another, has_count, repeated, with_count
-from espalier.certify.operations import operation
+from espalier.certify.operations import Call, operation
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.value import Bound, Term
 
@@ -150,7 +150,7 @@ for _name in ("new_zeros", "new_ones", "new_full", "new_tensor"):
         make = getattr(Tensor, name)
         if not has_count(args, kwargs):
             return make(input.numbers, *args, **kwargs)
-        made = repeated(make, (input.numbers, *args), kwargs, len(input.numbers))
+        made = repeated(Call(make, (input.numbers, *args), kwargs), len(input.numbers))
         if made is None:
             raise analysis.count.refused(name)
         return analysis.same_for_all(made)

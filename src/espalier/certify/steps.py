@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from espalier.certify.bounded import Bounded, bounded_in
 from espalier.certify.counts import ImageCount
-from espalier.certify.operations import full_name, in_place
+from espalier.certify.operations import Call, last_name
 from espalier.certify.trail import Trail, Watch
 
 COUNT, VALUE, CONSTANT, SHOWN = "number of images", "value", "constant", "constant of every image"
@@ -53,22 +52,17 @@ class Record(Watch):
         self._values: dict[int, tuple[int, Bounded]] = {id(first): (0, first)}
         self._made = 1
 
-    def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an operation on values is given, before it can change that."""
-        used = any(id(value) in self._values for value in bounded_in(args, kwargs))
-        return self._described(arguments_of(args, kwargs)) if used else None
-
-    def after(
-        self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Any:
-        """Write down an operation that was done, unless it was a question about a value, or kept it."""
-        made = things_made(func, args, result)
-        if given is not None and any(isinstance(item, Tensor) for item in made):
-            if keeps(func, args, result):
-                if id(args[0]) in self._values:
-                    self._values[id(result)] = self._values[id(args[0])][0], result
-            else:
-                self.steps.append(Step(step_name(func), given, tuple(map(self._number, made))))
+    def operation(self, call: Call) -> Any:
+        """Do an operation, and write it down unless it is a question about a value, or keeps it."""
+        used = any(id(value) in self._values for value in bounded_in(call.args, call.kwargs))
+        given = self._described(arguments_of(call)) if used else None  # before it can change that
+        result = call.run()
+        made = things_made(call, result)
+        if used and any(isinstance(item, Tensor) for item in made):
+            if not keeps(call, result):
+                self.steps.append(Step(step_name(call), given, tuple(map(self._number, made))))
+            elif id(call.args[0]) in self._values:
+                self._values[id(result)] = self.number(call.args[0]), result
         return result
 
     def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
@@ -106,19 +100,18 @@ class Record(Watch):
         return SHOWN, constant_of(bound.value[0])
 
 
-def things_made(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> list[Any]:
+def things_made(call: Call, result: Any) -> list[Any]:
     """Return what an operation made or changed, each thing once."""
-    changed = args[:1] if in_place(full_name(func))[1] else ()
-    made = [*(result if isinstance(result, list | tuple) else [result]), *changed]
+    made = [*(result if isinstance(result, list | tuple) else [result]), *(call.args[:1] if call.writes else ())]
     return list({id(item): item for item in made}.values())
 
 
-def keeps(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> bool:
+def keeps(call: Call, result: Any) -> bool:
     """Return whether the result of an operation is its operand, or holds the same numbers."""
-    name, operand = full_name(func), args[0] if args else None
-    if not isinstance(operand, Tensor) or not isinstance(result, Tensor) or last_name(name) not in KEEPS:
+    operand = call.args[0] if call.args else None
+    if not isinstance(operand, Tensor) or not isinstance(result, Tensor) or call.last not in KEEPS:
         return False
-    if name.endswith(".__get__") and name != "torch.Tensor.data.__get__":
+    if call.last == "__get__" and call.full != "torch.Tensor.data.__get__":
         return False
     if isinstance(operand, Bounded) and isinstance(result, Bounded):
         before, after = operand.bound.value, result.bound.value
@@ -126,23 +119,17 @@ def keeps(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> bool:
     return operand.shape == result.shape and operand.dtype == result.dtype and operand.device == result.device
 
 
-def step_name(func: Callable[..., Any]) -> str:
+def step_name(call: Call) -> str:
     """Return the name of an operation; what differs by where the result lies alone has one name.
 
     Whether a value was overwritten shows in what is done with it later.
     """
-    name = in_place(full_name(func))[0]
-    return name.replace("reshape", "view") if last_name(name) == "reshape" else name
+    return call.name.replace("reshape", "view") if last_name(call.name) == "reshape" else call.name
 
 
-def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def arguments_of(call: Call) -> tuple[Any, dict[str, Any]]:
     """Return the arguments of an operation that say what it computes."""
-    return args, {name: item for name, item in kwargs.items() if name != "inplace"}
-
-
-def last_name(name: str) -> str:
-    """Return the name of an operation without where it stands."""
-    return name.rpartition(".")[2]
+    return call.args, {name: item for name, item in call.kwargs.items() if name != "inplace"}
 
 
 def parts_of(item: Any) -> list[Any] | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from espalier.certify.counts import ImageCount
+from espalier.certify.operations import Call
 
 _DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
 _BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, array)
@@ -166,48 +167,26 @@ class Watch(TorchFunctionMode):
         finally:
             self.depth -= 1
 
-    def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look at what an operation is given, and return what ``after`` is to know."""
-
-    def do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do it."""
-        with self.aside():
-            return func(*args, **kwargs)
-
-    def after(
-        self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Any:
-        """Look at what an operation made, and return what the network is to get."""
-        return result
-
-    def raised(self, func: Callable[..., Any], given: Any) -> None:
-        """Look at an operation that failed."""
+    def operation(self, call: Call) -> Any:
+        """Do an operation; what it calls is no operation of the network."""
+        return call.run()
 
     def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
         """Look at what a layer made of a value with a bound by its own rule."""
 
-    def module(
-        self, path: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a module on plain tensors."""
-        return forward(*args, **kwargs)
+    def module(self, path: str, module: nn.Module, call: Call) -> Any:
+        """Run the forward pass of a module on plain tensors."""
+        return call.run()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Do an operation."""
-        kwargs = kwargs or {}
+        call = Call(func, args, kwargs or {})
         if self.depth:
-            return func(*args, **kwargs)
+            return call.run()
         with self.aside():
-            given = self.before(func, args, kwargs)
-        try:
-            result = self.do(func, args, kwargs)
-        except Exception:
-            self.raised(func, given)
-            raise
-        with self.aside():
-            return self.after(func, given, args, kwargs, result)
+            return self.operation(call)
 
 
 def state_of(net: nn.Module) -> bytes:

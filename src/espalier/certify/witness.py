@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.certify.bounded import Analysis
-from espalier.certify.counts import REPEAT, PlainCount, eager_calls, has_count, with_count
-from espalier.certify.operations import OPERATIONS, full_name, in_place, tensors_in
+from espalier.certify.counts import REPEAT, PlainCount, at_count, eager_calls, has_count
+from espalier.certify.operations import OPERATIONS, Call, last_name, tensors_in
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.steps import (
     CONSTANT,
@@ -35,7 +35,6 @@ from espalier.certify.steps import (
     arguments_of,
     constant_of,
     keeps,
-    last_name,
     parts_of,
     settings_of,
     step_name,
@@ -53,6 +52,13 @@ _MOST, _MANY, _NUMBERS = 8, 70, 400_000
 
 Layers = dict[tuple[Any, ...], tuple[Tensor, bool]]
 """By number, context and kind of input: what a layer made, and whether that wants a gradient."""
+
+
+class _Held(NamedTuple):
+    tensor: Tensor
+    numbers: set[int]
+    """The values of the record that it holds: two of them can be one tensor here."""
+    version: int
 
 
 class Witness(Watch):
@@ -79,9 +85,7 @@ class Witness(Watch):
         """The memory of the operands of the operation that is being done; None: it is ours or a layer's."""
         self._steps = iter(record.steps)
         self._next = next(self._steps, None)
-        self._numbers: dict[int, set[int]] = {}  # two values of the record can be one tensor here
-        self._known: dict[int, Tensor] = {}  # keeps them alive, so that no other tensor gets their identity
-        self._versions: dict[int, int] = {}
+        self._held: dict[int, _Held] = {}  # keeps tensors alive, so that no other one gets their identity
         self._places: dict[tuple[Any, ...], set[int]] = {}
         self._memory: set[int] = set()
         self._shown: dict[int, Tensor] = {}  # constants that were made with the number of images
@@ -98,86 +102,81 @@ class Witness(Watch):
 
     def touches(self, tensors: Iterable[Tensor]) -> bool:
         """Return whether one of some tensors is, or shares its memory with, a value of this pass."""
-        return any(id(tensor) in self._known or _memory(tensor) in self._memory for tensor in tensors)
+        return any(id(tensor) in self._held or _memory(tensor) in self._memory for tensor in tensors)
 
-    def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the next step if the operation is that, False if it is another one on values, None without values."""
-        tensors, name, step = list(tensors_in(args, kwargs)), full_name(func), self._next
-        if name in COUNTS and id(args[0]) in self._shown:
-            raise self.refused(f"{last_name(name)} reads the number of images")
-        if not self.touches(tensors):
-            if has_count(args, kwargs) and name not in REPEAT:
-                raise self.refused(f"{name} reads the number of images")
-            return None
-        constants = (tensor for tensor in tensors if id(tensor) not in self._known)
-        if reason := interference(constants, tensors[0].device.type, self.analysis.modes):
-            raise self.refused(f"{name} {reason},")
-        if name in COUNTS:
-            raise self.refused(f"{last_name(name)} reads the number of images")
-        if step is None or step.what != step_name(func):
-            return False
-        return step if self._alike(step.given, arguments_of(args, kwargs)) else False
-
-    def do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do it; code that it calls may touch no other values."""
-        self.allowed, before = {_memory(tensor) for tensor in tensors_in(args, kwargs)}, self.allowed
-        if has_count(args, kwargs):  # Python functions of torch compute with it
-            args, kwargs = with_count(args, self.images), with_count(kwargs, self.images)
+    def operation(self, call: Call) -> Any:
+        """Do an operation, if it is the next step, keeps a value, asks something about one, or is given none."""
+        step = self._step_of(call)
         try:
-            return super().do(func, args, kwargs)
+            result = self._do(call)
+        except Exception:
+            if step is False and call.last not in (*KEEPS, *HOOKS):  # with other images it may not fail
+                self.refused(f"it tries {call.full}")
+            raise
+        if step is None and has_count(call.args, call.kwargs) and isinstance(result, Tensor):
+            self._shown[id(result)] = result
+        if step is None:
+            return self._answer(call, result) if call.args and id(call.args[0]) in self._shown else result
+        made = things_made(call, result)
+        if call.last in HOOKS:
+            return result
+        if (call.name in OPERATIONS or call.last in KEEPS) and not any(isinstance(item, Tensor) for item in made):
+            return self._answer(call, result)
+        if keeps(call, result):
+            if self.touches([call.args[0]]):
+                self._keep(result, self._numbers_of(call.args[0]))
+        elif step is False:
+            raise self.refused(f"it does {call.full}")
+        else:
+            self._take(step, made, overwrites=call.writes or bool(call.kwargs.get("inplace")))
+        return result
+
+    def _step_of(self, call: Call) -> Step | Literal[False] | None:
+        """Return the next step if an operation is that, False if it is another one on values, None without values."""
+        tensors, step = list(tensors_in(call.args, call.kwargs)), self._next
+        used = self.touches(tensors)
+        counts = call.full in COUNTS and (used or id(call.args[:1] and call.args[0]) in self._shown)
+        if counts or (not used and call.full not in REPEAT and has_count(call.args, call.kwargs)):
+            raise self.refused(f"{call.last if counts else call.full} reads the number of images")
+        if not used:
+            return None
+        constants = (tensor for tensor in tensors if id(tensor) not in self._held)
+        if reason := interference(constants, tensors[0].device.type, self.analysis.modes):
+            raise self.refused(f"{call.full} {reason},")
+        if step is None or step.what != step_name(call):
+            return False
+        return step if self._alike(step.given, arguments_of(call)) else False
+
+    def _do(self, call: Call) -> Any:
+        """Do an operation; code that it calls may touch no other values."""
+        self.allowed, before = {_memory(tensor) for tensor in tensors_in(call.args, call.kwargs)}, self.allowed
+        if has_count(call.args, call.kwargs):  # Python functions of torch compute with it
+            call = at_count(call, self.images)
+        try:
+            return call.run()
         finally:
             self.allowed = before
 
-    def after(
-        self, func: Callable[..., Any], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Any:
-        """Take the results of an operation for what the step made, unless it was a question, or kept a value."""
-        made, name = things_made(func, args, result), full_name(func)
-        if given is None and has_count(args, kwargs) and isinstance(result, Tensor):
-            self._shown[id(result)] = result
-        if given is None and args and id(args[0]) in self._shown:
-            return self._answer(name, args, kwargs, result)
-        if given is None or last_name(name) in HOOKS:
-            return result
-        known = in_place(name)[0] in OPERATIONS or last_name(name) in KEEPS
-        if known and not any(isinstance(item, Tensor) for item in made):
-            return self._answer(name, args, kwargs, result)
-        if keeps(func, args, result):
-            if self.touches([args[0]]):
-                self._keep(result, self._numbers_of(args[0]))
-        elif given is False:
-            raise self.refused(f"it does {name}")
-        else:
-            self._take(given, made, overwrites=in_place(name)[1] or bool(kwargs.get("inplace")))
-        return result
-
-    def raised(self, func: Callable[..., Any], given: Any) -> None:
-        """Refuse an operation that failed and is not the next step: with other images it may not fail."""
-        if given is False and last_name(full_name(func)) not in (*KEEPS, *HOOKS):
-            self.refused(f"it tries {full_name(func)}")
-
-    def module(
-        self, path: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def module(self, path: str, module: nn.Module, call: Call) -> Any:
         """Run a module, as one step if it was that."""
         step = self._next
-        if self.depth or step is None or step.what != path or len(args) != 1 or kwargs:
-            return forward(*args, **kwargs)
+        if self.depth or step is None or step.what != path or len(call.args) != 1 or call.kwargs:
+            return call.run()
         with self.aside():
-            if not self._alike(step.given, args[0]):
+            x = call.args[0]
+            if not self._alike(step.given, x):
                 raise self.refused("it is given another value")
             if settings_of(module) != step.state:
                 raise self.refused("it is set to something else")
-            if reason := interference((), args[0].device.type, self.analysis.modes, layer=True):
+            if reason := interference((), x.device.type, self.analysis.modes, layer=True):
                 raise self.refused(f"it {reason}")
-            x = args[0]
             key = step.made[0], torch.is_grad_enabled(), x.requires_grad, x.is_inference()
             # Its code is known, and takes longest with gradients: once for every kind of input is enough.
             if key in self.layers and len(self.layers[key][0]) >= self.images:
                 value, wants = self.layers[key]
                 result = value[: self.images] + torch.zeros_like(value[0], requires_grad=wants)
             else:
-                result = forward(x)
+                result = call.run()
                 self.layers[key] = result.detach().clone(), result.requires_grad
             self._take(step, [result])
         return result
@@ -192,14 +191,14 @@ class Witness(Watch):
         if self.failed is not None:
             raise self.failed
 
-    def _answer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    def _answer(self, call: Call, result: Any) -> Any:
         """Return what was asked about a value, with a number of images that cannot be read."""
-        if self.count is None or (last_name(name) != "size" and name != "torch.Tensor.shape.__get__"):
+        if self.count is None or (call.last != "size" and call.full != "torch.Tensor.shape.__get__"):
             return result
         if isinstance(result, tuple):
             return torch.Size((self.count, *result[1:])) if result else result
-        dim = args[1] if len(args) > 1 else kwargs["dim"]
-        return self.count if dim in (0, -args[0].ndim) else result
+        dim = call.args[1] if len(call.args) > 1 else call.kwargs["dim"]
+        return self.count if dim in (0, -call.args[0].ndim) else result
 
     def _take(self, step: Step, made: list[Any], *, overwrites: bool = False) -> None:
         if len(made) != len(step.made):
@@ -209,8 +208,9 @@ class Witness(Watch):
                 raise self.refused(f"{step.what} makes what depends on the image")
             if isinstance(item, Tensor) and number != -1:
                 numbers = {number}
-                if id(item) in self._known and not overwrites and self._versions[id(item)] == _version(item):
-                    numbers |= self._numbers[id(item)]  # the operand came back as it was
+                held = self._held.get(id(item))
+                if held and not overwrites and held.version == _version(item):
+                    numbers |= held.numbers  # the operand came back as it was
                 else:
                     self._forget(item)
                 self._keep(item, numbers)
@@ -219,27 +219,27 @@ class Witness(Watch):
     def _forget(self, changed: Tensor) -> None:
         """Hold nothing of what shares its memory with a value that was written any more for what it was."""
         memory = _memory(changed)
-        if id(changed) in self._known:
-            for key, tensor in self._known.items():
-                if _memory(tensor) == memory:
-                    self._numbers[key] = set()
+        if id(changed) in self._held:
+            for key, held in self._held.items():
+                if _memory(held.tensor) == memory:
+                    self._held[key] = held._replace(numbers=set())
             self._places = {place: numbers for place, numbers in self._places.items() if place[0] != memory}
 
     def _keep(self, tensor: Tensor, numbers: set[int]) -> None:
-        self._numbers[id(tensor)] = self._places[_place(tensor)] = numbers
-        self._known[id(tensor)] = tensor
-        self._versions[id(tensor)] = _version(tensor)
+        self._held[id(tensor)] = _Held(tensor, numbers, _version(tensor))
+        self._places[_place(tensor)] = numbers
         self._memory.add(_memory(tensor))
 
     def _numbers_of(self, tensor: Any) -> set[int]:
         """Return the values of the record that a tensor holds."""
         if not isinstance(tensor, Tensor):
             return set()
-        if id(tensor) not in self._known:  # torch puts views around hooks
+        if id(tensor) not in self._held:  # torch puts views around hooks
             return self._places.get(_place(tensor), set())
-        if self._versions[id(tensor)] != _version(tensor):
+        held = self._held[id(tensor)]
+        if held.version != _version(tensor):
             raise self.refused("numbers are changed where nobody is to see it")
-        return self._numbers[id(tensor)]
+        return held.numbers
 
     def _alike(self, theirs: Any, item: Any) -> bool:
         """Return whether an argument is the one of a step."""
