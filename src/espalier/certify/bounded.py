@@ -199,13 +199,18 @@ class Analysis:
         return Bound(value, up(factor, x.lipschitz), factor * x.error, up(factor, x.growth))
 
     def try_products(
-        self, kind: Any, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, rows_are_outputs: bool
+        self,
+        kind: Any,
+        run: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor | None,
+        weight: Tensor,
+        rows_are_outputs: bool,
     ) -> None:
         """Find out whether an operation in float32 keeps its digits, once for its shapes; see ``certify.digits``."""
-        key = (repr(kind), x.shape, x.stride(), weight.shape, weight.stride())
-        if not self.rounding:  # constants alone are asked for
+        if x is None or not self.rounding or not x.numel() or not weight.numel():  # constants alone are asked for
             return
-        if x.dtype == weight.dtype == torch.float32 and key not in self.tried and x.numel() and weight.numel():
+        key = (repr(kind), x.shape, x.stride(), weight.shape, weight.stride())
+        if x.dtype == weight.dtype == torch.float32 and key not in self.tried:
             try_products(run, x, weight, rows_are_outputs=rows_are_outputs)
             self.tried.add(key)
 
@@ -266,7 +271,7 @@ class Analysis:
         if reason := interference(constants, device, self.modes):
             raise self.refuse(f"{full} {reason}")
         try:
-            given = rule.signature.bind(self, *(_opened(arg) for arg in args), **kwargs)
+            given = rule.bind(self, call.short, map(_opened, args), kwargs)
         except TypeError as error:
             raise self.refuse(f"{full} has no rule for these arguments ({error})") from error
         if any(isinstance(item, float) and math.isnan(item) for item in (*given.args, *given.kwargs.values())):

@@ -65,7 +65,7 @@ for _name, _part in {**vars(torch.SymInt), **vars(int)}.items():
         setattr(Count, _name, _unreadable(_name) if callable(_part) else property(_unreadable(_name)))
 
 
-class ImageCount(Count, torch.SymInt):
+class ImageCount(Count, torch.SymInt):  # type: ignore[misc]
     """The number of images in a pass on values with bounds."""
 
     def __init__(self, refuse: Callable[[str], Exception]) -> None:
@@ -86,7 +86,7 @@ class ImageCount(Count, torch.SymInt):
         )
 
 
-class PlainCount(Count, int):
+class PlainCount(Count, int):  # type: ignore[misc]
     """The number of images in a plain pass: to torch and ``isinstance`` an ``int``."""
 
     __str__ = Count.__repr__

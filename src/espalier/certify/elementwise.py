@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,12 +61,17 @@ def _norm_of(other: Any, result: Tensor) -> float:
     return abs(other) * math.sqrt(result[0].numel()) * (1 + 1e-15)
 
 
-def _sum(analysis: Analysis, input: Any, other: Any, alpha: float) -> Bound:
-    """Return input + α·other, each a value or a constant."""
+@operation("add", "torch.Tensor.__add__", "torch.Tensor.__radd__", "sub", "subtract", "torch.Tensor.__sub__", "rsub",
+           "torch.Tensor.__rsub__", values=2)  # fmt: skip
+def add(analysis: Analysis, name: str, input: Any, other: Any, *, alpha: float = 1) -> Bound:
+    """x ± α·y, each a value or a constant: constants add, and broadcasting multiplies by the root of the copies."""
     values = [operand for operand in (input, other) if isinstance(operand, Bound)]
     if len(values) == 2 and (values[0].value is None or values[1].value is None):
         raise UncertifiableError("how its operands broadcast depends on their size: give an example=")
+    alpha = -alpha if "sub" in name else alpha
     operands = [x if isinstance(x, Bound) else _constant(values[0], x) for x in (input, other)]
+    if "rsub" in name:  # y − α·x
+        operands.reverse()
     if values[0].value is None:
         return Bound(None, up(1.0 if operands[0] is values[0] else abs(alpha), values[0].lipschitz))
     first, second = (x.numbers if isinstance(x, Bound) else x for x in operands)
@@ -83,30 +87,12 @@ def _sum(analysis: Analysis, input: Any, other: Any, alpha: float) -> Bound:
     return analysis.combine(value, terms, constant=added, absolute=u * added)
 
 
-@operation("add", "torch.Tensor.__add__", "torch.Tensor.__radd__", values=2)
-def add(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
-    """x + α·y: constants add, and broadcasting multiplies by the root of the copies."""
-    return _sum(analysis, input, other, alpha)
-
-
-@operation("sub", "subtract", "torch.Tensor.__sub__", values=2)
-def subtract(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
-    """x − α·y."""
-    return _sum(analysis, input, other, -alpha)
-
-
-@operation("rsub", "torch.Tensor.__rsub__", values=2)
-def subtract_from(analysis: Analysis, input: Any, other: Any, *, alpha: float = 1) -> Bound:
-    """y − α·x."""
-    return _sum(analysis, other, input, -alpha)
-
-
 @operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", values=2)
 def multiply(analysis: Analysis, input: Any, other: Any) -> Bound:
     """c·x: the largest |c|. A product of two values has no constant."""
     if not isinstance(input, Bound) or (isinstance(other, Bound) and _is_constant(input)):
         input, other = other, input
-    return _product(analysis, input, other, lambda x, c: x * c, 1.0)
+    return _product(analysis, input, other)
 
 
 @operation("div", "divide", "true_divide", "torch.Tensor.__truediv__", "torch.Tensor.__div__", values=2)
@@ -114,7 +100,7 @@ def divide(analysis: Analysis, input: Any, other: Any, *, rounding_mode: str | N
     """x / c: one over the smallest |c|."""
     if not isinstance(input, Bound) or rounding_mode is not None:
         raise UncertifiableError("a constant divided by a value, or a quotient that is cut, has no constant")
-    return _product(analysis, input, other, lambda x, c: x / c, -1.0)
+    return _product(analysis, input, other, inverse=True)
 
 
 def _is_constant(x: Bound) -> bool:
@@ -122,7 +108,7 @@ def _is_constant(x: Bound) -> bool:
     return x.lipschitz == x.growth == 0 and x.error is not None and not x.error.any()
 
 
-def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any], Tensor], power: float) -> Bound:
+def _product(analysis: Analysis, x: Bound, c: Any, *, inverse: bool = False) -> Bound:
     if isinstance(c, Bound) and _is_constant(c) and c.numbers.ndim == x.numbers.ndim:
         c = c.numbers[:1]
     if isinstance(c, Bound):
@@ -131,13 +117,13 @@ def _product(analysis: Analysis, x: Bound, c: Any, compute: Callable[[Any, Any],
     if not isinstance(c, Tensor) and x.value is not None:
         as_given(c, x.value.dtype)
     sizes = c.double().abs() if isinstance(c, Tensor) else torch.tensor(abs(c), dtype=torch.float64)
-    largest = (sizes if power > 0 else 1.0 / sizes).max().item() if sizes.numel() else 0.0
-    largest = up(largest, 1 + 2.0**-50) if power < 0 and largest != 1.0 else largest
+    largest = (1.0 / sizes if inverse else sizes).max().item() if sizes.numel() else 0.0
+    largest = up(largest, 1 + 2.0**-50) if inverse and largest != 1.0 else largest
     if not math.isfinite(largest):
         raise UncertifiableError(f"its factor goes up to {largest}: are its constants finite, and not zero?")
     if x.value is None:
         return Bound(None, up(largest, x.lipschitz))
-    value = compute(x.value, c)
+    value = x.value / c if inverse else x.value * c
     _keeps_batch(value, x.value)
     factor = up(largest, math.sqrt(_spread(value, x.value)))
     return analysis.combine(value, [Term(x, factor, up(3 * unit(value.dtype), factor))])
@@ -173,33 +159,21 @@ def interpolate(analysis: Analysis, input: Any, end: Any, weight: Any) -> Bound:
     return analysis.combine(value, terms)
 
 
-def _choice(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Bound]:
-    def rule(analysis: Analysis, input: Any, other: Any) -> Bound:
-        """The larger or smaller of two numbers: of two values, no more than both change together."""
-        if not isinstance(input, Bound):
-            input, other = other, input
-        if isinstance(other, Bound):
-            value = compute(input.numbers, other.numbers)
-            _keeps_batch(value, input.numbers, other.numbers)
-            terms = [Term(x, math.sqrt(_spread(value, x.numbers))) for x in (input, other)]
-            return analysis.combine(value, terms, joint=True)
-        other = _constant(input, other)
-        if not isinstance(other, Tensor):
-            raise UncertifiableError("it takes tensors: use clamp for a number")
-        value = compute(input.numbers, other)
-        _keeps_batch(value, input.numbers)
-        return analysis.combine(value, [Term(input, math.sqrt(_spread(value, input.numbers)))])
-
-    return rule
+@operation("maximum", "fmax", "max", "minimum", "fmin", "min", values=2)
+def choose(analysis: Analysis, name: str, input: Any, other: Any) -> Bound:
+    """The larger or smaller of two numbers: of two values, no more than both change together."""
+    if not isinstance(input, Bound):
+        input, other = other, input
+    second = other.numbers if isinstance(other, Bound) else _constant(input, other)
+    if not isinstance(second, Tensor):
+        raise UncertifiableError("it takes tensors: use clamp for a number")
+    values = [operand for operand in (input, other) if isinstance(operand, Bound)]
+    value = (torch.maximum if "max" in name else torch.minimum)(input.numbers, second)
+    _keeps_batch(value, *(x.numbers for x in values))
+    return analysis.combine(value, [Term(x, math.sqrt(_spread(value, x.numbers))) for x in values], joint=True)
 
 
-operation("maximum", "fmax", "max", values=2)(_choice(torch.maximum))
-operation("minimum", "fmin", "min", values=2)(_choice(torch.minimum))
-
-
-def activation(
-    *names: str, slope: Any = 1.0, units: float = 0.0, offset: Any = 0.0
-) -> Callable[[Callable[..., Tensor]], Callable[..., Bound]]:
+def activation(*names: str, slope: Any = 1.0, units: float = 0.0, offset: Any = 0.0) -> None:
     """Enter the rule of a function of one number.
 
     Args:
@@ -209,30 +183,26 @@ def activation(
         offset: size of the result near 0, or a function of the other arguments that returns it.
     """
 
-    def enter(compute: Callable[..., Tensor]) -> Callable[..., Bound]:
-        @operation(*names)
-        def rule(analysis: Analysis, input: Bound, *args: Any, inplace: bool = False, **kwargs: Any) -> Bound:
-            if any(isinstance(arg, Tensor | Bound) for arg in (*args, *kwargs.values())):
-                raise UncertifiableError("it takes numbers: tensors in their place have no rule")
-            steepest = float(slope(*args, **kwargs) if callable(slope) else slope)
-            if not math.isfinite(steepest):
-                raise UncertifiableError(f"its slope goes up to {steepest}: are its constants finite?")
-            value = None if input.value is None else compute(input.value, *args, **kwargs)
-            if not units or value is None:
-                return analysis.exact(input, value, steepest)
-            size = float(offset(*args, **kwargs) if callable(offset) else offset) * math.sqrt(value[0].numel())
-            u = units * unit(value.dtype)
-            return analysis.combine(value, [Term(input, steepest, up(u, max(1.0, steepest)))], absolute=u * size)
-
-        return rule
-
-    return enter
+    @operation(*names)
+    def rule(analysis: Analysis, name: str, input: Bound, *args: Any, inplace: bool = False, **kwargs: Any) -> Bound:
+        if any(isinstance(arg, Tensor | Bound) for arg in (*args, *kwargs.values())):
+            raise UncertifiableError("it takes numbers: tensors in their place have no rule")
+        steepest = float(slope(*args, **kwargs) if callable(slope) else slope)
+        if not math.isfinite(steepest):
+            raise UncertifiableError(f"its slope goes up to {steepest}: are its constants finite?")
+        name = name.strip("_")
+        value = input.apply(getattr(torch, name, None) or getattr(F, name), *args, **kwargs)
+        if not units or value is None:
+            return analysis.exact(input, value, steepest)
+        size = float(offset(*args, **kwargs) if callable(offset) else offset) * math.sqrt(value[0].numel())
+        u = units * unit(value.dtype)
+        return analysis.combine(value, [Term(input, steepest, up(u, max(1.0, steepest)))], absolute=u * size)
 
 
-activation("neg", "negative", "torch.Tensor.__neg__")(torch.neg)
-activation("abs", "absolute", "torch.Tensor.__abs__")(torch.abs)
-activation("relu", "F.relu")(torch.relu)
-activation("F.relu6")(F.relu6)
+activation("neg", "negative", "torch.Tensor.__neg__")
+activation("abs", "absolute", "torch.Tensor.__abs__")
+activation("relu", "F.relu")
+activation("F.relu6")
 
 
 def _limits(*limits: float | None) -> float:
@@ -240,31 +210,29 @@ def _limits(*limits: float | None) -> float:
     return builtins.max((abs(limit) for limit in limits if limit is not None and math.isfinite(limit)), default=0.0)
 
 
-activation("F.hardtanh", units=1, offset=lambda min_val=-1.0, max_val=1.0: _limits(min_val, max_val))(F.hardtanh)
-activation("clamp", "clip", units=1, offset=lambda min=None, max=None: _limits(min, max))(torch.clamp)
-activation("clamp_min", units=1, offset=lambda min: _limits(min))(torch.clamp_min)
-activation("clamp_max", units=1, offset=lambda max: _limits(max))(torch.clamp_max)
-activation("F.leaky_relu", slope=lambda negative_slope=0.01: builtins.max(1.0, abs(negative_slope)), units=3)(
-    F.leaky_relu
-)
-activation("F.softshrink", units=3, offset=lambda lambd=0.5: abs(lambd))(F.softshrink)
-activation("F.softsign", units=4)(F.softsign)
-activation("F.hardsigmoid", slope=0.1667, units=8, offset=1.0)(F.hardsigmoid)
-activation("F.hardswish", slope=1.5, units=16, offset=1.0)(F.hardswish)
-activation("tanh", "F.tanh", units=_ELEMENTARY)(torch.tanh)
-activation("sigmoid", "F.sigmoid", slope=0.25, units=_ELEMENTARY, offset=1.0)(torch.sigmoid)
-activation("F.logsigmoid", units=_ELEMENTARY, offset=1.0)(F.logsigmoid)
-activation("F.tanhshrink", units=_ELEMENTARY)(F.tanhshrink)
-activation("sin", units=_ELEMENTARY, offset=1.0)(torch.sin)
-activation("cos", units=_ELEMENTARY, offset=1.0)(torch.cos)
-activation("atan", "arctan", units=_ELEMENTARY)(torch.atan)
+activation("F.hardtanh", units=1, offset=lambda min_val=-1.0, max_val=1.0: _limits(min_val, max_val))
+activation("clamp", "clip", units=1, offset=lambda min=None, max=None: _limits(min, max))
+activation("clamp_min", units=1, offset=lambda min: _limits(min))
+activation("clamp_max", units=1, offset=lambda max: _limits(max))
+activation("F.leaky_relu", slope=lambda negative_slope=0.01: builtins.max(1.0, abs(negative_slope)), units=3)
+activation("F.softshrink", units=3, offset=lambda lambd=0.5: abs(lambd))
+activation("F.softsign", units=4)
+activation("F.hardsigmoid", slope=0.1667, units=8, offset=1.0)
+activation("F.hardswish", slope=1.5, units=16, offset=1.0)
+activation("tanh", "F.tanh", units=_ELEMENTARY)
+activation("sigmoid", "F.sigmoid", slope=0.25, units=_ELEMENTARY, offset=1.0)
+activation("F.logsigmoid", units=_ELEMENTARY, offset=1.0)
+activation("F.tanhshrink", units=_ELEMENTARY)
+activation("sin", units=_ELEMENTARY, offset=1.0)
+activation("cos", units=_ELEMENTARY, offset=1.0)
+activation("atan", "arctan", units=_ELEMENTARY)
 activation("F.elu", slope=lambda alpha=1.0: builtins.max(1.0, abs(alpha)), units=_ELEMENTARY,
-           offset=lambda alpha=1.0: abs(alpha))(F.elu)  # fmt: skip
+           offset=lambda alpha=1.0: abs(alpha))  # fmt: skip
 # The largest slopes of the others, rounded up in the last digit that is given.
-activation("F.selu", "torch.selu", slope=1.7581, units=_ELEMENTARY, offset=2.0)(F.selu)
-activation("F.gelu", slope=1.13, units=_ELEMENTARY, offset=1.0)(F.gelu)
-activation("F.silu", slope=1.1, units=_ELEMENTARY, offset=1.0)(F.silu)
-activation("F.mish", slope=1.09, units=_ELEMENTARY, offset=1.0)(F.mish)
+activation("F.selu", "torch.selu", slope=1.7581, units=_ELEMENTARY, offset=2.0)
+activation("F.gelu", slope=1.13, units=_ELEMENTARY, offset=1.0)
+activation("F.silu", slope=1.1, units=_ELEMENTARY, offset=1.0)
+activation("F.mish", slope=1.09, units=_ELEMENTARY, offset=1.0)
 
 
 @operation("prelu", "F.prelu")
@@ -280,17 +248,12 @@ def prelu(analysis: Analysis, input: Bound, weight: Tensor) -> Bound:
     return analysis.combine(value, [Term(input, steepest, 3 * unit(value.dtype) * steepest)])
 
 
-@operation(*(f"F.{kind}" for kind in ("dropout", "dropout1d", "dropout2d", "dropout3d")), alias=True)
-def dropout(analysis: Analysis, input: Bound, p: float = 0.5, training: bool = True, inplace: bool = False) -> Bound:
-    """Nothing in evaluation mode."""
-    if training and p > 0:
-        raise UncertifiableError("dropout draws at random in training mode: call eval() first")
-    return input
-
-
-@operation("F.alpha_dropout", "F.feature_alpha_dropout", alias=True)
-def alpha_dropout(
-    analysis: Analysis, input: Bound, p: float = 0.5, training: bool = False, inplace: bool = False
+@operation("F.dropout", "F.dropout1d", "F.dropout2d", "F.dropout3d", "F.alpha_dropout", "F.feature_alpha_dropout",
+           alias=True)  # fmt: skip
+def dropout(
+    analysis: Analysis, name: str, input: Bound, p: float = 0.5, training: bool | None = None, inplace: bool = False
 ) -> Bound:
     """Nothing in evaluation mode."""
-    return dropout(analysis, input, p, training)
+    if p > 0 and (("alpha" not in name) if training is None else training):  # as torch has it where it is not stated
+        raise UncertifiableError("dropout draws at random in training mode: call eval() first")
+    return input

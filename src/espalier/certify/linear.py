@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +74,8 @@ def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None
     """The spectral norm of the weights."""
     if input.value is not None and input.value.ndim < 2:
         raise UncertifiableError("it maps the batch: give one row per image")
-    value = None
-    if input.value is not None:
-        value = F.linear(input.value, weight, bias)
-        analysis.try_products("linear", F.linear, input.value, weight, weight.ndim == 2)
+    value = input.apply(F.linear, weight, bias)
+    analysis.try_products("linear", F.linear, input.value, weight, weight.ndim == 2)
     # Copies: the network may write to what it gave before the bound is read.
     copied = None if bias is None else bias.detach().clone()
     rows = Rows(input, weight.detach().clone(), copied, weight.shape[1]) if weight.ndim == 2 else None
@@ -97,165 +95,126 @@ def product(analysis: Analysis, input: Bound, other: Tensor) -> Bound:
     return linear(analysis, input, other.mT)
 
 
-def _convolution(function: Callable[..., Tensor], axes: int, *, transposed: bool) -> Callable[..., Bound]:
-    def rule(
-        analysis: Analysis,
-        input: Bound,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        output_padding: Any = 0,
-    ) -> Bound:
-        """The least of the bounds of ``kernel_norm``; the transpose has the norm of the convolution."""
-        if input.value is not None and input.value.ndim != axes + 2:
-            raise UncertifiableError(f"it takes the batch for channels: give (B, C, …) with {axes} axes of pixels")
-        value = None
-        if input.value is not None:
-            middle = (output_padding, groups, dilation) if transposed else (dilation, groups)
-            settings = (stride, padding, *middle)
-            value = function(input.value, weight, bias, *settings)
-            kind, bilinear = (function.__name__, settings), lambda x, w: function(x, w, None, *settings)
-            analysis.try_products(kind, bilinear, input.value, weight, not transposed)
-        taps = math.prod(weight.shape[2:])
-        plain = set(per_axis(dilation, axes)) == {1}
-        cover = windows(weight.shape[2:], per_axis(stride, axes)) if plain else None
-        # One number sums all taps of the channels it sees, and in a transpose only those of its own phase.
-        terms = taps * (weight.shape[0] // groups if transposed else weight.shape[1])
-        return affine(
-            analysis, input, value, norm=analysis.norms.kernel(weight, groups, cover),
-            size=analysis.norms.absolute_kernel(weight, groups), terms=terms, bias=bias,
-        )  # fmt: skip
-
-    def transpose_rule(
-        analysis: Analysis,
-        input: Bound,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Bound:
-        return rule(analysis, input, weight, bias, stride, padding, dilation, groups, output_padding)
-
-    return transpose_rule if transposed else rule
+def _axes(name: str, input: Bound) -> int:
+    """Return how many axes of pixels an operation has, as its name tells."""
+    axes = next(int(digit) for digit in name if digit.isdigit())
+    if input.value is not None and input.value.ndim != axes + 2:
+        raise UncertifiableError(f"it takes the batch for channels: give (B, C, …) with {axes} axes of pixels")
+    return axes
 
 
-for _axes, _pair in enumerate(
-    ((F.conv1d, F.conv_transpose1d), (F.conv2d, F.conv_transpose2d), (F.conv3d, F.conv_transpose3d)), start=1
-):
-    operation(f"F.conv{_axes}d", f"torch.conv{_axes}d")(_convolution(_pair[0], _axes, transposed=False))
-    operation(f"F.conv_transpose{_axes}d", f"torch.conv_transpose{_axes}d")(
-        _convolution(_pair[1], _axes, transposed=True)
-    )
+class _Convolution(NamedTuple):
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
 
 
-class _Window(NamedTuple):
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def inputs(self) -> int:
-        return math.prod(self.kernel)
-
-    @classmethod
-    def of(cls, input: Bound, axes: int, kernel_size: Any, stride: Any) -> _Window:
-        if input.value is not None and input.value.ndim != axes + 2:
-            raise UncertifiableError(f"it takes the batch for channels: give (B, C, …) with {axes} axes of pixels")
-        kernel = per_axis(kernel_size, axes)
-        # torch takes an empty list, like None, for windows side by side.
-        given = stride is not None and not (isinstance(stride, Sequence) and not stride)
-        return cls(kernel, per_axis(stride, axes) if given else kernel)
+class _Transposed(NamedTuple):
+    stride: Any = 1
+    padding: Any = 0
+    output_padding: Any = 0
+    groups: int = 1
+    dilation: Any = 1
 
 
-def _average_pooling(function: Callable[..., Tensor], axes: int) -> Callable[..., Bound]:
-    def rule(
-        analysis: Analysis,
-        input: Bound,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Bound:
-        """√(c·K)/divisor, which is 1/√K without overlap."""
-        window = _Window.of(input, axes, kernel_size, stride)
-        if ceil_mode or (any(per_axis(padding, axes)) and not count_include_pad):
-            raise UncertifiableError("windows at the border are averaged over fewer pixels: use ScaledAvgPool2d")
-        divisor, summed = abs(divisor_override or window.inputs), root_up(windows(*window) * window.inputs)
-        norm = summed / divisor
-        norm = norm if norm * divisor == summed else math.nextafter(norm, math.inf)
-        value = None
-        if input.value is not None:
-            extra = () if axes == 1 else (divisor_override,)
-            value = function(input.value, kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
-        return affine(analysis, input, value, norm=norm, size=norm, terms=window.inputs + 2, bias=None, peak=summed)
-
-    return rule
+@operation(*(f"{place}.conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3) for place in ("F", "torch")))
+def convolution(
+    analysis: Analysis, name: str, input: Bound, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Bound:
+    """The least of the bounds of ``kernel_norm``; the transpose has the norm of the convolution."""
+    axes, function, transposed = _axes(name, input), getattr(F, name), "transpose" in name
+    settings = _Transposed(*args, **kwargs) if transposed else _Convolution(*args, **kwargs)
+    value = input.apply(function, weight, bias, *settings)
+    bilinear = lambda x, w: function(x, w, None, *settings)  # noqa: E731
+    analysis.try_products((name, settings), bilinear, input.value, weight, not transposed)
+    taps = math.prod(weight.shape[2:])
+    plain = set(per_axis(settings.dilation, axes)) == {1}
+    cover = windows(weight.shape[2:], per_axis(settings.stride, axes)) if plain else None
+    # One number sums all taps of the channels it sees, and in a transpose only those of its own phase.
+    terms = taps * (weight.shape[0] // settings.groups if transposed else weight.shape[1])
+    return affine(
+        analysis, input, value, norm=analysis.norms.kernel(weight, settings.groups, cover),
+        size=analysis.norms.absolute_kernel(weight, settings.groups), terms=terms, bias=bias,
+    )  # fmt: skip
 
 
-def _max_pooling(function: Callable[..., Tensor], axes: int) -> Callable[..., Bound]:
-    def rule(
-        analysis: Analysis,
-        input: Bound,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> Bound:
-        """√c, which is 1 without overlap: a pixel can be the largest of c windows."""
-        if return_indices:
-            raise UncertifiableError("it returns indices: set return_indices=False")
-        window = _Window.of(input, axes, kernel_size, stride)
-        value = None
-        if input.value is not None:
-            value = function(input.value, kernel_size, stride, padding, dilation, ceil_mode)
-        plain = set(per_axis(dilation, axes)) == {1}
-        return analysis.exact(input, value, root_up(windows(*window) if plain else window.inputs))
-
-    return rule
+def _windows(name: str, input: Bound, kernel_size: Any, stride: Any) -> tuple[int, int]:
+    """Return of pooling over how many inputs it goes, and how many windows can cover one."""
+    axes = _axes(name, input)
+    kernel = per_axis(kernel_size, axes)
+    # torch takes an empty list, like None, for windows side by side.
+    given = stride is not None and not (isinstance(stride, Sequence) and not stride)
+    return math.prod(kernel), windows(kernel, per_axis(stride, axes) if given else kernel)
 
 
-def _adaptive_pooling(function: Callable[..., Tensor], axes: int, *, mean: bool) -> Callable[..., Bound]:
-    def rule(analysis: Analysis, input: Bound, output_size: Any, return_indices: bool = False) -> Bound:
-        """1/√K for averages over K pixels and 1 for maxima, where all windows are alike."""
-        size = per_axis(output_size, axes)
-        if input.value is None:
-            if set(size) != {1} or return_indices:
-                raise UncertifiableError("its windows depend on the image size: give an example=")
-            return Bound(None, input.lipschitz)
-        if input.value.ndim != axes + 2 or return_indices:
-            raise UncertifiableError("it returns indices, or takes the batch for channels")
-        sides = input.value.shape[2:]
-        if any(goal is not None and (goal < 1 or side % goal) for side, goal in zip(sides, size, strict=True)):
-            raise UncertifiableError("its windows overlap or differ in size: choose an output that divides the image")
-        value = function(input.value, output_size)
-        if not mean:
-            return analysis.exact(input, value)
-        inputs = math.prod(sides) // math.prod(value.shape[2:])
-        norm = math.nextafter(1 / math.sqrt(inputs), 1.0) if inputs > 1 else 1.0
-        return affine(analysis, input, value, norm=norm, size=norm, terms=inputs + 2, bias=None, peak=math.sqrt(inputs))
+@operation(*(f"{place}.avg_pool{axes}d" for axes in (1, 2, 3) for place in ("F", "torch")))
+def average_pooling(
+    analysis: Analysis,
+    name: str,
+    input: Bound,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Bound:
+    """√(c·K)/divisor, which is 1/√K without overlap."""
+    inputs, cover = _windows(name, input, kernel_size, stride)
+    if ceil_mode or (any(per_axis(padding, 1)) and not count_include_pad):
+        raise UncertifiableError("windows at the border are averaged over fewer pixels: use ScaledAvgPool2d")
+    divisor, summed = abs(divisor_override or inputs), root_up(cover * inputs)
+    norm = summed / divisor
+    norm = norm if norm * divisor == summed else math.nextafter(norm, math.inf)
+    extra = () if divisor_override is None else (divisor_override,)
+    value = input.apply(getattr(F, name), kernel_size, stride, padding, ceil_mode, count_include_pad, *extra)
+    return affine(analysis, input, value, norm=norm, size=norm, terms=inputs + 2, bias=None, peak=summed)
 
-    return rule
+
+@operation(*(f"{place}.max_pool{axes}d" for axes in (1, 2, 3) for place in ("F", "torch")),
+           *(f"F.max_pool{axes}d_with_indices" for axes in (1, 2, 3)))  # fmt: skip
+def max_pooling(
+    analysis: Analysis,
+    name: str,
+    input: Bound,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Bound:
+    """√c, which is 1 without overlap: a pixel can be the largest of c windows."""
+    if return_indices:
+        raise UncertifiableError("it returns indices: set return_indices=False")
+    inputs, cover = _windows(name, input, kernel_size, stride)
+    function = getattr(F, name.removesuffix("_with_indices"))
+    value = input.apply(function, kernel_size, stride, padding, dilation, ceil_mode)
+    return analysis.exact(input, value, root_up(cover if set(per_axis(dilation, 1)) == {1} else inputs))
 
 
-for _axes in (1, 2, 3):
-    _pools = {kind: getattr(F, f"{kind}_pool{_axes}d") for kind in ("avg", "max", "adaptive_avg", "adaptive_max")}
-    operation(f"F.avg_pool{_axes}d", f"torch.avg_pool{_axes}d")(_average_pooling(_pools["avg"], _axes))
-    operation(f"F.max_pool{_axes}d", f"torch.max_pool{_axes}d", f"F.max_pool{_axes}d_with_indices")(
-        _max_pooling(_pools["max"], _axes)
-    )
-    for _kind in ("avg", "max"):
-        operation(f"F.adaptive_{_kind}_pool{_axes}d")(
-            _adaptive_pooling(_pools[f"adaptive_{_kind}"], _axes, mean=_kind == "avg")
-        )
+@operation(*(f"F.adaptive_{kind}_pool{axes}d" for axes in (1, 2, 3) for kind in ("avg", "max")))
+def adaptive_pooling(
+    analysis: Analysis, name: str, input: Bound, output_size: Any, return_indices: bool = False
+) -> Bound:
+    """1/√K for averages over K pixels and 1 for maxima, where all windows are alike."""
+    size = per_axis(output_size, _axes(name, input))
+    if return_indices:
+        raise UncertifiableError("it returns indices: set return_indices=False")
+    if input.value is None:
+        if set(size) != {1}:
+            raise UncertifiableError("its windows depend on the image size: give an example=")
+        return Bound(None, input.lipschitz)
+    sides = input.value.shape[2:]
+    if any(goal is not None and (goal < 1 or side % goal) for side, goal in zip(sides, size, strict=True)):
+        raise UncertifiableError("its windows overlap or differ in size: choose an output that divides the image")
+    value = getattr(F, name)(input.value, output_size)
+    if "max" in name:
+        return analysis.exact(input, value)
+    inputs = math.prod(sides) // math.prod(value.shape[2:])
+    norm = math.nextafter(1 / math.sqrt(inputs), 1.0) if inputs > 1 else 1.0
+    return affine(analysis, input, value, norm=norm, size=norm, terms=inputs + 2, bias=None, peak=math.sqrt(inputs))
 
 
 def _axes_of(input: Bound, dim: Any) -> tuple[int, ...]:
@@ -268,22 +227,17 @@ def _axes_of(input: Bound, dim: Any) -> tuple[int, ...]:
     return found
 
 
-def _reduction(name: str) -> None:
-    @operation(name)
-    def rule(analysis: Analysis, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
-        """√K for a sum over K numbers, 1/√K for their mean, 1 for the largest or the smallest."""
-        axes = _axes_of(input, dim)
-        value = getattr(input.numbers, name)(axes, keepdim)
-        if name in ("amax", "amin"):
-            return analysis.exact(input, value)
-        count = math.prod(input.numbers.shape[axis] for axis in axes)
-        norm = root_up(count) if name == "sum" else math.nextafter(1 / math.sqrt(max(1, count)), math.inf)
-        peak = math.sqrt(count) * (1 + 1e-15)
-        return affine(analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None, peak=peak)
-
-
-for _name in ("sum", "mean", "amax", "amin"):
-    _reduction(_name)
+@operation("sum", "mean", "amax", "amin")
+def reduction(analysis: Analysis, name: str, input: Bound, dim: Any = None, keepdim: bool = False) -> Bound:
+    """√K for a sum over K numbers, 1/√K for their mean, 1 for the largest or the smallest."""
+    axes = _axes_of(input, dim)
+    value = getattr(input.numbers, name)(axes, keepdim)
+    if name in ("amax", "amin"):
+        return analysis.exact(input, value)
+    count = math.prod(input.numbers.shape[axis] for axis in axes)
+    norm = root_up(count) if name == "sum" else math.nextafter(1 / math.sqrt(max(1, count)), math.inf)
+    peak = math.sqrt(count) * (1 + 1e-15)
+    return affine(analysis, input, value, norm=norm, size=norm, terms=count + 2, bias=None, peak=peak)
 
 
 def batch_norm_scale(var: Tensor | None, weight: Tensor | None, eps: float, training: bool) -> Tensor:

@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     """What the table holds for one operation."""
 
     function: Callable[..., Any]
-    """Takes the analysis, and the arguments of the operation with bounds in place of values."""
+    """Takes the analysis, the operation's name if it wants that, and the arguments with bounds in place of values."""
     values: int
     """How many leading arguments may depend on the image."""
     alias: bool
@@ -24,6 +24,11 @@ class Rule(NamedTuple):
     counted: bool
     """Whether an argument may be the number of images."""
     signature: inspect.Signature
+
+    def bind(self, analysis: Any, name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """Return the arguments of the function."""
+        named = list(self.signature.parameters)[1] == "name"
+        return self.signature.bind(analysis, *([name] if named else []), *args, **kwargs)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the operands in front, however they were given."""
@@ -42,7 +47,7 @@ OPERATIONS: dict[str, Rule] = {}
 def operation(
     *names: str, values: int = 1, alias: bool = False, counted: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a rule (decorator).
+    """Enter a rule (decorator); a rule of several operations names its second parameter ``name``.
 
     Args:
         names: ``F.name`` for torch.nn.functional's; ``name`` for torch.name and the method of tensors; a name with
@@ -115,6 +120,11 @@ class Call:
     def writes(self) -> bool:
         """Whether it works in place."""
         return in_place(self.full)[1]
+
+    @property
+    def short(self) -> str:
+        """The name of the operation or property alone, without where it stands."""
+        return last_name(self.name.removesuffix(".__get__"))
 
     def run(self) -> Any:
         """Do it."""

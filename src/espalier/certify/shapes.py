@@ -74,19 +74,12 @@ _METHODS = ("dim", "is_floating_point", "is_complex", "get_device", "element_siz
 _SIZELESS = ("dtype", "device", "layout", "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized")
 
 
-def _ask(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
-    def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
-        if input.value is None and name in _SIZELESS:
-            return ask(torch.empty(0, dtype=analysis.dtype), *args, **kwargs)
-        return ask(input.numbers, *args, **kwargs)
-
-    return rule
-
-
-for _name in _PROPERTIES:
-    operation(f"torch.Tensor.{_name}.__get__")(_ask(_name, lambda x, name=_name: getattr(x, name)))
-for _name in _METHODS:
-    operation(_name)(_ask(_name, lambda x, *args, name=_name, **kwargs: getattr(x, name)(*args, **kwargs)))
+@operation(*(f"torch.Tensor.{name}.__get__" for name in _PROPERTIES), *_METHODS)
+def ask(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
+    """What the numbers answer."""
+    known = input.value is not None or name not in _SIZELESS
+    found = getattr(input.numbers if known else torch.empty(0, dtype=analysis.dtype), name)
+    return found(*args, **kwargs) if name in _METHODS else found
 
 
 @operation("torch.Tensor.shape.__get__", "size")
@@ -97,24 +90,20 @@ def size(analysis: Analysis, input: Bound, dim: int | None = None) -> Any:
     return shape if dim is None else shape[dim]
 
 
-for _name in ("numel", "__len__", "torch.Tensor.nbytes.__get__"):
-
-    @operation(_name)
-    def _total_size(analysis: Analysis, input: Bound, *, name: str = _name) -> Any:
-        """Refused: the number of images is a factor of it."""
-        raise analysis.count.refused(name.removesuffix(".__get__"))
+@operation("numel", "__len__", "torch.Tensor.nbytes.__get__")
+def total_size(analysis: Analysis, name: str, input: Bound) -> Any:
+    """Refused: the number of images is a factor of it."""
+    raise analysis.count.refused(name)
 
 
-for _name in ("stride", "is_contiguous"):
-
-    @operation(_name)
-    def _layout(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Any:
-        """The same as of the numbers, whose images have to lie one after the other."""
-        x = input.numbers
-        span = 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
-        if len(x) > 1 and 0 < x.stride(0) < span:  # the images lie side by side: other strides count them
-            raise analysis.count.refused(name)
-        return getattr(x, name)(*args, **kwargs)
+@operation("stride", "is_contiguous")
+def layout(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
+    """The same as of the numbers, whose images have to lie one after the other."""
+    x = input.numbers
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+    if len(x) > 1 and 0 < x.stride(0) < span:  # the images lie side by side: other strides count them
+        raise analysis.count.refused(name)
+    return getattr(x, name)(*args, **kwargs)
 
 
 @operation("torch.Tensor.is_leaf.__get__")
@@ -134,26 +123,22 @@ def nothing(analysis: Analysis, input: Bound) -> None:
     """None: no gradient is taken."""
 
 
-for _name in ("zeros_like", "ones_like", "full_like"):
-
-    @operation(f"torch.{_name}")
-    def _like(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Bound:
-        """0: a constant for every image."""
-        return analysis.same_for_all(getattr(torch, name)(input.numbers, *args, **kwargs))
+@operation("torch.zeros_like", "torch.ones_like", "torch.full_like")
+def like(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Bound:
+    """0: a constant for every image."""
+    return analysis.same_for_all(getattr(torch, name)(input.numbers, *args, **kwargs))
 
 
-for _name in ("new_zeros", "new_ones", "new_full", "new_tensor"):
-
-    @operation(f"torch.Tensor.{_name}", counted=_name != "new_tensor")
-    def _new(analysis: Analysis, input: Bound, *args: Any, name: str = _name, **kwargs: Any) -> Any:
-        """A constant; 0 if it is one for every image."""
-        make = getattr(Tensor, name)
-        if not has_count(args, kwargs):
-            return make(input.numbers, *args, **kwargs)
-        made = repeated(Call(make, (input.numbers, *args), kwargs), len(input.numbers))
-        if made is None:
-            raise analysis.count.refused(name)
-        return analysis.same_for_all(made)
+@operation(*(f"torch.Tensor.new_{kind}" for kind in ("zeros", "ones", "full", "tensor")), counted=True)
+def new(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
+    """A constant; 0 if it is one for every image."""
+    call = Call(getattr(Tensor, name), (input.numbers, *args), kwargs)
+    if not has_count(args, kwargs):
+        return call.run()
+    made = repeated(call, len(input.numbers))
+    if made is None:
+        raise analysis.count.refused(name)
+    return analysis.same_for_all(made)
 
 
 # -- views and copies
@@ -182,44 +167,38 @@ def copied(analysis: Analysis, input: Bound, *, memory_format: Any = None) -> Bo
     return replace(input, value=input.value.clone(memory_format=memory_format or torch.preserve_format))
 
 
-def _enter(compute: Callable[..., Any], *names: str, alias: bool = True, counted: bool = False) -> None:
-    """Enter an operation that only moves numbers."""
-
-    @operation(*names, alias=alias, counted=counted)
-    def rule(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
-        """The same numbers in other places: √ of the copies of one."""
-        if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
-            raise UncertifiableError("reading numbers as another dtype has no rule")
-        if input.value is None and _keeps_images(names[0], *args, **kwargs):
-            return input
-        return _rearranged(
-            analysis, input, lambda x: compute(x, *with_count(args, len(x)), **with_count(kwargs, len(x)))
-        )
+def move(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
+    """The same numbers in other places: √ of the copies of one."""
+    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
+        raise UncertifiableError("reading numbers as another dtype has no rule")
+    if input.value is None and _keeps_images(name, *args, **kwargs):
+        return input
+    compute = getattr(Tensor, name, None) or getattr(F, name)
+    return _rearranged(analysis, input, lambda x: compute(x, *with_count(args, len(x)), **with_count(kwargs, len(x))))
 
 
 def _keeps_images(name: str, *args: Any, **kwargs: Any) -> bool:
     """Return whether an operation leaves the batch alone and copies nothing, whatever the size of its input."""
-    if name == "flatten":
-        return (args[0] if args else kwargs.get("start_dim", 0)) >= 1
-    return name.startswith("F.") or (name == "unflatten" and (args[0] if args else kwargs["dim"]) >= 1)
+    if name in ("flatten", "unflatten"):
+        return (args[0] if args else kwargs.get("start_dim", kwargs.get("dim", 0))) >= 1
+    return name in _CHANNELS
 
 
-for _name in (
+_CHANNELS = ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+
+operation(
     "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "flatten",
-    "unflatten", "chunk", "unbind", "narrow", "select",
-):  # fmt: skip
-    _enter(getattr(Tensor, _name), _name)
-_enter(Tensor.split, "split", "F.split", "split_with_sizes")
-_enter(Tensor.reshape, "reshape", counted=True)
-_enter(Tensor.view, "view", counted=True)  # which torch refuses where numbers lie apart
-_enter(Tensor.expand, "expand", "broadcast_to", counted=True)
-_enter(Tensor.__getitem__, "torch.Tensor.__getitem__")
-_enter(lambda x: x.mT, "torch.Tensor.mT.__get__")
-_enter(Tensor.index_select, "index_select", alias=False)
-_enter(Tensor.flip, "flip", alias=False)
-_enter(Tensor.repeat, "repeat", "tile", alias=False)
-for _name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
-    _enter(getattr(F, _name), f"F.{_name}", f"torch.{_name}")
+    "unflatten", "chunk", "unbind", "narrow", "select", "split", "F.split", "split_with_sizes",
+    "torch.Tensor.__getitem__", *(f"{place}.{name}" for name in _CHANNELS for place in ("F", "torch")), alias=True,
+)(move)  # fmt: skip
+operation("reshape", "view", "expand", "broadcast_to", alias=True, counted=True)(move)  # torch refuses some views
+operation("index_select", "flip", "repeat", "tile")(move)
+
+
+@operation("torch.Tensor.mT.__get__", alias=True)
+def transposed(analysis: Analysis, input: Bound) -> Any:
+    """The same numbers in other places."""
+    return _rearranged(analysis, input, lambda x: x.mT)
 
 
 @operation("roll")
@@ -333,11 +312,7 @@ def to(analysis: Analysis, input: Any, *args: Any, **kwargs: Any) -> Any:
     return _converted(analysis, input, dtypes[0] if dtypes else None)
 
 
-for _name, _dtype in (("float", torch.float32), ("double", torch.float64), ("half", torch.float16),
-                      ("bfloat16", torch.bfloat16)):  # fmt: skip
-
-    @operation(f"torch.Tensor.{_name}", alias=True)
-    def _to_precision(
-        analysis: Analysis, input: Bound, memory_format: Any = None, *, dtype: torch.dtype = _dtype
-    ) -> Bound:
-        return _converted(analysis, input, dtype)
+@operation(*(f"torch.Tensor.{name}" for name in ("float", "double", "half", "bfloat16")), alias=True)
+def to_precision(analysis: Analysis, name: str, input: Bound, memory_format: Any = None) -> Bound:
+    """1, and the rounding of a conversion to fewer digits."""
+    return _converted(analysis, input, getattr(torch, name))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -42,6 +43,10 @@ class Bound:
         if self.value is None:
             raise UncertifiableError(NEEDS_EXAMPLE)
         return self.value
+
+    def apply(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return what a function makes of the value, if there is one."""
+        return None if self.value is None else function(self.value, *args, **kwargs)
 
 
 class Rows(NamedTuple):
