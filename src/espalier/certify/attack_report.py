@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.attack import autoattack_l2, bisect_to_boundary, distance, fooled, pgd_l2
-from espalier.certify.certificate import EPSILONS, Certificate, in_255, is_distance
+from espalier.certify.certificate import EPSILONS, Certificate, in_255, is_distance, read_result, write_result
 from espalier.certify.radius import ARITHMETIC, check_pixels
 from espalier.errors import EspalierError
-from espalier.files import read_sealed, write_sealed
 from espalier.tables import plain_table
 
 _GROWTH = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -84,10 +83,7 @@ class AttackReport:
 
     def save(self, path: Path | str) -> Path:
         """Write the report as JSON, whole or not at all, and return the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, asdict(self))
-        return path
+        return write_result(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -96,12 +92,11 @@ class AttackReport:
         Raises:
             EspalierError: missing file, damaged, or not an attack report.
         """
-        values = read_sealed(Path(path), "attack report")
-        names = {each.name for each in fields(cls)}
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        if values.keys() != names or not all(d is None or is_distance(d) for d in lists.get("distances", ("",))):
-            raise EspalierError(f"{path} is not an attack report: its fields must be {', '.join(sorted(names))}")
-        return cls(**{**values, **lists})
+        values = read_result(cls, path, "an attack report")
+        distances = values["distances"]
+        if not isinstance(distances, tuple) or not all(d is None or is_distance(d) for d in distances):
+            raise EspalierError(f"attack report {path} holds distances that no report can have: make it again")
+        return cls(**values)
 
 
 def challenge(

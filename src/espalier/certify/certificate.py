@@ -82,12 +82,8 @@ class Certificate:
 
     def save(self, path: Path | str) -> Path:
         """Write the certificate as JSON, whole or not at all, and return the path."""
-        path = Path(path)
-        values = asdict(self)
-        values["radii"] = [radius if math.isfinite(radius) else None for radius in self.radii]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, values)
-        return path
+        radii = [radius if math.isfinite(radius) else None for radius in self.radii]
+        return write_result(path, {**asdict(self), "radii": radii})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -96,12 +92,12 @@ class Certificate:
         Raises:
             EspalierError: missing file, damaged, or not a certificate.
         """
-        values = read_sealed(Path(path), "certificate")
-        names = {f.name for f in fields(cls)}
-        needed = {f.name for f in fields(cls) if f.default is MISSING}
-        if not needed <= set(values) <= names:
-            raise EspalierError(f"{path} is not a certificate: its fields must be {', '.join(sorted(names))}")
-        found = cls(**{name: _frozen(value) for name, value in values.items()})
+        values = read_result(cls, path, "a certificate")
+        # An infinite radius, for which JSON has no number, is kept as None.
+        radii = values["radii"]
+        if isinstance(radii, tuple):
+            values["radii"] = tuple(math.inf if radius is None else radius for radius in radii)
+        found = cls(**values)
         if not found._is_sound():
             raise EspalierError(f"certificate {path} holds values that no certificate can have: make it again")
         return found
@@ -134,6 +130,27 @@ def in_255(eps: float) -> str:
     return f"{share.numerator}/255" if whole else f"{eps:g}"
 
 
+def write_result(path: Path | str, values: dict[str, Any]) -> Path:
+    """Write the fields of a result as JSON, whole or not at all, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, values)
+    return path
+
+
+def read_result(cls: Any, path: Path | str, what: str) -> dict[str, Any]:
+    """Return the fields of a result that ``write_result`` wrote, with tuples for lists.
+
+    Raises:
+        EspalierError: missing file, damaged, or other fields than those of the dataclass ``cls``.
+    """
+    values = read_sealed(Path(path), what.partition(" ")[2])
+    names = {each.name for each in fields(cls)}
+    needed = {each.name for each in fields(cls) if each.default is MISSING}
+    if not needed <= values.keys() <= names:
+        raise EspalierError(f"{path} is not {what}: its fields must be {', '.join(sorted(names))}")
+    return {name: _frozen(value) for name, value in values.items()}
+
+
 def _frozen(value: Any) -> Any:
-    # Only radii hold None: an infinite radius, for which JSON has no number.
-    return tuple(math.inf if item is None else _frozen(item) for item in value) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -27,21 +27,13 @@ def refuse_settings(device: torch.device) -> None:
     Raises:
         EspalierError: there is one; the message names it.
     """
-    # The older switches, which alone there are before torch 2.9; they cannot be read once the newer ones were set.
-    with suppress(RuntimeError):
+    with suppress(RuntimeError):  # it cannot be read once newer settings were made, which are asked for below
         if torch.get_float32_matmul_precision() != "highest":
             raise EspalierError(
                 "float32 matrix products are set to fewer digits: torch.set_float32_matmul_precision('highest') first"
             )
-    with suppress(RuntimeError):
-        if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-            raise EspalierError(
-                "float32 convolutions are set to fewer digits: torch.backends.cudnn.allow_tf32 = False first"
-            )
-    own = (
-        ("cudnn", "cudnn.conv", "cuda.matmul") if device.type == "cuda" else ("mkldnn", "mkldnn.matmul", "mkldnn.conv")
-    )
-    for name in ("backends", *(f"backends.{part}" for part in own)):
+    cpu, cuda = ("mkldnn", "mkldnn.matmul", "mkldnn.conv"), ("cudnn", "cudnn.conv", "cuda.matmul")
+    for name in ("backends", *(f"backends.{part}" for part in (cuda if device.type == "cuda" else cpu))):
         place: object = torch
         for part in name.split("."):
             place = getattr(place, part, None)

@@ -106,21 +106,17 @@ def layout(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: An
     return getattr(x, name)(*args, **kwargs)
 
 
-@operation("torch.Tensor.is_leaf.__get__")
-def leaf(analysis: Analysis, input: Bound) -> bool:
-    """True, as of every tensor without a gradient."""
-    return True
+_WITHOUT_GRADIENT = {
+    "is_leaf": True, "requires_grad": False, "is_inference": False, "is_conj": False, "is_neg": False, "grad_fn": None,
+    "grad": None,
+}  # fmt: skip
 
 
-@operation("torch.Tensor.requires_grad.__get__", "is_inference", "is_conj", "is_neg")
-def no(analysis: Analysis, input: Bound) -> bool:
-    """False: no gradient is taken."""
-    return False
-
-
-@operation("torch.Tensor.grad_fn.__get__", "torch.Tensor.grad.__get__")
-def nothing(analysis: Analysis, input: Bound) -> None:
-    """None: no gradient is taken."""
+@operation(*(f"torch.Tensor.{name}.__get__" for name in ("is_leaf", "requires_grad", "grad_fn", "grad")),
+           "is_inference", "is_conj", "is_neg")  # fmt: skip
+def answer(analysis: Analysis, name: str, input: Bound) -> bool | None:
+    """The same as of every tensor without a gradient."""
+    return _WITHOUT_GRADIENT[name]
 
 
 @operation("torch.zeros_like", "torch.ones_like", "torch.full_like")
@@ -240,29 +236,17 @@ def pad(analysis: Analysis, input: Bound, pad: Any, mode: str = "constant", valu
     return analysis.combine(padded.value, [Term(input, 1.0)], constant=abs(value), absolute=u)
 
 
-def _joined(analysis: Analysis, tensors: Sequence[Any], dim: int, join: Callable[..., Tensor]) -> Bound:
+@operation("cat", "concat", "concatenate", "stack")
+def join(analysis: Analysis, name: str, tensors: Sequence[Any], dim: int = 0) -> Bound:
+    """√ of the sum of the squares of the constants."""
     if any(isinstance(part, Bound) and part.value is None for part in tensors):
         raise UncertifiableError("whether it joins images depends on their size: give an example=")
-    parts = [part.value if isinstance(part, Bound) else part.detach() for part in tensors]
+    parts = [part.numbers if isinstance(part, Bound) else part.detach() for part in tensors]
     operands = [part for part in tensors if isinstance(part, Bound)]
-    value = join(parts, dim)
-    if dim % value.ndim == 0 or len(value) != len(operands[0].numbers):
-        raise UncertifiableError("it joins along the batch")
-    if any(len(part) != len(value) for part in parts if part is not None):
+    value: Tensor = getattr(torch, name)(parts, dim)
+    if dim % value.ndim == 0 or any(len(part) != len(value) for part in parts):
         raise UncertifiableError("it joins along the batch")
     return analysis.combine(value, [Term(operand, 1.0) for operand in operands], joint=True)
-
-
-@operation("cat", "concat", "concatenate")
-def concatenate(analysis: Analysis, tensors: Sequence[Any], dim: int = 0) -> Bound:
-    """√ of the sum of the squares of the constants."""
-    return _joined(analysis, tensors, dim, torch.cat)
-
-
-@operation("stack")
-def stack(analysis: Analysis, tensors: Sequence[Any], dim: int = 0) -> Bound:
-    """√ of the sum of the squares of the constants."""
-    return _joined(analysis, tensors, dim, torch.stack)
 
 
 class Sorted(NamedTuple):
