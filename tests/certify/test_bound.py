@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound, register_lipschitz
 from espalier.certify import bound as bound_module
+from espalier.errors import EspalierError
 from espalier.models.convmixer import Residual
 from espalier.nn.lipschitz.activations import MaxMin
 from espalier.nn.lipschitz.constant import spectral_norm
 from espalier.nn.lipschitz.normalisation import Normalize
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling, ScaledAvgPool2d
 from espalier.nn.lipschitz.residual import ConvexSum
+from espalier.nn.orthogonal.linear import CayleyLinear
 
 
 def steepest(net: nn.Module, shape: tuple[int, ...], points: int = 4, scale: float = 1.0) -> float:
@@ -287,3 +289,23 @@ def test_registration_opens_the_bound_to_users(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(UncertifiableError, match=r"0 \(Sine\): it cannot be said today"):
         lipschitz_bound(net)
+
+
+class Catches(nn.Module):
+    """Goes another way where its layer refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CayleyLinear(4, 4)
+        nn.init.constant_(self.layer.alpha, 1e5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return 1000 * self.layer(x)
+        except EspalierError:
+            return x
+
+
+def test_a_network_that_catches_what_the_rule_of_a_layer_refuses_is_refused() -> None:
+    with pytest.raises(UncertifiableError, match="goes on after an operation that failed"):
+        lipschitz_bound(Catches().eval())

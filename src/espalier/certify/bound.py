@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,22 +101,39 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     Raises:
         UncertifiableError: an operation or a module without a known finite constant, with the path of the module.
     """
-    analysis = Analysis(rounding=False)
-    check_network(net)
     if example is not None:
         check_numbers("example is", example)
-    before = state_of(net)
-    twin = prepare(net, None if example is None else torch.float64, analysis)
-    images = None if example is None else example.detach().to(device_of(twin), torch.float64)
-    with torch.no_grad(), plain_arithmetic(twin):
+    analysis = Analysis(rounding=False)
+    with prepared(net, None if example is None else torch.float64, analysis) as twin:
+        images = None if example is None else example.detach().to(device_of(twin), torch.float64)
         result = run(twin, analysis, analysis.start(images))
         run(twin, analysis, analysis.start(images))  # is it the same map again?
         if images is not None:
             compare_plain_passes(twin, analysis, images)
-    check_unchanged(net, before)
     if not math.isfinite(result.lipschitz):
         raise UncertifiableError(f"its constant is {result.lipschitz}: are its weights finite?", type(net).__name__)
     return result.lipschitz
+
+
+@contextmanager
+def prepared(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> Iterator[nn.Module]:
+    """Yield a copy as ``prepare`` makes it, without gradients, in the precision of its tensors.
+
+    Raises:
+        EspalierError: what is given is no module, or has no numbers.
+        UncertifiableError: see ``prepare``; or the network itself is not what it was before: only its copy was run.
+    """
+    if not isinstance(net, nn.Module):
+        raise EspalierError(f"net is of type {type(net).__name__}: give a torch.nn.Module")
+    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+        raise EspalierError("net is on the meta device, without numbers: load its weights first")
+    before = state_of(net)
+    twin = prepare(net, dtype, analysis)
+    with torch.no_grad(), plain_arithmetic(twin):
+        yield twin
+    if state_of(net) != before:
+        raise UncertifiableError("bounding a copy of it changed the network itself: does a hook or a closure hold it?",
+                                 type(net).__name__)  # fmt: skip
 
 
 def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn.Module:
@@ -157,18 +175,6 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     return twin
 
 
-def check_network(net: Any) -> None:
-    """Refuse what is no module, and one without numbers.
-
-    Raises:
-        EspalierError: see above.
-    """
-    if not isinstance(net, nn.Module):
-        raise EspalierError(f"net is {_kind(net)}: give a torch.nn.Module")
-    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
-        raise EspalierError("net is on the meta device, without numbers: load its weights first")
-
-
 def check_numbers(what: str, item: Any) -> None:
     """Refuse what is no tensor of at least one number.
 
@@ -176,14 +182,10 @@ def check_numbers(what: str, item: Any) -> None:
         EspalierError: see above.
     """
     if not isinstance(item, Tensor):
-        raise EspalierError(f"{what} {_kind(item)}: give a torch.Tensor")
+        raise EspalierError(f"{what} of type {type(item).__name__}: give a torch.Tensor")
     if item.layout != torch.strided or item.is_meta or item.is_quantized or item.ndim == 0 or len(item) == 0:
         form = "quantised" if item.is_quantized else f"{item.layout}, {tuple(item.shape)}, on {item.device}"
         raise EspalierError(f"{what} {form}: give a dense tensor of numbers, one entry per image")
-
-
-def _kind(item: Any) -> str:
-    return f"of type {type(item).__name__}"
 
 
 def _check_copy(net: nn.Module, twin: nn.Module) -> None:
@@ -194,13 +196,6 @@ def _check_copy(net: nn.Module, twin: nn.Module) -> None:
         raise UncertifiableError("a copy of it shares modules or tensors with it: remove its own __deepcopy__", kind)
     if state_of(net) != state_of(twin):
         raise UncertifiableError("a copy of it has other attributes than it: remove its own __getstate__", kind)
-
-
-def check_unchanged(net: nn.Module, before: bytes) -> None:
-    """Refuse a network that is no longer what it was: only its copy was run."""
-    if state_of(net) != before:
-        raise UncertifiableError("bounding a copy of it changed the network itself: does a hook or a closure hold it?",
-                                 type(net).__name__)  # fmt: skip
 
 
 def run(net: nn.Module, analysis: Analysis, x: Bounded, watch: Watch | None = None) -> Bound:
@@ -275,6 +270,7 @@ class _Watched:
         except EspalierError as error:
             if isinstance(error, UncertifiableError) and not error.module:
                 raise analysis.refuse(str(error)) from None
+            analysis.failed = analysis.failed or error
             raise
         except Exception as error:
             if isinstance(analysis.failed, UncertifiableError):  # what torch made of a refusal on its way here

@@ -89,12 +89,7 @@ class Analysis:
     @cached_property
     def count(self) -> ImageCount:
         """The number of images, which cannot be read."""
-        return ImageCount(self._note_failure)
-
-    def _note_failure(self, reason: str) -> Exception:
-        error = self.refuse(reason)
-        self.failed = self.failed or error
-        return error
+        return ImageCount(self.refuse)
 
     def run(self, net: Callable[[Bounded], Any], x: Bounded, watch: Watch | None = None) -> Any:
         """Run a network on one value, while something may follow what it does.
@@ -170,7 +165,10 @@ class Analysis:
             joint: the operands are parts of the result (as in a concatenation): their changes add in squares.
             rows: see ``Bound``.
         """
-        lipschitz = _total([up(term.factor, term.operand.lipschitz) for term in terms], joint)
+        changes = [up(term.factor, term.operand.lipschitz) for term in terms]
+        lipschitz = add_up(*changes)
+        if joint and len(changes) > 1:
+            lipschitz = math.nextafter(math.hypot(*changes), math.inf) * (1 + 2.0**-50)
         if value is None:
             return Bound(None, lipschitz)
         dtype = value.dtype
@@ -225,10 +223,12 @@ class Analysis:
         self.room = torch.minimum(self.room.to(room.device), room)
 
     def refuse(self, reason: str) -> UncertifiableError:
-        """Return the refusal of what the present module does."""
+        """Return the refusal of what the present module does, and keep it: the network may catch it."""
         where = self.path[-1] if self.path else "the network"
         note = next((self.notes[path] for path in reversed(self.path) if path in self.notes), None)
-        return UncertifiableError(f"{reason} ({note})" if note else reason, where)
+        error = UncertifiableError(f"{reason} ({note})" if note else reason, where)
+        self.failed = self.failed or error
+        return error
 
     def counted(self, call: Call) -> Any:
         """Do an operation that is given the number of images."""
@@ -388,9 +388,3 @@ def _closed(result: Any, analysis: Analysis, memory: _Memory | None) -> Any:
         parts = (_closed(part, analysis, memory) for part in result)
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     return result
-
-
-def _total(parts: list[float], joint: bool) -> float:
-    if not joint or len(parts) < 2:
-        return add_up(*parts)
-    return math.nextafter(math.hypot(*parts), math.inf) * (1 + 2.0**-50)

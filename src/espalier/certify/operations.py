@@ -13,16 +13,13 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """What the table holds for one operation."""
+    """What the table holds for one operation; see ``operation``."""
 
     function: Callable[..., Any]
     """Takes the analysis, the operation's name if it wants that, and the arguments with bounds in place of values."""
     values: int
-    """How many leading arguments may depend on the image."""
     alias: bool
-    """Whether the result may share its numbers with the first operand."""
     counted: bool
-    """Whether an argument may be the number of images."""
     signature: inspect.Signature
 
     def bind(self, analysis: Any, name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> inspect.BoundArguments:
@@ -58,15 +55,11 @@ def operation(
     """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        rule = Rule(function, values, alias, counted, inspect.signature(function))
         for name in names:
-            if name.startswith("torch."):
-                keys = [name]
-            elif name.startswith("F."):
-                keys = [f"torch.nn.functional.{name[2:]}"]
-            else:
-                keys = [f"torch.{name}", f"torch.Tensor.{name}"]
-            rule = Rule(function, values, alias, counted, inspect.signature(function))
-            OPERATIONS.update(dict.fromkeys(keys, rule))
+            both = (f"torch.{name}", f"torch.Tensor.{name}")
+            full = name.replace("F.", "torch.nn.functional.", 1) if name.startswith("F.") else name
+            OPERATIONS.update(dict.fromkeys([full] if full.startswith("torch.") else both, rule))
         return function
 
     return enter

@@ -31,20 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
-from espalier.certify.bound import (
-    check_network,
-    check_numbers,
-    check_unchanged,
-    device_of,
-    plain_arithmetic,
-    prepare,
-    run,
-)
+from espalier.certify.bound import check_numbers, device_of, plain_arithmetic, prepared, run
 from espalier.certify.bounded import Analysis
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
 from espalier.certify.refusal import UncertifiableError
-from espalier.certify.trail import state_of
 from espalier.certify.value import Bound
 from espalier.certify.witness import IMAGES, compare_plain_passes
 from espalier.errors import EspalierError, unknown_name
@@ -97,17 +88,13 @@ def certify(
         raise unknown_name("arithmetic", str(arithmetic), ARITHMETIC)
     if type(batch_size) is not int or batch_size < 1:
         raise EspalierError(f"batch_size is {batch_size!r}: give a whole number from 1")
-    check_network(net)
     labels = check_pixels(images, labels)
-    dtype = ARITHMETIC[arithmetic]
-    analysis = Analysis()
-    before = state_of(net)
-    twin = prepare(net, dtype, analysis)
-    if dtype == torch.float32:
-        refuse_settings(device_of(twin))
+    dtype, analysis = ARITHMETIC[arithmetic], Analysis()
     radii: list[Tensor] = []
     predictions, roundings = [], []
-    with torch.no_grad(), plain_arithmetic(twin):
+    with prepared(net, dtype, analysis) as twin:
+        if dtype == torch.float32:
+            refuse_settings(device_of(twin))
         for some, theirs in zip(images.split(batch_size), labels.cpu().split(batch_size), strict=True):
             scores, bound = _bounded_scores(twin, analysis, some.detach(), dtype, first=not radii)
             if theirs.max() >= scores.shape[1]:
@@ -116,7 +103,6 @@ def certify(
             radii.append(certified_radii(scores, theirs, bound, analysis.room.cpu()))
             predictions.append(scores.argmax(1))
             roundings.append(bound.error_NCC.amax((1, 2)))
-    check_unchanged(net, before)
     _check_original(net, images[:IMAGES])
     rounding = torch.cat(roundings).max().item()
     return Certificate(

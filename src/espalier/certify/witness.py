@@ -18,28 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espalier.certify import steps
 from espalier.certify.bounded import Analysis
 from espalier.certify.counts import REPEAT, PlainCount, at_count, eager_calls, has_count
 from espalier.certify.operations import OPERATIONS, Call, last_name, tensors_in
 from espalier.certify.refusal import UncertifiableError
-from espalier.certify.steps import (
-    CONSTANT,
-    COUNT,
-    COUNTS,
-    HOOKS,
-    KEEPS,
-    SHOWN,
-    VALUE,
-    Record,
-    Step,
-    arguments_of,
-    constant_of,
-    keeps,
-    parts_of,
-    settings_of,
-    step_name,
-    things_made,
-)  # fmt: skip
 from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Watch
 
@@ -73,7 +56,7 @@ class Witness(Watch):
     """
 
     def __init__(
-        self, analysis: Analysis, record: Record, images: Tensor, layers: Layers, *, counted: bool = False
+        self, analysis: Analysis, record: steps.Record, images: Tensor, layers: Layers, *, counted: bool = False
     ) -> None:
         super().__init__()
         self.analysis, self.images, self.layers = analysis, len(images), layers
@@ -110,19 +93,19 @@ class Witness(Watch):
         try:
             result = self._do(call)
         except Exception:
-            if step is False and call.last not in (*KEEPS, *HOOKS):  # with other images it may not fail
+            if step is False and call.last not in (*steps.KEEPS, *steps.HOOKS):  # with other images it may not fail
                 self.refused(f"it tries {call.full}")
             raise
         if step is None and has_count(call.args, call.kwargs) and isinstance(result, Tensor):
             self._shown[id(result)] = result
         if step is None:
             return self._answer(call, result) if call.args and id(call.args[0]) in self._shown else result
-        made = things_made(call, result)
-        if call.last in HOOKS:
+        made = steps.things_made(call, result)
+        if call.last in steps.HOOKS:
             return result
-        if (call.name in OPERATIONS or call.last in KEEPS) and not any(isinstance(item, Tensor) for item in made):
+        if (call.name in OPERATIONS or call.last in steps.KEEPS) and not any(isinstance(item, Tensor) for item in made):
             return self._answer(call, result)
-        if keeps(call, result):
+        if steps.keeps(call, result):
             if self.touches([call.args[0]]):
                 self._keep(result, self._numbers_of(call.args[0]))
         elif step is False:
@@ -131,11 +114,11 @@ class Witness(Watch):
             self._take(step, made, overwrites=call.writes or bool(call.kwargs.get("inplace")))
         return result
 
-    def _step_of(self, call: Call) -> Step | Literal[False] | None:
+    def _step_of(self, call: Call) -> steps.Step | Literal[False] | None:
         """Return the next step if an operation is that, False if it is another one on values, None without values."""
         tensors, step = list(tensors_in(call.args, call.kwargs)), self._next
         used = self.touches(tensors)
-        counts = call.full in COUNTS and (used or id(call.args[:1] and call.args[0]) in self._shown)
+        counts = call.full in steps.COUNTS and (used or id(call.args[:1] and call.args[0]) in self._shown)
         if counts or (not used and call.full not in REPEAT and has_count(call.args, call.kwargs)):
             raise self.refused(f"{call.last if counts else call.full} reads the number of images")
         if not used:
@@ -143,9 +126,9 @@ class Witness(Watch):
         constants = (tensor for tensor in tensors if id(tensor) not in self._held)
         if reason := interference(constants, tensors[0].device.type, self.analysis.modes):
             raise self.refused(f"{call.full} {reason},")
-        if step is None or step.what != step_name(call):
+        if step is None or step.what != steps.step_name(call):
             return False
-        return step if self._alike(step.given, arguments_of(call)) else False
+        return step if self._alike(step.given, steps.arguments_of(call)) else False
 
     def _do(self, call: Call) -> Any:
         """Do an operation; code that it calls may touch no other values."""
@@ -166,7 +149,7 @@ class Witness(Watch):
             x = call.args[0]
             if not self._alike(step.given, x):
                 raise self.refused("it is given another value")
-            if settings_of(module) != step.state:
+            if steps.settings_of(module) != step.state:
                 raise self.refused("it is set to something else")
             if reason := interference((), x.device.type, self.analysis.modes, layer=True):
                 raise self.refused(f"it {reason}")
@@ -200,7 +183,7 @@ class Witness(Watch):
         dim = call.args[1] if len(call.args) > 1 else call.kwargs["dim"]
         return self.count if dim in (0, -call.args[0].ndim) else result
 
-    def _take(self, step: Step, made: list[Any], *, overwrites: bool = False) -> None:
+    def _take(self, step: steps.Step, made: list[Any], *, overwrites: bool = False) -> None:
         if len(made) != len(step.made):
             raise self.refused(f"{step.what} makes {len(made)} things")
         for number, item in zip(step.made, made, strict=True):
@@ -246,22 +229,22 @@ class Witness(Watch):
         if isinstance(item, dict):
             same = isinstance(theirs, dict) and list(theirs) == list(item)
             return same and all(self._alike(theirs[name], part) for name, part in item.items())
-        parts = parts_of(item)
+        parts = steps.parts_of(item)
         if parts is not None:
             same = isinstance(theirs, list) and len(theirs) == len(parts)
             return same and all(map(self._alike, theirs, parts))
         if not isinstance(theirs, tuple):
             return False
         kind, which = theirs
-        if kind == COUNT:
+        if kind == steps.COUNT:
             return isinstance(item, int) and int.__eq__(item, self.images) is True
         if not isinstance(item, Tensor):
-            return kind == CONSTANT and not isinstance(which, Tensor) and which == constant_of(item)
-        if kind == VALUE:
+            return kind == steps.CONSTANT and not isinstance(which, Tensor) and which == steps.constant_of(item)
+        if kind == steps.VALUE:
             return which in self._numbers_of(item)
         if not isinstance(which, Tensor) or self.touches([item]):
             return False
-        if kind == SHOWN:
+        if kind == steps.SHOWN:
             shown = item.shape == (self.images, *which.shape)
             return shown and all(_same(which, row) for row in item)
         return _same(which, item)
@@ -326,7 +309,7 @@ def compare_plain_passes(net: nn.Module, analysis: Analysis, images: Tensor) -> 
     """
     images = images.detach()[torch.arange(_MOST, device=images.device) % len(images)]
     first = analysis.start(images[:IMAGES])
-    record = Record(first)
+    record = steps.Record(first)
     last = record.number(analysis.run(net, first, record))
     layers: Layers = {}
     # From many to few, for what layers made is used again.
