@@ -309,3 +309,11 @@ class Catches(nn.Module):
 def test_a_network_that_catches_what_the_rule_of_a_layer_refuses_is_refused() -> None:
     with pytest.raises(UncertifiableError, match="goes on after an operation that failed"):
         lipschitz_bound(Catches().eval())
+
+
+@pytest.mark.parametrize(
+    ("padding", "constant"),
+    [(nn.CircularPad1d(1), 3**0.5), (nn.CircularPad2d(1), 3.0), (nn.CircularPad3d((1, 0, 0, 0, 0, 1)), 2.0)],
+)
+def test_circular_padding_counts_every_axis_once(padding: nn.Module, constant: float) -> None:
+    assert lipschitz_bound(padding) == pytest.approx(constant)

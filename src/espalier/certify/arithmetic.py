@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from espalier.certify.refusal import UncertifiableError
-from espalier.nn.lipschitz.constant import kernel_norm, spectral_norm
 
 _UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 _CASTS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -116,41 +115,16 @@ class Norms:
     def __init__(self) -> None:
         self._known: dict[Hashable, list[tuple[Tensor, Any]]] = {}
 
-    def of(self, kind: Hashable, weight: Tensor, compute: Callable[[Tensor], Any]) -> Any:
-        """Return ``compute(weight)``, remembered for ``kind`` and the contents of the weight."""
+    def of(self, compute: Callable[..., Any], weight: Tensor, *settings: Hashable) -> Any:
+        """Return ``compute(weight, *settings)``, remembered for the contents of the weight."""
         weight = weight.detach()
-        entries = self._known.setdefault((kind, weight.shape, weight.dtype), [])
+        entries = self._known.setdefault((compute, settings, weight.shape, weight.dtype), [])
         for then, result in entries:
             if torch.equal(then, weight):
                 return result
-        result = compute(weight)
+        result = compute(weight, *settings)
         entries.append((weight.clone(), result))
         return result
-
-    def matrix(self, weight: Tensor) -> float:
-        """Return an upper bound on the spectral norm of a matrix."""
-        return self.of("matrix", weight, _matrix_norm)
-
-    def size(self, weight: Tensor) -> float:
-        """Return an upper bound on the Frobenius norm of a tensor."""
-        return self.of("size", weight, tensor_norm)
-
-    def kernel(self, weight: Tensor, groups: int, cover: int | None) -> float:
-        """Return an upper bound on the norm of a convolution; see ``kernel_norm``."""
-        return self.of(("kernel", groups, cover), weight, lambda w: kernel_norm(w, groups, cover))
-
-    def absolute_kernel(self, weight: Tensor, groups: int) -> float:
-        """Return an upper bound on the norm of the convolution with the absolute values of a kernel."""
-        return self.of(("absolute", groups), weight, lambda w: kernel_norm(w.abs(), groups))
-
-
-def _matrix_norm(weight: Tensor) -> float:
-    if min(weight.shape) >= 64:
-        # Most large matrices here are orthogonal: one product tells, where singular values take many.
-        excess = orthogonality_excess(weight.double()[None], None)
-        if excess < 1e-3:
-            return root_up(1.0 + excess)
-    return spectral_norm(weight)
 
 
 def orthogonality_excess(real: Tensor, imag: Tensor | None) -> float:
@@ -176,16 +150,18 @@ def orthogonality_excess(real: Tensor, imag: Tensor | None) -> float:
         if len(part) == 2:
             cross = part[0].mT @ part[1]
             squares += (cross - cross.mT).square().sum((1, 2))
-        charge = (
-            4
-            * gamma(len(part) * max(real.shape[-2:]), torch.float64)
-            * (magnitude.mT @ magnitude).square().sum((1, 2)).sqrt()
-        )
+        lost = 4 * gamma(len(part) * max(real.shape[-2:]), torch.float64)
+        charge = lost * (magnitude.mT @ magnitude).square().sum((1, 2)).sqrt()
         found = (squares.sqrt() + charge).max().item()
         if not math.isfinite(found):
             return math.inf
         worst = max(worst, found)
     return worst * _SLACK
+
+
+def orthogonal_norm(matrices: Tensor) -> float:
+    """Return an upper bound on the spectral norm of matrices (N, p, q) that are nearly orthogonal."""
+    return root_up(1.0 + orthogonality_excess(matrices, None))
 
 
 def windows(kernel: Sequence[int], stride: Sequence[int]) -> int:

@@ -27,7 +27,7 @@ from espalier.certify.layers import DECLARED, LAYERS
 from espalier.certify.operations import Call
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference
-from espalier.certify.trail import Watch, state_of
+from espalier.certify.trail import Watch, digest_of
 from espalier.certify.value import Bound, Term
 from espalier.certify.witness import compare_plain_passes
 from espalier.errors import EspalierError
@@ -127,11 +127,11 @@ def prepared(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> I
         raise EspalierError(f"net is of type {type(net).__name__}: give a torch.nn.Module")
     if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
         raise EspalierError("net is on the meta device, without numbers: load its weights first")
-    before = state_of(net)
+    before = digest_of(net, functions=False)
     twin = prepare(net, dtype, analysis)
     with torch.no_grad(), plain_arithmetic(twin):
         yield twin
-    if state_of(net) != before:
+    if digest_of(net, functions=False) != before:
         raise UncertifiableError("bounding a copy of it changed the network itself: does a hook or a closure hold it?",
                                  type(net).__name__)  # fmt: skip
 
@@ -194,7 +194,7 @@ def _check_copy(net: nn.Module, twin: nn.Module) -> None:
     mine = {id(part) for part in (*net.modules(), *net.parameters(), *net.buffers())}
     if any(id(part) in mine for part in (*twin.modules(), *twin.parameters(), *twin.buffers())):
         raise UncertifiableError("a copy of it shares modules or tensors with it: remove its own __deepcopy__", kind)
-    if state_of(net) != state_of(twin):
+    if digest_of(net, functions=False) != digest_of(twin, functions=False):
         raise UncertifiableError("a copy of it has other attributes than it: remove its own __getstate__", kind)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
-from espalier.certify.counts import CountedCalls, ImageCount, eager_calls, has_count, repeated
+from espalier.certify.counts import ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
 from espalier.certify.operations import OPERATIONS, Call, full_name, leaves, tensors_in, unknown
 from espalier.certify.refusal import UncertifiableError
@@ -99,7 +99,8 @@ class Analysis:
                 pass.
         """
         self.failed, self.trail, self.numbers, self.watch = None, Trail(Bounded), {}, watch or Watch()
-        with CountedCalls(self.counted), eager_calls(), self.watch:
+        self.watch.counted = self.counted
+        with eager_calls(), self.watch:
             self.modes = modes()
             result = net(x)
         if self.failed is not None:
@@ -147,7 +148,7 @@ class Analysis:
 
     def combine(
         self,
-        value: Tensor | None,
+        value: Tensor,
         terms: Sequence[Term],
         *,
         constant: float | Tensor = 0.0,
@@ -169,8 +170,6 @@ class Analysis:
         lipschitz = add_up(*changes)
         if joint and len(changes) > 1:
             lipschitz = math.nextafter(math.hypot(*changes), math.inf) * (1 + 2.0**-50)
-        if value is None:
-            return Bound(None, lipschitz)
         dtype = value.dtype
         errors, peaks, tops = [], [], []
         # Numbers below the smallest normal one may be flushed to zero: results, operands, and up to 10¹² weights.
@@ -179,7 +178,7 @@ class Analysis:
         for operand, factor, rounding, peak in terms:
             assert operand.error is not None
             size, slope = operand.size
-            high, lost = max(factor, peak or 0.0), add_up(rounding, tiny * 1e6)
+            high, lost = max(factor, peak), add_up(rounding, tiny * 1e6)
             errors.append((factor * operand.error + lost * size, add_up(up(factor, operand.growth), up(lost, slope))))
             peaks.append(high * size)
             tops.append(high * slope)

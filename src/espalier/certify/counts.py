@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from espalier.certify.operations import Call, leaves
 
@@ -124,25 +123,6 @@ def eager_calls() -> AbstractContextManager[Any]:
     """Return a context in which functions that ``torch.compile`` made run as they are written: rules are not traced."""
     compiler = "torch._dynamo" in sys.modules  # which takes seconds to import
     return torch.compiler.set_stance("force_eager") if compiler else nullcontext()
-
-
-class CountedCalls(TorchFunctionMode):
-    """While a network runs: operations on constants alone that are given the number of images.
-
-    torch itself would take a placeholder for the number. What repeats a constant for every image becomes a value that
-    depends on none; everything else is refused.
-    """
-
-    def __init__(self, counted: Callable[[Call], Any]) -> None:
-        super().__init__()
-        self.counted = counted
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Do an operation, or refuse it."""
-        call = Call(func, args, kwargs or {})
-        return self.counted(call) if has_count(args, kwargs) else call.run()
 
 
 REPEAT = {

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify import code
-from espalier.certify.arithmetic import gamma, orthogonality_excess, per_axis, root_up, tensor_norm, unit, up, windows
+from espalier.certify.arithmetic import (
+    gamma,
+    orthogonal_norm,
+    orthogonality_excess,
+    root_up,
+    tensor_norm,
+    unit,
+    up,
+    windows,
+)
 from espalier.certify.bounded import Analysis
 from espalier.certify.linear import affine, batch_norm_scale, finite
 from espalier.certify.refusal import UncertifiableError
@@ -65,7 +74,7 @@ def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[
 @layer(MaxMin)
 def permutation(analysis: Analysis, module: nn.Module, x: Bound, forward: Forward) -> Bound:
     """1, and no rounding: numbers of the input in an order that depends on them."""
-    return analysis.exact(x, None if x.value is None else forward(x.value))
+    return analysis.exact(x, x.apply(forward))
 
 
 @layer(Householder)
@@ -78,9 +87,9 @@ def reflection(analysis: Analysis, module: Householder, x: Bound, forward: Forwa
         raise UncertifiableError("its angles are not finite")
     if module.theta.shape != (module.channels // 2,):
         raise UncertifiableError(f"its angles are {tuple(module.theta.shape)}: one a pair of channels is needed")
-    if x.value is None:
+    value = x.apply(forward)
+    if value is None:
         return analysis.exact(x, None)
-    value = forward(x.value)
     return analysis.combine(value, [Term(x, 1.0, 64 * unit(value.dtype), 4.0)])
 
 
@@ -120,10 +129,10 @@ def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forwar
         raise UncertifiableError("it maps the batch: give one row per image")
     value = forward(x.value)
     bias = None if module.bias is None else module.bias.detach().clone()
-    rows = Rows(x, q.detach().clone(), bias, q.shape[1]) if value.ndim == 2 else None
+    rows = Rows(x, q.detach().clone(), bias) if value.ndim == 2 else None
     return affine(
-        analysis, x, value, norm=_orthogonal_norm(analysis, q[None]), size=analysis.norms.size(q), terms=q.shape[1],
-        bias=module.bias, rows=rows,
+        analysis, x, value, norm=analysis.norms.of(orthogonal_norm, q[None]), size=analysis.norms.of(tensor_norm, q),
+        terms=q.shape[1], bias=module.bias, rows=rows,
     )  # fmt: skip
 
 
@@ -138,11 +147,11 @@ def orthogonal_convolution(analysis: Analysis, module: CayleyConv2d, x: Bound, f
     if math.prod(module.kernel_size) == 1:
         q = orthogonal_matrix(module, module.groups, dtype)
         size = max(tensor_norm(matrix) for matrix in q)
-        terms = max(q.shape[-2:])
-        return affine(analysis, x, value, norm=_orthogonal_norm(analysis, q), size=size, terms=terms, bias=module.bias)
+        norm, terms = analysis.norms.of(orthogonal_norm, q), max(q.shape[-2:])
+        return affine(analysis, x, value, norm=norm, size=size, terms=terms, bias=module.bias)
     side = module.torus(tuple(x.value.shape[2:]))
     planes = module.operator(side, dtype)
-    norm, largest = analysis.norms.of("spectrum", planes, _spectrum_norms)
+    norm, largest = analysis.norms.of(_spectrum_norms, planes)
     finite(norm)
     ways = sum(_transform_rounding(n, dtype) for n in side)
     product = math.sqrt(2) * gamma(2 * planes.shape[-2] + 2, dtype) * largest
@@ -173,10 +182,6 @@ def _spectrum_norms(planes: Tensor) -> tuple[float, float]:
     real, imag = planes.detach().double()
     largest = math.sqrt((real.square() + imag.square()).sum((1, 2)).max().item()) * (1 + 1e-12)
     return root_up(1.0 + orthogonality_excess(real, imag)), largest
-
-
-def _orthogonal_norm(analysis: Analysis, q: Tensor) -> float:
-    return analysis.norms.of("orthogonal", q, lambda matrices: root_up(1.0 + orthogonality_excess(matrices, None)))
 
 
 _MODERATE = 1e3
@@ -251,7 +256,7 @@ def centring(module: BatchCentering) -> float:
 
 def circular_padding(module: Any) -> float:
     """Return √Π(1 + sides that are padded): a pixel can appear once more for every padded side of an axis."""
-    return padding_factor(per_axis(module.padding, 2), "circular")
+    return padding_factor(module.padding, "circular")
 
 
 DECLARED: tuple[tuple[Callable[[Any], float | None], tuple[type[nn.Module], ...]], ...] = (

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espalier.certify.arithmetic import gamma, per_axis, root_up, tensor_norm, unit, up, windows
+from espalier.certify.arithmetic import gamma, orthogonal_norm, per_axis, root_up, tensor_norm, unit, up, windows
 from espalier.certify.bounded import Analysis
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.value import Bound, Rows, Term
+from espalier.nn.lipschitz.constant import kernel_norm, spectral_norm
 
 
 def finite(norm: float) -> float:
@@ -69,6 +70,13 @@ def affine(
     return analysis.combine(value, [term], constant=added, absolute=rounding * added + flushed, rows=rows)
 
 
+def _matrix_norm(weight: Tensor) -> float:
+    # Most large matrices here are orthogonal: one product tells, where singular values take many.
+    if min(weight.shape) >= 64 and (norm := orthogonal_norm(weight[None])) < 1.0005:
+        return norm
+    return spectral_norm(weight)
+
+
 @operation("F.linear")
 def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None = None) -> Bound:
     """The spectral norm of the weights."""
@@ -78,12 +86,11 @@ def linear(analysis: Analysis, input: Bound, weight: Tensor, bias: Tensor | None
     analysis.try_products("linear", F.linear, input.value, weight, weight.ndim == 2)
     # Copies: the network may write to what it gave before the bound is read.
     copied = None if bias is None else bias.detach().clone()
-    rows = Rows(input, weight.detach().clone(), copied, weight.shape[1]) if weight.ndim == 2 else None
-    norms = analysis.norms
-    matrix = weight if weight.ndim == 2 else weight[None]
+    rows = Rows(input, weight.detach().clone(), copied) if weight.ndim == 2 else None
+    norm = analysis.norms.of(_matrix_norm, weight if weight.ndim == 2 else weight[None])
     return affine(
-        analysis, input, value, norm=norms.matrix(matrix), size=norms.size(weight), terms=weight.shape[-1], bias=bias,
-        rows=rows if value is not None and value.ndim == 2 else None,
+        analysis, input, value, norm=norm, size=analysis.norms.of(tensor_norm, weight), terms=weight.shape[-1],
+        bias=bias, rows=rows if value is not None and value.ndim == 2 else None,
     )  # fmt: skip
 
 
@@ -134,8 +141,8 @@ def convolution(
     # One number sums all taps of the channels it sees, and in a transpose only those of its own phase.
     terms = taps * (weight.shape[0] // settings.groups if transposed else weight.shape[1])
     return affine(
-        analysis, input, value, norm=analysis.norms.kernel(weight, settings.groups, cover),
-        size=analysis.norms.absolute_kernel(weight, settings.groups), terms=terms, bias=bias,
+        analysis, input, value, norm=analysis.norms.of(kernel_norm, weight, settings.groups, cover),
+        size=analysis.norms.of(kernel_norm, weight.abs(), settings.groups), terms=terms, bias=bias,
     )  # fmt: skip
 
 

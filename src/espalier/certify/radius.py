@@ -171,8 +171,8 @@ def score_bound(scores: Bound) -> ScoreBound:
         pairs_CC = math.sqrt(2.0) * (1 + 1e-15) * (1.0 - torch.eye(classes, dtype=torch.float64))
         error_NCC = scores.error.cpu()[:, None, None] * pairs_CC
         return ScoreBound(scores.lipschitz * pairs_CC, error_NCC, scores.growth * pairs_CC, scores.lipschitz, False)
-    source, weight, bias, terms = scores.rows
-    dtype, weight_CF = scores.numbers.dtype, weight.double().cpu()
+    source, weight, bias = scores.rows
+    dtype, weight_CF, terms = scores.numbers.dtype, weight.double().cpu(), weight.shape[1]
     assert source.error is not None
     distances_CC = torch.stack([image_norms(weight_CF - row) for row in weight_CF])
     distances_CC.fill_diagonal_(0.0)

@@ -140,14 +140,6 @@ def new(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) 
 # -- views and copies
 
 
-@operation("contiguous", alias=True)
-def contiguous(analysis: Analysis, input: Bound, *, memory_format: Any = torch.contiguous_format) -> Bound:
-    """The same numbers, one after the other as asked."""
-    if input.value is None:
-        return input
-    return replace(input, value=input.value.contiguous(memory_format=memory_format))
-
-
 @operation("detach", "torch.Tensor.data.__get__", "torch.Tensor.requires_grad_", "positive", "alias",
            "torch.Tensor.__pos__", "torch.Tensor.requires_grad", "retain_grad", alias=True)  # fmt: skip
 def itself(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound:
@@ -155,12 +147,14 @@ def itself(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Bound
     return input
 
 
-@operation("clone")
-def copied(analysis: Analysis, input: Bound, *, memory_format: Any = None) -> Bound:
-    """The same numbers, apart in memory."""
-    if input.value is None:
-        return input
-    return replace(input, value=input.value.clone(memory_format=memory_format or torch.preserve_format))
+def rewritten(analysis: Analysis, name: str, input: Bound, *, memory_format: Any = None) -> Bound:
+    """The same numbers, in memory as asked."""
+    usual = torch.contiguous_format if name == "contiguous" else torch.preserve_format
+    return replace(input, value=input.apply(getattr(Tensor, name), memory_format=memory_format or usual))
+
+
+operation("contiguous", alias=True)(rewritten)
+operation("clone")(rewritten)
 
 
 def move(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from espalier.certify.bounded import Bounded, bounded_in
 from espalier.certify.counts import ImageCount
 from espalier.certify.operations import Call, last_name
-from espalier.certify.trail import Trail, Watch
+from espalier.certify.trail import Watch, digest_of
 
 COUNT, VALUE, CONSTANT, SHOWN = "number of images", "value", "constant", "constant of every image"
 
@@ -56,7 +56,7 @@ class Record(Watch):
         """Do an operation, and write it down unless it is a question about a value, or keeps it."""
         used = any(id(value) in self._values for value in bounded_in(call.args, call.kwargs))
         given = self._described(arguments_of(call)) if used else None  # before it can change that
-        result = call.run()
+        result = self.do(call)
         made = things_made(call, result)
         if used and any(isinstance(item, Tensor) for item in made):
             if not keeps(call, result):
@@ -68,7 +68,7 @@ class Record(Watch):
     def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
         """Write down a layer, unless it is shown constants alone."""
         if not self.depth and id(given) in self._values:
-            self.steps.append(Step(path, self._described(given), (self._number(made),), settings_of(module)))
+            self.steps.append(Step(path, self._described(given), (self._number(made),), digest_of(module)))
 
     def number(self, value: Any) -> int:
         """Return the number of a value that was made, −1 if it was none."""
@@ -139,17 +139,6 @@ def parts_of(item: Any) -> list[Any] | None:
     return list(item) if isinstance(item, list | tuple) else None
 
 
-def settings_of(module: nn.Module) -> bytes:
-    """Return a digest of all that a module is set to."""
-    trail = Trail()
-    trail.add_module(module)
-    return trail.digest()
-
-
 def constant_of(item: Any) -> Any:
     """Return a constant as it is now: a copy of a tensor, a digest of anything else."""
-    if isinstance(item, Tensor):
-        return item.detach().clone()
-    trail = Trail()
-    trail.add(item)
-    return trail.digest()
+    return item.detach().clone() if isinstance(item, Tensor) else digest_of(item)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from espalier.certify.counts import ImageCount
+from espalier.certify.counts import ImageCount, has_count
 from espalier.certify.operations import Call
 
 _DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
@@ -153,6 +153,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.depth = 0
         """In how many operations, or layers that count as one, the pass is."""
+        self.counted: Callable[[Call], Any] | None = None
+        """Does what is given the number of images on values with bounds: torch would take a placeholder for it."""
 
     def __deepcopy__(self, memo: Any) -> Watch:
         """Return one that follows nothing: networks are copied with what watches them."""
@@ -169,7 +171,11 @@ class Watch(TorchFunctionMode):
 
     def operation(self, call: Call) -> Any:
         """Do an operation; what it calls is no operation of the network."""
-        return call.run()
+        return self.do(call)
+
+    def do(self, call: Call) -> Any:
+        """Do an operation, or refuse it for the number of images that it is given."""
+        return self.counted(call) if self.counted and has_count(call.args, call.kwargs) else call.run()
 
     def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
         """Look at what a layer made of a value with a bound by its own rule."""
@@ -184,16 +190,21 @@ class Watch(TorchFunctionMode):
         """Do an operation."""
         call = Call(func, args, kwargs or {})
         if self.depth:
-            return call.run()
+            return self.do(call)
         with self.aside():
             return self.operation(call)
 
 
-def state_of(net: nn.Module) -> bytes:
-    """Return a digest of all that a network is set to; its copies share what functions enclose, and may write it."""
+def digest_of(item: Any, *, functions: bool = True) -> bytes:
+    """Return a digest of all that something, such as a module, is set to.
+
+    Args:
+        item: see ``Trail.add``.
+        functions: whether what functions enclose and name counts: copies share it, and may write it.
+    """
     trail = Trail()
-    trail.functions = False
-    trail.add_module(net)
+    trail.functions = functions
+    trail.add(item)
     return trail.digest()
 
 

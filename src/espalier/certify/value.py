@@ -57,8 +57,6 @@ class Rows(NamedTuple):
     weight: Tensor
     """W (C, F)."""
     bias: Tensor | None
-    terms: int
-    """How many products one component sums."""
 
 
 class Term(NamedTuple):
@@ -69,5 +67,5 @@ class Term(NamedTuple):
     """Lipschitz constant of the result in this operand."""
     rounding: float = 0.0
     """Rounding error of the operation, per unit of the operand's norm."""
-    peak: float | None = None
-    """Largest number that is met on the way, per unit of the operand's norm; None: ``factor``."""
+    peak: float = 0.0
+    """Largest number that is met on the way, per unit of the operand's norm, if that is more than ``factor``."""

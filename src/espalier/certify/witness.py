@@ -24,7 +24,7 @@ from espalier.certify.counts import REPEAT, PlainCount, at_count, eager_calls, h
 from espalier.certify.operations import OPERATIONS, Call, last_name, tensors_in
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference, modes
-from espalier.certify.trail import Watch
+from espalier.certify.trail import Watch, digest_of
 
 IMAGES = 5
 """In the pass that is written down: few, and not a size that networks are likely to have besides."""
@@ -149,7 +149,7 @@ class Witness(Watch):
             x = call.args[0]
             if not self._alike(step.given, x):
                 raise self.refused("it is given another value")
-            if steps.settings_of(module) != step.state:
+            if digest_of(module) != step.state:
                 raise self.refused("it is set to something else")
             if reason := interference((), x.device.type, self.analysis.modes, layer=True):
                 raise self.refused(f"it {reason}")
