@@ -87,28 +87,20 @@ def add(analysis: Analysis, name: str, input: Any, other: Any, *, alpha: float =
     return analysis.combine(value, terms, constant=added, absolute=u * added)
 
 
-@operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", values=2)
-def multiply(analysis: Analysis, input: Any, other: Any) -> Bound:
-    """c·x: the largest |c|. A product of two values has no constant."""
-    if not isinstance(input, Bound) or (isinstance(other, Bound) and _is_constant(input)):
-        input, other = other, input
-    return _product(analysis, input, other)
-
-
-@operation("div", "divide", "true_divide", "torch.Tensor.__truediv__", "torch.Tensor.__div__", values=2)
-def divide(analysis: Analysis, input: Any, other: Any, *, rounding_mode: str | None = None) -> Bound:
-    """x / c: one over the smallest |c|."""
-    if not isinstance(input, Bound) or rounding_mode is not None:
-        raise UncertifiableError("a constant divided by a value, or a quotient that is cut, has no constant")
-    return _product(analysis, input, other, inverse=True)
-
-
 def _is_constant(x: Bound) -> bool:
     """Return whether a value is a constant, exact and the same for every image."""
     return x.lipschitz == x.growth == 0 and x.error is not None and not x.error.any()
 
 
-def _product(analysis: Analysis, x: Bound, c: Any, *, inverse: bool = False) -> Bound:
+@operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", "div", "divide", "true_divide",
+           "torch.Tensor.__truediv__", "torch.Tensor.__div__", values=2)  # fmt: skip
+def multiply(analysis: Analysis, name: str, input: Any, other: Any, *, rounding_mode: str | None = None) -> Bound:
+    """c·x: the largest |c|; x / c: one over the smallest |c|. A product of two values has no constant."""
+    inverse, x, c = "div" in name, input, other
+    if not inverse and (not isinstance(x, Bound) or (isinstance(c, Bound) and _is_constant(x))):
+        x, c = c, x
+    if not isinstance(x, Bound) or rounding_mode is not None:
+        raise UncertifiableError("a constant divided by a value, or a quotient that is cut, has no constant")
     if isinstance(c, Bound) and _is_constant(c) and c.numbers.ndim == x.numbers.ndim:
         c = c.numbers[:1]
     if isinstance(c, Bound):

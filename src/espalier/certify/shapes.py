@@ -227,7 +227,7 @@ def pad(analysis: Analysis, input: Bound, pad: Any, mode: str = "constant", valu
         return padded
     # The number is rounded to the network's precision, and counts in what follows.
     u = cast_unit(padded.numbers.dtype) * abs(value) * math.sqrt(padded.numbers[0].numel())
-    return analysis.combine(padded.value, [Term(input, 1.0)], constant=abs(value), absolute=u)
+    return analysis.combine(padded.numbers, [Term(input, 1.0)], constant=abs(value), absolute=u)
 
 
 @operation("cat", "concat", "concatenate", "stack")

@@ -114,8 +114,9 @@ def keeps(call: Call, result: Any) -> bool:
     if call.last == "__get__" and call.full != "torch.Tensor.data.__get__":
         return False
     if isinstance(operand, Bounded) and isinstance(result, Bounded):
-        before, after = operand.bound.value, result.bound.value
-        return before is not None and after is not None and before.shape == after.shape and before.dtype == after.dtype
+        operand, result = operand.bound.value, result.bound.value
+    if operand is None or result is None:
+        return False
     return operand.shape == result.shape and operand.dtype == result.dtype and operand.device == result.device
 
 
