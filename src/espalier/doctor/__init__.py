@@ -3,10 +3,9 @@
 from espalier.doctor import checks  # noqa: F401  (registers the built-in checks)
 from espalier.doctor.diagnosis import Diagnosis
 from espalier.doctor.examination import diagnose
-from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, register_check
 from espalier.doctor.stats import TensorStats
 
 __all__ = ["Diagnosis", "Finding", "Patient", "Record", "TensorStats", "diagnose", "register_check"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from espalier.doctor.record import Record
 
 # What these hold is turned into a weight first: divided by its norm, masked, scaled.
 _COMPUTED = ("original", "weight_v", "weight_orig")
+Answer = TypeVar("Answer", float | None, bool | None)
 
 
 def multiplier(record: Record) -> float | None:
@@ -25,16 +27,21 @@ def multiplier(record: Record) -> float | None:
         return None
     if module is None or type(module).__name__ == "Conv1D" or of_torch(module):
         return 1.0
-    parts = module._parameters.values()
-    if module._modules or module._buffers or record.meta or any(hasattr(part, "to_local") for part in parts):
-        return None
     # A pass may wait for other ranks, which need not ask.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
-    try:
-        return _asked(record, module)
-    except Exception:  # whatever a class of its own raises at an input that it does not take
+    return _ask(_share, record, module)
+
+
+def adds_one(record: Record) -> bool | None:
+    """Return whether a normalisation class multiplies by 1 + w rather than w; ``None`` where it cannot be told.
+
+    The class itself is asked, with gains of zero and of one and without biases: w·x̂ gives 0 and x̂, (1 + w)·x̂ gives
+    x̂ and 2·x̂, whatever x̂ is.
+    """
+    if record.module is None or len(record.shape) != 1:
         return None
+    return False if of_torch(record.module) else _ask(_adds_one, record, record.module)
 
 
 def of_torch(module: nn.Module) -> bool:
@@ -43,22 +50,44 @@ def of_torch(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _asked(record: Record, module: nn.Module) -> float | None:
-    weight = module._parameters[record.leaf]
-    assert weight is not None
+def _ask(question: Callable[[Record, nn.Module, Tensor], Answer], record: Record, module: nn.Module) -> Answer | None:
+    """Put a question to a module that holds nothing but its own whole parameters."""
+    weight = module._parameters.get(record.leaf)
+    sharded = any(hasattr(part, "to_local") for part in module._parameters.values())
+    if weight is None or module._modules or module._buffers or record.meta or sharded:
+        return None
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        try:
+            return question(record, module, weight)
+        except Exception:  # whatever a class of its own raises at an input that it does not take
+            return None
+
+
+def _share(record: Record, module: nn.Module, weight: Tensor) -> float | None:
     groups: Any = getattr(module, "groups", 1)
     # A little larger than the kernel: most outputs are to see all of it.
     shape = 4, weight.shape[1] * groups, *(3 * size for size in weight.shape[2:])
     generator = torch.Generator(device="cpu").manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        full, none = (
-            torch.func.functional_call(module, {record.leaf: own}, (x,)) for own in (weight, torch.zeros_like(weight))
-        )
+    full, none = (
+        torch.func.functional_call(module, {record.leaf: own}, (x,)) for own in (weight, torch.zeros_like(weight))
+    )
     measured = _rms(full - none) / _rms(x)
     expected = _rms(weight) * math.sqrt(record.fans[0])
     return measured / expected if 0 < measured < math.inf else None
+
+
+def _adds_one(record: Record, module: nn.Module, weight: Tensor) -> bool | None:
+    wave = torch.linspace(-1, 1, len(weight), dtype=torch.float32, device=weight.device)
+    x = (wave + wave.square()).expand(1, 2, -1).contiguous().to(weight.dtype)
+    blank = {name: torch.zeros_like(own) for name, own in module._parameters.items() if own is not None}
+    zero, one = (
+        torch.func.functional_call(module, blank | {record.leaf: torch.full_like(weight, gain)}, (x,)).float()
+        for gain in (0.0, 1.0)
+    )
+    if not zero.any():
+        return False if one.any() else None
+    return True if torch.allclose(one, 2 * zero, rtol=0.02) else None
 
 
 def _rms(values: Tensor) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from espalier.doctor.finding import SEVERITIES, Finding
 from espalier.doctor.record import pattern_of
+from espalier.doctor.registry import SEVERITIES, Finding
 from espalier.tables import table_lines
 
 

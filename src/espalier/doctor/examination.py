@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from espalier.doctor.diagnosis import Diagnosis, sort_findings
-from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.probe import probe
-from espalier.doctor.registry import CHECKS, Check
+from espalier.doctor.registry import CHECKS, Check, Finding
 from espalier.doctor.sources import Source, open_module, open_weights
-from espalier.doctor.stats import measure
 from espalier.errors import EspalierError
 from espalier.init import StructureReport
 
@@ -56,14 +54,17 @@ def diagnose(
     Raises:
         EspalierError: the checkpoint cannot be read, or no example can be made for this model.
     """
-    patient, source = _admit(model, optimizer, against, heads)
+    if isinstance(against, str | Path):
+        against = open_weights(Path(against))
+    elif against is not None and not isinstance(against, StructureReport | Mapping):
+        raise EspalierError(f"against {type(against).__name__}: pass a StructureReport, a state dictionary or a path")
+    patient, source = _admit(model, heads)
+    patient.optimizer, patient.against = optimizer, against
     found: list[tuple[Check, Finding]] = []
     numbers = 0
-    for record in map(source.record, source.names):
-        if record.values is not None and _plain(record.values):
-            record = replace(record, stats=measure(record.values))
-        numbers += 0 if record.values is None else record.values.numel()
+    for record in map(source.record, source):
         if record.values is not None:
+            numbers += record.values.numel()
             found += [(c, f) for c in _checks("tensor") for f in c.function(record, patient)]
         # Only the numbers are kept: a whole model need not fit into memory.
         patient.records.append(replace(record, values=None))
@@ -77,51 +78,21 @@ def diagnose(
     return Diagnosis(sort_findings(kept), len(patient.records), numbers, patient.trained)
 
 
-def _admit(
-    model: nn.Module | str | Path, optimizer: torch.optim.Optimizer | None, against: Any, heads: int | None
-) -> tuple[Patient, Source]:
-    if isinstance(against, str | Path):
-        against = _Stored(Path(against))
-    elif against is not None and not isinstance(against, StructureReport | Mapping):
-        raise EspalierError(f"against {type(against).__name__}: pass a StructureReport, a state dictionary or a path")
-    if isinstance(model, nn.Module):
-        _reshard(model)
-        source = open_module(model)
-    elif Path(model).exists():
-        source = open_weights(Path(model))
+def _admit(model: nn.Module | str | Path, heads: int | None) -> tuple[Patient, Source]:
+    module = model if isinstance(model, nn.Module) else None
+    if module is not None:
+        _reshard(module)
+        source = open_module(module)
+    elif Path(str(model)).exists():
+        source = open_weights(Path(str(model)))
     else:
         raise EspalierError(f"model {str(model)!r} is neither a module nor a path: name a checkpoint that exists")
     if heads is not None and heads < 1:
         raise EspalierError(f"heads {heads}: give a whole number from 1")
     known = source.config.get("num_attention_heads") or source.config.get("n_head")
     heads = heads or (known if isinstance(known, int) else None)
-    module = model if isinstance(model, nn.Module) else None
-    names, aliases = frozenset(source.names), dict(source.aliases)
-    patient = Patient(module, source.config, source.load, optimizer, against, heads, aliases=aliases, names=names)
-    return patient, source
-
-
-class _Stored(Mapping[str, torch.Tensor]):
-    """A checkpoint's tensors by name, each read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._source = open_weights(path)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._source.names:
-            raise KeyError(name)
-        return self._source.load(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source.names)
-
-    def __len__(self) -> int:
-        return len(self._source.names)
-
-
-def _plain(values: torch.Tensor) -> bool:
-    """Return whether a tensor's numbers can be read as they lie: no quantised subclass, no sparse layout."""
-    return type(values) is torch.Tensor and values.is_floating_point() and values.layout == torch.strided
+    names = frozenset(source.names)
+    return Patient(module, source.config, source.__getitem__, heads=heads, aliases=source.aliases, names=names), source
 
 
 def _checks(scope: str) -> list[Check]:

@@ -9,7 +9,7 @@ from statistics import median
 
 from torch import Tensor
 
-from espalier.doctor.finding import Finding, Severity
+from espalier.doctor.registry import Finding, Severity
 from espalier.doctor.watch import Activity
 
 # Over the depth of a healthy network activations change by at most some ten times.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -45,6 +45,14 @@ class Patient:
     aliases: dict[str, list[str]] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
 
+    def measured(self) -> Iterator[tuple[Record, TensorStats]]:
+        """Yield every tensor that holds numbers, with them."""
+        return ((record, record.stats) for record in self.records if record.stats is not None)
+
+    def learns(self, record: Record) -> bool:
+        """Return whether a tensor is to be trained; a bare checkpoint does not say, so that all of it counts."""
+        return record.trainable or self.model is None
+
     @cached_property
     def trained(self) -> bool:
         """Whether the weights look trained: at least half of the normalisation gains differ from entry to entry.
@@ -53,8 +61,8 @@ class Patient:
         spreads as far as its mean and well below zero (RepVGG's start so): no training leaves them like that. A model
         without normalisation is judged by its biases, which start constant or uniform.
         """
-        stats = [(r.role, r.stats) for r in self.records if r.stats and not r.stats.nonfinite]
-        gains = [s for role, s in stats if role == "norm" and s.numel >= 8]
+        finite = [(record, stats) for record, stats in self.measured() if not stats.nonfinite]
+        gains = [stats for record, stats in finite if record.role == "norm" and stats.numel >= 8]
         if gains:
             moved = [
                 not s.constant
@@ -64,8 +72,8 @@ class Patient:
             ]
         else:
             # A bias that drowns its layer's weight was drawn wrongly: no training takes it that far.
-            biases = [r for r in self.records if r.role == "bias" and r.stats and not r.stats.nonfinite]
-            moved = [_left_its_start(r.stats) for r in biases if r.stats and r.stats.numel >= 32 and not self.drowns(r)]
+            biases = [(bias, stats) for bias, stats in finite if bias.role == "bias" and stats.numel >= 32]
+            moved = [_left_its_start(stats) for bias, stats in biases if not self.drowns(bias)]
         return bool(moved) and 2 * sum(moved) >= len(moved)
 
     def output_beside(self, bias: Record) -> float | None:
@@ -74,7 +82,7 @@ class Patient:
         ``None`` where there is no weight, and beside one of zero, where a bias speaks alone on purpose, as the grid of
         deformable attention.
         """
-        weight = self.find(f"{bias.layer}.weight".lstrip("."))
+        weight = self.find(f"{bias.layer}.weight")
         if weight is None or weight.stats is None or not weight.matrix or weight.stats.nonfinite:
             return None
         return weight.stats.rms * math.sqrt(weight.fans[0]) or None
@@ -89,46 +97,39 @@ class Patient:
         output, stats = self.output_beside(bias), bias.stats
         if output is None or stats is None:
             return False
-        read = self._is_read(bias)
+        # A layer is not the last one where a later weight takes as many inputs as its bias has entries.
+        read = self._last_reader.get(math.prod(bias.shape), -1) > self._places[bias.name]
         if stats.noise and stats.std > max(1.0 if read else 5.0, 10 * output):
             return True
         return read and stats.rms > max(LARGEST_BIAS, 10 * output)
 
-    def _is_read(self, bias: Record) -> bool:
-        """Return whether a later weight takes as many inputs as a bias has entries: its layer is then not the last."""
-        width = math.prod(bias.shape)
-        return self._last_reader.get(width, -1) > self._order[bias.name]
-
-    @cached_property
-    def _order(self) -> dict[str, int]:
-        return {record.name: index for index, record in enumerate(self.records)}
-
     @cached_property
     def _last_reader(self) -> dict[int, int]:
         """The place of the last weight that takes so many inputs."""
-        readers = [r for r in self.records if r.role == "weight" and r.matrix]
-        return {_inputs(record): self._order[record.name] for record in readers}
+        readers = ((place, r) for place, r in enumerate(self.records) if r.role == "weight" and r.matrix)
+        return {_inputs(record): place for place, record in readers}
 
     def alone(self, record: Record) -> bool:
         """Return whether a tensor is zero where nearly all of its kind, three or more, are not."""
-        kin = [r.stats for r in self._by_pattern.get((record.pattern, record.shape), ()) if r.stats is not None]
-        closed = sum(stats.constant and stats.minimum == 0 for stats in kin)
-        return len(kin) >= 3 and closed <= max(1, len(kin) // 4)
+        kin = [stats.closed for _, stats in self.kin.get((record.pattern, record.shape), ())]
+        return len(kin) >= 3 and sum(kin) <= max(1, len(kin) // 4)
 
     @cached_property
-    def _by_pattern(self) -> dict[tuple[str, tuple[int, ...]], list[Record]]:
-        groups: dict[tuple[str, tuple[int, ...]], list[Record]] = {}
-        for record in self.records:
-            groups.setdefault((record.pattern, record.shape), []).append(record)
+    def kin(self) -> dict[tuple[str, tuple[int, ...]], list[tuple[Record, TensorStats]]]:
+        """The tensors that hold numbers, by pattern and shape: one kind of every layer."""
+        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Record, TensorStats]]] = {}
+        for record, stats in self.measured():
+            groups.setdefault((record.pattern, record.shape), []).append((record, stats))
         return groups
 
     def find(self, name: str) -> Record | None:
         """Return the record of a tensor, or ``None``."""
-        return self._by_name.get(name)
+        place = self._places.get(name.lstrip("."))
+        return None if place is None else self.records[place]
 
     @cached_property
-    def _by_name(self) -> dict[str, Record]:
-        return {record.name: record for record in self.records}
+    def _places(self) -> dict[str, int]:
+        return {record.name: place for place, record in enumerate(self.records)}
 
 
 def _left_its_start(bias: TensorStats) -> bool:

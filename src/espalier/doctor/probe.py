@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
-from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.judge import (
     Gradients,
     judge_activity,
@@ -24,6 +23,7 @@ from espalier.doctor.judge import (
 from espalier.doctor.patient import Patient
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.record import plain_name
+from espalier.doctor.registry import Finding, Severity
 from espalier.doctor.watch import Activity, watch
 from espalier.errors import EspalierError
 

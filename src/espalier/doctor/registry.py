@@ -1,4 +1,4 @@
-"""The register of checks: one small function each, open to users."""
+"""The register of checks: one small function each, open to users, and what they find."""
 
 from __future__ import annotations
 
@@ -6,17 +6,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from espalier.doctor.finding import Finding
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
-    from espalier.doctor.patient import Patient
-    from espalier.doctor.record import Record
+    pass
 
-TensorCheck = Callable[["Record", "Patient"], Iterator[Finding]]
-ModelCheck = Callable[["Patient"], Iterator[Finding]]
-AnyCheck = TypeVar("AnyCheck", bound=Callable[..., Iterator[Finding]])
+AnyCheck = TypeVar("AnyCheck", bound=Callable[..., Iterator["Finding"]])
 Scope = Literal["tensor", "model"]
+Severity = Literal["error", "warning", "note"]
+# How severe something is, what is there, and what to do; nothing where all is well.
+Verdict = tuple[Severity, str, str] | None
+
+# Most severe first; the order of a printed diagnosis.
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found in one layer.
+
+    Attributes:
+        severity: ``error`` (training cannot work as meant), ``warning`` (it probably does not) or ``note``.
+        layer: name of the parameter, buffer or module; empty for the whole model.
+        check: name of the check, which is also its heading in the guide.
+        measured: what is there.
+        usual: what a healthy start has.
+        remedy: what to do, in one line.
+        page: where it is explained, relative to the documentation.
+    """
+
+    severity: Severity
+    layer: str
+    check: str
+    measured: str
+    usual: str
+    remedy: str
+    page: str = ""
 
 
 @dataclass(frozen=True)

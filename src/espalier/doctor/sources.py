@@ -2,64 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from espalier.doctor.record import Record, fans, plain_name, role_of
+from espalier.doctor.stats import measure
 from espalier.errors import EspalierError
 from espalier.files import read_object, read_tensors, require_regular
 
 
 @dataclass(frozen=True)
-class Source:
-    """Tensors by name, each read when it is asked for.
+class Source(Mapping[str, Tensor]):
+    """Tensors by name, each read, whole, when it is asked for; on a sharded model that is a collective call.
 
     Attributes:
         names: of every tensor, in the order in which to read them.
-        load: returns one whole tensor; on a sharded model a collective call.
-        record: returns one tensor's record, with its values.
+        read: returns a tensor as it lies, shard or not.
         config: the model's configuration; empty where there is none.
+        owners: the module that holds each tensor; empty for a checkpoint.
         aliases: other names of tied tensors, by the name that is read.
     """
 
     names: tuple[str, ...]
-    load: Callable[[str], Tensor]
-    record: Callable[[str], Record]
+    read: Callable[[str], Tensor]
     config: Mapping[str, Any]
-    aliases: Mapping[str, list[str]]
+    owners: Mapping[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one whole tensor."""
+        return whole(self.read(name))
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self.names)
+
+    def record(self, name: str) -> Record:
+        """Return one tensor's record, with its values and their numbers."""
+        tensor, module = self.read(name), self.owners.get(name)
+        lazy = nn.parameter.is_lazy(tensor)  # and has no shape to ask for
+        shape, meta = () if lazy else tuple(tensor.shape), lazy or tensor.is_meta
+        values = None if meta or not tensor.numel() else whole(tensor)
+        buffer = name.endswith(("running_mean", "running_var", "inv_freq", "num_batches_tracked"))
+        buffer = buffer or (module is not None and name.rpartition(".")[2] in module._buffers)
+        # Numbers can be read as they lie: no quantised subclass, no sparse layout.
+        plain = type(values) is Tensor and values.is_floating_point() and values.layout == torch.strided
+        return Record(
+            name,
+            role_of(name, shape, module, buffer=buffer),
+            shape,
+            tensor.dtype,
+            buffer=buffer,
+            trainable=tensor.requires_grad,
+            meta=meta,
+            fans=fans(shape, module),
+            module=module,
+            stats=measure(values) if plain and values is not None else None,
+            values=values,
+        )
 
 
 def open_module(model: nn.Module) -> Source:
     """Return a module's parameters and buffers; a shard (DTensor) is gathered when its turn comes, then freed."""
-    places: dict[str, tuple[nn.Module, Tensor, bool]] = {}
+    tensors: dict[str, Tensor] = {}
+    owners: dict[str, nn.Module] = {}
     aliases: dict[str, list[str]] = {}
     first: dict[int, str] = {}
     for prefix, module in model.named_modules():
-        parts: list[tuple[dict[str, Any], bool]] = [(module._parameters, False), (module._buffers, True)]
-        for tensors, buffer in parts:
-            for leaf, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                full = f"{prefix}.{leaf}" if prefix else leaf
-                # A part of the user's own may be called as wrappers call theirs.
-                name = plain_name(full) if plain_name(full) not in places else full
-                owner = first.setdefault(id(tensor), name)
-                if owner == name:
-                    places[name] = (module, tensor, buffer)
-                else:
-                    aliases.setdefault(owner, []).append(name)
-    return Source(
-        tuple(places),
-        lambda name: _whole(places[name][1]),
-        lambda name: _record(name, places[name][1], places[name][0], buffer=places[name][2]),
-        _config_of(model),
-        aliases,
-    )
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            full = f"{prefix}.{leaf}" if prefix else leaf
+            # A part of the user's own may be called as wrappers call theirs.
+            name = plain_name(full) if plain_name(full) not in tensors else full
+            owner = first.setdefault(id(tensor), name)
+            if owner == name:
+                tensors[name], owners[name] = tensor, module
+            else:
+                aliases.setdefault(owner, []).append(name)
+    return Source(tuple(tensors), tensors.__getitem__, _config_of(model), owners, aliases)
 
 
 def open_weights(path: Path) -> Source:
@@ -72,42 +103,20 @@ def open_weights(path: Path) -> Source:
     Raises:
         EspalierError: nothing readable is there.
     """
-    readers = {name: read for file in weight_files(path) for names, read in [_open_file(file)] for name in names}
+    readers: dict[str, Callable[[str], Tensor]] = {}
+    for file in weight_files(path):
+        readers |= _open_file(file)
     if not readers:
         raise EspalierError(f"checkpoint {path}: holds no tensors by name: name a file of weights")
-    folder = path if path.is_dir() else path.parent
     try:
-        config = read_object(folder / "config.json")
+        config = read_object((path if path.is_dir() else path.parent) / "config.json")
     except (OSError, ValueError):
         config = {}
-    return Source(
-        tuple(readers),
-        lambda name: readers[name](name),
-        lambda name: _record(name, readers[name](name), None, buffer=False),
-        config,
-        {},
-    )
+    return Source(tuple(readers), lambda name: readers[name](name), config)
 
 
-def _record(name: str, tensor: Tensor, module: nn.Module | None, *, buffer: bool) -> Record:
-    lazy = nn.parameter.is_lazy(tensor)  # and has no shape to ask for
-    shape, meta = () if lazy else tuple(tensor.shape), lazy or tensor.is_meta
-    buffer = buffer or name.endswith(("running_mean", "running_var", "inv_freq", "num_batches_tracked"))
-    return Record(
-        name,
-        role_of(name, shape, module, buffer=buffer),
-        shape,
-        tensor.dtype,
-        buffer=buffer,
-        trainable=tensor.requires_grad,
-        meta=meta,
-        fans=fans(shape, module),
-        module=module,
-        values=None if meta or not tensor.numel() else _whole(tensor),
-    )
-
-
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph, gathered from all ranks where each holds a shard."""
     return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
@@ -138,11 +147,11 @@ def weight_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _open_file(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """Return the names in a file and a function that reads one of them; the file stays mapped, not loaded."""
+def _open_file(path: Path) -> dict[str, Callable[[str], Tensor]]:
+    """Return what reads each tensor of a file; the file stays mapped, not loaded."""
     if path.suffix != ".safetensors":
         tensors = read_tensors(path, mapped=True)
-        return list(tensors), tensors.__getitem__
+        return dict.fromkeys(tensors, tensors.__getitem__)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -151,4 +160,4 @@ def _open_file(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EspalierError(f"checkpoint {path} cannot be read ({reason}): name a file of weights") from None
-    return list(file.keys()), file.get_tensor
+    return dict.fromkeys(file.keys(), file.get_tensor)

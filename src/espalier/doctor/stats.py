@@ -65,6 +65,11 @@ class TensorStats:
         return not self.nonfinite and self.minimum == self.maximum
 
     @property
+    def closed(self) -> bool:
+        """Whether every entry is zero."""
+        return self.constant and self.minimum == 0
+
+    @property
     def noise(self) -> bool:
         """Whether the entries look drawn at random: many values, in no order."""
         enough = self.distinct > max(8, 0.1 * min(self.sampled, 2048))

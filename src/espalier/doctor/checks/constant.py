@@ -9,10 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, Severity, register_check
 
 # Weights that feed a product: with zero here neither this nor what follows gets a gradient.
 _READS = re.compile(
@@ -38,57 +37,44 @@ def constant(patient: Patient) -> Iterator[Finding]:
     other layers is not zero.
     """
     zero = zero_matrices(patient)
-    for record in patient.records:
-        stats = record.stats
-        if stats is None or not record.matrix or not stats.constant or record.role in ("norm", "ssm", "gain"):
+    for record, stats in patient.measured():
+        if not record.matrix or not stats.constant or record.role in ("norm", "ssm", "gain"):
             continue
-        value = stats.minimum
+        learns = patient.learns(record)
         vital = reads(record) or _only_table(record, patient)
         # A bare parameter learns beside a factor that is not zero: attention's query may start there, as a mean.
         if vital and record.role != "embedding" and not record.multiplies:
             vital = holds_both(record) or any(_beside(record, other) for other in zero)
-        learns = record.trainable or patient.model is None
-        if value == 0 and not (vital and learns):
-            if learns and patient.alone(record):
-                yield Finding(
-                    "warning", record.name, "constant", "all zero, and its siblings are not", _USUAL,
-                    "draw it as its siblings are drawn",
-                )  # fmt: skip
-                continue
-            if record.role == "position" or patient.trained:
-                continue
-            yield all_zero(record, "note")
-        elif value == 0:
+        if stats.closed and vital and learns:
             yield all_zero(record, "error")
-        elif record.role == "weight" and learns:
+        elif stats.closed and learns and patient.alone(record):
+            remedy = "draw it as its siblings are drawn"
+            yield Finding("warning", record.name, "constant", "all zero, and its siblings are not", _USUAL, remedy)
+        elif stats.closed and record.role != "position" and not patient.trained:
+            yield all_zero(record, "note")
+        elif not stats.closed and record.role == "weight" and learns:
             # What is not called a weight may be a mixing coefficient that starts at one on purpose.
-            yield Finding(
-                "error" if record.multiplies else "note",
-                record.name,
-                "constant",
-                f"every entry is {value:.4g}",
-                _USUAL,
-                "draw it from noise: equal units get equal gradients and stay equal",
-            )
+            severity: Severity = "error" if record.multiplies else "note"
+            remedy = "draw it from noise: equal units get equal gradients and stay equal"
+            yield Finding(severity, record.name, "constant", f"every entry is {stats.minimum:.4g}", _USUAL, remedy)
 
 
 def all_zero(record: Record, severity: Severity) -> Finding:
     """Return what is to be said of a matrix of zeros."""
-    closed, lost = "usual for a branch that starts closed; otherwise draw it", "draw it: no gradient passes a zero here"
-    return Finding(
-        severity, record.name, "constant", "all zero", _USUAL, lost if severity == "error" else closed
-    )  # fmt: skip
+    remedy = "usual for a branch that starts closed; otherwise draw it"
+    if severity == "error":
+        remedy = "draw it: no gradient passes a zero here"
+    return Finding(severity, record.name, "constant", "all zero", _USUAL, remedy)
 
 
 def zero_matrices(patient: Patient) -> list[Record]:
     """Return the matrices that hold nothing but zeros, gains of normalisation apart."""
-    matrices = [r for r in patient.records if r.matrix and r.stats is not None and r.role != "norm"]
-    return [r for r in matrices if r.stats is not None and r.stats.constant and r.stats.minimum == 0]
+    return [r for r, stats in patient.measured() if r.matrix and r.role != "norm" and stats.closed]
 
 
 def reads(record: Record) -> bool:
     """Return whether a weight is called as those are that feed a product."""
-    return bool(_READS.search(record.layer or record.leaf) or _READS.search(record.leaf))
+    return bool(_READS.search(record.layer) or _READS.search(record.leaf))
 
 
 def holds_both(record: Record) -> bool:
@@ -107,10 +93,8 @@ def _beside(record: Record, other: Record) -> bool:
 
 def _only_table(record: Record, patient: Patient) -> bool:
     """Return whether it is a table of tokens and no other holds anything: a second one may be added from zero on."""
-    if record.role != "embedding":
-        return False
-    tables = [r.stats for r in patient.records if r.role == "embedding" and r.matrix and r.stats is not None]
-    return all(stats.magnitude == 0 for stats in tables)
+    tables = [stats for r, stats in patient.measured() if r.role == "embedding" and r.matrix]
+    return record.role == "embedding" and all(stats.magnitude == 0 for stats in tables)
 
 
 @register_check("equal-units", scope="tensor")
@@ -119,7 +103,7 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
     stats, values = record.stats, record.values
     if stats is None or values is None or not record.matrix or stats.constant or stats.nonfinite:
         return
-    if record.role not in ("weight", "adapter", "embedding") or not (record.trainable or patient.model is None):
+    if record.role not in (*_FACTORS, "embedding") or not patient.learns(record):
         return
     number = equal_pieces(values, patient.heads)
     if number > 1:
@@ -193,11 +177,11 @@ def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
     if state_space and len(offsets) == 1 and min(offsets) >= len(repeats):
         return
     if repeats:
-        severity = "note" if record.role == "embedding" else "error" if len(repeats) >= count / 4 else "warning"
+        severity: Severity = "error" if len(repeats) >= count / 4 else "warning"
         one, other = repeats[0]
         yield Finding(
-            severity,  # type: ignore[arg-type]
-            record.name, "equal-units", f"{len(repeats)} of {count} rows repeat others: row {other} is row {one}",
+            "note" if record.role == "embedding" else severity, record.name, "equal-units",
+            f"{len(repeats)} of {count} rows repeat others: row {other} is row {one}",
             "rows that differ", "draw each row on its own: units with equal weights in and out stay equal",
         )  # fmt: skip
 
@@ -209,26 +193,18 @@ def zero_rows(record: Record, patient: Patient) -> Iterator[Finding]:
     An error where the layer feeds a product, a warning elsewhere.
     """
     stats, values = record.stats, record.values
-    if stats is None or values is None or not record.matrix or record.role != "weight" or not stats.noise:
-        return
-    if not (record.trainable or patient.model is None):
+    if stats is None or values is None or not record.matrix or record.role != "weight" or not patient.learns(record):
         return
     # Zeros in the sample first: a look at every row costs as much as all other checks.
-    if stats.zeros < stats.sampled / 64:
+    if not stats.noise or stats.zeros < stats.sampled / 64:
         return
     closed = (values.reshape(len(values), -1) == 0).all(1).nonzero().flatten()
-    if len(closed) < max(2, len(values) / 32):
-        return
-    name = record.layer or record.leaf
-    vital = _READS.search(name) or _READS.search(record.leaf)
-    yield Finding(
-        "error" if vital else "warning",
-        record.name,
-        "zero-rows",
-        f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on",
-        "rows drawn alike",
-        "draw them: heads or units that start at zero here get no gradient, or leave their partners without one",
-    )
+    if len(closed) >= max(2, len(values) / 32):
+        yield Finding(
+            "error" if reads(record) else "warning", record.name, "zero-rows",
+            f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on", "rows drawn alike",
+            "draw them: heads or units that start at zero here get no gradient, or leave their partners without one",
+        )  # fmt: skip
 
 
 def _all_equal(pieces: Tensor) -> bool:
@@ -239,7 +215,7 @@ def _all_equal(pieces: Tensor) -> bool:
 @register_check("closed-twice")
 def closed_twice(patient: Patient) -> Iterator[Finding]:
     """Both factors of a product are zero, so that neither ever gets a gradient (LoRA's A and B, a whole branch)."""
-    matrices = [r for r in patient.records if r.matrix and r.stats is not None and r.role != "norm"]
+    matrices = [r for r, _ in patient.measured() if r.matrix and r.role != "norm"]
     zero = {r.name for r in zero_matrices(patient)}
     for record in matrices:
         other = record.name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
@@ -249,23 +225,17 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
                 "draw A (kaiming_uniform_) after the adapter was added",
             )  # fmt: skip
     # A branch: all matrices below one module. Mixing coefficients, which are no "weight", may well be zero together.
-    below: dict[str, list[Record]] = {}
+    below: dict[str, list[str]] = {}
     for record in matrices:
         parts = record.layer.split(".")
         for depth in range(1, len(parts)):
-            below.setdefault(".".join(parts[:depth]), []).append(record)
+            below.setdefault(".".join(parts[:depth]), []).append(record.name)
     # Nor is a branch closed whose biases were set: deformable attention starts at fixed offsets. None is drawn large.
-    speaking = {
-        r.layer for r in patient.records
-        if not r.matrix and r.stats is not None and "bias" in r.leaf and r.stats.magnitude >= 0.5
-    }  # fmt: skip
-    closed = [
-        layer
-        for layer, members in below.items()
-        if len(members) > 1
-        and all(m.name in zero and m.leaf == "weight" and m.role in _FACTORS for m in members)
-        and not any(m.layer in speaking for m in members)
-    ]
+    biases = [(r, stats) for r, stats in patient.measured() if not r.matrix and "bias" in r.leaf]
+    speaking = {bias.layer for bias, stats in biases if stats.magnitude >= 0.5}
+    shut = {r.name for r in matrices if r.name in zero and r.leaf == "weight" and r.role in _FACTORS}
+    shut -= {r.name for r in matrices if r.layer in speaking}
+    closed = [layer for layer, names in below.items() if len(names) > 1 and shut.issuperset(names)]
     for layer in closed:
         if not any(layer.startswith(f"{other}.") for other in closed):
             yield Finding(

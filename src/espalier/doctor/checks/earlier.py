@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, register_check
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, audit
 
@@ -21,13 +20,16 @@ def structure(patient: Patient) -> Iterator[Finding]:
     if patient.model is None:
         raise EspalierError("against: a report is compared with a module: open the checkpoint as one first")
     for row in audit(patient.model, against=patient.against).layers:
-        if row.status in ("lost", "changed"):
-            lost = row.status == "lost"
+        usual = row.asked or "the structure that was written"
+        if row.status == "lost":
             yield Finding(
-                "error" if lost else "note", row.layer, "structure",
-                row.note or ("the structure is gone" if lost else "other bits than were written"),
-                row.asked or "the structure that was written",
-                "call structure_ after whatever drew these weights again" if lost else "usual after training or a cast",
+                "error", row.layer, "structure", row.note or "the structure is gone", usual,
+                "call structure_ after whatever drew these weights again",
+            )  # fmt: skip
+        elif row.status == "changed":
+            yield Finding(
+                "note", row.layer, "structure", row.note or "other bits than were written", usual,
+                "usual after training or a cast",
             )  # fmt: skip
 
 
@@ -37,9 +39,9 @@ def overwritten(patient: Patient) -> Iterator[Finding]:
     if not isinstance(patient.against, Mapping):
         return
     for record in patient.records:
-        if record.meta or record.name not in patient.against:
+        stored: torch.Tensor | None = None if record.meta else patient.against.get(record.name)
+        if stored is None:
             continue
-        stored = patient.against[record.name]
         if tuple(stored.shape) != record.shape:
             measured = f"shape {record.shape}, stored {tuple(stored.shape)}"
         else:
@@ -53,9 +55,11 @@ def overwritten(patient: Patient) -> Iterator[Finding]:
             "error", record.name, "overwritten", measured, "what the checkpoint holds",
             "load again last: something initialised it after it was loaded",
         )  # fmt: skip
-    absent = [r.name for r in patient.records if not r.buffer and r.name not in patient.against]
-    absent = [name for name in absent if not any(other in patient.against for other in patient.aliases.get(name, ()))]
-    for name in absent:
-        yield Finding(
-            "warning", name, "overwritten", "not in the checkpoint", "stored", "it keeps its own start: is that meant?"
-        )
+    held = set(patient.against)
+    for record in patient.records:
+        names = {record.name, *patient.aliases.get(record.name, ())}
+        if not record.buffer and names.isdisjoint(held):
+            yield Finding(
+                "warning", record.name, "overwritten", "not in the checkpoint", "stored",
+                "it keeps its own start: is that meant?",
+            )  # fmt: skip

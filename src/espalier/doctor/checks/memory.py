@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, Severity, register_check
 from espalier.doctor.stats import HUGE
+
+_FREQUENCIES = re.compile(r"(^|[._])inv_freq$")
+_WAVES = re.compile(r"(^|[._])(cos|sin)(_cached|_cache)?$|freqs_(cos|sin)$")
+_IDS = re.compile(r"(position_ids|relative_position_index|relative_coords_index)$")
 
 
 @register_check("not-finite", scope="tensor")
 def not_finite(record: Record, patient: Patient) -> Iterator[Finding]:
     """NaN or infinity. Buffers may hold −∞, as causal masks do, and +∞ as an open bound."""
-    stats = record.stats
-    if stats is None or not stats.nonfinite:
+    stats, values = record.stats, record.values
+    if stats is None or values is None or not stats.nonfinite:
         return
-    assert record.values is not None
-    nan = int(torch.isnan(record.values).sum())
+    nan = int(torch.isnan(values).sum())
     if record.buffer and not nan and record.role not in ("statistics", "position"):
         return
-    kinds = ", ".join(
-        f"{count:,} {kind}" for count, kind in ((nan, "NaN"), (stats.nonfinite - nan, "infinite")) if count
-    )
+    counts = {"NaN": nan, "infinite": stats.nonfinite - nan}
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
     remedy = "initialise it again in float32, then cast"
     if record.leaf == "A_log":
         remedy = "draw A in float32 and away from zero before the logarithm, then cast"
     yield Finding("error", record.name, "not-finite", f"{kinds} of {stats.numel:,}", "finite numbers", remedy)
 
 
-@register_check("uninitialised", scope="model")
+@register_check("uninitialised")
 def uninitialised(patient: Patient) -> Iterator[Finding]:
     """Bits that no start writes: magnitudes under 1e-30 or over 1e10, as in memory that was only allocated.
 
     Weight decay drives dead units of trained nets below 1e-30, so that in trained weights only huge magnitudes count.
     Structured depthwise filters are that small at their rim.
     """
-    for record in patient.records:
-        stats = record.stats
-        if stats is None or record.dtype == torch.float16:
+    for record, stats in patient.measured():
+        if record.dtype == torch.float16:
             continue
         # Masks hold the most negative number on purpose.
         largest = stats.maximum if record.buffer else stats.magnitude
@@ -53,37 +54,74 @@ def uninitialised(patient: Patient) -> Iterator[Finding]:
         else:
             continue
         yield Finding(
-            "error" if severe or record.role == "position" else "warning",
-            record.name,
-            "uninitialised",
-            measured,
-            "magnitudes between 1e-6 and 10",
+            "error" if severe or record.role == "position" else "warning", record.name, "uninitialised",
+            measured, "magnitudes between 1e-6 and 10",
             "it was allocated (torch.empty, to_empty) and never written: call the module's own initialisation",
-        )
+        )  # fmt: skip
 
 
-@register_check("empty", scope="model")
+@register_check("empty")
 def empty(patient: Patient) -> Iterator[Finding]:
     """No storage (meta device), no entries (ZeRO-3 outside its gather), or not built yet (lazy modules)."""
     for record in patient.records:
+        own = {} if record.module is None else record.module._parameters
+        beside = [tensor for tensor in own.values() if tensor is not None]
         severity: Severity = "error"
         if record.meta:
-            lazy = record.module is not None and any(
-                nn.parameter.is_lazy(t) for t in record.module._parameters.values() if t is not None
-            )
-            measured = "a lazy parameter" if lazy else "on the meta device"
-            remedy = "run one forward pass first" if lazy else "call to_empty(device=…), then initialise or load"
+            measured, remedy = "on the meta device", "call to_empty(device=…), then initialise or load"
+            if any(map(nn.parameter.is_lazy, beside)):
+                measured, remedy = "a lazy parameter", "run one forward pass first"
         elif 0 in record.shape and not record.buffer:
-            measured, remedy = f"shape {tuple(record.shape)}", "give it a size, or gather it first"
-            own = {} if record.module is None else record.module._parameters
-            tensor = own.get(record.leaf)
+            measured, remedy = f"shape {record.shape}", "give it a size, or gather it first"
             # ZeRO-3 leaves one dimension of zero; a configuration that asks for no registers or no points, a zero
             # among others, in the bias beside such a weight one alone.
-            asked = any(t is not None and t.ndim > 1 and 0 in t.shape for t in own.values())
-            if hasattr(tensor, "ds_id"):
+            if hasattr(own.get(record.leaf), "ds_id"):
                 remedy = "diagnose inside deepspeed.zero.GatheredParameters(model.parameters())"
-            elif asked or len(record.shape) > 1:
+            elif len(record.shape) > 1 or any(tensor.ndim > 1 and 0 in tensor.shape for tensor in beside):
                 severity = "note"
         else:
             continue
         yield Finding(severity, record.name, "empty", measured, "numbers", remedy)
+
+
+@register_check("positions", scope="tensor")
+def positions(record: Record, patient: Patient) -> Iterator[Finding]:
+    """Tables that are computed, not learned, and lost when a model is built on the meta device and only emptied.
+
+    Rotary frequencies fall from about one to above zero, cosines stay within ±2, position ids count.
+    """
+    values, name = record.values, record.name
+    if values is None or (record.trainable and not record.buffer):
+        return
+    measured = usual = ""
+    if _FREQUENCIES.search(name) and values.is_floating_point() and values.ndim == 1:
+        if not _fall(values.float()):
+            shown = ", ".join(f"{float(value):.3g}" for value in values[:3])
+            measured, usual = f"{shown}, …", "1, falling towards 1/θ"
+    elif _WAVES.search(name) and values.is_floating_point():
+        largest = float(values.float().abs().max())
+        # Scaled rotary embeddings (YaRN) multiply both by at most about 2.
+        if not largest <= 4:
+            measured, usual = f"magnitudes up to {largest:.3g}", "within ±1"
+        elif largest == 0:
+            measured, usual = "all zero", "cosines and sines"
+    elif _IDS.search(name) and not values.is_floating_point() and values.dtype != torch.bool:
+        low, high = int(values.min()), int(values.max())
+        zeros = values.numel() > 1 and low == high == 0 and "position_ids" in name
+        # Ids index a table: no model has a hundred million positions, and none counts downwards from zero.
+        if low < -1 or high > 100_000_000 or zeros:
+            measured, usual = f"from {low} to {high}", f"0 to {values.shape[-1] - 1}"
+    if measured:
+        remedy = "compute it again after to_empty or loading: it is not in the checkpoint"
+        yield Finding("error", name, "positions", measured, usual, remedy)
+
+
+def _fall(frequencies: torch.Tensor) -> bool:
+    """Return whether rotary frequencies are in order and of a usual size."""
+    if not torch.isfinite(frequencies).all():
+        return False
+    steps = frequencies.diff()
+    # Images have a run of frequencies for each axis, so that the order may start again a few times.
+    ordered = min(int((steps > 0).sum()), int((steps < 0).sum())) <= min(3, len(frequencies) // 4)
+    # Partial rotations end in zeros; frequencies of pixels reach some hundred.
+    return ordered and float(frequencies.min()) >= 0 and 1e-4 <= float(frequencies.max()) <= 1e4

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import plain_name
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, register_check
 from espalier.doctor.stats import measure
 
 # Name, what the ranks are compared on, and whether the bits are noise.
@@ -26,24 +25,21 @@ def ranks(patient: Patient) -> Iterator[Finding]:
 
     Every rank must call; all get the same findings.
     """
-    distributed = torch.distributed
-    if patient.model is None or not (distributed.is_available() and distributed.is_initialized()):
-        return
-    world = distributed.get_world_size()
-    if world < 2:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    if patient.model is None or world < 2:
         return
     everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, dict(_marks(patient.model)))
+    torch.distributed.all_gather_object(everyone, dict(_marks(patient.model)))
     # Names that some rank lacks belong to a stage of a pipeline.
     for name in (name for name in everyone[0] if all(name in marks for marks in everyone)):
-        kind = {marks[name][0] for marks in everyone}
-        prints = {marks[name][1] for marks in everyone}
-        if kind == {"replica"} and len(prints) > 1:
+        kinds, prints, noise = (set(column) for column in zip(*(marks[name] for marks in everyone), strict=True))
+        if kinds == {"replica"} and len(prints) > 1:
             yield Finding(
                 "error", name, "ranks", f"{len(prints)} different tensors on {world} ranks", "one, on every rank",
                 "broadcast from rank 0 (DistributedDataParallel does), or seed every rank alike before building",
             )  # fmt: skip
-        elif kind == {"shard"} and len(prints) == 1 and all(marks[name][2] for marks in everyone):
+        elif kinds == {"shard"} and len(prints) == 1 and noise == {True}:
             yield Finding(
                 "error", name, "ranks", f"the same shard on {world} ranks", "different shards",
                 "initialise before sharding, or with another seed on every rank",
@@ -55,18 +51,16 @@ def _marks(model: nn.Module) -> Iterator[tuple[str, Mark]]:
     from torch.distributed.tensor import DTensor, Shard
 
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked"):
-            continue
-        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+        own = name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        if own or tensor.is_meta or nn.parameter.is_lazy(tensor):
             continue
         # Megatron and FSDP1 keep shards as ordinary tensors that say so.
-        private = getattr(tensor, "tensor_model_parallel", False) or "FlatParam" in type(tensor).__name__
-        if private:
+        if getattr(tensor, "tensor_model_parallel", False) or "FlatParam" in type(tensor).__name__:
             continue
         kind, local = "replica", tensor.detach()
         if isinstance(tensor, DTensor):
-            split = [isinstance(placement, Shard) for placement in tensor.placements]
-            kind, local = ("shard" if any(split) else "replica"), tensor.to_local().detach()
+            split = any(isinstance(placement, Shard) for placement in tensor.placements)
+            kind, local = "shard" if split else "replica", tensor.to_local().detach()
         if not local.numel():
             continue
         if local.is_floating_point():

@@ -10,10 +10,9 @@ from statistics import median
 from torch import nn
 
 from espalier.doctor.asked import multiplier
-from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, register_check
 
 # Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does
 # before a ReLU, 0.58 is torch's default, and 0.02 in a matrix of 53,248 × 16,384, among the largest published, is 2.6.
@@ -35,11 +34,10 @@ def scale(patient: Patient) -> Iterator[Finding]:
             continue
         share = multiplier(record)
         # A bare parameter is taken for what it looks like; a weight that is computed, or scaled, is not judged.
-        if share is None and record.multiplies:
-            continue
-        gain *= 1.0 if share is None else share
-        if _sized(gain, record):
-            yield scale_finding(record, gain)
+        if share is None and not record.multiplies:
+            share = 1.0
+        if share is not None and _sized(gain * share, record):
+            yield scale_finding(record, gain * share)
 
 
 def scale_finding(record: Record, gain: float) -> Finding:
@@ -80,25 +78,21 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
     Published starts draw tables of tokens and positions with deviations up to 1, and biases within ±1/√fan-in; gates
     and detectors start at constants of up to ten.
     """
-    tokens = [r.stats.rms for r in patient.records if r.role == "embedding" and r.matrix and r.stats is not None]
-    for record in patient.records:
-        stats = record.stats
-        if stats is None or stats.nonfinite or not (record.trainable or patient.model is None):
+    tokens = max((s.rms for r, s in patient.measured() if r.role == "embedding" and r.matrix), default=0.0)
+    for record, stats in patient.measured():
+        if stats.nonfinite or not patient.learns(record):
             continue
-        if record.role == "bias":
-            if patient.drowns(record):
-                yield drowned(record, f"the weight's outputs near {patient.output_beside(record) or 0:.2g}")
-            continue
+        if record.role == "bias" and patient.drowns(record):
+            yield drowned(record, f"the weight's outputs near {patient.output_beside(record) or 0:.2g}")
         # Two or three rows turn coordinates into random Fourier features: they are multiplied, and none is added.
         looked_up = record.role == "embedding" or isinstance(record.module, nn.Embedding)
         features = not looked_up and record.matrix and min(size for size in record.shape if size > 1) < 8
         if record.role in ("embedding", "position") and record.matrix and stats.noise and not features:
-            beside = max(tokens, default=0.0)
-            alone = record.role == "embedding" or not beside
-            if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * beside):
+            alone = record.role == "embedding" or not tokens
+            if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * tokens):
                 yield Finding(
                     "warning", record.name, "scale-of-inputs",
-                    f"rms {stats.rms:.3g}" + ("" if alone else f", the tokens' {beside:.3g}"), "0.02 to 1",
+                    f"rms {stats.rms:.3g}" + ("" if alone else f", the tokens' {tokens:.3g}"), "0.02 to 1",
                     "scale it down: the table drowns what it is added to",
                 )  # fmt: skip
 
@@ -119,16 +113,18 @@ def out_of_line(patient: Patient) -> Iterator[Finding]:
     Starts that follow the depth smoothly (as BEiT's) are none of this: a layer must also differ from its neighbours.
     """
     far, near = (25.0, 12.0) if patient.trained else (4.0, 2.5)
-    for members in _siblings(patient).values():
-        sizes = [math.log(member.stats.rms) for member in members if member.stats is not None]
+    for kin in patient.kin.values():
+        drawn = [(r, s) for r, s in kin if r.role == "weight" and r.matrix and s.noise and not s.nonfinite]
+        if len(drawn) < 4:
+            continue
+        members, sizes = [record for record, _ in drawn], [math.log(stats.rms) for _, stats in drawn]
         middle = median(sizes)
         spread = 1.4826 * median(abs(size - middle) for size in sizes)
-        odd = []
-        for index, size in enumerate(sizes):
-            beside = [sizes[i] for i in (index - 1, index + 1) if 0 <= i < len(sizes)]
-            lonely = all(abs(size - other) > math.log(near) for other in beside)
-            if lonely and abs(size - middle) > max(math.log(far), 6 * spread):
-                odd.append(index)
+        rises = [later - earlier for earlier, later in pairwise(sizes)]
+        # A step before the first and one after the last, so that those have two neighbours as well.
+        steps = [math.inf, *map(abs, rises), math.inf]
+        lonely = [min(pair) > math.log(near) for pair in pairwise(steps)]
+        odd = [i for i, size in enumerate(sizes) if lonely[i] and abs(size - middle) > max(math.log(far), 6 * spread)]
         # More than a few odd ones are a pattern of the architecture, not a fault of a layer.
         for index in odd if len(odd) <= max(1, len(sizes) // 6) else ():
             member, ratio = members[index], math.exp(sizes[index] - middle)
@@ -137,20 +133,9 @@ def out_of_line(patient: Patient) -> Iterator[Finding]:
                 f"rms {math.exp(sizes[index]):.3g}, {ratio:.2g} times its siblings'", f"near {math.exp(middle):.3g}",
                 "initialise this layer as its siblings are: it was replaced, loaded in part, or written twice",
             )  # fmt: skip
-        rises = [later - earlier for earlier, later in pairwise(sizes)]
-        if not patient.trained and len(sizes) >= 4 and min(rises) > 0.05 and sum(rises) > math.log(8):
+        if not patient.trained and min(rises) > 0.05 and sum(rises) > math.log(8):
             yield Finding(
                 "warning", members[-1].name, "out-of-line",
                 f"rms grows {math.exp(sum(rises)):.2g} times from the first layer to the last", "constant, or falling",
                 "scale residual branches down with depth (1/√(2·layers)), not up",
             )  # fmt: skip
-
-
-def _siblings(patient: Patient) -> dict[tuple[object, ...], list[Record]]:
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in patient.records:
-        stats = record.stats
-        if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or not stats.noise:
-            continue
-        groups.setdefault((record.pattern, record.shape), []).append(record)
-    return {key: members for key, members in groups.items() if len(members) >= 4}

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from espalier.doctor.finding import Finding, Severity
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, Verdict, register_check
+from espalier.doctor.stats import TensorStats
 
 _MIMETIC_BIAS = math.log(math.expm1(1.0))
 _DECAY = "A_log from log 1 to log 16, different from head to head"
@@ -24,26 +24,33 @@ _STEP = "softplus⁻¹ of steps between 1e-3 and 0.1: −6.9 to −2.3"
 @register_check("state-space")
 def state_space(patient: Patient) -> Iterator[Finding]:
     """A_log, dt_bias (or the bias of ``dt_proj``), D and the convolution of every layer that has an A_log."""
-    for record in patient.records:
-        if record.leaf != "A_log" or record.stats is None:
+    for record, stats in patient.measured():
+        if record.leaf != "A_log":
             continue
-        steps = [patient.find(f"{record.layer}.{leaf}".lstrip(".")) for leaf in ("dt_bias", "dt_proj.bias")]
+        steps = _beside(record, patient, "dt_bias", "dt_proj.bias")
         # Gated delta nets, which have no skip D, publish a dt_bias of one; Mamba-2 draws both.
-        skip = patient.find(f"{record.layer}.D".lstrip("."))
-        drawn = any(s is not None and s.stats is not None and not s.stats.constant for s in steps)
+        skips = patient.find(f"{record.layer}.D") is not None
+        drawn = any(not numbers.constant for _, numbers in steps)
+        judged: list[tuple[Record, str, Verdict]] = []
         if not (drawn and _bounded(record, patient)):
-            yield from _decay(record, patient, gated=skip is None and drawn)
-        for step in steps:
-            if step is not None and step.stats is not None:
-                yield from _step(step, patient, drawn=skip is not None)
-        if skip is not None and skip.stats is not None:
-            yield from _skip(skip, patient)
-        convolution = patient.find(f"{record.layer}.conv1d.weight".lstrip("."))
-        if convolution is not None and convolution.stats is not None and convolution.stats.magnitude == 0:
-            yield Finding(
-                "error", convolution.name, "state-space", "all zero", "noise, or the identity",
-                "initialise the convolution: nothing reaches the state",
-            )  # fmt: skip
+            judged.append((record, _DECAY, _decay(stats, trained=patient.trained, gated=drawn and not skips)))
+        for step, numbers in steps:
+            judged.append((step, _STEP, _step(numbers, fresh=skips and not patient.trained)))
+        for skip, numbers in _beside(record, patient, "D"):
+            judged.append((skip, _SKIP, _skip(numbers, trained=patient.trained)))
+        for convolution, numbers in _beside(record, patient, "conv1d.weight"):
+            closed: Verdict = "error", "all zero", "initialise the convolution: nothing reaches the state"
+            judged.append((convolution, "noise, or the identity", closed if numbers.magnitude == 0 else None))
+        for tensor, usual, verdict in judged:
+            if verdict is not None:
+                severity, measured, remedy = verdict
+                yield Finding(severity, tensor.name, "state-space", measured, usual, remedy)
+
+
+def _beside(record: Record, patient: Patient, *names: str) -> list[tuple[Record, TensorStats]]:
+    """Return those of a layer's other tensors that are there and hold numbers."""
+    found = [patient.find(f"{record.layer}.{name}") for name in names]
+    return [(other, other.stats) for other in found if other is not None and other.stats is not None]
 
 
 def _bounded(record: Record, patient: Patient) -> bool:
@@ -52,59 +59,37 @@ def _bounded(record: Record, patient: Patient) -> bool:
     return any(name.endswith("lower_bound") and value is not None for name, value in says.items())
 
 
-def _decay(record: Record, patient: Patient, *, gated: bool) -> Iterator[Finding]:
-    stats = record.stats
-    assert stats is not None
+def _decay(stats: TensorStats, *, trained: bool, gated: bool) -> Verdict:
     if stats.maximum > 12 or stats.minimum < -30:
-        yield Finding(
-            "error", record.name, "state-space", f"A_log from {stats.minimum:.3g} to {stats.maximum:.3g}", _DECAY,
-            "initialise it again, on every rank: exp(A_log) is the decay",
-        )  # fmt: skip
-    elif not patient.trained and stats.constant and stats.numel > 1 and stats.minimum > -4:
-        severity: Severity = "error" if stats.minimum == 0 and not gated else "warning"
-        yield Finding(
-            severity, record.name, "state-space", f"all {stats.minimum:.3g}", _DECAY,
-            "initialise it again: a wrapper, loading or sharding overwrote it",
-        )  # fmt: skip
-    elif not patient.trained and stats.minimum < -9 and stats.nonfinite == 0 and stats.maximum > -1:
-        yield Finding(
-            "warning", record.name, "state-space", f"A_log down to {stats.minimum:.3g}", _DECAY,
-            "some heads never forget: draw A away from zero",
-        )  # fmt: skip
+        measured = f"A_log from {stats.minimum:.3g} to {stats.maximum:.3g}"
+        return "error", measured, "initialise it again, on every rank: exp(A_log) is the decay"
+    if not trained and stats.constant and stats.numel > 1 and stats.minimum > -4:
+        remedy = "initialise it again: a wrapper, loading or sharding overwrote it"
+        return "error" if stats.closed and not gated else "warning", f"all {stats.minimum:.3g}", remedy
+    if not trained and stats.minimum < -9 and not stats.nonfinite and stats.maximum > -1:
+        return "warning", f"A_log down to {stats.minimum:.3g}", "some heads never forget: draw A away from zero"
+    return None
 
 
-def _step(record: Record, patient: Patient, *, drawn: bool) -> Iterator[Finding]:
-    stats = record.stats
-    assert stats is not None
+def _step(stats: TensorStats, *, fresh: bool) -> Verdict:
+    remedy = "write it after everything that initialises linear layers (init_weights, post_init), then audit"
     if stats.magnitude > 100:
-        severity, measured = "error", f"from {stats.minimum:.3g} to {stats.maximum:.3g}"
-    elif patient.trained or not drawn or not record.matrix | (stats.numel > 1):
-        return
-    elif stats.constant and abs(stats.minimum - _MIMETIC_BIAS) > 0.05:
+        return "error", f"from {stats.minimum:.3g} to {stats.maximum:.3g}", remedy
+    if not fresh or stats.numel == 1:
+        return None
+    if stats.constant and abs(stats.minimum - _MIMETIC_BIAS) > 0.05:
         # It trains, and badly; untouched Jamba (0) and Bamba (1) start so.
         step = math.log1p(math.exp(min(stats.minimum, 50.0)))
-        severity, measured = "warning", f"all {stats.minimum:.3g}: every step is {step:.3g}"
-    elif not stats.constant and (stats.maximum > 3 or (stats.mean > -0.5 and stats.std < 0.3)):
-        severity, measured = "warning", f"mean {stats.mean:.2g}, up to {stats.maximum:.3g}"
-    else:
-        return
-    yield Finding(
-        severity, record.name, "state-space", measured, _STEP,  # type: ignore[arg-type]
-        "write it after everything that initialises linear layers (init_weights, post_init), then audit",
-    )  # fmt: skip
+        return "warning", f"all {stats.minimum:.3g}: every step is {step:.3g}", remedy
+    if not stats.constant and (stats.maximum > 3 or (stats.mean > -0.5 and stats.std < 0.3)):
+        return "warning", f"mean {stats.mean:.2g}, up to {stats.maximum:.3g}", remedy
+    return None
 
 
-def _skip(record: Record, patient: Patient) -> Iterator[Finding]:
-    stats = record.stats
-    assert stats is not None
+def _skip(stats: TensorStats, *, trained: bool) -> Verdict:
+    remedy = "set it to one after everything that initialises: it adds the layer's own input to what the state gives"
     if stats.magnitude > 10:
-        severity: Severity = "error" if stats.magnitude > 100 else "warning"
-        measured = f"reaches {stats.magnitude:.3g}"
-    elif not patient.trained and stats.constant and stats.numel > 1 and stats.minimum != 1:
-        severity, measured = "warning", f"all {stats.minimum:.3g}"
-    else:
-        return
-    yield Finding(
-        severity, record.name, "state-space", measured, _SKIP,
-        "set it to one after everything that initialises: it adds the layer's own input to what the state gives",
-    )  # fmt: skip
+        return "error" if stats.magnitude > 100 else "warning", f"reaches {stats.magnitude:.3g}", remedy
+    if not trained and stats.constant and stats.numel > 1 and stats.minimum != 1:
+        return "warning", f"all {stats.minimum:.3g}", remedy
+    return None

@@ -5,36 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
-from espalier.doctor.finding import Finding
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record, plain_name
-from espalier.doctor.registry import register_check
+from espalier.doctor.registry import Finding, register_check
 
 
 @register_check("padding-row", scope="tensor", fresh_only=True)
 def padding_row(record: Record, patient: Patient) -> Iterator[Finding]:
     """The embedding row at ``padding_idx`` is zero: it gets no gradient, so noise there stays for good."""
     module, values = record.module, record.values
-    if not isinstance(module, nn.Embedding) or record.leaf != "weight" or values is None or record.stats is None:
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None or record.leaf != "weight":
         return
-    lookup = record.role == "embedding" and module.padding_idx is not None
-    if not lookup or not record.trainable or not record.stats.noise:
+    if values is None or record.stats is None or not record.stats.noise:
         return
     size = float(values[module.padding_idx].float().square().mean().sqrt())
-    if size > 0:
+    if size > 0 and record.role == "embedding" and record.trainable:
         # Attention masks what was padded; means, convolutions and recurrences read it.
         masked = patient.model is not None and any("att" in type(m).__name__.lower() for m in patient.model.modules())
         yield Finding(
-            "note" if masked else "warning",
-            record.name,
-            "padding-row",
-            f"rms {size:.3g} in row {module.padding_idx}",
-            "zero",
-            "zero the row after initialising: it never gets a gradient",
-        )
+            "note" if masked else "warning", record.name, "padding-row", f"rms {size:.3g} in row {module.padding_idx}",
+            "zero", "zero the row after initialising: it never gets a gradient",
+        )  # fmt: skip
 
 
 @register_check("frozen")
@@ -62,24 +55,22 @@ def optimizer(patient: Patient) -> Iterator[Finding]:
     if patient.optimizer is None or patient.model is None:
         return
     held = {id(p): p for group in patient.optimizer.param_groups for p in group["params"]}
-    own = {id(p): plain_name(name) for name, p in patient.model.named_parameters()}
-    wanted = {id(p): p for p in patient.model.parameters() if p.requires_grad}
+    own = {id(p): (name, p) for name, p in patient.model.named_parameters()}
     strangers = [p for key, p in held.items() if key not in own]
     shapes = Counter(tuple(p.shape) for p in strangers)
-    for key, parameter in wanted.items():
-        if key in held:
+    for key, (name, parameter) in own.items():
+        if key in held or not parameter.requires_grad:
             continue
         shape = tuple(parameter.shape)
         replaced = shapes[shape] > 0
         shapes[shape] -= replaced
         yield Finding(
-            "error", own[key], "optimizer",
+            "error", plain_name(name), "optimizer",
             "replaced after the optimiser was made" if replaced else "in no group of the optimiser",
             "in one group", "make the optimiser after the last change to the model, from model.parameters()",
         )  # fmt: skip
-    lost = [p for p in strangers if isinstance(p, torch.Tensor)]
-    if lost:
+    if strangers:
         yield Finding(
-            "error", "", "optimizer", f"{len(lost)} of its {len(held)} parameters are not the model's", "none",
+            "error", "", "optimizer", f"{len(strangers)} of its {len(held)} parameters are not the model's", "none",
             "make the optimiser after to(), sharding, resizing and wrapping",
         )  # fmt: skip
