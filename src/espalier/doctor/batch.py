@@ -46,19 +46,18 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
         floating = value.is_floating_point() and first.is_floating_point()
         return value.to(device, first.dtype) if floating else value.to(device)
 
-    if isinstance(example, Tensor):
-        return Batch((move(example),), {})
-    if isinstance(example, Mapping):
-        return Batch((), {key: move(value) for key, value in example.items()})
-    if isinstance(example, tuple | list):
-        parts = [move(part) for part in example]
-        last = parts[-1] if parts else None
-        if len(parts) == 2 and isinstance(last, Tensor) and not last.is_floating_point():
-            inputs = parts[0]
-            keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-            return Batch(() if keywords else (inputs,), {k: move(v) for k, v in keywords.items()}, last)
-        return Batch(tuple(parts), {})
-    raise EspalierError(f"example {type(example).__name__}: pass a tensor, a mapping, a tuple, or 'synthetic'")
+    if isinstance(example, Tensor | Mapping):
+        inputs, targets = [example], None
+    elif isinstance(example, tuple | list):
+        inputs, targets = list(example), None
+        if len(inputs) == 2 and isinstance(inputs[1], Tensor) and not inputs[1].is_floating_point():
+            targets = move(inputs.pop())
+    else:
+        raise EspalierError(f"example {type(example).__name__}: pass a tensor, a mapping, a tuple, or 'synthetic'")
+    named = inputs[0] if isinstance(example, Mapping) or targets is not None else None
+    if isinstance(named, Mapping):
+        return Batch((), {key: move(value) for key, value in named.items()}, targets)
+    return Batch(tuple(map(move, inputs)), {}, targets)
 
 
 def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
@@ -84,52 +83,47 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
                     return value
         return None
 
-    timm = _from_timm(model, generator)
-    if timm is not None:
-        return [timm]
-    stated = _from_settings(model, setting, generator)
-    found = [stated] if stated is not None else _from_first_layer(model, generator)
+    found = _from_timm(model, generator) or _from_settings(model, setting, generator)
+    found = found or _from_first_layer(model, generator)
     if not found:
         raise EspalierError(f"example: {type(model).__name__} does not say what it takes: pass a batch")
     return found
 
 
-def _from_timm(model: nn.Module, generator: torch.Generator) -> tuple[Tensor] | None:
+def _from_timm(model: nn.Module, generator: torch.Generator) -> list[Any]:
     described = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = described.get("input_size") if isinstance(described, Mapping) else None
     size = getattr(model, "input_size", None) or size
     if isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(part, int) for part in size):
-        return (torch.randn(_BATCH, *size, generator=generator),)
-    return None
+        return [torch.randn(_BATCH, *size, generator=generator)]
+    return []
 
 
-def _from_settings(model: nn.Module, setting: Callable[..., int | None], generator: torch.Generator) -> Any:
+def _from_settings(model: nn.Module, setting: Callable[..., int | None], generator: torch.Generator) -> list[Any]:
     main = getattr(model, "main_input_name", "")
     vocabulary, side = setting("vocab_size"), setting("image_size", "img_size")
     if vocabulary and main in ("", "input_ids"):
         length = min(32, setting("max_position_embeddings", "n_positions", "max_len") or 32)
         ids = torch.randint(vocabulary, (_BATCH, length), generator=generator)
-        if not main:
-            return (ids,)
         batch = {"input_ids": ids}
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             batch["decoder_input_ids"] = ids[:, : max(2, length // 2)]
-        return batch
+        return [batch if main else ids]
     if side and main in ("", "pixel_values"):
         images = torch.randn(_BATCH, setting("num_channels", "in_chans") or 3, side, side, generator=generator)
-        return {"pixel_values": images} if main else (images,)
+        return [{"pixel_values": images} if main else images]
     if type(model).__module__.startswith("torchvision.models"):
-        return (torch.randn(_BATCH, 3, 224, 224, generator=generator),)
-    return None
+        return [torch.randn(_BATCH, 3, 224, 224, generator=generator)]
+    return []
 
 
 def _from_first_layer(model: nn.Module, generator: torch.Generator) -> list[Any]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            return [(torch.randint(module.num_embeddings, (_BATCH, 16), generator=generator),)]
+            return [torch.randint(module.num_embeddings, (_BATCH, 16), generator=generator)]
         if isinstance(module, nn.Linear):
-            return [(torch.randn(32, module.in_features, generator=generator),)]
+            return [torch.randn(32, module.in_features, generator=generator)]
         if isinstance(module, nn.Conv2d):
             channels = module.in_channels
-            return [(torch.randn(_BATCH, channels, s, s, generator=generator),) for s in (32, 64, 224, 28, 16, 8)]
+            return [torch.randn(_BATCH, channels, s, s, generator=generator) for s in (32, 64, 224, 28, 16, 8)]
     return []

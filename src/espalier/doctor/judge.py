@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from torch import Tensor
@@ -18,115 +17,84 @@ _GROWTH = 100.0
 _GRADIENTS = 1e6
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Root mean square of every parameter's gradient, and the parameters that got none."""
-
-    sizes: dict[str, float]
-    missing: tuple[str, ...]
-
-
-def judge_activity(activity: Activity, depth: Sequence[tuple[str, float]]) -> list[Finding]:
-    """Return findings on a forward pass, given the outputs' sizes along the blocks."""
-    broken = next((name for name, size in activity.sizes.items() if not math.isfinite(size)), None)
-    if broken is not None:
-        return [
-            Finding(
-                "error", broken, "activations", "NaN or infinity in its output", "finite activations",
-                "look at this module's weights and inputs: it is the first whose output is not finite",
-            )
-        ]  # fmt: skip
-    findings = []
-    if len(depth) >= 3 and depth[0][1] > 0:
-        (first, start), (last, end) = depth[0], depth[-1]
+def judge_activity(activity: Activity, depth: Sequence[tuple[str, float]]) -> Iterator[Finding]:
+    """Yield findings on a forward pass, given the outputs' sizes along the blocks."""
+    if activity.broken is not None:
+        yield Finding(
+            "error", activity.broken, "activations", "NaN or infinity in its output", "finite activations",
+            "look at this module's weights and inputs: it is the first whose output is not finite",
+        )  # fmt: skip
+        return
+    if depth and depth[0][1] > 0:
+        (first, start), *_, (last, end) = depth
         ratio = end / start
-        if ratio > _GROWTH or ratio < 1 / _GROWTH:
-            grows = ratio > 1
-            findings.append(
-                Finding(
-                    "error" if ratio > _GROWTH**2 or ratio < _GROWTH**-3 else "warning", last, "activations",
-                    f"rms {end:.3g}, {ratio:.2g} times that of {first}", "within 100 times over the depth",
-                    "scale residual branches down with depth, or normalise" if grows
-                    else "scale the weights up: the signal dies out with depth",
-                )
+        if not 1 / _GROWTH <= ratio <= _GROWTH:
+            yield Finding(
+                "error" if ratio > _GROWTH**2 or ratio < _GROWTH**-3 else "warning", last, "activations",
+                f"rms {end:.3g}, {ratio:.2g} times that of {first}", "within 100 times over the depth",
+                "scale residual branches down with depth, or normalise" if ratio > 1
+                else "scale the weights up: the signal dies out with depth",
             )  # fmt: skip
     for name, share in activity.dead.items():
         if share >= 0.5:
-            findings.append(
-                Finding(
-                    "error" if share >= 0.95 else "warning", name, "dead-units", f"{share:.0%} of units always zero",
-                    "under 10 %", "look at the bias before it (large and negative?) and at the size of its inputs",
-                )
+            yield Finding(
+                "error" if share >= 0.95 else "warning", name, "dead-units", f"{share:.0%} of units always zero",
+                "under 10 %", "look at the bias before it (large and negative?) and at the size of its inputs",
             )  # fmt: skip
     for name, share in activity.saturated.items():
         if share >= 0.7:
-            findings.append(
-                Finding(
-                    "warning", name, "saturated", f"{share:.0%} of its entries are at a bound", "under 30 %",
-                    "scale down what comes in: at the bounds no gradient passes",
-                )
+            yield Finding(
+                "warning", name, "saturated", f"{share:.0%} of its entries are at a bound", "under 30 %",
+                "scale down what comes in: at the bounds no gradient passes",
             )  # fmt: skip
     for name, entropy in activity.entropy.items():
         if entropy < 0.1:
-            findings.append(
-                Finding(
-                    "warning", name, "attention-entropy", f"{entropy:.2g} of uniform's", "over 0.5 at the start",
-                    "scale queries and keys down: each query sees one key, and its softmax passes no gradient",
-                )
+            yield Finding(
+                "warning", name, "attention-entropy", f"{entropy:.2g} of uniform's", "over 0.5 at the start",
+                "scale queries and keys down: each query sees one key, and its softmax passes no gradient",
             )  # fmt: skip
-    return findings
 
 
-def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> list[Finding]:
-    """Return a finding if the loss is far from that of a model that knows nothing, ln(classes).
+def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> Iterator[Finding]:
+    """Yield a finding if the loss is far from that of a model that knows nothing, ln(classes).
 
-    Without targets the mean over all of them counts: log Σ exp z − mean z, which is ln C for equal logits.
+    Without targets the mean over all of them counts: log Σ exp z − mean z, which is ln C for equal logits. Trained
+    weights may be sure of themselves; of made-up targets that says nothing.
     """
+    if trained and loss is None:
+        return
     classes = logits.shape[-1]
     flat = logits.detach().reshape(-1, classes).double()
-    unknowing = float((flat.logsumexp(-1) - flat.mean(-1)).mean())
-    measured = unknowing if loss is None else float(loss.detach())
+    measured = float((flat.logsumexp(-1) - flat.mean(-1)).mean() if loss is None else loss.detach())
     usual = math.log(classes)
-    # Trained weights may be sure of themselves; of made-up targets that says nothing.
-    if trained and loss is None:
-        return []
     excess = measured - usual
     if not math.isfinite(measured) or excess > max(1.0, 0.15 * usual):
         what = "loss" if loss is not None else "loss over all targets"
-        return [
-            Finding(
-                "error" if not excess < 3 * usual else "warning", "", "loss", f"{what} {measured:.3g}",
-                f"ln {classes:,} = {usual:.3g} before training",
-                "scale the last layer (or the tied embedding) down: its logits are far too sure",
-            )
-        ]  # fmt: skip
-    return []
+        yield Finding(
+            "error" if not excess < 3 * usual else "warning", "", "loss", f"{what} {measured:.3g}",
+            f"ln {classes:,} = {usual:.3g} before training",
+            "scale the last layer (or the tied embedding) down: its logits are far too sure",
+        )  # fmt: skip
 
 
-def judge_gradients(gradients: Gradients, *, unused: Severity | None) -> list[Finding]:
-    """Return findings on a backward pass.
+def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | None) -> Iterator[Finding]:
+    """Yield findings on a backward pass.
 
     Args:
-        gradients: of every parameter.
+        sizes: root mean square of every parameter's gradient; ``None`` where it got none.
         unused: how severe it is that a parameter gets none; ``None`` where the loss is no training loss.
     """
-    findings = []
-    sizes = gradients.sizes
-    broken = [name for name, size in sizes.items() if not math.isfinite(size)]
+    finite = {name: size for name, size in sizes.items() if size is not None and math.isfinite(size)}
+    broken = [name for name, size in sizes.items() if size is not None and name not in finite]
     if broken:
-        findings.append(
-            Finding(
-                "error", broken[-1], "gradients", f"NaN or infinity in {len(broken)} gradients", "finite gradients",
-                "look for a division, root or norm of zero in the backward pass behind this layer",
-            )
+        yield Finding(
+            "error", broken[-1], "gradients", f"NaN or infinity in {len(broken)} gradients", "finite gradients",
+            "look for a division, root or norm of zero in the backward pass behind this layer",
         )  # fmt: skip
-    finite = {name: size for name, size in sizes.items() if math.isfinite(size)}
     if finite and not any(finite.values()):
-        findings.append(
-            Finding(
-                "error", "", "gradients", "every gradient is zero", "gradients everywhere",
-                "something cuts the graph or multiplies by zero: look at the findings above",
-            )
+        yield Finding(
+            "error", "", "gradients", "every gradient is zero", "gradients everywhere",
+            "something cuts the graph or multiplies by zero: look at the findings above",
         )  # fmt: skip
     # Weights of every list of blocks: their typical gradient, first block against last. Blocks of different lists (a
     # stem and the stages, attention and its norms in XLM) are of different kinds, and are not compared.
@@ -137,32 +105,24 @@ def judge_gradients(gradients: Gradients, *, unused: Severity | None) -> list[Fi
         if index is not None and size > 0 and parts[-1] == "weight":
             chain = chains.setdefault(".".join(parts[:index]), {})
             chain.setdefault(".".join(parts[: index + 1]), []).append(size)
-    for chain in chains.values():
-        if len(chain) < 3:
-            continue
+    for chain in (chain for chain in chains.values() if len(chain) >= 3):
         first, *_, last = chain
         ratio = median(chain[first]) / median(chain[last])
         if not 1 / _GRADIENTS < ratio < _GRADIENTS:
-            findings.append(
-                Finding(
-                    "warning", first, "gradients", f"{ratio:.2g} times the gradient of {last}", "within 1e6 end to end",
-                    "the gradient vanishes or explodes on its way: scale the residual branches, or normalise",
-                )
+            yield Finding(
+                "warning", first, "gradients", f"{ratio:.2g} times the gradient of {last}", "within 1e6 end to end",
+                "the gradient vanishes or explodes on its way: scale the residual branches, or normalise",
             )  # fmt: skip
     if unused is not None:
         usual, remedy = "one for every parameter", "use it in forward, freeze it, or drop it: DDP waits for it"
-        findings += [Finding(unused, name, "no-gradient", "no gradient", usual, remedy) for name in gradients.missing]
-    return findings
+        missing = [name for name, size in sizes.items() if size is None]
+        yield from (Finding(unused, name, "no-gradient", "no gradient", usual, remedy) for name in missing)
 
 
-def judge_bfloat16(activity: Activity | None) -> list[Finding]:
-    """Return a finding if a pass under bfloat16 autocast is not finite where that in float32 was."""
-    broken = next((n for n, size in activity.sizes.items() if not math.isfinite(size)), None) if activity else None
-    if broken is None:
-        return []
-    return [
-        Finding(
-            "error", broken, "bfloat16", "NaN or infinity under bfloat16 autocast", "finite, as in float32",
+def judge_bfloat16(activity: Activity) -> Iterator[Finding]:
+    """Yield a finding if a pass under bfloat16 autocast is not finite where that in float32 was."""
+    if activity.broken is not None:
+        yield Finding(
+            "error", activity.broken, "bfloat16", "NaN or infinity under bfloat16 autocast", "finite, as in float32",
             "run this module in float32 (torch.autocast(enabled=False))",
-        )
-    ]  # fmt: skip
+        )  # fmt: skip

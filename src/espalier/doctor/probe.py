@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
-from espalier.doctor.judge import (
-    Gradients,
-    judge_activity,
-    judge_bfloat16,
-    judge_gradients,
-    judge_loss,
-)
+from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradients, judge_loss
 from espalier.doctor.patient import Patient
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.record import plain_name
 from espalier.doctor.registry import Finding, Severity
-from espalier.doctor.watch import Activity, watch
+from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
 
 
@@ -54,24 +47,24 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
         batch = _working_batch(model, example, generator)
         with watch(model) as activity:
             output = _forward(model, batch)
-        findings = judge_activity(activity, _depth(model, activity))
-        broken = any(finding.check == "activations" and finding.severity == "error" for finding in findings)
+        findings = list(judge_activity(activity, _depth(model, activity)))
+        if any(finding.check == "activations" and finding.severity == "error" for finding in findings):
+            return [*static, *findings]
         logits, loss, stated = _loss(output, batch, model, generator)
-        if logits is not None and not broken:
+        if logits is not None:
             findings += judge_loss(logits, loss if stated else None, trained=patient.trained)
-        if loss is not None and loss.requires_grad and not broken:
+        if loss is not None and loss.requires_grad:
             model.zero_grad(set_to_none=True)
             loss.backward()
             # A made-up batch may leave out inputs, such as an encoder's states, that training has.
             real: Severity = "note" if isinstance(example, str) else "warning"
-            findings += judge_gradients(_gradients(model), unused=real if stated or logits is not None else None)
-        if not broken:
-            findings += judge_bfloat16(_under_bfloat16(model, batch))
-            static = reconsider(static, patient, activity, partial(_gradient, model))
-            if not patient.trained:
-                named = {(finding.check, finding.layer) for finding in static}
-                findings += [f for f in judge_weights(patient, activity) if (f.check, f.layer) not in named]
-    return [*static, *findings]
+            findings += judge_gradients(_gradients(patient), unused=real if stated or logits is not None else None)
+        findings += _under_bfloat16(model, batch)
+        static = reconsider(static, patient, activity)
+        if not patient.trained:
+            named = {(finding.check, finding.layer) for finding in static}
+            findings += [f for f in judge_weights(patient, activity) if (f.check, f.layer) not in named]
+        return [*static, *findings]
 
 
 @contextmanager
@@ -151,22 +144,21 @@ def _loss(
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """Return the logits over classes, a loss to differentiate, and whether the loss is the task's own."""
     own = getattr(output, "loss", None)
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Tensor):
-        logits = output
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, dict):
         logits = output.get("logits")
-    first = logits if isinstance(logits, Tensor) else _first_tensor(output)
-    classes = isinstance(logits, Tensor) and logits.ndim in (2, 3) and _is_classifier(model, batch, logits)
+    logits = logits if isinstance(logits, Tensor) else None
+    counts = logits is not None and logits.ndim in (2, 3) and _is_classifier(model, batch, logits)
+    classes = logits if counts else None
     if isinstance(own, Tensor) and own.ndim == 0:
-        return (logits if classes else None), own, True
-    if classes:
-        assert isinstance(logits, Tensor)
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        if batch.targets is not None and batch.targets.numel() == len(flat):
-            return logits, F.cross_entropy(flat, batch.targets.reshape(-1).long(), ignore_index=-100), True
-        targets = torch.randint(flat.shape[-1], (len(flat),), generator=generator).to(flat.device)
-        return logits, F.cross_entropy(flat, targets), False
+        return classes, own, True
+    if classes is not None:
+        flat = classes.reshape(-1, classes.shape[-1]).float()
+        stated = batch.targets is not None and batch.targets.numel() == len(flat)
+        targets = batch.targets if stated else torch.randint(flat.shape[-1], (len(flat),), generator=generator)
+        assert targets is not None
+        return classes, F.cross_entropy(flat, targets.reshape(-1).long().to(flat.device), ignore_index=-100), stated
+    first = first_floating(output, learns=True) if logits is None else logits
     if first is None:
         return None, None, False
     # Not the mean square: that of a normalised output is constant, and its gradient only rounding.
@@ -184,40 +176,28 @@ def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
     return logits.shape[-1] > 1 and logits.shape[-1] in [size for size in named if isinstance(size, int)]
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.requires_grad), None)
-
-
-def _gradients(model: nn.Module) -> Gradients:
-    norms: dict[str, float] = {}
-    missing = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+def _gradients(patient: Patient) -> dict[str, float | None]:
+    """Return the root mean square of the gradient of every parameter with entries; ``None`` for none."""
+    sizes: dict[str, float | None] = {}
+    for record in patient.records:
+        own, gradient = record.parameter, record.gradient
+        if own is None or not own.requires_grad:
             continue
-        if parameter.grad is None:
-            missing.append(plain_name(name))
-        elif parameter.numel():
-            gradient = parameter.grad
-            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-            norms[plain_name(name)] = float(gradient.double().norm()) / math.sqrt(gradient.numel())
-    return Gradients(norms, tuple(missing))
+        if gradient is None:
+            sizes[record.name] = None
+        elif gradient.numel():
+            sizes[record.name] = float(gradient.double().norm()) / math.sqrt(gradient.numel())
+    return sizes
 
 
-def _gradient(model: nn.Module, name: str) -> Tensor | None:
-    own = next((p for other, p in model.named_parameters() if plain_name(other) == name), None)
-    gradient = None if own is None else own.grad
-    return gradient.full_tensor() if gradient is not None and hasattr(gradient, "full_tensor") else gradient
-
-
-def _under_bfloat16(model: nn.Module, batch: Batch) -> Activity | None:
-    """Run the batch again under bfloat16 autocast; ``None`` where that is no question or not possible."""
+def _under_bfloat16(model: nn.Module, batch: Batch) -> list[Finding]:
+    """Run the batch again under bfloat16 autocast; nothing is said where that is no question or not possible."""
     first = next(model.parameters(), None)
     if first is None or first.dtype != torch.float32 or first.device.type not in ("cpu", "cuda"):
-        return None
+        return []
     with torch.no_grad(), watch(model) as activity, torch.autocast(first.device.type, torch.bfloat16):
         try:
             _forward(model, batch)
         except (RuntimeError, NotImplementedError):  # an operator without a bfloat16 kernel: nothing is known
-            return None
-    return activity
+            return []
+    return list(judge_bfloat16(activity))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.doctor.asked import multiplier, of_torch
 from espalier.doctor.checks.constant import (
@@ -30,35 +30,31 @@ _DROWNED = 20.0
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def reconsider(
-    findings: list[Finding], patient: Patient, activity: Activity, gradient: Callable[[str], Tensor | None]
-) -> list[Finding]:
+def reconsider(findings: list[Finding], patient: Patient, activity: Activity) -> list[Finding]:
     """Return the static findings as a forward and a backward pass leave them.
 
     Args:
         findings: of the static checks.
-        patient: the model.
+        patient: the model, with the gradients of the backward pass.
         activity: what the forward pass showed.
-        gradient: returns a parameter's gradient, whole, or ``None`` where it got none.
     """
     kept = []
     for finding in findings:
         record = patient.find(finding.layer)
-        if record is not None and record.trainable and not record.buffer:
-            if finding.check == "equal-units":
-                kept.append(_equal_units(finding, record, patient, gradient(record.name)))
-                continue
-            if finding.check == "constant":
-                kept.append(_constant(finding, record, patient, gradient(record.name)))
-                continue
-            if finding.check == "scale" and _in_range(record, activity):
-                continue
-        kept.append(finding)
+        if record is None or record.buffer or not record.trainable:
+            kept.append(finding)
+        elif finding.check == "equal-units":
+            kept.append(_equal_units(finding, record, patient))
+        elif finding.check == "constant":
+            kept.append(_constant(finding, record, patient))
+        elif finding.check != "scale" or not _in_range(record, activity):
+            kept.append(finding)
     return kept
 
 
-def _equal_units(finding: Finding, record: Record, patient: Patient, gradient: Tensor | None) -> Finding:
+def _equal_units(finding: Finding, record: Record, patient: Patient) -> Finding:
     """Equal pieces of a table that was computed part where their gradients differ, and stay equal where they do not."""
+    gradient = record.gradient
     if gradient is None or (record.multiplies and (record.module is None or of_torch(record.module))):
         return finding
     values = patient.load(record.name)
@@ -75,9 +71,9 @@ def _equal_units(finding: Finding, record: Record, patient: Patient, gradient: T
     return repeated(record, number, "error", ", with equal gradients")
 
 
-def _constant(finding: Finding, record: Record, patient: Patient, gradient: Tensor | None) -> Finding:
+def _constant(finding: Finding, record: Record, patient: Patient) -> Finding:
     """A bare parameter of zero: does a gradient reach it or not?"""
-    stats = record.stats
+    stats, gradient = record.stats, record.gradient
     if stats is None or stats.magnitude or record.multiplies or record.role == "embedding" or gradient is None:
         return finding
     if finding.severity == "error" and not holds_both(record) and bool(gradient.any()):
@@ -89,8 +85,8 @@ def _constant(finding: Finding, record: Record, patient: Patient, gradient: Tens
 
 
 def _only_zero(record: Record, patient: Patient) -> bool:
-    others = [r for r in patient.records if r is not record and not r.buffer and "bias" not in r.leaf]
-    return zero_matrices(patient) == [record] and all(r.stats is None or r.stats.magnitude > 0 for r in others)
+    others = [s for r, s in patient.measured() if r is not record and not r.buffer and "bias" not in r.leaf]
+    return zero_matrices(patient) == [record] and all(stats.magnitude > 0 for stats in others)
 
 
 def _in_range(record: Record, activity: Activity) -> bool:
@@ -103,15 +99,13 @@ def _in_range(record: Record, activity: Activity) -> bool:
 
 def judge_weights(patient: Patient, activity: Activity) -> Iterator[Finding]:
     """Yield findings on weights and biases that only a batch can give."""
-    for record in patient.records:
+    for record, stats in patient.measured():
         # Of a class that could not be asked what it makes of its weight, what goes in and out says it.
-        growth = activity.growth(record.layer)
-        unknown = gain_of(record, patient) > largest_gain(record) and record.multiplies and multiplier(record) is None
-        if unknown and growth is not None and growth > largest_gain(record):
+        growth, largest = activity.growth(record.layer) or 0.0, largest_gain(record)
+        large = growth > largest and gain_of(record, patient) > largest
+        if large and record.multiplies and multiplier(record) is None:
             yield scale_finding(record, growth)
-        constant = activity.constant.get(record.layer)
-        if record.role == "bias" and record.stats is not None and record.trainable and constant is not None:
-            mean, spread = constant
-            due = record.stats.rms > mean / 2
-            if due and mean > max(LARGEST_BIAS, _DROWNED * spread) and activity.is_read(record.layer):
-                yield drowned(record, f"the output's mean {mean:.3g}, its deviation over the batch {spread:.2g}")
+        mean, spread = activity.constant.get(record.layer, (0.0, 0.0))
+        due = record.role == "bias" and record.trainable and stats.rms > mean / 2
+        if due and mean > max(LARGEST_BIAS, _DROWNED * spread) and activity.is_read(record.layer):
+            yield drowned(record, f"the output's mean {mean:.3g}, its deviation over the batch {spread:.2g}")

@@ -64,6 +64,17 @@ class Record:
     values: Tensor | None = None
 
     @property
+    def parameter(self) -> Tensor | None:
+        """The parameter in its module; ``None`` for a buffer, and in a bare checkpoint."""
+        return None if self.module is None else self.module._parameters.get(self.leaf)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient that the parameter got, whole; ``None`` where it got none."""
+        own = self.parameter
+        return None if own is None or own.grad is None else whole(own.grad)
+
+    @property
     def layer(self) -> str:
         """Name of the module that owns the tensor."""
         return self.name.rpartition(".")[0]
@@ -100,6 +111,11 @@ class Record:
     def pattern(self) -> str:
         """Its name with a star for every number: equal for the same tensor of other layers."""
         return pattern_of(self.name)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph, gathered from all ranks where each holds a shard."""
+    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def pattern_of(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.record import Record, fans, plain_name, role_of
+from espalier.doctor.record import Record, fans, plain_name, role_of, whole
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError
 from espalier.files import read_object, read_tensors, require_regular
@@ -113,11 +113,6 @@ def open_weights(path: Path) -> Source:
     except (OSError, ValueError):
         config = {}
     return Source(tuple(readers), lambda name: readers[name](name), config)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor without its graph, gathered from all ranks where each holds a shard."""
-    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def _config_of(model: nn.Module) -> Mapping[str, Any]:

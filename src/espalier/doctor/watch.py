@@ -51,6 +51,11 @@ class Activity:
     made: dict[str, Any] = field(default_factory=dict)
     read: list[Any] = field(default_factory=list)
 
+    @property
+    def broken(self) -> str | None:
+        """The first module whose output is not finite, if there is one."""
+        return next((name for name, size in self.sizes.items() if not math.isfinite(size)), None)
+
     def growth(self, name: str) -> float | None:
         """Return how many times larger a module's output is than its input; ``None`` where that is unknown."""
         size, start = self.sizes.get(name), self.inputs.get(name)
@@ -105,7 +110,7 @@ def watch(model: nn.Module) -> Iterator[Activity]:
 
         def enter(module: nn.Module, inputs: Any, keywords: Any, short: str = short) -> None:
             stack.append(short)
-            tensor = _first_floating((inputs, keywords)) if module._parameters else None
+            tensor = first_floating((inputs, keywords)) if module._parameters else None
             if tensor is not None:
                 activity.inputs[short] = _rms(tensor)
                 if _has_matrix(module):
@@ -113,7 +118,7 @@ def watch(model: nn.Module) -> Iterator[Activity]:
 
         def leave(module: nn.Module, _inputs: Any, output: Any, short: str = short) -> None:
             stack.pop()
-            tensor = _first_floating(output)
+            tensor = first_floating(output)
             if tensor is not None:
                 activity.sizes[short] = _rms(tensor)
                 if _has_matrix(module) and any("bias" in own for own in module._parameters):
@@ -140,8 +145,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _first_floating(values: Any) -> Tensor | None:
-    return next((t for t in _tensors(values) if t.is_floating_point() and t.numel()), None)
+def first_floating(values: Any, *, learns: bool = False) -> Tensor | None:
+    """Return the first tensor of real numbers among outputs or arguments; ``learns``: that a gradient can reach."""
+    found = (t for t in _tensors(values) if t.is_floating_point() and t.numel())
+    return next((t for t in found if t.requires_grad or not learns), None)
 
 
 def _has_matrix(module: nn.Module) -> bool:
