@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.models.contract import TimmContract, draw_uniform
 from espalier.models.hub import HubModel
 from espalier.nn.depthwise import mixing_block, pointwise_block
 from espalier.nn.plain import is_watched
@@ -54,7 +54,7 @@ class Block(nn.Sequential):
         return pointwise_block(mixing_block(x, *mix.fn), *point)
 
 
-class ConvMixer(HubModel):
+class ConvMixer(TimmContract, HubModel):
     """ConvMixer-h/d: ``Conv(p, stride p) → GELU → BN``, then d × ``[x + BN(GELU(DW_k(x))); BN(GELU(Conv 1))]``.
 
     Takes images of any size. Even kernels are allowed: "same" padding puts the extra pixel last, so the centre tap is
@@ -98,12 +98,9 @@ class ConvMixer(HubModel):
             raise unknown_name("activation", activation, ACTIVATIONS)
         if spatial_dims not in CONVOLUTIONS:
             raise EspalierError(f"spatial_dims {spatial_dims} is not supported: choose 1, 2 or 3")
-        if global_pool not in POOLS:
-            raise unknown_name("global_pool", global_pool, POOLS)
         conv, norm, act = CONVOLUTIONS[spatial_dims], NORMS[spatial_dims], ACTIVATIONS[activation]
-        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.embed_dim = self.head_hidden_size = dim
-        self.patch_size, self.spatial_dims, self.grad_checkpointing = patch_size, spatial_dims, False
+        self.in_chans, self.patch_size, self.spatial_dims = in_chans, patch_size, spatial_dims
         self.stem = Stem(conv(in_chans, dim, patch_size, patch_size), act(), norm(dim))
         self.blocks = nn.Sequential(
             *(
@@ -117,7 +114,7 @@ class ConvMixer(HubModel):
             )
         )
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -138,10 +135,7 @@ class ConvMixer(HubModel):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                bound = module.weight[0].numel() ** -0.5
-                for parameter in (module.weight, module.bias):
-                    if parameter is not None:
-                        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                draw_uniform(module.weight, module.bias, generator)
             elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 module.reset_parameters()
 
@@ -174,9 +168,7 @@ class ConvMixer(HubModel):
         for index, block in enumerate(self.blocks):
             if stop_early and index > max(chosen):
                 break
-            # A graph is kept only where gradients will flow, so recomputing saves nothing without them.
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = self.run_block(block, x)
             if index in chosen:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
@@ -209,30 +201,23 @@ class ConvMixer(HubModel):
         """Classify images: (B, C, *size) to logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self) -> nn.Module:
-        """Return the head."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes (0 removes it), and the pooling if given.
 
         Raises:
             EspalierError: unknown pooling.
         """
-        if global_pool is not None and global_pool not in POOLS:
-            raise unknown_name("global_pool", global_pool, POOLS)
+        if global_pool is not None:
+            if global_pool not in POOLS:
+                raise unknown_name("global_pool", global_pool, POOLS)
+            self.global_pool = global_pool
         self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
         like = self.stem[0].weight
         assert isinstance(like, Tensor)
         self.head = nn.Identity()
         if num_classes:  # with a device: the default one may be another
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.head.train(self.training)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass to save memory."""
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

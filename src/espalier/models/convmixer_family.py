@@ -11,30 +11,16 @@ from espalier.models.convmixer import ConvMixer
 
 Constructor = Callable[..., ConvMixer]
 
-# A partial keeps the signature of the class, so any argument can still be changed: convmixer_768_32(num_classes=10).
-convmixer_1536_20: Constructor = partial(ConvMixer, dim=1536, depth=20, kernel_size=9, patch_size=7)
-"""ConvMixer-1536/20, kernel 9, patch 7: ImageNet."""
-convmixer_768_32: Constructor = partial(ConvMixer, dim=768, depth=32, kernel_size=7, patch_size=7, activation="relu")
-"""ConvMixer-768/32, kernel 7, patch 7, **ReLU** instead of GELU: ImageNet."""
-convmixer_1024_20_ks9_p14: Constructor = partial(ConvMixer, dim=1024, depth=20, kernel_size=9, patch_size=14)
-"""ConvMixer-1024/20, kernel 9, patch 14: ImageNet, the fast one."""
-convmixer_512_16_ks8_p7: Constructor = partial(ConvMixer, dim=512, depth=16, kernel_size=8, patch_size=7)
-"""ConvMixer-512/16, kernel 8, patch 7: ImageNet, the small one."""
-convmixer_1024_12_ks8_p7: Constructor = partial(ConvMixer, dim=1024, depth=12, kernel_size=8, patch_size=7)
-"""ConvMixer-1024/12, kernel 8, patch 7: ImageNet."""
-convmixer_256_8_ks9_p1: Constructor = partial(ConvMixer, dim=256, depth=8, kernel_size=9, patch_size=1, num_classes=10)
-"""ConvMixer-256/8, kernel 9, patch 1: CIFAR-10, the accurate one."""
-convmixer_256_8_ks5_p2: Constructor = partial(ConvMixer, dim=256, depth=8, kernel_size=5, patch_size=2, num_classes=10)
-"""ConvMixer-256/8, kernel 5, patch 2: CIFAR-10, that of the published script."""
-
+# A partial keeps the signature of the class, so any argument can still be changed: num_classes=10.
 CONVMIXERS: dict[str, Constructor] = {
-    "convmixer_1536_20": convmixer_1536_20,
-    "convmixer_768_32": convmixer_768_32,
-    "convmixer_1024_20_ks9_p14": convmixer_1024_20_ks9_p14,
-    "convmixer_512_16_ks8_p7": convmixer_512_16_ks8_p7,
-    "convmixer_1024_12_ks8_p7": convmixer_1024_12_ks8_p7,
-    "convmixer_256_8_ks9_p1": convmixer_256_8_ks9_p1,
-    "convmixer_256_8_ks5_p2": convmixer_256_8_ks5_p2,
+    "convmixer_1536_20": partial(ConvMixer, dim=1536, depth=20, kernel_size=9, patch_size=7),
+    "convmixer_768_32": partial(ConvMixer, dim=768, depth=32, kernel_size=7, patch_size=7, activation="relu"),
+    "convmixer_1024_20_ks9_p14": partial(ConvMixer, dim=1024, depth=20, kernel_size=9, patch_size=14),
+    "convmixer_512_16_ks8_p7": partial(ConvMixer, dim=512, depth=16, kernel_size=8, patch_size=7),
+    "convmixer_1024_12_ks8_p7": partial(ConvMixer, dim=1024, depth=12, kernel_size=8, patch_size=7),
+    # CIFAR-10: the accurate one, and that of the published script. All others are for ImageNet.
+    "convmixer_256_8_ks9_p1": partial(ConvMixer, dim=256, depth=8, kernel_size=9, patch_size=1, num_classes=10),
+    "convmixer_256_8_ks5_p2": partial(ConvMixer, dim=256, depth=8, kernel_size=5, patch_size=2, num_classes=10),
 }
 """The published variants by name (arXiv 2201.09792, the checkpoints beside it and its CIFAR-10 script)."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.models.contract import TimmContract
 from espalier.models.hub import HubModel
 from espalier.models.orthogonal_layers import orthogonal_conv
 from espalier.nn.lipschitz.activations import Abs, Householder, MaxMin
@@ -33,7 +34,7 @@ _DRAWN = (
 )
 
 
-class LipschitzNet(HubModel, nn.Sequential):
+class LipschitzNet(TimmContract, HubModel, nn.Sequential):
     """A feature extractor and a head, run one after the other, with timm's contract.
 
     An ``nn.Sequential`` of ``features`` and ``head``, so that its parts can be taken by their places.
@@ -64,7 +65,6 @@ class LipschitzNet(HubModel, nn.Sequential):
         super().__init__(OrderedDict(features=nn.Sequential(*features), head=nn.Identity()))
         self.num_features, self.embed_dim, self.head_kind = num_features, num_features, head
         self.flip_average = flip_average
-        self.grad_checkpointing = False
         self.reset_classifier(num_classes)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -102,10 +102,6 @@ class LipschitzNet(HubModel, nn.Sequential):
         """Classify features; return them as they are with ``pre_logits``."""
         return x if pre_logits else self.head(x)
 
-    def get_classifier(self) -> nn.Module:
-        """Return the head."""
-        return self.head
-
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes
@@ -113,10 +109,6 @@ class LipschitzNet(HubModel, nn.Sequential):
         kind = {} if like is None else {"device": like.device, "dtype": like.dtype}
         head = HEADS[self.head_kind]
         self.head = head(self.num_features, num_classes, **kind) if num_classes else nn.Identity()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in the backward pass of ``forward_features`` to save memory."""
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

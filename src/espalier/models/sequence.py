@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.models.contract import TimmContract, draw_uniform
 from espalier.models.hub import HubModel
 from espalier.nn import Mamba1, Mamba2, MambaState
 
@@ -101,7 +101,7 @@ class CausalSelfAttention(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw ``qkv`` and ``proj`` uniform on ±1/√fan-in (torch's default)."""
         for layer in (self.qkv, self.proj):
-            _draw_uniform(layer.weight, generator)
+            draw_uniform(layer.weight, generator=generator)
 
     def forward(
         self, x_BLD: Tensor, *, state: KeyValues | None = None, return_state: bool = False
@@ -167,7 +167,7 @@ class Layer(nn.Module):
         return x if self.mlp is None or self.norm2 is None else x + self.mlp(self.norm2(x))
 
 
-class SequenceModel(HubModel):
+class SequenceModel(TimmContract, HubModel):
     """Tokens to next-token logits: embedding, pre-norm residual blocks of any mixture, RMSNorm, head.
 
     Mamba blocks bear the names and shapes of mamba_ssm's and transformers' language models (``layers.{i}.norm``,
@@ -225,8 +225,7 @@ class SequenceModel(HubModel):
                 layers.append(Layer(dim, Mamba1(dim, **sizes)))
             else:
                 layers.append(Layer(dim, Mamba2(dim, head_dim=head_dim, **sizes)))
-        self.vocab_size, self.num_features, self.grad_checkpointing = vocab_size, dim, False
-        self.tie_head = tie_head
+        self.vocab_size, self.num_features, self.tie_head = vocab_size, dim, tie_head
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(layers)
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
@@ -251,12 +250,12 @@ class SequenceModel(HubModel):
         if self.tie_head:  # ``to_empty`` may have given each a weight of its own
             self.lm_head.weight = self.embedding.weight
         else:
-            _draw_uniform(self.lm_head.weight, generator)
+            draw_uniform(self.lm_head.weight, generator=generator)
         outputs = []
         for layer in self._layers():
             layer.mixer.init_weights(generator)
             for linear in (module for module in layer.mlp or () if isinstance(module, nn.Linear)):
-                _draw_uniform(linear.weight, generator)
+                draw_uniform(linear.weight, generator=generator)
                 nn.init.zeros_(linear.bias)
             outputs += layer.output_weights()
         for weight in outputs:
@@ -284,10 +283,7 @@ class SequenceModel(HubModel):
         """Return the normalised features (B, L, D) of tokens (B, L)."""
         x_BLD = self.embedding(tokens_BL)
         for layer in self.layers:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(layer, x_BLD, use_reentrant=False)
-            else:
-                x_BLD = layer(x_BLD)
+            x_BLD = self.run_block(layer, x_BLD)
         return self.norm_f(x_BLD)
 
     def forward_head(self, x_BLD: Tensor, pre_logits: bool = False) -> Tensor:
@@ -359,10 +355,6 @@ class SequenceModel(HubModel):
         """Return the head."""
         return self.lm_head
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass to save memory."""
-        self.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""
         return {"stem": r"^embedding", "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]}
@@ -380,8 +372,3 @@ def _after_loading(net: nn.Module, _: Any) -> None:
     assert isinstance(net, SequenceModel)
     if net.__dict__.pop("_tied_before", False):
         net.lm_head.weight = net.embedding.weight
-
-
-def _draw_uniform(weight: Tensor, generator: torch.Generator | None) -> None:
-    bound = weight.shape[1] ** -0.5
-    nn.init.uniform_(weight, -bound, bound, generator=generator)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError
+from espalier.models.contract import TimmContract, draw_uniform
 from espalier.models.hub import HubModel
 
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
 
-class VisionTransformer(HubModel):
+class VisionTransformer(TimmContract, HubModel):
     """A vision transformer with fixed sine-cosine positions and average pooling, as mimetic initialisation expects.
 
     Fixed positions follow from the sizes and are in no checkpoint: loading weights, and leaving the meta device, set
@@ -140,7 +140,7 @@ class VisionTransformer(HubModel):
             if value not in known:
                 raise EspalierError(f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
         self.num_classes, self.embed_dim, self.num_features = num_classes, embed_dim, embed_dim
-        self.grid, self.pool, self.grad_checkpointing = img_size // patch_size, pool, False
+        self.grid, self.pool = img_size // patch_size, pool
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "cls" else None
         values = sincos_positions(self.grid, self.grid, embed_dim)[None]
@@ -151,7 +151,7 @@ class VisionTransformer(HubModel):
         self.register_load_state_dict_post_hook(_after_loading)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
     @torch.no_grad()
@@ -173,10 +173,7 @@ class VisionTransformer(HubModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                bound = module.weight[0].numel() ** -0.5
-                assert module.bias is not None
-                for parameter in (module.weight, module.bias):
-                    nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                draw_uniform(module.weight, module.bias, generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         self._set_positions()
@@ -212,10 +209,7 @@ class VisionTransformer(HubModel):
         """Return the normalised tokens (B, L, D); with a class token it comes first."""
         x_BLD = self._tokens(x_BCHW)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, use_reentrant=False)
-            else:
-                x_BLD = block(x_BLD)
+            x_BLD = self.run_block(block, x_BLD)
         return self.norm(x_BLD)
 
     def forward_head(self, x_BLD: Tensor, pre_logits: bool = False) -> Tensor:
@@ -237,10 +231,6 @@ class VisionTransformer(HubModel):
             x_BLD = block(x_BLD)
         return maps
 
-    def get_classifier(self) -> nn.Module:
-        """Return the head."""
-        return self.head
-
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes
@@ -250,10 +240,6 @@ class VisionTransformer(HubModel):
             self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass to save memory."""
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""
