@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from espalier.doctor.record import pattern_of
@@ -79,10 +79,7 @@ def _merged(findings: Sequence[Finding]) -> list[Finding]:
     for (_, _, pattern, _, _), members in groups.items():
         first = members[0]
         if len(members) > 1:
-            first = Finding(
-                first.severity, f"{pattern} ({len(members)}×)", first.check, f"{first.measured}, …", first.usual,
-                first.remedy, first.page,
-            )  # fmt: skip
+            first = replace(first, layer=f"{pattern} ({len(members)}×)", measured=f"{first.measured}, …")
         rows.append(first)
     return rows
 

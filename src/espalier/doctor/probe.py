@@ -70,12 +70,11 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Put back modes, buffers, gradients and the random state after a ``with`` block."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    copies = {id(b): b.detach().clone() for _, own in buffers for b in own.values() if b is not None and not b.is_meta}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     # Autograd adds into a gradient in place where there is one.
-    for parameter in gradients:
+    for parameter, _ in gradients:
         parameter.grad = None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     try:
@@ -83,16 +82,14 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             torch.manual_seed(0)
             yield
     finally:
-        for module, training in modes.items():
+        for module, training, own in modules:
             module.training = training
+            module._buffers.clear()
+            module._buffers.update(own)
         with torch.no_grad():
-            for module, own in buffers:
-                module._buffers.clear()
-                module._buffers.update(own)
-                for buffer in own.values():
-                    if buffer is not None and id(buffer) in copies:
-                        buffer.copy_(copies[id(buffer)])
-        for parameter, gradient in gradients.items():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+        for parameter, gradient in gradients:
             parameter.grad = gradient
 
 

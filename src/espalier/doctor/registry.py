@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from espalier.doctor.patient import Patient
+from espalier.doctor.record import Record
+from espalier.doctor.stats import TensorStats
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -14,8 +17,9 @@ if TYPE_CHECKING:
 AnyCheck = TypeVar("AnyCheck", bound=Callable[..., Iterator["Finding"]])
 Scope = Literal["tensor", "model"]
 Severity = Literal["error", "warning", "note"]
-# How severe something is, what is there, and what to do; nothing where all is well.
-Verdict = tuple[Severity, str, str] | None
+# Of one tensor: how severe it is, what is there, what is usual, and what to do; nothing where all is well.
+Verdict = tuple[Severity, str, str, str] | None
+Judge = Callable[[Record, TensorStats, Patient], Verdict]
 
 # Most severe first; the order of a printed diagnosis.
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -83,5 +87,31 @@ def register_check(
     def register(function: AnyCheck) -> AnyCheck:
         CHECKS[name] = Check(name, scope, function, fresh_only)
         return function
+
+    return register
+
+
+def judges(name: str, *, scope: Scope = "model", fresh_only: bool = False) -> Callable[[Judge], Judge]:
+    """Register a check that judges every tensor that holds numbers by itself (decorator).
+
+    Args:
+        name: what the findings call it.
+        scope: ``"tensor"`` where it looks at ``record.values``, ``"model"`` where it compares with other tensors.
+        fresh_only: drop its findings when the weights look trained.
+    """
+
+    def register(judge: Judge) -> Judge:
+        def of_tensor(record: Record, patient: Patient) -> Iterator[Finding]:
+            verdict = None if record.stats is None else judge(record, record.stats, patient)
+            if verdict is not None:
+                severity, measured, usual, remedy = verdict
+                yield Finding(severity, record.name, name, measured, usual, remedy)
+
+        def of_model(patient: Patient) -> Iterator[Finding]:
+            for record in patient.records:
+                yield from of_tensor(record, patient)
+
+        register_check(name, scope=scope, fresh_only=fresh_only)(of_tensor if scope == "tensor" else of_model)
+        return judge
 
     return register

@@ -2,13 +2,11 @@
 
 from espalier.doctor.checks import (  # noqa: F401
     constant,
-    earlier,
+    equality,
     memory,
     noise,
     norms,
-    ranks,
     scale,
     ssm,
-    tied,
     training,
 )

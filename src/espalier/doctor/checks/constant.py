@@ -11,7 +11,8 @@ from torch import Tensor
 
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import Finding, Severity, register_check
+from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
+from espalier.doctor.stats import TensorStats
 
 # Weights that feed a product: with zero here neither this nor what follows gets a gradient.
 _READS = re.compile(
@@ -186,25 +187,24 @@ def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-@register_check("zero-rows", scope="tensor", fresh_only=True)
-def zero_rows(record: Record, patient: Patient) -> Iterator[Finding]:
+@judges("zero-rows", scope="tensor", fresh_only=True)
+def zero_rows(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     """Output units of one weight that are all zero among others that were drawn: queries within a fused projection.
 
     An error where the layer feeds a product, a warning elsewhere.
     """
-    stats, values = record.stats, record.values
-    if stats is None or values is None or not record.matrix or record.role != "weight" or not patient.learns(record):
-        return
+    values = record.values
+    if values is None or not record.matrix or record.role != "weight" or not patient.learns(record):
+        return None
     # Zeros in the sample first: a look at every row costs as much as all other checks.
     if not stats.noise or stats.zeros < stats.sampled / 64:
-        return
+        return None
     closed = (values.reshape(len(values), -1) == 0).all(1).nonzero().flatten()
-    if len(closed) >= max(2, len(values) / 32):
-        yield Finding(
-            "error" if reads(record) else "warning", record.name, "zero-rows",
-            f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on", "rows drawn alike",
-            "draw them: heads or units that start at zero here get no gradient, or leave their partners without one",
-        )  # fmt: skip
+    if len(closed) < max(2, len(values) / 32):
+        return None
+    measured = f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on"
+    remedy = "draw them: heads or units that start at zero here get no gradient, or leave their partners without one"
+    return "error" if reads(record) else "warning", measured, "rows drawn alike", remedy
 
 
 def _all_equal(pieces: Tensor) -> bool:

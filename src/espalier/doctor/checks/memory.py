@@ -10,54 +10,50 @@ from torch import nn
 
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record
-from espalier.doctor.registry import Finding, Severity, register_check
-from espalier.doctor.stats import HUGE
+from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
+from espalier.doctor.stats import HUGE, TensorStats
 
 _FREQUENCIES = re.compile(r"(^|[._])inv_freq$")
 _WAVES = re.compile(r"(^|[._])(cos|sin)(_cached|_cache)?$|freqs_(cos|sin)$")
 _IDS = re.compile(r"(position_ids|relative_position_index|relative_coords_index)$")
 
 
-@register_check("not-finite", scope="tensor")
-def not_finite(record: Record, patient: Patient) -> Iterator[Finding]:
+@judges("not-finite", scope="tensor")
+def not_finite(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     """NaN or infinity. Buffers may hold −∞, as causal masks do, and +∞ as an open bound."""
-    stats, values = record.stats, record.values
-    if stats is None or values is None or not stats.nonfinite:
-        return
-    nan = int(torch.isnan(values).sum())
+    if not stats.nonfinite or record.values is None:
+        return None
+    nan = int(torch.isnan(record.values).sum())
     if record.buffer and not nan and record.role not in ("statistics", "position"):
-        return
+        return None
     counts = {"NaN": nan, "infinite": stats.nonfinite - nan}
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
     remedy = "initialise it again in float32, then cast"
     if record.leaf == "A_log":
         remedy = "draw A in float32 and away from zero before the logarithm, then cast"
-    yield Finding("error", record.name, "not-finite", f"{kinds} of {stats.numel:,}", "finite numbers", remedy)
+    return "error", f"{kinds} of {stats.numel:,}", "finite numbers", remedy
 
 
-@register_check("uninitialised")
-def uninitialised(patient: Patient) -> Iterator[Finding]:
+@judges("uninitialised")
+def uninitialised(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     """Bits that no start writes: magnitudes under 1e-30 or over 1e10, as in memory that was only allocated.
 
     Weight decay drives dead units of trained nets below 1e-30, so that in trained weights only huge magnitudes count.
     Structured depthwise filters are that small at their rim.
     """
-    for record, stats in patient.measured():
-        if record.dtype == torch.float16:
-            continue
-        # Masks hold the most negative number on purpose.
-        largest = stats.maximum if record.buffer else stats.magnitude
-        if largest > HUGE and not (record.buffer and stats.minimum >= 0 and stats.distinct <= 2):
-            measured, severe = f"magnitudes up to {largest:.3g}", True
-        elif stats.tiny > stats.sampled * (0.5 if record.filters else 0.001) and not patient.trained:
-            measured, severe = f"{stats.tiny / stats.sampled:.1%} of its entries under 1e-30", not record.buffer
-        else:
-            continue
-        yield Finding(
-            "error" if severe or record.role == "position" else "warning", record.name, "uninitialised",
-            measured, "magnitudes between 1e-6 and 10",
-            "it was allocated (torch.empty, to_empty) and never written: call the module's own initialisation",
-        )  # fmt: skip
+    if record.dtype == torch.float16:
+        return None
+    # Masks hold the most negative number on purpose.
+    largest = stats.maximum if record.buffer else stats.magnitude
+    if largest > HUGE and not (record.buffer and stats.minimum >= 0 and stats.distinct <= 2):
+        measured, severe = f"magnitudes up to {largest:.3g}", True
+    elif stats.tiny > stats.sampled * (0.5 if record.filters else 0.001) and not patient.trained:
+        measured, severe = f"{stats.tiny / stats.sampled:.1%} of its entries under 1e-30", not record.buffer
+    else:
+        return None
+    remedy = "it was allocated (torch.empty, to_empty) and never written: call the module's own initialisation"
+    severe = severe or record.role == "position"
+    return "error" if severe else "warning", measured, "magnitudes between 1e-6 and 10", remedy
 
 
 @register_check("empty")

@@ -31,19 +31,20 @@ def state_space(patient: Patient) -> Iterator[Finding]:
         # Gated delta nets, which have no skip D, publish a dt_bias of one; Mamba-2 draws both.
         skips = patient.find(f"{record.layer}.D") is not None
         drawn = any(not numbers.constant for _, numbers in steps)
-        judged: list[tuple[Record, str, Verdict]] = []
+        judged: list[tuple[Record, Verdict]] = []
         if not (drawn and _bounded(record, patient)):
-            judged.append((record, _DECAY, _decay(stats, trained=patient.trained, gated=drawn and not skips)))
+            judged.append((record, _decay(stats, trained=patient.trained, gated=drawn and not skips)))
         for step, numbers in steps:
-            judged.append((step, _STEP, _step(numbers, fresh=skips and not patient.trained)))
+            judged.append((step, _step(numbers, fresh=skips and not patient.trained)))
         for skip, numbers in _beside(record, patient, "D"):
-            judged.append((skip, _SKIP, _skip(numbers, trained=patient.trained)))
+            judged.append((skip, _skip(numbers, trained=patient.trained)))
         for convolution, numbers in _beside(record, patient, "conv1d.weight"):
-            closed: Verdict = "error", "all zero", "initialise the convolution: nothing reaches the state"
-            judged.append((convolution, "noise, or the identity", closed if numbers.magnitude == 0 else None))
-        for tensor, usual, verdict in judged:
+            remedy = "initialise the convolution: nothing reaches the state"
+            closed: Verdict = "error", "all zero", "noise, or the identity", remedy
+            judged.append((convolution, closed if numbers.magnitude == 0 else None))
+        for tensor, verdict in judged:
             if verdict is not None:
-                severity, measured, remedy = verdict
+                severity, measured, usual, remedy = verdict
                 yield Finding(severity, tensor.name, "state-space", measured, usual, remedy)
 
 
@@ -62,34 +63,35 @@ def _bounded(record: Record, patient: Patient) -> bool:
 def _decay(stats: TensorStats, *, trained: bool, gated: bool) -> Verdict:
     if stats.maximum > 12 or stats.minimum < -30:
         measured = f"A_log from {stats.minimum:.3g} to {stats.maximum:.3g}"
-        return "error", measured, "initialise it again, on every rank: exp(A_log) is the decay"
+        return "error", measured, _DECAY, "initialise it again, on every rank: exp(A_log) is the decay"
     if not trained and stats.constant and stats.numel > 1 and stats.minimum > -4:
         remedy = "initialise it again: a wrapper, loading or sharding overwrote it"
-        return "error" if stats.closed and not gated else "warning", f"all {stats.minimum:.3g}", remedy
+        return "error" if stats.closed and not gated else "warning", f"all {stats.minimum:.3g}", _DECAY, remedy
     if not trained and stats.minimum < -9 and not stats.nonfinite and stats.maximum > -1:
-        return "warning", f"A_log down to {stats.minimum:.3g}", "some heads never forget: draw A away from zero"
+        remedy = "some heads never forget: draw A away from zero"
+        return "warning", f"A_log down to {stats.minimum:.3g}", _DECAY, remedy
     return None
 
 
 def _step(stats: TensorStats, *, fresh: bool) -> Verdict:
     remedy = "write it after everything that initialises linear layers (init_weights, post_init), then audit"
     if stats.magnitude > 100:
-        return "error", f"from {stats.minimum:.3g} to {stats.maximum:.3g}", remedy
+        return "error", f"from {stats.minimum:.3g} to {stats.maximum:.3g}", _STEP, remedy
     if not fresh or stats.numel == 1:
         return None
     if stats.constant and abs(stats.minimum - _MIMETIC_BIAS) > 0.05:
         # It trains, and badly; untouched Jamba (0) and Bamba (1) start so.
         step = math.log1p(math.exp(min(stats.minimum, 50.0)))
-        return "warning", f"all {stats.minimum:.3g}: every step is {step:.3g}", remedy
+        return "warning", f"all {stats.minimum:.3g}: every step is {step:.3g}", _STEP, remedy
     if not stats.constant and (stats.maximum > 3 or (stats.mean > -0.5 and stats.std < 0.3)):
-        return "warning", f"mean {stats.mean:.2g}, up to {stats.maximum:.3g}", remedy
+        return "warning", f"mean {stats.mean:.2g}, up to {stats.maximum:.3g}", _STEP, remedy
     return None
 
 
 def _skip(stats: TensorStats, *, trained: bool) -> Verdict:
     remedy = "set it to one after everything that initialises: it adds the layer's own input to what the state gives"
     if stats.magnitude > 10:
-        return "error" if stats.magnitude > 100 else "warning", f"reaches {stats.magnitude:.3g}", remedy
+        return "error" if stats.magnitude > 100 else "warning", f"reaches {stats.magnitude:.3g}", _SKIP, remedy
     if not trained and stats.constant and stats.numel > 1 and stats.minimum != 1:
-        return "warning", f"all {stats.minimum:.3g}", remedy
+        return "warning", f"all {stats.minimum:.3g}", _SKIP, remedy
     return None

@@ -9,25 +9,25 @@ from torch import nn
 
 from espalier.doctor.patient import Patient
 from espalier.doctor.record import Record, plain_name
-from espalier.doctor.registry import Finding, register_check
+from espalier.doctor.registry import Finding, Verdict, judges, register_check
+from espalier.doctor.stats import TensorStats
 
 
-@register_check("padding-row", scope="tensor", fresh_only=True)
-def padding_row(record: Record, patient: Patient) -> Iterator[Finding]:
+@judges("padding-row", scope="tensor", fresh_only=True)
+def padding_row(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     """The embedding row at ``padding_idx`` is zero: it gets no gradient, so noise there stays for good."""
     module, values = record.module, record.values
     if not isinstance(module, nn.Embedding) or module.padding_idx is None or record.leaf != "weight":
-        return
-    if values is None or record.stats is None or not record.stats.noise:
-        return
+        return None
+    if values is None or not stats.noise or record.role != "embedding" or not record.trainable:
+        return None
     size = float(values[module.padding_idx].float().square().mean().sqrt())
-    if size > 0 and record.role == "embedding" and record.trainable:
-        # Attention masks what was padded; means, convolutions and recurrences read it.
-        masked = patient.model is not None and any("att" in type(m).__name__.lower() for m in patient.model.modules())
-        yield Finding(
-            "note" if masked else "warning", record.name, "padding-row", f"rms {size:.3g} in row {module.padding_idx}",
-            "zero", "zero the row after initialising: it never gets a gradient",
-        )  # fmt: skip
+    if not size > 0:
+        return None
+    # Attention masks what was padded; means, convolutions and recurrences read it.
+    masked = patient.model is not None and any("att" in type(m).__name__.lower() for m in patient.model.modules())
+    remedy = "zero the row after initialising: it never gets a gradient"
+    return "note" if masked else "warning", f"rms {size:.3g} in row {module.padding_idx}", "zero", remedy
 
 
 @register_check("frozen")
