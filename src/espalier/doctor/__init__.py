@@ -3,8 +3,7 @@
 from espalier.doctor import checks  # noqa: F401  (registers the built-in checks)
 from espalier.doctor.diagnosis import Diagnosis
 from espalier.doctor.examination import diagnose
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, register_check
 from espalier.doctor.stats import TensorStats
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Record
 
 # What these hold is turned into a weight first: divided by its norm, masked, scaled.
 _COMPUTED = ("original", "weight_v", "weight_orig")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from espalier.doctor.record import pattern_of
+from espalier.doctor.patient import pattern_of
 from espalier.doctor.registry import SEVERITIES, Finding
 from espalier.tables import table_lines
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
 from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradients, judge_loss
-from espalier.doctor.patient import Patient
+from espalier.doctor.patient import Patient, plain_name
 from espalier.doctor.reconsider import judge_weights, reconsider
-from espalier.doctor.record import plain_name
 from espalier.doctor.registry import Finding, Severity
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError

@@ -18,8 +18,7 @@ from espalier.doctor.checks.constant import (
     zero_matrices,
 )
 from espalier.doctor.checks.scale import drowned, gain_of, largest_gain, scale_finding
-from espalier.doctor.patient import LARGEST_BIAS, Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import LARGEST_BIAS, Patient, Record
 from espalier.doctor.registry import Finding
 from espalier.doctor.watch import Activity
 

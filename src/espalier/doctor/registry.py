@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.stats import TensorStats
 from espalier.errors import EspalierError
 

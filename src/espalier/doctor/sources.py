@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.record import Record, fans, plain_name, role_of, whole
+from espalier.doctor.patient import Record, fans, plain_name, role_of, whole
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError
 from espalier.files import read_object, read_tensors, require_regular

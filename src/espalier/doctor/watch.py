@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from espalier.doctor.record import plain_name
+from espalier.doctor.patient import plain_name
 
 _RECTIFIERS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _SQUASHERS = (torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, F.tanh, F.sigmoid)

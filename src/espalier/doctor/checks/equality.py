@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record, pattern_of, plain_name
+from espalier.doctor.patient import Patient, Record, pattern_of, plain_name
 from espalier.doctor.registry import Finding, Severity, register_check
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
 from espalier.doctor.stats import HUGE, TensorStats
 

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Verdict, judges
 from espalier.doctor.stats import TensorStats
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from espalier.doctor.asked import adds_one
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Verdict, judges
 from espalier.doctor.stats import TensorStats
 from espalier.init.trained import drawn_around_zero

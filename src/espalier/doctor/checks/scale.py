@@ -10,8 +10,7 @@ from statistics import median
 from torch import nn
 
 from espalier.doctor.asked import multiplier
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, register_check
 
 # Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Verdict, register_check
 from espalier.doctor.stats import TensorStats
 

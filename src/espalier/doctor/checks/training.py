@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from espalier.doctor.patient import Patient
-from espalier.doctor.record import Record, plain_name
+from espalier.doctor.patient import Patient, Record, plain_name
 from espalier.doctor.registry import Finding, Verdict, judges, register_check
 from espalier.doctor.stats import TensorStats
 
