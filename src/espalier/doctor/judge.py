@@ -20,39 +20,35 @@ _GRADIENTS = 1e6
 def judge_activity(activity: Activity, depth: Sequence[tuple[str, float]]) -> Iterator[Finding]:
     """Yield findings on a forward pass, given the outputs' sizes along the blocks."""
     if activity.broken is not None:
-        yield Finding(
-            "error", activity.broken, "activations", "NaN or infinity in its output", "finite activations",
-            "look at this module's weights and inputs: it is the first whose output is not finite",
-        )  # fmt: skip
+        measured, usual = "NaN or infinity in its output", "finite activations"
+        remedy = "look at this module's weights and inputs: it is the first whose output is not finite"
+        yield Finding("error", activity.broken, "activations", measured, usual, remedy)
         return
     if depth and depth[0][1] > 0:
         (first, start), *_, (last, end) = depth
         ratio = end / start
         if not 1 / _GROWTH <= ratio <= _GROWTH:
-            yield Finding(
-                "error" if ratio > _GROWTH**2 or ratio < _GROWTH**-3 else "warning", last, "activations",
-                f"rms {end:.3g}, {ratio:.2g} times that of {first}", "within 100 times over the depth",
-                "scale residual branches down with depth, or normalise" if ratio > 1
-                else "scale the weights up: the signal dies out with depth",
-            )  # fmt: skip
+            severity: Severity = "error" if ratio > _GROWTH**2 or ratio < _GROWTH**-3 else "warning"
+            measured = f"rms {end:.3g}, {ratio:.2g} times that of {first}"
+            remedy = "scale the weights up: the signal dies out with depth"
+            if ratio > 1:
+                remedy = "scale residual branches down with depth, or normalise"
+            yield Finding(severity, last, "activations", measured, "within 100 times over the depth", remedy)
     for name, share in activity.dead.items():
         if share >= 0.5:
-            yield Finding(
-                "error" if share >= 0.95 else "warning", name, "dead-units", f"{share:.0%} of units always zero",
-                "under 10 %", "look at the bias before it (large and negative?) and at the size of its inputs",
-            )  # fmt: skip
+            severity = "error" if share >= 0.95 else "warning"
+            remedy = "look at the bias before it (large and negative?) and at the size of its inputs"
+            yield Finding(severity, name, "dead-units", f"{share:.0%} of units always zero", "under 10 %", remedy)
     for name, share in activity.saturated.items():
         if share >= 0.7:
-            yield Finding(
-                "warning", name, "saturated", f"{share:.0%} of its entries are at a bound", "under 30 %",
-                "scale down what comes in: at the bounds no gradient passes",
-            )  # fmt: skip
+            measured = f"{share:.0%} of its entries are at a bound"
+            remedy = "scale down what comes in: at the bounds no gradient passes"
+            yield Finding("warning", name, "saturated", measured, "under 30 %", remedy)
     for name, entropy in activity.entropy.items():
         if entropy < 0.1:
-            yield Finding(
-                "warning", name, "attention-entropy", f"{entropy:.2g} of uniform's", "over 0.5 at the start",
-                "scale queries and keys down: each query sees one key, and its softmax passes no gradient",
-            )  # fmt: skip
+            measured, usual = f"{entropy:.2g} of uniform's", "over 0.5 at the start"
+            remedy = "scale queries and keys down: each query sees one key, and its softmax passes no gradient"
+            yield Finding("warning", name, "attention-entropy", measured, usual, remedy)
 
 
 def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> Iterator[Finding]:
@@ -69,12 +65,11 @@ def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> Iterato
     usual = math.log(classes)
     excess = measured - usual
     if not math.isfinite(measured) or excess > max(1.0, 0.15 * usual):
+        severity: Severity = "error" if not excess < 3 * usual else "warning"
         what = "loss" if loss is not None else "loss over all targets"
-        yield Finding(
-            "error" if not excess < 3 * usual else "warning", "", "loss", f"{what} {measured:.3g}",
-            f"ln {classes:,} = {usual:.3g} before training",
-            "scale the last layer (or the tied embedding) down: its logits are far too sure",
-        )  # fmt: skip
+        expected = f"ln {classes:,} = {usual:.3g} before training"
+        remedy = "scale the last layer (or the tied embedding) down: its logits are far too sure"
+        yield Finding(severity, "", "loss", f"{what} {measured:.3g}", expected, remedy)
 
 
 def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | None) -> Iterator[Finding]:
@@ -87,15 +82,12 @@ def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | Non
     finite = {name: size for name, size in sizes.items() if size is not None and math.isfinite(size)}
     broken = [name for name, size in sizes.items() if size is not None and name not in finite]
     if broken:
-        yield Finding(
-            "error", broken[-1], "gradients", f"NaN or infinity in {len(broken)} gradients", "finite gradients",
-            "look for a division, root or norm of zero in the backward pass behind this layer",
-        )  # fmt: skip
+        measured = f"NaN or infinity in {len(broken)} gradients"
+        remedy = "look for a division, root or norm of zero in the backward pass behind this layer"
+        yield Finding("error", broken[-1], "gradients", measured, "finite gradients", remedy)
     if finite and not any(finite.values()):
-        yield Finding(
-            "error", "", "gradients", "every gradient is zero", "gradients everywhere",
-            "something cuts the graph or multiplies by zero: look at the findings above",
-        )  # fmt: skip
+        remedy = "something cuts the graph or multiplies by zero: look at the findings above"
+        yield Finding("error", "", "gradients", "every gradient is zero", "gradients everywhere", remedy)
     # Weights of every list of blocks: their typical gradient, first block against last. Blocks of different lists (a
     # stem and the stages, attention and its norms in XLM) are of different kinds, and are not compared.
     chains: dict[str, dict[str, list[float]]] = {}
@@ -109,10 +101,9 @@ def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | Non
         first, *_, last = chain
         ratio = median(chain[first]) / median(chain[last])
         if not 1 / _GRADIENTS < ratio < _GRADIENTS:
-            yield Finding(
-                "warning", first, "gradients", f"{ratio:.2g} times the gradient of {last}", "within 1e6 end to end",
-                "the gradient vanishes or explodes on its way: scale the residual branches, or normalise",
-            )  # fmt: skip
+            measured = f"{ratio:.2g} times the gradient of {last}"
+            remedy = "the gradient vanishes or explodes on its way: scale the residual branches, or normalise"
+            yield Finding("warning", first, "gradients", measured, "within 1e6 end to end", remedy)
     if unused is not None:
         usual, remedy = "one for every parameter", "use it in forward, freeze it, or drop it: DDP waits for it"
         missing = [name for name, size in sizes.items() if size is None]
@@ -122,7 +113,6 @@ def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | Non
 def judge_bfloat16(activity: Activity) -> Iterator[Finding]:
     """Yield a finding if a pass under bfloat16 autocast is not finite where that in float32 was."""
     if activity.broken is not None:
-        yield Finding(
-            "error", activity.broken, "bfloat16", "NaN or infinity under bfloat16 autocast", "finite, as in float32",
-            "run this module in float32 (torch.autocast(enabled=False))",
-        )  # fmt: skip
+        measured = "NaN or infinity under bfloat16 autocast"
+        remedy = "run this module in float32 (torch.autocast(enabled=False))"
+        yield Finding("error", activity.broken, "bfloat16", measured, "finite, as in float32", remedy)

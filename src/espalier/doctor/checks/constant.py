@@ -178,12 +178,12 @@ def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
         return
     if repeats:
         severity: Severity = "error" if len(repeats) >= count / 4 else "warning"
+        if record.role == "embedding":
+            severity = "note"
         one, other = repeats[0]
-        yield Finding(
-            "note" if record.role == "embedding" else severity, record.name, "equal-units",
-            f"{len(repeats)} of {count} rows repeat others: row {other} is row {one}",
-            "rows that differ", "draw each row on its own: units with equal weights in and out stay equal",
-        )  # fmt: skip
+        measured = f"{len(repeats)} of {count} rows repeat others: row {other} is row {one}"
+        remedy = "draw each row on its own: units with equal weights in and out stay equal"
+        yield Finding(severity, record.name, "equal-units", measured, "rows that differ", remedy)
 
 
 @judges("zero-rows", scope="tensor", fresh_only=True)
@@ -219,10 +219,8 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
     for record in matrices:
         other = record.name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         if other != record.name and record.name in zero and other in zero:
-            yield Finding(
-                "error", record.name, "closed-twice", "LoRA's A and B are both zero", "A drawn, B zero",
-                "draw A (kaiming_uniform_) after the adapter was added",
-            )  # fmt: skip
+            measured, remedy = "LoRA's A and B are both zero", "draw A (kaiming_uniform_) after the adapter was added"
+            yield Finding("error", record.name, "closed-twice", measured, "A drawn, B zero", remedy)
     # A branch: all matrices below one module. Mixing coefficients, which are no "weight", may well be zero together.
     below: dict[str, list[str]] = {}
     for record in matrices:
@@ -237,7 +235,5 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
     closed = [layer for layer, names in below.items() if len(names) > 1 and shut.issuperset(names)]
     for layer in closed:
         if not any(layer.startswith(f"{other}.") for other in closed):
-            yield Finding(
-                "error", layer, "closed-twice", f"all its {len(below[layer])} weights are zero", "at most one of them",
-                "draw all but the last",
-            )  # fmt: skip
+            measured = f"all its {len(below[layer])} weights are zero"
+            yield Finding("error", layer, "closed-twice", measured, "at most one of them", "draw all but the last")

@@ -65,15 +65,11 @@ def structure(patient: Patient) -> Iterator[Finding]:
     for row in audit(patient.model, against=patient.against).layers:
         usual = row.asked or "the structure that was written"
         if row.status == "lost":
-            yield Finding(
-                "error", row.layer, "structure", row.note or "the structure is gone", usual,
-                "call structure_ after whatever drew these weights again",
-            )  # fmt: skip
+            measured, remedy = "the structure is gone", "call structure_ after whatever drew these weights again"
+            yield Finding("error", row.layer, "structure", row.note or measured, usual, remedy)
         elif row.status == "changed":
-            yield Finding(
-                "note", row.layer, "structure", row.note or "other bits than were written", usual,
-                "usual after training or a cast",
-            )  # fmt: skip
+            measured, remedy = "other bits than were written", "usual after training or a cast"
+            yield Finding("note", row.layer, "structure", row.note or measured, usual, remedy)
 
 
 @register_check("overwritten")
@@ -94,18 +90,14 @@ def overwritten(patient: Patient) -> Iterator[Finding]:
                 continue
             share = float((own != stored).float().mean())
             measured = f"{share:.0%} of its entries differ"
-        yield Finding(
-            "error", record.name, "overwritten", measured, "what the checkpoint holds",
-            "load again last: something initialised it after it was loaded",
-        )  # fmt: skip
+        remedy = "load again last: something initialised it after it was loaded"
+        yield Finding("error", record.name, "overwritten", measured, "what the checkpoint holds", remedy)
     held = set(patient.against)
     for record in patient.records:
         names = {record.name, *patient.aliases.get(record.name, ())}
         if not record.buffer and names.isdisjoint(held):
-            yield Finding(
-                "warning", record.name, "overwritten", "not in the checkpoint", "stored",
-                "it keeps its own start: is that meant?",
-            )  # fmt: skip
+            remedy = "it keeps its own start: is that meant?"
+            yield Finding("warning", record.name, "overwritten", "not in the checkpoint", "stored", remedy)
 
 
 @register_check("ranks")
@@ -126,15 +118,12 @@ def ranks(patient: Patient) -> Iterator[Finding]:
     for name in (name for name in everyone[0] if all(name in marks for marks in everyone)):
         kinds, prints, noise = (set(column) for column in zip(*(marks[name] for marks in everyone), strict=True))
         if kinds == {"replica"} and len(prints) > 1:
-            yield Finding(
-                "error", name, "ranks", f"{len(prints)} different tensors on {world} ranks", "one, on every rank",
-                "broadcast from rank 0 (DistributedDataParallel does), or seed every rank alike before building",
-            )  # fmt: skip
+            measured = f"{len(prints)} different tensors on {world} ranks"
+            remedy = "broadcast from rank 0 (DistributedDataParallel does), or seed every rank alike before building"
+            yield Finding("error", name, "ranks", measured, "one, on every rank", remedy)
         elif kinds == {"shard"} and len(prints) == 1 and noise == {True}:
-            yield Finding(
-                "error", name, "ranks", f"the same shard on {world} ranks", "different shards",
-                "initialise before sharding, or with another seed on every rank",
-            )  # fmt: skip
+            remedy = "initialise before sharding, or with another seed on every rank"
+            yield Finding("error", name, "ranks", f"the same shard on {world} ranks", "different shards", remedy)
 
 
 def _marks(model: nn.Module) -> Iterator[tuple[str, Mark]]:
@@ -179,17 +168,15 @@ def _in_memory(patient: Patient, model: nn.Module, asked: bool) -> Iterator[Find
     shared = embedding is head or (not head.is_meta and _same_memory(embedding, head))
     name = next((r.name for r in patient.records if r.parameter is head), "output head")
     if shared and not asked:
-        yield Finding(
-            "warning", name, "tied", "the head shares the embedding's memory", "weights of its own (configuration)",
-            "set tie_word_embeddings to true, or give the head its own weight",
-        )  # fmt: skip
+        measured, usual = "the head shares the embedding's memory", "weights of its own (configuration)"
+        remedy = "set tie_word_embeddings to true, or give the head its own weight"
+        yield Finding("warning", name, "tied", measured, usual, remedy)
     elif asked and not shared and getattr(model, "_tied_weights_keys", True):
         yield _untied(name, "the head has weights of its own")
     elif asked and not shared:  # a class of transformers that lists nothing: calling tie_weights() would change nothing
-        yield Finding(
-            "warning", name, "tied", "its class ties nothing, whatever the configuration says", _EMBEDDING,
-            "assign the embedding's weight to the head, or set tie_word_embeddings to false",
-        )  # fmt: skip
+        measured = "its class ties nothing, whatever the configuration says"
+        remedy = "assign the embedding's weight to the head, or set tie_word_embeddings to false"
+        yield Finding("warning", name, "tied", measured, _EMBEDDING, remedy)
 
 
 def _in_file(patient: Patient, asked: bool) -> Iterator[Finding]:
@@ -198,10 +185,9 @@ def _in_file(patient: Patient, asked: bool) -> Iterator[Finding]:
     if embedding is None or "ForCausalLM" not in str(patient.config.get("architectures")):
         return
     if head is None and not asked:
-        yield Finding(
-            "error", "lm_head.weight", "tied", "missing from the checkpoint", "stored, as the configuration unties it",
-            "set tie_word_embeddings to true, or save the head: on loading it is drawn at random",
-        )  # fmt: skip
+        measured, usual = "missing from the checkpoint", "stored, as the configuration unties it"
+        remedy = "set tie_word_embeddings to true, or save the head: on loading it is drawn at random"
+        yield Finding("error", "lm_head.weight", "tied", measured, usual, remedy)
     elif head is not None and asked:
         prints = [record.stats.fingerprint for record in (head, embedding) if record.stats is not None]
         if len(prints) < 2 or prints[0] != prints[1]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from espalier.doctor.asked import multiplier
 from espalier.doctor.patient import Patient, Record
-from espalier.doctor.registry import Finding, register_check
+from espalier.doctor.registry import Finding, Severity, register_check
 
 # Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does
 # before a ReLU, 0.58 is torch's default, and 0.02 in a matrix of 53,248 × 16,384, among the largest published, is 2.6.
@@ -44,11 +44,10 @@ def scale_finding(record: Record, gain: float) -> Finding:
     small = gain < _SMALLEST
     remedy = "scale it up, or set it to zero if the branch is to start closed" if small else "scale it down"
     assert record.stats is not None
-    return Finding(
-        "error" if gain > 100 * largest_gain(record) else "warning", record.name, "scale",
-        f"rms {record.stats.rms:.3g}, {gain:.2g} over the root of {min(record.fans)}",
-        "0.02, or 0.5 to 1.4 over the root of the smaller fan", remedy,
-    )  # fmt: skip
+    severity: Severity = "error" if gain > 100 * largest_gain(record) else "warning"
+    measured = f"rms {record.stats.rms:.3g}, {gain:.2g} over the root of {min(record.fans)}"
+    usual = "0.02, or 0.5 to 1.4 over the root of the smaller fan"
+    return Finding(severity, record.name, "scale", measured, usual, remedy)
 
 
 def gain_of(record: Record, patient: Patient) -> float:
@@ -89,20 +88,17 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
         if record.role in ("embedding", "position") and record.matrix and stats.noise and not features:
             alone = record.role == "embedding" or not tokens
             if stats.rms > _LARGEST or (not alone and stats.rms > 0.5 and stats.rms > 100 * tokens):
-                yield Finding(
-                    "warning", record.name, "scale-of-inputs",
-                    f"rms {stats.rms:.3g}" + ("" if alone else f", the tokens' {tokens:.3g}"), "0.02 to 1",
-                    "scale it down: the table drowns what it is added to",
-                )  # fmt: skip
+                measured = f"rms {stats.rms:.3g}" + ("" if alone else f", the tokens' {tokens:.3g}")
+                remedy = "scale it down: the table drowns what it is added to"
+                yield Finding("warning", record.name, "scale-of-inputs", measured, "0.02 to 1", remedy)
 
 
 def drowned(record: Record, beside: str) -> Finding:
     """Return what is to be said of a bias beside which its layer's weight does not count."""
     assert record.stats is not None
-    return Finding(
-        "warning", record.name, "scale-of-inputs", f"rms {record.stats.rms:.3g}, {beside}",
-        "zero, or within ±1/√fan-in", "set the bias to zero: it drowns what the weight says of the input",
-    )  # fmt: skip
+    measured, usual = f"rms {record.stats.rms:.3g}, {beside}", "zero, or within ±1/√fan-in"
+    remedy = "set the bias to zero: it drowns what the weight says of the input"
+    return Finding("warning", record.name, "scale-of-inputs", measured, usual, remedy)
 
 
 @register_check("out-of-line")
@@ -127,14 +123,10 @@ def out_of_line(patient: Patient) -> Iterator[Finding]:
         # More than a few odd ones are a pattern of the architecture, not a fault of a layer.
         for index in odd if len(odd) <= max(1, len(sizes) // 6) else ():
             member, ratio = members[index], math.exp(sizes[index] - middle)
-            yield Finding(
-                "warning", member.name, "out-of-line",
-                f"rms {math.exp(sizes[index]):.3g}, {ratio:.2g} times its siblings'", f"near {math.exp(middle):.3g}",
-                "initialise this layer as its siblings are: it was replaced, loaded in part, or written twice",
-            )  # fmt: skip
+            measured = f"rms {math.exp(sizes[index]):.3g}, {ratio:.2g} times its siblings'"
+            remedy = "initialise this layer as its siblings are: it was replaced, loaded in part, or written twice"
+            yield Finding("warning", member.name, "out-of-line", measured, f"near {math.exp(middle):.3g}", remedy)
         if not patient.trained and min(rises) > 0.05 and sum(rises) > math.log(8):
-            yield Finding(
-                "warning", members[-1].name, "out-of-line",
-                f"rms grows {math.exp(sum(rises)):.2g} times from the first layer to the last", "constant, or falling",
-                "scale residual branches down with depth (1/√(2·layers)), not up",
-            )  # fmt: skip
+            measured = f"rms grows {math.exp(sum(rises)):.2g} times from the first layer to the last"
+            remedy = "scale residual branches down with depth (1/√(2·layers)), not up"
+            yield Finding("warning", members[-1].name, "out-of-line", measured, "constant, or falling", remedy)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from espalier.doctor.patient import Patient, Record, plain_name
-from espalier.doctor.registry import Finding, Verdict, judges, register_check
+from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
 from espalier.doctor.stats import TensorStats
 
 
@@ -40,12 +40,10 @@ def frozen(patient: Patient) -> Iterator[Finding]:
         return
     everything = len(still) == len(parameters)
     first = ", ".join(record.name for record in still[:2]) + (", …" if len(still) > 2 else "")
-    yield Finding(
-        "note" if not everything else "error" if patient.optimizer is not None else "warning",
-        "" if everything else still[0].name, "frozen",
-        f"{len(still)} of {len(parameters)} parameters want no gradient ({first})", "all are trained",
-        "call requires_grad_(True) on what is to learn",
-    )  # fmt: skip
+    severity: Severity = "note" if not everything else "error" if patient.optimizer is not None else "warning"
+    measured = f"{len(still)} of {len(parameters)} parameters want no gradient ({first})"
+    remedy = "call requires_grad_(True) on what is to learn"
+    yield Finding(severity, "" if everything else still[0].name, "frozen", measured, "all are trained", remedy)
 
 
 @register_check("optimizer")
@@ -63,13 +61,10 @@ def optimizer(patient: Patient) -> Iterator[Finding]:
         shape = tuple(parameter.shape)
         replaced = shapes[shape] > 0
         shapes[shape] -= replaced
-        yield Finding(
-            "error", plain_name(name), "optimizer",
-            "replaced after the optimiser was made" if replaced else "in no group of the optimiser",
-            "in one group", "make the optimiser after the last change to the model, from model.parameters()",
-        )  # fmt: skip
+        measured = "replaced after the optimiser was made" if replaced else "in no group of the optimiser"
+        remedy = "make the optimiser after the last change to the model, from model.parameters()"
+        yield Finding("error", plain_name(name), "optimizer", measured, "in one group", remedy)
     if strangers:
-        yield Finding(
-            "error", "", "optimizer", f"{len(strangers)} of its {len(held)} parameters are not the model's", "none",
-            "make the optimiser after to(), sharding, resizing and wrapping",
-        )  # fmt: skip
+        measured = f"{len(strangers)} of its {len(held)} parameters are not the model's"
+        remedy = "make the optimiser after to(), sharding, resizing and wrapping"
+        yield Finding("error", "", "optimizer", measured, "none", remedy)
