@@ -34,7 +34,6 @@ _EMBEDDING = re.compile(
 )
 _ADAPTER = re.compile(r"lora_|adapter", re.IGNORECASE)
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module"}
-SSM_LEAVES = ("A_log", "A_b_log", "dt_bias", "D")
 # Gates, detectors and step sizes start at constants of up to 14 (a step of 1e-6).
 LARGEST_BIAS = 20.0
 
@@ -266,7 +265,7 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
     kind = type(module).__name__ if module is not None else ""
     if leaf in ("running_mean", "running_var"):
         return "statistics"
-    if leaf in SSM_LEAVES:
+    if leaf in ("A_log", "A_b_log", "dt_bias", "D"):
         return "ssm"
     if leaf in ("weight_g", "original0"):
         return "gain"

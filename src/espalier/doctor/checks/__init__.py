@@ -1,12 +1,3 @@
 """The built-in checks; importing this registers them."""
 
-from espalier.doctor.checks import (  # noqa: F401
-    constant,
-    equality,
-    memory,
-    noise,
-    norms,
-    scale,
-    ssm,
-    training,
-)
+from espalier.doctor.checks import constant, equality, memory, noise, norms, scale, ssm, training  # noqa: F401

@@ -56,7 +56,7 @@ def gain_of(record: Record, patient: Patient) -> float:
     if stats is None or record.role != "weight" or not record.matrix or stats.nonfinite or stats.constant:
         return 0.0
     gain = stats.rms * math.sqrt(min(record.fans))
-    drawn = stats.noise and (record.trainable or patient.model is None)
+    drawn = stats.noise and patient.learns(record)
     return gain if drawn or gain < _SMALLEST else 0.0
 
 
