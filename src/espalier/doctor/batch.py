@@ -46,14 +46,11 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
         floating = value.is_floating_point() and first.is_floating_point()
         return value.to(device, first.dtype) if floating else value.to(device)
 
-    if isinstance(example, Tensor | Mapping):
-        inputs, targets = [example], None
-    elif isinstance(example, tuple | list):
-        inputs, targets = list(example), None
-        if len(inputs) == 2 and isinstance(inputs[1], Tensor) and not inputs[1].is_floating_point():
-            targets = move(inputs.pop())
-    else:
+    if not isinstance(example, Tensor | Mapping | tuple | list):
         raise EspalierError(f"example {type(example).__name__}: pass a tensor, a mapping, a tuple, or 'synthetic'")
+    inputs, targets = list(example) if isinstance(example, tuple | list) else [example], None
+    if len(inputs) == 2 and isinstance(inputs[1], Tensor) and not inputs[1].is_floating_point():
+        targets = move(inputs.pop())
     named = inputs[0] if isinstance(example, Mapping) or targets is not None else None
     if isinstance(named, Mapping):
         return Batch((), {key: move(value) for key, value in named.items()}, targets)

@@ -147,14 +147,11 @@ def _mixed(cls: type[HubModel]) -> Any:
 
     def generate_model_card(self: Any, text: str = "", **_: Any) -> Any:
         data = hub.ModelCardData(library_name="espalier", tags=["espalier", "pytorch_model_hub_mixin"])
-        text = text or f"# {cls.__name__}\n\nMade with `{_call(cls, self)}`.\n"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
+        text = text or f"# {cls.__name__}\n\nMade with `{cls.__name__}({arguments})`.\n"
         usage = f"```python\nmodel = espalier.models.{cls.__name__}.from_pretrained('ORG/NAME')\n```\n"
         return hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n{usage}")
 
     body = {"generate_model_card": generate_model_card, "__module__": cls.__module__}
     _MIXED[cls] = type(cls.__name__, (hub.PyTorchModelHubMixin, cls), body, library_name="espalier")
     return _MIXED[cls]
-
-
-def _call(cls: type, model: Any) -> str:
-    return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in model._arguments.items())})"
