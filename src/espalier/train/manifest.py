@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError
-from espalier.files import open_regular, read_object, write_json
+from espalier.files import open_regular, read_object, write_sealed
 
 MANIFEST = "manifest.json"
 
@@ -38,7 +38,7 @@ def write_manifest(folder: Path, files: Mapping[str, Sequence[str]], notes: Mapp
         notes: whatever else must not change.
     """
     body = {"files": {name: list(digests) for name, digests in files.items()}, "notes": dict(notes or {})}
-    write_json(folder / MANIFEST, {**body, "digest": digest(_canonical(body))})
+    write_sealed(folder / MANIFEST, body)
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
@@ -49,49 +49,32 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
         OSError: it cannot be read.
     """
     path = folder / MANIFEST
-    try:
-        content = read_object(path)
-        stated = content.pop("digest")
-        intact = stated == digest(_canonical(content))
-        files, notes = content["files"], content["notes"]
-    except FileNotFoundError:
+    if not path.exists():
         raise EspalierError(
             f"{folder} has no {MANIFEST}: it is damaged, or an earlier version made it; train into another folder"
-        ) from None
-    except OSError:
-        if path.is_file():  # and perhaps whole: it only cannot be read now
-            raise
-        intact = False
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder")
-    return files, notes
+        )
+    try:
+        content = read_object(path) if path.is_file() else {}
+        if content.pop("digest") != digest(json.dumps(content, sort_keys=True).encode()):
+            raise ValueError("not as it was written")
+        return content["files"], content["notes"]
+    except (ValueError, KeyError, RecursionError):
+        raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder") from None
 
 
-def damaged(folder: Path, names: Iterable[str] | None = None, skip: Iterable[str] = ()) -> str | None:
+def damaged(folder: Path, names: Iterable[str] | None = None) -> str | None:
     """Return the first file of a folder that is missing or whose content is not that of the manifest, None if all are.
 
     Args:
         folder: the folder.
         names: which files; all that the manifest names by default.
-        skip: files not to look at.
 
     Raises:
         EspalierError: the manifest is missing or damaged.
         OSError: a file that is there cannot be read.
     """
     files, _ = read_manifest(folder)
-    for name in files.keys() - set(skip) if names is None else names:
-        try:
-            if file_digest(folder / name) not in files.get(name, ()):
-                return name
-        except OSError:
-            if (folder / name).is_file():  # and perhaps whole: it only cannot be read now
-                raise
+    for name in files if names is None else names:
+        if not (folder / name).is_file() or file_digest(folder / name) not in files.get(name, ()):
             return name
     return None
-
-
-def _canonical(body: Any) -> bytes:
-    return json.dumps(body, sort_keys=True).encode()

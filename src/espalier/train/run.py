@@ -237,14 +237,8 @@ def refuse_damage(path: Path, names: Collection[str]) -> None:
 
 def _whole_lines(path: Path) -> bytes:
     """Return metrics.jsonl up to its last end of line; a line that a kill cut short is no row."""
-    try:
-        content = read_regular(path / METRICS)
-    except FileNotFoundError:
-        return b""
-    except OSError:
-        if (path / METRICS).is_file():
-            raise
-        return b""  # a pipe or a device took its place: its rows are gone
+    file = path / METRICS
+    content = read_regular(file) if file.is_file() else b""  # gone, or a pipe or a device took its place
     return content[: content.rfind(b"\n") + 1]
 
 
