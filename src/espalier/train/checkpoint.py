@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import shutil
@@ -22,6 +21,8 @@ from espalier.train.manifest import damaged, file_digest, read_manifest, write_m
 from espalier.train.parallel import first_of_any, gather_objects
 
 _CURRENT, _OLD, _PARTIAL, _STATE = "checkpoint", "checkpoint.old", "checkpoint.partial", "state.json"
+_NUMBERS = {"step", "mu_product"}
+"""What torch's Adam, AdamW and NAdam keep of a parameter in one number; all else is as large as the parameter."""
 
 # Note [Two checkpoints]
 # A new checkpoint is written as ``checkpoint.partial``, its manifest last. Then the oldest one is deleted, the present
@@ -230,20 +231,19 @@ def _load(
             raise ValueError("its loss is not finite")
         if not all(isinstance(row, dict) for row in content["rows"]):
             raise ValueError("its rows are none")
-        parameters, single = dict(model.named_parameters()), _single_numbers(optimizer)
         for name, keys in content["optimizer"].items():
-            like = parameters[name]
+            like = model.get_parameter(name)
             number = torch.zeros((), dtype=torch.float32, device=like.device)
-            optimizer.state[like] = {key: number.clone() if key in single else torch.zeros_like(like) for key in keys}
+            optimizer.state[like] = {key: number.clone() if key in _NUMBERS else torch.zeros_like(like) for key in keys}
         if content["averages"] != (averages is not None):
             raise ValueError("averaged weights are in one of the two")
         tensors = _tensors(model, optimizer, averages)
         reader = HuggingFaceStorageReader(str(path))
-        entries: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        entries: Any = reader.read_metadata().state_dict_metadata
         stored = {name: tuple(entry.size) for name, entry in entries.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if stored != wanted:
-            name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+        if differing := stored.items() ^ wanted.items():
+            name, _ = min(differing)
             raise ValueError(f"{name} is {stored.get(name)} there and {wanted.get(name)} here")
         with _plain_errors():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world == 1)
@@ -251,16 +251,6 @@ def _load(
     except Exception as error:  # a dozen kinds: the digests are right, so somebody made this checkpoint by hand
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error
-
-
-def _single_numbers(optimizer: torch.optim.Optimizer) -> set[str]:
-    """Return the entries of an optimiser's state that are not as large as their parameter, from a step on another."""
-    other = torch.zeros(2, requires_grad=True)
-    other.grad = torch.zeros(2)
-    known = inspect.signature(type(optimizer)).parameters
-    twin = type(optimizer)([other], **{key: value for key, value in optimizer.defaults.items() if key in known})
-    twin.step()
-    return {key for key, value in twin.state[other].items() if value.ndim == 0}
 
 
 def _tensors(

@@ -72,8 +72,8 @@ def export_run(run: Run, to: Format, out: Path | None = None) -> Path:
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             program = _trace(net, torch.rand(_EXAMPLE, *shape, generator=derive_generator(0, "export")))
-            load = {"onnx": _write_onnx, "torch-export": _write_program}[to](program, partial, about)
-            _check(net, load(), shape)
+            write = {"onnx": _write_onnx, "torch-export": _write_program}[to]
+            _check(net, write(program, partial, about), shape)
         os.replace(partial, out)
     except (EspalierError, OSError):
         raise
@@ -94,12 +94,14 @@ def _trace(net: nn.Module, images: Tensor) -> Any:
         return torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def _write_program(program: Any, path: Path, about: dict[str, Any]) -> Callable[[], Callable[[Tensor], Tensor]]:
+def _write_program(program: Any, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Write the file and return what it says when it is read again."""
     torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
-    return lambda: torch.export.load(path).module()
+    return torch.export.load(path).module()
 
 
-def _write_onnx(program: Any, path: Path, about: dict[str, Any]) -> Callable[[], Callable[[Tensor], Tensor]]:
+def _write_onnx(program: Any, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Write the file and return what it says when it is read again."""
     runtime = require("onnxruntime", "export")
     for needed in ("onnx", "onnxscript"):
         require(needed, "export")
@@ -109,12 +111,8 @@ def _write_onnx(program: Any, path: Path, about: dict[str, Any]) -> Callable[[],
     model = made.model_proto
     model.metadata_props.add(key=METADATA, value=json.dumps(about))
     write_bytes(path, model.SerializeToString())
-
-    def load() -> Callable[[Tensor], Tensor]:
-        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
-
-    return load
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
 
 
 def _check(net: nn.Module, loaded: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
