@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from espalier.data.augment import to_unit
 from espalier.data.colour import upright_rgb
 from espalier.errors import EspalierError, require
-from espalier.files import read_object, read_regular, write_json
+from espalier.files import read_object, read_regular
 from espalier.nn.lipschitz.normalisation import Normalize
 
 IMAGES = "images.json"
@@ -51,10 +51,6 @@ class ImageInput:
             tuple(mean.flatten().tolist()) if mean is not None else (),
             tuple(std.flatten().tolist()) if std is not None else (),
         )  # fmt: skip
-
-    def save(self, folder: Path) -> None:
-        """Write it into a run folder."""
-        write_json(folder / IMAGES, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> ImageInput:

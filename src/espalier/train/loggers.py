@@ -14,8 +14,6 @@ from espalier.recipes.base import Recipe
 
 LOGS = "logs"
 """Subfolder of a run folder for the files of a logger."""
-
-
 _LIBRARIES = {"tensorboard": ("tensorboard",), "wandb": ("wandb", "lightning.pytorch.loggers")}
 
 
@@ -36,7 +34,7 @@ class RowLogger:
     Weights & Biases goes on with the run that it has.
 
     Args:
-        recipe: ``logger`` names the kind; none for an empty name.
+        recipe: ``logger`` names the kind.
         out: the run folder.
         start: a file that the run folder has had from its beginning: with its time it tells this run from another one
             that had the same folder.
@@ -48,13 +46,10 @@ class RowLogger:
 
     def __init__(self, recipe: Recipe, out: Path, start: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         self._kind = recipe.logger
-        self._logger: Any = None
-        if not self._kind:
-            return
         folder = out / LOGS
         if self._kind == "wandb":
             name = f"{out.resolve()}\0{start.stat().st_mtime_ns}"
-            self._logger = require("lightning.pytorch.loggers", "loggers").WandbLogger(
+            self._logger: Any = require("lightning.pytorch.loggers", "loggers").WandbLogger(
                 name=f"{out.parent.name}/{out.name}",
                 save_dir=folder,
                 project=os.environ.get("WANDB_PROJECT", "espalier"),
@@ -74,8 +69,6 @@ class RowLogger:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Send one row; what is missing or no number is left out."""
-        if self._logger is None:
-            return
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         try:
             self._logger.log_metrics(numbers, step=row["step"])
@@ -86,8 +79,6 @@ class RowLogger:
 
     def close(self) -> None:
         """Write what is still held back, and end the run at Weights & Biases."""
-        if self._logger is None:
-            return
         self._logger.finalize("success")
         if self._kind == "wandb":
             self._logger.experiment.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from espalier.files import load_weights, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_, resolved_model_args
+from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
 from espalier.train.checkpoint import (
     Checkpoint,
     Counters,
@@ -128,7 +128,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     fabric.barrier()
     if fabric.is_global_zero:
         if not (out / RECIPE).exists():
-            create_folder(out, recipe, source, model, resolved_model_args(recipe, source), report)
+            create_folder(out, recipe, source, model, report)
         recover(out)
     fabric.barrier()
     refuse_damage(out, {START, *lasting_files(out)})  # not after days of training, when the run is read back
@@ -141,22 +141,16 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     optimizer = build_optimizer(model, recipe)
     stepper = fabric.setup_optimizers(optimizer)
     averages = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
-    found = load_checkpoint(
-        out,
-        model,
-        optimizer,
-        None if averages is None else averages.tensors,
-        source.steps_per_epoch(recipe.batch_size),
-        fabric.global_rank,
-        fabric.world_size,
-    ) or Checkpoint(Counters(), [])
+    averaged = None if averages is None else averages.tensors
+    steps, ranks = source.steps_per_epoch(recipe.batch_size), (fabric.global_rank, fabric.world_size)
+    found = load_checkpoint(out, model, optimizer, averaged, steps, *ranks) or Checkpoint(Counters(), [])
     if averages is not None:
         averages.updates = found.counters.step
     if fabric.is_global_zero:
         write_rows(out, found.rows)
     fabric.barrier()
     source = source.to(fabric.device)
-    logger = RowLogger(recipe, out, out / START, found.rows) if fabric.is_global_zero else None
+    logger = RowLogger(recipe, out, out / START, found.rows) if recipe.logger and fabric.is_global_zero else None
     return Session(
         recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, found.counters, requests,
         logger, found.rows,
@@ -233,8 +227,8 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     inputs_parts, targets_parts = inputs[s.mine].chunk(recipe.accumulate), targets[s.mine].chunk(recipe.accumulate)
     total = torch.zeros((), device=s.fabric.device)
-    for index, (part, wanted) in enumerate(zip(inputs_parts, targets_parts, strict=True)):
-        with _sync_only_last(s, index == len(inputs_parts) - 1):
+    for index, (part, wanted) in enumerate(zip(inputs_parts, targets_parts, strict=True), start=1):
+        with nullcontext() if index == len(inputs_parts) else s.fabric.no_backward_sync(s.module):
             loss = s.loss(s.module(part), wanted) * scale
             s.fabric.backward(loss)
         total += loss.detach()
@@ -249,13 +243,6 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-def _sync_only_last(s: Session, last: bool) -> AbstractContextManager[Any]:
-    if last or s.fabric.world_size == 1:
-        return nullcontext()
-    context: AbstractContextManager[Any] = s.fabric.no_backward_sync(s.module)
-    return context
-
-
 def _add_row(s: Session, advance: Advance) -> bool:
     """Evaluate, write a row, and return whether its losses are finite."""
     recipe, counters, fabric = s.recipe, s.counters, s.fabric
@@ -268,14 +255,9 @@ def _add_row(s: Session, advance: Advance) -> bool:
     try:
         with s.averages.applied() if s.averages is not None else nullcontext():
             scores = evaluate(
-                s.module,
-                s.source,
-                build_loss(recipe, smoothing=False),
-                recipe.eval_batch_size,
-                mine=s.mine,
-                reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"),
-                after_batch=stop_if_asked,
-            )
+                s.module, s.source, build_loss(recipe, smoothing=False), recipe.eval_batch_size, mine=s.mine,
+                reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"), after_batch=stop_if_asked,
+            )  # fmt: skip
     except _StopEvaluation:
         # The row is still to come: the resumed run begins at the end of this epoch, with the evaluation.
         counters.epoch = max(0, counters.epoch - 1)
@@ -308,9 +290,8 @@ def _save(s: Session) -> bool:
     s.counters.loss_sum = s.loss_sum.item()
     if not math.isfinite(s.counters.loss_sum):
         return False
-    averages = None if s.averages is None else s.averages.tensors
-    state = Checkpoint(s.counters, s.rows)
-    save_checkpoint(s.out, s.model, s.optimizer, averages, state, s.fabric.global_rank, s.fabric.world_size)
+    state, ranks = Checkpoint(s.counters, s.rows), (s.fabric.global_rank, s.fabric.world_size)
+    save_checkpoint(s.out, s.model, s.optimizer, None if s.averages is None else s.averages.tensors, state, *ranks)
     s.requests.saved()
     s.request = torch.zeros_like(s.request)
     return True

@@ -73,13 +73,11 @@ def synchronise_batch_norms(model: nn.Module, fabric: Any) -> nn.Module:
     if fabric.world_size == 1:
         return model
     if fabric.device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return converted
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             # A subclass in place, so that whoever asks for the kind of norm still finds it.
-            kind: Any = type(f"Global{type(module).__name__}", (_GlobalBatchNorm, type(module)), {})
-            module.__class__ = kind
+            module.__class__ = type(f"Global{type(module).__name__}", (_GlobalBatchNorm, type(module)), {})
     return model
 
 
@@ -114,7 +112,8 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state on the CPU, its shards put together one at a time; every process calls it."""
-    return {name: _whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return {name: (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu() for name, part in state.items()}
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -155,11 +154,6 @@ def _shard(model: nn.Module, mesh: Any) -> nn.Module:
     # Whole weights that outlived a forward pass would be used again after the averaged ones were swapped in.
     fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
     return model
-
-
-def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
 
 
 @contextmanager

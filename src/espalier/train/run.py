@@ -20,8 +20,8 @@ from espalier.errors import EspalierError
 from espalier.files import load_weights, read_object, read_regular, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import first_difference, load_recipe, recipe_to_dict
-from espalier.train.build import build_bare_model, environment
-from espalier.train.image_input import ImageInput
+from espalier.train.build import build_bare_model, environment, resolved_model_args
+from espalier.train.image_input import IMAGES, ImageInput
 from espalier.train.manifest import MANIFEST, damaged, digest, file_digest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -92,9 +92,10 @@ def load_run(path: Path | str) -> Run:
             break  # else a process that trains here may have written a row in between
     else:
         raise EspalierError(f"{path / METRICS} is damaged: train again to restore its rows, or restore it from a copy")
+    result = None
     if (path / RESULT).exists():
         refuse_damage(path, [RESULT])
-    result = read_object(path / RESULT) if (path / RESULT).exists() else None
+        result = read_object(path / RESULT)
     return Run(path, load_recipe(path / RECIPE), parse_rows(lines, path / METRICS), result)
 
 
@@ -137,14 +138,7 @@ def check_data(path: Path, source: Source) -> None:
         raise EspalierError(f"the data of {path} have changed since it was started: restore them, or start another run")
 
 
-def create_folder(
-    out: Path,
-    recipe: Recipe,
-    source: Source,
-    model: nn.Module,
-    model_args: dict[str, Any],
-    report: StructureReport | None,
-) -> None:
+def create_folder(out: Path, recipe: Recipe, source: Source, model: nn.Module, report: StructureReport | None) -> None:
     """Make the run folder with everything that is known before training; it appears whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.new")
@@ -153,9 +147,9 @@ def create_folder(
     try:
         write_json(partial / RECIPE, recipe_to_dict(recipe))
         write_json(partial / ENVIRONMENT, environment())
-        write_json(partial / MODEL, finite({"name": recipe.model, "args": model_args}))
+        write_json(partial / MODEL, finite({"name": recipe.model, "args": resolved_model_args(recipe, source)}))
         if (images := ImageInput.of(source)) is not None:
-            images.save(partial)
+            write_json(partial / IMAGES, dataclasses.asdict(images))
         if report is not None:
             write_json(partial / STRUCTURE, finite(dataclasses.asdict(report)))
         write_tensors(partial / START, model.state_dict())

@@ -40,7 +40,7 @@ class Session:
     counters: Counters
     requests: Requests
     logger: RowLogger | None
-    """On the first process."""
+    """On the first process, if the recipe names one."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
