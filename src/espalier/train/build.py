@@ -6,8 +6,9 @@ import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,8 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
     except TypeError as error:
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
-    # Code of the user's own may draw from the global stream.
-    with _seeded_globally(structure):
-        given = f" with {dict(recipe.init_args)}" if recipe.init_args else ""
+    given = f" with {dict(recipe.init_args)}" if recipe.init_args else ""
+    with _seeded_globally(structure):  # code of the user's own may draw from the global stream
         with errors_of("init", f"{recipe.init}{given}"):
             report = initialise(model, generator=structure, **recipe.init_args)
         _try_on_one_example(model, source, recipe)
@@ -173,29 +173,24 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     no_weight_decay = getattr(model, "no_weight_decay", None)
     exempt = set(no_weight_decay()) if no_weight_decay is not None else set()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    settings: dict[str, Any] = {
-        "lr": recipe.lr,
-        "betas": recipe.betas,
-        "eps": recipe.eps,
-        "weight_decay": recipe.weight_decay,
-    }
     matrices = hidden_matrices(model) & trained.keys() - exempt if recipe.optimizer == "muon" else set()
+    if recipe.optimizer == "muon" and not matrices:
+        raise EspalierError(f"optimizer 'muon': model {recipe.model!r} has no linear layer inside: choose 'adamw'")
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trained.items() if name not in exempt | matrices]},
         {"params": [p for name, p in trained.items() if name in exempt], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name in matrices], "muon": True},
     ]
-    if recipe.optimizer == "muon":
-        if not matrices:
-            raise EspalierError(f"optimizer 'muon': model {recipe.model!r} has no linear layer inside: choose 'adamw'")
-        groups.append({"params": [p for name, p in trained.items() if name in matrices], "muon": True})
-    groups = [group for group in groups if group["params"]]
-    match recipe.optimizer:
-        case "muon":
-            return MuonAdamW(groups, **settings)
-        case "nadam":  # has no fused kernel
-            return torch.optim.NAdam(groups, **settings)
-        case name:
-            return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, **settings, fused=True)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "adam": partial(torch.optim.Adam, fused=True),
+        "nadam": torch.optim.NAdam,  # has no fused kernel
+        "muon": MuonAdamW,
+    }
+    return kinds[recipe.optimizer](
+        [group for group in groups if group["params"]],
+        lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay,
+    )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -69,11 +69,10 @@ def attack_run(
     Raises:
         EspalierError: as ``certify_run``.
     """
-    net, images, labels = pixel_net(run, limit)
-    generator = derive_generator(run.recipe.seed, "attack")
+    tested = pixel_net(run, limit)
     return challenge(
-        net, images, labels, certify(net, images, labels), eps,
-        steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, generator=generator,
+        *tested, certify(*tested), eps, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries,
+        generator=derive_generator(run.recipe.seed, "attack"),
     )  # fmt: skip
 
 
@@ -97,12 +96,12 @@ def parse_eps(texts: tuple[str, ...]) -> tuple[float, ...]:
         EspalierError: text that is no number from 0.
     """
     try:
-        values = tuple(_ratio(text) for text in texts)
-        if not all(map(math.isfinite, values)):
-            raise ValueError("no radius")
+        values = tuple(map(_ratio, texts))
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise EspalierError(f"eps {' '.join(texts)!r}: write radii such as 36/255 or 0.1") from None
-    if not all(value >= 0 for value in values):
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise EspalierError(f"eps {' '.join(texts)!r}: write radii such as 36/255 or 0.1")
+    if min(values, default=0.0) < 0:
         raise EspalierError(f"eps {' '.join(texts)!r}: a radius cannot be negative")
     return values
 

@@ -67,11 +67,7 @@ def tempered_cross_entropy(
         offset: margin in units of the scores.
         label_smoothing: share of the uniform distribution.
     """
-    if targets.is_floating_point():
-        truth = targets.to(logits.dtype)
-    else:
-        truth = F.one_hot(targets.clamp_min(0), logits.shape[-1]).to(logits.dtype)
-    tempered = (logits - offset * truth) / temperature
+    tempered = _tempered(logits, targets, temperature, offset)
     return temperature * cross_entropy(tempered, targets, label_smoothing=label_smoothing)
 
 
@@ -94,10 +90,16 @@ def logit_annealing(
         EspalierError: the targets are probabilities.
     """
     _expect_indices(targets, "logit_annealing")
-    truth = F.one_hot(targets.clamp_min(0), logits.shape[-1]).to(logits.dtype)
-    each = F.cross_entropy((logits - offset * truth) / temperature, targets, reduction="none", ignore_index=IGNORED)
+    tempered = _tempered(logits, targets, temperature, offset)
+    each = F.cross_entropy(tempered, targets, reduction="none", ignore_index=IGNORED)
     # 1 − p_y without cancellation where p_y is near 1.
     return temperature * (torch.expm1(-each).neg() ** beta * each).sum()
+
+
+def _tempered(logits: Tensor, targets: Tensor, temperature: float, offset: float) -> Tensor:
+    """Return (f − offset·y)/t."""
+    truth = targets if targets.is_floating_point() else F.one_hot(targets.clamp_min(0), logits.shape[-1])
+    return (logits - offset * truth.to(logits.dtype)) / temperature
 
 
 def _expect_indices(targets: Tensor, loss: str) -> None:
@@ -126,13 +128,13 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
     if recipe.loss not in LOSSES:
         raise unknown_name("loss", recipe.loss, LOSSES)
     function = LOSSES[recipe.loss]
-    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
     arguments: dict[str, Any] = dict(recipe.loss_args)
-    for name in arguments:
-        if name not in known or name == "label_smoothing":
-            raise unknown_name(f"argument of loss {recipe.loss!r}:", name, set(known) - {"label_smoothing"} or {"none"})
+    taken = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = taken - {"label_smoothing"}
+    if (unknown := next((name for name in arguments if name not in known), None)) is not None:
+        raise unknown_name(f"argument of loss {recipe.loss!r}:", unknown, known or {"none"})
     if recipe.label_smoothing:
-        if "label_smoothing" not in known:
+        if taken == known:
             raise EspalierError(f"label_smoothing {recipe.label_smoothing} has no meaning for {recipe.loss!r}: set 0")
         if smoothing:
             arguments["label_smoothing"] = recipe.label_smoothing

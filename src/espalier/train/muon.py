@@ -48,12 +48,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def _share(self) -> None:
         # Both work on these very groups and this very state, so that whoever sets a rate, saves or restores sees one
         # optimiser.
-        matrices = [group for group in self.param_groups if group["muon"]]
-        others = [group for group in self.param_groups if not group["muon"]]
         self._parts: list[torch.optim.Optimizer] = []
-        if matrices:
+        if matrices := [group for group in self.param_groups if group["muon"]]:
             self._parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
-        if others:
+        if others := [group for group in self.param_groups if not group["muon"]]:
             self._parts.append(torch.optim.AdamW(others, fused=True))
         for part in self._parts:
             part.state = self.state
@@ -61,10 +59,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for part in self._parts:
             part.step()
         return loss

@@ -52,10 +52,7 @@ class Requests:
     def __enter__(self) -> Self:
         free = (signal.SIG_DFL, signal.default_int_handler)
         if threading.current_thread() is threading.main_thread():
-            for name in _NAMES:
-                number = getattr(signal, name, None)  # Windows has no SIGUSR1
-                if number is None:
-                    continue
+            for number in [each for each in signal.Signals if each.name in _NAMES]:  # Windows has no SIGUSR1
                 handler = signal.getsignal(number)
                 # A study listens, too; while a trial of it runs in this process, the trial has something to save.
                 if handler in free or isinstance(getattr(handler, "__self__", None), Requests):

@@ -7,11 +7,6 @@ import math
 from espalier.recipes.base import Recipe
 
 
-def cosine(position: float) -> float:
-    """Return ½(1 + cos(π·position)) for ``position`` in [0, 1]."""
-    return 0.5 * (1.0 + math.cos(math.pi * position))
-
-
 def piecewise(position: float) -> float:
     """Return the papers' piecewise-linear factor: 0 → 1 at 2/5 → 1/20 at 4/5 → 0 at 1 (arXiv 2201.09792, its script).
 
@@ -45,4 +40,5 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         return recipe.lr * (step + 1) / warmup
     if recipe.schedule == "constant":
         return recipe.lr
-    return recipe.lr * cosine((step - warmup) / max(1, total - warmup))
+    position = (step - warmup) / max(1, total - warmup)
+    return recipe.lr * (0.5 * (1.0 + math.cos(math.pi * position)))
