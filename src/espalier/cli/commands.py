@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from espalier.init import StructureFit
     from espalier.init.families import Specs
     from espalier.recipes import Recipe
+    from espalier.study.record import Record
 
 # Rooms and libraries are imported inside the commands that need them: `espalier --help` must answer at once.
 
@@ -81,22 +82,17 @@ def train(
         state = "unfinished, resumed" if found == "unfinished" else "already finished, nothing trained"
         say(f"run: {out} ({state})")
     run = run_training(
-        recipe,
-        out,
-        resume=resume,
-        progress=False if quiet else None,
-        strategy=strategy,
+        recipe, out, resume=resume, progress=False if quiet else None, strategy=strategy,
         checkpoint_every_minutes=checkpoint_every_minutes,
-    )
+    )  # fmt: skip
     result = run.result or {}
     if first:
         print(json.dumps(result, indent=2))
     if result.get("diverged"):
         where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
         kept = "; its last checkpoint is kept" if (out / "checkpoint").exists() else ""
-        told = f"espalier: {out} {where}: choose another folder and a smaller --lr{kept}"
         if first:
-            say(told)
+            say(f"espalier: {out} {where}: choose another folder and a smaller --lr{kept}")
         raise SystemExit(1)
     if first and not quiet:
         say(f"run: {out}")
@@ -145,21 +141,15 @@ def compare(
     named = applicable_arms(recipe) if list(arms) == ["all"] else list(arms)
     options = {"partition": partition, "time": time, "gpus": gpus, "account": account}
     summary = compare_arms(
-        recipe,
-        arms=named,
-        out=out,
-        lrs=_rates(lrs),
-        seeds=seeds,
-        workers=workers,
-        cluster=cluster,
+        recipe, arms=named, out=out, lrs=_rates(lrs), seeds=seeds, workers=workers, cluster=cluster,
         parameters={name: value for name, value in options.items() if value is not None},
-    )
+    )  # fmt: skip
     print(text_table(summary))
     print(f"report: {write_report([out], out / 'report.html')}")
-    if not summary.failures and not any(point.scores for arm in summary.arms for point in arm.rates):
+    scored = any(point.scores for arm in summary.arms for point in arm.rates)
+    if not scored and not summary.failures:
         say(f"espalier: {out}: every trial diverged: choose smaller --lrs")
-        raise SystemExit(1)
-    if summary.failures:
+    if not scored or summary.failures:
         raise SystemExit(1)
 
 
@@ -275,10 +265,9 @@ def records(action: Literal["export", "merge"], paths: Sequence[Path], to: Path 
     from espalier.study.records import add_records, read_records
     from espalier.study.trial import load_study
 
-    if action == "export":
-        found = [record for path in paths for record in load_study(path).outcomes().values()]
-    else:
-        found = [record for path in paths for record in read_records(path)]
+    found: list[Record] = []
+    for path in paths:
+        found += load_study(path).outcomes().values() if action == "export" else read_records(path)
     print(f"records: {to}: {len(add_records(found, to))} trials")
 
 
@@ -360,26 +349,8 @@ def _rates(texts: Sequence[str]) -> list[float] | Literal["auto"]:
         raise EspalierError(f"lrs {' '.join(texts)!r}: write numbers such as 1e-3 3e-3, or auto") from None
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "train": train,
-    "compare": compare,
-    "audit": audit,
-    "doctor": doctor,
-    "fit": fit,
-    "structure": structure,
-    "convert": convert,
-    "statistics": statistics,
-    "predict": predict,
-    "export": export,
-    "certify": certify,
-    "attack": attack,
-    "report": report,
-    "records": records,
-    "recipes": recipes,
-    "models": models,
-    "datasets": datasets,
-    "arms": arms,
-    "inits": inits,
-    "completion": completion,
-}
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    demo, train, compare, audit, doctor, fit, structure, convert, statistics, predict, export, certify, attack,
+    report, records, recipes, models, datasets, arms, inits, completion,
+)  # fmt: skip
+COMMANDS = {command.__name__: command for command in _COMMANDS}

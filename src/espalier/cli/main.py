@@ -15,6 +15,15 @@ from espalier.cli.messages import say
 from espalier.errors import EspalierError, unknown_name
 from espalier.lookup import own_place
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or name another path",
+    errno.EDQUOT: "free some space, or name another path",
+    errno.ENOENT: "name a path that exists",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
 # Importing torch takes a second or two: not before a command that needs it.
 
 INTERNAL_ERROR = 70
@@ -74,16 +83,8 @@ def _dispatch(arguments: list[str]) -> None:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: espalier COMMAND …",
-            "",
-            *lines,
-            "",
-            "espalier COMMAND --help   the arguments and options of a command",
-            "espalier --version        the version",
-        ]
-    )
+    usage = "espalier COMMAND --help   the arguments and options of a command"
+    return "\n".join(["usage: espalier COMMAND …", "", *lines, "", usage, "espalier --version        the version"])
 
 
 def _complain(message: object, status: int) -> int:
@@ -99,17 +100,8 @@ def _show_traceback() -> None:
 
 
 def _os_error(error: OSError) -> str:
-    remedies = {
-        errno.ENOSPC: "free some space, or name another path",
-        errno.EDQUOT: "free some space, or name another path",
-        errno.ENOENT: "name a path that exists",
-        errno.EISDIR: "name a file",
-        errno.ENOTDIR: "name a folder",
-        errno.ENAMETOOLONG: "choose a shorter name",
-    }
-    remedy = remedies.get(error.errno or 0, "name another path")
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}: {remedy}"
+    return f"{place}{error.strerror or error}: {_REMEDIES.get(error.errno or 0, 'name another path')}"
 
 
 def _out_of_memory(error: Exception) -> bool:

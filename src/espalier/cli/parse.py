@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,26 +25,18 @@ from espalier.recipes.files import open_recipe
 
 Command = Callable[..., None]
 
-# The place of the data is what is typed most.
-_SHORT = {"--data": "--data-path"}
 # What other tools call our options: where letters alone would suggest nothing, or something else.
 _ELSEWHERE = {
-    "bs": "batch-size",
-    "device-batch-size": "batch-size",
-    "grad-accumulation-steps": "accumulate",
-    "gradient-accumulation-steps": "accumulate",
-    "learning-rate": "lr",
-    "log-dir": "out",
-    "max-epochs": "epochs",
-    "max-grad-norm": "clip-norm",
-    "num-epochs": "epochs",
-    "num-train-epochs": "epochs",
-    "num-workers": "workers",
-    "output": "out",
-    "output-dir": "out",
-    "smoothing": "label-smoothing",
-    "val-every": "eval-every",
-    "wd": "weight-decay",
+    "accumulate": ("grad-accumulation-steps", "gradient-accumulation-steps"),
+    "batch-size": ("bs", "device-batch-size"),
+    "clip-norm": ("max-grad-norm",),
+    "epochs": ("max-epochs", "num-epochs", "num-train-epochs"),
+    "eval-every": ("val-every",),
+    "label-smoothing": ("smoothing",),
+    "lr": ("learning-rate",),
+    "out": ("log-dir", "output", "output-dir"),
+    "weight-decay": ("wd",),
+    "workers": ("num-workers",),
 }
 
 
@@ -65,7 +58,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             or a missing argument.
         SystemExit: help was asked for.
     """
-    tokens = [_spelt(token) for token in tokens]
+    tokens = [re.sub(r"^--data(?==|\Z)", "--data-path", token) for token in tokens]  # what is typed most
     for token in tokens:  # tyro has words of its own for what goes wrong inside a list of paths
         path_of("the path", token.partition("=")[2] if token.startswith("--") else token)
     base = named_recipe = None
@@ -138,11 +131,6 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
     return arguments
 
 
-def _spelt(token: str) -> str:
-    flag, equals, value = token.partition("=")
-    return f"{_SHORT[flag]}{equals}{value}" if flag in _SHORT else token
-
-
 def option_rules(tyro: Any) -> Any:
     """Return rules of our own: paths that name something, and options that may be left out shown as ``--out PATH``."""
     registry = tyro.constructors.ConstructorRegistry()
@@ -210,6 +198,7 @@ def _unknown(name: str, token: str, typed: Callable[..., Any]) -> EspalierError:
     if "recipe" in inspect.signature(typed).parameters:
         known += [each.name for each in fields(Recipe) if each.name not in KEYWORD_FIELDS] + ["data"]
     options = [each.replace("_", "-") for each in known]
-    if _ELSEWHERE.get(flag) in options:
-        return EspalierError(f"unknown option --{flag} of {name}: did you mean --{_ELSEWHERE[flag]}?")
+    for ours, theirs in _ELSEWHERE.items():
+        if flag in theirs and ours in options:
+            return EspalierError(f"unknown option --{flag} of {name}: did you mean --{ours}?")
     return unknown_name(f"option of {name}", f"--{flag}", [f"--{each}" for each in options])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -41,12 +42,12 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
         if field not in KEYWORD_FIELDS:
             raise unknown_name("keyword field", field, KEYWORD_FIELDS)
         key, equals, text = tail.partition("=")
-        if not equals:
-            value = next(stream, None)
-            if value is None:
-                raise EspalierError(f"{token} has no value: write {token} VALUE")
-            text = value
-        found.setdefault(field, {})[key.replace("-", "_")] = _json_or_text(text)
+        value: Any = text if equals else next(stream, None)
+        if value is None:
+            raise EspalierError(f"{token} has no value: write {token} VALUE")
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        found.setdefault(field, {})[key.replace("-", "_")] = value
     return rest, found
 
 
@@ -105,10 +106,3 @@ def _named_statistics(tokens: Sequence[str]) -> list[str]:
         else:
             spelt.append(token)
     return spelt
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
