@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from espalier.errors import EspalierError
 from espalier.files import lock_of, read_object, write_json
 from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
 from espalier.train.parallel import first_of_any, gather_objects
+
+Averages = Mapping[str, Tensor] | None
+"""The averaged weights by name, where any are kept."""
 
 _CURRENT, _OLD, _PARTIAL, _STATE = "checkpoint", "checkpoint.old", "checkpoint.partial", "state.json"
 _NUMBERS = {"step", "mu_product"}
@@ -63,8 +67,8 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averages: Mapping[str, Tensor] | None,
+    optimizer: Optimizer,
+    averages: Averages,
     checkpoint: Checkpoint,
     rank: int = 0,
     world: int = 1,
@@ -119,8 +123,8 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averages: Mapping[str, Tensor] | None,
+    optimizer: Optimizer,
+    averages: Averages,
     steps_per_epoch: int,
     rank: int = 0,
     world: int = 1,
@@ -210,12 +214,7 @@ def _damage(path: Path, rank: int, world: int) -> str | None:
 
 
 def _load(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averages: Mapping[str, Tensor] | None,
-    steps_per_epoch: int,
-    world: int,
+    path: Path, model: nn.Module, optimizer: Optimizer, averages: Averages, steps_per_epoch: int, world: int
 ) -> Checkpoint:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -238,8 +237,7 @@ def _load(
         if content["averages"] != (averages is not None):
             raise ValueError("averaged weights are in one of the two")
         tensors = _tensors(model, optimizer, averages)
-        reader = HuggingFaceStorageReader(str(path))
-        entries: Any = reader.read_metadata().state_dict_metadata
+        entries: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         stored = {name: tuple(entry.size) for name, entry in entries.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if differing := stored.items() ^ wanted.items():
@@ -253,9 +251,7 @@ def _load(
         raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error
 
 
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: Optimizer, averages: Averages) -> dict[str, Tensor]:
     """Return every tensor of a checkpoint by name; a tied weight stands once, under its first name."""
     stored = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}

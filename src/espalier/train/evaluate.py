@@ -11,8 +11,6 @@ from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.train.losses import IGNORED, Loss, target_count
 
-Reduce = Callable[[Tensor], Tensor]
-
 
 @torch.no_grad()
 def evaluate(
@@ -22,7 +20,7 @@ def evaluate(
     batch_size: int,
     *,
     mine: slice = slice(None),
-    reduce: Reduce = lambda sums: sums,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.

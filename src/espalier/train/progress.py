@@ -69,21 +69,17 @@ class StepClock:
 
     def mark(self) -> None:
         """Note the end of a step (or, as the first mark after ``stop``, the start of the first one)."""
+        mark: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+            mark.record()
+        self._marks.append(mark)
 
     def stop(self) -> float:
         """Wait for the device and return the seconds between the first and the last mark since the last stop."""
-        marks, self._marks = self._marks, []
         if self._cuda:
             torch.cuda.synchronize()
-            spans = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
-        else:
-            spans = [b - a for a, b in pairwise(marks)]
+        spans = [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairwise(self._marks)]
+        self._marks = []
         self._steps += spans
         return sum(spans)
 
