@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ class Counters:
 class Checkpoint:
     """What a checkpoint says besides its tensors."""
 
-    counters: Counters
-    rows: list[dict[str, Any]]
+    counters: Counters = field(default_factory=Counters)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     """The rows of metrics.jsonl that belong to this state."""
 
 
@@ -129,7 +129,7 @@ def load_checkpoint(
     rank: int = 0,
     world: int = 1,
 ) -> Checkpoint | None:
-    """Load the run's newest undamaged checkpoint, in place; every process calls it (after ``recover``).
+    """Load the run's newest undamaged checkpoint, in place, once ``recover`` has cleared up; every process calls it.
 
     Args:
         folder: the run folder.
@@ -146,6 +146,9 @@ def load_checkpoint(
     Raises:
         EspalierError: every checkpoint is damaged, or this one is not of this model.
     """
+    if rank == 0:
+        recover(folder)
+    first_of_any(None)
     reasons: list[str] = []
     for name in (_CURRENT, _OLD):
         if not (folder / name).exists():

@@ -11,6 +11,7 @@ from typing import Any
 
 from espalier.errors import EspalierError, require
 from espalier.recipes.base import Recipe
+from espalier.train.run import START
 
 LOGS = "logs"
 """Subfolder of a run folder for the files of a logger."""
@@ -36,19 +37,18 @@ class RowLogger:
     Args:
         recipe: ``logger`` names the kind.
         out: the run folder.
-        start: a file that the run folder has had from its beginning: with its time it tells this run from another one
-            that had the same folder.
         rows: the rows that the run has so far.
 
     Raises:
         EspalierError: Weights & Biases refuses the run (not logged in, no connection).
     """
 
-    def __init__(self, recipe: Recipe, out: Path, start: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, recipe: Recipe, out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         self._kind = recipe.logger
         folder = out / LOGS
         if self._kind == "wandb":
-            name = f"{out.resolve()}\0{start.stat().st_mtime_ns}"
+            # The time of the first weights tells this run from another one that had the same folder.
+            name = f"{out.resolve()}\0{(out / START).stat().st_mtime_ns}"
             self._logger: Any = require("lightning.pytorch.loggers", "loggers").WandbLogger(
                 name=f"{out.parent.name}/{out.name}",
                 save_dir=folder,

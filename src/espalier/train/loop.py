@@ -17,27 +17,13 @@ from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
-from espalier.train.checkpoint import (
-    Checkpoint,
-    Counters,
-    clear_finished,
-    drop_checkpoint,
-    load_checkpoint,
-    recover,
-    save_checkpoint,
-)
+from espalier.train.checkpoint import Checkpoint, clear_finished, drop_checkpoint, load_checkpoint, save_checkpoint
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
 from espalier.train.loggers import RowLogger, check_logger
 from espalier.train.losses import build_loss, target_count
 from espalier.train.nonfinite import find_nonfinite
-from espalier.train.parallel import (
-    Strategy,
-    full_state,
-    gather_objects,
-    make_fabric,
-    synchronise_batch_norms,
-)
+from espalier.train.parallel import Strategy, full_state, gather_objects, make_fabric, synchronise_batch_norms
 from espalier.train.progress import Advance, progress_bar
 from espalier.train.requests import NOTHING, STOP, Requests
 from espalier.train.run import (
@@ -126,10 +112,8 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     freeze_(model, recipe)
     build_optimizer(model, recipe)  # it may refuse the model, and nothing is written yet
     fabric.barrier()
-    if fabric.is_global_zero:
-        if not (out / RECIPE).exists():
-            create_folder(out, recipe, source, model, report)
-        recover(out)
+    if fabric.is_global_zero and not (out / RECIPE).exists():
+        create_folder(out, recipe, source, model, report)
     fabric.barrier()
     refuse_damage(out, {START, *lasting_files(out)})  # not after days of training, when the run is read back
     check_data(out, source)
@@ -143,14 +127,14 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     averages = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
     averaged = None if averages is None else averages.tensors
     steps, ranks = source.steps_per_epoch(recipe.batch_size), (fabric.global_rank, fabric.world_size)
-    found = load_checkpoint(out, model, optimizer, averaged, steps, *ranks) or Checkpoint(Counters(), [])
+    found = load_checkpoint(out, model, optimizer, averaged, steps, *ranks) or Checkpoint()
     if averages is not None:
         averages.updates = found.counters.step
     if fabric.is_global_zero:
         write_rows(out, found.rows)
     fabric.barrier()
     source = source.to(fabric.device)
-    logger = RowLogger(recipe, out, out / START, found.rows) if recipe.logger and fabric.is_global_zero else None
+    logger = RowLogger(recipe, out, found.rows) if recipe.logger and fabric.is_global_zero else None
     return Session(
         recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, found.counters, requests,
         logger, found.rows,
