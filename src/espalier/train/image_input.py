@@ -45,12 +45,9 @@ class ImageInput:
             return None
         side = arguments["img_size"]
         height, width = (side, side) if isinstance(side, int) else side
-        mean, std = (getattr(normalizer, name, None) for name in ("mean", "std"))
-        return cls(
-            tuple(map(str, names)), arguments["in_chans"], height, width,
-            tuple(mean.flatten().tolist()) if mean is not None else (),
-            tuple(std.flatten().tolist()) if std is not None else (),
-        )  # fmt: skip
+        statistics = (getattr(normalizer, name, None) for name in ("mean", "std"))
+        mean, std = (() if each is None else tuple(each.flatten().tolist()) for each in statistics)
+        return cls(tuple(map(str, names)), arguments["in_chans"], height, width, mean, std)
 
     @classmethod
     def load(cls, folder: Path) -> ImageInput:
