@@ -108,10 +108,9 @@ def resolved_model_args(recipe: Recipe, source: Source) -> dict[str, Any]:
 def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
     """Build the recipe's model with weights from the stream (seed, "weights") and no structure."""
     generator = derive_generator(recipe.seed, "weights")
-    # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
     if recipe.model in models.MODELS:
-        with _seeded_globally(generator):
-            _check_memory(recipe, model_args)
+        _check_memory(recipe, model_args)
+    # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
     with _seeded_globally(generator):
         model: nn.Module = models.build_model(recipe.model, **model_args)
     init_weights = getattr(model, "init_weights", None)
@@ -123,7 +122,7 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
 def _check_memory(recipe: Recipe, model_args: Mapping[str, Any]) -> None:
     """Refuse a model of ours that would fill the memory, before it does: its shapes are known without its numbers."""
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             parameters = list(models.build_model(recipe.model, **model_args).parameters())
     except EspalierError:  # a layer of another library that cannot do without numbers, or what building it will tell
         return

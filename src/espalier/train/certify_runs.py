@@ -15,7 +15,7 @@ from espalier.data import ImageSource
 from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 from espalier.recipes import get_recipe
-from espalier.train import Run, load_run, train
+from espalier.train import Run, train
 
 
 def certificate_path(run: Path | str) -> Path:
@@ -125,8 +125,7 @@ def demo_certificate(out: Path, *, smallest: bool = False) -> tuple[Path, str]:
     """
     recipe = get_recipe("digits_robust")
     recipe = replace(recipe, epochs=1) if smallest else recipe
-    train(recipe, out / recipe.name, progress=False)
-    run = load_run(out / recipe.name)
+    run = train(recipe, out / recipe.name, progress=False)
     certificate = certify_run(run)
     certificate.save(certificate_path(run.path))
     report = attack_run(run, 20 if smallest else 120, steps=20)

@@ -208,9 +208,7 @@ def _damage(path: Path, rank: int, world: int) -> str | None:
     """Return what is wrong with this process's share of a checkpoint's files, None if nothing is."""
     try:
         files, _ = read_manifest(path)
-        if _STATE not in files:
-            raise EspalierError(f"{path} names no {_STATE}")
-        name = damaged(path, sorted(files)[rank::world])
+        name = damaged(path, sorted({_STATE, *files})[rank::world])
     except EspalierError as error:
         return str(error).partition(":")[0]
     return None if name is None else f"{path / name} is damaged"
