@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from espalier.init.filters.closed_form import is_depthwise
-from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped, refuse_computed, register_layout
+from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped, register_layout
 
 
 @register_layout(nn.Conv1d)
@@ -18,4 +18,4 @@ def depthwise_convolution(module: nn.Module) -> Found | None:
         return None
     if max(module.kernel_size) < 3 or 2 in module.kernel_size:
         return Skipped("depthwise", f"kernel {tuple(module.kernel_size)} has fewer than 3 taps along an axis")
-    return refuse_computed(module, "depthwise") or DepthwiseWeights(module.weight.detach())
+    return DepthwiseWeights(module.weight.detach())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,13 +14,13 @@ from espalier.init.layouts.probe_depthwise import align
 from espalier.init.layouts.prove import prove, prove_use
 from espalier.init.layouts.registry import (
     COMPUTED,
+    CROSS,
     GUESSES,
     LAYOUTS,
     LAZY,
     AttentionWeights,
     DepthwiseWeights,
     Found,
-    LatentAttentionWeights,
     Layout,
     Refused,
     Skipped,
@@ -30,7 +30,13 @@ from espalier.init.layouts.registry import (
 )
 from espalier.init.sharded import whole
 
-_CROSS = Skipped("attention", "cross-attention compares two sequences: left alone")
+_EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
+_EXPANDED = "its weights are fewer numbers seen many times (expanded): clone them, then write"
+_OVERLAPPING = "two of its projections share memory: their products cannot both be set"
+_QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
+# What a class has besides what it redefines.
+_BOOKKEEPING = {"__module__", "__doc__", "__annotations__", "__constants__", "__parameters__", "__orig_bases__"}
+_BOOKKEEPING |= {"__static_attributes__", "__firstlineno__"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def locate_layers(model: nn.Module) -> list[Layer]:
     names = dict(model.named_modules())
     attention = {name for name, module in names.items() if _is_attention(module)}
     # What has attention inside it is named for that: the innermost is the layer.
-    attention -= {name[:dot] for name in attention for dot in _dots(name)} | ({""} if len(attention) > 1 else set())
+    attention -= {".".join(name.split(".")[:end]) for name in attention if name for end in range(name.count(".") + 1)}
     inside: list[str] = []
     located = []
     for name, module in names.items():
@@ -114,19 +120,17 @@ def _read(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found
     host = next((cls for cls in type(module).__mro__ if class_path(cls) in LAYOUTS), None)
     if host is None:
         return _guess(names, name, module)
-    layout = LAYOUTS[class_path(host)]
+    layout, own_code = LAYOUTS[class_path(host)], _has_own_code(type(module), host)
     found = _apply(layout, module)
     if isinstance(found, Mapping):
-        # A subclass may call its parts as it likes: they are looked at one by one.
-        own = _has_own_code(type(module), host)
-        return (
-            None if own else {child: _vet(f"{name}.{child}".lstrip("."), module, part) for child, part in found.items()}
-        )
+        if own_code:  # it may call its parts as it likes: they are looked at one by one
+            return None
+        return {child: _vet(f"{name}.{child}".lstrip("."), module, part) for child, part in found.items()}
     if found is None or isinstance(found := _vet(name, module, found), Skipped):
         return found
     if isinstance(found, DepthwiseWeights) and host.__module__.startswith("torch."):
-        return align(names, name, module, found, own_code=_has_own_code(type(module), host))
-    if _has_own_code(type(module), host):
+        return align(names, name, module, found, own_code=own_code)
+    if own_code:
         return prove(names, name, module, found, layout)
     if host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
         return prove_use(names, name, module, found)
@@ -139,9 +143,10 @@ def _guess(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Foun
     for guess in GUESSES:
         found = _apply(guess, module)
         assert not isinstance(found, Mapping)
-        if found is not None and not isinstance(found := _vet(name, module, found), Skipped):
-            found = prove(names, name, module, found, guess)
-        if found is not None and not isinstance(found, Skipped):
+        if found is None:
+            continue
+        found = prove(names, name, module, _vet(name, module, found), guess)
+        if not isinstance(found, Skipped):
             return found
         refused = refused or found
     return refused
@@ -157,35 +162,25 @@ def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | N
         if any(parameter.numel() == 0 for parameter in module.parameters()):
             return Skipped(_kind_of(module), _EMPTY)
         if isinstance(error, Refused):
-            return error.skipped
+            return Skipped(*error.args)
         words = str(error).strip().splitlines() or ["no message"]
         reason = f"{class_path(type(module))} cannot be read ({type(error).__name__}: {words[0]})"
         return Skipped(_kind_of(module), f"{reason}: register a layout for this class")
 
 
-_EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
-_EXPANDED = "its weights are fewer numbers seen many times (expanded): clone them, then write"
-_OVERLAPPING = "two of its projections share memory: their products cannot both be set"
-_QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
-
-
-def _unless_unusable(weights: Found) -> Found:
-    """Return views that hold numbers of at least two bytes, or else why they cannot be written."""
-    if isinstance(weights, Skipped):
-        return weights
-    values = [value for value in vars(weights).values() if isinstance(value, Tensor)]
+def _unusable(values: Sequence[Tensor]) -> str:
+    """Return why views cannot be written that do not hold numbers of at least two bytes, each of its own; else ""."""
     if any(value.numel() == 0 for value in values):
-        return Skipped(weights.kind, _EMPTY)
+        return _EMPTY
     if any(not value.is_floating_point() or value.element_size() < 2 for value in values):
-        return Skipped(weights.kind, _QUANTISED)
+        return _QUANTISED
     if any(size > 1 and step == 0 for value in values for size, step in zip(value.shape, value.stride(), strict=True)):
-        return Skipped(weights.kind, _EXPANDED)
+        return _EXPANDED
     # Views of one head's rows are not dense: they lie between each other's rows, apart by construction.
     dense = [v for v in values if v.is_contiguous() or (v.ndim > 1 and v.mT.is_contiguous())]
     spans = sorted((v.untyped_storage()._cdata, v.storage_offset(), v.storage_offset() + v.numel()) for v in dense)
-    if any(first[0] == second[0] and second[1] < first[2] for first, second in pairwise(spans)):
-        return Skipped(weights.kind, _OVERLAPPING)
-    return weights
+    overlap = any(first[0] == second[0] and second[1] < first[2] for first, second in pairwise(spans))
+    return _OVERLAPPING if overlap else ""
 
 
 def _kind_of(module: nn.Module) -> str:
@@ -197,29 +192,28 @@ def _kind_of(module: nn.Module) -> str:
 
 def _vet(name: str, module: nn.Module, found: Found) -> Found:
     """Return what a layout read, or why it must not be written whatever the module computes."""
-    if not isinstance(found, Skipped) and holds_lazy(module):
-        return Skipped(found.kind, LAZY)
-    if isinstance(found := _unless_unusable(found), Skipped):
+    if isinstance(found, Skipped):
         return found
-    if isinstance(found, AttentionWeights | LatentAttentionWeights) and (reads_cross(name) or says_cross(module)):
-        return _CROSS
+    if refused := refuse_computed(module, found.kind):
+        return refused
+    views = [view for view in vars(found).values() if isinstance(view, Tensor)]
+    if reason := _unusable(views):
+        return Skipped(found.kind, reason)
+    if found.kind == "attention" and (reads_cross(name) or says_cross(module)):
+        return Skipped("attention", CROSS)
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     # A bias that stays zero is a buffer in some classes (BEiT's, EVA's keys).
     kept = own | {buffer.untyped_storage()._cdata for buffer in module.buffers()}
-    weights = [(view, own) for view in vars(found).values() if isinstance(view, Tensor)]
-    biases = [(view, kept) for views in vars(found).values() if isinstance(views, tuple) for view in views]
-    if any(isinstance(t, Tensor) and t.untyped_storage()._cdata not in known for t, known in (*weights, *biases)):
-        return Skipped(found.kind, COMPUTED)
-    return refuse_computed(module, found.kind) or found
+    biases = [bias for part in vars(found).values() if isinstance(part, tuple) for bias in part]
+    held = [view.untyped_storage()._cdata in own for view in views]
+    held += [bias.untyped_storage()._cdata in kept for bias in biases if isinstance(bias, Tensor)]
+    return found if all(held) else Skipped(found.kind, COMPUTED)
 
 
 def _has_own_code(cls: type, host: type) -> bool:
     """Return whether a subclass of a registered class redefines anything of it."""
-    theirs = {
-        name for base in host.__mro__ if base is not nn.Module and issubclass(base, nn.Module) for name in vars(base)
-    }
-    theirs = (theirs | {"forward", "__init__"}) - {"__module__", "__doc__", "__annotations__", "__constants__"}
-    theirs -= {"__parameters__", "__orig_bases__", "__static_attributes__", "__firstlineno__"}
+    bases = [base for base in host.__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
+    theirs = {"forward", "__init__"}.union(*map(vars, bases)) - _BOOKKEEPING
     between = cls.__mro__[: cls.__mro__.index(host)]
     return any(theirs & set(vars(base)) for base in between if base is not nn.Module)
 
@@ -232,14 +226,9 @@ def _is_attention(module: nn.Module) -> bool:
 def _not_understood(module: nn.Module) -> Skipped:
     """Return why a module that looks like attention is left alone."""
     children = {name for name, _ in module.named_children()}
-    if any(name.startswith(("kv_a_proj", "kv_down", "kv_a")) for name in children):
-        return Skipped(
-            "attention", "multi-head latent attention in a form that no layout knows: register one for its class"
-        )
-    if says_cross(module):
-        return _CROSS
-    return Skipped("attention", "it looks like attention, in a form that no layout knows: register one for its class")
-
-
-def _dots(name: str) -> list[int]:
-    return [position for position, letter in enumerate(name) if letter == "."]
+    reason = "it looks like attention, in a form that no layout knows: register one for its class"
+    if any(name.startswith(("kv_down", "kv_a")) for name in children):
+        reason = "multi-head latent attention in a form that no layout knows: register one for its class"
+    elif says_cross(module):
+        reason = CROSS
+    return Skipped("attention", reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from espalier.init.layouts.linears import matrices
-from espalier.init.layouts.registry import Found, LatentAttentionWeights, Skipped, register_layout
+from espalier.init.layouts.registry import LatentAttentionWeights, Refused, register_layout
 
 # AXK2 (a fused gate, and queries from the latent beside its norm) and MistralLarge4 (keys of other layers, a learned
 # temperature) are in forms of their own, and have no layout.
@@ -30,7 +30,7 @@ _CLASSES = (
 _SCALES = (("mla_scale_q_lora", "q_lora_scale"), ("mla_scale_kv_lora", "kv_lora_scale"))
 
 
-def latent_attention(module: nn.Module) -> Found:
+def latent_attention(module: nn.Module) -> LatentAttentionWeights:
     """Return the weights of latent attention: of each head the rows without positions, and both latents.
 
     ``q_b_proj`` (or ``q_proj``) keeps (n, rotary) rows together for each head, ``kv_b_proj`` (n, m); of
@@ -40,8 +40,6 @@ def latent_attention(module: nn.Module) -> Found:
     names: tuple[str, ...] = ("q_proj",) if direct else ("q_b_proj", "q_a_proj")
     names += ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     parts = matrices(module, names)
-    if isinstance(parts, Skipped):
-        return parts
     q, kv_a, kv_b, out = parts[0], *parts[-3:]
     heads, plain, turned, width, rank = (
         int(getattr(module, name))
@@ -50,9 +48,9 @@ def latent_attention(module: nn.Module) -> Found:
     fits = len(q) == heads * (plain + turned) and len(kv_b) == heads * (plain + width)
     fits &= len(kv_a) == rank + turned and kv_b.shape[1] == rank and out.shape[1] == heads * width
     if not fits or getattr(module, "num_key_value_groups", 1) != 1:
-        return Skipped("attention", "its weights' shapes do not fit together: register a layout for its class")
+        raise Refused("attention", "its weights' shapes do not fit together: register a layout for its class")
     if max(rank, 0 if direct else len(parts[1])) > len(out):
-        return Skipped("attention", "a latent is wider than the model: there is nothing to approximate")
+        raise Refused("attention", "a latent is wider than the model: there is nothing to approximate")
     k, v = kv_b.unflatten(0, (heads, -1)).split([plain, width], 1)
     scales = [next((float(getattr(module, name)) for name in found if hasattr(module, name)), 1.0) for found in _SCALES]
     gated = any(hasattr(module, name) for name in ("g_proj", "gate_proj"))

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_computed
+from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
 ROTARY = "rotary positions: the QK product holds at distance zero"
 
 
-def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> Found:
+def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> AttentionWeights:
     """Return the weights of self-attention with four linear layers.
 
     Args:
@@ -21,27 +21,20 @@ def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str =
         q, k, v, out: dotted names of the linear layers inside it.
         note: what a reader of the report should know of this host.
 
-    Returns:
-        Views, or ``Skipped`` with the reason: parametrised, adapted (LoRA), quantised, missing or cross-attention.
+    Raises:
+        Refused: adapted (LoRA), quantised, missing or cross-attention.
     """
     parts = matrices(module, (q, k, v, out))
-    if isinstance(parts, Skipped):
-        return parts
     return _assemble(module, parts, _count_heads(module, len(parts[0])), (q, k, v, out), note)
 
 
-def paired(module: nn.Module, q: str, kv: str, out: str, *, note: str = "") -> Found:
+def paired(module: nn.Module, q: str, kv: str, out: str) -> AttentionWeights:
     """Return the weights of self-attention whose keys and values come from one linear layer, keys first."""
-    parts = matrices(module, (q, kv, out))
-    if isinstance(parts, Skipped):
-        return parts
-    keys, values = parts[1].chunk(2)
-    return _assemble(
-        module, [parts[0], keys, values, parts[2]], _count_heads(module, len(parts[0])), (q, kv, out), note
-    )
+    q_RD, kv_RD, out_DR = matrices(module, (q, kv, out))
+    return _assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], _count_heads(module, len(q_RD)), (q, kv, out))
 
 
-def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "") -> Found:
+def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "") -> AttentionWeights:
     """Return the weights of self-attention whose queries, keys and values come from one linear layer.
 
     Args:
@@ -51,16 +44,13 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
             values, the latter two fewer with grouped queries.
         note: what a reader of the report should know of this host.
     """
-    parts = matrices(module, (qkv, out))
-    if isinstance(parts, Skipped):
-        return parts
-    rows_RD, out_DR = parts
+    rows_RD, out_DR = matrices(module, (qkv, out))
     heads = _count_heads(module, out_DR.shape[1])
     if not heads or out_DR.shape[1] % heads or (len(rows_RD) - out_DR.shape[1]) % 2:
-        return Skipped("attention", _unknown_heads(heads))
+        raise Refused("attention", _unknown_heads(heads))
     if by_head:
         if len(rows_RD) != 3 * out_DR.shape[1]:
-            return Skipped("attention", "its fused rows are not three a head: register a layout for its class")
+            raise Refused("attention", "its fused rows are not three a head: register a layout for its class")
         # Rows of one head are not evenly spaced over heads, so these views are three-dimensional.
         q, k, v = rows_RD.unflatten(0, (heads, 3, -1)).unbind(1)
     else:
@@ -69,51 +59,48 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
     return _assemble(module, [q, k, v, out_DR], heads, (qkv, out), note)
 
 
-def _assemble(module: nn.Module, weights: Sequence[Tensor], heads: int, names: Sequence[str], note: str) -> Found:
+def _assemble(
+    module: nn.Module, weights: Sequence[Tensor], heads: int, names: Sequence[str], note: str = ""
+) -> AttentionWeights:
     q, k, v, out = weights
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
     if not heads or rows % heads:
-        return Skipped("attention", _unknown_heads(heads))
+        raise Refused("attention", _unknown_heads(heads))
     if k.shape[-1] != dim or v.shape[-1] != dim or len(out) != dim:
-        return Skipped("attention", "queries, keys and outputs have different widths: this is cross-attention")
+        raise Refused("attention", "queries, keys and outputs have different widths: this is cross-attention")
     groups, rest = divmod(k.numel() // dim, rows // heads)
     fits = not rest and groups and not heads % groups and not v.numel() // dim % groups
     if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
-        return Skipped("attention", "its weights' shapes do not fit together: register a layout for its class")
+        raise Refused("attention", "its weights' shapes do not fit together: register a layout for its class")
     if len({part.data_ptr() for part in weights}) < 4 and not q.is_meta:
-        return Skipped("attention", "two of its projections are tied to one weight: their products cannot both be set")
+        raise Refused("attention", "two of its projections are tied to one weight: their products cannot both be set")
     biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
     biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
     return AttentionWeights(q, k, v, out, heads, groups, found, note)
 
 
-def matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor] | Skipped:
-    """Return the weights of linear layers as (out, in), or why one of them cannot be written."""
-    if refused := refuse_computed(module, "attention"):
-        return refused
-    parts = [_matrix(module, name) for name in names]
-    refusals = [part for part in parts if isinstance(part, Skipped)]
-    return refusals[0] if refusals else [part for part in parts if isinstance(part, Tensor)]
+def matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """Return the weights of linear layers as (out, in), or raise why one of them cannot be written."""
+    return [_matrix(module, name) for name in names]
 
 
-def _matrix(module: nn.Module, name: str) -> Tensor | Skipped:
-    """Return a linear layer's weight as (out, in), or why it cannot be written."""
+def _matrix(module: nn.Module, name: str) -> Tensor:
     layer = module.get_submodule(name)
     if isinstance(layer, nn.Identity):
-        return Skipped("attention", f"{name} is missing (an identity): there is no product to set")
+        raise Refused("attention", f"{name} is missing (an identity): there is no product to set")
     if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
-        return Skipped("attention", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
+        raise Refused("attention", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
     weight = getattr(layer, "weight", None)
     if weight is None and not any(
         "quant" in part.lower() or part == "qweight" for part in (type(layer).__name__, *vars(layer), *layer._buffers)
     ):
         kind = type(layer).__name__
-        return Skipped("attention", f"{name} ({kind}) holds no weight of its own: register a layout for its class")
+        raise Refused("attention", f"{name} ({kind}) holds no weight of its own: register a layout for its class")
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        return Skipped("attention", f"{name} is quantised: write the full-precision model, then quantise it")
+        raise Refused("attention", f"{name} is quantised: write the full-precision model, then quantise it")
     if weight.ndim != 2:
-        return Skipped("attention", f"{name} holds no matrix but shape {tuple(weight.shape)}: write before wrapping")
+        raise Refused("attention", f"{name} holds no matrix but shape {tuple(weight.shape)}: write before wrapping")
     # GPT-2's Conv1D stores (in, out); it is known by its number of features, nf.
     return weight.detach().mT if hasattr(layer, "nf") else weight.detach()
 

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import (
-    Found,
-    Refused,
-    Skipped,
-    SSMWeights,
-    refuse_computed,
-    register_guess,
-    register_layout,
-)
+from espalier.init.layouts.registry import Found, Refused, Skipped, SSMWeights, register_guess, register_layout
 
 _TRANSFORMERS = "transformers.models."
 
@@ -24,8 +16,6 @@ _TRANSFORMERS = "transformers.models."
 @register_layout(_TRANSFORMERS + "jamba.modeling_jamba.JambaMambaMixer")
 def mamba1(module: nn.Module) -> Found:
     """Return views into ``x_proj`` (rows Δ-rank, B, C), ``dt_proj``, ``A_log`` and ``conv1d``."""
-    if refused := refuse_computed(module, "ssm"):
-        return refused
     rates, taps, conv_bias = _common(module)
     maps, steps = _linear(module, "x_proj"), _linear(module, "dt_proj")
     size, rank = rates.shape[1], steps.in_features
@@ -62,18 +52,15 @@ def guess_mamba(module: nn.Module) -> Found | None:
     bare = {name for name, _ in module.named_parameters(recurse=False)}
     if "A_log" not in bare or not {"conv1d", "in_proj", "out_proj"} <= names:
         return None
-    found: Found | None = None
     if {"x_proj", "dt_proj"} <= names:
-        found = mamba1(module)
-    elif "dt_bias" in bare:
-        found = _mamba2(module, 1, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
-    return found
+        return mamba1(module)
+    if "dt_bias" not in bare:
+        return None
+    return _mamba2(module, 1, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
 
 
 def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
     """Return a Mamba-2's views; ``share`` are the rows of B, all groups of it."""
-    if refused := refuse_computed(module, "ssm"):
-        return refused
     rates, taps, conv_bias = _common(module)
     maps, heads = _linear(module, "in_proj"), len(rates)
     # From the end: a mamba_ssm mixer may have an MLP's rows before z.

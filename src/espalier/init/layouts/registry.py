@@ -145,6 +145,7 @@ class Codeless(nn.Module):
 
 
 LAZY = "its weights have no shape before its first call: run a batch, then write"
+CROSS = "cross-attention compares two sequences: left alone"
 COMPUTED = "its weights are computed by a hook before each call: remove the hook, write, put it back"
 
 # By the class's dotted path.
@@ -185,11 +186,7 @@ def register_guess(layout: AnyLayout) -> AnyLayout:
 
 
 class Refused(Exception):
-    """Raised inside a layout for a part that it cannot read: the layer becomes ``Skipped(kind, reason)``."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.skipped = Skipped(kind, reason)
+    """Raised with a kind and a reason inside a layout that cannot read a layer, which becomes ``Skipped`` with both."""
 
 
 def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, refuse_computed, register_layout
+from espalier.init.layouts.registry import CROSS, AttentionWeights, Found, Skipped, register_layout
 
 
 @register_layout(nn.MultiheadAttention)
 def multihead_attention(module: nn.Module) -> Found:
     """Return views into ``in_proj_weight`` (rows q, k, v) and ``out_proj``."""
     assert isinstance(module, nn.MultiheadAttention)
-    if refused := refuse_computed(module, "attention"):
-        return refused
     if module.in_proj_weight is None:
         return Skipped("attention", "keys or values have a width of their own (kdim, vdim): this is cross-attention")
     q, k, v = module.in_proj_weight.detach().chunk(3)
@@ -29,5 +27,5 @@ def decoder_layer(module: nn.Module) -> Mapping[str, Found]:
     assert isinstance(module, nn.TransformerDecoderLayer)
     return {
         "self_attn": multihead_attention(module.self_attn),
-        "multihead_attn": Skipped("attention", "cross-attention compares two sequences: left alone"),
+        "multihead_attn": Skipped("attention", CROSS),
     }

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from espalier.init.layouts.linears import ROTARY, fused, separate
-from espalier.init.layouts.registry import AttentionWeights, Found, Skipped, register_layout
+from espalier.init.layouts.registry import CROSS, AttentionWeights, Found, Skipped, register_layout
 
 _Q_K_V_O = ("q_proj", "k_proj", "v_proj", "o_proj")
 _Q_K_V_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -60,16 +60,15 @@ _UNSCALED = ("T5Attention", "GPTNeoSelfAttention")
 
 def _separate(module: nn.Module, names: tuple[str, str, str, str], note: str) -> Found:
     if getattr(module, "is_cross_attention", False):
-        return Skipped("attention", "cross-attention compares two sequences: left alone")
+        return Skipped("attention", CROSS)
     return _scaled(module, separate(module, *names, note=note))
 
 
-def _scaled(module: nn.Module, found: Found) -> Found:
+def _scaled(module: nn.Module, found: AttentionWeights) -> AttentionWeights:
     """Return views that know by what the module multiplies its scores."""
     stated = 1.0 if type(module).__name__ in _UNSCALED else getattr(module, "scaling", None)
-    if isinstance(found, Skipped) or not isinstance(stated, float) or not stated > 0:
+    if not isinstance(stated, float) or not stated > 0:
         return found
-    assert isinstance(found, AttentionWeights)
     scale = stated * (found.q.shape[0] / found.num_heads) ** 0.5
     return replace(found, score_scale=1.0 if math.isclose(scale, 1.0) else scale)
 
@@ -86,5 +85,5 @@ for _path, _pair, _by_head, _note in _FUSED:
 def gpt2_attention(module: nn.Module) -> Found:
     """Return transposed views: ``Conv1D`` stores (in, out), so ``c_attn``'s columns are queries, keys and values."""
     if hasattr(module, "q_attn"):
-        return Skipped("attention", "cross-attention compares two sequences: left alone")
+        return Skipped("attention", CROSS)
     return _scaled(module, fused(module, "c_attn", "c_proj"))
