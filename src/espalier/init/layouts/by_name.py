@@ -8,39 +8,12 @@ from espalier.init.layouts.linears import fused, paired, separate
 from espalier.init.layouts.registry import Found, Skipped, register_guess
 
 # Names of queries, keys and values that belong together, and of the output projection beside them.
-TRIPLES = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("Wq", "Wk", "Wv"),
-    ("w_q", "w_k", "w_v"),
-    ("W_q", "W_k", "W_v"),
-    ("to_q", "to_k", "to_v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("linear_q", "linear_k", "linear_v"),
-    ("q_linear", "k_linear", "v_linear"),
-    ("q", "k", "v"),
-)
+_FORMS = ("{}_proj", "w{}", "W{}", "w_{}", "W_{}", "to_{}", "{}_lin", "linear_{}", "{}_linear", "{}")
+TRIPLES = [tuple(form.format(letter) for letter in "qkv") for form in _FORMS]
+TRIPLES += [("query", "key", "value"), ("query_proj", "key_proj", "value_proj")]
 FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
-OUTPUTS = (
-    "o_proj",
-    "out_proj",
-    "c_proj",
-    "to_out",
-    "out_lin",
-    "linear_out",
-    "out_linear",
-    "proj_out",
-    "wo",
-    "Wo",
-    "w_o",
-    "W_o",
-    "proj",
-    "dense",
-    "out",
-    "o",
-)
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out")
+OUTPUTS += ("wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o")
 
 
 @register_guess
@@ -57,8 +30,7 @@ def guess_attention(module: nn.Module) -> Found | None:
 @register_guess
 def guess_rows_by_head(module: nn.Module) -> Found | None:
     """Return the other reading of a fused layer: queries, keys and values of each head together (GPT-NeoX's)."""
-    names = {name for name, _ in module.named_children()}
-    return _guess(module, by_head=True) if names & set(FUSED) else None
+    return _guess(module, by_head=True) if set(FUSED) & set(module._modules) else None
 
 
 def _guess(module: nn.Module, *, by_head: bool) -> Found | None:
