@@ -5,27 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from espalier.init.layouts.linears import matrices
-from espalier.init.layouts.registry import LatentAttentionWeights, Refused, register_layout
+from espalier.init.layouts.registry import LatentAttentionWeights, Refused, register_layout, transformers_path
 
 # AXK2 (a fused gate, and queries from the latent beside its norm) and MistralLarge4 (keys of other layers, a learned
 # temperature) are in forms of their own, and have no layout.
-_CLASSES = (
-    "axk1.modeling_axk1.AXK1Attention",
-    "bailing_hybrid.modeling_bailing_hybrid.BailingHybridAttention",
-    "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention",
-    "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention",
-    "deepseek_v32.modeling_deepseek_v32.DeepseekV32Attention",
-    "dots3_note.modeling_dots3_note.Dots3NoteTextAttention",
-    "glm4_moe_lite.modeling_glm4_moe_lite.Glm4MoeLiteAttention",
-    "glm5_next.modeling_glm5_next.Glm5NextTextAttention",
-    "glm_moe_dsa.modeling_glm_moe_dsa.GlmMoeDsaAttention",
-    "hy_v4.modeling_hy_v4.HYV4Attention",
-    "kimi_linear.modeling_kimi_linear.KimiLinearAttention",
-    "longcat_flash.modeling_longcat_flash.LongcatFlashMLA",
-    "minicpm3.modeling_minicpm3.MiniCPM3Attention",
-    "mistral4.modeling_mistral4.Mistral4Attention",
-    "youtu.modeling_youtu.YoutuAttention",
-)
+_CLASSES = """
+    axk1.AXK1Attention bailing_hybrid.BailingHybridAttention deepseek_v2.DeepseekV2Attention
+    deepseek_v3.DeepseekV3Attention deepseek_v32.DeepseekV32Attention dots3_note.Dots3NoteTextAttention
+    glm4_moe_lite.Glm4MoeLiteAttention glm5_next.Glm5NextTextAttention glm_moe_dsa.GlmMoeDsaAttention
+    hy_v4.HYV4Attention kimi_linear.KimiLinearAttention longcat_flash.LongcatFlashMLA minicpm3.MiniCPM3Attention
+    mistral4.Mistral4Attention youtu.YoutuAttention
+"""
 # What a library calls the factors of its normalised latents, where it has any.
 _SCALES = (("mla_scale_q_lora", "q_lora_scale"), ("mla_scale_kv_lora", "kv_lora_scale"))
 
@@ -70,5 +60,5 @@ def latent_attention(module: nn.Module) -> LatentAttentionWeights:
     )  # fmt: skip
 
 
-for _path in _CLASSES:
-    register_layout(f"transformers.models.{_path}")(latent_attention)
+for _class in _CLASSES.split():
+    register_layout(transformers_path(_class))(latent_attention)

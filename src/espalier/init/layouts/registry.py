@@ -216,3 +216,9 @@ def holds_lazy(module: nn.Module) -> bool:
 def class_path(cls: type) -> str:
     """Return a class's dotted path."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def transformers_path(name: str) -> str:
+    """Return the dotted path of a class of transformers: that of ``vit.ViTAttention`` is in ``modeling_vit``."""
+    folder, _, cls = name.partition(".")
+    return f"transformers.models.{folder}.modeling_{folder}.{cls}"

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from espalier.init.layouts.linears import ROTARY, fused, separate
-from espalier.init.layouts.registry import CROSS, AttentionWeights, Found, Skipped, register_layout
+from espalier.init.layouts.registry import CROSS, AttentionWeights, Found, Skipped, register_layout, transformers_path
 
 _Q_K_V_O = ("q_proj", "k_proj", "v_proj", "o_proj")
 _Q_K_V_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -55,19 +55,16 @@ def _scaled(module: nn.Module, found: AttentionWeights) -> AttentionWeights:
     return replace(found, score_scale=1.0 if math.isclose(scale, 1.0) else scale)
 
 
-def _path(name: str) -> str:
-    folder, _, cls = name.partition(".")
-    return f"transformers.models.{folder}.modeling_{folder}.{cls}Attention"
-
-
 for (_names, _note), _hosts in _SEPARATE.items():
     for _host in _hosts.split():
-        register_layout(_path(_host))(partial(_separate, names=_names, note=_note))
+        register_layout(transformers_path(f"{_host}Attention"))(partial(_separate, names=_names, note=_note))
 for _host, (_qkv, _out, _by_head, _note) in _FUSED.items():
-    register_layout(_path(_host))(partial(fused, qkv=_qkv, out=_out, by_head=_by_head, note=_note))
+    register_layout(transformers_path(f"{_host}Attention"))(
+        partial(fused, qkv=_qkv, out=_out, by_head=_by_head, note=_note)
+    )
 
 
-@register_layout("transformers.models.gpt2.modeling_gpt2.GPT2Attention")
+@register_layout(transformers_path("gpt2.GPT2Attention"))
 def gpt2_attention(module: nn.Module) -> Found:
     """Return transposed views: ``Conv1D`` stores (in, out), so ``c_attn``'s columns are queries, keys and values."""
     if hasattr(module, "q_attn"):
