@@ -9,11 +9,13 @@ from espalier.init.layouts.registry import Found, Skipped, register_guess
 
 # Names of queries, keys and values that belong together, and of the output projection beside them.
 _FORMS = ("{}_proj", "w{}", "W{}", "w_{}", "W_{}", "to_{}", "{}_lin", "linear_{}", "{}_linear", "{}")
-TRIPLES = [tuple(form.format(letter) for letter in "qkv") for form in _FORMS]
+TRIPLES = [(form.format("q"), form.format("k"), form.format("v")) for form in _FORMS]
 TRIPLES += [("query", "key", "value"), ("query_proj", "key_proj", "value_proj")]
 FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out")
-OUTPUTS += ("wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o")
+OUTPUTS = (
+    "o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out",
+    "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o",
+)  # fmt: skip
 
 
 @register_guess

@@ -35,8 +35,10 @@ _EXPANDED = "its weights are fewer numbers seen many times (expanded): clone the
 _OVERLAPPING = "two of its projections share memory: their products cannot both be set"
 _QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
 # What a class has besides what it redefines.
-_BOOKKEEPING = {"__module__", "__doc__", "__annotations__", "__constants__", "__parameters__", "__orig_bases__"}
-_BOOKKEEPING |= {"__static_attributes__", "__firstlineno__"}
+_BOOKKEEPING = {
+    "__module__", "__doc__", "__annotations__", "__constants__", "__parameters__", "__orig_bases__",
+    "__static_attributes__", "__firstlineno__",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _read(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found
     if own_code:
         return prove(names, name, module, found, layout)
     if host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
-        return prove_use(names, name, module, found)
+        return prove_use(names, name, found)
     return found
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
@@ -28,11 +26,12 @@ from espalier.init.layouts.registry import (
 from espalier.init.layouts.scratch import (
     Call,
     CannotRunError,
+    bound,
     calls,
     calls_of_part,
     copy_for_probe,
-    optional_sequences,
     owner_of,
+    sequences,
     untraced,
 )
 
@@ -65,53 +64,47 @@ def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: F
         return Skipped(found.kind, "its class is not registered: register a layout for it")
     if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
         return replace(found, note=guessed)
+    why: Exception | str = ""
     try:
-        remarks = cached((module_key(module), reading), lambda: _prove_alone(module, reading))
+        try:
+            remarks = cached((module_key(module), reading), lambda: _prove_alone(module, reading))
+        except CannotRunError as alone:
+            why = alone
+            remarks = _with_owner(names, name, module, reading)
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
-    except CannotRunError as alone:
-        try:
-            remarks = _with_owner(names, name, module, reading)
-        except Unproven as error:
-            return Skipped("attention", f"not proven by a run of it: {error}")
-        except CannotRunError as error:
-            return Skipped("attention", f"it cannot be run to prove its rows: {alone}; {error}")
-    else:
-        if refused := _other_keys(names, name, module):
-            return refused
+    except CannotRunError as error:
+        return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
+    # What was run with its owner was seen with the owner's keys.
+    if not why and (refused := _other_keys(names, name, module, found)):
+        return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
 
 
-def prove_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: AttentionWeights) -> Found:
+def prove_use(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Found:
     """Return the weights of ``nn.MultiheadAttention`` if whoever calls it hands it one sequence; else why not.
 
     A layer that is the model, or stands in containers only, is taken at its word.
     """
     owner = owner_of(names, name)
-    if owner is None or type(owner[1]) is nn.TransformerEncoderLayer or isinstance(names[""], Codeless):
+    if owner is None or type(owner[1]) is nn.TransformerEncoderLayer:
         return found
     try:
-        for call in _calls_in_use(names, name, module, found.q.shape[-1], found.num_heads):
-            query, *others = list(_bound(module, call).values())[:3]
-            if any(other.shape != query.shape or not torch.equal(query, other) for other in others):
-                return Skipped("attention", _OTHERS)
+        return Skipped("attention", _OTHERS) if _is_crossed(names, name, found, ("key", "value")) else found
     except CannotRunError as error:
         return Skipped("attention", f"whose keys it gets cannot be proven: {error}")
-    return found
 
 
 def _prove_alone(module: nn.Module, reading: Layout) -> str:
     """Prove a layer on inputs made from its own signature."""
     group = ("alike", module_key(module, _NUMBERS), reading)
     with untraced():
-        twin = copy_for_probe(module)
-        views = reading(twin)
-        assert isinstance(views, AttentionWeights)
+        twin, views = _copied(module, reading)
+        if sequences(twin, needed=True):
+            raise CannotRunError("it takes two sequences")
         why: CannotRunError | Unproven = CannotRunError("")
         for call in calls(twin, views.q.shape[-1], views.num_heads):
-            if call.sequences > 1:
-                raise CannotRunError("it takes two sequences")
             try:
                 known = _KNOWN.get(group)
                 if isinstance(known, str):
@@ -120,11 +113,11 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
                 _KNOWN[group] = remarks = prove_attention(twin, views, call)
                 return remarks
             except Unproven as error:
-                why = error if isinstance(why, CannotRunError) or why.shapes else why
+                why = error
                 if not error.shapes:
                     break
             except CannotRunError as error:
-                why = why if isinstance(why, Unproven) or str(why) else error
+                why = why if str(why) else error
         raise why
 
 
@@ -133,10 +126,8 @@ def _with_owner(names: Mapping[str, nn.Module], name: str, module: nn.Module, re
 
     def verdict() -> str:
         with untraced():
-            twin = copy_for_probe(module)
-            views = reading(twin)
-            assert isinstance(views, AttentionWeights)
-            made = _calls_in_use(names, name, module, views.q.shape[-1], views.num_heads)
+            twin, views = _copied(module, reading)
+            made = _calls_in_use(names, name, views.q.shape[-1], views.num_heads)
             notes = [prove_attention(twin, views, call) for call in made]
         return notes[0]
 
@@ -144,26 +135,37 @@ def _with_owner(names: Mapping[str, nn.Module], name: str, module: nn.Module, re
     return cached((module_key(module), reading, tuple(above)), verdict)
 
 
-def _other_keys(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Skipped | None:
+def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:
+    twin = copy_for_probe(module)
+    views = reading(twin)
+    assert isinstance(views, AttentionWeights)
+    return twin, views
+
+
+def _other_keys(
+    names: Mapping[str, nn.Module], name: str, module: nn.Module, found: AttentionWeights
+) -> Skipped | None:
     """Return why a layer that may be handed another sequence's keys must be taken to be, or ``None``."""
-    others = optional_sequences(module)
-    owner = owner_of(names, name)
-    if not others or denies_cross(module) or owner is None:
+    others = sequences(module)
+    if not others or denies_cross(module) or owner_of(names, name) is None:
         return None
     try:
-        made = _calls_in_use(names, name, module, _width(module), 0)
+        return Skipped("attention", _OTHERS) if _is_crossed(names, name, found, others) else None
     except CannotRunError as error:
         if reads_self(name):
             return None
         return Skipped("attention", f"it may be given other keys ({', '.join(others)}), and {error}")
-    for call in made:
-        bound = _bound(module, call)
-        first = next(iter(bound.values()))
-        for other in others:
-            value = bound.get(other)
-            if isinstance(value, Tensor) and (value.shape != first.shape or not torch.equal(value, first)):
-                return Skipped("attention", _OTHERS)
-    return None
+
+
+def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeights, others: Collection[str]) -> bool:
+    """Return whether its model hands a layer other tokens through any of these arguments than through the first."""
+    for call in _calls_in_use(names, name, found.q.shape[-1], found.num_heads):
+        given = bound(names[name], call)
+        first = next(iter(given.values()))
+        tensors = [value for other in others if isinstance(value := given.get(other), Tensor)]
+        if any(value.shape != first.shape or not torch.equal(value, first) for value in tensors):
+            return True
+    return False
 
 
 def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Module]]:
@@ -172,13 +174,13 @@ def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Mod
     One that may be handed a second sequence may hand it on, so that whoever calls it decides, too.
     """
     owners: list[tuple[str, nn.Module]] = []
-    while (owner := owner_of(names, name)) is not None and (not owners or optional_sequences(owners[-1][1])):
+    while (owner := owner_of(names, name)) is not None and (not owners or sequences(owners[-1][1])):
         owners.append(owner)
         name = owner[0]
     return owners
 
 
-def _calls_in_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, width: int, heads: int) -> list[Call]:
+def _calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: int) -> list[Call]:
     """Return what a layer is handed in its model, or raise why that cannot be seen.
 
     The outermost module that decides is run; where it does not run, the next inside. One that could be handed a second
@@ -186,44 +188,25 @@ def _calls_in_use(names: Mapping[str, nn.Module], name: str, module: nn.Module, 
     """
     why = "nothing in the model calls it"
     for owner in reversed(_owners(names, name)):
-        others = tuple(optional_sequences(owner[1]))
+        others = tuple(sequences(owner[1]))
         for given in dict.fromkeys((others, ())):
             try:
-                return _calls(owner, name, module, width, heads, given)
+                return _calls(owner, name, width, heads, given)
             except CannotRunError as error:
                 why = str(error)
     raise CannotRunError(why)
 
 
-def _calls(
-    owner: tuple[str, nn.Module], name: str, module: nn.Module, width: int, heads: int, given: tuple[str, ...]
-) -> list[Call]:
+def _calls(owner: tuple[str, nn.Module], name: str, width: int, heads: int, given: tuple[str, ...]) -> list[Call]:
     """Return what the owner, given these optional arguments, hands to a layer, or raise why that cannot be seen."""
     path = name[len(owner[0]) :].lstrip(".")
 
     def made() -> list[Call]:
         with untraced():
             twin = copy_for_probe(owner[1])
-            seen = calls_of_part(twin, path, [width, *token_widths(owner[1])], heads, given)
-        sized = []
-        for call in seen:
-            first = next(iter(_bound(module, call).values()), None)
-            length = first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.ndim else call.length
-            sized.append(replace(call, length=length))
-        return sized
+            return calls_of_part(twin, path, [width, *token_widths(owner[1])], heads, given)
 
     return cached((module_key(owner[1]), path, width, heads, given, "calls"), made)
-
-
-def _bound(module: nn.Module, call: Call) -> dict[str, Any]:
-    try:
-        return dict(inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments)
-    except TypeError as error:
-        raise CannotRunError(f"{type(error).__name__}: {error}") from error
-
-
-def _width(module: nn.Module) -> int:
-    return next((p.shape[-1] for p in module.parameters() if not is_lazy(p) and p.ndim == 2), 8)
 
 
 def token_widths(owner: nn.Module) -> list[int]:

@@ -8,19 +8,20 @@ import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import LAZY, holds_lazy
+from espalier.init.layouts.registry import LAZY, Codeless, holds_lazy
 
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # Arguments by how their names read. An optional sequence decides which keys are seen.
 _SEQUENCE = re.compile(
     r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states)$|key_value|cross|latent"
@@ -36,12 +37,11 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """Inputs that a module runs on: ``length`` tokens, and whether it was handed a second sequence."""
+    """Inputs that a module runs on: ``length`` tokens."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     length: int
-    sequences: int = 1
 
 
 def copy_for_probe(module: nn.Module) -> nn.Module:
@@ -65,7 +65,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         if parameter.ndim >= 2 and parameter.numel():
-            bound = (3 / parameter[0].numel()) ** 0.5 if parameter[0].numel() else 0.0
+            bound = (3 / parameter[0].numel()) ** 0.5
             value.uniform_(-bound, bound, generator=generator)
         else:
             value.fill_(0.5 if parameter.ndim == 0 else 0.0 if "bias" in name.rpartition(".")[2] else 1.0)
@@ -101,22 +101,23 @@ def untraced() -> Iterator[None]:
     """Run on the CPU without gradients, autocast, fused kernels, warnings or a trace in torch's generators."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    fast = torch.backends.mha.get_fastpath_enabled()
-    default = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.callback(torch.set_default_dtype, default)
+    fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         torch.backends.mha.set_fastpath_enabled(False)
         torch.set_default_dtype(torch.float64)
-        yield
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def run(module: nn.Module, call: Call) -> list[Tensor]:
@@ -145,11 +146,7 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
         heads: query heads, if known: rotary tables are as wide as one.
         given: names of optional arguments that are given, too.
     """
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named = [p for p in arguments(module) if p.kind not in _VARIADIC]
     if not named:
         return
     generator = torch.Generator().manual_seed(1)
@@ -161,7 +158,6 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
     rotary = any(_ROTARY.search(p.name) for p in needs)
     share = width // heads if heads and width % heads == 0 else 8
     widths = _rotary_widths(module, share) if rotary else [0]
-    sequences = 1 + sum(p.default is p.empty and _is_sequence(p) for p in rest)
     for length, turn, zero_masks in itertools.product(_lengths(module, width, heads), widths, (False, True)):
         if zero_masks and not any("mask" in p.name for p in needs):
             continue
@@ -171,31 +167,46 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
             x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
             values = {p.name: _argument(p, x, length, turn, heads, zero_masks, generator) for p in needs}
             positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
-            keywords = values if first.kind is not first.KEYWORD_ONLY else {first.name: x, **values}
-            yield Call((x, *positional) if first.kind is not first.KEYWORD_ONLY else (), keywords, length, sequences)
+            if first.kind is first.KEYWORD_ONLY:
+                yield Call((), {first.name: x, **values}, length)
+            else:
+                yield Call((x, *positional), values, length)
 
 
-def optional_sequences(module: nn.Module) -> list[str]:
-    """Return the names of optional arguments that read as if they held another sequence's keys."""
+def arguments(module: nn.Module) -> list[inspect.Parameter]:
+    """Return what a module's forward takes, as far as that can be told."""
     try:
-        parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+        return list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
         return []
-    return [p.name for p in parameters if p.default is not p.empty and _is_sequence(p)]
+
+
+def sequences(module: nn.Module, *, needed: bool = False) -> list[str]:
+    """Return the names of optional arguments, or of needed ones, that read as if they held another sequence's keys."""
+    named = [p for p in arguments(module)[1:] if p.kind not in _VARIADIC]
+    return [p.name for p in named if (p.default is p.empty) == needed and _is_sequence(p)]
+
+
+def bound(module: nn.Module, call: Call) -> dict[str, Any]:
+    """Return a call's inputs by the names of the arguments that take them."""
+    try:
+        return dict(inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments)
+    except TypeError as error:
+        raise CannotRunError(f"{type(error).__name__}: {error}") from error
 
 
 def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module] | None:
     """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``."""
+    if isinstance(names[""], Codeless):
+        return None
     while name:
         name = name.rpartition(".")[0]
         module = names.get(name)
         if module is None or type(module) is nn.Module or isinstance(module, _CONTAINERS):
             continue
         # A wrapper that hands on whatever it gets knows no more than the module itself.
-        kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-        if inspect.Parameter.VAR_POSITIONAL not in kinds and (
-            inspect.Parameter.VAR_KEYWORD not in kinds or len(kinds) > 2
-        ):
+        kinds = [p.kind for p in arguments(module)]
+        if _VARIADIC[0] not in kinds and not (_VARIADIC[1] in kinds and len(kinds) <= 2):
             return name, module
     return None
 
@@ -215,7 +226,7 @@ def calls_of_part(
     Raises:
         CannotRunError: it runs on none of them, or never calls the part.
     """
-    why = ""
+    why, part = "", owner.get_submodule(path)
     for width in dict.fromkeys(widths):
         for call in calls(owner, width, heads, given):
             seen: list[Call] = []
@@ -223,7 +234,7 @@ def calls_of_part(
             def record(_: nn.Module, args: Any, kwargs: Any, length: int = call.length, seen: Any = seen) -> None:
                 seen.append(Call(fresh(args), fresh(kwargs), length))
 
-            handle = owner.get_submodule(path).register_forward_pre_hook(record, with_kwargs=True)
+            handle = part.register_forward_pre_hook(record, with_kwargs=True)
             try:
                 run(owner, call)
             except CannotRunError as error:
@@ -231,8 +242,14 @@ def calls_of_part(
             finally:
                 handle.remove()
             if seen:
-                return seen
+                return [replace(one, length=_length(part, one)) for one in seen]
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
+
+
+def _length(part: nn.Module, call: Call) -> int:
+    """Return the number of tokens in the first input, if that is a tensor, else the owner's."""
+    first = next(iter(bound(part, call).values()), None)
+    return first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.ndim else call.length
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
