@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.prove import cached, token_widths
-from espalier.init.layouts.registry import Codeless, DepthwiseWeights, Found, Skipped
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced
+from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped
+from espalier.init.layouts.scratch import Call, CannotRunError, arguments, copy_for_probe, owner_of, run, untraced
 
 _UNKNOWN = "which of its taps meets the present is unknown"
 _CACHE = re.compile(r"cache|past|state|stream|inference_params")
-# Output position minus input position that a tap connects, axis by axis.
+# Input position minus output position that a tap connects, axis by axis.
 Offset = tuple[int, ...]
+Centre = Literal["middle", "last", "other"]
 
 
 def align(
@@ -40,128 +41,83 @@ def align(
         own_code: it is a subclass that may pad by itself.
     """
     assert isinstance(module, Convolution)
-    notes = []
-    if max(module.stride) > 1:
-        notes.append("strided: its filters act on every other position")
-    if max(module.kernel_size) == 3:
-        notes.append("three taps an axis: hardly wider than one")
     owner = (name, module) if own_code else owner_of(names, name)
-    padded = _padding(module)
-    if (
-        owner is not None
-        and not isinstance(names[""], Codeless)
-        and (own_code or len(padded) == 1 or padded != _even(module))
-    ):
+    over_time, centre = len(module.kernel_size) == 1, _centre_by_padding(module)
+    if owner is None and centre == "other":
+        centre = "middle"
+    if owner is not None and (own_code or over_time or centre == "other"):
         path = name[len(owner[0]) :].lstrip(".")
         try:
             centre = cached((module_key(owner[1]), path, "centre"), lambda: _centre(owner[1], path, module))
         except CannotRunError as error:
-            centre = _centre_by_padding(module, owner[1], padded, own_code)
-            if centre is None:
+            streams = over_time and any(_CACHE.search(argument.name) for argument in arguments(owner[1]))
+            if own_code or centre == "other" or (centre == "middle" and streams):
                 return Skipped("depthwise", f"{_UNKNOWN}: {error}")
-    else:
-        centre = "middle" if owner is None or padded == _even(module) else None
-        if padded != _even(module) and _causal(module, padded):
-            centre = "last"
-    if centre not in ("middle", "last"):
+    if centre == "other":
         return Skipped("depthwise", f"{_UNKNOWN}: it is neither the middle one nor the last")
-    if centre == "last":
-        notes.insert(0, "causal: the newest tap is its centre")
-    return replace(found, centre=centre, note="; ".join(notes))
+    notes = [
+        "causal: the newest tap is its centre" if centre == "last" else "",
+        "strided: its filters act on every other position" if max(module.stride) > 1 else "",
+        "three taps an axis: hardly wider than one" if max(module.kernel_size) == 3 else "",
+    ]
+    return replace(found, centre=centre, note="; ".join(filter(None, notes)))
 
 
-def _padding(module: Convolution) -> tuple[int, ...]:
-    """Return the zeros that the convolution adds in front along every axis."""
-    if module.padding == "same":
-        return tuple(step * (taps - 1) // 2 for step, taps in zip(module.dilation, module.kernel_size, strict=True))
-    return (0,) * len(module.kernel_size) if module.padding == "valid" else tuple(map(int, module.padding))
-
-
-def _even(module: Convolution) -> tuple[int, ...] | None:
-    """Return the padding that keeps positions, or ``None`` where a kernel has no middle."""
-    if any(taps % 2 == 0 for taps in module.kernel_size):
-        return None
-    return tuple(step * (taps - 1) // 2 for step, taps in zip(module.dilation, module.kernel_size, strict=True))
-
-
-def _causal(module: Convolution, padded: tuple[int, ...]) -> bool:
-    return len(padded) == 1 and padded[0] >= module.dilation[0] * (module.kernel_size[0] - 1)
-
-
-def _centre_by_padding(module: Convolution, owner: nn.Module, padded: tuple[int, ...], own_code: bool) -> str | None:
-    """Return the centre of a convolution whose owner cannot be run, as far as padding tells."""
-    if own_code:
-        return None
-    if _causal(module, padded):
+def _centre_by_padding(module: Convolution) -> Centre:
+    """Return the centre of a convolution whose result is taken as it is, as far as its padding tells."""
+    middle = tuple(step * (taps - 1) // 2 for step, taps in zip(module.dilation, module.kernel_size, strict=True))
+    named = {"same": middle, "valid": (0,) * len(middle)}
+    padded = named[module.padding] if isinstance(module.padding, str) else tuple(module.padding)
+    if len(padded) == 1 and padded[0] >= module.dilation[0] * (module.kernel_size[0] - 1):
         return "last"
-    streams = any(_CACHE.search(argument) for argument in inspect.signature(owner.forward).parameters)
-    return "middle" if padded == _even(module) and not (streams and len(padded) == 1) else None
+    return "middle" if padded == middle and all(taps % 2 for taps in module.kernel_size) else "other"
 
 
-def _centre(owner: nn.Module, path: str, module: Convolution) -> str:
-    """Return "middle", "last" or "other" from runs of a copy of the owner, with weight on one tap alone.
+def _centre(owner: nn.Module, path: str, module: Convolution) -> Centre:
+    """Return which tap is the centre, from runs of a copy of the owner with weight on one tap alone.
+
+    A convolution with code of its own is its own owner. There every tap is tried: a mask, for one, lets some do
+    nothing, and what is written there would not be used.
 
     Raises:
         CannotRunError: it runs on no made-up input, or mixes positions in other ways too.
     """
-    sizes = _lengths(module)
+    sizes, steps = _lengths(module), module.dilation
+    taps = list(itertools.product(*map(range, module.kernel_size)))
     why = "nothing is known of its inputs"
     with untraced():
         twin = copy_for_probe(owner)
         filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
         for call, axes in _inputs(owner, module, sizes):
+            look = functools.partial(_offsets, twin, call, axes, filters)
             try:
-                offsets = [_offsets(twin, call, axes, filters, tap, module) for tap in (None, 0, -1)]
+                # The offset 0, which all else shares, is not told.
+                still = look(None) | {(0,) * len(sizes)}
+                first, last = look(0) - still, look(-1) - still
             except CannotRunError as error:
                 why = str(error)
                 continue
-            still = offsets[0] | {(0,) * len(sizes)}
-            first, last = offsets[1] - still, offsets[2] - still
             if not first | last and len(still) == 1:
                 return "other"  # every tap looks past the input's ends
             if len(first) > 1 or len(last) > 1 or not first | last:
                 raise CannotRunError(f"{type(owner).__name__}, which calls it, mixes positions in other ways too")
-            ends = next(iter(first), None), next(iter(last), None)
-            if not path:
-                _prove_taps(twin, call, axes, filters, module, *ends)
-            return _name(module, *ends)
+            # Tap c looks (c − c*)·dilation far. Here c*·dilation, as either end has it.
+            ends = [(taps[0], offset) for offset in first] + [(taps[-1], offset) for offset in last]
+            reach = [tuple(c * step - o for c, step, o in zip(tap, steps, seen, strict=True)) for tap, seen in ends]
+            if len(set(reach)) > 1:
+                return "other"
+            for place, tap in enumerate(taps if not path else ()):
+                if look(place) != {tuple(c * step - f for c, step, f in zip(tap, steps, reach[0], strict=True))}:
+                    raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {tap})")
+            return _name(module, reach[0])
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
 
 
-def _prove_taps(
-    twin: nn.Module,
-    call: Call,
-    axes: tuple[int, ...],
-    filters: Tensor,
-    module: Convolution,
-    first: Offset | None,
-    last: Offset | None,
-) -> None:
-    """Run a convolution with code of its own with weight on every tap alone, and raise if one is not where it belongs.
-
-    A mask, for one, lets some taps do nothing: what is written there would not be used.
-    """
-    sizes, steps = module.kernel_size, module.dilation
-    far = first or tuple(end - (n - 1) * step for end, n, step in zip(last or (), sizes, steps, strict=True))
-    for tap, place in enumerate(itertools.product(*map(range, sizes))):
-        expected = tuple(a + p * step for a, p, step in zip(far, place, steps, strict=True))
-        if _offsets(twin, call, axes, filters, tap, module) != {expected}:
-            raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {place})")
-
-
-def _name(module: Convolution, first: Offset | None, last: Offset | None) -> str:
-    """Return the centre's name, given how far the first and the last tap look (input minus output position).
-
-    Tap c looks (c − c*)·dilation far, and the offset 0, which all else shares, is not told.
-    """
-    present = []
-    for axis, (taps, step) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
-        looks = -first[axis] if first is not None else (taps - 1) * step - last[axis] if last is not None else 0
-        if last is not None and first is not None and last[axis] - first[axis] != (taps - 1) * step:
-            return "other"
-        if looks % step:
-            return "other"
-        present.append(looks // step)
+def _name(module: Convolution, far: tuple[int, ...]) -> Centre:
+    """Return the centre's name, given how far before its own tap c* the filter starts: c* times the dilation."""
+    if any(f % step for f, step in zip(far, module.dilation, strict=True)):
+        return "other"
+    present = [f // step for f, step in zip(far, module.dilation, strict=True)]
     # A strided output covers several positions; the middle tap may meet any of them.
     sizes = module.kernel_size
     if all(0 <= taps // 2 - tap < span for taps, tap, span in zip(sizes, present, module.stride, strict=True)):
@@ -180,26 +136,18 @@ def _lengths(module: Convolution) -> tuple[int, ...]:
 
 def _inputs(owner: nn.Module, module: Convolution, sizes: tuple[int, ...]) -> Iterator[tuple[Call, tuple[int, ...]]]:
     """Yield inputs for the owner, and where their axes of position are."""
-    parameters = list(inspect.signature(owner.forward).parameters.values())
-    needs = [p for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needs = [p for p in arguments(owner)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    others: dict[str, Any] = {p.name: None for p in needs}
     generator = torch.Generator().manual_seed(3)
-    dims = len(sizes)
-    widths = dict.fromkeys([*token_widths(owner), module.in_channels])
-    for width, form in itertools.product(widths, ("first", "last", "unbatched", "time-first")):
-        shape, axes = {
-            "first": ((1, width, *sizes), range(2, 2 + dims)),
-            "last": ((1, *sizes, width), range(1, 1 + dims)),
-            "unbatched": ((width, *sizes), range(1, 1 + dims)),
-            "time-first": ((*sizes, 1, width), range(dims)),
-        }[form]
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        others: dict[str, Any] = {p.name: None for p in needs}
-        yield Call((x,), others, sizes[0]), tuple(axes)
+    for width in dict.fromkeys([*token_widths(owner), module.in_channels]):
+        # Channels first, channels last, without a batch, time first.
+        forms = (((1, width, *sizes), 2), ((1, *sizes, width), 1), ((width, *sizes), 1), ((*sizes, 1, width), 0))
+        for shape, start in forms:
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            yield Call((x,), dict(others), sizes[0]), tuple(range(start, start + len(sizes)))
 
 
-def _offsets(
-    twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor, tap: int | None, module: Convolution
-) -> set[Offset]:
+def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor, tap: int | None) -> set[Offset]:
     """Return input minus output position of all outputs that move when one input does, with weight on one tap."""
     filters.zero_()
     if tap is not None:
