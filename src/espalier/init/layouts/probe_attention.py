@@ -21,8 +21,6 @@ Scores are what reaches the softmax; fused kernels are told to take the products
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -105,16 +103,15 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
     """
     trial = _Trial(module, weights, call)
     generator = torch.Generator().manual_seed(2)
-    base, share = trial.look(), trial.heads // trial.groups
+    base = trial.look()
     own = base.scores_HLL.diagonal(0, 1, 2)
-    keys, values = (_signs(generator, trial.groups, size) for size in (trial.width, trial.values))
-    k, q, v, o = (
-        _times(s) for s in (keys, keys.repeat_interleave(share, 0), values, values.repeat_interleave(share, 0))
-    )
-    scores = trial.look(q=q, k=k).scores_HLL
+    keys, values = (_signs(generator, trial.groups, size)[..., None] for size in (trial.width, trial.values))
+    q = trial.q * trial.to_heads(keys)
+    scores = trial.look(q=q, k=trial.k * keys).scores_HLL
     kept = _close(scores.diagonal(0, 1, 2), own, own)
     if not kept or _close(trial.look(q=q).scores_HLL, base.scores_HLL, base.scores_HLL):
         raise Unproven("its scores are not made of the rows that were read as queries and keys")
+    v, o = trial.v * values, trial.o * trial.to_heads(values)
     if not _near(trial.look(v=v, o=o).out, base.out) or _near(trial.look(v=v).out, base.out):
         raise Unproven("its output is not made of the rows that were read as values and output projection")
     rotary = not _close(scores, base.scores_HLL, base.scores_HLL)
@@ -122,20 +119,29 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
 
 
 class _Trial:
-    """Runs of a copy with changed weights; ``parts`` are views (heads or groups, channels, d) of q, k, v and outᵀ."""
+    """Runs of a copy with changed weights, seen as (heads or groups, channels, d): q, k, v and the transpose of out."""
 
     def __init__(self, module: nn.Module, weights: AttentionWeights, call: Call) -> None:
-        self.module, self.call, self.heads, groups = module, call, weights.num_heads, weights.num_kv_heads
-        # One axis of channels a head, whatever the storage.
-        sizes = ((weights.q, self.heads), (weights.k, groups), (weights.v, groups), (weights.out.mT, self.heads))
-        self.parts = tuple(_by_head(part, count) for part, count in sizes)
-        self.groups, self.width = self.parts[1].shape[:2]
-        self.values = self.parts[2].shape[1]
+        self.module, self.call, self.heads, self.groups = module, call, weights.num_heads, weights.num_kv_heads
+        self.q, self.k = _by_head(weights.q, self.heads), _by_head(weights.k, self.groups)
+        self.v, self.o = _by_head(weights.v, self.groups), _by_head(weights.out.mT, self.heads)
+        self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
 
-    def look(self, **changes: Callable[[Tensor], Tensor]) -> Seen:
-        """Run with some of q, k, v and out replaced by functions of themselves; the copy is left as it was."""
-        with _changed(dict(zip("qkvo", self.parts, strict=True)), changes), _Softmaxes() as seen:
-            tensors = run(self.module, self.call)
+    def to_heads(self, of_groups: Tensor) -> Tensor:
+        """Return for each head what its group has."""
+        return of_groups.repeat_interleave(self.share, 0)
+
+    def look(self, **changed: Tensor) -> Seen:
+        """Run with some of q, k, v and o replaced; the copy is left as it was."""
+        kept = {name: getattr(self, name).clone() for name in changed}
+        try:
+            for name, value in changed.items():
+                getattr(self, name).copy_(value)
+            with _Softmaxes() as seen:
+                tensors = run(self.module, self.call)
+        finally:
+            for name, value in kept.items():
+                getattr(self, name).copy_(value)
         axis = next((i for i, size in enumerate(tensors[0].shape) if size == self.call.length), None)
         tokens = None if axis is None else tensors[0].movedim(axis, 0).flatten(1).double()
         return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
@@ -163,22 +169,20 @@ class _Trial:
 
 def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
     """Tests 1, 2 and 6 of the note; return what was found to stand between the product and the score."""
-    bias = trial.look(q=torch.zeros_like, k=torch.zeros_like).scores_HLL
+    bias = trial.look(q=0 * trial.q, k=0 * trial.k).scores_HLL
     shown = base.scores_HLL - bias
     if not _clear(shown[_open(base.scores_HLL)]):
         raise Unproven("its scores do not depend on these queries and keys")
-    share = trial.heads // trial.groups
     for _ in range(3):
-        signs_H, signs_G = _signs(generator, trial.heads), _signs(generator, trial.groups)
-        turned = trial.look(q=_times(signs_H), k=_times(signs_G)).scores_HLL - bias
-        both = (signs_H * signs_G.repeat_interleave(share))[:, None, None]
-        if not _close(turned, both * shown, base.scores_HLL):
+        heads, groups = (_signs(generator, count)[:, None, None] for count in (trial.heads, trial.groups))
+        turned = trial.look(q=trial.q * heads, k=trial.k * groups).scores_HLL - bias
+        if not _close(turned, heads * trial.to_heads(groups) * shown, base.scores_HLL):
             raise Unproven("a head's scores are not made of the rows that were read as its queries and keys")
-    orders_GK = _orders(generator, trial.groups, trial.width)
-    changes = [{"q": _taken(orders_GK.repeat_interleave(share, 0)), "k": _taken(orders_GK)}]
+    orders = _orders(generator, trial.groups, trial.width)
+    changes = [{"q": _taken(trial.q, trial.to_heads(orders)), "k": _taken(trial.k, orders)}]
     for _ in range(2):
-        signs_GK = _signs(generator, trial.groups, trial.width)
-        changes.append({"q": _times(signs_GK.repeat_interleave(share, 0)), "k": _times(signs_GK)})
+        signs = _signs(generator, trial.groups, trial.width)[..., None]
+        changes.append({"q": trial.q * trial.to_heads(signs), "k": trial.k * signs})
     paired = [trial.look(**change).scores_HLL for change in changes]
     own = base.scores_HLL.diagonal(0, 1, 2)
     kept = [_close(scores.diagonal(0, 1, 2), own, own) for scores in paired]
@@ -188,20 +192,18 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     if trial.width > 1 and _close(alone, base.scores_HLL, base.scores_HLL):
         raise Unproven("its scores do not depend on the order of channels")
     notes = []
-    if not all(
-        _close(scores, base.scores_HLL, base.scores_HLL) for scores, same in zip(paired, kept, strict=True) if same
-    ):
+    moved = [scores for scores, same in zip(paired, kept, strict=True) if same]
+    if not all(_close(scores, base.scores_HLL, base.scores_HLL) for scores in moved):
         notes.append(_ROTARY)
-    doubled = trial.look(q=lambda q: 2 * q).scores_HLL - bias
+    doubled = trial.look(q=2 * trial.q).scores_HLL - bias
     if _close(doubled, shown, base.scores_HLL):
         notes.append("queries and keys are normalised: their product holds up to scale")
     elif not _close(doubled, 2 * shown, base.scores_HLL):
         notes.append("scores are no linear function of the QK product: it holds up to their scale")
-    tokens_LD = _tokens(trial.call, trial.parts[0].shape[-1])
+    tokens_LD = _tokens(trial.call, trial.q.shape[-1])
     if tokens_LD is not None:
-        q_HLK = torch.einsum("hkd,ld->hlk", trial.parts[0], tokens_LD)
-        k_GLK = torch.einsum("gkd,ld->glk", trial.parts[1], tokens_LD)
-        product_HL = (q_HLK * k_GLK.repeat_interleave(share, 0)).sum(-1) / trial.width**0.5
+        q_HKL, k_HKL = trial.q @ tokens_LD.mT, trial.to_heads(trial.k @ tokens_LD.mT)
+        product_HL = (q_HKL * k_HKL).sum(1) / trial.width**0.5
         remark = _followed(shown.diagonal(0, 1, 2), product_HL, "its scores", "the QK product over √k")
         notes += [remark] if remark and not (notes and "times" in remark) else []
     return notes
@@ -209,16 +211,13 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
 
 def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None:
     """Test 3 of the note: pushes of W_Q and W_K by a ⊗ v, two of each."""
-    dim = trial.parts[0].shape[-1]
-    ways = torch.randn(2, dim, generator=generator, dtype=torch.float64)
-    moved: dict[str, list[Tensor]] = {"q": [], "k": []}
-    for name, size in (("q", trial.heads), ("k", trial.groups)):
-        push = torch.randn(size, trial.width, 1, generator=generator, dtype=torch.float64) * _PUSH
-        for way_D in ways:
-            pushed = trial.look(**{name: _pushed(push * way_D)})
-            moved[name].append(pushed.scores_HLL - base.scores_HLL)
-    (q1, q2), (k1, k2) = moved["q"], moved["k"]
-    own = [part.diagonal(0, 1, 2) for part in (q1, q2, k1, k2)]
+    ways = torch.randn(2, trial.q.shape[-1], generator=generator, dtype=torch.float64)
+    moved = []
+    for name, part in (("q", trial.q), ("k", trial.k)):
+        push = torch.randn(len(part), trial.width, 1, generator=generator, dtype=torch.float64) * _PUSH
+        moved += [trial.look(**{name: part + push * way_D}).scores_HLL - base.scores_HLL for way_D in ways]
+    q1, q2, k1, k2 = moved
+    own = [part.diagonal(0, 1, 2) for part in moved]
     seen = _open(base.scores_HLL)
     if not _same_direction((q1, q2), (own[0][:, :, None], own[1][:, :, None]), seen):
         raise Unproven("what was read as queries is not: a score does not follow its row's token through it")
@@ -230,39 +229,37 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
 
 def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
     """Tests 4, 5 and 6 of the note; return what was found to stand between the product and the output."""
-    share = trial.heads // trial.groups
-    signs_GK = _signs(generator, trial.groups, trial.values)
-    orders_GK = _orders(generator, trial.groups, trial.values)
-    for value, out in (
-        (_times(signs_GK), _times(signs_GK.repeat_interleave(share, 0))),
-        (_taken(orders_GK), _taken(orders_GK.repeat_interleave(share, 0))),
+    signs = _signs(generator, trial.groups, trial.values)[..., None]
+    orders = _orders(generator, trial.groups, trial.values)
+    for v, o in (
+        (trial.v * signs, trial.o * trial.to_heads(signs)),
+        (_taken(trial.v, orders), _taken(trial.o, trial.to_heads(orders))),
     ):
-        if _near(trial.look(v=value, o=out).out, base.out):
+        if _near(trial.look(v=v, o=o).out, base.out):
             break
     else:
         raise Unproven("columns of its output projection do not meet the values that were read as theirs")
-    if trial.values > 1 and (_near(trial.look(v=value).out, base.out) or _near(trial.look(o=out).out, base.out)):
+    if trial.values > 1 and (_near(trial.look(v=v).out, base.out) or _near(trial.look(o=o).out, base.out)):
         raise Unproven("its output does not depend on what was read as values and output projection")
-    if _near(trial.look(q=torch.zeros_like).out, base.out):
-        raise Unproven("its output does not depend on its scores")
     # Were it a gate, an output would follow its own token through these rows, as its queries do. With queries of zero
     # attention is spread over tokens: one that happens to look at its own token alone would pass for a gate.
-    spread = trial.look(q=torch.zeros_like).tokens_LX
-    dim = trial.parts[2].shape[-1]
-    ways = torch.randn(2, dim, generator=generator, dtype=torch.float64)
+    spread = trial.look(q=0 * trial.q)
+    if _near(spread.out, base.out):
+        raise Unproven("its output does not depend on its scores")
+    ways = torch.randn(2, trial.v.shape[-1], generator=generator, dtype=torch.float64)
     pushes = torch.zeros(trial.groups, trial.values, 1, dtype=torch.float64)
     pushes[0, 0] = _PUSH
     # Every channel by another amount: a layer norm of the queries takes away what all have in common.
     queries = torch.zeros(trial.heads, trial.width, 1, dtype=torch.float64)
     queries[0] = _PUSH * torch.randn(trial.width, 1, generator=generator, dtype=torch.float64)
-    outs, scores = [], []
+    moves, own = [], []
     for way_D in ways:
-        outs.append(trial.look(q=torch.zeros_like, v=_pushed(pushes * way_D)).tokens_LX)
-        pushed = trial.look(q=_pushed(queries * way_D)).scores_HLL
-        scores.append((pushed - base.scores_HLL)[0].diagonal())
-    if spread is None or outs[0] is None or outs[1] is None:
-        raise Unproven("its output has no axis of tokens")
-    moves, own = (outs[0] - spread, outs[1] - spread), [score[:, None] for score in scores]
+        tokens_LX = trial.look(q=0 * trial.q, v=trial.v + pushes * way_D).tokens_LX
+        if spread.tokens_LX is None or tokens_LX is None:
+            raise Unproven("its output has no axis of tokens")
+        moves.append(tokens_LX - spread.tokens_LX)
+        pushed = trial.look(q=trial.q + queries * way_D).scores_HLL - base.scores_HLL
+        own.append(pushed[0].diagonal()[:, None])
     # Token by token: the first of a causal layer has none but itself to look at.
     cross_L = (moves[0] * own[1] - moves[1] * own[0]).norm(dim=1)
     size_L = (moves[0].square() + moves[1].square()).sum(1).sqrt() * (own[0].square() + own[1].square()).sqrt()[:, 0]
@@ -271,19 +268,18 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> list
         raise Unproven("its scores at a token's own place do not move with what was read as its query")
     if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
-    return _follow_values(trial, moves, ways)
+    return _follow_values(trial, spread, torch.stack(moves), ways)
 
 
-def _follow_values(trial: _Trial, moves: tuple[Tensor, Tensor], ways: Tensor) -> list[str]:
+def _follow_values(trial: _Trial, spread: Seen, moves: Tensor, ways: Tensor) -> list[str]:
     """Test 6 of the note for values: the moves of a first channel's push along two ways, with queries of zero."""
     tokens_LD = _tokens(trial.call, ways.shape[-1])
-    out_HKD = trial.parts[3]
-    if tokens_LD is None or moves[0].shape != (len(tokens_LD), out_HKD.shape[-1]):
+    if tokens_LD is None or moves[0].shape != (len(tokens_LD), trial.o.shape[-1]):
         return []
-    shares_HLL = trial.look(q=torch.zeros_like).scores_HLL.softmax(-1)[: trial.heads // trial.groups]
-    columns_HD = out_HKD[: len(shares_HLL), 0]
+    shares_HLL = spread.scores_HLL.softmax(-1)[: trial.share]
+    columns_HD = trial.o[: trial.share, 0]
     expected = [_PUSH * torch.einsum("hij,j,hd->id", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
-    remark = _followed(torch.stack(moves), torch.stack(expected), "its output", "the value-output product")
+    remark = _followed(moves, torch.stack(expected), "its output", "the value-output product")
     return [remark] if remark else []
 
 
@@ -312,18 +308,6 @@ def _by_head(part: Tensor, count: int) -> Tensor:
     return part if part.ndim == 3 else part.unflatten(0, (count, -1))
 
 
-@contextmanager
-def _changed(parts: dict[str, Tensor], changes: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    kept = {name: parts[name].clone() for name in changes}
-    for name, change in changes.items():
-        parts[name].copy_(change(kept[name]))
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            parts[name].copy_(value)
-
-
 def _signs(generator: torch.Generator, *shape: int) -> Tensor:
     """Return signs of which at least one is −1, so that they change something."""
     signs = torch.randint(2, shape, generator=generator).double() * 2 - 1
@@ -331,21 +315,13 @@ def _signs(generator: torch.Generator, *shape: int) -> Tensor:
     return signs
 
 
-def _times(signs: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda part: part * signs.reshape(*signs.shape, *(1,) * (part.ndim - signs.ndim))
-
-
 def _orders(generator: torch.Generator, count: int, size: int) -> Tensor:
     """Return a permutation of the channels for each head or group, (count, size): its own, so that it tells heads."""
     return torch.stack([torch.randperm(size, generator=generator) for _ in range(count)])
 
 
-def _pushed(by: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda part: part + by
-
-
-def _taken(orders: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda part: torch.stack([channels[order] for channels, order in zip(part, orders, strict=True)])
+def _taken(part: Tensor, orders: Tensor) -> Tensor:
+    return part.take_along_dim(orders[..., None], 1)
 
 
 def _open(scores: Tensor) -> Tensor:
