@@ -28,6 +28,7 @@ from espalier.init.layouts.registry import (
     holds_lazy,
     refuse_computed,
 )
+from espalier.init.layouts.scratch import first_line
 from espalier.init.sharded import whole
 
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
@@ -71,7 +72,7 @@ class Layer:
         """
         with whole(self.module):
             place = self.name[: len(self.name) - len(self.child)].rstrip(".")
-            found = _read(self.names, place, self.module)
+            found = _read(self.names, place)
             layers = found if isinstance(found, Mapping) else {"": found}
             weights = layers.get(self.child) or (self.found if isinstance(self.found, Skipped) else None)
             if weights is None:
@@ -88,7 +89,8 @@ def locate_layers(model: nn.Module) -> list[Layer]:
     goes without a row.
     """
     names = dict(model.named_modules())
-    attention = {name for name, module in names.items() if _is_attention(module)}
+    registered = {n for n, m in names.items() if class_path(type(m)) in LAYOUTS and _kind_of(m) == "attention"}
+    attention = registered | {name for name, module in names.items() if looks_like_attention(module)}
     # What has attention inside it is named for that: the innermost is the layer.
     attention -= {".".join(name.split(".")[:end]) for name in attention if name for end in range(name.count(".") + 1)}
     inside: list[str] = []
@@ -98,7 +100,7 @@ def locate_layers(model: nn.Module) -> list[Layer]:
             continue
         host = type(module).__name__
         with whole(module, shapes=True):
-            found = _read(names, name, module)
+            found = _read(names, name)
         if found is None:
             if name in attention:
                 located.append(Layer(name, host, module, "", names, _not_understood(module)))
@@ -117,11 +119,12 @@ def find_layers(model: nn.Module) -> Iterator[tuple[str, str, Found]]:
             yield layer.name, layer.host, weights
 
 
-def _read(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found | Mapping[str, Found] | None:
+def _read(names: Mapping[str, nn.Module], name: str) -> Found | Mapping[str, Found] | None:
     """Return what may be written of a module, or why it may not, or ``None`` where nothing is recognised."""
+    module = names[name]
     host = next((cls for cls in type(module).__mro__ if class_path(cls) in LAYOUTS), None)
     if host is None:
-        return _guess(names, name, module)
+        return _guess(names, name)
     layout, own_code = LAYOUTS[class_path(host)], _has_own_code(type(module), host)
     found = _apply(layout, module)
     if isinstance(found, Mapping):
@@ -131,23 +134,23 @@ def _read(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found
     if found is None or isinstance(found := _vet(name, module, found), Skipped):
         return found
     if isinstance(found, DepthwiseWeights) and host.__module__.startswith("torch."):
-        return align(names, name, module, found, own_code=own_code)
+        return align(names, name, found, own_code=own_code)
     if own_code:
-        return prove(names, name, module, found, layout)
+        return prove(names, name, found, layout)
     if host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
         return prove_use(names, name, found)
     return found
 
 
-def _guess(names: Mapping[str, nn.Module], name: str, module: nn.Module) -> Found | None:
+def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
     """Return the first guess that a run of the module proves, else why the first is not proven."""
     refused: Found | None = None
     for guess in GUESSES:
-        found = _apply(guess, module)
+        found = _apply(guess, names[name])
         assert not isinstance(found, Mapping)
         if found is None:
             continue
-        found = prove(names, name, module, _vet(name, module, found), guess)
+        found = prove(names, name, _vet(name, names[name], found), guess)
         if not isinstance(found, Skipped):
             return found
         refused = refused or found
@@ -165,9 +168,8 @@ def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | N
             return Skipped(_kind_of(module), _EMPTY)
         if isinstance(error, Refused):
             return Skipped(*error.args)
-        words = str(error).strip().splitlines() or ["no message"]
-        reason = f"{class_path(type(module))} cannot be read ({type(error).__name__}: {words[0]})"
-        return Skipped(_kind_of(module), f"{reason}: register a layout for this class")
+        reason = f"{class_path(type(module))} cannot be read ({first_line(error)}): register a layout for this class"
+        return Skipped(_kind_of(module), reason)
 
 
 def _unusable(values: Sequence[Tensor]) -> str:
@@ -218,11 +220,6 @@ def _has_own_code(cls: type, host: type) -> bool:
     theirs = {"forward", "__init__"}.union(*map(vars, bases)) - _BOOKKEEPING
     between = cls.__mro__[: cls.__mro__.index(host)]
     return any(theirs & set(vars(base)) for base in between if base is not nn.Module)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    registered = class_path(type(module)) in LAYOUTS and _kind_of(module) == "attention"
-    return registered or looks_like_attention(module)
 
 
 def _not_understood(module: nn.Module) -> Skipped:

@@ -103,13 +103,7 @@ class _Reader:
     def _module(self, module: nn.Module) -> Hashable:
         own = {key: value for key, value in vars(module).items() if key not in self.left_out}
         shapes = tuple((key, self._parameter(p)) for key, p in module._parameters.items() if p is not None)
-        return (
-            self._class(type(module)),
-            shapes,
-            self._pairs(module._buffers),
-            self._pairs(module._modules),
-            self._pairs(own),
-        )
+        return (self._class(type(module)), shapes, *map(self._pairs, (module._buffers, module._modules, own)))
 
     def _parameter(self, parameter: Tensor) -> Hashable:
         """Return its shape, and whether it is one that was met: its values are not asked."""
@@ -147,8 +141,5 @@ def _code(function: FunctionType) -> Hashable:
     """Return a function's code, and what its names stand for in its module now: that is not followed further."""
     known, code = function.__globals__, function.__code__
     named = [(name, known[name]) for name in code.co_names if name in known]
-    return (
-        _Same(code),
-        _Same(known),
-        tuple((name, (type(value), value) if isinstance(value, _VALUES) else _Same(value)) for name, value in named),
-    )
+    told = [(name, (type(value), value) if isinstance(value, _VALUES) else _Same(value)) for name, value in named]
+    return _Same(code), _Same(known), tuple(told)

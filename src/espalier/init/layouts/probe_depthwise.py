@@ -25,9 +25,7 @@ Offset = tuple[int, ...]
 Centre = Literal["middle", "last", "other"]
 
 
-def align(
-    names: Mapping[str, nn.Module], name: str, module: nn.Module, found: DepthwiseWeights, *, own_code: bool
-) -> Found:
+def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *, own_code: bool) -> Found:
     """Return a depthwise layer's view with its centre and a note, or why the centre cannot be known.
 
     A convolution padded alike on both sides keeps positions, so that its centre is the middle. One over time may be
@@ -36,10 +34,11 @@ def align(
 
     Args:
         names: all modules of the model, to find the one that calls this one.
-        name, module: the convolution.
+        name: of the convolution.
         found: its view.
         own_code: it is a subclass that may pad by itself.
     """
+    module = names[name]
     assert isinstance(module, Convolution)
     owner = (name, module) if own_code else owner_of(names, name)
     over_time, centre = len(module.kernel_size) == 1, _centre_by_padding(module)
@@ -82,17 +81,17 @@ def _centre(owner: nn.Module, path: str, module: Convolution) -> Centre:
     Raises:
         CannotRunError: it runs on no made-up input, or mixes positions in other ways too.
     """
-    sizes, steps = _lengths(module), module.dilation
+    steps = module.dilation
     taps = list(itertools.product(*map(range, module.kernel_size)))
     why = "nothing is known of its inputs"
     with untraced():
         twin = copy_for_probe(owner)
         filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
-        for call, axes in _inputs(owner, module, sizes):
+        for call, axes in _inputs(owner, module):
             look = functools.partial(_offsets, twin, call, axes, filters)
             try:
                 # The offset 0, which all else shares, is not told.
-                still = look(None) | {(0,) * len(sizes)}
+                still = look(None) | {(0,) * len(steps)}
                 first, last = look(0) - still, look(-1) - still
             except CannotRunError as error:
                 why = str(error)
@@ -125,17 +124,11 @@ def _name(module: Convolution, far: tuple[int, ...]) -> Centre:
     return "last" if len(sizes) == 1 and present[0] == sizes[0] - 1 else "other"
 
 
-def _lengths(module: Convolution) -> tuple[int, ...]:
-    """Return sizes of a made-up input, larger than the kernel and all different."""
+def _inputs(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple[int, ...]]]:
+    """Yield inputs for the owner, larger than the kernel and of different sizes, and their axes of position."""
     reach = [step * (taps - 1) + 1 for taps, step in zip(module.kernel_size, module.dilation, strict=True)]
     # Multiples of the stride, so that padding that depends on the size is the same on both sides of it.
-    return tuple(
-        stride * (2 * size + 3 + 2 * axis) for axis, (size, stride) in enumerate(zip(reach, module.stride, strict=True))
-    )
-
-
-def _inputs(owner: nn.Module, module: Convolution, sizes: tuple[int, ...]) -> Iterator[tuple[Call, tuple[int, ...]]]:
-    """Yield inputs for the owner, and where their axes of position are."""
+    sizes = [stride * (2 * (n + axis) + 3) for axis, (n, stride) in enumerate(zip(reach, module.stride, strict=True))]
     needs = [p for p in arguments(owner)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     others: dict[str, Any] = {p.name: None for p in needs}
     generator = torch.Generator().manual_seed(3)

@@ -13,16 +13,7 @@ from torch import Tensor, nn
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import Unproven, prove_alike, prove_attention
-from espalier.init.layouts.registry import (
-    AttentionWeights,
-    Codeless,
-    DepthwiseWeights,
-    Found,
-    LatentAttentionWeights,
-    Layout,
-    Skipped,
-    SSMWeights,
-)
+from espalier.init.layouts.registry import AttentionWeights, Codeless, Found, Layout, Skipped
 from espalier.init.layouts.scratch import (
     Call,
     CannotRunError,
@@ -43,24 +34,22 @@ _KNOWN: dict[Any, str | Unproven | CannotRunError] = {}
 _KEPT = 4096
 
 
-def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: Found, reading: Layout) -> Found:
+def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layout) -> Found:
     """Return the weights, with a note on what was found, if a run of the module proves them; else why not.
 
     Args:
         names: all modules of the model, to find the one that calls this one.
-        name, module: the layer.
+        name: of the layer.
         found: what ``reading`` returned for it.
         reading: the layout, applied to a scratch copy too.
     """
     if isinstance(found, Skipped):
         return found
-    if isinstance(found, DepthwiseWeights):
-        return Skipped("depthwise", "its class is not registered: register a layout for it")
-    guessed = f"guessed from the names of its layers; {found.note}".rstrip("; ")
-    if isinstance(names[""], Codeless):
+    module, guessed = names[name], f"guessed from the names of its layers; {found.note}".rstrip("; ")
+    if isinstance(names[""], Codeless) and found.kind != "depthwise":
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
-    if isinstance(found, SSMWeights | LatentAttentionWeights):
+    if not isinstance(found, AttentionWeights):
         return Skipped(found.kind, "its class is not registered: register a layout for it")
     if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
         return replace(found, note=guessed)
@@ -70,13 +59,13 @@ def prove(names: Mapping[str, nn.Module], name: str, module: nn.Module, found: F
             remarks = cached((module_key(module), reading), lambda: _prove_alone(module, reading))
         except CannotRunError as alone:
             why = alone
-            remarks = _with_owner(names, name, module, reading)
+            remarks = _with_owner(names, name, reading)
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
         return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
     # What was run with its owner was seen with the owner's keys.
-    if not why and (refused := _other_keys(names, name, module, found)):
+    if not why and (refused := _other_keys(names, name, found)):
         return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
@@ -121,18 +110,18 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
         raise why
 
 
-def _with_owner(names: Mapping[str, nn.Module], name: str, module: nn.Module, reading: Layout) -> str:
+def _with_owner(names: Mapping[str, nn.Module], name: str, reading: Layout) -> str:
     """Prove a layer on the inputs that its owner gives it."""
 
     def verdict() -> str:
         with untraced():
-            twin, views = _copied(module, reading)
+            twin, views = _copied(names[name], reading)
             made = _calls_in_use(names, name, views.q.shape[-1], views.num_heads)
             notes = [prove_attention(twin, views, call) for call in made]
         return notes[0]
 
     above = [(module_key(part), name[len(place) :]) for place, part in _owners(names, name)]
-    return cached((module_key(module), reading, tuple(above)), verdict)
+    return cached((module_key(names[name]), reading, tuple(above)), verdict)
 
 
 def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:
@@ -142,12 +131,10 @@ def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWei
     return twin, views
 
 
-def _other_keys(
-    names: Mapping[str, nn.Module], name: str, module: nn.Module, found: AttentionWeights
-) -> Skipped | None:
+def _other_keys(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Skipped | None:
     """Return why a layer that may be handed another sequence's keys must be taken to be, or ``None``."""
-    others = sequences(module)
-    if not others or denies_cross(module) or owner_of(names, name) is None:
+    others = sequences(names[name])
+    if not others or denies_cross(names[name]) or owner_of(names, name) is None:
         return None
     try:
         return Skipped("attention", _OTHERS) if _is_crossed(names, name, found, others) else None

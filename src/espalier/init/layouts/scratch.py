@@ -87,7 +87,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
             )
         twin = copy.deepcopy(module, memo)
     except Exception as error:
-        raise CannotRunError(f"it cannot be copied ({_first_line(error)})") from error
+        raise CannotRunError(f"it cannot be copied ({first_line(error)})") from error
     for part in twin.modules():
         config: Any = getattr(part, "config", None)
         if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
@@ -130,7 +130,7 @@ def run(module: nn.Module, call: Call) -> list[Tensor]:
     try:
         out = module(*fresh(call.args), **fresh(call.kwargs))
     except Exception as error:
-        raise CannotRunError(_first_line(error)) from error
+        raise CannotRunError(first_line(error)) from error
     tensors = [part for part in leaves(out) if part.is_floating_point()]
     if not tensors:
         raise CannotRunError("it returns no tensor")
@@ -158,9 +158,8 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
     rotary = any(_ROTARY.search(p.name) for p in needs)
     share = width // heads if heads and width % heads == 0 else 8
     widths = _rotary_widths(module, share) if rotary else [0]
-    for length, turn, zero_masks in itertools.product(_lengths(module, width, heads), widths, (False, True)):
-        if zero_masks and not any("mask" in p.name for p in needs):
-            continue
+    masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
+    for length, turn, zero_masks in itertools.product(_lengths(module, width, share), widths, masks):
         for shape in ((1, length, width), (length, 1, width), (length, width)):
             # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -217,7 +216,7 @@ def calls_of_part(
     """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
 
     Args:
-        owner: the copy.
+        owner: the copy, which keeps a hook.
         path: of the part.
         widths: of a token, to try.
         heads: see ``calls``.
@@ -227,39 +226,36 @@ def calls_of_part(
         CannotRunError: it runs on none of them, or never calls the part.
     """
     why, part = "", owner.get_submodule(path)
+    seen: list[Call] = []
+
+    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(Call(fresh(args), fresh(kwargs), 0))
+
+    part.register_forward_pre_hook(record, with_kwargs=True)
     for width in dict.fromkeys(widths):
         for call in calls(owner, width, heads, given):
-            seen: list[Call] = []
-
-            def record(_: nn.Module, args: Any, kwargs: Any, length: int = call.length, seen: Any = seen) -> None:
-                seen.append(Call(fresh(args), fresh(kwargs), length))
-
-            handle = part.register_forward_pre_hook(record, with_kwargs=True)
             try:
                 run(owner, call)
             except CannotRunError as error:
                 why = why or str(error)
-            finally:
-                handle.remove()
             if seen:
-                return [replace(one, length=_length(part, one)) for one in seen]
+                return [replace(one, length=_length(part, one) or call.length) for one in seen]
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
 
 
 def _length(part: nn.Module, call: Call) -> int:
-    """Return the number of tokens in the first input, if that is a tensor, else the owner's."""
+    """Return the number of tokens in the first input, 0 if it has none."""
     first = next(iter(bound(part, call).values()), None)
-    return first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.ndim else call.length
+    return first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.ndim else 0
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists, dictionaries and output records."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(leaves, value.values()))
-    elif isinstance(value, tuple | list):
-        yield from itertools.chain.from_iterable(map(leaves, value))
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from leaves(part)
 
 
 def fresh(value: Any) -> Any:
@@ -281,9 +277,8 @@ def _is_sequence(parameter: inspect.Parameter) -> bool:
     return bool(_SEQUENCE.search(parameter.name)) and not _NO_SEQUENCE.search(parameter.name)
 
 
-def _lengths(module: nn.Module, width: int, heads: int) -> list[int]:
+def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
     """Return numbers of tokens to try: one that is no width, and those that a windowed module states."""
-    share = width // heads if heads else 0
     lengths = [length for length in (6, 10) if length not in (width, share)][:1]
     for name in ("window_area", "num_patches", "seq_len", "window_size"):
         stated = getattr(module, name, None)
@@ -336,6 +331,7 @@ def _argument(
     return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error is and says, in a line."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}"[:120] if text else type(error).__name__
