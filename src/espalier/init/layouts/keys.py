@@ -103,7 +103,8 @@ class _Reader:
     def _module(self, module: nn.Module) -> Hashable:
         own = {key: value for key, value in vars(module).items() if key not in self.left_out}
         shapes = tuple((key, self._parameter(p)) for key, p in module._parameters.items() if p is not None)
-        return (self._class(type(module)), shapes, *map(self._pairs, (module._buffers, module._modules, own)))
+        parts: list[Mapping[str, Any]] = [module._buffers, module._modules, own]
+        return (self._class(type(module)), shapes, *map(self._pairs, parts))
 
     def _parameter(self, parameter: Tensor) -> Hashable:
         """Return its shape, and whether it is one that was met: its values are not asked."""

@@ -215,15 +215,16 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     moved = []
     for name, part in (("q", trial.q), ("k", trial.k)):
         push = torch.randn(len(part), trial.width, 1, generator=generator, dtype=torch.float64) * _PUSH
-        moved += [trial.look(**{name: part + push * way_D}).scores_HLL - base.scores_HLL for way_D in ways]
-    q1, q2, k1, k2 = moved
-    own = [part.diagonal(0, 1, 2) for part in moved]
+        pushed = [trial.look(**{name: part + push * way_D}).scores_HLL for way_D in ways]
+        moved.append(torch.stack(pushed) - base.scores_HLL)
+    by_q, by_k = moved
+    own_q, own_k = by_q.diagonal(0, 2, 3), by_k.diagonal(0, 2, 3)
     seen = _open(base.scores_HLL)
-    if not _same_direction((q1, q2), (own[0][:, :, None], own[1][:, :, None]), seen):
+    if not _same_direction(by_q, own_q[..., :, None], seen):
         raise Unproven("what was read as queries is not: a score does not follow its row's token through it")
-    if not _same_direction((k1, k2), (own[2][:, None, :], own[3][:, None, :]), seen):
+    if not _same_direction(by_k, own_k[..., None, :], seen):
         raise Unproven("what was read as keys is not: a score does not follow its column's token through it")
-    if not _same_direction((own[0], own[1]), (own[2], own[3]), seen.diagonal(0, 1, 2)):
+    if not _same_direction(own_q, own_k, seen.diagonal(0, 1, 2)):
         raise Unproven("its keys come from other tokens than its queries: cross-attention")
 
 
@@ -261,8 +262,7 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> list
         pushed = trial.look(q=trial.q + queries * way_D).scores_HLL - base.scores_HLL
         own.append(pushed[0].diagonal()[:, None])
     # Token by token: the first of a causal layer has none but itself to look at.
-    cross_L = (moves[0] * own[1] - moves[1] * own[0]).norm(dim=1)
-    size_L = (moves[0].square() + moves[1].square()).sum(1).sqrt() * (own[0].square() + own[1].square()).sqrt()[:, 0]
+    cross_L, size_L = (part.norm(dim=1) for part in _cross(torch.stack(moves), torch.stack(own)))
     clear_L = size_L > 1e-3 * size_L.max()
     if not clear_L.any():
         raise Unproven("its scores at a token's own place do not move with what was read as its query")
@@ -343,11 +343,12 @@ def _clear(values: Tensor) -> bool:
     return values.numel() > 0 and float(values.abs().max()) > 1e-6
 
 
-def _same_direction(pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], seen: Tensor) -> bool:
-    """Return whether (a₁, a₂), the moves along the two ways, is a multiple of (b₁, b₂): up to the push's own size."""
-    cross = pair[0] * other[1] - pair[1] * other[0]
-    size = (pair[0].square() + pair[1].square()).sqrt() * (other[0].square() + other[1].square()).sqrt()
-    cross, size = cross.expand(seen.shape)[seen], size.expand(seen.shape)[seen]
-    if not _clear(size / _PUSH**2):
-        return False
-    return float(cross.norm()) <= _PUSHED * float(size.norm())
+def _cross(pair: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far (a₁, a₂), the moves along the two ways, is from a multiple of (b₁, b₂), and both their size."""
+    return pair[0] * other[1] - pair[1] * other[0], pair.norm(dim=0) * other.norm(dim=0)
+
+
+def _same_direction(pair: Tensor, other: Tensor, seen: Tensor) -> bool:
+    """Return whether moves are a multiple of others where scores are not masked: up to the push's own size."""
+    cross, size = (part.expand(seen.shape)[seen] for part in _cross(pair, other))
+    return _clear(size / _PUSH**2) and float(cross.norm()) <= _PUSHED * float(size.norm())

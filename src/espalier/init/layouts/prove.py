@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,26 +175,15 @@ def _calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: 
     sequence is handed one: if that reaches the layer, its keys may be another's.
     """
     why = "nothing in the model calls it"
-    for owner in reversed(_owners(names, name)):
-        others = tuple(sequences(owner[1]))
+    for place, owner in reversed(_owners(names, name)):
+        path, others = name[len(place) :].lstrip("."), tuple(sequences(owner))
         for given in dict.fromkeys((others, ())):
+            made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:
-                return _calls(owner, name, width, heads, given)
+                return cached((module_key(owner), path, width, heads, given, "calls"), made)
             except CannotRunError as error:
                 why = str(error)
     raise CannotRunError(why)
-
-
-def _calls(owner: tuple[str, nn.Module], name: str, width: int, heads: int, given: tuple[str, ...]) -> list[Call]:
-    """Return what the owner, given these optional arguments, hands to a layer, or raise why that cannot be seen."""
-    path = name[len(owner[0]) :].lstrip(".")
-
-    def made() -> list[Call]:
-        with untraced():
-            twin = copy_for_probe(owner[1])
-            return calls_of_part(twin, path, [width, *token_widths(owner[1])], heads, given)
-
-    return cached((module_key(owner[1]), path, width, heads, given, "calls"), made)
 
 
 def token_widths(owner: nn.Module) -> list[int]:

@@ -210,13 +210,14 @@ def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module]
     return None
 
 
+@untraced()
 def calls_of_part(
     owner: nn.Module, path: str, widths: Sequence[int], heads: int, given: Collection[str] = ()
 ) -> list[Call]:
     """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
 
     Args:
-        owner: the copy, which keeps a hook.
+        owner: the module.
         path: of the part.
         widths: of a token, to try.
         heads: see ``calls``.
@@ -225,7 +226,8 @@ def calls_of_part(
     Raises:
         CannotRunError: it runs on none of them, or never calls the part.
     """
-    why, part = "", owner.get_submodule(path)
+    twin = copy_for_probe(owner)
+    why, part = "", twin.get_submodule(path)
     seen: list[Call] = []
 
     def record(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -233,9 +235,9 @@ def calls_of_part(
 
     part.register_forward_pre_hook(record, with_kwargs=True)
     for width in dict.fromkeys(widths):
-        for call in calls(owner, width, heads, given):
+        for call in calls(twin, width, heads, given):
             try:
-                run(owner, call)
+                run(twin, call)
             except CannotRunError as error:
                 why = why or str(error)
             if seen:

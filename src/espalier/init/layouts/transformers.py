@@ -41,8 +41,6 @@ _UNSCALED = ("T5Attention", "GPTNeoSelfAttention")
 
 
 def _separate(module: nn.Module, names: tuple[str, str, str, str], note: str) -> Found:
-    if getattr(module, "is_cross_attention", False):
-        return Skipped("attention", CROSS)
     return _scaled(module, separate(module, *names, note=note))
 
 

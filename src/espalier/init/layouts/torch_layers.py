@@ -1,4 +1,4 @@
-"""Where ``torch.nn`` keeps self-attention: ``MultiheadAttention``, and the decoder layer's two of them."""
+"""Where ``torch.nn`` keeps self-attention and depthwise filters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from espalier.init.layouts.registry import CROSS, AttentionWeights, Found, Skipped, register_layout
+from espalier.init.filters.closed_form import is_depthwise
+from espalier.init.layouts.registry import CROSS, AttentionWeights, DepthwiseWeights, Found, Skipped, register_layout
 
 
 @register_layout(nn.MultiheadAttention)
@@ -29,3 +30,16 @@ def decoder_layer(module: nn.Module) -> Mapping[str, Found]:
         "self_attn": multihead_attention(module.self_attn),
         "multihead_attn": Skipped("attention", CROSS),
     }
+
+
+@register_layout(nn.Conv1d)
+@register_layout(nn.Conv2d)
+@register_layout(nn.Conv3d)
+def depthwise_convolution(module: nn.Module) -> Found | None:
+    """Return a view of the filters, (channels, 1, *kernel), of a depthwise convolution; other ones are left alone."""
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if not is_depthwise(module):
+        return None
+    if max(module.kernel_size) < 3 or 2 in module.kernel_size:
+        return Skipped("depthwise", f"kernel {tuple(module.kernel_size)} has fewer than 3 taps along an axis")
+    return DepthwiseWeights(module.weight.detach())
