@@ -1,7 +1,7 @@
 """Where each library keeps the weights: views that initialisers write to, one small file a library."""
 
 # Each registers its layouts.
-from espalier.init.layouts import by_name, fla, latent, mamba, qkv_proj, torch_layers, transformers
+from espalier.init.layouts import by_name, latent, mamba, projections, torch_layers, transformers
 from espalier.init.layouts.find import Layer, find_layers, locate_layers
 from espalier.init.layouts.registry import (
     AttentionWeights,
@@ -26,4 +26,4 @@ __all__ = [
     "register_layout",
 ]
 
-del by_name, fla, latent, mamba, qkv_proj, torch_layers, transformers
+del by_name, latent, mamba, projections, torch_layers, transformers

@@ -33,7 +33,7 @@ from espalier.init.sharded import whole
 
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
 _EXPANDED = "its weights are fewer numbers seen many times (expanded): clone them, then write"
-_OVERLAPPING = "two of its projections share memory: their products cannot both be set"
+_OVERLAPPING = "two of its projections are tied, or share memory: their products cannot both be set"
 _QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
 # What a class has besides what it redefines.
 _BOOKKEEPING = {

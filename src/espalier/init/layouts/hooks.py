@@ -33,9 +33,7 @@ def refuse_hooked(module: nn.Module, kind: str) -> Skipped | None:
         if "forward" in vars(part):
             around.append((vars(part)["forward"], "a replaced forward", "in place of", "what it computes"))
         for hook, thing, when, what in around:
-            inner = hook
-            while isinstance(inner, functools.partial):
-                inner = inner.func
+            inner = hook.func if isinstance(hook, functools.partial) else hook
             home = str(getattr(inner, "__module__", None) or type(inner).__module__)
             if not home.startswith(_CARRIERS) and not (when == "after" and _only_looks(hook, part)):
                 words = f"{thing} ({getattr(inner, '__name__', type(inner).__name__)}) runs {when} each call"

@@ -72,8 +72,6 @@ def _assemble(
     fits = not rest and groups and not heads % groups and not v.numel() // dim % groups
     if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
         raise Refused("attention", "its weights' shapes do not fit together: register a layout for its class")
-    if len({part.data_ptr() for part in weights}) < 4 and not q.is_meta:
-        raise Refused("attention", "two of its projections are tied to one weight: their products cannot both be set")
     biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
     biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))

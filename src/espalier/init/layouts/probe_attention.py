@@ -42,14 +42,11 @@ _FACTORS = (0.4, 2.5)
 
 
 class Unproven(Exception):
-    """The views are not what the module computes with, and how that shows.
+    """The views are not what the module computes with, and how that shows."""
 
-    ``shapes`` says that the scores were not even of the shape expected: inputs of another form may do better.
-    """
 
-    def __init__(self, reason: str, *, shapes: bool = False) -> None:
-        super().__init__(reason)
-        self.shapes = shapes
+class Misfit(Unproven):
+    """The scores are not even of the shape expected: inputs of another form may do better."""
 
 
 class Seen(NamedTuple):
@@ -157,14 +154,10 @@ class _Trial:
             raise Unproven("it takes several softmaxes over the tokens")
         shapes = ", ".join(str(tuple(s.shape)) for s in inputs[:2])
         if not shapes:
-            raise Unproven(
-                "no softmax was seen: it is no softmax attention, or not in a form that can be watched", shapes=True
-            )
+            raise Misfit("no softmax was seen: it is no softmax attention, or not in a form that can be watched")
         if any(s.shape[-1] < length and s.shape[-2] == length for s in inputs):
-            raise Unproven(
-                f"{length} queries meet fewer keys (scores {shapes}): keys from a shorter sequence", shapes=True
-            )
-        raise Unproven(f"its scores, {shapes}, are not those of {self.heads} heads over {length} tokens", shapes=True)
+            raise Misfit(f"{length} queries meet fewer keys (scores {shapes}): keys from a shorter sequence")
+        raise Misfit(f"its scores, {shapes}, are not those of {self.heads} heads over {length} tokens")
 
 
 def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:

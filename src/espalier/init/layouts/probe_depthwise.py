@@ -145,7 +145,7 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
     filters.zero_()
     if tap is not None:
         filters.flatten(1)[:, tap] = 1.0
-    x = call.args[0]
+    x, front = call.args[0], tuple(range(len(axes)))
     base = run(twin, call)[0]
     if base.ndim != x.ndim or any(base.shape[axis] < 2 for axis in axes):
         raise CannotRunError("its output has no such axis of positions")
@@ -156,13 +156,9 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
     for inside in itertools.product(*(range(stride) for stride in strides)):
         place = [start + step for start, step in zip(at, inside, strict=True)]
         moved = x.clone()
-        index: list[Any] = [slice(None)] * x.ndim
-        for axis, position in zip(axes, place, strict=True):
-            index[axis] = position
-        moved[tuple(index)] += 1.0
+        moved.movedim(axes, front)[tuple(place)] += 1.0
         change = (run(twin, replace(call, args=(moved,)))[0] - base).abs()
-        other = [axis for axis in range(base.ndim) if axis not in axes]
-        seen = change.amax(other) if other else change
+        seen = change.movedim(axes, front).flatten(len(axes)).amax(-1)
         for hit in (seen > 1e-9 * float(base.abs().max())).nonzero().tolist():
             found.add(tuple(p - stride * o for p, stride, o in zip(place, strides, hit, strict=True)))
     return found

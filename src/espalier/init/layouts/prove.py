@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
-from espalier.init.layouts.probe_attention import Unproven, prove_alike, prove_attention
+from espalier.init.layouts.probe_attention import Misfit, Unproven, prove_alike, prove_attention
 from espalier.init.layouts.registry import AttentionWeights, Codeless, Found, Layout, Skipped
 from espalier.init.layouts.scratch import (
     Call,
@@ -104,7 +104,7 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
                 return remarks
             except Unproven as error:
                 why = error
-                if not error.shapes:
+                if not isinstance(error, Misfit):
                     break
             except CannotRunError as error:
                 why = why if str(why) else error

@@ -318,10 +318,9 @@ def _argument(
         return torch.tensor([0, length], dtype=torch.int32)
     if re.search(r"position_ids|positions|^pos$", name):
         return torch.arange(length)[None]
-    if name.lower() in ("h", "height"):
-        return 2
-    if name.lower() in ("w", "width"):
-        return length // 2
+    sides = {"h": 2, "height": 2, "w": length // 2, "width": length // 2}
+    if name.lower() in sides:
+        return sides[name.lower()]
     if re.search(r"past|cache", name):
         return None
     if re.search(r"^output|^use_|^return", name) or stated == "bool":

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from espalier.init.layouts.linears import ROTARY, fused, separate
-from espalier.init.layouts.registry import CROSS, AttentionWeights, Found, Skipped, register_layout, transformers_path
+from espalier.init.layouts.registry import CROSS, AttentionWeights, Refused, register_layout, transformers_path
 
 _Q_K_V_O = ("q_proj", "k_proj", "v_proj", "o_proj")
 _Q_K_V_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -40,7 +40,7 @@ _FUSED = {
 _UNSCALED = ("T5Attention", "GPTNeoSelfAttention")
 
 
-def _separate(module: nn.Module, names: tuple[str, str, str, str], note: str) -> Found:
+def _separate(module: nn.Module, names: tuple[str, str, str, str], note: str) -> AttentionWeights:
     return _scaled(module, separate(module, *names, note=note))
 
 
@@ -63,8 +63,8 @@ for _host, (_qkv, _out, _by_head, _note) in _FUSED.items():
 
 
 @register_layout(transformers_path("gpt2.GPT2Attention"))
-def gpt2_attention(module: nn.Module) -> Found:
+def gpt2_attention(module: nn.Module) -> AttentionWeights:
     """Return transposed views: ``Conv1D`` stores (in, out), so ``c_attn``'s columns are queries, keys and values."""
     if hasattr(module, "q_attn"):
-        return Skipped("attention", CROSS)
+        raise Refused("attention", CROSS)
     return _scaled(module, fused(module, "c_attn", "c_proj"))
