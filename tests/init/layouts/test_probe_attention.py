@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -326,6 +328,23 @@ def test_the_probe_runs_once_for_layers_alike_and_less_for_those_with_another_nu
     assert len(proofs) == 3
     costs = [after - before for before, after in itertools.pairwise([*proofs, len(runs)])]
     assert max(costs[1:]) <= costs[0] / 4
+
+
+@pytest.mark.parametrize("error", [ValueError, None])
+def test_a_refused_module_is_not_kept_alive(error: type[Exception] | None) -> None:
+    class Refused(RandomAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            if error is not None:
+                raise error("it does not run")
+            return x * self.qkv.weight.sum() * self.proj.weight.sum()
+
+    module = Refused(Form())
+    [found] = found_in(nn.Sequential(module)).values()
+    assert isinstance(found, Skipped)
+    kept = weakref.ref(module)
+    del module, found
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("kind", ["mamba", "encoder", "vit"])

@@ -81,11 +81,8 @@ def _is_cross(value: str) -> bool:
 
 def denies_cross(module: nn.Module) -> bool:
     """Return whether a module says of itself that it is not cross-attention."""
-    return any(
-        getattr(owner, name, None) is False
-        for owner in (module, *module.children())
-        for name in ("is_cross_attention", "is_cross_attn", "is_cross")
-    )
+    names = ("is_cross_attention", "is_cross_attn", "is_cross")
+    return any(getattr(owner, name, None) is False for owner in (module, *module.children()) for name in names)
 
 
 def looks_like_attention(module: nn.Module) -> bool:

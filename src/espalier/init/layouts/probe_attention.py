@@ -88,8 +88,8 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
     base = trial.look()
     notes = _prove_scores(trial, base, generator)
     _prove_tokens(trial, base, generator)
-    notes += _prove_values(trial, base, generator)
-    return "; ".join(dict.fromkeys(notes))
+    notes.append(_prove_values(trial, base, generator))
+    return "; ".join(dict.fromkeys(filter(None, notes)))
 
 
 def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: str) -> str:
@@ -221,8 +221,8 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
         raise Unproven("its keys come from other tokens than its queries: cross-attention")
 
 
-def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
-    """Tests 4, 5 and 6 of the note; return what was found to stand between the product and the output."""
+def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
+    """Tests 4, 5 and 6 of the note; return what was found to stand between the product and the output, if anything."""
     signs = _signs(generator, trial.groups, trial.values)[..., None]
     orders = _orders(generator, trial.groups, trial.values)
     for v, o in (
@@ -264,16 +264,15 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     return _follow_values(trial, spread, torch.stack(moves), ways)
 
 
-def _follow_values(trial: _Trial, spread: Seen, moves: Tensor, ways: Tensor) -> list[str]:
+def _follow_values(trial: _Trial, spread: Seen, moves: Tensor, ways: Tensor) -> str:
     """Test 6 of the note for values: the moves of a first channel's push along two ways, with queries of zero."""
     tokens_LD = _tokens(trial.call, ways.shape[-1])
     if tokens_LD is None or moves[0].shape != (len(tokens_LD), trial.o.shape[-1]):
-        return []
+        return ""
     shares_HLL = spread.scores_HLL.softmax(-1)[: trial.share]
     columns_HD = trial.o[: trial.share, 0]
     expected = [_PUSH * torch.einsum("hij,j,hd->id", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
-    remark = _followed(moves, torch.stack(expected), "its output", "the value-output product")
-    return [remark] if remark else []
+    return _followed(moves, torch.stack(expected), "its output", "the value-output product")
 
 
 def _tokens(call: Call, width: int) -> Tensor | None:

@@ -72,6 +72,7 @@ def _centre_by_padding(module: Convolution) -> Centre:
     return "middle" if padded == middle and all(taps % 2 for taps in module.kernel_size) else "other"
 
 
+@untraced()
 def _centre(owner: nn.Module, path: str, module: Convolution) -> Centre:
     """Return which tap is the centre, from runs of a copy of the owner with weight on one tap alone.
 
@@ -84,31 +85,30 @@ def _centre(owner: nn.Module, path: str, module: Convolution) -> Centre:
     steps = module.dilation
     taps = list(itertools.product(*map(range, module.kernel_size)))
     why = "nothing is known of its inputs"
-    with untraced():
-        twin = copy_for_probe(owner)
-        filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
-        for call, axes in _inputs(owner, module):
-            look = functools.partial(_offsets, twin, call, axes, filters)
-            try:
-                # The offset 0, which all else shares, is not told.
-                still = look(None) | {(0,) * len(steps)}
-                first, last = look(0) - still, look(-1) - still
-            except CannotRunError as error:
-                why = str(error)
-                continue
-            if not first | last and len(still) == 1:
-                return "other"  # every tap looks past the input's ends
-            if len(first) > 1 or len(last) > 1 or not first | last:
-                raise CannotRunError(f"{type(owner).__name__}, which calls it, mixes positions in other ways too")
-            # Tap c looks (c − c*)·dilation far. Here c*·dilation, as either end has it.
-            ends = [(taps[0], offset) for offset in first] + [(taps[-1], offset) for offset in last]
-            reach = [tuple(c * step - o for c, step, o in zip(tap, steps, seen, strict=True)) for tap, seen in ends]
-            if len(set(reach)) > 1:
-                return "other"
-            for place, tap in enumerate(taps if not path else ()):
-                if look(place) != {tuple(c * step - f for c, step, f in zip(tap, steps, reach[0], strict=True))}:
-                    raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {tap})")
-            return _name(module, reach[0])
+    twin = copy_for_probe(owner)
+    filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
+    for call, axes in _inputs(owner, module):
+        look = functools.partial(_offsets, twin, call, axes, filters)
+        try:
+            # The offset 0, which all else shares, is not told.
+            still = look(None) | {(0,) * len(steps)}
+            first, last = look(0) - still, look(-1) - still
+        except CannotRunError as error:
+            why = str(error)
+            continue
+        if not first | last and len(still) == 1:
+            return "other"  # every tap looks past the input's ends
+        if len(first) > 1 or len(last) > 1 or not first | last:
+            raise CannotRunError(f"{type(owner).__name__}, which calls it, mixes positions in other ways too")
+        # Tap c looks (c − c*)·dilation far. Here c*·dilation, as either end has it.
+        ends = [(taps[0], offset) for offset in first] + [(taps[-1], offset) for offset in last]
+        reach = [tuple(c * step - o for c, step, o in zip(tap, steps, seen, strict=True)) for tap, seen in ends]
+        if len(set(reach)) > 1:
+            return "other"
+        for place, tap in enumerate(taps if not path else ()):
+            if look(place) != {tuple(c * step - f for c, step, f in zip(tap, steps, reach[0], strict=True))}:
+                raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {tap})")
+        return _name(module, reach[0])
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
 
 

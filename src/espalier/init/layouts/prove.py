@@ -54,19 +54,20 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         return Skipped(found.kind, "its class is not registered: register a layout for it")
     if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
         return replace(found, note=guessed)
-    why: Exception | str = ""
+    why: str | None = None
     try:
         try:
-            remarks = cached((module_key(module), reading), lambda: _prove_alone(module, reading))
+            remarks = cached((module_key(module), reading), partial(_prove_alone, module, reading))
         except CannotRunError as alone:
-            why = alone
-            remarks = _with_owner(names, name, reading)
+            why = str(alone)
+            above = tuple((module_key(part), name[len(place) :]) for place, part in _owners(names, name))
+            remarks = cached((module_key(module), reading, above), partial(_prove_in_use, names, name, reading))
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
         return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
     # What was run with its owner was seen with the owner's keys.
-    if not why and (refused := _other_keys(names, name, found)):
+    if why is None and (refused := _other_keys(names, name, found)):
         return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
@@ -86,43 +87,37 @@ def prove_use(names: Mapping[str, nn.Module], name: str, found: AttentionWeights
         return Skipped("attention", f"whose keys it gets cannot be proven: {error}")
 
 
+@untraced()
 def _prove_alone(module: nn.Module, reading: Layout) -> str:
     """Prove a layer on inputs made from its own signature."""
     group = ("alike", module_key(module, _NUMBERS), reading)
-    with untraced():
-        twin, views = _copied(module, reading)
-        if sequences(twin, needed=True):
-            raise CannotRunError("it takes two sequences")
-        why: CannotRunError | Unproven = CannotRunError("")
-        for call in calls(twin, views.q.shape[-1], views.num_heads):
-            try:
-                known = _KNOWN.get(group)
-                if isinstance(known, str):
-                    with suppress(Unproven):  # or it is proven in full: a norm, say, takes no signs
-                        return prove_alike(twin, views, call, known)
-                _KNOWN[group] = remarks = prove_attention(twin, views, call)
-                return remarks
-            except Unproven as error:
-                why = error
-                if not isinstance(error, Misfit):
-                    break
-            except CannotRunError as error:
-                why = why if str(why) else error
-        raise why
+    twin, views = _copied(module, reading)
+    if sequences(twin, needed=True):
+        raise CannotRunError("it takes two sequences")
+    why: CannotRunError | Unproven = CannotRunError("")
+    for call in calls(twin, views.q.shape[-1], views.num_heads):
+        try:
+            known = _KNOWN.get(group)
+            if isinstance(known, str):
+                with suppress(Unproven):  # or it is proven in full: a norm, say, takes no signs
+                    return prove_alike(twin, views, call, known)
+            _KNOWN[group] = remarks = prove_attention(twin, views, call)
+            return remarks
+        except Unproven as error:
+            why = error
+            if not isinstance(error, Misfit):
+                break
+        except CannotRunError as error:
+            why = why if str(why) else error
+    raise why
 
 
-def _with_owner(names: Mapping[str, nn.Module], name: str, reading: Layout) -> str:
+@untraced()
+def _prove_in_use(names: Mapping[str, nn.Module], name: str, reading: Layout) -> str:
     """Prove a layer on the inputs that its owner gives it."""
-
-    def verdict() -> str:
-        with untraced():
-            twin, views = _copied(names[name], reading)
-            made = _calls_in_use(names, name, views.q.shape[-1], views.num_heads)
-            notes = [prove_attention(twin, views, call) for call in made]
-        return notes[0]
-
-    above = [(module_key(part), name[len(place) :]) for place, part in _owners(names, name)]
-    return cached((module_key(names[name]), reading, tuple(above)), verdict)
+    twin, views = _copied(names[name], reading)
+    made = _calls_in_use(names, name, views.q.shape[-1], views.num_heads)
+    return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
 
 
 def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:
@@ -202,8 +197,9 @@ def cached(key: Any, compute: Callable[[], Any]) -> Any:
         try:
             _KNOWN[key] = compute()
         except (Unproven, CannotRunError) as error:
-            _KNOWN[key] = error
+            # Made anew: what was raised holds the frames of the run, and with them the module and its copy.
+            _KNOWN[key] = type(error)(*error.args)
     verdict = _KNOWN[key]
     if isinstance(verdict, Exception):
-        raise verdict
+        raise type(verdict)(*verdict.args)
     return verdict

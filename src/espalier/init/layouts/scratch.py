@@ -155,9 +155,8 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
         p for p in rest
         if p.default is p.empty or p.name in given or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")
     ]  # fmt: skip
-    rotary = any(_ROTARY.search(p.name) for p in needs)
     share = width // heads if heads and width % heads == 0 else 8
-    widths = _rotary_widths(module, share) if rotary else [0]
+    widths = _rotary_widths(module, share) if any(_ROTARY.search(p.name) for p in needs) else [0]
     masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
     for length, turn, zero_masks in itertools.product(_lengths(module, width, share), widths, masks):
         for shape in ((1, length, width), (length, 1, width), (length, width)):
