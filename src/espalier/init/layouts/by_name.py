@@ -19,23 +19,14 @@ OUTPUTS = (
 
 
 @register_guess
-def guess_attention(module: nn.Module) -> Found | None:
+def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None:
     """Return the self-attention that a module's linear layers look like, or ``None``.
 
     Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), the first three in
     a child and the last in another (BERT's), one fused layer whose rows are all queries, all keys, all values
-    (nanoGPT's ``c_attn``, ``to_qkv``), and ``to_q`` beside a fused ``to_kv``.
+    (nanoGPT's ``c_attn``, ``to_qkv``) or, ``by_head``, those of each head together, and ``to_q`` beside a fused
+    ``to_kv``.
     """
-    return _guess(module, by_head=False)
-
-
-@register_guess
-def guess_rows_by_head(module: nn.Module) -> Found | None:
-    """Return the other reading of a fused layer: queries, keys and values of each head together (GPT-NeoX's)."""
-    return _guess(module, by_head=True) if set(FUSED) & set(module._modules) else None
-
-
-def _guess(module: nn.Module, *, by_head: bool) -> Found | None:
     children = dict(module.named_children())
     out = next((_linear_in(children[name], name) for name in OUTPUTS if name in children), None)
     triple = next((names for names in TRIPLES if children.keys() >= set(names)), None)
@@ -52,6 +43,12 @@ def _guess(module: nn.Module, *, by_head: bool) -> Found | None:
     if single is not None:
         return fused(module, single, out, by_head=by_head)
     return paired(module, "to_q", "to_kv", out)
+
+
+@register_guess
+def guess_rows_by_head(module: nn.Module) -> Found | None:
+    """Return the other reading of a fused layer: queries, keys and values of each head together (GPT-NeoX's)."""
+    return guess_attention(module, by_head=True) if set(FUSED) & set(module._modules) else None
 
 
 def _linear_in(layer: nn.Module, name: str) -> str:

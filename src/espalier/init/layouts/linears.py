@@ -10,6 +10,7 @@ from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
+_UNFIT = "its weights' shapes do not fit together: register a layout for its class"
 ROTARY = "rotary positions: the QK product holds at distance zero"
 
 
@@ -24,14 +25,13 @@ def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str =
     Raises:
         Refused: adapted (LoRA), quantised, missing or cross-attention.
     """
-    parts = matrices(module, (q, k, v, out))
-    return _assemble(module, parts, _count_heads(module, len(parts[0])), (q, k, v, out), note)
+    return _assemble(module, matrices(module, (q, k, v, out)), (q, k, v, out), note)
 
 
 def paired(module: nn.Module, q: str, kv: str, out: str) -> AttentionWeights:
     """Return the weights of self-attention whose keys and values come from one linear layer, keys first."""
     q_RD, kv_RD, out_DR = matrices(module, (q, kv, out))
-    return _assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], _count_heads(module, len(q_RD)), (q, kv, out))
+    return _assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], (q, kv, out))
 
 
 def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "") -> AttentionWeights:
@@ -45,33 +45,29 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
         note: what a reader of the report should know of this host.
     """
     rows_RD, out_DR = matrices(module, (qkv, out))
-    heads = _count_heads(module, out_DR.shape[1])
-    if not heads or out_DR.shape[1] % heads or (len(rows_RD) - out_DR.shape[1]) % 2:
-        raise Refused("attention", _unknown_heads(heads))
-    if by_head:
-        if len(rows_RD) != 3 * out_DR.shape[1]:
-            raise Refused("attention", "its fused rows are not three a head: register a layout for its class")
-        # Rows of one head are not evenly spaced over heads, so these views are three-dimensional.
-        q, k, v = rows_RD.unflatten(0, (heads, 3, -1)).unbind(1)
-    else:
-        shared = (len(rows_RD) - out_DR.shape[1]) // 2
+    shared, odd = divmod(len(rows_RD) - out_DR.shape[1], 2)
+    if odd:
+        raise Refused("attention", _UNFIT)
+    if not by_head:
         q, k, v = rows_RD.split([out_DR.shape[1], shared, shared])
-    return _assemble(module, [q, k, v, out_DR], heads, (qkv, out), note)
+    elif shared == out_DR.shape[1]:
+        # Rows of one head are not evenly spaced over heads, so these views are three-dimensional.
+        q, k, v = rows_RD.unflatten(0, (_count_heads(module, shared), 3, -1)).unbind(1)
+    else:
+        raise Refused("attention", "its fused rows are not three a head: register a layout for its class")
+    return _assemble(module, [q, k, v, out_DR], (qkv, out), note)
 
 
-def _assemble(
-    module: nn.Module, weights: Sequence[Tensor], heads: int, names: Sequence[str], note: str = ""
-) -> AttentionWeights:
+def _assemble(module: nn.Module, weights: Sequence[Tensor], names: Sequence[str], note: str = "") -> AttentionWeights:
     q, k, v, out = weights
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
-    if not heads or rows % heads:
-        raise Refused("attention", _unknown_heads(heads))
+    heads = _count_heads(module, rows)
     if k.shape[-1] != dim or v.shape[-1] != dim or len(out) != dim:
         raise Refused("attention", "queries, keys and outputs have different widths: this is cross-attention")
     groups, rest = divmod(k.numel() // dim, rows // heads)
     fits = not rest and groups and not heads % groups and not v.numel() // dim % groups
     if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
-        raise Refused("attention", "its weights' shapes do not fit together: register a layout for its class")
+        raise Refused("attention", _UNFIT)
     biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
     biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
@@ -104,20 +100,21 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
 
 
 def _count_heads(module: nn.Module, rows: int) -> int:
-    """Return the number of query heads that the module states, or 0."""
+    """Return the number of query heads that the module states, or raise that it divides no rows or is not stated."""
     for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
-        if heads := _stated(owner, HEADS):
-            return heads
-        if width := _stated(owner, WIDTHS):
-            return rows // width if rows % width == 0 else 0
-    return _stated(getattr(module, "config", None), HEADS)
+        heads, width = _stated(owner, HEADS), _stated(owner, WIDTHS)
+        if heads or width:
+            break
+    else:
+        heads, width = _stated(getattr(module, "config", None), HEADS), 0
+    if not heads and width and rows % width == 0:
+        heads = rows // width
+    if not heads or rows % heads:
+        stated = f"{heads} heads do not divide its rows" if heads else "its number of heads is not stated"
+        raise Refused("attention", f"{stated}: register a layout for its class")
+    return heads
 
 
 def _stated(owner: object, names: Sequence[str]) -> int:
     values = (getattr(owner, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), 0)
-
-
-def _unknown_heads(heads: int) -> str:
-    stated = f"{heads} heads do not divide its rows" if heads else "its number of heads is not stated"
-    return f"{stated}: register a layout for its class"
