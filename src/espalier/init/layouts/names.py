@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 
 from torch import nn
@@ -89,14 +88,9 @@ def looks_like_attention(module: nn.Module) -> bool:
     """Return whether a module's class or the names of its maps read as attention, and it holds two matrices or more."""
     words = set(split_words(type(module).__name__))
     own = [name for name, _ in module.named_children()] + [name for name, _ in module.named_parameters(recurse=False)]
-    named = bool(words & _ATTENTION) or _holds_maps(own)
-    return named and sum(is_lazy(parameter) or parameter.ndim >= 2 for parameter in module.parameters()) >= 2
-
-
-def _holds_maps(names: Iterable[str]) -> bool:
-    names = list(names)
-    kinds = sum(any(pattern.match(name) for name in names) for pattern in _MAPS)
-    return kinds >= 2 or any(_FUSED.match(name) for name in names)
+    kinds = sum(any(pattern.match(name) for name in own) for pattern in _MAPS)
+    named = words & _ATTENTION or kinds >= 2 or any(_FUSED.match(name) for name in own)
+    return bool(named) and sum(is_lazy(parameter) or parameter.ndim >= 2 for parameter in module.parameters()) >= 2
 
 
 def split_words(name: str) -> list[str]:

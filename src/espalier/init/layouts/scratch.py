@@ -307,25 +307,21 @@ def _argument(
         if stated == "torch.Tensor" or "freqs" in name:
             return torch.polar(torch.ones_like(angles), angles)
         return angles.cos(), angles.sin()
-    if "mask" in name:
-        return torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None
-    if name == "alibi":
-        return torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)
-    if _ZEROS.search(name):
-        return torch.zeros_like(x)
-    if "cu_seqlens" in name:
-        return torch.tensor([0, length], dtype=torch.int32)
-    if re.search(r"position_ids|positions|^pos$", name):
-        return torch.arange(length)[None]
-    sides = {"h": 2, "height": 2, "w": length // 2, "width": length // 2}
-    if name.lower() in sides:
-        return sides[name.lower()]
-    if re.search(r"past|cache", name):
-        return None
-    if re.search(r"^output|^use_|^return", name) or stated == "bool":
-        return False
-    if stated == "int":
-        return 0
+    made = (
+        ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None),
+        (name == "alibi", torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)),
+        (_ZEROS.search(name), torch.zeros_like(x)),
+        ("cu_seqlens" in name, torch.tensor([0, length], dtype=torch.int32)),
+        (re.search(r"position_ids|positions|^pos$", name), torch.arange(length)[None]),
+        (name.lower() in ("h", "height"), 2),
+        (name.lower() in ("w", "width"), length // 2),
+        (re.search(r"past|cache", name), None),
+        (re.search(r"^output|^use_|^return", name) or stated == "bool", False),
+        (stated == "int", 0),
+    )
+    for holds, value in made:
+        if holds:
+            return value
     if _is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64)
     return None
