@@ -72,10 +72,8 @@ class Layer:
         """
         with whole(self.module):
             place = self.name[: len(self.name) - len(self.child)].rstrip(".")
-            found = _read(self.names, place)
-            layers = found if isinstance(found, Mapping) else {"": found}
-            weights = layers.get(self.child) or (self.found if isinstance(self.found, Skipped) else None)
-            if weights is None:
+            weights = (_read(self.names, place) or {}).get(self.child, self.found)
+            if weights is self.found and not isinstance(weights, Skipped):
                 raise RuntimeError(f"layer {self.name!r} is no longer what its layout found: it changed meanwhile")
             yield weights
 
@@ -107,7 +105,7 @@ def locate_layers(model: nn.Module) -> list[Layer]:
             continue
         prefix = f"{name}." if name else ""
         inside.append(prefix)
-        for child, weights in (found if isinstance(found, Mapping) else {"": found}).items():
+        for child, weights in found.items():
             located.append(Layer(prefix + child if child else name, host, module, child, names, weights))
     return located
 
@@ -119,27 +117,31 @@ def find_layers(model: nn.Module) -> Iterator[tuple[str, str, Found]]:
             yield layer.name, layer.host, weights
 
 
-def _read(names: Mapping[str, nn.Module], name: str) -> Found | Mapping[str, Found] | None:
-    """Return what may be written of a module, or why it may not, or ``None`` where nothing is recognised."""
+def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | None:
+    """Return what may be written of a module and its parts, or why it may not, or ``None`` if nothing is recognised.
+
+    By the names of the parts: "" is the module itself.
+    """
     module = names[name]
     host = next((cls for cls in type(module).__mro__ if class_path(cls) in LAYOUTS), None)
     if host is None:
-        return _guess(names, name)
+        return {"": guessed} if (guessed := _guess(names, name)) else None
     layout, own_code = LAYOUTS[class_path(host)], _has_own_code(type(module), host)
     found = _apply(layout, module)
     if isinstance(found, Mapping):
         if own_code:  # it may call its parts as it likes: they are looked at one by one
             return None
         return {child: _vet(f"{name}.{child}".lstrip("."), module, part) for child, part in found.items()}
-    if found is None or isinstance(found := _vet(name, module, found), Skipped):
-        return found
+    if found is None:
+        return None
+    found = _vet(name, module, found)
     if isinstance(found, DepthwiseWeights) and host.__module__.startswith("torch."):
-        return align(names, name, found, own_code=own_code)
-    if own_code:
-        return prove(names, name, found, layout)
-    if host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
-        return prove_use(names, name, found)
-    return found
+        found = align(names, name, found, own_code=own_code)
+    elif own_code:
+        found = prove(names, name, found, layout)
+    elif host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
+        found = prove_use(names, name, found)
+    return {"": found}
 
 
 def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
@@ -209,9 +211,9 @@ def _vet(name: str, module: nn.Module, found: Found) -> Found:
     # A bias that stays zero is a buffer in some classes (BEiT's, EVA's keys).
     kept = own | {buffer.untyped_storage()._cdata for buffer in module.buffers()}
     biases = [bias for part in vars(found).values() if isinstance(part, tuple) for bias in part]
-    held = [view.untyped_storage()._cdata in own for view in views]
-    held += [bias.untyped_storage()._cdata in kept for bias in biases if isinstance(bias, Tensor)]
-    return found if all(held) else Skipped(found.kind, COMPUTED)
+    held = [(view, own) for view in views] + [(bias, kept) for bias in biases if isinstance(bias, Tensor)]
+    computed = any(part.untyped_storage()._cdata not in known for part, known in held)
+    return Skipped(found.kind, COMPUTED) if computed else found
 
 
 def _has_own_code(cls: type, host: type) -> bool:
