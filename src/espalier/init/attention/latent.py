@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.init.attention.mimetic import Strength, write_rows
+from espalier.init.attention.mimetic import Strength, spread_factors, write_rows
 from espalier.init.attention.near_identity import (
     compute_device,
     compute_type,
@@ -102,11 +102,7 @@ def _write_values_and_output(
     dim, rank = kv_DR.shape
     inner, (alpha, beta) = heads * width, strength
     target_RD = near_identity_corner(rank, dim, dim, alpha, 0.0, **options).add_(kv_DR.mT, alpha=beta)
-    left, right = split(target_RD, min(inner, rank))
-    if inner > rank:
-        # More value dimensions than rank: spread both factors over all heads by W with W Wᵀ = I.
-        frame = random_frame(inner, rank, generator=options["generator"], device=options["device"]).to(left)
-        left, right = left @ frame.mT, right @ frame.mT
+    left, right = spread_factors(split(target_RD, min(inner, rank)), inner, options)
     weights.v.copy_(_behind(kv_RR, left).mT.unflatten(0, (heads, width)))
     weights.out.copy_(right)
 

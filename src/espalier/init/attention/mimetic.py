@@ -168,16 +168,21 @@ def write_rows(rows_KD: Tensor, factor_DR: Tensor) -> None:
     rows_KD[: factor_DR.shape[1]].copy_(factor_DR.mT)
 
 
+def spread_factors(factors: tuple[Tensor, Tensor], inner: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Spread both factors of a product over more value dimensions than its rank, by W with W Wᵀ = I."""
+    left, right = factors
+    if inner <= left.shape[1]:
+        return left, right
+    frame = random_frame(inner, left.shape[1], generator=options["generator"], device=options["device"]).to(left)
+    return left @ frame.mT, right @ frame.mT
+
+
 def _write_values_and_output(
     v_GKD: Tensor, out: Tensor, num_heads: int, strength: Strength, options: Mapping[str, Any]
 ) -> None:
     groups, width, dim = v_GKD.shape
     inner = groups * width
-    left, right = near_identity_factors(dim, min(inner, dim), *strength, **options)
-    if inner > dim:
-        # More value dimensions than rank: spread both factors over all heads by W with W Wᵀ = I.
-        frame = random_frame(inner, dim, generator=options["generator"], device=v_GKD.device).to(left)
-        left, right = left @ frame.mT, right @ frame.mT
+    left, right = spread_factors(near_identity_factors(dim, min(inner, dim), *strength, **options), inner, options)
     v_GKD.copy_(left.mT.unflatten(0, (groups, width)))
     shared = num_heads // groups
     parts = right.reshape(dim, groups, 1, width).expand(dim, groups, shared, width) / shared
@@ -214,43 +219,49 @@ def measure_attention(
         diagonal mean, so these are also the fitted β, and ``off · √d`` the fitted α.
     """
     groups, dim = num_kv_heads or num_heads, q.shape[-1]
-    shared = num_heads // groups
-    q_HKD = q.float().reshape(num_heads, -1, dim)
-    k_HKD = k.float().reshape(groups, -1, dim).repeat_interleave(shared, 0)
     v_GKD = v.float().reshape(groups, -1, dim)
-    out_DHK = out.float().reshape(dim, num_heads, -1)
-    # Sums over the products' entries, without ever holding a d × d matrix a head.
-    diagonals_HD = torch.stack([(a * b).sum(0) for a, b in zip(q_HKD, k_HKD, strict=True)])
-    qk_H = _Entries(
-        diagonals_HD.sum(1),
-        diagonals_HD.square().sum(1),
-        (q_HKD.sum(-1) * k_HKD.sum(-1)).sum(1),
-        ((q_HKD @ q_HKD.mT) * (k_HKD @ k_HKD.mT)).sum((1, 2)),
-    )
-    vo = (out_DHK.reshape(dim, groups, shared, -1).sum(2).reshape(dim, -1)) @ v_GKD.reshape(-1, dim)
+    out_DGHK = out.float().reshape(dim, groups, num_heads // groups, -1)
+    vo = out_DGHK.sum(2).reshape(dim, -1) @ v_GKD.reshape(-1, dim)
     diagonal = vo.diagonal()
-    vo_1 = _Entries(*(part[None] for part in (diagonal.sum(), diagonal.square().sum(), vo.sum(), vo.square().sum())))
+    vo_1 = Entries(*(part[None] for part in (diagonal.sum(), diagonal.square().sum(), vo.sum(), vo.square().sum())))
+    qk_H = Entries.of_heads(q, k, num_heads, groups)
     qk_mean, qk_off, qk_z = qk_H.spread(dim)
     vo_mean, vo_off, vo_z = vo_1.spread(dim)
-    heads = (_Entries(*(part[head, None] for part in qk_H)).spread(dim) for head in range(num_heads))
     return {
         "qk_diagonal": qk_mean,
         "qk_off": qk_off,
         "qk_z": qk_z,
-        "qk_least_z": min(math.copysign(1.0, qk_mean) * z for _, _, z in heads),
+        "qk_least_z": min(math.copysign(1.0, qk_mean) * z for _, _, z in qk_H.spread_of_each(dim)),
         "vo_diagonal": vo_mean,
         "vo_off": vo_off,
         "vo_z": vo_z,
     }
 
 
-class _Entries(NamedTuple):
+class Entries(NamedTuple):
     """Sums over the entries of (d, d) matrices, one figure a matrix."""
 
     trace: Tensor
     diagonal_square: Tensor
     total: Tensor
     square: Tensor
+
+    @classmethod
+    def of_heads(cls, q: Tensor, k: Tensor, num_heads: int, groups: int) -> Entries:
+        """Return the sums over W_Q W_Kᵀ of every head, without ever holding a d × d matrix."""
+        q_HKD = q.float().reshape(num_heads, -1, q.shape[-1])
+        k_HKD = k.float().reshape(groups, -1, q.shape[-1]).repeat_interleave(num_heads // groups, 0)
+        diagonals_HD = torch.stack([(a * b).sum(0) for a, b in zip(q_HKD, k_HKD, strict=True)])
+        return cls(
+            diagonals_HD.sum(1),
+            diagonals_HD.square().sum(1),
+            (q_HKD.sum(-1) * k_HKD.sum(-1)).sum(1),
+            ((q_HKD @ q_HKD.mT) * (k_HKD @ k_HKD.mT)).sum((1, 2)),
+        )
+
+    def spread_of_each(self, dim: int) -> list[tuple[float, float, float]]:
+        """Return what ``spread`` does, matrix by matrix."""
+        return [Entries(*(part[index, None] for part in self)).spread(dim) for index in range(len(self.trace))]
 
     def spread(self, dim: int) -> tuple[float, float, float]:
         """Return the diagonal's mean, the other entries' root mean square, and the z of ``measure_attention``."""
@@ -269,33 +280,29 @@ def expected_diagonal(alpha: float, beta: float, rank: float, rows: float = 1.0,
 
     Args:
         alpha, beta: the strengths.
-        rank, rows, columns: shares of the width, see ``pilot_factors``.
+        rank, rows, columns: shares of the width, see ``truncated``.
     """
-    if rank >= 1:
-        return beta
-    left, right, dim = pilot_factors(alpha, beta, rank, rows, columns)
-    common = min(len(left), len(right))
-    return float((left[:common] * right[:common]).sum() / dim)
+    return truncated(alpha, beta, rank, rows, columns)[1]
 
 
-def pilot_factors(
-    alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0
-) -> tuple[Tensor, Tensor, int]:
-    """Return the factors of the best approximation of one ``αZ + βI`` of 192 rows, which stands for every width.
+def truncated(alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0) -> Strength:
+    """Return the strengths that the best approximation of ``αZ + βI`` in a share of its rank has.
 
-    What truncation leaves depends on the shares alone, hardly on the width.
+    What truncation leaves depends on the shares alone, hardly on the width: one matrix of 192 rows stands for all.
 
     Args:
         alpha, beta: the strengths.
         rank: k/d.
         rows, columns: the shares of the width that latents leave of the input's space on either side.
-
-    Returns:
-        Both factors, (192 rows at most, k), and the width d that they are a corner of.
     """
+    if rank >= 1:
+        return alpha, beta
     dim = round(_PILOT / max(rows, columns))
     sides = (max(round(rows * dim), 1), max(round(columns * dim), 1))
     seeded = torch.Generator(device="cpu").manual_seed(0)
     matrix = near_identity_corner(*sides, dim, alpha, beta, generator=seeded).float()
     left, right = split(matrix, max(1, round(rank * dim)))
-    return left, right, dim
+    common = min(sides)
+    diagonal = float((left[:common] * right[:common]).sum() / dim)
+    square = float(((left.mT @ left) * (right.mT @ right)).sum()) / dim
+    return max(square - diagonal**2, 0.0) ** 0.5, diagonal

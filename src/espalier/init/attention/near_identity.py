@@ -248,15 +248,13 @@ def near_identity_heads(
         dim, rank, alpha, beta, noise, method, generator, device: as in ``near_identity_factors``.
     """
     generator = cpu_generator(generator)
-    left, right = near_identity_factors(
-        dim, rank, alpha, beta, noise=noise, method=method, generator=generator, device=device
-    )
-    yield left, right
-    if not (noise == "normal" and _is_fast(dim, rank, method)):
-        for _ in range(count - 1):
-            yield near_identity_factors(
-                dim, rank, alpha, beta, noise=noise, method=method, generator=generator, device=device
-            )
+    turns = noise == "normal" and _is_fast(dim, rank, method)
+    for _ in range(1 if turns else count):
+        left, right = near_identity_factors(
+            dim, rank, alpha, beta, noise=noise, method=method, generator=generator, device=device
+        )
+        yield left, right
+    if not turns:
         return
     triangle = torch.linalg.qr(torch.cat([left, right], 1)).R
     triangle *= torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle.dtype)[:, None]

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.init.attention.latent import mimetic_latent_attention_
 from espalier.init.attention.mimetic import (
     PRESETS,
+    Entries,
     Mimetic,
     Strength,
     expected_diagonal,
     measure_attention,
     mimetic_attention_,
-    pilot_factors,
+    truncated,
 )
 from espalier.init.families.base import Family, Place
 from espalier.init.layouts import AttentionWeights, LatentAttentionWeights
@@ -138,12 +139,9 @@ class AttentionFamily(Family):
         """Return the fit of every head, of values and outputs, and the strengths behind them."""
         qk_shares, vo_shares = _shares(weights)
         weights = _composed(weights)
-        dim, heads = weights.q.shape[-1], weights.num_heads
-        shared = heads // weights.num_kv_heads
-        q_HKD = weights.q.reshape(heads, -1, dim)
-        k_HKD = weights.k.reshape(weights.num_kv_heads, -1, dim).repeat_interleave(shared, 0)
-        scaled = q_HKD * weights.score_scale if weights.score_scale != 1 else q_HKD
-        pairs = tuple(_head_strength(q, k) for q, k in zip(scaled, k_HKD, strict=True))
+        dim, scale = weights.q.shape[-1], weights.score_scale
+        heads = Entries.of_heads(weights.q, weights.k, weights.num_heads, weights.num_kv_heads)
+        pairs = tuple((scale * off * dim**0.5, scale * mean) for mean, off, _ in heads.spread_of_each(dim))
         measured = self.measure(weights)
         qk, vo = ((measured[f"{p}_off"] * dim**0.5, measured[f"{p}_diagonal"]) for p in ("qk", "vo"))
         return AttentionFit(name, pairs, vo, strength_behind(qk, *qk_shares), strength_behind(vo, *vo_shares))
@@ -234,15 +232,6 @@ def _is_causal(weights: AnyAttention, module: nn.Module, model: nn.Module) -> bo
     return decoder or "Causal" in names or type(model).__name__.endswith("LMHeadModel")
 
 
-def _head_strength(q_KD: Tensor, k_KD: Tensor) -> Strength:
-    """Return (α, β) of one head, without ever holding a d × d matrix."""
-    q, k = q_KD.float(), k_KD.float()
-    dim = q.shape[1]
-    diagonal = (q * k).sum(0)
-    square = ((q @ q.mT) * (k @ k.mT)).sum() - diagonal.square().sum()
-    return float((square.clamp_min(0) / max(dim - 1, 1)).sqrt()), float(diagonal.mean())
-
-
 def strength_behind(fitted: Strength, rank: float, rows: float = 1.0, columns: float = 1.0) -> Strength:
     """Return the (α, β) whose best approximation in a share of the rank has the fitted strengths.
 
@@ -252,7 +241,7 @@ def strength_behind(fitted: Strength, rank: float, rows: float = 1.0, columns: f
 
     Args:
         fitted: (α, β) of a product of rank k.
-        rank, rows, columns: shares of the width, see ``pilot_factors``.
+        rank, rows, columns: shares of the width, see ``truncated``.
     """
     if rank >= 1:
         return fitted
@@ -273,11 +262,7 @@ def _truncation(rank: float, rows: float, columns: float) -> tuple[list[float], 
     angles, sizes = [], []
     for step in range(_ANGLES):
         theta = step / (_ANGLES - 1) * math.pi / 2
-        left, right, dim = pilot_factors(math.cos(theta), math.sin(theta), rank, rows, columns)
-        common = min(len(left), len(right))
-        beta = float((left[:common] * right[:common]).sum() / dim)
-        square = float(((left.mT @ left) * (right.mT @ right)).sum()) / dim
-        alpha = max(square - beta**2, 0.0) ** 0.5
+        alpha, beta = truncated(math.cos(theta), math.sin(theta), rank, rows, columns)
         angles.append(math.atan2(max(beta, 0.0), alpha))
         sizes.append(math.hypot(alpha, beta))
     return angles, sizes
