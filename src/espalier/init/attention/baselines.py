@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,11 @@ def truncated_normal_(model: nn.Module, *, std: float = 0.02, generator: torch.G
     Source: the usual default of vision transformers (timm's ``trunc_normal_(std=0.02)``).
     """
     generator = cpu_generator(generator)
-
-    def write(weights: AttentionWeights) -> None:
+    for weights in _opened(model):
         for part in (weights.q, weights.k, weights.v, weights.out):
             noise = torch.empty(part.shape, dtype=torch.float32, device="cpu")
             part.copy_(nn.init.trunc_normal_(noise, std=std, a=-2 * std, b=2 * std, generator=generator))
         _zero(weights.biases)
-
-    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -41,14 +38,11 @@ def uniform_values_(model: nn.Module, *, generator: torch.Generator | None = Non
     size mattered and not their diagonal.
     """
     generator = cpu_generator(generator)
-
-    def write(weights: AttentionWeights) -> None:
+    for weights in _opened(model):
         bound = weights.q.shape[-1] ** -0.5
         for part in (weights.v, weights.out):
             noise = torch.empty(part.shape, dtype=torch.float32, device="cpu")
             part.copy_(noise.uniform_(-bound, bound, generator=generator))
-
-    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -57,7 +51,8 @@ def zero_output_(model: nn.Module, *, generator: torch.Generator | None = None) 
 
     Source: Fixup, arXiv 1901.09321, which starts residual branches at zero.
     """
-    _write_all(model, lambda weights: _zero((weights.out, *weights.biases)))
+    for weights in _opened(model):
+        _zero((weights.out, *weights.biases))
 
 
 @torch.no_grad()
@@ -71,8 +66,7 @@ def semi_orthogonal_(model: nn.Module, *, generator: torch.Generator | None = No
         EspalierError: a head wider than the model, which has no orthonormal columns.
     """
     generator = cpu_generator(generator)
-
-    def write(weights: AttentionWeights) -> None:
+    for weights in _opened(model):
         dim = weights.q.shape[-1]
         width = weights.q.numel() // dim // weights.num_heads
         if width > dim:
@@ -85,8 +79,6 @@ def semi_orthogonal_(model: nn.Module, *, generator: torch.Generator | None = No
         rows = weights.v.numel() // dim
         weights.v.copy_(torch.eye(rows, dim, dtype=torch.float32, device="cpu").reshape(weights.v.shape))
         _zero(weights.biases)
-
-    _write_all(model, write)
 
 
 @torch.no_grad()
@@ -119,8 +111,7 @@ def impulse_(
     axis = torch.arange(side, dtype=torch.float32, device="cpu")
     pixels_N2 = torch.cartesian_prod(axis, axis)
     generator = cpu_generator(generator)
-
-    def write(weights: AttentionWeights) -> None:
+    for weights in _opened(model):
         heads, dim = weights.num_heads, weights.q.shape[-1]
         if heads != weights.num_kv_heads:
             raise EspalierError("impulse heads need keys of their own: this model groups its queries")
@@ -141,8 +132,6 @@ def impulse_(
             part.copy_(torch.stack([pair[chosen].mT for pair in factors]).reshape(part.shape))
         _zero(weights.biases)
 
-    _write_all(model, write)
-
 
 @torch.no_grad()
 def mlp_mean_shift_(model: nn.Module, *, mean: float = 0.01, generator: torch.Generator | None = None) -> None:
@@ -162,14 +151,14 @@ def mlp_mean_shift_(model: nn.Module, *, mean: float = 0.01, generator: torch.Ge
         first.weight.add_(mean)
 
 
-def _write_all(model: nn.Module, write: Callable[[AttentionWeights], None]) -> None:
-    """Open every self-attention of a model in turn and write to it."""
+def _opened(model: nn.Module) -> Iterator[AttentionWeights]:
+    """Yield every self-attention of a model, opened while it is written to."""
     found = False
     for layer in locate_layers(model):
         with layer.open() as weights:
             if isinstance(weights, AttentionWeights):
                 found = True
-                write(weights)
+                yield weights
     if not found:
         raise EspalierError(f"model {type(model).__name__} has no self-attention to initialise")
 
