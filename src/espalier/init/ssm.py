@@ -67,7 +67,18 @@ class MimeticSSM:
     layers: Literal["all"] | int | Sequence[int] = "all"
 
     def __post_init__(self) -> None:
-        self._check_parts()
+        if self.decay_rule not in get_args(DecayRule):
+            raise unknown_name("decay_rule", self.decay_rule, get_args(DecayRule))
+        if not (isinstance(self.convolution, bool) or self.convolution == "covariance"):
+            raise EspalierError(f"convolution is {self.convolution!r}: give False, True or 'covariance'")
+        if self.correlate is not None and not -1 <= self.correlate <= 1:
+            raise EspalierError(f"correlate is {self.correlate}: give a correlation in −1…1")
+        for name, value in (("decay", self.decay), ("delta_weight", self.delta_weight)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise EspalierError(f"{name} is {value}: give a finite number of at least 0")
+        for name, value in (("delta", self.delta), ("gain", self.gain)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise EspalierError(f"{name} is {value}: give a positive, finite number")
         if isinstance(self.layers, str) and self.layers != "all":
             raise EspalierError(f"layers is {self.layers!r}: give 'all', an index, or a list of indices")
         if not isinstance(self.layers, str | int):
@@ -77,15 +88,7 @@ class MimeticSSM:
     @property
     def parts(self) -> SSMParts:
         """The keyword arguments of ``mimetic_ssm_``."""
-        return SSMParts(
-            decay=self.decay,
-            delta=self.delta,
-            correlate=self.correlate,
-            convolution=self.convolution,
-            decay_rule=self.decay_rule,
-            gain=self.gain,
-            delta_weight=self.delta_weight,
-        )
+        return {name: getattr(self, name) for name in SSMParts.__annotations__}  # type: ignore[return-value]
 
     def describe(self) -> str:
         """Return what is asked for, as reports show it."""
@@ -107,25 +110,11 @@ class MimeticSSM:
         """
         if isinstance(self.layers, str):
             return True
-        wanted = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+        wanted = (self.layers,) if isinstance(self.layers, int) else self.layers
         for layer in wanted:
             if not -count <= layer < count:
                 raise EspalierError(f"layers names {layer} and the model has {count} state-space layers: count from 0")
         return index in {layer % count for layer in wanted}
-
-    def _check_parts(self) -> None:
-        if self.decay_rule not in get_args(DecayRule):
-            raise unknown_name("decay_rule", self.decay_rule, get_args(DecayRule))
-        if not (isinstance(self.convolution, bool) or self.convolution == "covariance"):
-            raise EspalierError(f"convolution is {self.convolution!r}: give False, True or 'covariance'")
-        if self.correlate is not None and not -1 <= self.correlate <= 1:
-            raise EspalierError(f"correlate is {self.correlate}: give a correlation in −1…1")
-        for name, value in (("decay", self.decay), ("delta_weight", self.delta_weight)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise EspalierError(f"{name} is {value}: give a finite number of at least 0")
-        for name, value in (("delta", self.delta), ("gain", self.gain)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise EspalierError(f"{name} is {value}: give a positive, finite number")
 
 
 @torch.no_grad()
@@ -188,7 +177,8 @@ def mimetic_ssm_(
     if spec.correlate is not None:
         _correlate(w_b, w_c, spec.correlate, w_b.shape[0] // groups, spec.gain, generator)
     if spec.delta_weight is not None and w_delta is not None:
-        _scatter(w_delta, spec.delta_weight, generator)
+        bound = spec.delta_weight * w_delta.shape[1] ** -0.5
+        w_delta.copy_(bound * (2 * _noise(torch.rand, w_delta, generator) - 1))
 
 
 # Note [Two readings of the decay]
@@ -227,11 +217,6 @@ def _correlate(
         keys = deviation * _noise(torch.randn, w_b, generator)
         w_b.copy_(keys)
     w_c.copy_(rho * keys + (1 - rho**2) ** 0.5 * deviation * _noise(torch.randn, w_b, generator))
-
-
-def _scatter(w_delta: Tensor, size: float, generator: torch.Generator | None) -> None:
-    bound = size * w_delta.shape[1] ** -0.5
-    w_delta.copy_(bound * (2 * _noise(torch.rand, w_delta, generator) - 1))
 
 
 def _noise(sampler: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -277,13 +262,9 @@ def token_memory(a_log: Tensor, delta_bias: Tensor, steps: int) -> float:
         delta_bias: (channels,) or (heads,).
         steps: n ≥ 0.
     """
-    return float((steps * log_decay(a_log, delta_bias)).exp().mean())
-
-
-def log_decay(a_log: Tensor, delta_bias: Tensor) -> Tensor:
-    """Return ``log Ā = Δ·A`` at zero input, of the shape of ``a_log``, in float64."""
     delta = F.softplus(delta_bias.double())
-    return -(delta[:, None] if a_log.ndim == 2 else delta) * a_log.double().exp()
+    log_decay = -(delta[:, None] if a_log.ndim == 2 else delta) * a_log.double().exp()
+    return float((steps * log_decay).exp().mean())
 
 
 @torch.no_grad()
