@@ -17,7 +17,7 @@ import espalier
 from espalier.checkpoints.by_shape import skeleton
 from espalier.cli.main import main
 from espalier.init import FilterCovariance, MimeticSSM, StructureFit, fit
-from espalier.init.families import SSMFit
+from espalier.init.families import FAMILIES, DepthwiseFit, SSMFit
 from espalier.models import ConvMixer, SequenceModel
 from espalier.nn import Mamba2
 
@@ -93,6 +93,11 @@ def test_few_layers_and_falling_curves_give_positive_schedules() -> None:
     assert isinstance(spec, FilterCovariance)
     assert spec.a == 0
     assert spec.sigma_at(1.0) == pytest.approx(2.0, rel=0.15)
+    # The curve through these falls below zero on a hundredth of the depth: their mean is taken.
+    sigmas = [(depth - 0.505) ** 2 - 1e-7 for depth in (0, 0.5, 1)]
+    rows = [DepthwiseFit(str(index), sigma, 0.0, 1.0) for index, sigma in enumerate(sigmas)]
+    spec = FAMILIES["depthwise"].spec(rows)
+    assert (spec.sigma0, spec.v, spec.a) == (pytest.approx(sum(sigmas) / 3), 0, 0)
 
 
 def test_a_bare_checkpoint_shows_what_its_model_shows() -> None:

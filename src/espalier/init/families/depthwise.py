@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from espalier.errors import EspalierError
 from espalier.init.families.base import LARGEST, Family, Place
 from espalier.init.filters.fit import FilterFit, covariance_fit
 from espalier.init.filters.spec import FilterCovariance
@@ -110,10 +111,10 @@ class DepthwiseFamily(Family):
         powers_N3 = torch.stack([depth_N**0, depth_N, depth_N**2 / 2], dim=1)[:, : min(count, _COEFFICIENTS)]
         fitted = torch.linalg.lstsq(powers_N3, sigma_N[:, None]).solution.flatten().tolist()
         sigma0, v, a = [*fitted, 0.0, 0.0][:_COEFFICIENTS]
-        along = torch.linspace(0, 1, 101, dtype=torch.float64, device="cpu")
-        if float((sigma0 + v * along + a * along**2 / 2).min()) <= 0:
-            sigma0, v, a = float(sigma_N.mean()), 0.0, 0.0
-        return FilterCovariance(sigma0=sigma0, v=v, a=a)
+        try:
+            return FilterCovariance(sigma0=sigma0, v=v, a=a)
+        except EspalierError:  # σ(d) is not positive everywhere
+            return FilterCovariance(sigma0=float(sigma_N.mean()), v=0.0, a=0.0)
 
     def lines(self, rows: Sequence[DepthwiseFit]) -> list[str]:
         """Return a line a layer, and what to ask for."""
