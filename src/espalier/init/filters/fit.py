@@ -19,27 +19,35 @@ _ZOOMS = 5
 
 
 class ClosedFormFit(NamedTuple):
-    """The multiple of the closed form nearest to a covariance in the Frobenius norm."""
+    """The multiple of the closed form nearest to a covariance in the Frobenius norm.
+
+    Attributes:
+        sigma: σ of the closed form; nan if there is nothing to fit (all filters equal).
+        amplitude: the factor before it.
+        error: ‖Σ − amplitude·Σ(σ)‖ / ‖Σ‖, with the sampling error of Σ taken out.
+    """
 
     sigma: float
-    """σ of the closed form; nan if there is nothing to fit (all filters equal)."""
     amplitude: float
-    """The factor before it."""
     error: float
-    """‖Σ − amplitude·Σ(σ)‖ / ‖Σ‖, with the sampling error of Σ taken out."""
 
 
 class FilterFit(NamedTuple):
-    """What ``covariance_fit`` reads off one layer's filters."""
+    """What ``covariance_fit`` reads off one layer's filters.
+
+    Attributes:
+        sigma: σ of the nearest closed form.
+        error: relative Frobenius distance to it, with the sampling error taken out: 0 follows it, 1 has nothing of it.
+        white_error: the same distance to the nearest multiple of the identity, which torch's default has: near 0 for
+            it.
+        concentration: 1 − E‖x − c‖² over the filters' energy / over equal energy at every tap: 0 for white filters, 1
+            for one tap.
+    """
 
     sigma: float
-    """σ of the nearest closed form."""
     error: float
-    """Relative Frobenius distance to it, with the sampling error taken out: 0 follows it, 1 has nothing of it."""
     white_error: float
-    """The same distance to the nearest multiple of the identity, which torch's default has: near 0 for it."""
     concentration: float
-    """1 − E‖x − c‖² over the filters' energy / over equal energy at every tap: 0 for white filters, 1 for one tap."""
 
     @property
     def structured(self) -> bool:
@@ -144,17 +152,14 @@ def covariance_fit(weight: Tensor, **switches: Unpack[Switches]) -> FilterFit:
         return FilterFit(fit.sigma, 1.0, 1.0, 0.0)
     trace, norm_squared = float(covariance_KK.trace()), float(covariance_KK.square().sum())
     white_error = _error(trace**2 / len(covariance_KK), norm_squared - sampling_variance)
-    concentration = _concentration(covariance_KK.diagonal(), sizes, switches.get("centre", "middle") == "last")
+    last = switches.get("centre") == "last"
+    axes = [(torch.arange(k, dtype=torch.float64, device="cpu") - (k - 1 if last else k // 2)) ** 2 for k in sizes]
+    squared_K = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
+    # How much nearer to the centre the energy lies than if it were spread evenly.
+    concentration = 1 - float(covariance_KK.diagonal() @ squared_K) / trace / float(squared_K.mean())
     return FilterFit(fit.sigma, fit.error, white_error, concentration)
 
 
 def _error(explained: float, total: float) -> float:
     """Return the root of the unexplained share, held in [0, 1] where the sampling error was overestimated."""
     return math.sqrt(1 - min(explained / total, 1.0)) if total > 0 else 0.0
-
-
-def _concentration(variance_K: Tensor, sizes: tuple[int, ...], last: bool) -> float:
-    """Return how much nearer to the centre the energy lies than if it were spread evenly."""
-    axes = [(torch.arange(k, dtype=torch.float64, device="cpu") - (k - 1 if last else k // 2)) ** 2 for k in sizes]
-    squared_K = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
-    return 1 - float((variance_K * squared_K).sum() / variance_K.sum() / squared_K.mean())

@@ -21,7 +21,8 @@ from espalier.init.filters.closed_form import (
 )
 from espalier.init.filters.statistics import FilterStatistics
 
-DEPTH_RULES = ("ends", "starts", "middles", "stops")
+# Depth of layer i of n: (i + shift)/n, or i/(n−1) for "ends".
+_SHIFTS = {"ends": None, "starts": 0.0, "middles": 0.5, "stops": 1.0}
 
 
 class Schedule(NamedTuple):
@@ -50,6 +51,21 @@ class FilterCovariance:
     the three replaces the preset's. ``FilterCovariance()`` is the published closed form (variance, wrapped, masked,
     clipped, raw scale) with the schedule ``"patch-2"``: nearly a single tap at the start and std ≈ 1.4 taps at the end.
 
+    Attributes:
+        preset: ``"closed-form"``, ``"patch-1"``, ``"patch-2"`` or ``"convnext"``.
+        sigma0: σ of the first layer.
+        v: growth of σ per unit of depth.
+        a: growth of that growth.
+        sigma_is_std: read σ as a standard deviation instead of a variance.
+        wrap: measure the distance of taps around a torus; left out: yes, except for the variant ``"psd"``.
+        mask: ``"x"``, or ``"y"`` for the transposed mask.
+        centre: ``"middle"``, or ``"last"`` for causal convolutions.
+        variant: ``"clip"``, ``"abs"`` or ``"psd"``.
+        scale: ``"raw"``, ``"unit"`` or ``"match_default"``.
+        depth_rule: depth of layer i of n: ``"ends"`` i/(n−1), ``"starts"`` i/n, ``"middles"`` (i+½)/n, ``"stops"``
+            (i+1)/n.
+        statistics: measured covariances that replace the closed form.
+
     Raises:
         EspalierError: an unknown preset or switch, a σ(d) that is not positive, or a schedule beside statistics.
 
@@ -57,35 +73,23 @@ class FilterCovariance:
     """
 
     preset: str = "closed-form"
-    """``"closed-form"``, ``"patch-1"``, ``"patch-2"`` or ``"convnext"``."""
     sigma0: float | None = None
-    """σ of the first layer."""
     v: float | None = None
-    """Growth of σ per unit of depth."""
     a: float | None = None
-    """Growth of that growth."""
     sigma_is_std: bool = False
-    """Read σ as a standard deviation instead of a variance."""
     wrap: bool | None = None
-    """Measure the distance of taps around a torus; left out: yes, except for the variant ``"psd"``."""
     mask: str = "x"
-    """``"x"``, or ``"y"`` for the transposed mask."""
     centre: str = "middle"
-    """``"middle"``, or ``"last"`` for causal convolutions."""
     variant: str = "clip"
-    """``"clip"``, ``"abs"`` or ``"psd"``."""
     scale: str = "raw"
-    """``"raw"``, ``"unit"`` or ``"match_default"``."""
     depth_rule: str = "ends"
-    """Depth of layer i of n: ``"ends"`` i/(n−1), ``"starts"`` i/n, ``"middles"`` (i+½)/n, ``"stops"`` (i+1)/n."""
     statistics: FilterStatistics | None = None
-    """Measured covariances that replace the closed form."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise unknown_name("filter covariance preset", self.preset, PRESETS)
-        if self.depth_rule not in DEPTH_RULES:
-            raise unknown_name("depth_rule", self.depth_rule, DEPTH_RULES)
+        if self.depth_rule not in _SHIFTS:
+            raise unknown_name("depth_rule", self.depth_rule, _SHIFTS)
         check_switches(self.switches)
         if self.statistics is not None:
             if (self.sigma0, self.v, self.a) != (None, None, None) or self.preset != "closed-form":
@@ -94,21 +98,16 @@ class FilterCovariance:
         for name, published in PRESETS[self.preset]._asdict().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, published)
-        lowest = min(map(self.sigma_at, self._turning_points()))
+        # σ is smallest at an end, or at the parabola's vertex if that lies between.
+        vertex = -self.v / self.a if self.a and self.v is not None else 0.0
+        lowest = min(map(self.sigma_at, (0.0, 1.0, min(max(vertex, 0.0), 1.0))))
         if not (math.isfinite(lowest) and lowest > 0):
             raise EspalierError(f"sigma falls to {lowest:.3g} over depth: choose sigma0, v and a that keep it positive")
 
     @property
     def switches(self) -> Switches:
         """The keyword arguments of ``filter_covariance``."""
-        return Switches(
-            sigma_is_std=self.sigma_is_std,
-            wrap=self.wrap,
-            mask=self.mask,
-            centre=self.centre,
-            variant=self.variant,
-            scale=self.scale,
-        )
+        return {name: getattr(self, name) for name in Switches.__annotations__}  # type: ignore[return-value]
 
     def sigma_at(self, depth: float) -> float:
         """Return σ at a fractional depth in [0, 1].
@@ -124,9 +123,9 @@ class FilterCovariance:
 
     def depth_of(self, index: int, count: int) -> float:
         """Return the fractional depth of layer ``index`` of ``count`` (½ for one on its own under ``"ends"``)."""
-        if self.depth_rule == "ends":
-            return index / (count - 1) if count > 1 else 0.5
-        return (index + {"starts": 0.0, "middles": 0.5, "stops": 1.0}[self.depth_rule]) / count
+        if (shift := _SHIFTS[self.depth_rule]) is not None:
+            return (index + shift) / count
+        return index / (count - 1) if count > 1 else 0.5
 
     def covariance(self, kernel_size: int | Sequence[int], depth: float, *, dim: int = 2) -> Tensor:
         """Return the covariance (K, K), float64, of the filters at a fractional depth."""
@@ -138,8 +137,3 @@ class FilterCovariance:
         """Fill the filters (h, 1, *k) of the layer at a fractional depth in place and return in words with what."""
         fill_filters_(weight, self.covariance(depthwise_kernel(weight), depth), generator)
         return f"statistics at depth {depth:.2f}" if self.statistics is not None else f"σ {self.sigma_at(depth):.3g}"
-
-    def _turning_points(self) -> list[float]:
-        """Return the depths at which σ can be smallest: the ends, and the parabola's vertex if it lies between."""
-        vertex = -self.v / self.a if self.a and self.v is not None else 0.0
-        return [0.0, 1.0, min(max(vertex, 0.0), 1.0)]

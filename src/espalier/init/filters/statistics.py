@@ -29,20 +29,24 @@ _FORMAT = "espalier.filter_statistics/1"
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """The covariance of one depthwise layer's filters."""
+    """The covariance of one depthwise layer's filters.
+
+    Attributes:
+        name: the layer it was measured in, or the one nearest to it in depth.
+        kernel_size: taps along every axis.
+        covariance: shape (K, K), float64; taps in row-major order.
+        filters: how many filters stand behind it.
+        sampling_variance: expected squared Frobenius error of the covariance; carried through a resize as if the
+            filters were Gaussian.
+        shrinkage: share of the target that ``shrink`` mixed in.
+    """
 
     name: str
-    """The layer it was measured in, or the one nearest to it in depth."""
     kernel_size: tuple[int, ...]
-    """Taps along every axis."""
     covariance: Tensor
-    """Shape (K, K), float64; taps in row-major order."""
     filters: int
-    """How many filters stand behind it."""
     sampling_variance: float
-    """Expected squared Frobenius error of the covariance; carried through a resize as if the filters were Gaussian."""
     shrinkage: float = 0.0
-    """Share of the target that ``shrink`` mixed in."""
 
     def resize(self, kernel_size: tuple[int, ...]) -> LayerStatistics:
         """Return the covariance of these filters resized bilinearly: ``R Σ Rᵀ``, trace restored.
@@ -89,11 +93,13 @@ class FilterStatistics:
     Layer i of n lies at fractional depth i/(n − 1). A covariance does not depend on the width or the patch size of the
     network, so these need no conversion. Means are not carried over: filters are drawn about zero.
 
+    Attributes:
+        layers: in the order of depth.
+
     Source: arXiv 2210.03651, section 3; the shrinkage is ours.
     """
 
     layers: tuple[LayerStatistics, ...]
-    """In the order of depth."""
 
     @classmethod
     def from_model(cls, models: nn.Module | Sequence[nn.Module]) -> FilterStatistics:
