@@ -32,21 +32,29 @@ class VerificationError(RuntimeError):
     """A layer's weights do not show what was just written: something shares or computes them."""
 
 
+# Where something is written, the first speaks of the arguments and the second of the whole model: both end the call.
+_FATAL = (EspalierError, VerificationError)
 # A device, and the addresses of the first and the last number of a view there.
 _Span = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A located layer, its family, and its place (index, count) among the layers of that family."""
+    """A located layer.
+
+    Attributes:
+        layer: its weights, and how to get at them.
+        family: what can be done with them.
+        place: its index and the number of layers, within the family.
+        first: name of the first layer with any of the same weights: its own, unless modules are tied.
+        whole: whether all its weights are those of the first layer, and not some.
+    """
 
     layer: Layer
     family: Family
     place: Place
     first: str
-    """Name of the first layer with any of the same weights: its own, unless modules are tied."""
     whole: bool
-    """Whether all its weights are those of the first layer, and not some."""
 
     def row(self, status: str, note: str = "") -> LayerReport:
         return LayerReport(self.layer.name, self.family.kind, self.layer.host, status, note=note)  # type: ignore[arg-type]
@@ -98,20 +106,18 @@ def structure_(
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
     generator = cpu_generator(generator)
     draws = [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in sites]
-    rows, sums, remarks = list[LayerReport](), list[dict[str, float]](), dict[str, None]()
-    for site, seed in zip(sites, agree(draws, model), strict=True):
-        spec, taken = asked[site.family.kind], dict[str, float]()
-        stream = torch.Generator(device="cpu").manual_seed(seed)
-        rows.append(_attempt(site, lambda: _write(site, spec, stream, taken, rows)))  # noqa: B023 (called at once)
-        sums.append(taken)
+    rows, sums, remarks = list[LayerReport](), [dict[str, float]() for _ in sites], dict[str, None]()
+    for site, seed, taken in zip(sites, agree(draws, model), sums, strict=True):
+        spec, stream = asked[site.family.kind], torch.Generator(device="cpu").manual_seed(seed)
+        rows.append(_attempt(_write, site, spec, stream, taken, rows, fatal=_FATAL))
         if rows[-1].status == "written":
             remarks[site.family.remark(site.layer.found, spec, site.layer.module, model)] = None
     if "written" not in (statuses := {row.status for row in rows}) and "failed" in statuses:
         raise _nothing_written(model, asked, rows)
     for index, site in enumerate(sites):
         if rows[index].status == "written":
-            check = (site, rows[index], asked[site.family.kind], sums[index], guard)
-            rows[index] = _attempt(site, lambda: _verify(*check))  # noqa: B023 (called at once)
+            spec = asked[site.family.kind]
+            rows[index] = _attempt(_verify, site, rows[index], spec, sums[index], guard, fatal=_FATAL)
     return StructureReport(tuple(rows), tuple(filter(None, remarks)))
 
 
@@ -141,7 +147,7 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
     before = [] if against is None else list(against.layers)
     names = [(site.layer.name, site.family.kind) for site in sites]
     earlier = match_rows(before, names, lambda index: _bits(sites[index]))
-    rows = [_attempt(site, lambda: _measure(site, earlier.get(index)), ()) for index, site in enumerate(sites)]  # noqa: B023
+    rows = [_attempt(_measure, site, earlier.get(index)) for index, site in enumerate(sites)]
     met = {id(row) for row in earlier.values()}
     gone = [row for row in before if id(row) not in met and row.status in _CARRIED]
     rows += [replace(row, status="lost", measured={}, note="the layer is gone") for row in gone]
@@ -169,14 +175,15 @@ def _sites(model: nn.Module) -> Sequence[_Site]:
 
 def _memory(found: object) -> frozenset[_Span]:
     """Return where a layer's views lie, empty if that is nowhere (on the meta device, or gathered later)."""
-    values = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
-    if any(value.is_meta or value.numel() == 0 for value in values):
-        return frozenset()
-    reach = [sum((n - 1) * step for n, step in zip(v.shape, v.stride(), strict=True)) for v in values]
-    return frozenset(
-        (str(v.device), v.data_ptr(), v.data_ptr() + int(far) * v.element_size())
-        for v, far in zip(values, reach, strict=True)
-    )
+    spans = []
+    for value in vars(found).values():
+        if isinstance(value, torch.Tensor):
+            if value.is_meta or value.numel() == 0:
+                return frozenset()
+            reach = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+            start = value.data_ptr()
+            spans.append((str(value.device), start, start + int(reach) * value.element_size()))
+    return frozenset(spans)
 
 
 def _overlap(spans: frozenset[_Span], others: frozenset[_Span]) -> bool:
@@ -184,17 +191,11 @@ def _overlap(spans: frozenset[_Span], others: frozenset[_Span]) -> bool:
 
 
 def _attempt(
-    site: _Site,
-    step: Callable[[], LayerReport],
-    fatal: tuple[type[Exception], ...] = (EspalierError, VerificationError),
+    step: Callable[..., LayerReport], site: _Site, *args: Any, fatal: tuple[type[Exception], ...] = ()
 ) -> LayerReport:
-    """Return the row that a step makes: the one place where what a layer raises becomes a ``failed`` row.
-
-    Where something is written, an ``EspalierError`` speaks of the arguments and a ``VerificationError`` of the whole
-    model: both end the call.
-    """
+    """Return the row that a step makes: the one place where what a layer raises becomes a ``failed`` row."""
     try:
-        return step()
+        return step(site, *args)
     except Exception as error:
         if isinstance(error, fatal):
             raise type(error)(f"layer {site.layer.name!r}: {error}") from error
@@ -267,7 +268,7 @@ def _verify(site: _Site, row: LayerReport, spec: object, sums: Mapping[str, floa
 
 def _measure(site: _Site, earlier: LayerReport | None) -> LayerReport:
     """Return the row of a layer as it is now; below adapters where it has some."""
-    found, family = site.layer.found, site.family
+    found = site.layer.found
     if not isinstance(found, Skipped):
         with site.layer.open() as weights:
             return _judge(site, weights, earlier)
@@ -277,7 +278,7 @@ def _measure(site: _Site, earlier: LayerReport | None) -> LayerReport:
                 if not isinstance(weights, Skipped):
                     row = _judge(site, weights, earlier)
                     return replace(row, note="; ".join(filter(None, (row.note, "measured below its adapter"))))
-    return LayerReport(site.layer.name, family.kind, site.layer.host, "skipped", note=found.reason)
+    return site.row("skipped", found.reason)
 
 
 def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerReport:
@@ -285,28 +286,26 @@ def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerRepor
     family = site.family
     if isinstance(weights, Skipped) or on_meta(weights):
         return site.row("skipped", weights.reason if isinstance(weights, Skipped) else "on the meta device")
-    row = site.row("present", family.note(weights, site.layer.module))
-    if earlier is not None:
-        row = replace(row, asked=earlier.asked, mark=earlier.mark)
+    earlier = earlier or site.row("absent")
+    note = family.note(weights, site.layer.module)
+    row = replace(site.row("present", note), asked=earlier.asked, mark=earlier.mark)
     if damage := family.damage(weights, family.sums(weights)):
         return replace(row, status="failed", note=damage)
-    measured = family.measure(weights)
-    row = replace(row, measured=measured)
-    if excess := family.excess(measured):
+    row = replace(row, measured=family.measure(weights))
+    if excess := family.excess(row.measured):
         return replace(row, status="failed", note=excess)
-    scores = family.scores(measured)
-    shown = any(abs(score) >= 1 for score in scores.values())
+    scores = family.scores(row.measured)
     before: dict[str, float] = {}
-    if earlier is not None and earlier.status in _CARRIED and earlier.measured:
+    if earlier.status in _CARRIED and earlier.measured:
         before = {part: score for part, score in family.scores(earlier.measured).items() if abs(score) >= 1}
     losses = {part: loss for part, score in before.items() if (loss := _loss(part, score, scores.get(part, 0.0)))}
     # A product that is lost altogether needs no word on its heads.
     if lost := [loss for part, loss in losses.items() if part.partition(" of ")[0] not in losses.keys() - {part}]:
         return replace(row, status="lost", note="; ".join(filter(None, (row.note, f"lost: {', '.join(lost)}"))))
-    if not shown:
+    if not any(abs(score) >= 1 for score in scores.values()):
         return replace(row, status="absent")
-    changed = earlier is not None and bool(earlier.mark) and earlier.mark != family.bits(weights)
-    return replace(row, status="changed" if changed and before else "present")
+    changed = before and earlier.mark and earlier.mark != family.bits(weights)
+    return replace(row, status="changed" if changed else "present")
 
 
 def _loss(part: str, before: float, now: float) -> str:
