@@ -17,8 +17,13 @@ class TrainedWeightsWarning(UserWarning):
     """Structure is about to be written over weights that look trained; nothing is written yet."""
 
 
-def trained_norms(model: nn.Module) -> tuple[list[str], int]:
-    """Return the normalisation layers whose gains were trained, and how many such layers there are.
+def drawn_around_zero(mean: float, std: float) -> bool:
+    """Return whether gains look like weights: small, and as many below zero as above."""
+    return 0 < std < 0.3 and abs(mean) < 0.3 * std
+
+
+def warn_if_trained(model: nn.Module) -> None:
+    """Warn if at least half of the model's normalisation layers have trained gains.
 
     Every library starts gains at a constant, and whatever brought trained weights into the model (``from_pretrained``,
     ``create_model(pretrained=True)``, ``load_state_dict``) brought theirs, so no flag of any library is needed. Gains
@@ -37,17 +42,6 @@ def trained_norms(model: nn.Module) -> tuple[list[str], int]:
         around_zero = drawn_around_zero(float(gain.mean()), float(gain.std()))
         if torch.isfinite(gain).all() and gain.min() < gain.max() and not around_zero:
             moved.append(name)
-    return moved, count
-
-
-def drawn_around_zero(mean: float, std: float) -> bool:
-    """Return whether gains look like weights: small, and as many below zero as above."""
-    return 0 < std < 0.3 and abs(mean) < 0.3 * std
-
-
-def warn_if_trained(model: nn.Module) -> None:
-    """Warn if at least half of the model's normalisation layers have trained gains."""
-    moved, count = trained_norms(model)
     if moved and 2 * len(moved) >= count:
         warnings.warn(
             f"these weights look trained (gains of {len(moved)} of {count} normalisation layers, such as {moved[0]}, "
