@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from espalier.init.report import LayerReport
 
@@ -36,42 +37,35 @@ def match_rows(
     """
     open_rows = dict(enumerate(rows))
     open_layers = dict(enumerate(layers))
+    here, there = [_plain(name) for name, _ in layers], [_plain(row.layer) for row in rows]
     matched: dict[int, LayerReport] = {}
 
-    def take(pairs: Mapping[int, int]) -> None:
-        for layer, row in pairs.items():
-            matched[layer] = open_rows.pop(row)
-            del open_layers[layer]
+    def take(layer: int, row: int) -> None:
+        matched[layer] = open_rows.pop(row)
+        del open_layers[layer]
 
-    names = {index: _plain(row.layer) for index, row in open_rows.items()}
-    take(_unique(open_layers, open_rows, lambda layer, row: _plain(layers[layer][0]) == names[row]))
-    marks = {row.mark for row in open_rows.values() if row.mark}
-    if marks and open_layers:
+    def take_unique(alike: Callable[[int, int], bool]) -> None:
+        """Take every layer and row that are alike, where neither is like any other."""
+        partners = {layer: [row for row in open_rows if alike(layer, row)] for layer in open_layers}
+        claims = Counter(row for found in partners.values() for row in found)
+        for layer, found in partners.items():
+            if len(found) == 1 and claims[found[0]] == 1:
+                take(layer, found[0])
+
+    take_unique(lambda layer, row: here[layer] == there[row])
+    if open_layers and any(row.mark for row in open_rows.values()):
         digests = {layer: bits(layer) for layer in open_layers}
         for row, content in list(open_rows.items()):
-            layer = next((layer for layer in open_layers if digests[layer] == content.mark != ""), None)
-            if layer is not None:
-                take({layer: row})
+            same = [layer for layer in open_layers if content.mark and digests[layer] == content.mark]
+            if same:
+                take(same[0], row)
     for alike in (_holds, _same_place):
-        take(
-            _unique(
-                open_layers,
-                open_rows,
-                lambda layer, row, alike=alike: (  # type: ignore[misc]
-                    rows[row].kind == layers[layer][1] and alike(_plain(layers[layer][0]), names[row])
-                ),
+        take_unique(
+            lambda layer, row, alike=alike: (  # type: ignore[misc]
+                rows[row].kind == layers[layer][1] and alike(here[layer], there[row])
             )
         )
     return matched
-
-
-def _unique(
-    layers: Mapping[int, object], rows: Mapping[int, object], alike: Callable[[int, int], bool]
-) -> dict[int, int]:
-    """Return the pairs of a layer and a row that are alike, where neither is like any other."""
-    partners = {layer: [row for row in rows if alike(layer, row)] for layer in layers}
-    claims = [row for found in partners.values() for row in found]
-    return {layer: found[0] for layer, found in partners.items() if len(found) == 1 and claims.count(found[0]) == 1}
 
 
 def _plain(name: str) -> Name:
