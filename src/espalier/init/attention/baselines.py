@@ -144,7 +144,14 @@ def mlp_mean_shift_(model: nn.Module, *, mean: float = 0.01, generator: torch.Ge
 
     Source: first MLP layers of trained transformers have a non-zero mean (mimetic initialisation of MLPs); our reading.
     """
-    firsts = list(_first_layers(model))
+    firsts = []
+    for module in model.modules():
+        children = dict(module.named_children())
+        names = next((pair for pair in _MLP_PAIRS if children.keys() >= set(pair)), ())
+        layers = list(module) if isinstance(module, nn.Sequential) else [children[name] for name in names]
+        pair = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        if len(pair) == 2 and pair[0].out_features == pair[1].in_features > pair[0].in_features:
+            firsts.append(pair[0])
     if not firsts:
         raise EspalierError(f"model {type(model).__name__} has no MLP of two linear layers to shift")
     for first in firsts:
@@ -177,13 +184,3 @@ def _positions(model: nn.Module) -> tuple[Tensor, int]:
     if embedding.shape[1] - side**2 > 2 or side < 2:
         raise EspalierError(f"pos_embed of {embedding.shape[1]} tokens is not a square grid: impulses need one")
     return nn.functional.layer_norm(places, places.shape[-1:]), side
-
-
-def _first_layers(model: nn.Module) -> Iterator[nn.Linear]:
-    for module in model.modules():
-        children = dict(module.named_children())
-        names = next((pair for pair in _MLP_PAIRS if children.keys() >= set(pair)), ())
-        layers = list(module) if isinstance(module, nn.Sequential) else [children[name] for name in names]
-        pair = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        if len(pair) == 2 and pair[0].out_features == pair[1].in_features > pair[0].in_features:
-            yield pair[0]

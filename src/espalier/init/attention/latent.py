@@ -14,6 +14,7 @@ from espalier.init.attention.near_identity import (
     compute_type,
     near_identity_corner,
     random_frame,
+    signed_qr,
     split,
 )
 from espalier.init.layouts.registry import LatentAttentionWeights, latent_map
@@ -81,7 +82,7 @@ def _write_queries_and_keys(
         rank_q, frame = len(weights.q_down), kv_DR
         if rank_q > rank_kv:
             extra = random_frame(dim, rank_q - rank_kv, generator=options["generator"], device=options["device"])
-            frame = _qr(torch.cat([kv_DR, extra], 1))[0]
+            frame = signed_qr(torch.cat([kv_DR, extra], 1))[0]
         weights.q_down.copy_(frame[:, :rank_q].mT)
         q_DS, q_SS = _space(weights.q_down, weights.q_gain, weights.scales[0], dim)
         overlap_SR = q_DS.mT @ kv_DR
@@ -110,17 +111,11 @@ def _write_values_and_output(
 def _space(down: Tensor, gain: Tensor, scale: float, dim: int) -> tuple[Tensor, Tensor]:
     """Return Q (d, r) with orthonormal columns and triangular T with ``G = Tᵀ Qᵀ``, as of width d's factors."""
     map_RD = latent_map(down, gain, scale).to(compute_device(dim, down.device), compute_type(dim))
-    q_DR, t_RR = _qr(map_RD.mT)
+    q_DR, t_RR = signed_qr(map_RD.mT)
     sizes = t_RR.diagonal().abs()
     if not float(sizes.min()) > _WEAKEST * float(sizes.max()):
         raise ArithmeticError("its latent has lost directions (a zero row or gain): draw it again, then write")
     return q_DR, t_RR
-
-
-def _qr(columns: Tensor) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(columns)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)  # the signs of R's diagonal are the library's choice
-    return q * signs, r * signs[:, None]
 
 
 def _behind(t_RR: Tensor, factor_RK: Tensor) -> Tensor:

@@ -147,6 +147,13 @@ def _signs(columns: Tensor) -> Tensor:
     return torch.where(columns.sum(0) < 0, -1.0, 1.0).to(columns.dtype)
 
 
+def signed_qr(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q and R of a matrix, the diagonal of R not negative: its signs are the library's choice."""
+    q, r = torch.linalg.qr(columns)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return q * signs, r * signs[:, None]
+
+
 def split_square(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Split a square matrix into two balanced full-rank factors, exactly: ``A = L Rᵀ``.
 
@@ -256,8 +263,7 @@ def near_identity_heads(
         yield left, right
     if not turns:
         return
-    triangle = torch.linalg.qr(torch.cat([left, right], 1)).R
-    triangle *= torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle.dtype)[:, None]
+    triangle = signed_qr(torch.cat([left, right], 1))[1]
     for _ in range(count - 1):
         turned = random_frame(dim, len(triangle), generator=generator, device=device) @ triangle
         yield turned[:, :rank], turned[:, rank:]

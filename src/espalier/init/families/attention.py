@@ -197,27 +197,21 @@ def _between(module: nn.Module, said: str) -> Iterator[str]:
     if any(map(_QK_NORM.fullmatch, names)) and "are normalised" not in said:
         yield "queries and keys are normalised: their product holds up to scale"
     # A norm that is registered before the projections acts on the input.
-    children = [name for name, part in module.named_children() if not isinstance(part, nn.Identity)]
-    first = next((i for i, name in enumerate(children) if _holds_matrix(module.get_submodule(name))), 0)
-    norms = [n for n in children if _is_norm(module.get_submodule(n)) and not _QK_NORM.fullmatch(n)]
-    if any(n in children[:first] or not _OUTPUT_NORM.fullmatch(n) for n in norms):
+    children = {name: part for name, part in module.named_children() if not isinstance(part, nn.Identity)}
+    matrices = [name for name, part in children.items() if any(weight.ndim == 2 for weight in part.parameters())]
+    first = list(children).index(matrices[0]) if matrices else 0
+    before, after = list(children)[:first], list(children)[first:]
+    norms = [n for n, part in children.items() if "norm" in type(part).__name__.lower() and not _QK_NORM.fullmatch(n)]
+    if any(n in before or not _OUTPUT_NORM.fullmatch(n) for n in norms):
         yield "a norm stands before the projections: both products hold for its output"
     own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim <= 1]
     scales = [name for name in own if "bias" not in name and "sink" not in name]
     if scales and "scale" not in said:
         yield f"learned numbers of its own ({', '.join(scales)}): its products hold up to scale"
-    if any(map(_OUTPUT_NORM.fullmatch, children[first:])) and "before the output projection" not in said:
+    if any(map(_OUTPUT_NORM.fullmatch, after)) and "before the output projection" not in said:
         yield "a norm stands before the output projection: the VO product holds up to scale"
     if any(map(_GATE.fullmatch, names)) and "gate" not in said:
         yield "gated: the VO product holds before the gate"
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
-def _holds_matrix(module: nn.Module) -> bool:
-    return any(parameter.ndim == 2 for parameter in module.parameters())
 
 
 def _is_causal(weights: AnyAttention, module: nn.Module, model: nn.Module) -> bool:

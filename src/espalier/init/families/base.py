@@ -94,9 +94,9 @@ class Family(ABC):
     def damage(self, weights: Any, sums: Mapping[str, float]) -> str:
         """Return why these weights cannot work, or the empty string."""
         bad = [name for name, value in sums.items() if not math.isfinite(value)]
-        return (
-            f"{', '.join(bad)} {'hold' if len(bad) > 1 else 'holds'} NaN, infinite or overflowing values" if bad else ""
-        )
+        if not bad:
+            return ""
+        return f"{', '.join(bad)} {'hold' if len(bad) > 1 else 'holds'} NaN, infinite or overflowing values"
 
     def excess(self, measured: Mapping[str, float]) -> str:
         """Return which figures are too large for weights that work, or the empty string; standard scores may be."""

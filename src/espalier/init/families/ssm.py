@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -133,10 +134,8 @@ class SSMFamily(Family):
         """Return the spec of the mean layer; parts that are not there (fast decay, far taps) are left alone."""
         if not rows:
             return None
-        figures = [[row.decay, row.delta, row.correlate, row.convolution] for row in rows]
-        decay, delta, correlate, distance = (
-            float(mean) for mean in torch.tensor(figures, dtype=torch.float64, device="cpu").mean(0)
-        )
+        figures = [(row.decay, row.delta, row.correlate, row.convolution) for row in rows]
+        decay, delta, correlate, distance = map(fmean, zip(*figures, strict=True))
         return MimeticSSM(
             decay=decay if decay > 0 else None,
             delta=delta,
