@@ -115,14 +115,14 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         content = read_object(path)
-        stated = content.pop("digest", None)
-        damaged = stated not in (None, _digest_of(content))
+        if content.pop("digest", None) not in (None, _digest_of(content)):
+            raise ValueError("another digest")
     except OSError as error:
         raise EspalierError(f"{what} {path} cannot be read ({error.strerror}): name a file that is there") from None
     except ValueError:
-        damaged = True
-    if damaged:
-        raise EspalierError(f"{what} {path} is damaged: it is not as it was written; restore it or make it again")
+        raise EspalierError(
+            f"{what} {path} is damaged: it is not as it was written; restore it or make it again"
+        ) from None
     return content
 
 
@@ -131,22 +131,18 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write tensors as safetensors through ``write_bytes`` and return the path; see ``tensors_bytes``."""
-    write_bytes(path, tensors_bytes(tensors, metadata))
-    return path
+    """Write tensors as safetensors through ``write_bytes`` and return the path.
 
-
-def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return tensors as a safetensors file; every entry is contiguous, on the CPU, and stands for itself.
-
-    The copies undo channels-last strides and separate tied weights: safetensors refuses both.
+    Every entry is a contiguous copy: that undoes channels-last strides and separates tied weights, both of which
+    safetensors refuses.
     """
     from safetensors.torch import save
 
     apart = {
         name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return save(apart, None if metadata is None else dict(metadata))
+    write_bytes(path, save(apart, None if metadata is None else dict(metadata)))
+    return path
 
 
 def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
@@ -177,17 +173,14 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
                 mapped = mapped and zipfile.is_zipfile(path)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # both readers raise half a dozen kinds for a damaged or hostile file
-        reason = (
-            "it is no file of weights, or would run code"
-            if isinstance(error, pickle.UnpicklingError)
-            else _first_line(error)
-        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is no file of weights, or would run code"
         raise EspalierError(f"checkpoint {path} cannot be read safely: {reason}") from None
-    for name in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-            break
-    found = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not isinstance(content, Mapping):
+        content = {}
+    nested = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), content)
+    found = {name: tensor for name, tensor in nested.items() if isinstance(tensor, Tensor)}
     for name, tensor in found.items():
         # A stride of zero repeats one number: a copy of what claims to be larger than its file fills the memory.
         if tensor.nbytes > path.stat().st_size:
@@ -227,23 +220,14 @@ def read_checked(path: Path, md5: str) -> bytes:
     Raises:
         EspalierError: the file is missing, unreadable or not the published one; the message names it.
     """
-    content = read_file(path)
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise EspalierError(f"{path} has md5 {found}, the published file {md5}: fetch it again")
     return content
-
-
-def read_file(path: Path) -> bytes:
-    """Return the content of ``path``.
-
-    Raises:
-        EspalierError: the file is missing, unreadable or no regular one; the message names it.
-    """
-    try:
-        return read_regular(path)
-    except OSError as error:
-        raise EspalierError(f"cannot read {path} ({error.strerror}): give the folder with --data") from error
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
@@ -364,7 +348,3 @@ def cache_folder() -> Path:
     if named := os.environ.get("ESPALIER_CACHE"):
         return path_of("ESPALIER_CACHE", named)
     return path_of("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "espalier"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
