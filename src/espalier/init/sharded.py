@@ -56,14 +56,9 @@ def whole(module: nn.Module, *, shapes: bool = False) -> Iterator[bool]:
             _scatter(full[id(shard)], shard)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether any parameter is a shard."""
-    return any(_is_sharded(parameter) for parameter in model.parameters())
-
-
 def reshard(model: nn.Module) -> None:
     """Free the whole parameters that FSDP2 keeps after a forward pass: what is written to those is thrown away."""
-    if not _distributed():
+    if not is_distributed():
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -75,22 +70,23 @@ def reshard(model: nn.Module) -> None:
 def agree(seeds: Sequence[int], model: nn.Module) -> list[int]:
     """Return rank 0's seeds on every rank of a model that is sharded or inside DDP, the given ones on any other."""
     shared = list(seeds)
-    if not _distributed():
+    if not is_distributed():
         return shared
     replicas = [part for part in model.modules() if isinstance(part, nn.parallel.DistributedDataParallel)]
-    if replicas or is_sharded(model):
+    if replicas or any(map(_is_sharded, model.parameters())):
         group = replicas[0].process_group if replicas else None
         torch.distributed.broadcast_object_list(shared, group=group, group_src=0)
     return shared
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
+    """Return whether this is one process of several that talk to each other."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_sharded(parameter: Tensor | None) -> TypeGuard[DTensor]:
     # Without a process group there are no shards, and then the import below is not paid for.
-    if parameter is None or not _distributed():
+    if parameter is None or not is_distributed():
         return False
     from torch.distributed.tensor import DTensor
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from espalier.integrations.check import UnhealthyModelError, WatchCheck
-from espalier.integrations.watch import StructureWatch
+from espalier.integrations.watch import StructureWatch, UnhealthyModelError, WatchCheck
 
 __all__ = ["StructureWatch", "UnhealthyModelError", "WatchCheck"]
 

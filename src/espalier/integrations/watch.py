@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,13 +14,65 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor import diagnose
+from espalier.doctor import Diagnosis, diagnose
 from espalier.errors import EspalierError
-from espalier.files import read_tensors, tensors_bytes, write_bytes
-from espalier.init import StructureReport, audit, structure_
-from espalier.integrations.check import Stage, UnhealthyModelError, WatchCheck
+from espalier.files import read_tensors, write_tensors
+from espalier.init import LayerReport, StructureReport, audit, structure_
+from espalier.init.sharded import is_distributed
 
 OnProblem = Literal["fail", "warn"]
+Stage = Literal["start", "checkpoint loaded", "end"]
+
+
+@dataclass(frozen=True)
+class WatchCheck:
+    """What a ``StructureWatch`` saw at one stage; prints as one line when nothing is wrong.
+
+    Attributes:
+        stage: ``start``, ``checkpoint loaded`` or ``end``.
+        diagnosis: of the doctor.
+        structure: of the audit; ``None`` for a model without a layer that any layout recognises.
+    """
+
+    stage: Stage
+    diagnosis: Diagnosis
+    structure: StructureReport | None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line a problem: the doctor's errors, layers that failed, and layers that lost their structure.
+
+        At the end a lost structure is no problem: training may move weights wherever the loss is lower.
+        """
+        lines = [f"{f.layer or 'model'}: {f.check}: {f.measured}; {f.remedy}" for f in self.diagnosis.errors]
+        for row in self._rows("failed") if self.stage == "end" else self._rows("lost", "failed"):
+            lines.append(f"{row.layer or 'model'}: structure {row.status}: {row.note or 'it no longer stands out'}")
+        return tuple(lines)
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing to tell: no finding of any severity, no layer lost or failed."""
+        return not self.diagnosis.findings and (self.structure is None or self.structure.ok)
+
+    def __str__(self) -> str:
+        counts = Counter(row.status for row in self.structure.layers) if self.structure else {}
+        words = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no layer recognised"
+        first, *table = str(self.diagnosis).splitlines()
+        rows = [f"structure {r.status}: {r.layer or '(model)'}  {r.note}" for r in self._rows("lost", "failed")]
+        return "\n".join([f"espalier, {self.stage}: {first}; structure: {words}", *table, *rows])
+
+    def _rows(self, *statuses: str) -> list[LayerReport]:
+        return [row for row in self.structure.layers if row.status in statuses] if self.structure else []
+
+
+class UnhealthyModelError(EspalierError):
+    """A model that cannot train as meant, or a checkpoint whose structure did not arrive; ``problems`` lists all."""
+
+    def __init__(self, stage: Stage, problems: tuple[str, ...]) -> None:
+        more = f" (and {len(problems) - 1} more: see the table above)" if len(problems) > 1 else ""
+        super().__init__(f"{stage}: {problems[0]}{more}; on_problem='warn' goes on")
+        self.stage = stage
+        self.problems = problems
 
 
 class StructureWatch:
@@ -196,7 +250,7 @@ class StructureWatch:
         if isinstance(self._keep, str | Path):
             if _rank() == 0:
                 Path(self._keep).parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(Path(self._keep), tensors_bytes(whole))
+                write_tensors(Path(self._keep), whole)
         else:
             self._kept = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
 
@@ -220,14 +274,12 @@ def _audit(model: nn.Module, against: StructureReport | None) -> StructureReport
 
 
 def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return torch.distributed.get_rank() if is_distributed() else int(os.environ.get("RANK", "0"))
 
 
 def _of_all_ranks(problems: tuple[str, ...]) -> tuple[str, ...]:
     """Return the problems of every rank, so that all raise together: one that goes on alone would wait for ever."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return problems
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, problems)
