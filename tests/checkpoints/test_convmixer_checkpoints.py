@@ -109,6 +109,8 @@ def test_what_is_no_whole_convmixer_is_refused_in_one_line(tmp_path: Path) -> No
         "other": ({"fc.weight": torch.ones(1)}, "no ConvMixer's: it has no block, only fc.weight"),
         "stemless": ({k: v for k, v in state.items() if k != "stem.0.weight"}, "stem.0.weight is missing"),
         "flat": ({**state, "stem.0.weight": torch.ones(1)}, "no kernels"),
+        "deep": ({**state, "blocks.999999999.0.fn.0.weight": torch.ones(1)}, "count 1000000000 blocks, and it holds"),
+        "endless": ({f"blocks.{'9' * 5000}.0.fn.0.weight": torch.ones(1)}, "it has no block"),
         "empty": ({}, "holds no tensors by name"),
         "number": (3, "holds no tensors by name"),
         "objects": ({"state_dict": {"a": 3}}, "holds no tensors by name"),
@@ -127,6 +129,9 @@ def test_what_is_no_whole_convmixer_is_refused_in_one_line(tmp_path: Path) -> No
             load_checkpoint_file(tmp_path / name)
     with pytest.raises(EspalierError, match="did you mean 'original'"):
         convert_state(state, "orginal")
+    # Once renamed to "5.weight", which is a block's place.
+    with pytest.raises(EspalierError, match=r"unexpected stem\.5\.weight"):
+        convert_state({**state, "stem.5.weight": torch.ones(1)}, "original")
     with pytest.raises(EspalierError, match=r"unexpected fc\.weight"):
         convert_state({**state, "fc.weight": torch.ones(1)}, "original")
 

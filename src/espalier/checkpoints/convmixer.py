@@ -29,7 +29,8 @@ State = dict[str, Tensor]
 _STEM_MODULES = 3
 # Between the last block and the head of the original stand the pooling and the flattening.
 _MODULES_BEFORE_HEAD = 2
-_NESTED = ("state_dict", "model", "state_dict_ema", "model_ema")
+_PLACE = re.compile(r"((?:stem\.|blocks\.)?\d+|head)(?:\.|$)")
+# What wrappers of the whole model put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN = 3
 
@@ -48,7 +49,10 @@ def load_checkpoint_file(path: str | Path) -> State:
         EspalierError: it cannot be read, or is no whole ConvMixer; the message says what is missing or unexpected.
     """
     path = Path(path)
-    state = _without_wrappers(read_tensors(path))
+    state = read_tensors(path)
+    for prefix in _WRAPPERS * 2:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     try:
         state = convert_state(state, "espalier")
         with torch.device("meta"):
@@ -91,8 +95,19 @@ def convert_state(state: Mapping[str, Tensor], to: str) -> State:
     if original == (to == "original"):
         return dict(state)
     depth = _depth(state, original)
-    rename = _from_original if original else _to_original
-    return {rename(name, depth): tensor for name, tensor in state.items()}
+    numbers = {f"stem.{index}": str(index) for index in range(_STEM_MODULES)}
+    numbers |= {f"blocks.{index}": str(_STEM_MODULES + index) for index in range(depth)}
+    numbers["head"] = str(_STEM_MODULES + depth + _MODULES_BEFORE_HEAD)
+    places = {number: place for place, number in numbers.items()} if original else numbers
+    converted = {}
+    for name, tensor in state.items():
+        found = _PLACE.match(name)
+        place = found[1] if found else ""
+        # A number that is not ours keeps its name: whoever loads the weights reports it as unexpected.
+        if place not in places and not (original and place.isdigit()):
+            raise EspalierError(f"unexpected {name}: a ConvMixer has stem, blocks and head, or numbers throughout")
+        converted[places.get(place, place) + name.removeprefix(place)] = tensor
+    return converted
 
 
 def model_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -121,44 +136,14 @@ def model_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _depth(state: Mapping[str, Tensor], original: bool) -> int:
-    pattern = r"(\d+)\.0\.fn\.0\.weight" if original else r"blocks\.(\d+)\.0\.fn\.0\.weight"
+    pattern = r"(\d{1,9})\.0\.fn\.0\.weight" if original else r"blocks\.(\d{1,9})\.0\.fn\.0\.weight"
     blocks = [int(found[1]) for name in state if (found := re.fullmatch(pattern, name))]
     if not blocks:
         raise EspalierError(f"it is no ConvMixer's: it has no block, only {_some(state) or 'nothing'}")
-    return max(blocks) + 1 - (_STEM_MODULES if original else 0)
-
-
-def _from_original(name: str, depth: int) -> str:
-    number, dot, rest = name.partition(".")
-    if not number.isdigit():
-        raise EspalierError(f"unexpected {name} among the numbers of an nn.Sequential")
-    index = int(number)
-    if index < _STEM_MODULES:
-        return f"stem.{name}"
-    if index < _STEM_MODULES + depth:
-        return f"blocks.{index - _STEM_MODULES}{dot}{rest}"
-    # Whatever else it is, it keeps its name and is reported as unexpected.
-    return f"head{dot}{rest}" if index == _STEM_MODULES + depth + _MODULES_BEFORE_HEAD else name
-
-
-def _to_original(name: str, depth: int) -> str:
-    part, _, rest = name.partition(".")
-    if part == "stem":
-        return rest
-    if part == "head":
-        return f"{_STEM_MODULES + depth + _MODULES_BEFORE_HEAD}.{rest}"
-    number, dot, inner = rest.partition(".")
-    if part != "blocks" or not number.isdigit():
-        raise EspalierError(f"unexpected {name}: a ConvMixer has stem, blocks and head")
-    return f"{int(number) + _STEM_MODULES}{dot}{inner}"
-
-
-def _without_wrappers(state: State) -> State:
-    """Return the weights without the prefixes that wrappers of the whole model put before every name."""
-    for prefix in _WRAPPERS * 2:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+    depth = max(blocks) + 1 - (_STEM_MODULES if original else 0)
+    if depth > len(state):
+        raise EspalierError(f"it is no ConvMixer's: its names count {depth} blocks, and it holds {len(state)} tensors")
+    return depth
 
 
 def _refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
