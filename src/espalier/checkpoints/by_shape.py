@@ -32,7 +32,8 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
             path, leaf = f"{path}.qkv".lstrip("."), "weight"
         if leaf == "weight":
             parent, _, child = path.rpartition(".")
-            transposed = child in ("c_attn", "c_proj") and _transposed(tensors.get(f"{parent}.c_attn.weight"))
+            fused = tensors.get(f"{parent}.c_attn.weight") if child in ("c_attn", "c_proj") else None
+            transposed = fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]
             siblings = _at(root, parent)._modules
             layer = _layer(tensor, tensors.get(f"{path}.bias"), transposed)
             layer._modules.update(getattr(siblings.get(child), "_modules", {}))
@@ -50,10 +51,6 @@ def _at(root: nn.Module, path: str) -> nn.Module:
     for part in path.split(".") if path else ():
         module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
     return module
-
-
-def _transposed(fused: Tensor | None) -> bool:
-    return fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]
 
 
 def _layer(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Module:
