@@ -31,26 +31,17 @@ __all__ = [
     "structure_",
 ]
 
-# Every other name is a room of its own.
-_HOMES = {
-    "Diagnosis": "doctor",
-    "FilterCovariance": "init",
-    "Mimetic": "init",
-    "MimeticSSM": "init",
-    "StructureReport": "init",
-    "audit": "init",
-    "compare": "study",
-    "diagnose": "doctor",
-    "structure_": "init",
-}
+# Where names come from that are neither rooms of their own nor of the room ``init``.
+_HOMES = {"Diagnosis": "doctor", "compare": "study", "diagnose": "doctor"}
+_ROOMS = ("certify", "doctor", "init", "integrations", "models", "nn")
 
 
 def __getattr__(name: str) -> Any:
     # A name is imported when it is first asked for, so that `espalier --help` does not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module 'espalier' has no attribute {name!r}")
-    room = import_module(f"espalier.{_HOMES.get(name, name)}")
-    value = globals()[name] = getattr(room, name) if name in _HOMES else room
+    room = import_module(f"espalier.{name if name in _ROOMS else _HOMES.get(name, 'init')}")
+    value = globals()[name] = room if name in _ROOMS else getattr(room, name)
     return value
 
 
