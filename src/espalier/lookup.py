@@ -161,11 +161,9 @@ def _file_of(kind: str, place: str) -> Path:
     # As for ``python -m``: a package in the present folder counts, after those that are installed.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with errors_of(kind, place):
-        try:
-            spec = importlib.util.find_spec(place)
-        except ModuleNotFoundError:
-            spec = None
+    spec = None
+    with errors_of(kind, place), suppress(ModuleNotFoundError):
+        spec = importlib.util.find_spec(place)
     if spec is None:
         raise EspalierError(f"{kind}: there is no module {place!r}: install it, or name a file, FILE.py:NAME")
     if not spec.origin or not spec.has_location:
