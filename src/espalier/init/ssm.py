@@ -177,8 +177,7 @@ def mimetic_ssm_(
     if spec.correlate is not None:
         _correlate(w_b, w_c, spec.correlate, w_b.shape[0] // groups, spec.gain, generator)
     if spec.delta_weight is not None and w_delta is not None:
-        bound = spec.delta_weight * w_delta.shape[1] ** -0.5
-        w_delta.copy_(bound * (2 * _noise(torch.rand, w_delta, generator) - 1))
+        w_delta.copy_(spec.delta_weight * w_delta.shape[1] ** -0.5 * (2 * _noise(torch.rand, w_delta, generator) - 1))
 
 
 # Note [Two readings of the decay]
