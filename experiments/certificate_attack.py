@@ -36,6 +36,7 @@ IMAGES = 3
 
 def drawn(rng: random.Random) -> tuple[nn.Module, Tensor, Tensor, str]:
     """Return a network, images, the classes that it gives them as it runs, and the arithmetic to certify it in."""
+    torch.manual_seed(rng.randrange(2**63))  # layers draw their weights from torch's own generator
     draw = Draw(rng)
     net, shape = draw.network()
     arithmetic = rng.choice(["float64", "float64", "float32"])
