@@ -17,10 +17,6 @@ class TimmContract(nn.Module):
         """Return the head."""
         return self.head
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Classify features; return them as they are with ``pre_logits``."""
-        return x if pre_logits else self.get_classifier()(x)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass to save memory."""
         self.grad_checkpointing = enable

@@ -98,6 +98,10 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
             return kept
         return features(x)
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Classify features; return them as they are with ``pre_logits``."""
+        return x if pre_logits else self.head(x)
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes

@@ -286,6 +286,10 @@ class SequenceModel(TimmContract, HubModel):
             x_BLD = self.run_block(layer, x_BLD)
         return self.norm_f(x_BLD)
 
+    def forward_head(self, x_BLD: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits (B, L, V) of features, or with ``pre_logits`` the features themselves."""
+        return x_BLD if pre_logits else self.lm_head(x_BLD)
+
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Return logits (B, L, V): those at place t are for the token after t."""
         return self.forward_head(self.forward_features(tokens_BL))
