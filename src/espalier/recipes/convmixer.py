@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from espalier.recipes.base import Recipe, register_recipe
-from espalier.recipes.vision import convmixer_cifar10
+from espalier.recipes.vision import convmixer_cifar10, digits_convmixer
 
 
 @register_recipe
@@ -16,22 +16,16 @@ def convmixer_filters() -> Recipe:
     covariance-frozen default covariance``. The net is the CIFAR-10 one, narrower and shallower, with the paper's larger
     kernel; a few epochs on few images fit little, so filters that are good from the start show.
     """
-    return Recipe(
+    return replace(
+        digits_convmixer(),
         name="convmixer_filters",
         dataset="cifar10",
         data_args={"train_limit": 2000, "test_limit": 2000},
-        model="convmixer",
         model_args={"dim": 48, "depth": 4, "kernel_size": 9, "patch_size": 2},
         epochs=8,
-        batch_size=64,
-        lr=1e-2,
-        weight_decay=5e-3,
-        schedule="piecewise",
-        clip_norm=1.0,
         flip=True,
         eval_every=4,
         channels_last=True,
-        threads=1,
     )
 
 
@@ -78,25 +72,18 @@ def convmixer_imagenet() -> Recipe:
     smallest crop is timm's default. For ConvMixer-768/32: ``--model convmixer_768_32 --epochs 300``. Not yet run here
     at full length.
     """
-    return Recipe(
+    return replace(
+        convmixer_cifar10_96(),
         name="convmixer_imagenet",
         dataset="folder",
         data_args={"size": 224, "storage": "stream"},
         model="convmixer_1536_20",
         epochs=150,
         batch_size=640,
-        lr=0.01,
-        eps=1e-3,
         weight_decay=2e-5,
-        schedule="piecewise",
-        clip_norm=1.0,
         label_smoothing=0.1,
         crop_scale=(0.08, 1.0),
-        flip=True,
         randaugment=(2, 9),
-        mixup=0.5,
-        cutmix=0.5,
-        erasing=0.25,
         precision="bf16",
         channels_last=True,
     )

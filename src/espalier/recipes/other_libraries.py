@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from espalier.recipes.base import Recipe, register_recipe
+from espalier.recipes.convmixer import convmixer_filters
 
 
 @register_recipe
@@ -58,20 +59,13 @@ def convnext_filters() -> Recipe:
     covariance default-frozen covariance-frozen``. Residual branches start at full scale: at the class's own 1e-6 a run
     this short trains the stem and the head alone.
     """
-    return Recipe(
+    return replace(
+        convmixer_filters(),
         name="convnext_filters",
-        dataset="cifar10",
-        data_args={"train_limit": 2000, "test_limit": 2000},
         model="transformers_convnext",
         model_args={"patch_size": 4, "depths": (2, 2), "dims": (48, 96), "layer_scale": 1.0},
-        epochs=8,
-        batch_size=64,
         lr=3e-3,
         weight_decay=0.05,
+        schedule="cosine",
         warmup_epochs=1,
-        clip_norm=1.0,
-        flip=True,
-        eval_every=4,
-        channels_last=True,
-        threads=1,
     )

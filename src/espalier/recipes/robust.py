@@ -83,14 +83,13 @@ def kwlarge_cifar10() -> Recipe:
     mean subtracted only (arXiv 2104.07167, section 5): ``espalier train kwlarge_cifar10 --data DIR``. Not yet run here
     at full length; sixteen epochs are measured in docs/results/archive/robustness.md.
     """
-    return _centred(
+    return replace(
+        kwlarge_fashion(),
         name="kwlarge_cifar10",
         dataset="cifar10",
         model_args={"width": 32},
         epochs=200,
-        batch_size=256,
         crop_padding=4,
-        flip=True,
     )
 
 

@@ -71,19 +71,14 @@ def shakespeare_mamba2() -> Recipe:
     --data FILE``, or with ``ESPALIER_DATA`` set. For a GPU: ``--data-args.length 256 --model-args.dim 384
     --model-args.pattern mamba2*6 --epochs 50``.
     """
-    return Recipe(
+    return replace(
+        copy_mamba2(),
         name="shakespeare_mamba2",
         dataset="tinyshakespeare",
         data_args={"length": 128, "steps_per_epoch": 100, "eval_examples": 128},
-        model="sequence",
-        model_args={"dim": 64, "pattern": "mamba2*2", "state_size": 32, "head_dim": 64},
         epochs=6,
         batch_size=24,
-        lr=4e-3,
-        clip_norm=1.0,
-        eval_every=2,
         eval_batch_size=64,
-        threads=1,
     )
 
 
@@ -103,5 +98,4 @@ def shakespeare_attention() -> Recipe:
         batch_size=16,
         lr=1e-3,
         warmup_epochs=0.5,
-        threads=1,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from espalier.recipes.base import Recipe, register_recipe
 
 
@@ -53,20 +55,15 @@ def fashion_vit() -> Recipe:
 
     ``espalier train fashion_vit --data DIR``.
     """
-    return Recipe(
+    return replace(
+        digits_vit(),
         name="fashion_vit",
         dataset="fashion_mnist",
-        model="vit",
         model_args={"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
-        epochs=10,
         batch_size=128,
         lr=1e-3,
-        weight_decay=0.01,
-        warmup_epochs=1,
-        clip_norm=3.0,
         crop_padding=2,
         flip=True,
-        threads=1,
     )
 
 
@@ -113,7 +110,6 @@ def convmixer_cifar10() -> Recipe:
         weight_decay=0.005,
         schedule="piecewise",
         clip_norm=1.0,
-        crop_scale=(1.0, 1.0),
         flip=True,
         randaugment=(2, 12),
     )
