@@ -10,30 +10,31 @@ from espalier.errors import unknown_name
 from espalier.lookup import is_reference
 from espalier.recipes.base import Recipe
 
+
+def _arm(init: str, freeze: str = "", **init_args: Any) -> dict[str, Any]:
+    return {"init": init, "init_args": init_args, "freeze": freeze}
+
+
 ARMS: dict[str, Mapping[str, Any]] = {
-    "default": {"init": "default", "init_args": {}, "freeze": ""},
-    "default-frozen": {"init": "default", "init_args": {}, "freeze": "depthwise"},
-    "mimetic": {"init": "mimetic", "init_args": {}, "freeze": ""},
-    "covariance": {"init": "covariance", "init_args": {}, "freeze": ""},
-    "covariance-frozen": {"init": "covariance", "init_args": {}, "freeze": "depthwise"},
-    "mimetic-ssm": {"init": "mimetic_ssm", "init_args": {}, "freeze": ""},
-    "mimetic-ssm-scaled": {"init": "mimetic_ssm", "init_args": {"decay_rule": "scaled"}, "freeze": ""},
-    "mimetic-ssm-gain": {"init": "mimetic_ssm", "init_args": {"gain": 1.0}, "freeze": ""},
-    "mimetic-ssm-one": {"init": "mimetic_ssm", "init_args": {"layers": 0}, "freeze": ""},
-    "ssm-covariance": {
-        "init": "mimetic_ssm",
-        "init_args": {"decay": None, "delta": None, "correlate": None, "convolution": "covariance"},
-        "freeze": "",
-    },
-    "mimetic-ssm-last": {"init": "mimetic_ssm", "init_args": {"layers": -1}, "freeze": ""},
-    "structured": {"init": "structured", "init_args": {}, "freeze": ""},
-    "truncated-normal": {"init": "truncated_normal", "init_args": {}, "freeze": ""},
-    "uniform-values": {"init": "uniform_values", "init_args": {}, "freeze": ""},
-    "zero-output": {"init": "zero_output", "init_args": {}, "freeze": ""},
-    "identity-vo": {"init": "mimetic", "init_args": {"preset": "language"}, "freeze": ""},
-    "semi-orthogonal": {"init": "semi_orthogonal", "init_args": {}, "freeze": ""},
-    "impulse": {"init": "impulse", "init_args": {}, "freeze": ""},
-    "mlp-mean-shift": {"init": "mlp_mean_shift", "init_args": {}, "freeze": ""},
+    "default": _arm("default"),
+    "default-frozen": _arm("default", freeze="depthwise"),
+    "mimetic": _arm("mimetic"),
+    "covariance": _arm("covariance"),
+    "covariance-frozen": _arm("covariance", freeze="depthwise"),
+    "mimetic-ssm": _arm("mimetic_ssm"),
+    "mimetic-ssm-scaled": _arm("mimetic_ssm", decay_rule="scaled"),
+    "mimetic-ssm-gain": _arm("mimetic_ssm", gain=1.0),
+    "mimetic-ssm-one": _arm("mimetic_ssm", layers=0),
+    "ssm-covariance": _arm("mimetic_ssm", decay=None, delta=None, correlate=None, convolution="covariance"),
+    "mimetic-ssm-last": _arm("mimetic_ssm", layers=-1),
+    "structured": _arm("structured"),
+    "truncated-normal": _arm("truncated_normal"),
+    "uniform-values": _arm("uniform_values"),
+    "zero-output": _arm("zero_output"),
+    "identity-vo": _arm("mimetic", preset="language"),
+    "semi-orthogonal": _arm("semi_orthogonal"),
+    "impulse": _arm("impulse"),
+    "mlp-mean-shift": _arm("mlp_mean_shift"),
     # The statistics stay those of the recipe: --init STATISTICS.safetensors.
     "transferred": {"init": "transferred", "freeze": ""},
     "transferred-frozen": {"init": "transferred", "freeze": "depthwise"},
@@ -47,7 +48,7 @@ def apply_arm(recipe: Recipe, arm: str) -> Recipe:
         EspalierError: no arm has that name; the message suggests the closest ones.
     """
     if is_reference(arm):
-        return replace(recipe, init=arm, init_args={}, freeze="")
+        return replace(recipe, **_arm(arm))
     if arm not in ARMS:
         raise unknown_name("arm", arm, ARMS)
     return replace(recipe, **ARMS[arm])
