@@ -105,16 +105,6 @@ def structured(model: nn.Module, generator: torch.Generator) -> StructureReport 
     return structure_(model, generator=generator)
 
 
-def _peer(write: Callable[..., None]) -> Init:
-    """Return a peer of mimetic initialisation as an initialisation that a recipe can name."""
-
-    @wraps(write)
-    def initialise(model: nn.Module, generator: torch.Generator, **arguments: Any) -> None:
-        write(model, generator=generator, **arguments)
-
-    return initialise
-
-
 INITS: dict[str, Init] = {
     "default": default,
     "mimetic": mimetic,
@@ -122,12 +112,12 @@ INITS: dict[str, Init] = {
     "covariance": covariance,
     "transferred": transferred,
     "structured": structured,
-    "truncated_normal": _peer(baselines.truncated_normal_),
-    "uniform_values": _peer(baselines.uniform_values_),
-    "zero_output": _peer(baselines.zero_output_),
-    "semi_orthogonal": _peer(baselines.semi_orthogonal_),
-    "impulse": _peer(baselines.impulse_),
-    "mlp_mean_shift": _peer(baselines.mlp_mean_shift_),
+    "truncated_normal": baselines.truncated_normal_,
+    "uniform_values": baselines.uniform_values_,
+    "zero_output": baselines.zero_output_,
+    "semi_orthogonal": baselines.semi_orthogonal_,
+    "impulse": baselines.impulse_,
+    "mlp_mean_shift": baselines.mlp_mean_shift_,
 }
 
 
