@@ -11,7 +11,7 @@ from typing import Any
 from espalier.errors import EspalierError, require
 from espalier.files import read_regular
 from espalier.recipes.base import Recipe, get_recipe
-from espalier.recipes.validation import recipe_from_dict, recipe_to_dict, refuse_repeated
+from espalier.recipes.validation import read_json, recipe_from_dict, recipe_to_dict, refuse_repeated
 
 _YAML = (".yaml", ".yml")
 
@@ -35,7 +35,7 @@ def open_recipe(spec: str) -> Recipe:
         text = read_regular(path).decode()
     except (OSError, ValueError) as error:
         raise EspalierError(f"recipe file {spec!r} cannot be read: {getattr(error, 'strerror', error)}") from None
-    values = read_yaml(text, spec) if path.suffix in _YAML else _read_json(text, spec)
+    values = read_yaml(text, spec) if path.suffix in _YAML else read_json(text, spec)
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise EspalierError(f"recipe file {spec!r} holds no fields: write lines such as base: digits_vit and lr: 1e-3")
     values = dict(values)
@@ -74,10 +74,3 @@ def read_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader)  # a SafeLoader: it builds plain values alone
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EspalierError(f"recipe file {where!r} is no YAML: {' '.join(str(error).split())[:200]}") from None
-
-
-def _read_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=refuse_repeated)
-    except (ValueError, RecursionError) as error:
-        raise EspalierError(f"recipe file {where!r} is no JSON: {error}") from None

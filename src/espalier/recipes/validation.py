@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -124,11 +124,9 @@ def load_recipe(path: Path) -> Recipe:
         EspalierError: missing file, not JSON, unknown or ill-typed fields.
     """
     try:
-        values = json.loads(read_regular(path), object_pairs_hook=refuse_repeated)
+        values = read_json(read_regular(path), str(path))
     except OSError as error:
         raise EspalierError(f"recipe file {path} cannot be read ({error.strerror}): name a file of JSON") from error
-    except (ValueError, RecursionError) as error:
-        raise EspalierError(f"recipe file {path} is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise EspalierError(f"recipe file {path} does not hold an object of fields")
     recipe = recipe_from_dict(values, where=f"recipe file {path}")
@@ -139,6 +137,18 @@ def load_recipe(path: Path) -> Recipe:
 def first_difference(mine: Recipe, other: Recipe) -> str | None:
     """Return the name of the first field in which two recipes differ, None if they are equal."""
     return next((f.name for f in fields(Recipe) if getattr(mine, f.name) != getattr(other, f.name)), None)
+
+
+def read_json(text: str | bytes, where: str) -> Any:
+    """Return what the JSON of a recipe file says.
+
+    Raises:
+        EspalierError: it is no JSON; the message names the file ``where``.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=refuse_repeated)
+    except (ValueError, RecursionError) as error:
+        raise EspalierError(f"recipe file {where!r} is no JSON: {error}") from None
 
 
 def refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -208,12 +218,13 @@ def _misfit(value: Any, kind: Any) -> str:
     # To Python, and so to the checker, True is a number.
     if kind is not bool and any(isinstance(part, bool) for part in (value if isinstance(value, tuple) else (value,))):
         return "bool is not expected"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number is expected"
-    if _too_long(value):
-        return "a whole number of at most 18 digits is expected"
-    if _unspeakable(value):
-        return "text without NUL characters is expected"
+    for leaf in _leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            return "a finite number is expected"
+        if isinstance(leaf, int) and abs(leaf) >= 10**18:  # more than torch can count to
+            return "a whole number of at most 18 digits is expected"
+        if isinstance(leaf, str) and "\0" in leaf:  # which no name or path can hold
+            return "text without NUL characters is expected"
     try:
         guard.check_type(value, kind, collection_check_strategy=guard.CollectionCheckStrategy.ALL_ITEMS)
     except guard.TypeCheckError as error:
@@ -221,18 +232,15 @@ def _misfit(value: Any, kind: Any) -> str:
     return ""
 
 
-def _unspeakable(value: Any) -> bool:
-    """Return whether a text anywhere in it is none that a name or a path can be."""
-    if isinstance(value, str):
-        return "\0" in value
-    inner = [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
-    return any(map(_unspeakable, inner))
-
-
-def _too_long(value: Any) -> bool:
-    """Return whether a whole number anywhere in it is none that torch can count to."""
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
-    return (isinstance(value, int) and abs(value) >= 10**18) or any(map(_too_long, inner))
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield every plain value in it, however deep, and the keys of mappings."""
+    if isinstance(value, Mapping):
+        value = (*value, *value.values())
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 def _convert(value: Any, kind: Any) -> Any:
