@@ -14,7 +14,7 @@ from espalier.data.images import LIMITS, ImageSource
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
-from espalier.data.stream import MappedPixels, StreamedPixels, StreamSource
+from espalier.data.stream import MappedPixels, Pixels, StreamedPixels, StreamSource
 from espalier.errors import unknown_name
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[s
     augmentation = Augmentation.from_recipe(recipe)
     if storage == "memory":
         return ImageSource(_in_memory(listing, size), augmentation, recipe.normalize)
-    train: MappedPixels | StreamedPixels
-    test: MappedPixels | StreamedPixels
+    train: Pixels
+    test: Pixels
     if storage == "mapped":
         train, test = (
             MappedPixels(decode_all(split, size), split.labels_N, size) for split in (listing.train, listing.test)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.data.arguments import find_data, positive_int, read_arguments
 from espalier.data.augment import to_unit
@@ -16,10 +16,10 @@ from espalier.data.cifar import read_cifar10
 from espalier.data.digits import read_digits
 from espalier.data.generated import GENERATED, GeneratedImages, read_generated
 from espalier.data.idx import read_fashion_mnist
-from espalier.data.labelled import ImageData, LabelledImages
+from espalier.data.labelled import ImageData
 from espalier.data.normalizer import build_normalizer, value_counts
-from espalier.data.source import contents_digest
-from espalier.errors import EspalierError, unknown_name
+from espalier.data.source import contents_digest, epoch_order, image_args, require_split, require_step
+from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -29,7 +29,51 @@ LIMITS: dict[str, Any] = {"train_limit": None, "test_limit": None}
 """Arguments of every source of images: how many of the stratified order are used."""
 
 
-class ImageSource:
+class ImageBatches:
+    """What the sources of images have in common: the classes, the augmentation and the image's shape.
+
+    Raises:
+        EspalierError: a padding that the images are too small for.
+    """
+
+    normalizer: nn.Module
+
+    def __init__(
+        self,
+        splits: dict[str, Any],
+        class_names: tuple[str, ...],
+        augmentation: Augmentation | None,
+        shape: Sequence[int],
+    ) -> None:
+        self.augmentation = augmentation or Augmentation()
+        if (padding := self.augmentation.crop_padding) >= (side := min(shape[1:])):
+            raise EspalierError(f"crop_padding is {padding}, the images' side {side}: lower it")
+        self.class_names = class_names
+        self._splits, self._shape = splits, shape
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """Number of classes, channels and side of the images."""
+        return {"num_classes": len(self.class_names), **image_args(self._shape)}
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """The test set alone."""
+        return ("test",)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return the number of whole batches in the training set."""
+        return len(self._splits["train"].labels_N) // batch_size
+
+    def _finish(self, pixels_BCHW: Tensor, labels_B: Tensor, *keys: int | str) -> tuple[Tensor, Tensor]:
+        """Return a training batch augmented, by draws that derive from ``keys``, and normalised, and its targets."""
+        seed, *rest = keys
+        generator = derive_generator(int(seed), "augment", *rest, device=labels_B.device)
+        images_BCHW, targets = self.augmentation(pixels_BCHW, labels_B, len(self.class_names), generator=generator)
+        return self.normalizer(images_BCHW), targets
+
+
+class ImageSource(ImageBatches):
     """A ``Source`` of image batches: a pure function of (seed, epoch, step).
 
     Batches of both kinds come normalised, ready for the network; ``images`` gives pixels in [0, 1], for which the
@@ -53,30 +97,10 @@ class ImageSource:
         normalize: str = "mean_std",
         generated: GeneratedImages | None = None,
     ) -> None:
-        self.augmentation = augmentation or Augmentation()
-        side = min(data.train.images_NCHW.shape[-2:])
-        if self.augmentation.crop_padding >= side:
-            raise EspalierError(f"crop_padding is {self.augmentation.crop_padding}, the images' side {side}: lower it")
-        self.class_names = data.class_names
+        splits = {"train": data.train, "test": data.test}
+        super().__init__(splits, data.class_names, augmentation, data.train.images_NCHW.shape[1:])
         self.normalizer = build_normalizer(value_counts(data.train.images_NCHW), normalize)
-        self._splits = {"train": data.train, "test": data.test}
         self._generated = generated
-        self._order: tuple[tuple[int, int], Tensor] | None = None
-
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """Number of classes, channels and side of the images."""
-        _, channels, height, width = self._splits["train"].images_NCHW.shape
-        return {
-            "num_classes": len(self.class_names),
-            "in_chans": channels,
-            "img_size": height if height == width else (height, width),
-        }
-
-    @property
-    def eval_splits(self) -> tuple[str, ...]:
-        """The test set alone."""
-        return ("test",)
 
     @property
     def digest(self) -> str:
@@ -92,31 +116,20 @@ class ImageSource:
         self.normalizer = self.normalizer.to(device)
         return self
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the number of whole batches in the training set."""
-        return len(self._splits["train"]) // batch_size
-
     def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return batch ``step`` of ``epoch``: augmented, normalised images and their targets.
 
         Raises:
             IndexError: the epoch has no such step.
         """
-        if not 0 <= step < self.steps_per_epoch(batch_size):
-            raise IndexError(f"step {step} of {self.steps_per_epoch(batch_size)} with batch_size {batch_size}")
+        require_step(step, self.steps_per_epoch(batch_size), batch_size)
         train = self._splits["train"]
-        device = train.labels_N.device
         real = batch_size - (self._generated.count(batch_size) if self._generated else 0)
-        batch = train.take(self._epoch_order(seed, epoch)[step * real : (step + 1) * real].to(device))
+        chosen_M = epoch_order(len(train), seed, epoch)[step * real : (step + 1) * real]
+        batch = train.take(chosen_M.to(train.labels_N.device))
         if self._generated:
             batch = self._generated.join(batch, seed, epoch, step, batch_size)
-        images_BCHW, targets = self.augmentation(
-            batch.images_NCHW,
-            batch.labels_N,
-            len(self.class_names),
-            generator=derive_generator(seed, "augment", epoch, step, device=device),
-        )
-        return self.normalizer(images_BCHW), targets
+        return self._finish(batch.images_NCHW, batch.labels_N, seed, epoch, step)
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the normalised images and labels of ``split`` in their stored order.
@@ -124,10 +137,10 @@ class ImageSource:
         Raises:
             EspalierError: unknown split.
         """
-        chosen = self._split(split)
-        for pixels_BCHW, labels_B in zip(
-            chosen.images_NCHW.split(batch_size), chosen.labels_N.split(batch_size), strict=True
-        ):
+        require_split(split, self._splits)
+        chosen = self._splits[split]
+        batches = zip(chosen.images_NCHW.split(batch_size), chosen.labels_N.split(batch_size), strict=True)
+        for pixels_BCHW, labels_B in batches:
             yield self.normalizer(to_unit(pixels_BCHW)), labels_B
 
     def images(self, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -136,21 +149,10 @@ class ImageSource:
         Raises:
             EspalierError: unknown split, or a limit below 1.
         """
-        chosen = self._split(split)
+        require_split(split, self._splits)
+        chosen = self._splits[split]
         count = len(chosen) if limit is None else positive_int("limit", limit)
         return to_unit(chosen.images_NCHW[:count]), chosen.labels_N[:count]
-
-    def _split(self, name: str) -> LabelledImages:
-        if name not in self._splits:
-            raise unknown_name("split", name, self._splits)
-        return self._splits[name]
-
-    def _epoch_order(self, seed: int, epoch: int) -> Tensor:
-        # One permutation is kept, so that a step does not cost a pass over the indices; its key makes it safe.
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = derive_generator(seed, "order", epoch)
-            self._order = ((seed, epoch), torch.randperm(len(self._splits["train"]), generator=generator))
-        return self._order[1]
 
 
 def digits_source(recipe: Recipe) -> ImageSource:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from espalier.data.arguments import positive_int
+from espalier.data.encoded import EncodedImages
 from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 
@@ -32,22 +33,7 @@ class LabelledImages:
         return LabelledImages(self.images_NCHW.to(device), self.labels_N.to(device))
 
 
-class Labelled(Protocol):
-    """Images with class indices, in memory or not."""
-
-    @property
-    def labels_N(self) -> Tensor:
-        """Class indices ``(N,)``."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def take(self, indices_M: Tensor) -> Self:
-        """Return the images at ``indices_M``, in that order."""
-        ...
-
-
-Images = TypeVar("Images", bound=Labelled)
+Images = TypeVar("Images", LabelledImages, EncodedImages)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from espalier.data.arguments import positive_int, read_arguments
 from espalier.data.recall import MARKS, copying, mqar, ngram_lookup, usual_pairs
-from espalier.errors import unknown_name
+from espalier.data.source import require_split, require_step
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class GeneratedSource:
         Raises:
             IndexError: the epoch has no such step.
         """
-        if not 0 <= step < self._steps:
-            raise IndexError(f"step {step} of {self._steps}")
+        require_step(step, self._steps, batch_size)
         generator = derive_generator(seed, "train", epoch, step, device=self._device)
         return self._train(batch_size, self.length, generator=generator)
 
@@ -99,8 +98,7 @@ class GeneratedSource:
         Raises:
             EspalierError: unknown split.
         """
-        if split not in self._splits:
-            raise unknown_name("split", split, self._splits)
+        require_split(split, self._splits)
         inputs_BL, targets_BL = self._splits[split]
         yield from zip(inputs_BL.split(batch_size), targets_BL.split(batch_size), strict=True)
 
@@ -127,7 +125,7 @@ class GeneratedSource:
 
 
 _COUNTS: dict[str, Any] = {"steps_per_epoch": 100, "eval_examples": 256}
-_STRINGS: dict[str, Any] = {"vocab_size": MARKS + 26, "length": 50, "min_length": 1}
+_STRINGS: dict[str, Any] = {"vocab_size": MARKS + 26, "length": 50}
 
 
 def copying_source(recipe: Recipe) -> GeneratedSource:
@@ -135,23 +133,17 @@ def copying_source(recipe: Recipe) -> GeneratedSource:
 
     Training lengths are uniform on {min_length, …, length}.
     """
-    found = read_arguments(recipe, {**_STRINGS, "order": "forward", **_COUNTS}, reads_files=False)
-    return _strings(recipe, found, found.pop("order"))
+    return _source(recipe, copying, _STRINGS | {"min_length": 1, "order": "forward"})
 
 
 def sorting_source(recipe: Recipe) -> GeneratedSource:
     """Return sorting (arguments: ``vocab_size``, ``length``, ``min_length``, and the counts)."""
-    found = read_arguments(recipe, {**_STRINGS, **_COUNTS}, reads_files=False)
-    return _strings(recipe, found, "sorted")
+    return _source(recipe, partial(copying, order="sorted"), _STRINGS | {"min_length": 1})
 
 
 def ngram_lookup_source(recipe: Recipe) -> GeneratedSource:
     """Return n-gram look-up (``vocab_size``, ``length``, ``ngram``, ``answer_length``, ``side``, and the counts)."""
-    task: dict[str, Any] = {"vocab_size": MARKS + 26, "length": 50, "ngram": 2, "answer_length": 1, "side": "suffix"}
-    found = read_arguments(recipe, {**task, **_COUNTS}, reads_files=False)
-    counts, length = {name: found.pop(name) for name in _COUNTS}, found.pop("length")
-    draw = partial(ngram_lookup, **found)
-    return GeneratedSource(recipe.dataset, found["vocab_size"], length, draw, draw, **counts)
+    return _source(recipe, ngram_lookup, _STRINGS | {"ngram": 2, "answer_length": 1, "side": "suffix"})
 
 
 def mqar_source(recipe: Recipe) -> GeneratedSource:
@@ -161,16 +153,14 @@ def mqar_source(recipe: Recipe) -> GeneratedSource:
     ``steps_per_epoch`` and ``eval_examples``.
     """
     task = {"vocab_size": 8192, "length": 64, "pairs": None, "placement": "power", "power": 0.01, "random_filler": True}
-    found = read_arguments(recipe, {**task, **_COUNTS}, reads_files=False)
+    return _source(recipe, mqar, task)
+
+
+def _source(recipe: Recipe, task: Draw, defaults: Mapping[str, Any]) -> GeneratedSource:
+    found = read_arguments(recipe, {**defaults, **_COUNTS}, reads_files=False)
     counts, length = {name: found.pop(name) for name in _COUNTS}, found.pop("length")
-    if found["pairs"] is None:
+    if "pairs" in found and found["pairs"] is None:
         found["pairs"] = usual_pairs(length)
-    draw = partial(mqar, **found)
-    return GeneratedSource(recipe.dataset, found["vocab_size"], length, draw, draw, **counts)
-
-
-def _strings(recipe: Recipe, found: dict[str, Any], order: str) -> GeneratedSource:
-    counts = {name: found[name] for name in _COUNTS}
-    exact = partial(copying, vocab_size=found["vocab_size"], order=order)
-    train = partial(exact, min_length=found["min_length"])
-    return GeneratedSource(recipe.dataset, found["vocab_size"], found["length"], train, exact, **counts)
+    train = partial(task, **found)
+    exact = partial(train, min_length=None) if "min_length" in found else train
+    return GeneratedSource(recipe.dataset, found["vocab_size"], length, train, exact, **counts)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from espalier.errors import unknown_name
+from espalier.randomness import derive_generator
 
 IGNORED = -100
 """Target index of the positions that carry no loss."""
@@ -26,28 +30,57 @@ class Source(Protocol):
     @property
     def model_args(self) -> Mapping[str, Any]:
         """Arguments of the model that the data fixes: ``num_classes``, ``in_chans``, ``img_size`` or ``vocab_size``."""
-        ...
 
     @property
     def eval_splits(self) -> tuple[str, ...]:
         """Names of the evaluation splits; the first carries the headline score."""
-        ...
 
     def to(self, device: torch.device | str) -> Self:
         """Move what is held in memory to ``device`` and return the source."""
-        ...
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return how many batches of ``batch_size`` make one epoch (the ragged rest is dropped)."""
-        ...
 
     def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return batch ``step`` of ``epoch`` of the run with ``seed``, augmented, on the source's device."""
-        ...
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every example of ``split`` once, in a fixed order, without augmentation."""
-        ...
+
+
+def image_args(shape: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of a model that images of ``shape`` (C, H, W) fix."""
+    channels, height, width = shape
+    return {"in_chans": channels, "img_size": height if height == width else (height, width)}
+
+
+def require_step(step: int, steps: int, batch_size: int) -> None:
+    """Refuse a step that an epoch of ``steps`` does not have.
+
+    Raises:
+        IndexError: it is none.
+    """
+    if not 0 <= step < steps:
+        raise IndexError(f"step {step} of {steps} with batch_size {batch_size}")
+
+
+def require_split(split: str, known: Iterable[str]) -> None:
+    """Refuse a split that is not ``known``.
+
+    Raises:
+        EspalierError: it is not; the message suggests the closest ones.
+    """
+    if split not in known:
+        raise unknown_name("split", split, known)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(size: int, seed: int, epoch: int, name: str = "order") -> Tensor:
+    """Return the permutation of ``range(size)`` that an epoch goes through.
+
+    The last ones are kept, so that a step does not cost a pass over the indices: nobody may write to them.
+    """
+    return torch.randperm(size, generator=derive_generator(seed, name, epoch))
 
 
 def contents_digest(*contents: Tensor | str) -> str:

@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from espalier.data.augmentation import Augmentation
 from espalier.data.decode import central_square, random_area
 from espalier.data.decoded import mapped_digest, progress, read_mapped
 from espalier.data.encoded import EncodedImages
+from espalier.data.images import ImageBatches
 from espalier.data.normalizer import build_normalizer, value_counts
-from espalier.data.source import contents_digest
-from espalier.errors import EspalierError, unknown_name
+from espalier.data.source import contents_digest, epoch_order, require_split, require_step
+from espalier.errors import EspalierError
 from espalier.files import cache_folder, read_sealed, write_sealed
 from espalier.randomness import derive_generator
 
@@ -39,28 +40,6 @@ _Batch = tuple[Tensor, tuple[int, ...]]
 _CHUNK = 32
 # Images whose pixels stand for those of the training set in the normaliser; all, where there are no more.
 _STATISTICS = 2048
-
-
-class Pixels(Protocol):
-    """Images of one size that are fetched one by one."""
-
-    @property
-    def labels_N(self) -> Tensor:
-        """Class indices ``(N,)``."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Side of the images in pixels."""
-        ...
-
-    def read(self, index: int, generator: torch.Generator | None) -> Tensor:
-        """Return image ``index`` as uint8 ``(3, size, size)``; with a generator, as training sees it."""
-        ...
-
-    def fingerprint(self, indices_M: Tensor) -> str:
-        """Return a digest of what the images at ``indices_M`` are made from."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +92,11 @@ class MappedPixels:
         return mapped_digest(self.path, indices_M)
 
 
-class StreamSource:
+Pixels = StreamedPixels | MappedPixels
+"""Images of one size that are fetched one by one."""
+
+
+class StreamSource(ImageBatches):
     """A ``Source`` of image batches that are never all in memory: a pure function of (seed, epoch, step).
 
     Worker processes keep a few batches ready beyond the step that was asked for last; what is asked for in order comes
@@ -143,12 +126,8 @@ class StreamSource:
         *,
         workers: int | None = None,
     ) -> None:
-        self.augmentation = augmentation or Augmentation()
-        padding = self.augmentation.crop_padding
-        if padding >= train.size:
-            raise EspalierError(f"crop_padding is {padding}, the images' side {train.size}: lower it")
-        self.class_names = class_names
-        self._splits = {"train": train, "test": test}
+        splits = {"train": train, "test": test}
+        super().__init__(splits, class_names, augmentation, (3, train.size, train.size))
         self._workers = _default_workers() if workers is None else workers
         self._device = torch.device("cpu")
         self._rank, self._world = 0, 1
@@ -156,16 +135,6 @@ class StreamSource:
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
         self._counts_CV = torch.zeros(3, 256, dtype=torch.int64) if normalize == "none" else self._value_counts()
         self.normalizer = build_normalizer(self._counts_CV, normalize)
-
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """Number of classes, channels and side of the images."""
-        return {"num_classes": len(self.class_names), "in_chans": 3, "img_size": self._splits["train"].size}
-
-    @property
-    def eval_splits(self) -> tuple[str, ...]:
-        """The test set alone."""
-        return ("test",)
 
     @property
     def digest(self) -> str:
@@ -186,10 +155,6 @@ class StreamSource:
         self._rank, self._world, self._next = rank, world, None
         return self
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Return the number of whole batches in the training set."""
-        return len(self._splits["train"].labels_N) // batch_size
-
     def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return batch ``step`` of ``epoch``: augmented, normalised images and their targets.
 
@@ -198,8 +163,7 @@ class StreamSource:
             EspalierError: an image that cannot be decoded, or a worker process that was killed.
         """
         steps = self.steps_per_epoch(batch_size)
-        if not 0 <= step < steps:
-            raise IndexError(f"step {step} of {steps} with batch_size {batch_size}")
+        require_step(step, steps, batch_size)
         if self._next != (seed, epoch, step, batch_size):
             size = len(self._splits["train"].labels_N)
             self._batches = self._read("train", _positions(size, seed, epoch, step, batch_size))
@@ -207,13 +171,7 @@ class StreamSource:
         pixels_BCHW, labels_B = next(self._batches)
         self._next = (seed, epoch, step + 1, batch_size) if step + 1 < steps else (seed, epoch + 1, 0, batch_size)
         part = (self._rank, self._world) if self._world > 1 else ()
-        images_BCHW, targets = self.augmentation(
-            pixels_BCHW,
-            labels_B,
-            len(self.class_names),
-            generator=derive_generator(seed, "augment", epoch, step, *part, device=self._device),
-        )
-        return self.normalizer(images_BCHW), targets
+        return self._finish(pixels_BCHW, labels_B, seed, epoch, step, *part)
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the normalised images and labels of ``split`` in their stored order.
@@ -221,8 +179,7 @@ class StreamSource:
         Raises:
             EspalierError: unknown split, an image that cannot be decoded, or a worker process that was killed.
         """
-        if split not in self._splits:
-            raise unknown_name("split", split, self._splits)
+        require_split(split, self._splits)
         whole = torch.arange(len(self._splits[split].labels_N)).split(batch_size)
         for pixels_BCHW, labels_B in self._read(split, ((indices_B, ()) for indices_B in whole)):
             yield self.normalizer(to_unit(pixels_BCHW)), labels_B
@@ -255,7 +212,7 @@ class StreamSource:
 def _positions(size: int, seed: int, epoch: int, step: int, batch_size: int) -> Iterator[_Batch]:
     """Yield the images of every batch from ``step`` of ``epoch`` on, without end, and what their crops derive from."""
     for later in count(epoch):
-        order_N = torch.randperm(size, generator=derive_generator(seed, "order", later))
+        order_N = epoch_order(size, seed, later)
         for start in range(step * batch_size, size - batch_size + 1, batch_size):
             yield order_N[start : start + batch_size], (seed, later)
         step = 0

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from espalier.data.arguments import find_data, positive_int, read_arguments
-from espalier.data.source import contents_digest
-from espalier.errors import EspalierError, unknown_name
+from espalier.data.source import contents_digest, require_split, require_step
+from espalier.errors import EspalierError
 from espalier.files import open_regular
 from espalier.randomness import derive_generator
 
@@ -90,8 +90,7 @@ class TextSource:
         Raises:
             IndexError: the epoch has no such step.
         """
-        if not 0 <= step < self.steps_per_epoch(batch_size):
-            raise IndexError(f"step {step} of {self.steps_per_epoch(batch_size)} with batch_size {batch_size}")
+        require_step(step, self.steps_per_epoch(batch_size), batch_size)
         device = self._train_N.device
         generator = derive_generator(seed, "train", epoch, step, device=device)
         starts_B = torch.randint(len(self._train_N) - self.length, (batch_size,), generator=generator, device=device)
@@ -104,8 +103,7 @@ class TextSource:
         Raises:
             EspalierError: unknown split.
         """
-        if split not in self.eval_splits:
-            raise unknown_name("split", split, self.eval_splits)
+        require_split(split, self.eval_splits)
         yield from zip(self._test_WL.split(batch_size), self._next_WL.split(batch_size), strict=True)
 
 
