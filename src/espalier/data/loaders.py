@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from espalier.data.augmentation import Augmentation
-from espalier.data.source import Source
-from espalier.errors import EspalierError, unknown_name
+from espalier.data.source import Source, epoch_order, image_args, require_split
+from espalier.errors import EspalierError
 from espalier.lookup import errors_of, load, without_pin
 from espalier.randomness import derive_generator
 
@@ -145,11 +145,9 @@ class LoaderSource:
         Raises:
             EspalierError: unknown split, or items that are no pairs of tensors.
         """
-        if split not in self._splits:
-            raise unknown_name("split", split, self._splits)
-        return _read(
-            self._name, self._device, self._loader(split, batch_size), derive_generator(0, "evaluation", split)
-        )
+        require_split(split, self._splits)
+        generator = derive_generator(0, "evaluation", split)
+        return _read(self._name, self._device, self._loader(split, batch_size), generator)
 
     def _start(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the batches of an epoch, once in a process after a look whether they can be had again."""
@@ -172,8 +170,7 @@ class LoaderSource:
         data = self._splits[TRAIN]
         if _has_indices(data):
             steps = len(data) // batch_size
-            shuffled = torch.randperm(len(data), generator=derive_generator(seed, "order", epoch))
-            order = shuffled[: steps * batch_size].view(steps, batch_size).tolist()
+            order = epoch_order(len(data), seed, epoch)[: steps * batch_size].view(steps, batch_size).tolist()
         loader = self._loader(TRAIN, batch_size, order)
         return _read(self._name, self._device, loader, derive_generator(seed, "data", epoch))
 
@@ -192,8 +189,7 @@ class LoaderSource:
         if first is None:
             raise EspalierError(f"{self._name}: {self.eval_splits[0]} is empty: give it examples")
         if first[0].dim() == 4 and first[0].is_floating_point():
-            _, channels, height, width = first[0].shape
-            found |= {"in_chans": channels, "img_size": height if height == width else (height, width)}
+            found |= image_args(first[0].shape[1:])
         return found
 
 
@@ -204,25 +200,18 @@ class _Streams:
 
     def __init__(self, generator: torch.Generator) -> None:
         seed = generator.initial_seed()
-        self._mine = (
-            generator.get_state(),
-            random.Random(seed).getstate(),
-            np.random.RandomState(seed % 2**32).get_state(),
-        )
+        numpy_state = np.random.RandomState(seed % 2**32).get_state()
+        self._others: tuple[Any, ...] = (generator.get_state(), random.Random(seed).getstate(), numpy_state)
 
     def __enter__(self) -> None:
-        self._theirs = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        self._set(self._mine)
+        present = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+        torch.set_rng_state(self._others[0])
+        random.setstate(self._others[1])
+        np.random.set_state(self._others[2])
+        self._others = present
 
     def __exit__(self, *_: object) -> None:
-        self._mine = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        self._set(self._theirs)
-
-    @staticmethod
-    def _set(states: tuple[Tensor, Any, Any]) -> None:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        self.__enter__()
 
 
 # No method: an iterator that held the source that holds it would keep its workers until Python collects its garbage.
@@ -339,13 +328,10 @@ def own_source(recipe: Recipe) -> Source:
 
 
 def _reset(field: str) -> str:
-    flag = f"--{field.replace('_', '-')}"
     plain = getattr(Augmentation(), field)
-    return (
-        f"--no-{field}"
-        if plain is False
-        else f"{flag} {' '.join(map(str, plain)) if isinstance(plain, tuple) else plain}"
-    )
+    if plain is False:
+        return f"--no-{field}"
+    return " ".join(map(str, (f"--{field.replace('_', '-')}", *(plain if isinstance(plain, tuple) else (plain,)))))
 
 
 def _has_indices(data: Any) -> bool:
