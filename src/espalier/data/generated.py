@@ -10,10 +10,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.lib.format import read_array
 
 from espalier.data.arguments import unit_share
 from espalier.data.labelled import LabelledImages
+from espalier.data.source import epoch_order
 from espalier.errors import EspalierError, path_of
 from espalier.files import open_regular
 from espalier.memory import free_memory
@@ -40,7 +41,6 @@ class GeneratedImages:
 
     def __init__(self, images: LabelledImages, share: float) -> None:
         self.images, self.share = images, share
-        self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Self:
         """Move the images to ``device`` and return them."""
@@ -63,12 +63,10 @@ class GeneratedImages:
 
     def join(self, real: LabelledImages, seed: int, epoch: int, step: int, batch_size: int) -> LabelledImages:
         """Return the batch of ``real`` images and generated ones, mixed."""
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = derive_generator(seed, "generated", epoch)
-            self._order = ((seed, epoch), torch.randperm(len(self.images), generator=generator))
         count, device = self.count(batch_size), real.labels_N.device
         places_M = torch.arange(step * count, (step + 1) * count) % len(self.images)
-        drawn = self.images.take(self._order[1][places_M].to(device))
+        order_N = epoch_order(len(self.images), seed, epoch, "generated")
+        drawn = self.images.take(order_N[places_M].to(device))
         mix_B = torch.randperm(batch_size, generator=derive_generator(seed, "mix", epoch, step)).to(device)
         pixels = torch.cat([real.images_NCHW, drawn.images_NCHW])
         return LabelledImages(pixels, torch.cat([real.labels_N, drawn.labels_N])).take(mix_B)
@@ -116,23 +114,19 @@ def read_generated(arguments: Mapping[str, Any], train: LabelledImages, classes:
 def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the arrays of pixels and of labels, these flat."""
     try:
-        with open_regular(path) as file:
-            with zipfile.ZipFile(file) as archive:
-                needed = sum(entry.file_size for entry in archive.infolist())
-            fits = needed <= (free := free_memory())
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                found = [arrays["image"], arrays["label"]] if fits else []
-                if not all(isinstance(each, np.ndarray) for each in found):
-                    raise ValueError("numpy returns the bytes of what does not begin as an array")
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            needed = sum(entry.file_size for entry in archive.infolist())
+            if needed > (free := free_memory()):
+                sizes = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+                raise EspalierError(f"generated is {path}, {sizes}: give a part of it")
+            # Not np.load, which returns the bytes of what does not begin as an array.
+            pixels, labels = (read_array(archive.open(f"{name}.npy")) for name in ("image", "label"))
+    except EspalierError:
+        raise
     except OSError as error:
         raise EspalierError(f"generated is {path}, which cannot be read ({error.strerror}): give its place") from None
     except KeyError:
         raise EspalierError(f"generated is {path}, which does not hold arrays called image and label") from None
     except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error):
         raise EspalierError(f"generated is {path}, which is no whole .npz archive of arrays: get it again") from None
-    if not fits:
-        sizes = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
-        raise EspalierError(f"generated is {path}, {sizes}: give a part of it")
-    pixels, labels = found
     return pixels, labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
