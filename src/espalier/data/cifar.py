@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,16 +12,14 @@ import torch
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.files import read_checked
 
-CIFAR10_MD5: Mapping[str, str] = MappingProxyType(
-    {
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e",
-    }
-)
+CIFAR10_MD5: Mapping[str, str] = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
 """Published md5 of every file that is read."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,14 +38,10 @@ def read_cifar10(folder: Path, md5: Mapping[str, str] = CIFAR10_MD5) -> ImageDat
     inner = folder / "cifar-10-batches-py"
     folder = inner if inner.is_dir() else folder
     batches = {name: _read_batch(folder / name, digest) for name, digest in md5.items()}
-    train = [batch for name, batch in batches.items() if name != "test_batch"]
-    return ImageData(
-        LabelledImages(
-            torch.cat([batch.images_NCHW for batch in train]), torch.cat([batch.labels_N for batch in train])
-        ),
-        batches["test_batch"],
-        CIFAR10_CLASSES,
-    )
+    test = batches.pop("test_batch")
+    images_NCHW = torch.cat([batch.images_NCHW for batch in batches.values()])
+    labels_N = torch.cat([batch.labels_N for batch in batches.values()])
+    return ImageData(LabelledImages(images_NCHW, labels_N), test, CIFAR10_CLASSES)
 
 
 def _read_batch(path: Path, md5: str) -> LabelledImages:

@@ -8,7 +8,6 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,28 +17,17 @@ from espalier.data.labelled import ImageData, LabelledImages
 from espalier.errors import EspalierError
 from espalier.files import read_checked
 
-FASHION_MNIST_MD5: Mapping[str, str] = MappingProxyType(
-    {
-        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-    }
-)
+FASHION_MNIST_MD5: Mapping[str, str] = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
 """Published md5 of every file that is read."""
 
 FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 def read_fashion_mnist(folder: Path, md5: Mapping[str, str] = FASHION_MNIST_MD5) -> ImageData:
@@ -78,13 +66,9 @@ def parse_idx(compressed: bytes, path: Path) -> Tensor:
         content = gzip.decompress(compressed)
     except (EOFError, OSError, zlib.error) as error:
         raise EspalierError(f"{path} is no whole gzip file ({error}): fetch it again") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise EspalierError(f"{path} is no IDX file of unsigned bytes: fetch it again")
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08" or content[3] > 8 or len(content) < 4 + 4 * content[3]:
+        raise EspalierError(f"{path} begins as no IDX file of unsigned bytes on at most 8 axes: fetch it again")
     start = 4 + 4 * content[3]
-    if content[3] > 8:
-        raise EspalierError(f"{path} claims {content[3]} axes: fetch it again")
-    if len(content) < start:
-        raise EspalierError(f"{path} is truncated inside its header: fetch it again")
     shape = struct.unpack(f">{content[3]}I", content[4:start])
     if len(content) - start != math.prod(shape):
         raise EspalierError(f"{path} holds {len(content) - start} of {math.prod(shape)} bytes: fetch it again")
