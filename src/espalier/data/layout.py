@@ -32,15 +32,11 @@ def list_folder(root: Path, *, test_share: float = 0.2, test: str | None = None)
     if not root.is_dir():
         raise EspalierError(f"{root} is not a folder: give one with a subfolder per class as --data")
     inner = _subfolders(root)
+    named = {kind: [each for name in kind for each in inner if each.name.lower() == name] for kind in (_TRAIN, _TEST)}
     # A class may bear the name of a split ("train" beside "plane"); a split holds folders.
-    named = {name: [folder for folder in inner if folder.name.lower() == name] for name in (*_TRAIN, *_TEST)}
-    splits = {name: [folder for folder in folders if _subfolders(folder)] for name, folders in named.items()}
-    train = [folder for name in _TRAIN for folder in splits[name]]
-    tests = [folder for name in _TEST for folder in splits[name]]
-    if test is not None:
-        tests = [folder for folder in inner if folder.name == test]
-        if not tests:
-            raise EspalierError(f"{root} has no subfolder {test!r}: name the one that holds the test set")
+    train, tests = ([folder for folder in folders if _subfolders(folder)] for folders in named.values())
+    if test is not None and not (tests := [folder for folder in inner if folder.name == test]):
+        raise EspalierError(f"{root} has no subfolder {test!r}: name the one that holds the test set")
     if not train and not tests:
         whole, class_names = _list_classes(root)
         return split_off(whole, class_names, test_share)
@@ -50,8 +46,8 @@ def list_folder(root: Path, *, test_share: float = 0.2, test: str | None = None)
         names = " and ".join(f"{folder.name}/" for folder in train)
         raise EspalierError(f"{root} has {names}: rename or remove all but the training set")
     if not tests:
-        flat = next((folder for name in _TEST for folder in named[name]), None)
-        remedy = f"sort the images of {flat} by class" if flat else f"add one, or give {train[0]} as --data"
+        flat = named[_TEST]
+        remedy = f"sort the images of {flat[0]} by class" if flat else f"add one, or give {train[0]} as --data"
         raise EspalierError(f"{root} has {train[0].name}/ but no val/ or test/ with a folder per class: {remedy}")
     if len(tests) > 1:
         names = " and ".join(f"{folder.name}/" for folder in tests)
@@ -84,7 +80,7 @@ def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tup
     names: list[str] = []
     labels: list[int] = []
     for name in found:
-        if not _is_text(name):  # it goes into the files of a run, which are UTF-8
+        if os.fsencode(name).decode(errors="replace") != name:  # it goes into the files of a run, which are UTF-8
             raise EspalierError(f"{shown(root / name)} is a class whose name is no UTF-8: rename it")
         if name not in class_names:
             raise EspalierError(f"{shown(root / name)} is a class without training images: add some or remove it")
@@ -139,7 +135,8 @@ def _subfolders(root: Path) -> list[Path]:
 def _visible(folder: Path) -> Iterator[tuple[os.DirEntry[str], bool]]:
     """Yield what is in a folder and not hidden, and whether it is a folder itself, or a link to one."""
     with _named_errors(folder), os.scandir(folder) as entries:  # which knows folders from files without a look at each
-        found = [entry for entry in entries if not _hidden(entry.name)]
+        # What macOS leaves in archives counts as hidden: ._cat.jpg is no picture, though its name ends like one.
+        found = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
     for entry in found:
         with _named_errors(Path(entry.path)):
             is_folder = entry.is_dir()
@@ -155,16 +152,3 @@ def _named_errors(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EspalierError(f"cannot list {shown(place)} ({error.strerror}): make it readable or remove it") from None
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _hidden(name: str) -> bool:
-    # What macOS leaves in archives: ._cat.jpg is no picture, though its name ends like one.
-    return name.startswith(".") or name == "__MACOSX"
