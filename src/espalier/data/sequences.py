@@ -25,7 +25,39 @@ FACTORS = {"test": 1, "test_2x": 2, "test_4x": 4}
 """Lengths of the evaluation splits, in training lengths."""
 
 
-class GeneratedSource:
+class TokenBatches:
+    """What the sources of tokens have in common: a vocabulary, and evaluation examples in memory."""
+
+    _vocab_size: int
+    _splits: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """The size of the vocabulary."""
+        return {"vocab_size": self._vocab_size}
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """Names of the evaluation splits; the first carries the headline score."""
+        return tuple(self._splits)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the evaluation examples to ``device`` and return the source."""
+        self._splits = {name: (tokens.to(device), wanted.to(device)) for name, (tokens, wanted) in self._splits.items()}
+        return self
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the examples of ``split`` in their fixed order.
+
+        Raises:
+            EspalierError: unknown split.
+        """
+        require_split(split, self._splits)
+        inputs_BL, targets_BL = self._splits[split]
+        yield from zip(inputs_BL.split(batch_size), targets_BL.split(batch_size), strict=True)
+
+
+class GeneratedSource(TokenBatches):
     """A ``Source`` of examples that are drawn as they are needed, on the source's device.
 
     The evaluation splits hold examples of exactly 1, 2 and 4 times the training length, from a stream of their own
@@ -59,24 +91,10 @@ class GeneratedSource:
         self._device = torch.device("cpu")
         self._splits = {split: self.examples(factor * length, count) for split, factor in FACTORS.items()}
 
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """The size of the vocabulary."""
-        return {"vocab_size": self._vocab_size}
-
-    @property
-    def eval_splits(self) -> tuple[str, ...]:
-        """One, two and four times the training length, unless ``at_lengths`` says otherwise."""
-        return tuple(self._splits)
-
     def to(self, device: torch.device | str) -> Self:
         """Draw on ``device`` from now on, move the evaluation examples there and return the source."""
         self._device = torch.device(device)
-        self._splits = {
-            split: (inputs_BL.to(device), targets_BL.to(device))
-            for split, (inputs_BL, targets_BL) in self._splits.items()
-        }
-        return self
+        return super().to(device)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return the number of batches called an epoch, whatever their size."""
@@ -91,16 +109,6 @@ class GeneratedSource:
         require_step(step, self._steps, batch_size)
         generator = derive_generator(seed, "train", epoch, step, device=self._device)
         return self._train(batch_size, self.length, generator=generator)
-
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the examples of ``split`` in their fixed order.
-
-        Raises:
-            EspalierError: unknown split.
-        """
-        require_split(split, self._splits)
-        inputs_BL, targets_BL = self._splits[split]
-        yield from zip(inputs_BL.split(batch_size), targets_BL.split(batch_size), strict=True)
 
     def at_lengths(self, lengths: Sequence[int], count: int) -> Self:
         """Return a copy whose evaluation splits are ``length_N`` for every N of ``lengths``, of ``count`` examples.

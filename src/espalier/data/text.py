@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from espalier.data.arguments import find_data, positive_int, read_arguments
-from espalier.data.source import contents_digest, require_split, require_step
+from espalier.data.sequences import TokenBatches
+from espalier.data.source import contents_digest, require_step
 from espalier.errors import EspalierError
 from espalier.files import open_regular
 from espalier.randomness import derive_generator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
 
-class TextSource:
+class TextSource(TokenBatches):
     """A ``Source`` of windows of a text; the target of every character is the next one.
 
     The vocabulary is the set of characters of the whole text, in the order of their code points. The first nine tenths
@@ -44,6 +44,7 @@ class TextSource:
         codes_N = torch.tensor([ord(character) for character in text], dtype=torch.long)
         points_V, tokens_N = codes_N.unique(return_inverse=True)
         self.characters = "".join(map(chr, points_V.tolist()))
+        self._vocab_size = len(self.characters)
         cut = len(text) * 9 // 10
         windows = (len(text) - cut - 1) // length
         if windows < 1:
@@ -52,33 +53,22 @@ class TextSource:
                 f"give at most {max(0, len(text) - cut - 1)}, or a longer text"
             )
         self._train_N = tokens_N[:cut]
-        self._test_WL = tokens_N[cut : cut + windows * length].view(windows, length)
-        self._next_WL = tokens_N[cut + 1 : cut + windows * length + 1].view(windows, length)
+        test_WL = tokens_N[cut : cut + windows * length].view(windows, length)
+        next_WL = tokens_N[cut + 1 : cut + windows * length + 1].view(windows, length)
         if eval_examples is not None:
             kept_E = torch.linspace(0, windows - 1, min(positive_int("eval_examples", eval_examples), windows)).long()
-            self._test_WL, self._next_WL = self._test_WL[kept_E], self._next_WL[kept_E]
-
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """The number of different characters."""
-        return {"vocab_size": len(self.characters)}
-
-    @property
-    def eval_splits(self) -> tuple[str, ...]:
-        """The last tenth of the text alone."""
-        return ("test",)
+            test_WL, next_WL = test_WL[kept_E], next_WL[kept_E]
+        self._splits = {"test": (test_WL, next_WL)}
 
     @property
     def digest(self) -> str:
         """Digest of the text that trains and tests."""
-        return contents_digest(self.characters, self._train_N.cpu(), self._test_WL.cpu(), self._next_WL.cpu())
+        return contents_digest(self.characters, *(part.cpu() for part in (self._train_N, *self._splits["test"])))
 
     def to(self, device: torch.device | str) -> Self:
         """Move the text to ``device`` and return the source."""
-        self._train_N, self._test_WL, self._next_WL = (
-            tokens.to(device) for tokens in (self._train_N, self._test_WL, self._next_WL)
-        )
-        return self
+        self._train_N = self._train_N.to(device)
+        return super().to(device)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return the number of batches called an epoch."""
@@ -96,15 +86,6 @@ class TextSource:
         starts_B = torch.randint(len(self._train_N) - self.length, (batch_size,), generator=generator, device=device)
         window_BL = self._train_N[starts_B[:, None] + torch.arange(self.length + 1, device=device)]
         return window_BL[:, :-1], window_BL[:, 1:]
-
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test windows in the order of the text.
-
-        Raises:
-            EspalierError: unknown split.
-        """
-        require_split(split, self.eval_splits)
-        yield from zip(self._test_WL.split(batch_size), self._next_WL.split(batch_size), strict=True)
 
 
 def text_source(recipe: Recipe) -> TextSource:
