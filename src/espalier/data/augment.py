@@ -57,8 +57,7 @@ def random_crop(images_BCHW: Tensor, padding: int, *, mode: str = "reflect", gen
     ]
     if mode == "reflect":
         return cropped_BCHW
-    inside_BHW = _inside(rows_BH, height)[:, :, None] & _inside(columns_BW, width)[:, None, :]
-    return cropped_BCHW * inside_BHW[:, None]
+    return cropped_BCHW * _inside(rows_BH, height, columns_BW, width)[:, None]
 
 
 def random_resized_crop(
@@ -81,10 +80,7 @@ def random_resized_crop(
     """
     batch, device = len(images_BCHW), images_BCHW.device
     draws_4B = torch.rand(4, batch, generator=generator, device=device)
-    area_B = scale[0] + (scale[1] - scale[0]) * draws_4B[0]
-    ratio_B = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws_4B[1])
-    width_B = (area_B * ratio_B).sqrt().clamp(max=1)
-    height_B = (area_B / ratio_B).sqrt().clamp(max=1)
+    width_B, height_B = (side_B.clamp(max=1) for side_B in _sides(draws_4B[:2], scale, ratio))
     # In grid_sample's coordinates an image spans [−1, 1]; a window of relative width w has its centre in ±(1 − w).
     theta_B23 = torch.zeros(batch, 2, 3, device=device)
     theta_B23[:, 0, 0] = width_B
@@ -115,17 +111,14 @@ def random_erasing(
     batch, _, height, width = images_BCHW.shape
     device = images_BCHW.device
     draws_5B = torch.rand(5, batch, generator=generator, device=device)
-    area_B = (scale[0] + (scale[1] - scale[0]) * draws_5B[1]) * (height * width)
-    ratio_B = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws_5B[2])
-    height_B = (area_B * ratio_B).sqrt().round().clamp(1, height)
-    width_B = (area_B / ratio_B).sqrt().round().clamp(1, width)
+    height_B, width_B = _sides(draws_5B[1:3], scale, ratio, height * width)
+    height_B, width_B = height_B.round().clamp(1, height), width_B.round().clamp(1, width)
     top_B = (draws_5B[3] * (height - height_B + 1)).floor()
     left_B = (draws_5B[4] * (width - width_B + 1)).floor()
     rows_BH = torch.arange(height, device=device) - top_B[:, None]
     columns_BW = torch.arange(width, device=device) - left_B[:, None]
-    in_rows_BH = (rows_BH >= 0) & (rows_BH < height_B[:, None])
-    in_columns_BW = (columns_BW >= 0) & (columns_BW < width_B[:, None])
-    erased_BHW = in_rows_BH[:, :, None] & in_columns_BW[:, None, :] & (draws_5B[0] < probability)[:, None, None]
+    inside_BHW = _inside(rows_BH, height_B[:, None], columns_BW, width_B[:, None])
+    erased_BHW = inside_BHW & (draws_5B[0] < probability)[:, None, None]
     noise_BCHW = torch.rand(images_BCHW.shape, generator=generator, device=device, dtype=images_BCHW.dtype)
     return torch.where(erased_BHW[:, None], noise_BCHW, images_BCHW)
 
@@ -197,5 +190,15 @@ def _reflected(index: Tensor, size: int) -> Tensor:
     return torch.where(folded >= size, 2 * (size - 1) - folded, folded).clamp(0, size - 1)
 
 
-def _inside(index: Tensor, size: int) -> Tensor:
-    return (index >= 0) & (index < size)
+def _inside(rows_BH: Tensor, height: Tensor | int, columns_BW: Tensor, width: Tensor | int) -> Tensor:
+    inside_BH, inside_BW = (rows_BH >= 0) & (rows_BH < height), (columns_BW >= 0) & (columns_BW < width)
+    return inside_BH[:, :, None] & inside_BW[:, None, :]
+
+
+def _sides(
+    draws_2B: Tensor, scale: tuple[float, float], ratio: tuple[float, float], whole: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return the sides of rectangles: their area a uniform share of ``whole``, one side over the other log-uniform."""
+    area_B = (scale[0] + (scale[1] - scale[0]) * draws_2B[0]) * whole
+    ratio_B = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws_2B[1])
+    return (area_B * ratio_B).sqrt(), (area_B / ratio_B).sqrt()

@@ -77,11 +77,6 @@ class Augmentation:
             images_BCHW = rand_augment(images_BCHW, *self.randaugment, generator=generator)
         if self.erasing:
             images_BCHW = augment.random_erasing(images_BCHW, self.erasing, generator=generator)
-        return self._mix(images_BCHW, labels_B, num_classes, generator)
-
-    def _mix(
-        self, images_BCHW: Tensor, labels_B: Tensor, num_classes: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
         if not (self.mixup or self.cutmix):
             return images_BCHW, labels_B
         labels_BK = F.one_hot(labels_B, num_classes).to(images_BCHW.dtype)
