@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 from espalier.data.folder import folder_source, shards_source
 from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source
 from espalier.data.loaders import LoaderSource, own_source
-from espalier.data.sequences import (
-    GeneratedSource,
-    copying_source,
-    mqar_source,
-    ngram_lookup_source,
-    sorting_source,
-)
+from espalier.data.sequences import GeneratedSource, copying_source, mqar_source, ngram_lookup_source, sorting_source
 from espalier.data.source import Source
 from espalier.data.stream import StreamSource
 from espalier.data.text import TextSource, text_source

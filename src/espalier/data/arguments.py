@@ -32,8 +32,6 @@ def read_arguments(recipe: Recipe, defaults: Mapping[str, Any], *, reads_files: 
         )
     for name in recipe.data_args:
         if name not in defaults:
-            if not defaults:
-                raise EspalierError(f"dataset {recipe.dataset!r} takes no arguments: remove {name!r}")
             raise unknown_name(f"argument of dataset {recipe.dataset!r}", name, defaults)
     return {**defaults, **recipe.data_args}
 

@@ -167,8 +167,7 @@ class LoaderSource:
 
     def _epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = None
-        data = self._splits[TRAIN]
-        if _has_indices(data):
+        if _has_indices(data := self._splits[TRAIN]):
             steps = len(data) // batch_size
             order = epoch_order(len(data), seed, epoch)[: steps * batch_size].view(steps, batch_size).tolist()
         loader = self._loader(TRAIN, batch_size, order)
@@ -176,9 +175,9 @@ class LoaderSource:
 
     def _loader(self, split: str, batch_size: int, order: list[list[int]] | None = None) -> Any:
         data = self._splits[split]
-        if _has_indices(data):
-            return DataLoader(data, batch_sampler=order) if order is not None else DataLoader(data, batch_size)
-        return DataLoader(data, batch_size) if isinstance(data, IterableDataset) else data
+        if order is not None:
+            return DataLoader(data, batch_sampler=order)
+        return DataLoader(data, batch_size) if isinstance(data, Dataset) else data
 
     def _measure(self) -> dict[str, Any]:
         train = self._splits[TRAIN]

@@ -11,14 +11,7 @@ import torch
 from torch import nn
 
 from espalier.errors import unknown_name
-from espalier.init import (
-    FilterCovariance,
-    FilterStatistics,
-    Mimetic,
-    MimeticSSM,
-    StructureReport,
-    structure_,
-)
+from espalier.init import FilterCovariance, FilterStatistics, Mimetic, MimeticSSM, StructureReport, structure_
 from espalier.init.attention import baselines
 from espalier.lookup import errors_of, is_reference, load
 
