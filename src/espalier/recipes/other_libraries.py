@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from espalier.recipes.base import Recipe, register_recipe
 from espalier.recipes.convmixer import convmixer_filters
+from espalier.recipes.vision import digits_vit
 
 
 @register_recipe
@@ -16,21 +17,17 @@ def cifar10_vit_tiny() -> Recipe:
     mimetic``. The patch is coarse so that the depth, which is what structure acts through, fits a CPU. For a GPU:
     ``cifar10_vit``.
     """
-    return Recipe(
+    return replace(
+        digits_vit(),
         name="cifar10_vit_tiny",
         dataset="cifar10",
         data_args={"train_limit": 3000, "test_limit": 2000},
         model="transformers_vit",
         model_args={"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3},
         epochs=6,
-        batch_size=64,
         lr=1e-3,
-        weight_decay=0.01,
-        warmup_epochs=1,
-        clip_norm=3.0,
         flip=True,
         eval_every=2,
-        threads=1,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,13 +17,7 @@ from espalier.recipes.base import Recipe
 
 _TYPES: dict[str, Any] = get_type_hints(Recipe)
 
-# Beyond these a run does nothing new and does not end, or fails where nobody would look for the reason.
-_LARGEST: dict[str, tuple[float, str]] = {
-    "mixup": (1000, "beyond it every mixture is half and half"),
-    "cutmix": (1000, "beyond it every box is half of the image"),
-    "threads": (1024, "no machine runs more at once"),
-}
-_MOST_OPERATIONS = 100
+_MOST = " is too large: give at most"
 _DEEPEST = 10_000
 """Blocks of the deepest nets that anybody trained (arXiv 1806.05393)."""
 _DEPTHS = ("depth", "depths")
@@ -49,12 +43,13 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
             raise EspalierError("data_path is empty: name a file or folder")
         # A run folder must find its data from anywhere.
         resolved = replace(resolved, data_path=str(path_of("data_path", resolved.data_path).absolute()))
+    pinned: dict[str, Any] = {}
     for name, value in _own_code(resolved).items():
         try:
             value.encode()
         except UnicodeEncodeError:  # bytes of a path that are no text
             raise EspalierError(f"{name} {value!r} holds characters that are no text: rename the file") from None
-    pinned: dict[str, Any] = {name: pin(name, value) for name, value in _own_code(resolved).items()}
+        pinned[name] = pin(name, value)
     return replace(resolved, **pinned)
 
 
@@ -164,27 +159,30 @@ def refuse_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+# Fields, what must hold of their values, and what is said where it does not. Beyond the upper bounds a run does nothing
+# new and does not end, or fails where nobody would look for the reason.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("lr", "eps", "epochs", "batch_size", "accumulate"), lambda value: value > 0, " must be positive"),
+    (("eval_every", "eval_batch_size", "checkpoint_every"), lambda value: value > 0, " must be positive"),
+    (("weight_decay", "warmup_epochs", "clip_norm"), lambda value: value >= 0, " must not be negative"),
+    (("threads", "crop_padding", "mixup", "cutmix"), lambda value: value >= 0, " must not be negative"),
+    (("ema_decay", "label_smoothing", "erasing"), lambda value: 0 <= value < 1, " must lie in [0, 1)"),
+    (("betas",), lambda betas: all(0 <= beta < 1 for beta in betas), " must lie in [0, 1)"),
+    (("mixup",), lambda value: value <= 1000, f"{_MOST} 1000, beyond it every mixture is half and half"),
+    (("cutmix",), lambda value: value <= 1000, f"{_MOST} 1000, beyond it every box is half of the image"),
+    (("threads",), lambda value: value <= 1024, f"{_MOST} 1024, no machine runs more at once"),
+    (("randaugment",), lambda value: not value or 1 <= value[0] <= 100, ": give 1 to 100 operations, one pass each"),
+)
+
+
 def _check_values(recipe: Recipe) -> None:
-    positive = ("lr", "eps", "epochs", "batch_size", "accumulate", "eval_every", "eval_batch_size", "checkpoint_every")
-    for name in positive:
-        if not getattr(recipe, name) > 0:
-            raise EspalierError(f"{name} {getattr(recipe, name)} must be positive")
-    for name in ("weight_decay", "warmup_epochs", "clip_norm", "threads", "crop_padding", "mixup", "cutmix"):
-        if getattr(recipe, name) < 0:
-            raise EspalierError(f"{name} {getattr(recipe, name)} must not be negative")
-    for name in ("ema_decay", "label_smoothing", "erasing"):
-        if not 0 <= getattr(recipe, name) < 1:
-            raise EspalierError(f"{name} {getattr(recipe, name)} must lie in [0, 1)")
-    for name, (largest, reason) in _LARGEST.items():
-        if getattr(recipe, name) > largest:
-            raise EspalierError(f"{name} {getattr(recipe, name)} is too large: give at most {largest}, {reason}")
-    if recipe.randaugment is not None and not 1 <= recipe.randaugment[0] <= _MOST_OPERATIONS:
-        raise EspalierError(f"randaugment {recipe.randaugment}: give 1 to {_MOST_OPERATIONS} operations, one pass each")
+    for names, holds, otherwise in _RULES:
+        for name in names:
+            if not holds(value := getattr(recipe, name)):
+                raise EspalierError(f"{name} {value}{otherwise}")
     if not is_reference(recipe.model):  # a net of the user's own gives the names meanings of its own
         for name, value in recipe.model_args.items():
             _check_size(name, value)
-    if not all(0 <= beta < 1 for beta in recipe.betas):
-        raise EspalierError(f"betas {recipe.betas} must lie in [0, 1)")
     if recipe.batch_size % recipe.accumulate:
         raise EspalierError(f"batch_size {recipe.batch_size} is not divisible by accumulate {recipe.accumulate}")
     if recipe.warmup_epochs > recipe.epochs:
