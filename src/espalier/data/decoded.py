@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -97,25 +98,33 @@ def read_all(images: EncodedImages, size: int) -> Tensor:
     raise EspalierError(f"decoded images {path} are not what was written: set ESPALIER_CACHE to a folder that is sound")
 
 
-def read_mapped(path: Path, index: int) -> Tensor:
-    """Return image ``index`` of a file of ``decode_all``, held to its seal; of the others nothing is read.
+@dataclass(frozen=True)
+class MappedPixels:
+    """Images that lie decoded in a file of ``decode_all``: nothing is decoded, and only what is asked for is read."""
 
-    Raises:
-        EspalierError: it is damaged. The seal is broken then, so that the next run makes the file again.
-    """
-    pixels_N3HW, seal = map_images(path)
-    if not _is_sealed(pixels_N3HW[index], seal[index]):
-        with contextlib.suppress(OSError):
-            _seal_of(path).unlink()
-        raise EspalierError(
-            f"decoded image {index} in {path} is damaged: run the same command again, which makes the file anew"
-        )
-    return torch.from_numpy(pixels_N3HW[index])
+    path: Path
+    labels_N: Tensor
+    size: int
 
+    def read(self, index: int, generator: torch.Generator | None) -> Tensor:
+        """Return image ``index`` as uint8 ``(3, size, size)``, in training too: its crop is left to the device.
 
-def mapped_digest(path: Path, indices_M: Tensor) -> str:
-    """Return a digest of the pixels of the images at ``indices_M``, as the seal of their file has them."""
-    return _digest_of(map_images(path)[1]["pixels"][indices_M.numpy()].tobytes()).hex()
+        Raises:
+            EspalierError: it is not as it was decoded. The seal is broken then, so that the next run makes the file
+                again.
+        """
+        pixels_N3HW, seal = map_images(self.path)
+        if not _is_sealed(pixels_N3HW[index], seal[index]):
+            with contextlib.suppress(OSError):
+                _seal_of(self.path).unlink()
+            raise EspalierError(
+                f"decoded image {index} in {self.path} is damaged: run the same command again for a new one"
+            )
+        return torch.from_numpy(pixels_N3HW[index])
+
+    def fingerprint(self, indices_M: Tensor) -> str:
+        """Return a digest of the pixels of the images at ``indices_M``, as the seal of their file has them."""
+        return _digest_of(map_images(self.path)[1]["pixels"][indices_M.numpy()].tobytes()).hex()
 
 
 def check_memory(needed: int) -> None:

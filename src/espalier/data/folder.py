@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.data.arguments import find_data, positive_int, read_arguments, unit_share
 from espalier.data.augmentation import Augmentation
-from espalier.data.decoded import check_memory, decode_all, read_all
+from espalier.data.decoded import MappedPixels, check_memory, decode_all, read_all
 from espalier.data.encoded import EncodedImages
 from espalier.data.images import LIMITS, ImageSource
 from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
-from espalier.data.stream import MappedPixels, Pixels, StreamedPixels, StreamSource
+from espalier.data.stream import Pixels, StreamedPixels, StreamSource
 from espalier.errors import unknown_name
 
 if TYPE_CHECKING:

@@ -10,17 +10,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.decode import central_square, random_area
-from espalier.data.decoded import mapped_digest, progress, read_mapped
+from espalier.data.decoded import MappedPixels, progress
 from espalier.data.encoded import EncodedImages
 from espalier.data.images import ImageBatches
 from espalier.data.normalizer import build_normalizer, value_counts
@@ -69,27 +68,6 @@ class StreamedPixels:
     def fingerprint(self, indices_M: Tensor) -> str:
         """Return a digest of the images at ``indices_M``: names, sizes, times and a sample of their contents."""
         return self.images.take(indices_M).fingerprint(self.size)
-
-
-@dataclass(frozen=True)
-class MappedPixels:
-    """Images that lie decoded in a file of ``decode_all``: nothing is decoded, and only what is asked for is read."""
-
-    path: Path
-    labels_N: Tensor
-    size: int
-
-    def read(self, index: int, generator: torch.Generator | None) -> Tensor:
-        """Return image ``index`` as uint8 ``(3, size, size)``, in training too: its crop is left to the device.
-
-        Raises:
-            EspalierError: it is not as it was decoded.
-        """
-        return read_mapped(self.path, index)
-
-    def fingerprint(self, indices_M: Tensor) -> str:
-        """Return a digest of the pixels of the images at ``indices_M``."""
-        return mapped_digest(self.path, indices_M)
 
 
 Pixels = StreamedPixels | MappedPixels
@@ -233,7 +211,7 @@ def _read(
     loader = DataLoader(
         _Reader(pixels),
         batch_sampler=chunks(),
-        collate_fn=_as_it_is,
+        collate_fn=default_convert,  # which leaves tensors and texts as they are
         num_workers=workers,
         worker_init_fn=_heed_parent_alone,
         pin_memory=device.type == "cuda",
@@ -292,10 +270,6 @@ def _without_alarm(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
     parts = iter(loader)
     signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
     return parts
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
 
 
 def _heed_parent_alone(worker: int) -> None:
