@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from itertools import chain, islice
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Self
@@ -301,13 +301,12 @@ def own_source(recipe: Recipe) -> Source:
             matter), or a result of another kind.
     """
     name = without_pin(recipe.dataset)
-    plain = Augmentation()
     asked = Augmentation.from_recipe(recipe)
-    changed = [f.name for f in fields(Augmentation) if getattr(asked, f.name) != getattr(plain, f.name)]
+    changed = [field for field in fields(Augmentation) if getattr(asked, field.name) != field.default]
     if changed:
+        names, remedy = ", ".join(field.name for field in changed), " ".join(map(_reset, changed))
         raise EspalierError(
-            f"dataset {name}: {', '.join(changed)} would not act on data of your own: augment in its function, and "
-            f"reset here ({' '.join(_reset(field) for field in changed)})"
+            f"dataset {name}: {names} would not act on data of your own: augment in its function, reset here ({remedy})"
         )
     factory = load("dataset", recipe.dataset)
     arguments = dict(recipe.data_args) | ({} if recipe.data_path is None else {"data_path": recipe.data_path})
@@ -326,11 +325,11 @@ def own_source(recipe: Recipe) -> Source:
     return LoaderSource(made, name)
 
 
-def _reset(field: str) -> str:
-    plain = getattr(Augmentation(), field)
+def _reset(field: Field[Any]) -> str:
+    flag, plain = field.name.replace("_", "-"), field.default
     if plain is False:
-        return f"--no-{field}"
-    return " ".join(map(str, (f"--{field.replace('_', '-')}", *(plain if isinstance(plain, tuple) else (plain,)))))
+        return f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, plain)) if isinstance(plain, tuple) else plain}"
 
 
 def _has_indices(data: Any) -> bool:
