@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,16 @@ def unit_share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise EspalierError(f"{name} is {value!r}: give a share between 0 and 1")
     return float(value)
+
+
+def one_of(kind: str, value: Any, known: Collection[str]) -> None:
+    """Refuse a ``value`` that is not ``known``.
+
+    Raises:
+        EspalierError: it is not; the message suggests the closest ones.
+    """
+    if value not in known:
+        raise unknown_name(kind, value, known)
 
 
 def find_data(recipe: Recipe, subfolder: str) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.data.arguments import find_data, positive_int, read_arguments, unit_share
+from espalier.data.arguments import find_data, one_of, positive_int, read_arguments, unit_share
 from espalier.data.augmentation import Augmentation
 from espalier.data.decoded import MappedPixels, check_memory, decode_all, read_all
 from espalier.data.encoded import EncodedImages
@@ -15,7 +15,6 @@ from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
 from espalier.data.stream import Pixels, StreamedPixels, StreamSource
-from espalier.errors import unknown_name
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -65,8 +64,7 @@ def read_folder(root: Path, *, size: int = 64, test_share: float = 0.2) -> Image
 
 def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[str, Any]) -> ImageSource | StreamSource:
     storage, size, workers = arguments["storage"], positive_int("size", arguments["size"]), arguments["workers"]
-    if storage not in STORAGES:
-        raise unknown_name("storage", storage, STORAGES)
+    one_of("storage", storage, STORAGES)
     if workers not in (None, 0):
         positive_int("workers", workers)
     listing = listing.limited(arguments["train_limit"], arguments["test_limit"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.data.arguments import find_data, one_of, positive_int, read_arguments
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.cifar import read_cifar10
@@ -18,7 +18,7 @@ from espalier.data.generated import GENERATED, GeneratedImages, read_generated
 from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import ImageData
 from espalier.data.normalizer import build_normalizer, value_counts
-from espalier.data.source import contents_digest, epoch_order, image_args, require_split, require_step
+from espalier.data.source import contents_digest, epoch_order, image_args, require_step
 from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 
@@ -49,17 +49,9 @@ class ImageBatches:
         if (padding := self.augmentation.crop_padding) >= (side := min(shape[1:])):
             raise EspalierError(f"crop_padding is {padding}, the images' side {side}: lower it")
         self.class_names = class_names
-        self._splits, self._shape = splits, shape
-
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """Number of classes, channels and side of the images."""
-        return {"num_classes": len(self.class_names), **image_args(self._shape)}
-
-    @property
-    def eval_splits(self) -> tuple[str, ...]:
-        """The test set alone."""
-        return ("test",)
+        self.model_args: Mapping[str, Any] = {"num_classes": len(class_names), **image_args(shape)}
+        self.eval_splits: tuple[str, ...] = ("test",)
+        self._splits = splits
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return the number of whole batches in the training set."""
@@ -137,7 +129,7 @@ class ImageSource(ImageBatches):
         Raises:
             EspalierError: unknown split.
         """
-        require_split(split, self._splits)
+        one_of("split", split, self._splits)
         chosen = self._splits[split]
         batches = zip(chosen.images_NCHW.split(batch_size), chosen.labels_N.split(batch_size), strict=True)
         for pixels_BCHW, labels_B in batches:
@@ -149,7 +141,7 @@ class ImageSource(ImageBatches):
         Raises:
             EspalierError: unknown split, or a limit below 1.
         """
-        require_split(split, self._splits)
+        one_of("split", split, self._splits)
         chosen = self._splits[split]
         count = len(chosen) if limit is None else positive_int("limit", limit)
         return to_unit(chosen.images_NCHW[:count]), chosen.labels_N[:count]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from espalier.data.arguments import one_of
 from espalier.data.augmentation import Augmentation
-from espalier.data.source import Source, epoch_order, image_args, require_split
+from espalier.data.source import Source, epoch_order, image_args
 from espalier.errors import EspalierError
 from espalier.lookup import errors_of, load, without_pin
 from espalier.randomness import derive_generator
@@ -87,12 +88,7 @@ class LoaderSource:
         """Whether the training data were seen to begin an epoch the same way twice."""
         self._place: tuple[int, int, int, int] | None = None
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._model_args = self._measure()
-
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """``img_size`` and ``in_chans`` of images, and ``num_classes`` where the training set knows its classes."""
-        return self._model_args
+        self.model_args: Mapping[str, Any] = self._measure()
 
     @property
     def eval_splits(self) -> tuple[str, ...]:
@@ -145,7 +141,7 @@ class LoaderSource:
         Raises:
             EspalierError: unknown split, or items that are no pairs of tensors.
         """
-        require_split(split, self._splits)
+        one_of("split", split, self._splits)
         generator = derive_generator(0, "evaluation", split)
         return _read(self._name, self._device, self._loader(split, batch_size), generator)
 
@@ -180,6 +176,7 @@ class LoaderSource:
         return DataLoader(data, batch_size) if isinstance(data, Dataset) else data
 
     def _measure(self) -> dict[str, Any]:
+        """Return the size and channels of images, and the number of classes where the training set knows them."""
         train = self._splits[TRAIN]
         found: dict[str, Any] = {}
         if (classes := _count_classes(getattr(train, "dataset", train))) is not None:

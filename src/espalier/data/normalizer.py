@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import unknown_name
+from espalier.data.arguments import one_of
 from espalier.nn.lipschitz.normalisation import Normalize
 
 NORMALIZATIONS = ("mean_std", "mean", "none")
@@ -39,8 +39,7 @@ def build_normalizer(counts_CV: Tensor, normalize: str) -> nn.Module:
     Raises:
         EspalierError: unknown ``normalize``.
     """
-    if normalize not in NORMALIZATIONS:
-        raise unknown_name("normalize", normalize, NORMALIZATIONS)
+    one_of("normalize", normalize, NORMALIZATIONS)
     if normalize == "none":
         return nn.Identity()
     mean_C, std_C = channel_statistics(counts_CV)

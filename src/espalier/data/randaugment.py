@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +37,14 @@ def rand_augment(images_BCHW: Tensor, operations: int, magnitude: int, *, genera
     modules = _operations(magnitude, images_BCHW.shape[1] == 3)
     drawn_NB = torch.randint(len(modules), (operations, len(images_BCHW)), generator=choice)
     result_BCHW = images_BCHW.clone()
-    with _global_streams(seed, images_BCHW.device):
+    cuda = [images_BCHW.device] if images_BCHW.device.type == "cuda" else []
+    # kornia takes no generator: it draws from torch's global streams. They are lent to it, seeded by us, and given back
+    # as they were, so that neither side can disturb the other.
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         for drawn_B in drawn_NB:
             for index in drawn_B.unique().tolist():
                 members_M = (drawn_B == index).nonzero().squeeze(1).to(images_BCHW.device)
@@ -56,16 +61,3 @@ def _operations(magnitude: int, coloured: bool) -> tuple[Any, ...]:
     return tuple(
         auto.RandAugment(n=1, m=magnitude, policy=[step]) for step in policy if coloured or step[0][0] != "color"
     )
-
-
-@contextmanager
-def _global_streams(seed: int, device: torch.device) -> Iterator[None]:
-    # kornia takes no generator: it draws from torch's global streams. They are lent to it, seeded by us, and given
-    # back as they were, so that neither side can disturb the other.
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

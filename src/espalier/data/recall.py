@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import positive_int
+from espalier.data.arguments import one_of, positive_int
 from espalier.data.source import IGNORED
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError
 
 START, BAR, STOP = 0, 1, 2
 MARKS = 3
@@ -57,8 +57,7 @@ def copying(
     shortest = positive_int("length", length) if min_length is None else positive_int("min_length", min_length)
     if not shortest <= length:
         raise EspalierError(f"min_length {shortest} is above length {length}: lower it")
-    if order not in ORDERS:
-        raise unknown_name("order", order, ORDERS)
+    one_of("order", order, ORDERS)
     _require_symbols(vocab_size)
     device = generator.device
     size_B1 = torch.randint(shortest, length + 1, (count, 1), generator=generator, device=device)
@@ -113,8 +112,7 @@ def ngram_lookup(
 
     Source: "Repeat After Me" (arXiv 2402.01032), section 3.
     """
-    if side not in SIDES:
-        raise unknown_name("side", side, SIDES)
+    one_of("side", side, SIDES)
     need = positive_int("ngram", ngram) + positive_int("answer_length", answer_length)
     if length < need:
         raise EspalierError(
@@ -177,8 +175,7 @@ def mqar(
     Source: Zoology (arXiv 2312.04927), section 4 and its published generator.
     """
     pairs = usual_pairs(length) if pairs is None else positive_int("pairs", pairs)
-    if placement not in PLACEMENTS:
-        raise unknown_name("placement", placement, PLACEMENTS)
+    one_of("placement", placement, PLACEMENTS)
     half = vocab_size // 2
     if vocab_size % 2 or half - 1 < pairs:
         raise EspalierError(f"vocab_size {vocab_size} for {pairs} pairs: give an even number from {2 * (pairs + 1)}")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import positive_int, read_arguments
+from espalier.data.arguments import one_of, positive_int, read_arguments
 from espalier.data.recall import MARKS, copying, mqar, ngram_lookup, usual_pairs
-from espalier.data.source import require_split, require_step
+from espalier.data.source import require_step
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -28,13 +28,8 @@ FACTORS = {"test": 1, "test_2x": 2, "test_4x": 4}
 class TokenBatches:
     """What the sources of tokens have in common: a vocabulary, and evaluation examples in memory."""
 
-    _vocab_size: int
+    model_args: Mapping[str, Any]
     _splits: dict[str, tuple[Tensor, Tensor]]
-
-    @property
-    def model_args(self) -> Mapping[str, Any]:
-        """The size of the vocabulary."""
-        return {"vocab_size": self._vocab_size}
 
     @property
     def eval_splits(self) -> tuple[str, ...]:
@@ -52,7 +47,7 @@ class TokenBatches:
         Raises:
             EspalierError: unknown split.
         """
-        require_split(split, self._splits)
+        one_of("split", split, self._splits)
         inputs_BL, targets_BL = self._splits[split]
         yield from zip(inputs_BL.split(batch_size), targets_BL.split(batch_size), strict=True)
 
@@ -84,7 +79,8 @@ class GeneratedSource(TokenBatches):
         steps_per_epoch: int = 100,
         eval_examples: int = 256,
     ) -> None:
-        self._name, self._vocab_size, self.length = name, vocab_size, length
+        self._name, self.length = name, length
+        self.model_args = {"vocab_size": vocab_size}
         self._train, self._exact = train, exact
         self._steps = positive_int("steps_per_epoch", steps_per_epoch)
         count = positive_int("eval_examples", eval_examples)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from espalier.errors import unknown_name
 from espalier.randomness import derive_generator
 
 IGNORED = -100
@@ -62,16 +61,6 @@ def require_step(step: int, steps: int, batch_size: int) -> None:
     """
     if not 0 <= step < steps:
         raise IndexError(f"step {step} of {steps} with batch_size {batch_size}")
-
-
-def require_split(split: str, known: Iterable[str]) -> None:
-    """Refuse a split that is not ``known``.
-
-    Raises:
-        EspalierError: it is not; the message suggests the closest ones.
-    """
-    if split not in known:
-        raise unknown_name("split", split, known)
 
 
 @lru_cache(maxsize=2)

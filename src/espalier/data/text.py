@@ -44,7 +44,7 @@ class TextSource(TokenBatches):
         codes_N = torch.tensor([ord(character) for character in text], dtype=torch.long)
         points_V, tokens_N = codes_N.unique(return_inverse=True)
         self.characters = "".join(map(chr, points_V.tolist()))
-        self._vocab_size = len(self.characters)
+        self.model_args = {"vocab_size": len(self.characters)}
         cut = len(text) * 9 // 10
         windows = (len(text) - cut - 1) // length
         if windows < 1:
