@@ -105,6 +105,13 @@ def test_training_does_not_show_the_test() -> None:
         ("copying", {"eval_examples": 0}, "eval_examples is 0"),
         ("copying", {"steps_per_epoch": 2.5}, "steps_per_epoch is 2.5"),
         ("copying", {"lenght": 5}, "did you mean 'length'"),
+        ("copying", {"order": 3}, "unknown order '3'"),
+        ("ngram_lookup", {"side": None}, "unknown side 'None'"),
+        ("ngram_lookup", {"length": "7"}, "length is '7'"),
+        ("mqar", {"length": 16.0}, "length is 16.0"),
+        ("mqar", {"length": (16,), "pairs": None}, r"length is \(16,\)"),
+        ("mqar", {"vocab_size": "32"}, "vocab_size is '32'"),
+        ("mqar", {"power": "x"}, "power is 'x'"),
         ("sorting", {"order": "forward"}, "unknown argument of dataset 'sorting' 'order'"),
     ],
 )

@@ -335,6 +335,7 @@ def test_too_little_room_is_said_before_anything_is_read(images: Path, monkeypat
     ("change", "words"),
     [
         ({"storage": "cloud"}, "unknown storage 'cloud'"),
+        ({"storage": 3}, "unknown storage '3'"),
         ({"workers": -1}, "workers is -1"),
         ({"workers": "two"}, "workers is 'two'"),
         ({"size": 0}, "size is 0"),

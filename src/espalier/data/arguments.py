@@ -65,7 +65,7 @@ def one_of(kind: str, value: Any, known: Collection[str]) -> None:
         EspalierError: it is not; the message suggests the closest ones.
     """
     if value not in known:
-        raise unknown_name(kind, value, known)
+        raise unknown_name(kind, str(value), known)
 
 
 def find_data(recipe: Recipe, subfolder: str) -> Path:

@@ -176,7 +176,9 @@ def mqar(
     """
     pairs = usual_pairs(length) if pairs is None else positive_int("pairs", pairs)
     one_of("placement", placement, PLACEMENTS)
-    half = vocab_size // 2
+    if isinstance(power, bool) or not isinstance(power, int | float):
+        raise EspalierError(f"power is {power!r}: give a number")
+    half = positive_int("vocab_size", vocab_size) // 2
     if vocab_size % 2 or half - 1 < pairs:
         raise EspalierError(f"vocab_size {vocab_size} for {pairs} pairs: give an even number from {2 * (pairs + 1)}")
     if length < 4 * pairs:

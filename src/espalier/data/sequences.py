@@ -162,7 +162,7 @@ def mqar_source(recipe: Recipe) -> GeneratedSource:
 
 def _source(recipe: Recipe, task: Draw, defaults: Mapping[str, Any]) -> GeneratedSource:
     found = read_arguments(recipe, {**defaults, **_COUNTS}, reads_files=False)
-    counts, length = {name: found.pop(name) for name in _COUNTS}, found.pop("length")
+    counts, length = {name: found.pop(name) for name in _COUNTS}, positive_int("length", found.pop("length"))
     if "pairs" in found and found["pairs"] is None:
         found["pairs"] = usual_pairs(length)
     train = partial(task, **found)
