@@ -17,8 +17,8 @@ from espalier.nn import Mamba1, Mamba2, mixing_matrix
 from espalier.recipes import get_recipe
 from espalier.report import write_report, write_weight_pictures
 from espalier.report.mixing import inputs_of_mixers, mixing_matrices, repeated_inputs
+from espalier.report.products import state_space_products
 from espalier.report.raster import png_address, value_limit
-from espalier.report.state_space import state_space_products
 from espalier.report.views import View
 from espalier.train import train
 

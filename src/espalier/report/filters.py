@@ -11,7 +11,7 @@ from espalier.init.filters.fit import pooled_covariance
 from espalier.init.layouts import DepthwiseWeights
 from espalier.report.raster import Panel, Row, mosaic, picture_table, shrink
 from espalier.report.section import Section
-from espalier.report.views import LAYERS, View, lay_out, layers_of, left_out, runs_behind
+from espalier.report.views import View, layer_pictures, layers_of, runs_behind
 
 _FILTERS, _EIGEN_FILTERS, _ACROSS = 36, 12, 6
 # Up to 15 × 15 taps in full.
@@ -34,41 +34,21 @@ def eigen_filters(covariance_KK: Tensor, count: int = _EIGEN_FILTERS) -> tuple[T
 @torch.no_grad()
 def depthwise_filters(views: Sequence[View]) -> Section | None:
     """Draw filters, covariance and eigen-filters of every network that has depthwise convolutions."""
-    found = [(view, layers) for view in views if (layers := layers_of(view, DepthwiseWeights))]
+    found = layers_of(views, DepthwiseWeights)
     if not found:
         return None
-    words = "" if len(found) == 1 else left_out(len(found[0][1]), LAYERS, "layers")
-    words += runs_behind([view for view, _ in found])
-    kinds: tuple[tuple[str, Callable[[str, DepthwiseWeights], Sequence[Panel]], str], ...] = (
-        ("The filters", _filter_panels, f"Up to {_FILTERS} filters a layer, in the order of its channels."),
-        (
-            "Covariance of the taps",
-            _covariance_panels,
-            "Tap against tap, in row-major order, so that rows of a filter make blocks: bands and blocks beside the "
-            "diagonal say that neighbouring taps rise and fall together; a diagonal alone is white noise.",
-        ),
-        (
-            "Its leading eigenvectors",
-            _eigen_panels,
-            f"Up to {_EIGEN_FILTERS}, as filters, row by row: smooth ones say that filters vary smoothly. "
-            "Hover for their shares of the variance.",
-        ),
-    )
     if len(found) == 1:
-        rows = [Row(name, [draw(name, weights) for _, draw, _ in kinds]) for name, weights in found[0][1]]
-        caption = " ".join(f"{title}: {text}" for title, _, text in kinds) + words
-        titles = [title for title, _, _ in kinds]
-        whole = picture_table("", titles, rows, scale="diverging", shared=False, caption=caption)
-        return Section("Depthwise filters", (whole,))
-    tables = []
-    for title, draw, text in kinds:
-        columns, rows = lay_out(found, draw)
-        tables.append(picture_table(title, columns, rows, scale="diverging", shared=False, caption=text + words))
+        rows = [Row(name, [draw(name, weights) for _, draw, _ in _KINDS]) for name, weights in found[0][1]]
+        caption = " ".join(f"{title}: {text}" for title, _, text in _KINDS) + runs_behind(found)
+        titles = [title for title, _, _ in _KINDS]
+        tables = [picture_table("", titles, rows, scale="diverging", shared=False, caption=caption)]
+    else:
+        tables = [layer_pictures(title, found, draw, text) for title, draw, text in _KINDS]
     return Section("Depthwise filters", tuple(tables))
 
 
 def _filter_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:
-    return [Panel(_tiles(weights.weight[:_FILTERS, 0].float(), weights, _ACROSS), f"{name}: filters")]
+    return [Panel(_tiles(weights.weight[:_FILTERS, 0].float(), weights), f"{name}: filters")]
 
 
 def _covariance_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:
@@ -80,11 +60,28 @@ def _eigen_panels(name: str, weights: DepthwiseWeights) -> list[Panel]:
     covariance_KK, _ = pooled_covariance([weights.weight.flatten(1)])
     filters_NK, shares_N = eigen_filters(covariance_KK)
     shares = ", ".join(f"{share:.0%}" for share in shares_N.tolist())
-    return [Panel(_tiles(filters_NK, weights, _ACROSS), f"{name}: shares of the variance {shares}")]
+    return [Panel(_tiles(filters_NK, weights), f"{name}: shares of the variance {shares}")]
 
 
-def _tiles(filters_NK: Tensor, weights: DepthwiseWeights, columns: int) -> Tensor:
+def _tiles(filters_NK: Tensor, weights: DepthwiseWeights) -> Tensor:
     # One axis becomes a line of pixels, three axes become slices side by side.
     kernel = weights.weight.shape[2:]
     height = kernel[0] if len(kernel) > 1 else 1
-    return mosaic(filters_NK.reshape(len(filters_NK), height, -1), columns)
+    return mosaic(filters_NK.reshape(len(filters_NK), height, -1), _ACROSS)
+
+
+_KINDS: tuple[tuple[str, Callable[[str, DepthwiseWeights], Sequence[Panel]], str], ...] = (
+    ("The filters", _filter_panels, f"Up to {_FILTERS} filters a layer, in the order of its channels."),
+    (
+        "Covariance of the taps",
+        _covariance_panels,
+        "Tap against tap, in row-major order, so that rows of a filter make blocks: bands and blocks beside the "
+        "diagonal say that neighbouring taps rise and fall together; a diagonal alone is white noise.",
+    ),
+    (
+        "Its leading eigenvectors",
+        _eigen_panels,
+        f"Up to {_EIGEN_FILTERS}, as filters, row by row: smooth ones say that filters vary smoothly. "
+        "Hover for their shares of the variance.",
+    ),
+)

@@ -1,23 +1,77 @@
-"""Pictures of how state-space layers mix tokens."""
+"""Pictures of how tokens mix: where attention looks, and the matrices that state-space layers multiply by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
+from espalier.models import VisionTransformer
 from espalier.nn import Mamba1, Mamba2, mixing_matrix
-from espalier.report.raster import Panel, picture_table, shrink
+from espalier.report.raster import Panel, photograph, shrink
 from espalier.report.section import Section, paragraph
-from espalier.report.views import HEADS, LAYERS, View, lay_out, left_out, runs_behind, spread
+from espalier.report.views import HEADS, View, first_example, layer_pictures, left_out, spread
 
 # Side of the largest picture; tokens of the longest sequence that is mixed; tokens of the sequence that is repeated.
 _SIDE, _LENGTH, _REPEATED = 96, 128, 24
 
 Inputs = dict[str, Tensor]
 """What every mixer of a network is given, (1, L, D), by its name, in module order."""
+
+
+@torch.no_grad()
+def attention_maps(views: Sequence[View]) -> Section | None:
+    """Draw where the tokens of one test image look, for our own vision transformers."""
+    nets = [(view, view.net) for view in views if isinstance(view.net, VisionTransformer)]
+    try:
+        image_1CHW = first_example([view for view, _ in nets])
+    except (EspalierError, OSError) as error:
+        return Section("Attention maps", (paragraph(f"No attention maps: {error}", "note"),))
+    if image_1CHW is None:
+        return None
+    found = [
+        (view, [(f"blocks.{index}", map_1HLL[0]) for index, map_1HLL in enumerate(net.attention_maps(image_1CHW))])
+        for view, net in nets
+    ]
+    table = layer_pictures(
+        "Attention of every head", found, partial(_panels, "of a patch's look is at itself"),
+        "Row i of a panel shows where patch i of the image looks, and sums to one: a diagonal is a patch that looks at "
+        "itself, lines beside it are its neighbours.",
+        left_out(len(found[0][1][0][1]), HEADS, "heads"), scale="sequential", shared=True,
+    )  # fmt: skip
+    return Section("Attention maps", (photograph(image_1CHW[0], "The first image of the test set."), table))
+
+
+@torch.no_grad()
+def mixing_matrices(views: Sequence[View]) -> Section | None:
+    """Draw how the Mamba mixers of our own classes mix tokens: one test example of the runs, or a repeated sequence."""
+    views = [view for view in views if _mixers(view.net)]
+    if not views:
+        return None
+    try:
+        example = first_example(views)
+    except (EspalierError, OSError) as error:
+        return Section("Mixing matrices", (paragraph(f"No mixing matrices: {error}", "note"),))
+    words = f"The input is the first example of the test set, its first {_LENGTH} tokens at most."
+    if example is None:
+        words = f"The input is {_REPEATED} random vectors, twice: a line beside the diagonal looks back at "
+        words += "the same vector in the first copy."
+    found = []
+    for view in views:
+        inputs = repeated_inputs(view.net) if example is None else inputs_of_mixers(view.net, example)
+        mixers = _mixers(view.net)
+        found.append((view, [(name, _matrices(mixers[name], x_1LD)) for name, x_1LD in inputs.items()]))
+    heads = left_out(max(len(matrices) for _, matrices in found[0][1]), HEADS, "heads")
+    table = layer_pictures(
+        "Mixing matrix of every head", found, partial(_panels, "of its weight is on the token itself"),
+        "Row t of a panel shows with what weight every token s ≤ t enters the output at t, step size and decay "
+        "included: what attention's map is to attention. A fading diagonal forgets, a full lower triangle keeps. "
+        f"For Mamba-1 the mean over its channels. {words}", heads,
+    )  # fmt: skip
+    return Section("Mixing matrices", (table,))
 
 
 def repeated_inputs(net: nn.Module, length: int = _REPEATED) -> Inputs:
@@ -47,40 +101,6 @@ def inputs_of_mixers(net: nn.Module, example: Tensor) -> Inputs:
     return {name: caught[name] for name in _mixers(net) if name in caught}
 
 
-@torch.no_grad()
-def mixing_matrices(views: Sequence[View]) -> Section | None:
-    """Draw how the Mamba mixers of our own classes mix tokens: one test example of the runs, or a repeated sequence."""
-    views = [view for view in views if _mixers(view.net)]
-    if not views:
-        return None
-    run, title = next((view.run for view in views if view.run is not None), None), "Mixing matrices"
-    example, words = None, f"The input is {_REPEATED} random vectors, twice: a line beside the diagonal looks back at "
-    words += "the same vector in the first copy."
-    if run is not None:
-        try:
-            source = run.source()
-            example = next(iter(source.eval_batches(source.eval_splits[0], 1)))[0]
-        except (EspalierError, OSError) as error:
-            return Section(title, (paragraph(f"No mixing matrices: {error}", "note"),))
-        words = f"The input is the first example of the test set, its first {_LENGTH} tokens at most."
-    found = []
-    for view in views:
-        inputs = repeated_inputs(view.net) if example is None else inputs_of_mixers(view.net, example)
-        mixers = _mixers(view.net)
-        found.append((view, [(name, _matrices(mixers[name], x_1LD)) for name, x_1LD in inputs.items()]))
-    layers = found[0][1]
-    if len(found) > 1:
-        words += left_out(len(layers), LAYERS, "layers")
-    words += left_out(max(len(matrices) for _, matrices in layers), HEADS, "heads")
-    table = picture_table(
-        "Mixing matrix of every head", *lay_out(found, _mixing_panels), scale="diverging", shared=False,
-        caption="Row t of a panel shows with what weight every token s ≤ t enters the output at t, step size and decay "
-        "included: what attention's map is to attention. A fading diagonal forgets, a full lower triangle keeps. "
-        f"For Mamba-1 the mean over its channels. {words}{runs_behind(views)}",
-    )  # fmt: skip
-    return Section(title, (table,))
-
-
 def _mixers(net: nn.Module) -> dict[str, Mamba1 | Mamba2]:
     return {name: module for name, module in net.named_modules() if isinstance(module, Mamba1 | Mamba2)}
 
@@ -91,12 +111,12 @@ def _matrices(mixer: Mamba1 | Mamba2, x_1LD: Tensor) -> Tensor:
     return matrices_HLL.mean(0, keepdim=True) if isinstance(mixer, Mamba1) else matrices_HLL
 
 
-def _mixing_panels(name: str, matrices_HLL: Tensor) -> list[Panel]:
+def _panels(own: str, name: str, matrices_HLL: Tensor) -> list[Panel]:
+    """Return the pictures of some heads; ``own`` says what the share of a matrix on its diagonal is."""
     panels = []
     for head in spread(len(matrices_HLL), HEADS):
         matrix_LL = matrices_HLL[head]
         total = matrix_LL.abs().sum().clamp_min(torch.finfo(matrix_LL.dtype).tiny)
-        own = float(matrix_LL.diagonal().abs().sum() / total)
-        words = f"{name or '(model)'} head {head}: {own:.0%} of its weight is on the token itself"
-        panels.append(Panel(shrink(matrix_LL, _SIDE), words))
+        share = float(matrix_LL.diagonal().abs().sum() / total)
+        panels.append(Panel(shrink(matrix_LL, _SIDE), f"{name or '(model)'} head {head}: {share:.0%} {own}"))
     return panels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import count
@@ -13,16 +13,21 @@ from torch import nn
 
 from espalier.errors import EspalierError, require
 from espalier.files import write_bytes
-from espalier.report.pictures import PICTURES, picture_sections
+from espalier.report.filters import depthwise_filters
+from espalier.report.mixing import attention_maps, mixing_matrices
+from espalier.report.products import attention_products, state_space_products
 from espalier.report.run_sections import RUN_SECTIONS
-from espalier.report.section import Context, Markup, Plot, Section, arm_colours
-from espalier.report.study_sections import STUDY_SECTIONS, pictures, trials
+from espalier.report.section import Context, Markup, Plot, Section, arm_colours, bullets
+from espalier.report.study_sections import STUDY_SECTIONS, first_runs, trials
 from espalier.report.style import STYLE
-from espalier.report.views import View
+from espalier.report.views import View, views_of
 from espalier.study import Summary, summarise
 from espalier.study.trial import STUDY, TRIALS
 from espalier.train import Run, load_run
 from espalier.train.run import RECIPE
+
+PICTURES = (attention_maps, attention_products, mixing_matrices, state_space_products, depthwise_filters)
+"""In the order of the page; a new kind of layer adds its own."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def write_weight_pictures(net: nn.Module, out: Path) -> Path:
     name = type(net).__name__
     if any(parameter.is_meta for parameter in net.parameters()):
         raise EspalierError(f"model {name} is on the meta device: give its weights values before drawing them")
-    sections = [section for make in PICTURES if (section := make([View(net)])) is not None]
+    sections = _made(PICTURES, [View(net)])
     if not sections:
         raise EspalierError(f"model {name} has no layer to draw: register a layout for its classes")
     return _write(Path(out), f"Weights of {name}", [Chapter("", "", sections)])
@@ -92,11 +97,21 @@ def _open(folder: Path) -> Summary | Run:
 
 def _chapter(item: Summary | Run, context: Context) -> Chapter:
     if isinstance(item, Summary):
-        sections = [section for make in STUDY_SECTIONS if (section := make(item, context)) is not None]
-        sections += [*pictures(item, context), trials(item, context)]
+        sections = [*_made(STUDY_SECTIONS, item, context), *_pictures(first_runs(item)), trials(item, context)]
         return Chapter(f"Study {item.study.path.resolve().name}", " against ".join(item.study.arms), sections)
-    sections = [section for make in RUN_SECTIONS if (section := make(item, context)) is not None]
-    return Chapter(f"Run {_short(item.path.resolve())}", "", [*sections, *picture_sections({"": item})])
+    sections = [*_made(RUN_SECTIONS, item, context), *_pictures({"": item})]
+    return Chapter(f"Run {_short(item.path.resolve())}", "", sections)
+
+
+def _made(makers: Iterable[Callable[..., Section | None]], *given: object) -> list[Section]:
+    return [section for make in makers if (section := make(*given)) is not None]
+
+
+def _pictures(runs: Mapping[str, Run]) -> list[Section]:
+    """Return the pictures of runs, by arm, at their start and at their end, and a note on what cannot be shown."""
+    views, problems = views_of(runs)
+    note = [Section("Weights that cannot be shown", (bullets(problems, "note"),))] if problems else []
+    return _made(PICTURES, views) + note
 
 
 def _short(path: Path) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.init.layouts import find_layers
-from espalier.report.raster import Panel, Row
-from espalier.report.section import Section
+from espalier.report.raster import Panel, Row, Scale, picture_table
+from espalier.report.section import Markup
 from espalier.train import Run
 
 # What is shown of a large network where several stand side by side, so that a page stays small.
@@ -37,8 +37,8 @@ class View:
         return ", ".join(part for part in (self.name, self.moment) if part)
 
 
-PictureMaker = Callable[[Sequence[View]], Section | None]
-"""Draws one kind of picture of every network that it applies to, one row a network; None where there is none."""
+Found = list[tuple[View, list[tuple[str, W]]]]
+"""Networks with what is drawn of each: layers, or what was computed from them, by name."""
 
 
 def views_of(runs: Mapping[str, Run]) -> tuple[list[View], list[str]]:
@@ -57,29 +57,62 @@ def views_of(runs: Mapping[str, Run]) -> tuple[list[View], list[str]]:
     return views, problems
 
 
-def layers_of(view: View, kind: type[W]) -> list[tuple[str, W]]:
-    """Return the layers of one kind (``AttentionWeights``, ``DepthwiseWeights``) by name, in module order."""
-    return [(name or "(model)", found) for name, _, found in find_layers(view.net) if isinstance(found, kind)]
+def layers_of(views: Sequence[View], kind: type[W]) -> Found[W]:
+    """Return the networks that have layers of one kind (``AttentionWeights``), and those by name, in module order."""
+    found: Found[W] = []
+    for view in views:
+        layers: list[tuple[str, W]] = [
+            (name or "(model)", layer) for name, _, layer in find_layers(view.net) if isinstance(layer, kind)
+        ]
+        if layers:
+            found.append((view, layers))
+    return found
 
 
-def lay_out(
-    found: Sequence[tuple[View, Sequence[tuple[str, W]]]], draw: Callable[[str, W], Sequence[Panel]]
-) -> tuple[list[str], list[Row]]:
-    """Return column headings and rows of panels: a row a network, or a row a layer where there is one network only.
+def first_example(views: Sequence[View]) -> Tensor | None:
+    """Return the first test example of the networks' runs, a batch of one; None for networks without a run.
+
+    Raises:
+        EspalierError, OSError: the data cannot be read.
+    """
+    source = next((view.run.source() for view in views if view.run is not None), None)
+    return None if source is None else next(iter(source.eval_batches(source.eval_splits[0], 1)))[0]
+
+
+def layer_pictures(
+    title: str,
+    found: Found[W],
+    draw: Callable[[str, W], Sequence[Panel]],
+    caption: str,
+    more: str = "",
+    *,
+    scale: Scale = "diverging",
+    shared: bool = False,
+) -> Markup:
+    """Return a table of pictures: a row a network, or a row a layer where there is one network only.
 
     Args:
+        title: of the table.
         found: every network with its layers, as ``layers_of`` gives them.
         draw: name and weights of a layer to its panels.
+        caption: what the pictures say.
+        more: what stands between the words on layers that are left out and those on the runs behind the pictures.
+        scale: as ``picture_table`` takes it.
+        shared: likewise.
     """
+    first = found[0][1]
     if len(found) == 1:
-        return [""], [Row(name, [draw(name, weights)]) for name, weights in found[0][1]]
-    shown = spread(len(found[0][1]), LAYERS)
-    # A network with fewer layers than the first has gaps.
-    rows = [
-        Row(view.label, [draw(*layers[index]) if index < len(layers) else () for index in shown])
-        for view, layers in found
-    ]
-    return [found[0][1][index][0] for index in shown], rows
+        columns, rows = [""], [Row(name, [draw(name, weights)]) for name, weights in first]
+    else:
+        shown = spread(len(first), LAYERS)
+        columns = [first[index][0] for index in shown]
+        # A network with fewer layers than the first has gaps.
+        rows = [
+            Row(view.label, [draw(*layers[index]) if index < len(layers) else () for index in shown])
+            for view, layers in found
+        ]
+        caption += left_out(len(first), LAYERS, "layers")
+    return picture_table(title, columns, rows, scale=scale, shared=shared, caption=caption + more + runs_behind(found))
 
 
 def spread(count: int, shown: int) -> list[int]:
@@ -94,9 +127,9 @@ def left_out(count: int, shown: int, things: str) -> str:
     return f" Shown are {shown} of {count} {things}, evenly spread." if count > shown else ""
 
 
-def runs_behind(views: Sequence[View]) -> str:
+def runs_behind(found: Found[Any]) -> str:
     """Return the sentence that says which runs the pictures are of; nothing for a network without a run."""
-    runs = {view.name: view.run.recipe for view in views if view.run is not None}
+    runs = {view.name: view.run.recipe for view, _ in found if view.run is not None}
     if not runs:
         return ""
     if not any(runs):
