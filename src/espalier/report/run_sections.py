@@ -7,17 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from espalier.doctor import diagnose
 from espalier.files import read_object
 from espalier.init import StructureReport
 from espalier.init.report import describe_measured
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.report.confusion import confusion
 from espalier.report.curves import run_curves
-from espalier.report.health import health
 from espalier.report.robustness import robustness
 from espalier.report.section import Context, Markup, Section, counted, folded, paragraph, table
 from espalier.train import Run
-from espalier.train.run import ENVIRONMENT, STRUCTURE
+from espalier.train.run import ENVIRONMENT, START, STRUCTURE
 
 RunSection = Callable[[Run, Context], Section | None]
 
@@ -54,6 +54,20 @@ def structure(run: Run, context: Context) -> Section | None:
     ]
     header = ("layer", "kind", "host", "status", "asked", "measured at the start")
     return Section("Structure written", (table(header, rows),))
+
+
+def health(run: Run, context: Context) -> Section | None:
+    """List what the doctor finds wrong with the weights that the run started from, the worst first."""
+    if not (run.path / START).exists():
+        return None
+    diagnosis = diagnose(run.model("start"))
+    rows = [(f.severity, f.layer or "(model)", f.check, f.measured, f.usual, f.remedy) for f in diagnosis.findings]
+    if not rows:
+        return Section("Health at the start", (paragraph(str(diagnosis)),))
+    listed = table(("severity", "layer", "check", "measured", "usual", "remedy"), rows)
+    if not (diagnosis.errors or diagnosis.warnings):
+        listed = folded("Notes", listed)
+    return Section("Health at the start", (paragraph(str(diagnosis).splitlines()[0]), listed))
 
 
 def recipe(run: Run, context: Context) -> Section:
