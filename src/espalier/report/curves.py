@@ -9,7 +9,7 @@ from typing import Any
 from espalier.errors import require
 from espalier.report.section import Context, Plot, Section, arm_colours
 from espalier.study.statistics import Interval
-from espalier.study.summary import ArmSummary, Summary
+from espalier.study.summary import ArmSummary, RatePoint, Summary
 from espalier.train import Run
 
 
@@ -58,11 +58,11 @@ def score_over_rate(summary: Summary, context: Context) -> Section | None:
 
 def run_curves(run: Run, context: Context) -> Section | None:
     """Draw what one run recorded: its training loss, and every measure of its evaluations."""
-    recorded = [key for row in run.rows for key, value in row.items() if value is not None]
-    names = [name for name in dict.fromkeys(recorded) if "loss" in name or "/" in name]
-    losses = [name for name in names if "loss" in name]
+    recorded = dict.fromkeys(key for row in run.rows for key, value in row.items() if value is not None)
+    losses = [name for name in recorded if "loss" in name]
+    scores = [name for name in recorded if "/" in name and name not in losses]
     plots = []
-    for group, axis in ((losses, "loss"), ([name for name in names if name not in losses], "score")):
+    for group, axis in ((losses, "loss"), (scores, "score")):
         colours = arm_colours(group)
         if group:
             traces = [_record(run, name, colours[name]) for name in group]
@@ -96,22 +96,20 @@ def _rate_traces(arm: ArmSummary, colour: str, factor: float, floor: float) -> l
     ]
     crosses = [(point.lr, floor) for point in arm.rates for _ in point.diverged]
     cross_words = [f"{name}, lr {p.lr:g}<br>seed {seed} diverged" for p in arm.rates for seed in p.diverged]
-    means = {p.lr: (p.lr, factor * p.mean) for p in arm.rates if p.scores}
-    words = {
-        p.lr: f"{name}, lr {p.lr:g}<br>mean {factor * p.mean:.4g}<br>n = {len(p.scores)}" for p in arm.rates if p.scores
-    }
-    inside = [lr for lr in means if arm.window and arm.window.low <= lr <= arm.window.high]
-    best = [lr for lr in means if lr == arm.best_lr]
+    scored, window = [p for p in arm.rates if p.scores], arm.window
+    inside = [p for p in scored if window and window.low <= p.lr <= window.high]
+    best = [p for p in scored if p.lr == arm.best_lr]
 
-    def of_means(rates: Sequence[float], **options: Any) -> Any:
-        return scatter([means[lr] for lr in rates], [words[lr] for lr in rates], name, **options)
+    def of_means(points: Sequence[RatePoint], **options: Any) -> Any:
+        words = [f"{name}, lr {p.lr:g}<br>mean {factor * p.mean:.4g}<br>n = {len(p.scores)}" for p in points]
+        return scatter([(p.lr, factor * p.mean) for p in points], words, name, **options)
 
     ring = {"size": 14, "symbol": "circle-open", "color": colour, "line": {"width": 2.5}}
     cross = {"size": 9, "symbol": "x-thin", "line": {"width": 2, "color": colour}}
     return [
         scatter(dots, dot_words, name, mode="markers", marker={"color": colour, "size": 7, "opacity": 0.55}),
         scatter(crosses, cross_words, name, mode="markers", marker=cross),
-        of_means(list(means), mode="lines", line={"color": colour, "width": 1.5}, showlegend=True),
+        of_means(scored, mode="lines", line={"color": colour, "width": 1.5}, showlegend=True),
         of_means(inside, mode="lines", line={"color": colour, "width": 5}),
         of_means(best, mode="markers", marker=ring),
     ]
