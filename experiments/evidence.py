@@ -10,9 +10,9 @@ from statistics import fmean
 
 from espalier.study import Record, Summary, summarise
 from espalier.study.solving import measure_solving
-from espalier.study.solving_table import p_text, share_text
 from espalier.study.statistics import Interval, first_crossing, t_interval
 from espalier.study.summary import ArmSummary
+from espalier.study.table import p_text, share_text
 from experiments.experiment import ROW_SEEDS, Experiment
 from experiments.windows import DEFINITIONS, log_width_ratio, scores_of
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from espalier.study.solving_table import NOTES
-from espalier.study.table import assumptions, markdown_findings, markdown_rows
+from espalier.study.table import NOTES, assumptions, markdown_findings, markdown_rows
 from experiments import attention, convmixer, filters, recall, robustness
 from experiments.claims import CLAIMS
 from experiments.evidence import NOT_RUN, Results

@@ -1,16 +1,25 @@
-"""A summary in words and as a table: the same cells as plain text, Markdown and HTML."""
+"""A summary in words and as tables: the same cells as plain text, Markdown and HTML."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from espalier.study.solving import THRESHOLD
-from espalier.study.solving_table import NOTES, solving_tables
+from espalier.study.solving import THRESHOLD, Share, Solving, measure_solving
 from espalier.study.statistics import Interval, difference_of, score_limits, t_interval
 from espalier.study.summary import ArmSummary, Summary
 from espalier.study.trial import Trial
 from espalier.tables import plain_table
+
+NOTES = (
+    "A run solves the task if its score reaches the threshold; a diverged run does not. Shares come with exact "
+    "(Clopper–Pearson) intervals, over all rates and seeds together and at each rate.",
+    "p, paired permutation: of the difference between the shares of rates that each seed solves, exact over all "
+    "choices of signs; p at one rate: Fisher's exact test. Neither is adjusted for the number of rates or arms.",
+    "Area over log rate: the mean score over the logarithm of the rates that were tried, for each seed, a diverged "
+    "run counted as 0: one figure for how forgiving a start is.",
+)
+"""What the tables of ``solving_tables`` rest on."""
 
 
 def header(summary: Summary) -> tuple[str, ...]:
@@ -38,12 +47,11 @@ def failure_lines(summary: Summary) -> list[str]:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """Return what may be said of every arm against the baseline, one sentence each."""
-    return [sentence(arm, summary) for arm in summary.arms[1:]]
+    """Return what may be said of every arm against the baseline: a difference only where the interval excludes zero."""
+    return [_sentence(arm, summary) for arm in summary.arms[1:]]
 
 
-def sentence(arm: ArmSummary, summary: Summary) -> str:
-    """Return what may be said of one arm: a difference only where the interval excludes zero."""
+def _sentence(arm: ArmSummary, summary: Summary) -> str:
     base = summary.arms[0].arm
     if arm.difference is None:
         return f"{arm.arm} against {base}: no paired runs to compare yet"
@@ -51,8 +59,7 @@ def sentence(arm: ArmSummary, summary: Summary) -> str:
     size = number(t.mean, points, sign=True) + (" points" if points else "")
     if not t.defined:
         return f"{arm.arm} against {base}: {size} on one paired seed, no difference shown (n = 1 has no interval)"
-    low, high = (number(value, points, sign=True) for value in (t.low, t.high))
-    span = f"[{low}, {high}], {t.n} paired seeds"
+    span = f"{_span(t, points, sign=True)}, {t.n} paired seeds"
     if not arm.difference.shown:
         return f"{arm.arm} against {base}: no difference shown, {size} {span}"
     return f"{arm.arm} is {size} {'over' if t.mean > 0 else 'under'} {base}, {span}"
@@ -121,46 +128,87 @@ def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 def rate_rows(summary: Summary) -> list[tuple[str, ...]]:
     """Return one row of text a learning rate: every arm's mean score, and how far it is from the baseline there."""
     percent, base = summary.is_share, summary.arms[0]
+    low, high = score_limits(summary.metric)
     rows = []
     for index, lr in enumerate(summary.study.lrs):
         row = [f"{lr:g}"]
         for arm in summary.arms:
             point, beside = arm.rates[index], base.rates[index].scores
             values = list(point.scores.values())
-            limits = score_limits(summary.metric)
-            text = mean_and_interval(t_interval(values, summary.level, limits) if values else None, percent=percent)
+            text = interval_text(t_interval(values, summary.level, (low, high)) if values else None, percent)
             gaps = [difference_of(score, beside[seed]) for seed, score in point.scores.items() if seed in beside]
             if arm is not base and gaps:
-                text += f" ({_bracketed(t_interval(gaps, summary.level, _gap_limits(summary)), percent)})"
+                gap = t_interval(gaps, summary.level, (low - high, high - low))
+                text += f" ({interval_text(gap, percent, sign=True)})"
             row.append(text + (f", {len(point.diverged)} diverged" if point.diverged else ""))
         rows.append(tuple(row))
     return rows
 
 
-def mean_and_interval(interval: Interval | None, *, percent: bool) -> str:
+def solving_tables(summary: Summary) -> list[list[tuple[str, ...]]]:
+    """Return who solves the task over all rates and, where there is more than one, by rate, each with its header.
+
+    Nothing is returned where no run of any arm reaches the threshold, or scores are not shares of one.
+    """
+    found = measure_solving(summary) if summary.is_share else []
+    if not any(row.solved.solved for row in found):
+        return []
+    header = ("arm", "runs that solve it", "p, paired permutation", "area over log rate", "difference of areas")
+    total = [header, *(_solving_row(row) for row in found)]
+    if len(summary.study.lrs) == 1:
+        return [total]
+    by_rate = [("lr", *(row.arm for row in found))]
+    for index, lr in enumerate(summary.study.lrs):
+        by_rate.append((f"{lr:g}", *(_rate_cell(row, index) for row in found)))
+    return [total, by_rate]
+
+
+def share_text(share: Share) -> str:
+    """Return ``7 of 12 (58 % [28, 85])``."""
+    if not share.runs:
+        return "–"
+    return f"{share.solved} of {share.runs} ({100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}])"
+
+
+def p_text(p: float) -> str:
+    """Return a p value with two digits, and the smallest ones as a bound."""
+    return "–" if math.isnan(p) else f"{p:.2g}" if p >= 0.001 else "< 0.001"
+
+
+def interval_text(interval: Interval | None, percent: bool, *, sign: bool = False) -> str:
     """Return ``mean [low, high]``; ``n = 1`` where there is no interval, a dash where there is nothing."""
     if interval is None:
         return "–"
-    mean = number(interval.mean, percent)
-    if not interval.defined:
-        return f"{mean} (n = 1)"
-    return f"{mean} [{number(interval.low, percent)}, {number(interval.high, percent)}]"
+    mean = number(interval.mean, percent, sign=sign)
+    return f"{mean} {_span(interval, percent, sign=sign)}" if interval.defined else f"{mean} (n = 1)"
+
+
+def number(value: float, percent: bool, *, sign: bool = False) -> str:
+    """Return a score as text: in percent with one decimal, or with three digits."""
+    # Adding zero turns −0.0 into 0.0.
+    text = f"{round(100 * value, 1) + 0.0:+.1f}" if percent else f"{value + 0.0:+.3g}"
+    # A minus sign as wide as the plus, and no plus on plain scores.
+    return (text if sign else text.removeprefix("+")).replace("-", "−")
+
+
+def _span(interval: Interval, percent: bool, *, sign: bool) -> str:
+    return f"[{number(interval.low, percent, sign=sign)}, {number(interval.high, percent, sign=sign)}]"
 
 
 def _row(arm: ArmSummary, summary: Summary) -> tuple[str, ...]:
-    percent, difference = summary.is_share, arm.difference
+    percent = summary.is_share
+    gap, bootstrap = (arm.difference.t, arm.difference.bootstrap) if arm.difference else (None, None)
+    reached = f"{arm.epochs_to_baseline:.3g} of {arm.epochs}"
+    if math.isnan(arm.epochs_to_baseline):
+        reached = "not reached" if arm.curve else "–"
     return (
         arm.arm,
         "–" if arm.best_lr is None else f"{arm.best_lr:g}",
         _window(arm),
-        mean_and_interval(arm.score, percent=percent),
-        "baseline" if arm is summary.arms[0] else _bracketed(difference.t if difference else None, percent),
-        _bracketed(difference.bootstrap if difference else None, percent, mean=False),
-        "–"
-        if not arm.curve
-        else "not reached"
-        if math.isnan(arm.epochs_to_baseline)
-        else f"{arm.epochs_to_baseline:.3g} of {arm.epochs}",
+        interval_text(arm.score, percent),
+        "baseline" if arm is summary.arms[0] else interval_text(gap, percent, sign=True),
+        _span(bootstrap, percent, sign=True) if bootstrap and bootstrap.defined else "–",
+        reached,
         "–" if math.isnan(arm.step_seconds) else f"{1e3 * arm.step_seconds:.3g} ms (× {arm.step_ratio:.2f})",
         counts(arm),
     )
@@ -175,27 +223,17 @@ def _window(arm: ArmSummary) -> str:
     return f"{edge}× {arm.window.ratio:.3g}"
 
 
-def _bracketed(interval: Interval | None, percent: bool, *, mean: bool = True) -> str:
-    if interval is None:
-        return "–"
-    centre = number(interval.mean, percent, sign=True)
-    if not interval.defined:
-        return f"{centre} (n = 1)" if mean else "–"
-    span = f"[{number(interval.low, percent, sign=True)}, {number(interval.high, percent, sign=True)}]"
-    return f"{centre} {span}" if mean else span
+def _solving_row(row: Solving) -> tuple[str, ...]:
+    p = difference = "baseline"
+    if row.p is not None:
+        p = p_text(row.p)
+        difference = interval_text(row.area_difference.t if row.area_difference else None, True, sign=True)
+    return row.arm, share_text(row.solved), p, interval_text(row.area, True), difference
 
 
-def number(value: float, percent: bool, *, sign: bool = False) -> str:
-    """Return a score as text: in percent with one decimal, or with three digits."""
-    # Adding zero turns −0.0 into 0.0.
-    text = f"{round(100 * value, 1) + 0.0:+.1f}" if percent else f"{value + 0.0:+.3g}"
-    # A minus sign as wide as the plus, and no plus on plain scores.
-    return (text if sign else text.removeprefix("+")).replace("-", "−")
-
-
-def _gap_limits(summary: Summary) -> tuple[float, float]:
-    low, high = score_limits(summary.metric)
-    return low - high, high - low
+def _rate_cell(row: Solving, index: int) -> str:
+    p = "" if row.p_by_rate is None else f", p = {p_text(row.p_by_rate[index])}"
+    return share_text(row.by_rate[index]) + p.replace("= <", "<")
 
 
 def _escaped(text: str) -> str:
