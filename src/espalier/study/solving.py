@@ -6,7 +6,7 @@ On recall a run ends near chance or near 100 %, so the mean over three seeds and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from espalier.errors import EspalierError, require
@@ -100,7 +100,6 @@ def measure_solving(summary: Summary, threshold: float = THRESHOLD) -> list[Solv
         threshold: score from which a run has solved the task.
     """
     rows: list[Solving] = []
-    base = summary.arms[0]
     for arm in summary.arms:
         by_rate = tuple(
             exact_share(
@@ -111,13 +110,15 @@ def measure_solving(summary: Summary, threshold: float = THRESHOLD) -> list[Solv
             for point in arm.rates
         )
         solved = exact_share(sum(s.solved for s in by_rate), sum(s.runs for s in by_rate), summary.level)
-        areas, base_areas = _areas(arm), _areas(base)
+        ended = _ended(arm)
+        areas = {seed: log_rate_area(scores) for seed, scores in ended.items()} if len(arm.rates) > 1 else {}
+        shares = {seed: sum(s >= threshold for s in scores.values()) / len(scores) for seed, scores in ended.items()}
         area = t_interval(list(areas.values()), summary.level, (0.0, 1.0)) if areas else None
-        if arm is base:
+        if not rows:
+            base_areas, base_shares = areas, shares
             rows.append(Solving(arm.arm, solved, None, by_rate, None, area, None))
             continue
-        mine, theirs = _solved_by_seed(arm, threshold), _solved_by_seed(base, threshold)
-        gaps = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+        gaps = [shares[seed] - base_shares[seed] for seed in sorted(shares.keys() & base_shares.keys())]
         difference = paired_difference(
             areas, base_areas, summary.level, limits=(0.0, 1.0), generator=derive_generator(0, "area", arm.arm)
         )
@@ -128,23 +129,8 @@ def measure_solving(summary: Summary, threshold: float = THRESHOLD) -> list[Solv
     return rows
 
 
-def _complete(arm: ArmSummary) -> Sequence[int]:
-    """Return the seeds whose run has ended at every rate."""
-    ended = [{*point.scores, *point.diverged} for point in arm.rates]
-    return sorted(set.intersection(*ended)) if ended else []
-
-
-def _areas(arm: ArmSummary) -> dict[int, float]:
+def _ended(arm: ArmSummary) -> dict[int, dict[float, float]]:
+    """Return the scores by rate of every seed whose run has ended at every rate."""
+    seeds = set.intersection(*({*point.scores, *point.diverged} for point in arm.rates))
     # A diverged run counts as 0: leaving it out would favour the arm that diverges.
-    if len(arm.rates) < 2:
-        return {}
-    return {
-        seed: log_rate_area({point.lr: point.scores.get(seed, 0.0) for point in arm.rates}) for seed in _complete(arm)
-    }
-
-
-def _solved_by_seed(arm: ArmSummary, threshold: float) -> dict[int, float]:
-    return {
-        seed: sum(point.scores.get(seed, 0.0) >= threshold for point in arm.rates) / len(arm.rates)
-        for seed in _complete(arm)
-    }
+    return {seed: {point.lr: point.scores.get(seed, 0.0) for point in arm.rates} for seed in sorted(seeds)}
