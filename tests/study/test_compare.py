@@ -213,6 +213,11 @@ returned = st.one_of(
 )
 
 
+def test_a_number_of_thousands_of_digits_is_refused_in_one_line() -> None:
+    with pytest.raises(EspalierError, match="train returned a number of thousands of digits"):
+        read_scores(10**5000, "score")
+
+
 @given(returned, st.sampled_from(["score", "accuracy"]))
 def test_whatever_is_returned_is_a_curve_or_one_line(value: Any, metric: str) -> None:
     try:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -70,15 +70,6 @@ class OwnTraining:
         what = {"train": self.name, "code": self.code, "metric": self.metric, "trial_lr": lr, "seed": seed}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
-    def difference(self, other: object) -> str | None:
-        """Return in words what makes two studies of different trainings, None if nothing does."""
-        if not isinstance(other, OwnTraining):
-            return "a recipe there, a function of your own here"
-        mine, theirs = asdict(self), asdict(other)
-        # The centre of a grid shapes no trial.
-        names = [name for name in mine if name != "lr" and mine[name] != theirs[name]]
-        return f"{names[0]} is {theirs[names[0]]!r} there and {mine[names[0]]!r} here" if names else None
-
 
 def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
     """Return what a training function returned as (step, score) pairs, the last the final one; one score has step 0.
@@ -96,8 +87,8 @@ def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
             raise ValueError("steps must increase")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise EspalierError(
-            f"train returned {_short(returned)} ({_short(error)}): return a score, or a list of (step, score) with "
-            "increasing whole steps"
+            f"train returned {shortened(returned)} ({shortened(error)}): return a score, or a list of (step, score) "
+            "with increasing whole steps"
         ) from error
     curve = [(step, score) for step, (_, score) in zip(steps, pairs, strict=True)]
     for _, score in curve:
@@ -165,6 +156,11 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _short(value: Any) -> str:
-    text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
+def shortened(value: Any) -> str:
+    """Return an object, or what an error says, as a few words of one line for a message."""
+    try:
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -15,7 +15,7 @@ from espalier.errors import EspalierError
 from espalier.files import read_object
 from espalier.recipes import Recipe
 from espalier.recipes.validation import recipe_to_dict
-from espalier.study.own_training import OwnTraining
+from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import score_limits
 from espalier.train import Run, environment
 from espalier.train.run import ENVIRONMENT, RESULT
@@ -215,14 +215,12 @@ def record_from_line(line: str) -> Record:
         raise ValueError("not an object of fields")
     known = {each.name for each in fields(Record)}
     needed = {"study", "arm", "lr", "seed", "digest", "metric", "score", "diverged", "epochs", "steps", "curve"}
-    if values.keys() - known or needed - values.keys():
-        unknown, missing = sorted(values.keys() - known), sorted(needed - values.keys())
-        raise ValueError(
-            " and ".join([f"unknown fields {unknown}"] * bool(unknown) + [f"no {missing}"] * bool(missing))
-        )
+    for words, names in (("unknown fields", values.keys() - known), ("no", needed - values.keys())):
+        if names:
+            raise ValueError(f"{words} {sorted(names)}")
     for name, kind in _KINDS.items():
         if name in values and not kind(values[name]):
-            raise ValueError(f"field {name!r} is {_short(values[name])}")
+            raise ValueError(f"field {name!r} is {shortened(values[name])}")
     _refuse_impossible(values)
     if values["diverged"] != (values["score"] is None):
         raise ValueError(f"diverged is {values['diverged']} and score is {values['score']}")
@@ -282,25 +280,16 @@ def _refuse(text: str) -> Any:
     raise ValueError(text)
 
 
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _refuse_impossible(values: Mapping[str, Any]) -> None:
     """Refuse scores that the metrics of a record cannot have; which are shares, their names say."""
     metric = values["metric"]
-    figures = [
-        ("score", metric, values["score"]),
-        *(("a score of its curve", metric, row[3]) for row in values["curve"]),
-    ]
-    for what, name, value in [*figures, *((name, name, value) for name, value in values.get("extra", {}).items())]:
+    figures = [("score", metric, values["score"])]
+    figures += [("a score of its curve", metric, row[3]) for row in values["curve"]]
+    figures += [(name, name, value) for name, value in values.get("extra", {}).items()]
+    for what, name, value in figures:
         low, high = score_limits(name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{what} is {value:g}, and {_short(name)} lies in [{low:g}, {high:g}]")
+            raise ValueError(f"{what} is {value:g}, and {shortened(name)} lies in [{low:g}, {high:g}]")
     steps = [row[1] for row in values["curve"]]
     if steps != sorted(set(steps)):
         raise ValueError("the steps of its curve do not increase")

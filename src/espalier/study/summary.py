@@ -26,8 +26,9 @@ from espalier.study.statistics import (
     score_limits,
     t_interval,
 )
-from espalier.study.trial import RESULT, Study, Trial, load_study
+from espalier.study.trial import Study, Trial, load_study
 from espalier.train import Run, load_run
+from espalier.train.run import RESULT
 
 LEVEL = 0.95
 TOLERANCE = 0.02

@@ -12,20 +12,15 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
-from espalier.recipes.validation import (
-    first_difference,
-    recipe_from_dict,
-    recipe_to_dict,
-    refuse_unpinned,
-    resolve_recipe,
-)
+from espalier.recipes.validation import recipe_from_dict, recipe_to_dict, refuse_unpinned, resolve_recipe
 from espalier.study.own_training import OwnTraining
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.study.statistics import is_share
 from espalier.train import load_run
+from espalier.train.run import RESULT
 
-STUDY, TRIALS, FAILURE, RESULT = "study.json", "trials", "failure.txt", "result.json"
+STUDY, TRIALS, FAILURE = "study.json", "trials", "failure.txt"
 RECORD, FILES = "record.json", "files"
 """What a trial of the user's own training leaves, and the folder that is the user's."""
 RECORDS = "records.jsonl"
@@ -37,8 +32,8 @@ _NO_FOLDER = set('<>:"/\\|?*\0')
 # Steps of √10 around the recipe's own rate: a factor of 100 in all, fine enough to see where a window ends.
 _AUTO_STEPS = (-2, -1, 0, 1, 2)
 
-
 Arms = Sequence[str] | Mapping[str, Mapping[str, Any]]
+Rates = Sequence[float] | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,11 @@ class Trial:
         Raises:
             EspalierError: its arm, rate, seed or metric is not the trial's.
         """
-        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": record.metric}
+        # The data say which split a recipe is scored on, by its share of right answers.
+        metric = record.metric if is_share(record.metric) else "an accuracy"
         if isinstance(self.recipe, OwnTraining):
-            wanted["metric"] = self.recipe.metric
-        elif not is_share(
-            record.metric
-        ):  # the data say which split a recipe is scored on, by its share of right answers
-            wanted["metric"] = "an accuracy"
+            metric = self.recipe.metric
+        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": metric}
         for name, value in wanted.items():
             if (found := getattr(record, name)) != value:
                 raise EspalierError(
@@ -213,13 +206,7 @@ def plan_study(
     return study
 
 
-def draft_study(
-    recipe: Recipe | OwnTraining,
-    arms: Arms,
-    lrs: Sequence[float] | Literal["auto"],
-    seeds: Sequence[int],
-    out: Path | str,
-) -> Study:
+def draft_study(recipe: Recipe | OwnTraining, arms: Arms, lrs: Rates, seeds: Sequence[int], out: Path | str) -> Study:
     """Return what ``plan_study`` would write, writing nothing."""
     out, recipe = Path(out), resolve_recipe(recipe) if isinstance(recipe, Recipe) else recipe
     rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
@@ -261,9 +248,8 @@ def load_study(path: Path | str) -> Study:
             recipe = OwnTraining(**plan["train"])
             if not (all(isinstance(text, str) for text in (recipe.name, recipe.code, recipe.metric)) and recipe.lr > 0):
                 raise TypeError("a training that no study has")
-        known = {field.name for field in fields(Recipe)}
-        if not all(set(changes) <= known for changes in plan["arms"].values()):
-            raise KeyError("a field that no recipe has")
+            if any(changes != {} for changes in plan["arms"].values()):
+                raise KeyError("arms that change fields of a recipe")
         if not plan["arms"]:
             raise ValueError("arms is empty")
         rates, seeds = learning_rates(1.0, plan["lrs"]), _seeds(plan["seeds"])
@@ -278,7 +264,7 @@ def load_study(path: Path | str) -> Study:
     return replace(study, records=_records(path))
 
 
-def learning_rates(centre: float, lrs: Sequence[float] | Literal["auto"]) -> set[float]:
+def learning_rates(centre: float, lrs: Rates) -> set[float]:
     """Return the rates to try; ``"auto"`` is five, √10 apart and centred on the recipe's own, to two digits.
 
     Rates are kept to the six digits that folder names show.
@@ -356,15 +342,15 @@ def _records(path: Path) -> Mapping[tuple[str, str], Record]:
 
 def _refuse_another(there: Study, recipe: Recipe | OwnTraining, changes: Mapping[str, Mapping[str, Any]]) -> None:
     old, difference = there.recipe, None
-    if isinstance(recipe, OwnTraining):
-        difference = recipe.difference(old)
-    elif isinstance(old, OwnTraining):
-        difference = "a function of your own there, a recipe here"
+    if isinstance(old, Recipe) != isinstance(recipe, Recipe):
+        kinds = {True: "a recipe", False: "a function of your own"}
+        difference = f"{kinds[isinstance(old, Recipe)]} there, {kinds[isinstance(recipe, Recipe)]} here"
     else:
-        # The rate and the seed of the shared recipe belong to the trials.
-        same = replace(recipe, lr=old.lr, seed=old.seed)
-        if (name := first_difference(old, same)) is not None:
-            difference = f"{name} is {getattr(old, name)!r} there and {getattr(same, name)!r} here"
+        # The rate, which is the centre of a grid, and the seed belong to the trials.
+        for name in [each.name for each in fields(old) if each.name not in ("lr", "seed")]:
+            if (before := getattr(old, name)) != (now := getattr(recipe, name)):
+                difference = f"{name} is {before!r} there and {now!r} here"
+                break
     if difference is not None:
         raise EspalierError(f"{there.path} holds another study: {difference}; choose another folder")
     for arm in changes:
@@ -378,8 +364,7 @@ def _refuse_another(there: Study, recipe: Recipe | OwnTraining, changes: Mapping
 def save_study(study: Study) -> None:
     """Write the plan into the study's folder, which is made when missing."""
     study.path.mkdir(parents=True, exist_ok=True)
-    arms = {arm: dict(changes) for arm, changes in study.arms.items()}
     recipe = study.recipe
     what = {"recipe": recipe_to_dict(recipe)} if isinstance(recipe, Recipe) else {"train": asdict(recipe)}
-    plan = {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds}
-    write_sealed(study.path / STUDY, plan)
+    arms = {arm: dict(changes) for arm, changes in study.arms.items()}
+    write_sealed(study.path / STUDY, {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds})
