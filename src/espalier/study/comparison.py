@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
 from espalier.study.summary import Summary, summarise
 from espalier.study.trial import FILES, RECORD, Arms, Trial, draft_study, save_study
+from espalier.study.worker import RunTrial
 
 
 def compare(
@@ -59,13 +60,16 @@ def compare(
         RunInterrupted: stopped from the keyboard.
     """
     refuse_torchrun()
+    training: Recipe | OwnTraining
+    run: RunTrial
     if isinstance(train, Recipe):
         given = [name for name, value in (("metric", metric), ("lr", lr)) if value is not None]
         if given:
             raise EspalierError(f"{given[0]} belongs to a training function: a recipe has its own, leave it out")
-        training: Recipe | OwnTraining = train
+        training, run = train, run_recipe
     else:
         training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
+        run = partial(_run_function, train)
     if isinstance(seeds, int):
         if seeds < 1:
             raise EspalierError(f"seeds {seeds}: give how many, from 1")
@@ -73,22 +77,16 @@ def compare(
     study = draft_study(training, arms, lrs, seeds, out)
     check_arms(study)
     save_study(study)
-    run = run_recipe if isinstance(train, Recipe) else _RunFunction(train)
     launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
     return summarise(study)
 
 
-@dataclass(frozen=True)
-class _RunFunction:
-    """Runs a trial of the user's own training and leaves its record."""
-
-    train: TrainFunction
-
-    def __call__(self, trial: Trial) -> None:
-        assert isinstance(trial.recipe, OwnTraining)
-        folder = trial.path / FILES
-        folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        curve = read_scores(self.train(trial.arm, trial.lr, trial.seed, folder), trial.recipe.metric)
-        record = record_scores(trial.recipe, trial.arm, trial.lr, trial.seed, curve, time.perf_counter() - started)
-        write_bytes(trial.path / RECORD, record.line().encode())
+def _run_function(train: TrainFunction, trial: Trial) -> None:
+    """Run a trial of the user's own training and leave its record."""
+    assert isinstance(trial.recipe, OwnTraining)
+    folder = trial.path / FILES
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    curve = read_scores(train(trial.arm, trial.lr, trial.seed, folder), trial.recipe.metric)
+    record = record_scores(trial.recipe, trial.arm, trial.lr, trial.seed, curve, time.perf_counter() - started)
+    write_bytes(trial.path / RECORD, record.line().encode())

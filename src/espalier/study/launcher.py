@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -136,21 +135,16 @@ def _drain_with_processes(study: Study, run: RunTrial, count: int, meter: _Meter
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(worker.folders)}  # the same espalier, too
     logs = [study.path / "logs" / f"worker-{index}.log" for index in range(count)]
     logs[0].parent.mkdir(exist_ok=True)
-    gpus = _gpus()
+    gpus, command = _gpus(), [sys.executable, "-c", _START]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for index, path in enumerate(logs):
             # Set before anything touches CUDA, so that the worker's only device is number 0.
-            gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+            env = {**environment, "CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else environment
             with path.open("ab") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", _START],
-                        stdin=subprocess.PIPE,
-                        stdout=log,
-                        stderr=log,
-                        env={**environment, **gpu},
-                        start_new_session=True,
+                        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
                     )
                 )
         for process in processes:
@@ -164,7 +158,11 @@ def _drain_with_processes(study: Study, run: RunTrial, count: int, meter: _Meter
         _end(processes)
     meter.show()
     dead = [path for process, path in zip(processes, logs, strict=True) if process.returncode]
-    _refuse_dead(study, dead, count)
+    if dead and (left := _unfinished(study)):
+        raise EspalierError(
+            f"{len(dead)} of {count} workers died and {len(left)} trials are unfinished: see {dead[0]}; "
+            "run the same command again to resume"
+        )
 
 
 def _pipe(process: subprocess.Popen[bytes]) -> Any:
@@ -184,15 +182,6 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _refuse_dead(study: Study, logs: Sequence[Path], count: int) -> None:
-    left = _unfinished(study)
-    if logs and left:
-        raise EspalierError(
-            f"{len(logs)} of {count} workers died and {len(left)} trials are unfinished: see {logs[0]}; "
-            "run the same command again to resume"
-        )
 
 
 def _gpus() -> list[str]:

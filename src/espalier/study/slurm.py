@@ -96,14 +96,8 @@ def _slurm(
     *command: str, script: str = "", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            command,
-            input=script,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        surroundings = {**os.environ, **(environment or {})}
+        return subprocess.run(command, input=script, env=surroundings, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise EspalierError(f"cluster 'slurm' cannot be used here (no {command[0]}): choose 'local'") from error
 

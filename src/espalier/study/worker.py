@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,18 +53,15 @@ def claim(study: Study, trial: Trial) -> Iterator[bool]:
     """Claim a trial for the length of a ``with`` block; yields whether it was free (Note [Claims])."""
     from filelock import Timeout
 
-    file_path = _claim_file(study, trial)
-    file_path.parent.mkdir(exist_ok=True)
-    lock = lock_at(file_path)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    file = _claim_file(study, trial)
+    file.parent.mkdir(exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock_at(file))
+            free = True
+        except Timeout:
+            free = False
+        yield free
 
 
 def _claim_file(study: Study, trial: Trial) -> Path:
