@@ -90,10 +90,9 @@ def mean_of(values: Sequence[float]) -> float:
     """Return the mean of finite values, which lies between the smallest and the largest of them.
 
     Raises:
-        EspalierError: no value.
+        EspalierError: no value, or one that is not finite.
     """
-    if not values:
-        raise EspalierError("values is empty: there is no mean of nothing")
+    _check(values)
     scale = _scale(values)
     mean = math.fsum(value / scale for value in values) / len(values) * scale
     return min(max(mean, min(values)), max(values))
@@ -200,11 +199,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     Raises:
         EspalierError: no difference, or one that is not finite.
     """
-    n = len(differences)
-    if n == 0:
-        raise EspalierError("differences is empty: there is nothing to test")
-    _refuse_nonfinite(differences)
-    if n == 1:
+    _check(differences)
+    if (n := len(differences)) == 1:
         return math.nan
     stats, numpy = require("scipy.stats", "train"), require("numpy", "train")
     values = numpy.asarray(differences, dtype=float)
@@ -269,16 +265,14 @@ def first_crossing(places: Sequence[float], values: Sequence[float], target: flo
     return math.nan
 
 
-def _check(values: Sequence[float], level: float) -> None:
-    _refuse_nonfinite(values)
-    if not 0 < level < 1:
-        raise EspalierError(f"level {level} must lie in (0, 1), e.g. 0.95")
-
-
-def _refuse_nonfinite(values: Sequence[float]) -> None:
+def _check(values: Sequence[float], level: float = 0.95) -> None:
+    if not values:
+        raise EspalierError("values is empty: give at least one")
     for value in values:
         if not math.isfinite(value):
             raise EspalierError(f"values: {value} is not finite: leave out the runs that diverged")
+    if not 0 < level < 1:
+        raise EspalierError(f"level {level} must lie in (0, 1), e.g. 0.95")
 
 
 def _scale(values: Sequence[float]) -> float:
