@@ -165,7 +165,6 @@ def paired_difference(
     level: float = 0.95,
     *,
     limits: tuple[float, float] = UNLIMITED,
-    resamples: int = 10_000,
     generator: torch.Generator,
 ) -> PairedDifference | None:
     """Return the mean difference over the seeds that both have, with both intervals; None where they share none.
@@ -178,13 +177,12 @@ def paired_difference(
         baseline: score by seed.
         level: confidence level.
         limits: of a score; a difference lies within ± their distance.
-        resamples: bootstrap resamples.
         generator: source of the resamples.
     """
     differences = [difference_of(arm[seed], baseline[seed]) for seed in sorted(arm.keys() & baseline.keys())]
     if not differences:
         return None
-    bootstrap = bootstrap_interval(differences, level, resamples=resamples, generator=generator)
+    bootstrap = bootstrap_interval(differences, level, generator=generator)
     width = limits[1] - limits[0]
     return PairedDifference(t_interval(differences, level, (-width, width)), bootstrap, sign_flip_p(differences))
 
@@ -267,7 +265,7 @@ def first_crossing(places: Sequence[float], values: Sequence[float], target: flo
 
 def _check(values: Sequence[float], level: float = 0.95) -> None:
     if not values:
-        raise EspalierError("values is empty: give at least one")
+        raise EspalierError("values is empty: there is nothing to test or to average")
     for value in values:
         if not math.isfinite(value):
             raise EspalierError(f"values: {value} is not finite: leave out the runs that diverged")
