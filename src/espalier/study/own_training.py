@@ -16,7 +16,7 @@ from types import CodeType
 from typing import Any
 
 from espalier.errors import EspalierError
-from espalier.study.statistics import is_share
+from espalier.study.statistics import score_limits
 
 Scores = float | Sequence[tuple[int, float]]
 TrainFunction = Callable[[str, float, int, Path], Scores]
@@ -79,10 +79,9 @@ def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
     """
     is_curve = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
     try:
-        pairs = (
-            [(_number(step), _number(score)) for step, score in returned] if is_curve else [(0.0, _number(returned))]
-        )
-        steps = [int(step) for step, _ in pairs]
+        pairs = [(_number(step), _number(score)) for step, score in (returned if is_curve else [(0, returned)])]
+        curve = [(int(step), score) for step, score in pairs]
+        steps = [step for step, _ in curve]
         if not steps or steps != sorted({abs(step) for step in steps}) or any(step % 1 for step, _ in pairs):
             raise ValueError("steps must increase")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -90,9 +89,9 @@ def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
             f"train returned {shortened(returned)} ({shortened(error)}): return a score, or a list of (step, score) "
             "with increasing whole steps"
         ) from error
-    curve = [(step, score) for step, (_, score) in zip(steps, pairs, strict=True)]
+    low, high = score_limits(metric)
     for _, score in curve:
-        if is_share(metric) and math.isfinite(score) and not 0 <= score <= 1:
+        if math.isfinite(score) and not low <= score <= high:
             raise EspalierError(
                 f"train returned {score:g} as {metric}: give shares of one, or another name of the metric"
             )

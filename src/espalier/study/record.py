@@ -206,7 +206,7 @@ def record_from_line(line: str) -> Record:
         if check != f'{_check(line)}"}}':
             raise ValueError("damaged: its digest is not the one it states")
     try:
-        values = json.loads(line, parse_constant=lambda name: _refuse(f"{name} is not a finite number"))
+        values = json.loads(line, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
@@ -276,8 +276,8 @@ def _without_folders(value: Any) -> Any:
     return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
-def _refuse(text: str) -> Any:
-    raise ValueError(text)
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a finite number")
 
 
 def _refuse_impossible(values: Mapping[str, Any]) -> None:
