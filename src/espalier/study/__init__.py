@@ -1,7 +1,6 @@
 """Studies: arms × learning rates × seeds as trials, launched together, summarised with their uncertainty."""
 
-from espalier.study.applicable import applicable_arms
-from espalier.study.comparison import compare
+from espalier.study.comparison import applicable_arms, compare
 from espalier.study.launcher import launch
 from espalier.study.record import Record, record_run
 from espalier.study.records import add_records, read_records

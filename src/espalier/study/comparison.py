@@ -8,16 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
+from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.files import write_bytes
-from espalier.recipes import Recipe
-from espalier.study.applicable import check_arms
+from espalier.recipes import ARMS, Recipe, apply_arm
+from espalier.recipes.validation import recipe_to_dict
 from espalier.study.launcher import launch, refuse_torchrun, run_recipe
 from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
 from espalier.study.summary import Summary, summarise
-from espalier.study.trial import FILES, RECORD, Arms, Trial, draft_study, save_study
+from espalier.study.trial import FILES, RECORD, Arms, Study, Trial, draft_study, save_study
 from espalier.study.worker import RunTrial
+from espalier.train.build import build_run_model, build_run_source, freeze_
+from espalier.train.loggers import check_logger
+from espalier.train.losses import build_loss
 
 
 def compare(
@@ -75,10 +81,62 @@ def compare(
             raise EspalierError(f"seeds {seeds}: give how many, from 1")
         seeds = range(seeds)
     study = draft_study(training, arms, lrs, seeds, out)
-    check_arms(study)
+    _check_arms(study)
     save_study(study)
     launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
     return summarise(study)
+
+
+def applicable_arms(recipe: Recipe) -> list[str]:
+    """Return every arm that applies to a recipe's model and differs from the arms before it, the default first.
+
+    Each arm is tried on the model that a trial of it would train: one that finds nothing to write or to freeze is left
+    out, and so is one that writes the very weights of an earlier arm (``structured`` on a model with one family).
+
+    Raises:
+        EspalierError: the recipe's data or model cannot be built.
+    """
+    source = build_run_source(recipe)
+    build_run_model(apply_arm(recipe, "default"), source)
+    names: list[str] = []
+    states: list[list[tuple[Tensor, bool]]] = []
+    for arm in ARMS:
+        try:
+            model, _ = build_run_model(apply_arm(recipe, arm), source)
+            freeze_(model, apply_arm(recipe, arm))
+        except EspalierError:
+            continue
+        state = [(parameter.detach(), parameter.requires_grad) for parameter in model.parameters()]
+        if not any(all(a.equal(b) and x == y for (a, x), (b, y) in zip(state, s, strict=True)) for s in states):
+            names.append(arm)
+            states.append(state)
+    return names
+
+
+def _check_arms(study: Study) -> None:
+    """Build the data and the model of every arm that has trials to run, before any worker starts.
+
+    Raises:
+        EspalierError: an arm that cannot be trained; the message names it.
+    """
+    shared = {"lr", "seed", "init", "init_args", "freeze"}  # what shapes no data
+    sources: dict[str, Source] = {}
+    checked: set[str] = set()
+    for trial in study.trials():
+        recipe = trial.recipe
+        if not isinstance(recipe, Recipe) or trial.arm in checked or trial.finished:
+            continue
+        checked.add(trial.arm)
+        try:
+            key = repr([value for name, value in recipe_to_dict(recipe).items() if name not in shared])
+            if key not in sources:
+                sources[key] = build_run_source(recipe)
+            build_loss(recipe)
+            check_logger(recipe)
+            model, _ = build_run_model(recipe, sources[key])
+            freeze_(model, recipe)
+        except EspalierError as error:
+            raise EspalierError(f"arm {trial.arm!r}: {error}") from error
 
 
 def _run_function(train: TrainFunction, trial: Trial) -> None:
