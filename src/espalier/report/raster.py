@@ -90,20 +90,18 @@ def picture_table(
         shared: one range of values for all panels (they can be compared), else every panel has its own.
         caption: plain text under the table.
     """
-    everything = [panel.values for row in rows for cell in row.cells for panel in cell]
-    top = value_limit(everything)
+    limit = value_limit([panel.values for row in rows for cell in row.cells for panel in cell]) if shared else None
     widest = max(sum(len(cell) for cell in row.cells) for row in rows)
     side = max(36, min(140, 900 // max(widest, 1) - 6))
     body = []
     for row in rows:
-        cells = "".join(f"<td>{_cell(cell, top if shared else None, scale, side)}</td>" for cell in row.cells)
+        cells = "".join(f"<td>{_cell(cell, limit, scale, side)}</td>" for cell in row.cells)
         body.append(f"<tr><th>{escape(row.label)}</th>{cells}</tr>")
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     table = f'<table class="pictures"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     heading = f"<h4>{escape(title)}</h4>" if title else ""
-    words = _scale_words(top if shared else None, scale)
     return Markup(
-        f'<figure>{heading}<div class="scroll">{table}</div><div class="scale">{words}</div>'
+        f'<figure>{heading}<div class="scroll">{table}</div><div class="scale">{_scale_words(limit, scale)}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
