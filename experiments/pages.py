@@ -10,9 +10,8 @@ from experiments import attention, convmixer, filters, recall, robustness
 from experiments.claims import CLAIMS
 from experiments.evidence import NOT_RUN, Results
 from experiments.experiment import MOST_SEEDS, Experiment
+from experiments.measured import MADE
 from experiments.pictures import score_over_rate
-
-MADE = "<!-- Made from docs/results/records by `make results`: do not edit. -->"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from espalier.certify import certify
@@ -46,7 +47,8 @@ def layer_arms(epochs: Mapping[str, int]) -> dict[str, Mapping[str, Any]]:
     }
 
 
-EQUAL_EPOCHS = Experiment(
+CERTIFIED = partial(Experiment, measure=certified_accuracies, metric=METRIC)
+EQUAL_EPOCHS = CERTIFIED(
     "robustness-fashion-epochs",
     "Certified nets on Fashion-MNIST at equal epochs: Cayley, AOC, SOC",
     BASE,
@@ -55,10 +57,8 @@ EQUAL_EPOCHS = Experiment(
     seeds=3,
     minutes=2.0,
     pairs=(("cayley", "aoc"), ("cayley", "soc")),
-    measure=certified_accuracies,
-    metric=METRIC,
 )
-EQUAL_TIME = Experiment(
+EQUAL_TIME = CERTIFIED(
     "robustness-fashion-time",
     "Certified nets on Fashion-MNIST at equal time (a step of AOC takes 1.35, of SOC 2.7 times as long)",
     BASE,
@@ -68,8 +68,6 @@ EQUAL_TIME = Experiment(
     seeds=3,
     minutes=2.5,
     pairs=(("cayley", "aoc"), ("cayley", "soc")),
-    measure=certified_accuracies,
-    metric=METRIC,
 )
 
 
@@ -88,7 +86,7 @@ def minutes_experiment(
     dataset: str, patch_net: Recipe, kwlarge: Recipe, epochs: Mapping[str, Mapping[int, int]]
 ) -> Experiment:
     """Return our patch net and KWLarge after 1 and 10 minutes of one core, the rates swept."""
-    return Experiment(
+    return CERTIFIED(
         f"robustness-{dataset}-minutes",
         f"Certified accuracy on {NAMES[dataset]} after 1 and 10 minutes of one core: our patch net and KWLarge",
         replace(patch_net, threads=1),
@@ -97,8 +95,6 @@ def minutes_experiment(
         seeds=3,
         minutes=6.0,
         pairs=(("patch-net-1min", "kwlarge-1min"), ("patch-net-10min", "kwlarge-10min")),
-        measure=certified_accuracies,
-        metric=METRIC,
     )
 
 
@@ -116,7 +112,7 @@ MINUTES = {
         {"patch-net": {1: 2, 10: 21}, "kwlarge": {1: 1, 10: 8}},
     ),
 }  # fmt: skip
-HOUR = Experiment(
+HOUR = CERTIFIED(
     "robustness-cifar10-hour",
     "Certified accuracy on CIFAR-10 after 60 minutes of one core: our patch net at the rate found",
     # Twice the recipe's batch, as the transforms cost the same for any, and its rate times √2.
@@ -130,11 +126,9 @@ HOUR = Experiment(
     seeds=3,
     minutes=60.0,
     extend=False,
-    measure=certified_accuracies,
-    metric=METRIC,
 )
 
-SCALE = Experiment(
+SCALE = CERTIFIED(
     "robustness-fashion-scale",
     "Certified nets on Fashion-MNIST by width and depth, at equal epochs",
     BASE,
@@ -148,6 +142,4 @@ SCALE = Experiment(
     seeds=3,
     minutes=2.0,
     pairs=(("width64-depth2", "width16-depth2"), ("width32-depth4", "width32-depth1")),
-    measure=certified_accuracies,
-    metric=METRIC,
 )
