@@ -13,7 +13,8 @@ from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.library import call, usable
 from espalier.nn.precision import differentiable
 
-Pair = tuple[Tensor, Tensor]
+SplitComplex = tuple[Tensor, ...]
+"""The real and the imaginary parts; of real numbers the real part alone."""
 
 _ROWS = 6  # of a tile of odd transforms, as in dft.cpp
 _STEPS = ("a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column", "c_batch", "c_row")
@@ -26,7 +27,16 @@ def compiled(*tensors: Tensor) -> bool:
     return usable(*tensors) and choose("orthogonal", "cpu") == "compiled"
 
 
-def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, alpha: int, add: bool = True) -> Pair:
+def product(
+    a: SplitComplex,
+    b: SplitComplex,
+    into: SplitComplex | None,
+    *,
+    conj_a: bool,
+    conj_b: bool,
+    alpha: int,
+    add: bool = True,
+) -> SplitComplex:
     """Return alpha·a·b, added to ``into`` or (without ``add``) in its place; a (N, p, q), b (N, q, r) may be any views.
 
     The planes of one matrix have the same strides, and the columns of ``into`` lie one apart.
@@ -40,7 +50,7 @@ def product(a: Pair, b: Pair, into: Pair | None, *, conj_a: bool, conj_b: bool, 
     return c
 
 
-def factor_(a: Pair, width: int) -> Pair:
+def factor_(a: SplitComplex, width: int) -> SplitComplex:
     """Factor contiguous parts (N, n, n) in place by blocks of ``width`` rows, as ``solve`` takes them.
 
     N = L·U: below the block diagonal stands L (unit diagonal blocks), above it U, on it the *inverses* of U's diagonal
@@ -53,8 +63,15 @@ def factor_(a: Pair, width: int) -> Pair:
 
 
 def solve(
-    x: Pair, factor: Pair, width: int, less: Pair | None, *, transposed: bool, conj: bool, extra: int = 0
-) -> tuple[Pair, Pair | None]:
+    x: SplitComplex,
+    factor: SplitComplex,
+    width: int,
+    less: SplitComplex | None,
+    *,
+    transposed: bool,
+    conj: bool,
+    extra: int = 0,
+) -> tuple[SplitComplex, SplitComplex | None]:
     """Return z = x·N⁻¹ for rows x (N, B, n), and y = 2z − less with room for ``extra`` columns, None without ``less``.
 
     Args:
@@ -78,7 +95,7 @@ def solve(
     return z, y
 
 
-def _rows(pair: Pair) -> Pair:
+def _rows(pair: SplitComplex) -> SplitComplex:
     """Return planes with the same strides whose columns lie one apart."""
     real, imag = (plane.resolve_neg() for plane in pair)
     if real.stride() == imag.stride() and real.stride(-1) == 1:
@@ -124,7 +141,7 @@ def _shape(size: Sequence[int], columns: int, first: bool, channels: int, togeth
     }
 
 
-def rfft(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Pair:
+def rfft(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> SplitComplex:
     """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
     x, first = _images(x)
@@ -135,7 +152,7 @@ def rfft(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Pair:
 
 
 def irfft(
-    spectrum: Pair, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, together: int
+    spectrum: SplitComplex, tables: Tensor, size: Sequence[int], bias: Tensor | None, *, first: bool, together: int
 ) -> Tensor:
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)

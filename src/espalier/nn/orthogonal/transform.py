@@ -46,12 +46,10 @@ def _transform(matrix: Tensor) -> Tensor:
         # Two taps, the first turned by nothing, the second by a quarter.
         taps = torch.stack((tall.real, tall.imag))
         angles = Angles(taps.new_tensor([[1.0, 0.0]]), taps.new_tensor([[0.0, 1.0]]))
-        real, imag = apply_cayley(None, taps, angles, wide=False)
-        assert imag is not None
-        transposed = torch.complex(real, imag)
+        transposed = torch.complex(*apply_cayley((), taps, angles, wide=False))
     else:
         taps = tall[None].to(torch.promote_types(matrix.dtype, torch.float32))
-        transposed = apply_cayley(None, taps, None, wide=False)[0]
+        transposed = apply_cayley((), taps, None, wide=False)[0]
     return (transposed if rows < columns else transposed.mT).reshape(*batch, rows, columns)
 
 
@@ -68,5 +66,5 @@ def apply_cayley_matrix(x: Tensor, weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     wide = rows < columns
     tall = weight.mT if wide else weight
-    y = apply_cayley((x.reshape(1, -1, columns), None), tall[None, None], None, wide=wide)[0]
+    y = apply_cayley((x.reshape(1, -1, columns),), tall[None, None], None, wide=wide)[0]
     return y.view(*x.shape[:-1], rows)

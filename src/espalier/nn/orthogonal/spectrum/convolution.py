@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.kernels.split_complex import Pair
 from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.orthogonal.spectrum.operator import apply_cayley
-from espalier.nn.orthogonal.spectrum.split_complex import product
+from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, each, product
 from espalier.nn.precision import is_tracing, without_autocast
+
+_Operator = Callable[[SplitComplex], SplitComplex]
 
 
 class Taps(NamedTuple):
@@ -57,13 +58,7 @@ def convolve(x: Tensor, taps: Taps, bias: Tensor | None) -> Tensor:
     """
     angles = tap_angles(x.shape[:-2], taps.offsets, x.dtype, x.device)
     groups = taps.matrices.shape[1]
-
-    def operator(rows: Pair) -> Pair:
-        real, imag = apply_cayley(rows, taps.matrices, angles, wide=taps.wide)
-        assert imag is not None
-        return real, imag
-
-    return _between_transforms(x, groups, bias, operator)
+    return _between_transforms(x, groups, bias, lambda rows: apply_cayley(rows, taps.matrices, angles, wide=taps.wide))
 
 
 def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
@@ -75,9 +70,7 @@ def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
     """
     matrices = taps.matrices
     angles = tap_angles(size, taps.offsets, matrices.dtype, matrices.device)
-    real, imag = apply_cayley(None, matrices, angles, wide=False)
-    assert imag is not None  # taps at angles other than zero
-    q = torch.stack((real, imag))
+    q = torch.stack(apply_cayley((), matrices, angles, wide=False))
     return q.mT.contiguous() if taps.wide else q
 
 
@@ -90,17 +83,17 @@ def apply_spectrum(x: Tensor, planes: Tensor, groups: int, bias: Tensor | None) 
         groups: G.
         bias: one number per output channel.
     """
-    return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, (planes[0], planes[1])))
+    return _between_transforms(x, groups, bias, lambda rows: _multiply(rows, tuple(planes)))
 
 
 class _Multiply(torch.autograd.Function):
     """``product`` of split-complex factors, differentiable any number of times; the same digits with and without it."""
 
     @staticmethod
-    def forward(ctx: Any, x_r: Tensor, x_i: Tensor, q_r: Tensor, q_i: Tensor) -> Pair:
+    def forward(ctx: Any, *planes: Tensor) -> SplitComplex:
         """Return the real and imaginary parts of x·q."""
-        ctx.save_for_backward(x_r, x_i, q_r, q_i)
-        return _product((x_r, x_i), (q_r, q_i))
+        ctx.save_for_backward(*planes)
+        return product(planes[:2], planes[2:])
 
     @staticmethod
     @takes_batches
@@ -108,33 +101,24 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, real: Tensor, imag: Tensor) -> tuple[Tensor | None, ...]:
         """Return ∂x = ∂y·qᴴ and ∂q = xᴴ·∂y."""
         x_r, x_i, q_r, q_i = ctx.saved_tensors
-        grad_x: tuple[Tensor | None, Tensor | None] = (None, None)
-        grad_q: tuple[Tensor | None, Tensor | None] = (None, None)
-        if any(ctx.needs_input_grad[:2]):
-            grad_x = _multiply((real, imag), (q_r.mT, -q_i.mT))
-        if any(ctx.needs_input_grad[2:]):
-            grad_q = _multiply((x_r.mT, -x_i.mT), (real, imag))
+        of_x, of_q = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:])
+        grad_x = _multiply((real, imag), (q_r.mT, -q_i.mT)) if of_x else (None, None)
+        grad_q = _multiply((x_r.mT, -x_i.mT), (real, imag)) if of_q else (None, None)
         return *grad_x, *grad_q
 
 
-def _product(x: Pair, q: Pair) -> Pair:
-    re, im = product(x, q)
-    assert im is not None  # both factors have two planes
-    return re, im
-
-
-def _multiply(x: Pair, q: Pair) -> Pair:
+def _multiply(x: SplitComplex, q: SplitComplex) -> SplitComplex:
     if is_tracing():
-        return _product(x, q)
-    result: Pair = _Multiply.apply(*x, *q)
+        return product(x, q)
+    result: SplitComplex = _Multiply.apply(*x, *q)
     return result
 
 
-def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: Callable[[Pair], Pair]) -> Tensor:
+def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: _Operator) -> Tensor:
     """Transform, apply ``operator`` to rows, split-complex (F·G, B, inputs), transform back."""
     *size, batch, channels = x.shape
     forward_tables = tables(size, x.dtype, x.device, inverse=False, channels=channels)
-    real, imag = to_spectrum(x.reshape(*size, batch * channels), forward_tables)
+    planes = to_spectrum(x.reshape(*size, batch * channels), forward_tables)
     frequencies = len(forward_tables.kept)
 
     # Every size is named: an empty batch leaves nothing to infer one from.
@@ -146,8 +130,8 @@ def _between_transforms(x: Tensor, groups: int, bias: Tensor | None, operator: C
         apart = plane.view(frequencies, groups, batch, plane.shape[-1]).transpose(1, 2)
         return apart.reshape(frequencies, batch * groups * plane.shape[-1])
 
-    y_real, y_imag = operator((to_rows(real), to_rows(imag)))
-    outputs = groups * y_real.shape[-1]
+    y = operator(each(to_rows, planes))
+    outputs = groups * y[0].shape[-1]
     inverse_tables = tables(size, x.dtype, x.device, inverse=True, channels=outputs)
-    images = to_images((from_rows(y_real), from_rows(y_imag)), inverse_tables, bias)
+    images = to_images(each(from_rows, y), inverse_tables, bias)
     return images.view(*size, batch, outputs)

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from espalier.nn.kernels import split_complex as kernels
-from espalier.nn.kernels.split_complex import Pair
 from espalier.nn.orthogonal.spectrum.batched import takes_batches
-from espalier.nn.orthogonal.spectrum.split_complex import product
+from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, each, product
 from espalier.nn.precision import is_tracing, without_autocast
 
 _T = TypeVar("_T")
@@ -75,7 +74,7 @@ class Tables(NamedTuple):
     """Of the images."""
     last: Tensor
     """(2, W//2 + 1, W): cosine and minus sine."""
-    others: tuple[Pair, ...]
+    others: tuple[SplitComplex, ...]
     """Real and imaginary part (n, n) of e^(−iθ) for every axis but the last."""
     weights: Tensor
     """Of each frequency of the half spectrum, 0 if it is left out."""
@@ -223,23 +222,23 @@ def _angles(rows: int, n: int) -> tuple[Tensor, Tensor]:
     return theta.cos(), theta.sin()
 
 
-def rfft(x: Tensor, matrices: Tables) -> Pair:
+def rfft(x: Tensor, matrices: Tables) -> SplitComplex:
     """Return the planes (F, N) of the weighted transform of x (*S, N)."""
     if matrices.packed is not None and kernels.compiled(x):
         return kernels.rfft(x, matrices.packed, len(matrices.kept), together=matrices.together)
     *lead, width, columns = x.shape
     # Every size is named here and below: an empty batch leaves nothing to infer one from.
     rows = _columns_last(x).reshape(math.prod(lead), width, columns)
-    real, imag = (torch.matmul(table, rows) for table in matrices.last)
+    planes: SplitComplex = tuple(torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
-        real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=False)
-    real, imag = (plane.reshape(math.prod(lead) * len(matrices.last[0]), columns) for plane in (real, imag))
+        planes = _mix(planes, lead, axis, matrices.others[axis], conj=False)
+    planes = each(lambda plane: plane.reshape(math.prod(lead) * len(matrices.last[0]), columns), planes)
     if len(matrices.kept) != len(matrices.place):
-        real, imag = (plane.index_select(0, matrices.kept) for plane in (real, imag))
+        planes = each(lambda plane: plane.index_select(0, matrices.kept), planes)
     if matrices.weighted:
         weights = matrices.weights.index_select(0, matrices.kept)[:, None]
-        real, imag = real * weights, imag * weights
-    return real, imag
+        planes = each(lambda plane: plane * weights, planes)
+    return planes
 
 
 def _columns_last(x: Tensor) -> Tensor:
@@ -249,23 +248,24 @@ def _columns_last(x: Tensor) -> Tensor:
     return x
 
 
-def irfft(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False) -> Tensor:
+def irfft(
+    spectrum: SplitComplex, matrices: Tables, bias: Tensor | None = None, *, columns_first: bool = False
+) -> Tensor:
     """Return the transpose of ``rfft``, plus a bias (C) on columns (B, C): split-complex (F, N) → (*S, N).
 
     ``columns_first`` asks for images that lie in memory as (N, *S).
     """
-    real, imag = spectrum
-    if matrices.packed is not None and kernels.compiled(real, imag, *(() if bias is None else (bias,))):
+    if matrices.packed is not None and kernels.compiled(*spectrum, *(() if bias is None else (bias,))):
         packed, size, together = matrices.packed, matrices.size, matrices.together
         return kernels.irfft(spectrum, packed, size, bias, first=columns_first, together=together)
     _, half, width = matrices.last.shape
-    lead, columns = matrices.size[:-1], real.shape[-1]
+    lead, columns = matrices.size[:-1], spectrum[0].shape[-1]
     if matrices.weighted or len(matrices.kept) != len(matrices.place):
         weights = matrices.weights[:, None]
-        real, imag = (plane.index_select(0, matrices.place) * weights for plane in (real, imag))
+        spectrum = each(lambda plane: plane.index_select(0, matrices.place) * weights, spectrum)
     for axis in range(len(lead)):
-        real, imag = _mix((real, imag), lead, axis, matrices.others[axis], conj=True)
-    real, imag = (plane.reshape(math.prod(lead), half, columns) for plane in (real, imag))
+        spectrum = _mix(spectrum, lead, axis, matrices.others[axis], conj=True)
+    real, imag = each(lambda plane: plane.reshape(math.prod(lead), half, columns), spectrum)
     last_r, last_i = (m.mT.expand(real.shape[0], width, half) for m in matrices.last)
     images = torch.baddbmm(torch.bmm(last_r, real), last_i, imag)
     if bias is not None:
@@ -278,21 +278,19 @@ def irfft(spectrum: Pair, matrices: Tables, bias: Tensor | None = None, *, colum
     return images
 
 
-def _mix(spectrum: Pair, lead: Sequence[int], axis: int, matrix: Pair, *, conj: bool) -> Pair:
+def _mix(spectrum: SplitComplex, lead: Sequence[int], axis: int, matrix: SplitComplex, *, conj: bool) -> SplitComplex:
     """Multiply one axis by a complex (n, n) matrix."""
     n, before = lead[axis], math.prod(lead[:axis])
-    parts = (matrix[0].expand(before, n, n), matrix[1].expand(before, n, n))
-    real, imag = (plane.reshape(before, n, plane.numel() // (before * n)) for plane in spectrum)
-    re, im = product(parts, (real, imag), conj_a=conj)
-    assert im is not None  # both factors have two planes
-    return re, im
+    parts = each(lambda plane: plane.expand(before, n, n), matrix)
+    rows = each(lambda plane: plane.reshape(before, n, plane.numel() // (before * n)), spectrum)
+    return product(parts, rows, conj_a=conj)
 
 
 class _Rfft(torch.autograd.Function):
     """``rfft`` with its transpose as the backward pass: nothing but the matrices is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Tables) -> Pair:
+    def forward(ctx: Any, x: Tensor, matrices: Tables) -> SplitComplex:
         """See ``rfft``."""
         ctx.tables, ctx.columns_first = matrices, kernels.columns_first(x)
         return rfft(x, matrices)
@@ -333,15 +331,15 @@ class _Irfft(torch.autograd.Function):
         return real, imag, grad_bias, None, None
 
 
-def to_spectrum(x: Tensor, matrices: Tables) -> Pair:
+def to_spectrum(x: Tensor, matrices: Tables) -> SplitComplex:
     """Return ``rfft(x, matrices)``, differentiable."""
     if is_tracing():
         return rfft(x, matrices)
-    planes: Pair = _Rfft.apply(x, matrices)
+    planes: SplitComplex = _Rfft.apply(x, matrices)
     return planes
 
 
-def to_images(spectrum: Pair, matrices: Tables, bias: Tensor | None = None) -> Tensor:
+def to_images(spectrum: SplitComplex, matrices: Tables, bias: Tensor | None = None) -> Tensor:
     """Return ``irfft(spectrum, matrices, bias)``, differentiable."""
     if is_tracing():
         return irfft(spectrum, matrices, bias)

@@ -32,87 +32,92 @@ from torch import Tensor
 
 from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.dft import Angles, Lags
-from espalier.nn.orthogonal.spectrum.factor import Factor, each, factor_, inverse, solve
-from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, contiguous, product, transpose
+from espalier.nn.orthogonal.spectrum.factor import Factor, factor_, inverse, solve
+from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, beside, contiguous, each, product, transpose
 from espalier.nn.precision import differentiable, is_tracing, no_autocast
 
 
-def apply_cayley(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> SplitComplex:
+def apply_cayley(x: SplitComplex, taps: Tensor, angles: Angles | None, *, wide: bool) -> SplitComplex:
     """Return rows ``x·Qᵀ`` for the orthogonal operators Q of ``taps``, or Qᵀ itself, differentiable any times.
 
     Args:
-        x: split-complex (F·G, B, inputs), the second None for real matrices; None for the identity, if not ``wide``.
+        x: split-complex (F·G, B, inputs), one plane for real matrices; () for the identity, if not ``wide``.
         taps: scaled kernel (T, G, rows, n) with rows ≥ n, already transposed if the operator is wide.
         angles: of every tap; the matrices of the G groups of one frequency follow each other. None for real matrices,
             one tap at angle zero.
         wide: whether the operator has fewer outputs than inputs.
 
     Returns:
-        SplitComplex (F·G, B, outputs), without the second for real matrices.
+        Split-complex (F·G, B, outputs), one plane for real matrices.
     """
     with no_autocast(taps.device):
         if is_tracing():
-            return _forward(x, taps, angles, wide=wide).y
-        real, imag = (None, None) if x is None else x
-        y: tuple[Tensor, Tensor | None, Tensor, Tensor | None] = _ApplyCayley.apply(real, imag, taps, angles, wide)
-        return y[:2]
+            return _forward(x, taps, angles, wide=wide)[0]
+        planes: SplitComplex = _ApplyCayley.apply(taps, angles, wide, *x)
+        return planes[: len(planes) // 2]
 
 
 class _Solution(NamedTuple):
-    """What the forward pass computes."""
+    """What the forward pass finds: z, what was made of N, and V, () of square matrices."""
 
-    y: SplitComplex
     z: SplitComplex
     factor: Factor
-    v: SplitComplex | None
+    v: SplitComplex
 
 
-def _forward(x: SplitComplex | None, taps: Tensor, angles: Angles | None, *, wide: bool) -> _Solution:
+def _forward(x: SplitComplex, taps: Tensor, angles: Angles | None, *, wide: bool) -> tuple[SplitComplex, _Solution]:
+    """Return (y, the solution)."""
     n_planes, v = _system(taps, angles)
-    n = taps.shape[-1]
-    if x is None:
+    if not x:
         factor = inverse(n_planes)
         z = transpose(factor.planes)
-        y: SplitComplex = _plus_identity(2 * z[0], -1), None if z[1] is None else 2 * z[1]
-        if v is not None:
-            y = each(lambda *parts: torch.cat(parts, -1), y, product(z, transpose(v), alpha=-2))
-        return _Solution(y, z, factor, v)
+        y = _plus_identity(each(lambda plane: 2 * plane, z), -1)
+        return (beside(y, product(z, transpose(v), alpha=-2)) if v else y), _Solution(z, factor, v)
     factor = factor_(n_planes)
     if wide:
-        assert v is not None  # a wide operator has more inputs than outputs
-        head, tail = _split(x, n)
-        z, out = solve(product(tail, v, into=contiguous(head), alpha=-1), factor, head)
+        head, tail = _split(x, taps.shape[-1])
+        z, y = solve(product(tail, v, into=contiguous(head), alpha=-1), factor, head)
     else:
-        z, out = solve(x, factor, x, v, transposed=True)
-    assert out is not None  # something is taken off twice z
-    return _Solution(out, z, factor, v)
+        z, y = solve(x, factor, x, v, transposed=True)
+    return y, _Solution(z, factor, v)
 
 
-def _system(taps: Tensor, angles: Angles | None) -> tuple[SplitComplex, SplitComplex | None]:
-    """Return the real and imaginary parts of N (F·G, n, n) and, unless square, of V (F·G, m, n)."""
+def _system(taps: Tensor, angles: Angles | None) -> tuple[SplitComplex, SplitComplex]:
+    """Return the real and imaginary parts of N (F·G, n, n) and of V (F·G, m, n), () if square."""
     rows, n = taps.shape[2:]
 
-    def emit(table: Tensor | None, matrices: Tensor) -> Tensor:
-        flat = matrices[0] if table is None else table @ matrices.reshape(len(matrices), -1)
-        return flat.view(-1, matrices.shape[2], n)
+    def emit(tables: _TablesOfTaps, *matrices: Tensor) -> SplitComplex:
+        return tuple(
+            (given[0] if table is None else table @ given.reshape(len(given), -1)).view(-1, given.shape[2], n)
+            for table, given in zip(tables, matrices, strict=False)  # real matrices have one table
+        )
 
-    cos, sin, lags = angles or (None, None, None)
+    tables, lags = _tables(angles, lags=False), angles and angles.lags
     top, low = taps[:, :, :n], taps[:, :, n:]
     # U − Uᴴ is linear in the taps: antisymmetric real part, symmetric imaginary part, one product each.
     skew, symmetric = top - top.mT, top + top.mT
-    if rows == n:
-        real, imag = emit(cos, skew), None if sin is None else emit(sin, symmetric)
-        return (_plus_identity(real, 1), imag), None
-    v: SplitComplex = emit(cos, low), None if sin is None else emit(sin, low)
-    if lags is not None:
+    v = () if rows == n else emit(tables, low, low)
+    if v and lags is not None:
         # VᴴV is linear in the products of pairs of taps; see Note [Pairs of taps].
         plain = _pairs(low, lags)
         even, odd = torch.cat((plain[:1], plain[1:] + plain[1:].mT)), plain - plain.mT
-        real = emit(_with_lags(cos, lags.cos), torch.cat((skew, even)))
-        imag = emit(_with_lags(sin, lags.sin), torch.cat((symmetric, odd)))
-        return (_plus_identity(real, 1), imag), v
-    n_planes = _plus_identity(emit(cos, skew), 1), None if sin is None else emit(sin, symmetric)
-    return product(transpose(v), v, conj_a=True, into=n_planes), v
+        tables, skew, symmetric = _tables(angles, lags=True), torch.cat((skew, even)), torch.cat((symmetric, odd))
+    system = _plus_identity(emit(tables, skew, symmetric), 1)
+    if v and lags is None:
+        system = product(transpose(v), v, conj_a=True, into=system)
+    return system, v
+
+
+_TablesOfTaps = tuple[Tensor | None, ...]
+
+
+def _tables(angles: Angles | None, *, lags: bool) -> _TablesOfTaps:
+    """Return the cosines and sines of the taps, and of the lags behind them if asked; none of one real matrix."""
+    if angles is None:
+        return (None,)
+    if lags and angles.lags is not None:
+        return torch.cat((angles.cos, angles.lags.cos), 1), torch.cat((angles.sin, angles.lags.sin), 1)
+    return angles.cos, angles.sin
 
 
 def _pairs(low: Tensor, lags: Lags) -> Tensor:
@@ -128,12 +133,14 @@ def _beside(taps: Tensor) -> Tensor:
     return taps.permute(1, 2, 0, 3).flatten(2)
 
 
-def _plus_identity(plane: Tensor, times: int) -> Tensor:
-    """Return ``plane + times·I``, in place where nothing follows the operations."""
-    if differentiable(plane):
-        return plane + times * torch.eye(plane.shape[-1], dtype=plane.dtype, device=plane.device)
-    plane.diagonal(dim1=1, dim2=2).add_(times)
-    return plane
+def _plus_identity(planes: SplitComplex, times: int) -> SplitComplex:
+    """Return ``planes + times·I``, in place where nothing follows the operations."""
+    real, *imag = planes
+    if differentiable(real):
+        real = real + times * torch.eye(real.shape[-1], dtype=real.dtype, device=real.device)
+    else:
+        real.diagonal(dim1=1, dim2=2).add_(times)
+    return real, *imag
 
 
 def _split(a: SplitComplex, n: int) -> tuple[SplitComplex, SplitComplex]:
@@ -145,131 +152,114 @@ class _ApplyCayley(torch.autograd.Function):
     """``apply_cayley`` with a backward pass by hand; see Note [Twice differentiable]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, real: Tensor | None, imag: Tensor | None, taps: Tensor, angles: Angles | None, wide: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def forward(ctx: Any, taps: Tensor, angles: Angles | None, wide: bool, *x: Tensor) -> SplitComplex:
         """Return the real and imaginary parts of y and of z; the formulas stand at the top of the file."""
-        y, z, factor, v = _forward(None if real is None else (real, imag), taps, angles, wide=wide)
-        ctx.wide, ctx.angles, ctx.width = wide, angles, factor.width
+        y, (z, factor, v) = _forward(x, taps, angles, wide=wide)
+        ctx.wide, ctx.angles, ctx.width, ctx.given = wide, angles, factor.width, len(x)
         ctx.set_materialize_grads(False)
-        inputs = (real, imag) if wide else (None, None)
-        ctx.save_for_backward(*z, *factor.planes, *(v or (None, None)), taps, *inputs)
+        ctx.save_for_backward(taps, *z, *factor.planes, *v, *(x if wide else ()))
         return *y, *z
 
     @staticmethod
     @takes_batches
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the images and of the taps."""
+        """Return the gradients of the taps and of the images."""
         # Unpacked once: checkpointing computes each tensor again and hands it out a single time.
-        z_r, z_i, factor_r, factor_i, v_r, v_i, taps, real, imag = ctx.saved_tensors
-        z, factor = (z_r, z_i), Factor((factor_r, factor_i), ctx.width)
-        v = None if v_r is None else (v_r, v_i)
+        taps, *saved = ctx.saved_tensors
+        parts, n = len(grads) // 2, taps.shape[-1]
+        z, planes, v, x = (tuple(saved[first : first + parts]) for first in range(0, 4 * parts, parts))
         with no_autocast(taps.device):
+            factor = Factor(planes, ctx.width)
             if is_tracing() or torch.is_grad_enabled():
                 n_planes, v = _system(taps, ctx.angles)
                 factor = inverse(n_planes)
-            outputs = z_r.shape[-1] if ctx.wide else taps.shape[2]
-            grad = _filled(grads[:2], z, outputs)
-            grad_z = None if grads[2] is None and grads[3] is None else _filled(grads[2:], z, z_r.shape[-1])
-            tail = _split((real, imag), z_r.shape[-1])[1] if ctx.wide else None
-            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-            if tail is None or v is None:
-                grad_x, grad_n, grad_v = _backward_tall(grad, grad_z, z, factor, v, *needs)
+            solution = _Solution(z, factor, v)
+            grad = _filled(grads[:parts], z, n if ctx.wide else taps.shape[2])
+            grad_z = () if grads[parts:] == (None,) * parts else _filled(grads[parts:], z, n)
+            needs = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
+            if ctx.wide:
+                grad_x, grad_n, grad_v = _backward_wide(grad, grad_z, solution, _split(x, n)[1], *needs)
             else:
-                grad_x, grad_n, grad_v = _backward_wide(grad, grad_z, z, factor, v, tail, *needs)
-            grad_taps = None if grad_n is None else _to_taps(grad_n, grad_v, v, ctx.angles, taps)
-        return *(grad_x or (None, None)), grad_taps, None, None
+                grad_x, grad_n, grad_v = _backward_tall(grad, grad_z, solution, *needs)
+            grad_taps = _to_taps(grad_n, grad_v, v, ctx.angles, taps) if grad_n else None
+        return grad_taps, None, None, *(grad_x or (None,) * ctx.given)
 
 
 def _filled(grad: tuple[Tensor | None, ...], z: SplitComplex, columns: int) -> SplitComplex:
     """Return parts in which gradients that nobody gave are zeros."""
-    real, imag = (
-        like.new_zeros(*like.shape[:2], columns) if given is None and like is not None else given
+    return tuple(
+        like.new_zeros(*like.shape[:2], columns) if given is None else given
         for given, like in zip(grad, z, strict=True)
     )
-    assert real is not None
-    return real, imag
 
 
-_Gradients = tuple[SplitComplex | None, SplitComplex | None, SplitComplex | None]
+_Gradients = tuple[SplitComplex, SplitComplex, SplitComplex]
+"""Of x, N and V; () for what nobody asks for."""
 
 
-def _backward_tall(
-    grad: SplitComplex,
-    grad_z: SplitComplex | None,
-    z: SplitComplex,
-    factor: Factor,
-    v: SplitComplex | None,
-    x: bool,
-    taps: bool,
-) -> _Gradients:
+def _backward_tall(grad: SplitComplex, grad_z: SplitComplex, solution: _Solution, x: bool, taps: bool) -> _Gradients:
     """Nᴴu = g₁ − Vᴴg₂ + ∂z/2, ∂x = 2u − g₁, ∂N = −2uzᴴ, ∂V = −2g₂zᴴ."""
-    head, low, right = grad, None, grad
-    if v is not None:
+    z, factor, v = solution
+    head, right = grad, grad
+    low: SplitComplex = ()
+    if v:
         head, low = _split(grad, z[0].shape[-1])
         right = product(low, v, conj_b=True, into=contiguous(head), alpha=-1)
-    u, grad_x = solve(_with_half(right, grad_z), factor, head if x else None, conj=True)
+    u, grad_x = solve(_with_half(right, grad_z), factor, head if x else (), conj=True)
     if not taps:
-        return grad_x, None, None
+        return grad_x, (), ()
     # Rows are batches, so −2uzᴴ is −2(rows of u)ᵀ·conj(rows of z).
-    grad_v = None if low is None else product(transpose(low), z, conj_b=True, alpha=-2)
-    return grad_x, product(transpose(u), z, conj_b=True, alpha=-2), grad_v
+    grad_n, grad_v = (product(transpose(of), z, conj_b=True, alpha=-2) if of else () for of in (u, low))
+    return grad_x, grad_n, grad_v
 
 
 def _backward_wide(
-    grad: SplitComplex,
-    grad_z: SplitComplex | None,
-    z: SplitComplex,
-    factor: Factor,
-    v: SplitComplex,
-    tail: SplitComplex,
-    x: bool,
-    taps: bool,
+    grad: SplitComplex, grad_z: SplitComplex, solution: _Solution, tail: SplitComplex, x: bool, taps: bool
 ) -> _Gradients:
     """conj(N)s = g + ∂z/2, ∂x₁ = 2s − g, ∂x₂ = −2conj(V)s, ∂N = −2conj(z)sᵀ, ∂V = −2conj(x₂)sᵀ."""
-    s, grad_x = solve(_with_half(grad, grad_z), factor, grad if x else None, v, transposed=True, conj=True)
+    z, factor, v = solution
+    s, grad_x = solve(_with_half(grad, grad_z), factor, grad if x else (), v, transposed=True, conj=True)
     if not taps:
-        return grad_x, None, None
-    grad_n = product(transpose(z), s, conj_a=True, alpha=-2)
-    return grad_x, grad_n, product(transpose(tail), s, conj_a=True, alpha=-2)
+        return grad_x, (), ()
+    grad_n, grad_v = (product(transpose(of), s, conj_a=True, alpha=-2) for of in (z, tail))
+    return grad_x, grad_n, grad_v
 
 
-def _with_half(right: SplitComplex, grad_z: SplitComplex | None) -> SplitComplex:
-    return right if grad_z is None else each(lambda plane, more: plane + more / 2, right, grad_z)
+def _with_half(right: SplitComplex, grad_z: SplitComplex) -> SplitComplex:
+    return each(lambda plane, more: plane + more / 2, right, grad_z) if grad_z else right
 
 
 def _to_taps(
-    grad_n: SplitComplex, grad_v: SplitComplex | None, v: SplitComplex | None, angles: Angles | None, taps: Tensor
+    grad_n: SplitComplex, grad_v: SplitComplex, v: SplitComplex, angles: Angles | None, taps: Tensor
 ) -> Tensor:
     """Carry ∂N and ∂V back to the taps: ∂V gains V(∂N + ∂Nᴴ); ∂w_t = Σ_f of the tap's cosine and sine parts."""
-    groups, n = taps.shape[1], taps.shape[-1]
+    count, groups, _, n = taps.shape
 
-    def gather(table: Tensor | None, plane: Tensor) -> Tensor:
-        if table is not None:
-            plane = table.mT @ plane.reshape(table.shape[0], -1)
-        return plane.view(len(taps) if table is None else table.shape[1], groups, -1, n)
+    def gather(tables: _TablesOfTaps, planes: SplitComplex) -> SplitComplex:
+        return tuple(
+            (plane if table is None else table.mT @ plane.reshape(len(table), -1)).view(
+                count if table is None else table.shape[1], groups, -1, n
+            )
+            for table, plane in zip(tables, planes, strict=True)
+        )
 
-    cos, sin, lags = angles or (None, None, None)
-    real, imag = grad_n
-    even = gather(_with_lags(cos, lags and lags.cos), real)
-    top = even[: len(taps)] - even[: len(taps)].mT
-    if imag is not None:
-        odd = gather(_with_lags(sin, lags and lags.sin), imag)
-        top = top.add_(odd[: len(taps)]).add_(odd[: len(taps)].mT)
-    if grad_v is None or v is None:
+    lags = angles and angles.lags
+    even, *odd = gather(_tables(angles, lags=True), grad_n)
+    top = even[:count] - even[:count].mT
+    for part in odd:
+        top = top.add_(part[:count]).add_(part[:count].mT)
+    if not v:
         return top
     if lags is None:
-        hermitian = real + real.mT, None if imag is None else imag - imag.mT
+        real, *imag = grad_n
+        hermitian = real + real.mT, *(plane - plane.mT for plane in imag)
         grad_v = product(v, hermitian, into=grad_v)
-    low = gather(cos, grad_v[0])
-    low = low if grad_v[1] is None else low.add_(gather(sin, grad_v[1]))
+    low, *more = gather(_tables(angles, lags=False), grad_v)
+    for part in more:
+        low = low.add_(part)
     if lags is not None:
-        low = low.add_(_to_pairs(taps[:, :, n:], even[len(taps) :], odd[len(taps) :], lags))
+        low = low.add_(_to_pairs(taps[:, :, n:], even[count:], odd[0][count:], lags))
     return torch.cat((top, low), dim=2)
-
-
-def _with_lags(of_taps: Tensor | None, of_lags: Tensor | None) -> Tensor | None:
-    return of_taps if of_taps is None or of_lags is None else torch.cat((of_taps, of_lags), 1)
 
 
 def _to_pairs(low: Tensor, even: Tensor, odd: Tensor, lags: Lags) -> Tensor:

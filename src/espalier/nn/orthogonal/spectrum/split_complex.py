@@ -1,6 +1,6 @@
 """Batched complex matrices as two real tensors, the real and imaginary parts, and their inversion by blocks.
 
-Note [Split-complex]: a complex matrix is a pair (real, imaginary) of real tensors, the second None when it is real.
+Note [Split-complex]: a complex matrix is a pair (real, imaginary) of real tensors, and a real one a tuple of one.
 Real products into contiguous results take the batched-GEMM path of the CPU, a transpose is a view, and a conjugate is
 a sign: a complex dtype would copy for every conjugate, and could not be exported. Where the compiled kernels run, one
 pass makes both planes; elsewhere, four real products do. Where something follows the operations (``differentiable``),
@@ -15,13 +15,14 @@ Note [LAPACK hang]: batched LU, inverse and solve of CPU torch hang above size ~
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from espalier.nn.kernels import split_complex as kernels
+from espalier.nn.kernels.split_complex import SplitComplex
 from espalier.nn.precision import differentiable, is_exporting
-
-SplitComplex = tuple[Tensor, Tensor | None]
 
 # Rows of a leaf, and how many matrices are many, so that small leaves pay: LAPACK takes the matrices of a batch one by
 # one, a product takes all at once, but every product is a call.
@@ -54,56 +55,60 @@ def product(
         alpha: factor of the product.
         add: without it ``into``, whatever it holds, becomes the product; nothing may follow the operations then.
     """
-    (a_r, a_i), (b_r, b_i) = a, b
     # A sum of nothing (an empty batch) is left to torch: the kernels would write nothing.
-    if a_i is not None and b_i is not None and (into is None or into[1] is not None) and a_r.shape[2]:
-        pair = None if into is None or into[1] is None else (into[0], into[1])
-        if kernels.compiled(a_r, a_i, b_r, b_i, *(pair or ())):
-            return kernels.product((a_r, a_i), (b_r, b_i), pair, conj_a=conj_a, conj_b=conj_b, alpha=alpha, add=add)
+    if len(a) == 2 and a[0].shape[2] and kernels.compiled(*a, *b, *(into or ())):
+        return kernels.product(a, b, into, conj_a=conj_a, conj_b=conj_b, alpha=alpha, add=add)
     followed = differentiable(*a, *b, *(into or ()))
     if into is not None and not followed and not (add and into[0].is_contiguous()):
         # Into a strided result, a batched GEMM takes the slow path.
         start = contiguous(into) if add else None
         return copy_(into, product(a, b, conj_a=conj_a, conj_b=conj_b, into=start, alpha=alpha))
-    added = torch.baddbmm if followed else Tensor.baddbmm_
 
-    def first(x: Tensor, y: Tensor, factor: float) -> Tensor:
-        if followed:
-            return torch.bmm(x, y) if factor == 1 else torch.bmm(x, y) * factor
-        return torch.bmm(x, y) if factor == 1 else torch.bmm(x, y).mul_(factor)
+    def added(total: Tensor | None, x: Tensor, y: Tensor, factor: int) -> Tensor:
+        if total is not None:
+            return (torch.baddbmm if followed else Tensor.baddbmm_)(total, x, y, alpha=factor)
+        made = torch.bmm(x, y)
+        if factor == 1:
+            return made
+        return made * factor if followed else made.mul_(factor)
 
-    re, im = into or (None, None)
-    re = first(a_r, b_r, alpha) if re is None else added(re, a_r, b_r, alpha=alpha)
-    if a_i is None or b_i is None:
-        return re, im
+    real = added(None if into is None else into[0], a[0], b[0], alpha)
+    if len(a) == 1:
+        return (real,)
     sign_a, sign_b = -1 if conj_a else 1, -1 if conj_b else 1
-    re = added(re, a_i, b_i, alpha=-alpha * sign_a * sign_b)
-    im = first(a_i, b_r, alpha * sign_a) if im is None else added(im, a_i, b_r, alpha=alpha * sign_a)
-    return re, added(im, a_r, b_i, alpha=alpha * sign_b)
+    real = added(real, a[1], b[1], -alpha * sign_a * sign_b)
+    imag = added(None if into is None else into[1], a[1], b[0], alpha * sign_a)
+    return real, added(imag, a[0], b[1], alpha * sign_b)
+
+
+def each(function: Callable[..., Tensor], *parts: SplitComplex) -> SplitComplex:
+    """Apply ``function`` to the real parts, and to the imaginary ones if there are any."""
+    return tuple(function(*planes) for planes in zip(*parts, strict=True))
 
 
 def transpose(a: SplitComplex) -> SplitComplex:
     """Return the transpose (not the adjoint) as views."""
-    return a[0].mT, None if a[1] is None else a[1].mT
+    return each(lambda plane: plane.mT, a)
 
 
 def block(a: SplitComplex, rows: slice, columns: slice) -> SplitComplex:
     """Return a block as views."""
-    return a[0][:, rows, columns], None if a[1] is None else a[1][:, rows, columns]
+    return each(lambda plane: plane[:, rows, columns], a)
+
+
+def beside(left: SplitComplex, right: SplitComplex) -> SplitComplex:
+    """Return the columns of both."""
+    return each(lambda *planes: torch.cat(planes, -1), left, right)
 
 
 def contiguous(a: SplitComplex) -> SplitComplex:
     """Return fresh contiguous parts."""
-    layout = torch.contiguous_format
-    return a[0].clone(memory_format=layout), None if a[1] is None else a[1].clone(memory_format=layout)
+    return each(lambda plane: plane.clone(memory_format=torch.contiguous_format), a)
 
 
 def copy_(target: SplitComplex, source: SplitComplex) -> SplitComplex:
     """Copy parts into views of others, and return those."""
-    target[0].copy_(source[0])
-    if target[1] is not None and source[1] is not None:
-        target[1].copy_(source[1])
-    return target
+    return each(Tensor.copy_, target, source)
 
 
 def many(count: int) -> bool:
@@ -124,21 +129,16 @@ def invert(a: SplitComplex) -> SplitComplex:
         Fresh contiguous parts. See Note [No pivoting] and Note [LAPACK hang].
     """
     count, _, n = a[0].shape
-    if a[1] is not None and count >= _MANY and kernels.compiled(a[0], a[1]):
-        whole = contiguous(a)
-        assert whole[1] is not None
-        return kernels.factor_((whole[0], whole[1]), n)
+    if len(a) == 2 and count >= _MANY and kernels.compiled(*a):
+        return kernels.factor_(contiguous(a), n)
     leaf, together = _SMALL_LEAF if count >= _MANY else _LARGE_LEAF, _TOGETHER
     if a[0].is_cuda:
         leaf, together = _GPU_LEAF, _GPU_TOGETHER
     part = max(1, together // n**2)
     if count <= part:
         return _invert(a, leaf)
-    parts = [
-        _invert((a[0][i : i + part], None if a[1] is None else a[1][i : i + part]), leaf) for i in range(0, count, part)
-    ]
-    real, imag = zip(*parts, strict=True)
-    return torch.cat(real), None if a[1] is None else torch.cat(imag)
+    parts = [_invert(each(lambda plane, i=i: plane[i : i + part], a), leaf) for i in range(0, count, part)]
+    return each(lambda *planes: torch.cat(planes), *parts)
 
 
 def _invert(a: SplitComplex, leaf: int) -> SplitComplex:
@@ -154,35 +154,28 @@ def _invert(a: SplitComplex, leaf: int) -> SplitComplex:
     corner = _invert(schur, leaf)
     low = product(corner, product(block(a, last, first), top))
     right = product(x, corner)
-    return _assemble(product(x, low, into=top), right, low, corner)
+    return each(_assemble, product(x, low, into=top), right, low, corner)
 
 
-def _assemble(top: SplitComplex, right: SplitComplex, low: SplitComplex, corner: SplitComplex) -> SplitComplex:
+def _assemble(top: Tensor, right: Tensor, low: Tensor, corner: Tensor) -> Tensor:
     """Return [top, −right; −low, corner]."""
-
-    def join(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        if differentiable(a, b, c, d):
-            return torch.cat((torch.cat((a, -b), 2), torch.cat((-c, d), 2)), 1)
-        half, size = a.shape[-1], a.shape[-1] + d.shape[-1]
-        whole = a.new_empty(a.shape[0], size, size)
-        whole[:, :half, :half], whole[:, half:, half:] = a, d
-        torch.neg(b, out=whole[:, :half, half:])
-        torch.neg(c, out=whole[:, half:, :half])
-        return whole
-
-    real = join(top[0], right[0], low[0], corner[0])
-    if top[1] is None or right[1] is None or low[1] is None or corner[1] is None:
-        return real, None
-    return real, join(top[1], right[1], low[1], corner[1])
+    if differentiable(top, right, low, corner):
+        return torch.cat((torch.cat((top, -right), 2), torch.cat((-low, corner), 2)), 1)
+    half, size = top.shape[-1], top.shape[-1] + corner.shape[-1]
+    whole = top.new_empty(top.shape[0], size, size)
+    whole[:, :half, :half], whole[:, half:, half:] = top, corner
+    torch.neg(right, out=whole[:, :half, half:])
+    torch.neg(low, out=whole[:, half:, :half])
+    return whole
 
 
 def _invert_leaf(a: SplitComplex) -> SplitComplex:
     if is_exporting() and torch.onnx.is_in_onnx_export():
         return _invert_by_products(a)
     # None is singular (Note [No pivoting]), and to ask the device whether one was would stop a step until it answers.
-    if a[1] is None:
-        return torch.linalg.inv_ex(a[0]).inverse, None
-    inverse = torch.linalg.inv_ex(torch.complex(a[0], a[1])).inverse
+    if len(a) == 1:
+        return (torch.linalg.inv_ex(a[0]).inverse,)
+    inverse = torch.linalg.inv_ex(torch.complex(*a)).inverse
     return inverse.real.contiguous(), inverse.imag.contiguous()
 
 
@@ -192,11 +185,10 @@ def _invert_by_products(a: SplitComplex) -> SplitComplex:
     The singular values are at least 1, so the first residual is at most ``1 − 1/(‖a‖₁‖a‖∞)``. A complex matrix is
     inverted as the real one [re, −im; im, re].
     """
-    real, imag = a
-    n = real.shape[-1]
-    m = real if imag is None else torch.cat((torch.cat((real, -imag), 2), torch.cat((imag, real), 2)), 1)
+    n = a[0].shape[-1]
+    m = a[0] if len(a) == 1 else torch.cat((torch.cat((a[0], -a[1]), 2), torch.cat((a[1], a[0]), 2)), 1)
     size = m.abs()
     x = m.mT / (size.sum(1).amax(1) * size.sum(2).amax(1))[:, None, None]
     for _ in range(_NEWTON_STEPS):
         x = 2 * x - torch.matmul(x, torch.matmul(m, x))
-    return (x, None) if imag is None else (x[:, :n, :n], x[:, n:, :n])
+    return tuple(x[:, part * n : part * n + n, :n] for part in range(len(a)))
