@@ -29,9 +29,9 @@ def differentiate(
     """Return the gradients of the inputs from those of a formula's outputs; differentiable in turn if grad mode is on.
 
     Args:
-        formula: takes the inputs and returns one output a gradient.
+        formula: takes the inputs and returns the outputs; None for one without a gradient.
         inputs: as the operator was given them, so that gradients lead on through them; None for one that is missing.
-        gradients: of the outputs; None for one that nobody used.
+        gradients: of the outputs; None for one that nobody used. What comes behind the formula's outputs has none.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -39,7 +39,8 @@ def differentiate(
         given = [None if t is None else t.view_as(t) for t in inputs]
         made = formula(*given)
         outputs = [made] if isinstance(made, Tensor) else list(made)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+        known = [(o, g) for o, g in zip(outputs, gradients, strict=False) if o is not None and g is not None]
+        pairs = [(o, g) for o, g in known if o.requires_grad]
         wanted = [t for t in given if t is not None and t.requires_grad]
         found = iter(
             torch.autograd.grad(
@@ -80,6 +81,18 @@ def selective_scan(
         states.append(state)
     assert state is not None
     return (torch.stack(states, 1) * c[:, :, None]).sum(-1), state
+
+
+def gated_scan(
+    x: Tensor, delta: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
+    gate: Tensor | None, initial: Tensor | None, softplus: bool, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (y, final state) of ``espalier.nn.selective_scan``, with Δ = softplus(delta + bias) if so asked."""
+    if softplus:
+        delta = F.softplus(delta if bias is None else delta + bias)
+    y, final = selective_scan(x, delta, a, b, c, initial)
+    y = y if d is None else y + d * x
+    return (y if gate is None else y * silu(gate)), final
 
 
 def ssd(

@@ -1,4 +1,4 @@
-"""Checks that both recurrences share: of the inputs that they may do without, and of where all of them are."""
+"""Checks that the state-space operations share: the shapes of single inputs, and where all of them are."""
 
 from __future__ import annotations
 
@@ -7,30 +7,8 @@ from torch import Tensor
 from espalier.errors import EspalierError
 
 
-def check_rest(
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    sizes: tuple[int, int, int],
-    state_shape: tuple[int, ...],
-) -> None:
-    """Refuse skip weights, an initial state or a mask of the wrong shape.
-
-    Args:
-        skip: the skip weights D, one a channel or head.
-        initial_state: the state before the first token.
-        mask: true at real tokens, (batch, length).
-        sizes: (batch, length, channels or heads).
-        state_shape: the shape of the state.
-
-    Raises:
-        EspalierError: one of them has another shape.
-    """
-    wanted = {
-        "d": (skip, sizes[2:]),
-        "initial_state": (initial_state, state_shape),
-        "mask": (mask, sizes[:2]),
-    }
+def check_shapes(**wanted: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ``EspalierError`` unless every tensor, by its name, has the shape beside it; None passes."""
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
             raise EspalierError(f"{name} is {tuple(tensor.shape)}: give it the shape {tuple(shape)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
-from espalier.nn.ssm.optional_inputs import check_devices, check_rest
+from espalier.nn.ssm.optional_inputs import check_devices, check_shapes
 
 # Note [Pieces of time in torch]
 # All B·L·E·N states at once fill the memory and miss every cache; one step at a time makes a dozen small calls a step.
@@ -65,63 +64,46 @@ def selective_scan(
     Source: arXiv 2312.00752, section 3.
     """
     _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, gate_BLE)
-    _check_bias(delta_bias_E, a_EN.shape[:1])
-    check_rest(d_E, initial_state, mask, (*x_BLE.shape[:2], a_EN.shape[0]), (x_BLE.shape[0], *a_EN.shape))
-    dtype = x_BLE.dtype
-    x, delta, bias, a, b, c, d, gate, state = upcast(
-        x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state
+    (batch, length, channels), dtype = x_BLE.shape, x_BLE.dtype
+    check_shapes(
+        d=(d_E, (channels,)),
+        delta_bias=(delta_bias_E, (channels,)),
+        initial_state=(initial_state, (batch, *a_EN.shape)),
+        mask=(mask, (batch, length)),
     )
-    check_devices(x, delta, bias, a, b, c, d, gate, state)
+    x, delta, bias, *rest = upcast(x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
+    check_devices(x, delta, bias, *rest)
     name = "formula" if is_transformed() else choose("selective_scan", x.device.type)
     in_kernel = name == "compiled" and mask is None and delta_softplus
     if not in_kernel:
-        delta, bias = _step_sizes(delta, bias, mask, softplus=delta_softplus), None
-    y, final = _run(name, x, delta, bias, a, b, c, d, gate, state, softplus=in_kernel)
+        delta, bias = delta if bias is None else delta + bias, None
+        delta = F.softplus(delta) if delta_softplus else delta
+        delta = delta if mask is None else torch.where(mask.bool()[..., None], delta, 0.0)
+    y, final = _run(name, (x, delta, bias, *rest), softplus=in_kernel)
     if mask is not None:
         y = torch.where(mask.bool()[..., None], y, 0.0)
     y = y.to(dtype)
     return (y, final) if return_state else y
 
 
-def _step_sizes(delta: Tensor, bias: Tensor | None, mask: Tensor | None, *, softplus: bool) -> Tensor:
-    delta = delta if bias is None else delta + bias
-    delta = F.softplus(delta) if softplus else delta
-    return delta if mask is None else torch.where(mask.bool()[..., None], delta, 0.0)
-
-
-def _run(
-    name: str,
-    x: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor | None,
-    *,
-    softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def _run(name: str, tensors: tuple[Any, ...], *, softplus: bool) -> tuple[Tensor, Tensor]:
     """Return (gated y, final state); only the compiled kernel takes a bias and a softplus."""
+    if name == "formula":
+        return formulas.gated_scan(*tensors, softplus)
     if name == "compiled":
         from espalier.nn.kernels.cpu import needs_grad, selective_scan_cpu
 
-        tensors = (x, delta, bias, a, b, c, d, gate, state)
         y, final, _ = selective_scan_cpu(*tensors, softplus, needs_grad(*tensors))
         return y, final
+    x, delta, _, a, b, c, d, gate, state = tensors
     if name == "mamba_ssm" and state is None and x.dtype == torch.float32:  # its kernel starts from zero only
         from espalier.nn.kernels.cuda import selective_scan_mamba_ssm
 
         y, final = selective_scan_mamba_ssm(x, delta, a, b, c, d)
     else:
-        run = formulas.selective_scan if name == "formula" else partial(_apply, name)
-        y, final = run(x, delta, a, b, c, state)
-        if d is not None:
-            y = y + d * x
-    if gate is None:
-        return y, final
-    return y * (formulas.silu(gate) if name == "formula" else F.silu(gate)), final
+        y, final = _apply(name, x, delta, a, b, c, state)
+        y = y if d is None else y + d * x
+    return (y if gate is None else y * F.silu(gate)), final
 
 
 def selective_step(
@@ -142,19 +124,13 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, gate: Tens
         raise EspalierError(
             f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}: give (B, L, E), (B, L, E), (E, N)"
         )
-    if b.shape != c.shape or b.shape != (*x.shape[:2], a.shape[1]):
-        raise EspalierError(
-            f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, N) = {(*x.shape[:2], a.shape[1])}"
-        )
+    wanted = (*x.shape[:2], a.shape[1])
+    if b.shape != c.shape or b.shape != wanted:
+        raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, N) = {wanted}")
     if gate is not None and gate.shape != x.shape:
         raise EspalierError(f"gate is {tuple(gate.shape)}: give it the shape of x, {tuple(x.shape)}")
     if not x.numel():
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
-
-
-def _check_bias(bias: Tensor | None, shape: torch.Size) -> None:
-    if bias is not None and bias.shape != shape:
-        raise EspalierError(f"delta_bias is {tuple(bias.shape)}: give it the shape {tuple(shape)}")
 
 
 def _advance(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
-from espalier.nn.ssm.optional_inputs import check_devices, check_rest
+from espalier.nn.ssm.optional_inputs import check_devices, check_shapes
 
 # Note [Segments]
 # Within a chunk of Q tokens the recurrence is a Q×Q matrix per head; between chunks only the state travels. Doing all
@@ -72,22 +72,27 @@ def ssd(
     """
     _check(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, chunk_size)
     batch, length, heads, width = x_BLHP.shape
-    check_rest(d_H, initial_state, mask, (batch, length, heads), (batch, heads, b_BLGN.shape[3], width))
+    check_shapes(
+        d=(d_H, (heads,)),
+        initial_state=(initial_state, (batch, heads, b_BLGN.shape[3], width)),
+        mask=(mask, (batch, length)),
+    )
     dtype = x_BLHP.dtype
-    x, delta, a, b, c, d, state = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
+    x, delta, *rest = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = torch.where(mask.bool()[..., None], delta, 0.0)
-    check_devices(x, delta, a, b, c, d, state)
+    check_devices(x, delta, *rest)
+    tensors = (x, delta, *rest)
     if is_transformed():
-        y, final = formulas.grouped_ssd(x, delta, a, b, c, d, state)
+        y, final = formulas.grouped_ssd(*tensors)
     elif (name := choose("ssd", x.device.type)) == "compiled":
-        y, final = _compiled((x, delta, a, b, c, d, state), chunk_size, return_state)
+        y, final = _compiled(tensors, chunk_size, return_state)
     elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
-        y, final = ssd_mamba_ssm(x, delta, a, b, c, d, state, chunk_size)
+        y, final = ssd_mamba_ssm(*tensors, chunk_size)
     else:
-        y, final = _grouped((x, delta, a, b, c, d, state), chunk_size, return_state, name == "triton")
+        y, final = _grouped(tensors, chunk_size, return_state, name == "triton")
     if mask is not None:
         y = torch.where(mask.bool()[..., None, None], y, 0.0)
     y = y.to(dtype)
@@ -124,7 +129,7 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size
         raise EspalierError(f"chunk_size is {chunk_size}: give at least 1")
 
 
-def _compiled(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool) -> tuple[Tensor, Tensor]:
+def _compiled(tensors: tuple[Any, ...], chunk_size: int, need_state: bool) -> tuple[Tensor, Tensor]:
     """Run the C++ kernel, which takes heads and groups flat."""
     from espalier.nn.kernels.cpu import needs_grad
     from espalier.nn.kernels.ssd import ssd_cpu
@@ -136,7 +141,7 @@ def _compiled(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool) ->
     return y.view(x.shape), final
 
 
-def _grouped(tensors: tuple[Tensor, ...], chunk_size: int, need_state: bool, in_triton: bool) -> tuple[Tensor, Tensor]:
+def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, in_triton: bool) -> tuple[Tensor, Tensor]:
     """Fold groups into the batch, so that the core sees one B and one C for all its heads."""
     x, delta, a, b, c, d, state = tensors
     batch, length, heads, width = x.shape
