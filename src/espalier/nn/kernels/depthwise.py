@@ -5,6 +5,7 @@ Maps are (B, C, H, W) in float32, bfloat16 or float64; what is summed, and every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,18 +67,11 @@ def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
     }
 
 
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Padding,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """Return the convolution c, or with a scale ``x + scale·GELU(c) + shift``."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, **affine: Tensor) -> Tensor:
+    """Return the convolution c, or with ``scale`` and ``shift`` ``x + scale·GELU(c) + shift``."""
     sizes = _sizes(x, weight, padding)
-    y = _empty(x, x.shape[0], x.shape[1], sizes["out_height"], sizes["out_width"])
-    per_channel = {"bias": bias, "scale": scale, "shift": shift}
+    y = _empty(x, *x.shape[:2], sizes["out_height"], sizes["out_width"])
+    per_channel = {"bias": bias, "scale": affine.get("scale"), "shift": affine.get("shift")}
     call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), **per_channel, y=y, **sizes)
     return y
 
@@ -96,58 +90,32 @@ def _convolve_backward(
     return dx, dweight, None if dbias is None else dbias.sum(0)
 
 
+def _norm_sizes(u: Tensor, eps: float, fixed: bool) -> dict[str, Any]:
+    return {"eps": eps, "rows": u.numel() // max(1, u.shape[1]), "channels": u.shape[1], "fixed": fixed}
+
+
 def _normalise(
     u: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (γ·(GELU(u + bias) − μ)/σ + β + residual, μ, σ²), the first in the memory of u if ``in_place``."""
-    fixed = norm.mean is not None
-    y, channels = u if in_place else _empty(u, *u.shape), u.shape[1]
-    mean = norm.weight.new_empty(channels) if norm.mean is None else norm.mean
-    variance = norm.weight.new_empty(channels) if norm.variance is None else norm.variance
-    call(
-        GELU_NORM_FORWARD,
-        u.dtype,
-        u=u,
-        residual=residual,
-        bias=bias,
-        weight=norm.weight,
-        shift=norm.shift,
-        y=y,
-        mean=mean,
-        variance=variance,
-        eps=norm.eps,
-        rows=u.numel() // max(1, channels),
-        channels=channels,
-        fixed=fixed,
-    )
+    y = u if in_place else _empty(u, *u.shape)
+    mean, variance = (norm.weight.new_empty(u.shape[1]) if t is None else t for t in (norm.mean, norm.variance))
+    inputs = {"u": u, "residual": residual, "bias": bias, "weight": norm.weight, "shift": norm.shift}
+    sizes = _norm_sizes(u, norm.eps, norm.mean is not None)
+    call(GELU_NORM_FORWARD, u.dtype, **inputs, y=y, mean=mean, variance=variance, **sizes)
     return y, mean, variance
 
 
 def _normalise_backward(
-    u: Tensor, bias: Tensor | None, weight: Tensor, mean: Tensor, variance: Tensor, dy: Tensor, eps: float, fixed: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of (u, bias, γ, β)."""
-    du, channels = _empty(u, *u.shape), u.shape[1]
-    dbias, dweight, dshift = (weight.new_empty(channels) for _ in range(3))
-    call(
-        GELU_NORM_BACKWARD,
-        u.dtype,
-        u=u,
-        dy=dy,
-        bias=bias,
-        weight=weight,
-        mean=mean,
-        variance=variance,
-        du=du,
-        dbias=dbias,
-        dweight=dweight,
-        dshift=dshift,
-        eps=eps,
-        rows=u.numel() // max(1, channels),
-        channels=channels,
-        fixed=fixed,
-    )
-    return du, dbias, dweight, dshift
+    u: Tensor, bias: Tensor | None, weight: Tensor, statistics: Sequence[Tensor], dy: Tensor, *sizes: Any
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return the gradients of (u, bias, γ, β); the sizes are ε and whether the statistics were given."""
+    du = _empty(u, *u.shape)
+    dbias, dweight, dshift = (weight.new_empty(u.shape[1]) for _ in range(3))
+    inputs = {"u": u, "dy": dy, "bias": bias, "weight": weight, "mean": statistics[0], "variance": statistics[1]}
+    outputs = {"du": du, "dbias": dbias, "dweight": dweight, "dshift": dshift}
+    call(GELU_NORM_BACKWARD, u.dtype, **inputs, **outputs, **_norm_sizes(u, *sizes))
+    return du, None if bias is None else dbias, dweight, dshift
 
 
 def gelu_norm(u: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +134,7 @@ def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Paddi
         return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
     scale = norm.weight.double() / (norm.variance.double() + norm.eps).sqrt()
     shift = norm.shift.double() - scale * norm.mean.double()
-    y = _convolve(x, taps, bias, padding, scale.to(taps.dtype), shift.to(taps.dtype))
+    y = _convolve(x, taps, bias, padding, scale=scale.to(taps.dtype), shift=shift.to(taps.dtype))
     return y, norm.mean, norm.variance
 
 
@@ -189,11 +157,9 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight, _ = ctx.saved_tensors
         if formulas.by_formula():
-            found = formulas.differentiate(
-                lambda x, weight, bias: formulas.depthwise(x, weight, bias, ctx.padding), (x, weight, bias), (dy,)
-            )
+            found = formulas.differentiate(lambda *t: formulas.depthwise(*t, ctx.padding), ctx.saved_tensors, (dy,))
             return *found, None
         wanted = ctx.needs_input_grad[:3]
         return *_convolve_backward(x, weight, _channels_last(dy), None, ctx.padding, wanted), None
@@ -206,24 +172,20 @@ class _GeluNorm(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, norm: Norm
     ) -> tuple[Tensor, ...]:
-        y, mean, variance = _normalise(u, None, bias, norm)
-        ctx.save_for_backward(u, bias, weight, shift, mean, variance)
-        ctx.eps, ctx.fixed = norm.eps, norm.mean is not None
-        ctx.mark_non_differentiable(mean, variance)
-        return y, mean, variance
+        y, *statistics = _normalise(u, None, bias, norm)
+        ctx.save_for_backward(u, bias, weight, shift, *statistics)
+        ctx.sizes = norm.eps, norm.mean is not None
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        u, bias, weight, shift, mean, variance = ctx.saved_tensors
+        u, bias, weight, shift, *statistics = ctx.saved_tensors
         if formulas.by_formula():
-            known = (mean, variance) if ctx.fixed else None
-            given = (u, bias, weight, shift)
-            return *formulas.differentiate(
-                lambda u, b, w, s: formulas.gelu_norm(u, b, w, s, known, ctx.eps), given, (dy,)
-            ), None
-        grads = _normalise_backward(u, bias, weight, mean, variance, _channels_last(dy), ctx.eps, ctx.fixed)
-        du, dbias, dweight, dshift = grads
-        return du, None if bias is None else dbias, dweight, dshift, None
+            given = u, bias, weight, shift
+            found = formulas.differentiate(lambda *t: formulas.gelu_norm(*t, *statistics, *ctx.sizes), given, (dy,))
+            return *found, None
+        return *_normalise_backward(u, bias, weight, statistics, _channels_last(dy), *ctx.sizes), None
 
 
 class _Mix(torch.autograd.Function):
@@ -231,50 +193,28 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        taps: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        shift: Tensor,
-        norm: Norm,
+        ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, norm: Norm,
         padding: Padding,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         u = _convolve(x, taps, None, padding)
-        y, mean, variance = _normalise(u, x, bias, norm)
-        ctx.save_for_backward(x, u, taps, bias, weight, shift, mean, variance)
-        ctx.eps, ctx.fixed, ctx.padding = norm.eps, norm.mean is not None, padding
-        ctx.mark_non_differentiable(mean, variance)
-        return y, mean, variance
+        y, *statistics = _normalise(u, x, bias, norm)
+        ctx.save_for_backward(x, u, taps, bias, weight, shift, *statistics)
+        ctx.sizes, ctx.padding = (norm.eps, norm.mean is not None), padding
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, u, taps, bias, weight, shift, mean, variance = ctx.saved_tensors
+        x, u, taps, bias, weight, shift, *statistics = ctx.saved_tensors
         if formulas.by_formula():
-            known = (mean, variance) if ctx.fixed else None
-            given = (x, taps, bias, weight, shift)
-            found = formulas.differentiate(
-                lambda x, t, b, w, s: _mixed(x, t, b, w, s, ctx.padding, known, ctx.eps), given, (dy,)
-            )
-            return *found, None, None
+
+            def formula(x: Tensor, taps: Tensor, *rest: Any) -> Tensor:
+                u = formulas.depthwise(x, taps, None, ctx.padding)
+                return x + formulas.gelu_norm(u, *rest, *statistics, *ctx.sizes)
+
+            return *formulas.differentiate(formula, (x, taps, bias, weight, shift), (dy,)), None, None
         dy = _channels_last(dy)
-        grads = _normalise_backward(u, bias, weight, mean, variance, dy, ctx.eps, ctx.fixed)
-        du, dbias, dweight, dshift = grads
+        du, *of_norm = _normalise_backward(u, bias, weight, statistics, dy, *ctx.sizes)
         wanted = (*ctx.needs_input_grad[:2], False)
         dx, dtaps, _none = _convolve_backward(x, taps, du, dy, ctx.padding, wanted)
-        return dx, dtaps, None if bias is None else dbias, dweight, dshift, None, None
-
-
-def _mixed(
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
-    padding: Padding,
-    statistics: tuple[Tensor, Tensor] | None,
-    eps: float,
-) -> Tensor:
-    """Return what ``Mix`` does by its formula."""
-    u = formulas.depthwise(x, taps, None, padding)
-    return x + formulas.gelu_norm(u, bias, weight, shift, statistics, eps)
+        return dx, dtaps, *of_norm, None, None

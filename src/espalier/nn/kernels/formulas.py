@@ -135,19 +135,13 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int
 
 
 def gelu_norm(
-    u: Tensor,
-    bias: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
-    statistics: tuple[Tensor, Tensor] | None,
-    eps: float,
-) -> Tensor:
-    """Return ``γ · (g − μ)/√(σ² + ε) + β``, g = GELU(u + bias), with these statistics or those of the batch."""
+    u: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, eps: float,
+    fixed: bool,
+) -> Tensor:  # fmt: skip
+    """Return ``γ · (g − μ)/√(σ² + ε) + β``, g = GELU(u + bias), with these statistics if ``fixed``, else g's own."""
     wide = u.to(weight.dtype)
     active = F.gelu(wide if bias is None else wide + bias.view(-1, 1, 1))
-    if statistics is None:
+    if not fixed:
         mean, variance = active.mean((0, 2, 3)), active.var((0, 2, 3), correction=0)
-    else:
-        mean, variance = statistics
     scale = weight * (variance + eps).rsqrt()
     return (active * scale.view(-1, 1, 1) + (shift - mean * scale).view(-1, 1, 1)).to(u.dtype)
