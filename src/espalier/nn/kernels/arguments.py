@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
-_Counts = Callable[..., dict[str, int]]
+_Counts = Callable[[Any], dict[str, int]]
 
 
 class Arguments(ctypes.Structure):
@@ -24,7 +25,10 @@ class Arguments(ctypes.Structure):
     maps: ClassVar[frozenset[str]]
     """The pointers to numbers of the kernel's own precision; where that is bfloat16 the others are float32."""
     counts: ClassVar[_Counts]
-    """From the sizes by name, and ``lanes`` (numbers in a block of vectors), how many numbers each pointer leads to."""
+    """From the sizes, and ``lanes`` (numbers in a block of vectors), how many numbers each pointer leads to.
+
+    Pointers that lead to as many share an entry.
+    """
 
 
 KINDS: list[type[Arguments]] = []
@@ -54,12 +58,8 @@ def _arguments(
 @lru_cache(maxsize=1 << 10)
 def counts(kind: type[Arguments], lanes: int, *sizes: int) -> dict[str, int]:
     """Return how many numbers the kernel's pointers lead to, by name; kept, as networks repeat their sizes."""
-    return kind.counts(lanes=lanes, **dict(zip(kind.sizes, sizes, strict=True)))
-
-
-def _named(counts: dict[str, int]) -> dict[str, int]:
-    """Return a count for every name; keys hold several."""
-    return {name: count for names, count in counts.items() for name in names.split()}
+    by_names = kind.counts(SimpleNamespace(lanes=lanes, **dict(zip(kind.sizes, sizes, strict=True))))
+    return {name: count for names, count in by_names.items() for name in names.split()}
 
 
 def _span(*axes: tuple[int, int]) -> int:
@@ -67,26 +67,20 @@ def _span(*axes: tuple[int, int]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in axes) if all(size for size, _ in axes) else 0
 
 
-def _scan(
-    *, batch: int, length: int, channels: int, states: int, piece: int, groups: int, gate_stride: int, lanes: int,
-    **_: Any,
-) -> dict[str, int]:  # fmt: skip
-    steps, cells = batch * length, channels * states
-    every, maps = steps * channels, steps * states
-    blocks = -(-length // piece) * -(-channels // lanes)
-    return _named(
-        {
-            "x delta y dy dx ddelta dgate": every,
-            "gate": _span((steps, gate_stride), (channels, 1)),
-            "b c": maps,
-            "db dc": groups * maps,
-            "bias d": channels,
-            "dbias dd": batch * channels,
-            "a": cells,
-            "initial final dfinal da dinitial": batch * cells,
-            "starts": batch * blocks * states * lanes,
-        }
-    )
+def _scan(s: Any) -> dict[str, int]:
+    steps, cells = s.batch * s.length, s.channels * s.states
+    blocks = -(-s.length // s.piece) * -(-s.channels // s.lanes)
+    return {
+        "x delta y dy dx ddelta dgate": steps * s.channels,
+        "gate": _span((steps, s.gate_stride), (s.channels, 1)),
+        "b c": steps * s.states,
+        "db dc": s.groups * steps * s.states,
+        "bias d": s.channels,
+        "dbias dd": s.batch * s.channels,
+        "a": cells,
+        "initial final dfinal da dinitial": s.batch * cells,
+        "starts": s.batch * blocks * s.states * s.lanes,
+    }
 
 
 _SCAN = "batch length channels states piece groups gate_stride softplus"
@@ -99,26 +93,21 @@ SCAN_BACKWARD = _arguments(
 )
 
 
-def _ssd(
-    *, batch: int, length: int, groups: int, share: int, width: int, states: int, chunk: int, parts: int,
-    x_stride: int, b_stride: int, c_stride: int, lanes: int, **_: Any,
-) -> dict[str, int]:  # fmt: skip
-    steps, heads, maps = batch * length, groups * share, groups * states
-    cells, between = batch * heads * states, -(-length // chunk) - 1
-    return _named(
-        {
-            "x": _span((steps, x_stride), (heads * width, 1)),
-            "y dy dx": steps * heads * width,
-            "b": _span((steps, b_stride), (maps, 1)),
-            "c": _span((steps, c_stride), (maps, 1)),
-            "db dc": parts * steps * maps,
-            "delta ddelta": steps * heads,
-            "a d": heads,
-            "da dd": batch * heads,
-            "initial final dfinal dinitial": cells * width,
-            "kept": cells * between * -(-width // lanes) * lanes,
-        }
-    )
+def _ssd(s: Any) -> dict[str, int]:
+    steps, heads, maps = s.batch * s.length, s.groups * s.share, s.groups * s.states
+    cells, between = s.batch * heads * s.states, -(-s.length // s.chunk) - 1
+    return {
+        "x": _span((steps, s.x_stride), (heads * s.width, 1)),
+        "y dy dx": steps * heads * s.width,
+        "b": _span((steps, s.b_stride), (maps, 1)),
+        "c": _span((steps, s.c_stride), (maps, 1)),
+        "db dc": s.parts * steps * maps,
+        "delta ddelta": steps * heads,
+        "a d": heads,
+        "da dd": s.batch * heads,
+        "initial final dfinal dinitial": cells * s.width,
+        "kept": cells * between * -(-s.width // s.lanes) * s.lanes,
+    }
 
 
 _SSD = "batch length groups share width states chunk parts x_stride b_stride c_stride"
@@ -128,18 +117,16 @@ SSD_BACKWARD = _arguments(
 )
 
 
-def _conv(*, batch: int, length: int, channels: int, taps: int, stride: int, **_: Any) -> dict[str, int]:
-    steps = batch * length
-    return _named(
-        {
-            "x": _span((steps, stride), (channels, 1)),
-            "y dy dx": steps * channels,
-            "weight": channels * taps,
-            "bias": channels,
-            "dweight": batch * channels * taps,
-            "dbias": batch * channels,
-        }
-    )
+def _conv(s: Any) -> dict[str, int]:
+    steps = s.batch * s.length
+    return {
+        "x": _span((steps, s.stride), (s.channels, 1)),
+        "y dy dx": steps * s.channels,
+        "weight": s.channels * s.taps,
+        "bias": s.channels,
+        "dweight": s.batch * s.channels * s.taps,
+        "dbias": s.batch * s.channels,
+    }
 
 
 _CONV = "batch length channels taps stride"
@@ -147,9 +134,10 @@ CONV_FORWARD = _arguments("conv_forward", "x weight bias y", _CONV, _conv)
 CONV_BACKWARD = _arguments("conv_backward", "x weight bias dy dx dweight dbias", _CONV, _conv)
 
 
-def _norm(*, rows: int, groups: int, width: int, stride: int, items: int, **_: Any) -> dict[str, int]:
-    channels, gate = groups * width, _span((rows, stride), (groups * width, 1))
-    return _named({"y out dout dy dz": rows * channels, "z": gate, "weight": channels, "dweight": items * channels})
+def _norm(s: Any) -> dict[str, int]:
+    channels = s.groups * s.width
+    gate = _span((s.rows, s.stride), (channels, 1))
+    return {"y out dout dy dz": s.rows * channels, "z": gate, "weight": channels, "dweight": s.items * channels}
 
 
 _NORM = "rows groups width stride items"
@@ -157,17 +145,12 @@ NORM_FORWARD = _arguments("norm_forward", "y z weight out", _NORM, _norm, "eps")
 NORM_BACKWARD = _arguments("norm_backward", "y z weight dout dy dz dweight", _NORM, _norm, "eps")
 
 
-def _both(**counts: int) -> dict[str, int]:
-    """Return the counts of real and imaginary parts."""
-    return {f"{name}_{part}": count for name, count in counts.items() for part in ("re", "im")}
-
-
-def _product(*, count: int, m: int, k: int, n: int, **s: Any) -> dict[str, int]:
-    return _both(
-        a=_span((count, s["a_batch"]), (m, s["a_row"]), (k, s["a_column"])),
-        b=_span((count, s["b_batch"]), (k, s["b_row"]), (n, s["b_column"])),
-        c=_span((count, s["c_batch"]), (m, s["c_row"]), (n, 1)),
-    )
+def _product(s: Any) -> dict[str, int]:
+    return {
+        "a_re a_im": _span((s.count, s.a_batch), (s.m, s.a_row), (s.k, s.a_column)),
+        "b_re b_im": _span((s.count, s.b_batch), (s.k, s.b_row), (s.n, s.b_column)),
+        "c_re c_im": _span((s.count, s.c_batch), (s.m, s.c_row), (s.n, 1)),
+    }
 
 
 PLANES_PRODUCT = _arguments(
@@ -178,16 +161,22 @@ PLANES_PRODUCT = _arguments(
 )
 
 
-def _factor(*, count: int, n: int, batch: int, row: int, **_: Any) -> dict[str, int]:
-    return _named({"re im": _span((count, batch), (n, row), (n, 1))})
+PLANES_FACTOR = _arguments(
+    "planes_factor",
+    "re im",
+    "count n batch row width",
+    lambda s: {"re im": _span((s.count, s.batch), (s.n, s.row), (s.n, 1))},
+)
 
 
-PLANES_FACTOR = _arguments("planes_factor", "re im", "count n batch row width", _factor)
-
-
-def _solve(*, count: int, rows: int, n: int, **s: Any) -> dict[str, int]:
-    lines = {"f": n, "x": rows, "less": rows, "z": rows, "y": rows}
-    return _both(**{p: _span((count, s[f"{p}_batch"]), (r, s[f"{p}_row"]), (n, 1)) for p, r in lines.items()})
+def _solve(s: Any) -> dict[str, int]:
+    return {
+        "f_re f_im": _span((s.count, s.f_batch), (s.n, s.f_row), (s.n, 1)),
+        "x_re x_im": _span((s.count, s.x_batch), (s.rows, s.x_row), (s.n, 1)),
+        "less_re less_im": _span((s.count, s.less_batch), (s.rows, s.less_row), (s.n, 1)),
+        "z_re z_im": _span((s.count, s.z_batch), (s.rows, s.z_row), (s.n, 1)),
+        "y_re y_im": _span((s.count, s.y_batch), (s.rows, s.y_row), (s.n, 1)),
+    }
 
 
 _STEPS = "f_batch f_row x_batch x_row less_batch less_row z_batch z_row y_batch y_row"
@@ -199,17 +188,15 @@ PLANES_SOLVE = _arguments(
 )
 
 
-def _dft(
-    *, lead: int, width: int, rows: int, columns: int, size_0: int, size_1: int, channels: int, **_: Any
-) -> dict[str, int]:
+def _dft(s: Any) -> dict[str, int]:
     # How many frequencies are kept stands in the tables alone: the caller makes room for as many.
-    tables = rows * (width // 2 + 1)
-    for size in (width, size_0, size_1)[: 1 + lead]:
+    tables = s.rows * (s.width // 2 + 1)
+    for size in (s.width, s.size_0, s.size_1)[: 1 + s.lead]:
         odd = size // (size & -size)
         tables += size // 2 * 2
         if odd > 1:
             tables += sum(-(-few // 6) * 6 * few for few in (odd // 2, odd // 2 + 1))
-    return {"x": rows * width * columns, "tables": tables, "bias": channels}
+    return {"x": s.rows * s.width * s.columns, "tables": tables, "bias": s.channels}
 
 
 _DFT = "lead width rows columns columns_first size_0 size_1 channels together"
@@ -217,28 +204,24 @@ DFT_FORWARD = _arguments("dft_analyse", "x tables re im", _DFT, _dft)
 DFT_INVERSE = _arguments("dft_synthesise", "re im tables bias x", _DFT, _dft)
 
 
-def _blocks(*, images: int, height: int, width: int, stride: int, **_: Any) -> dict[str, int]:
-    return _named({"source target": images * height * width * stride**2})
+BLOCKS = _arguments(
+    "blocks",
+    "source target",
+    "images height width stride back",
+    lambda s: {"source target": s.images * s.height * s.width * s.stride**2},
+)
 
 
-BLOCKS = _arguments("blocks", "source target", "images height width stride back", _blocks)
-
-
-def _depthwise(
-    *, batch: int, height: int, width: int, channels: int, rows: int, columns: int, out_height: int, out_width: int,
-    shares: int = 0, **_: Any,
-) -> dict[str, int]:  # fmt: skip
-    pixels, results, taps = batch * height * width, batch * out_height * out_width, rows * columns
-    return _named(
-        {
-            "x dx add": pixels * channels,
-            "y dy": results * channels,
-            "taps": taps * channels,
-            "bias scale shift": channels,
-            "dtaps": shares * taps * channels,
-            "dbias": shares * channels,
-        }
-    )
+def _depthwise(s: Any) -> dict[str, int]:
+    taps, shares = s.rows * s.columns * s.channels, getattr(s, "shares", 0)
+    return {
+        "x dx add": s.batch * s.height * s.width * s.channels,
+        "y dy": s.batch * s.out_height * s.out_width * s.channels,
+        "taps": taps,
+        "bias scale shift": s.channels,
+        "dtaps": shares * taps,
+        "dbias": shares * s.channels,
+    }
 
 
 _DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
@@ -248,25 +231,15 @@ DEPTHWISE_BACKWARD = _arguments(
 )
 
 
-def _gelu_norm(*, rows: int, channels: int, **_: Any) -> dict[str, int]:
+def _gelu_norm(s: Any) -> dict[str, int]:
     sums = "bias weight shift mean variance dbias dweight dshift"
-    return _named({"u residual y dy du": rows * channels, sums: channels})
+    return {"u residual y dy du": s.rows * s.channels, sums: s.channels}
 
 
-_GELU_NORM = "rows channels fixed"
+_GELU_NORM = "rows channels fixed", _gelu_norm, "eps"
 GELU_NORM_FORWARD = _arguments(
-    "gelu_norm_forward",
-    "u residual bias weight shift y mean variance",
-    _GELU_NORM,
-    _gelu_norm,
-    "eps",
-    maps="u residual y",
+    "gelu_norm_forward", "u residual bias weight shift y mean variance", *_GELU_NORM, maps="u residual y"
 )
 GELU_NORM_BACKWARD = _arguments(
-    "gelu_norm_backward",
-    "u dy bias weight mean variance du dbias dweight dshift",
-    _GELU_NORM,
-    _gelu_norm,
-    "eps",
-    maps="u dy du",
+    "gelu_norm_backward", "u dy bias weight mean variance du dbias dweight dshift", *_GELU_NORM, maps="u dy du"
 )

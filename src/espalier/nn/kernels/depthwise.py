@@ -157,9 +157,9 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _ = ctx.saved_tensors
+        x, weight, _ = given = ctx.saved_tensors
         if formulas.by_formula():
-            found = formulas.differentiate(lambda *t: formulas.depthwise(*t, ctx.padding), ctx.saved_tensors, (dy,))
+            found = formulas.differentiate(lambda x, w, b: formulas.depthwise(x, w, b, ctx.padding), given, (dy,))
             return *found, None
         wanted = ctx.needs_input_grad[:3]
         return *_convolve_backward(x, weight, _channels_last(dy), None, ctx.padding, wanted), None

@@ -81,8 +81,8 @@ def ssd(
     x, delta, *rest = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = torch.where(mask.bool()[..., None], delta, 0.0)
-    check_devices(x, delta, *rest)
-    tensors = (x, delta, *rest)
+    tensors: tuple[Any, ...] = (x, delta, *rest)
+    check_devices(*tensors)
     if is_transformed():
         y, final = formulas.grouped_ssd(*tensors)
     elif (name := choose("ssd", x.device.type)) == "compiled":
