@@ -64,7 +64,7 @@ class ImageInput:
             return loaded
         except FileNotFoundError:
             raise EspalierError(f"run {folder} has no {IMAGES}: only runs on data sets of images have one") from None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise EspalierError(f"{folder / IMAGES} is damaged ({error}): train into another folder") from None
 
     def _check(self) -> None:
