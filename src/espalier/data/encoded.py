@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,40 +36,38 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 class EncodedImages:
     """Where N encoded images lie, with class indices ``(N,)`` in int64.
 
-    The names are one array, not N objects: a million of them cost 50 MB, and processes that read the images share it.
+    Names and places are arrays, not N objects: a million of them cost 75 MB, and processes that read the images share
+    them.
     """
 
     root: Path
     files_F: np.ndarray
     """Names of the files below ``root``, as bytes."""
     labels_N: Tensor
-    spans_N3: np.ndarray | None = None
-    """File, first byte and length of each image; None where image i is the whole of file i."""
+    spans_N3: np.ndarray
+    """File, first byte and length of each image; a length of −1 goes to the end of the file."""
 
     @classmethod
     def from_names(
-        cls, root: Path, names: Iterable[str], labels: Sequence[int], spans: Any | None = None
+        cls, root: Path, names: Iterable[str], labels: Sequence[int], spans_N3: np.ndarray | None = None
     ) -> EncodedImages:
-        """Return the images of the files ``names`` below ``root``."""
+        """Return the images of the files ``names`` below ``root``: one a file, if no spans are given."""
         files = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        return cls(root, files, torch.tensor(labels, dtype=torch.int64), spans)
+        if spans_N3 is None:
+            spans_N3 = np.stack([np.arange(len(files)), np.zeros(len(files), int), np.full(len(files), -1)], axis=1)
+        return cls(root, files, torch.tensor(labels, dtype=torch.int64), spans_N3)
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def take(self, indices_M: Tensor) -> EncodedImages:
         """Return the images at ``indices_M``, in that order."""
-        chosen = indices_M.numpy()
-        if self.spans_N3 is None:
-            return EncodedImages(self.root, self.files_F[chosen], self.labels_N[indices_M])
-        return EncodedImages(self.root, self.files_F, self.labels_N[indices_M], self.spans_N3[chosen])
+        return replace(self, labels_N=self.labels_N[indices_M], spans_N3=self.spans_N3[indices_M.numpy()])
 
     def place(self, index: int) -> str:
         """Return where image ``index`` lies, in words."""
-        if self.spans_N3 is None:
-            return str(self.root / os.fsdecode(self.files_F[index]))
-        number, start, _ = self.spans_N3[index].tolist()
-        return f"{self.root / os.fsdecode(self.files_F[number])} (the image at byte {start})"
+        name, start, length = self._span(index)
+        return str(self.root / os.fsdecode(name)) + (f" (the image at byte {start})" if length >= 0 else "")
 
     def open(self, index: int) -> Any:
         """Return image ``index`` as Pillow has it: upright, in RGB.
@@ -112,9 +110,9 @@ class EncodedImages:
         Raises:
             OSError: a file is gone.
         """
-        changed_F = [(self.root / os.fsdecode(name)).stat().st_ctime_ns for name in self.files_F.tolist()]
-        whole = np.array(changed_F, dtype=np.int64)
-        return whole if self.spans_N3 is None else whole[self.spans_N3[:, 0]]
+        numbers_G, place_N = np.unique(self.spans_N3[:, 0], return_inverse=True)
+        changed_G = [(self.root / os.fsdecode(name)).stat().st_ctime_ns for name in self.files_F[numbers_G].tolist()]
+        return np.array(changed_G, dtype=np.int64)[place_N]
 
     def fingerprint(self, *keys: int | str) -> str:
         """Return a digest of ``keys`` and of all images: names, sizes, times, places and a sample of their contents.
@@ -150,7 +148,7 @@ class EncodedImages:
 
     def _span(self, index: int) -> tuple[bytes, int, int]:
         """Return file, first byte and length of image ``index``; −1 is to the end of the file."""
-        number, start, length = (index, 0, -1) if self.spans_N3 is None else self.spans_N3[index].tolist()
+        number, start, length = self.spans_N3[index].tolist()
         return bytes(self.files_F[number]), start, length
 
     def _refusal(self, index: int, reason: object) -> EspalierError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 
 from espalier.data.decoded import progress
 from espalier.data.encoded import SUFFIXES, EncodedImages
@@ -44,27 +45,19 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
         packed = next((path for path in base.rglob("*.tar.*")), None)
         remedy = f"unpack {shown(packed)} to .tar" if packed else "give a folder of shards as --data"
         raise EspalierError(f"{root} holds no .tar file: {remedy}")
-    names = {path: path.relative_to(base).as_posix() for path in shards}
-    kinds = {path: _split_of(names[path]) for path in shards}
-    samples = {path: _samples(path) for path in progress(shards, len(shards), "listing shards")}
-
-    def images(kind: str) -> EncodedImages:
-        chosen = [path for path in shards if kinds[path] == kind]
-        spans = np.array(
-            [(n, *sample[1:]) for n, path in enumerate(chosen) for sample in samples[path]], dtype=np.int64
-        )
-        labels = [sample[0] for path in chosen for sample in samples[path]]
-        return EncodedImages.from_names(base, [names[path] for path in chosen], labels, spans)
-
-    found = set(kinds.values())
-    if found == {""}:
-        whole = images("")
+    names = [path.relative_to(base).as_posix() for path in shards]
+    kinds = [_split_of(name) for name in names]
+    listing = enumerate(progress(shards, len(shards), "listing shards"))
+    rows_N4 = np.array([(number, *row) for number, path in listing for row in _samples(path)], dtype=np.int64)
+    whole = EncodedImages.from_names(base, names, rows_N4[:, 1].tolist(), rows_N4[:, [0, 2, 3]])
+    if not any(kinds):
         return split_off(whole, _class_names(whole), test_share)
-    if found != {"train", "test"}:
-        unnamed = [names[path] for path in shards if not kinds[path]]
-        wrong = f"{shown(unnamed[0])} is of no split" if unnamed else f"all are {found.pop()} shards"
+    if set(kinds) != {"train", "test"}:
+        unnamed = [name for name, kind in zip(names, kinds, strict=True) if not kind]
+        wrong = f"{shown(unnamed[0])} is of no split" if unnamed else f"all are {kinds[0]} shards"
         raise EspalierError(f"shards in {root}: {wrong}: name all of them or their folders train, val or test, or none")
-    train, test = images("train"), images("test")
+    kind_N = np.array(kinds)[rows_N4[:, 0]]
+    train, test = (whole.take(torch.from_numpy((kind_N == kind).nonzero()[0])) for kind in ("train", "test"))
     class_names = _class_names(train)
     highest = int(test.labels_N.max())
     if highest >= len(class_names):
