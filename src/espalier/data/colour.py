@@ -36,20 +36,16 @@ def upright_rgb(content: bytes) -> PIL.Image.Image:
             sixteen = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in _SIXTEEN_BITS)
             if opened.mode in ("I", "F") and not sixteen:
                 raise ValueError("32-bit pixels have no known white: save it with 8 or 16 bits a channel")
-            return _as_rgb(operations.exif_transpose(opened), sixteen)
+            image = operations.exif_transpose(opened)
+            if sixteen:
+                values = np.asarray(image).astype(np.uint32)
+                image = images.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+            elif image.has_transparency_data:
+                above = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+                image = images.alpha_composite(images.new("RGBA", above.size, "white"), above)
+            return image.convert("RGB")
     except ValueError:
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
         raise ValueError("no image that Pillow reads" if isinstance(error, images.UnidentifiedImageError)
                          else " ".join(str(error).split()) or type(error).__name__) from error  # fmt: skip
-
-
-def _as_rgb(image: PIL.Image.Image, sixteen: bool) -> PIL.Image.Image:
-    images = require("PIL.Image", "train")
-    if sixteen:
-        values = np.asarray(image).astype(np.uint32)
-        return images.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        above = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return images.alpha_composite(images.new("RGBA", above.size, "white"), above).convert("RGB")
-    return image.convert("RGB")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from espalier.data.labelled import ImageData, LabelledImages, stratified_order
+from espalier.data.labelled import ImageData, LabelledImages, set_aside
 from espalier.errors import MissingExtraError
 
 DIGITS_TEST_SIZE = 360
@@ -33,6 +33,4 @@ def read_digits() -> ImageData:
         table = np.loadtxt(file, delimiter=",")
     pixels = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     digits = LabelledImages(pixels, torch.from_numpy(table[:, -1].astype(np.int64)))
-    order_N = stratified_order(digits.labels_N, "digits")
-    test_N, train_N = order_N[:DIGITS_TEST_SIZE].sort().values, order_N[DIGITS_TEST_SIZE:].sort().values
-    return ImageData(digits.take(train_N), digits.take(test_N), tuple("0123456789"))
+    return set_aside(digits, DIGITS_TEST_SIZE, tuple("0123456789"), "digits")

@@ -77,6 +77,13 @@ def stratified_order(labels_N: Tensor, *keys: int | str) -> Tensor:
     return key_N.argsort(stable=True)
 
 
+def set_aside(whole: Images, count: int, class_names: tuple[str, ...], key: str) -> ImageData[Images]:
+    """Set ``count`` images of the stratified order of ``key`` aside for the test; both parts keep their old order."""
+    order_N = stratified_order(whole.labels_N, key)
+    test_N, train_N = order_N[:count].sort().values, order_N[count:].sort().values
+    return ImageData(whole.take(train_N), whole.take(test_N), class_names)
+
+
 def _limited(split: Images, name: str, limit: Any) -> Images:
     if limit is None:
         return split

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from espalier.data.encoded import SUFFIXES, EncodedImages
-from espalier.data.labelled import ImageData, stratified_order
+from espalier.data.labelled import ImageData, set_aside
 from espalier.errors import EspalierError
 from espalier.files import shown
 
@@ -63,11 +63,10 @@ def split_off(whole: EncodedImages, class_names: tuple[str, ...], test_share: fl
     Raises:
         EspalierError: one of the parts would be empty.
     """
-    order_N, count = stratified_order(whole.labels_N, "folder"), round(test_share * len(whole))
+    count = round(test_share * len(whole))
     if not 0 < count < len(whole):
         raise EspalierError(f"test_share {test_share} of {len(whole)} images leaves an empty set: change it")
-    test_N, train_N = order_N[:count].sort().values, order_N[count:].sort().values
-    return ImageData(whole.take(train_N), whole.take(test_N), class_names)
+    return set_aside(whole, count, class_names, "folder")
 
 
 def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[EncodedImages, tuple[str, ...]]:
