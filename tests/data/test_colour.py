@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from espalier.data.colour import upright_rgb
+from espalier.data.decode import upright_rgb
 from espalier.data.folder import read_folder
 from espalier.errors import EspalierError
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.data.colour import upright_rgb
+from espalier.data.decode import upright_rgb
 from espalier.errors import EspalierError
 from espalier.files import open_regular, shown
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.data.augment import to_unit
-from espalier.data.colour import upright_rgb
+from espalier.data.decode import upright_rgb
 from espalier.errors import EspalierError, require
 from espalier.files import read_object, read_regular
 from espalier.nn.lipschitz.normalisation import Normalize
