@@ -36,12 +36,11 @@ from espalier.certify import Certificate
 from espalier.certify.attack_report import AttackReport
 from espalier.checkpoints.loading import open_checkpoint
 from espalier.cli.commands import _read_fit
-from espalier.data.cifar import read_cifar10
 from espalier.data.folder import read_folder
 from espalier.data.generated import read_generated
-from espalier.data.idx import parse_idx
 from espalier.data.labelled import LabelledImages
 from espalier.data.layout import list_folder
+from espalier.data.published import parse_idx, read_cifar10
 from espalier.data.shards import list_shards
 from espalier.data.text import TextSource, read_text
 from espalier.doctor import diagnose

@@ -22,10 +22,9 @@ from espalier.checkpoints import load_checkpoint_file
 from espalier.checkpoints.loading import open_checkpoint, open_host_model
 from espalier.cli.main import main
 from espalier.data import build_source
-from espalier.data.cifar import read_cifar10
 from espalier.data.generated import read_generated
-from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import LabelledImages
+from espalier.data.published import read_cifar10, read_fashion_mnist
 from espalier.doctor import diagnose
 from espalier.errors import EspalierError
 from espalier.init import FilterStatistics

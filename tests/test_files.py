@@ -18,10 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from espalier.data.cifar import CIFAR10_MD5, read_cifar10
-from espalier.data.digits import read_digits
-from espalier.data.idx import FASHION_MNIST_MD5, parse_idx, read_fashion_mnist
 from espalier.data.labelled import ImageData, LabelledImages, stratified_order
+from espalier.data.published import (
+    CIFAR10_MD5,
+    FASHION_MNIST_MD5,
+    parse_idx,
+    read_cifar10,
+    read_digits,
+    read_fashion_mnist,
+)
 from espalier.data.text import read_text
 from espalier.errors import EspalierError
 from espalier.files import (

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from espalier.data.arguments import find_data, one_of, positive_int, read_arguments
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
-from espalier.data.cifar import read_cifar10
-from espalier.data.digits import read_digits
 from espalier.data.generated import GENERATED, GeneratedImages, read_generated
-from espalier.data.idx import read_fashion_mnist
 from espalier.data.labelled import ImageData
 from espalier.data.normalizer import build_normalizer, value_counts
+from espalier.data.published import read_cifar10, read_digits, read_fashion_mnist
 from espalier.data.source import contents_digest, epoch_order, image_args, require_step
 from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
@@ -39,17 +37,13 @@ class ImageBatches:
     normalizer: nn.Module
 
     def __init__(
-        self,
-        splits: dict[str, Any],
-        class_names: tuple[str, ...],
-        augmentation: Augmentation | None,
-        shape: Sequence[int],
+        self, splits: dict[str, Any], names: tuple[str, ...], augmentation: Augmentation | None, shape: Sequence[int]
     ) -> None:
         self.augmentation = augmentation or Augmentation()
         if (padding := self.augmentation.crop_padding) >= (side := min(shape[1:])):
             raise EspalierError(f"crop_padding is {padding}, the images' side {side}: lower it")
-        self.class_names = class_names
-        self.model_args: Mapping[str, Any] = {"num_classes": len(class_names), **image_args(shape)}
+        self.class_names = names
+        self.model_args: Mapping[str, Any] = {"num_classes": len(names), **image_args(shape)}
         self.eval_splits: tuple[str, ...] = ("test",)
         self._splits = splits
 
@@ -57,10 +51,9 @@ class ImageBatches:
         """Return the number of whole batches in the training set."""
         return len(self._splits["train"].labels_N) // batch_size
 
-    def _finish(self, pixels_BCHW: Tensor, labels_B: Tensor, *keys: int | str) -> tuple[Tensor, Tensor]:
-        """Return a training batch augmented, by draws that derive from ``keys``, and normalised, and its targets."""
-        seed, *rest = keys
-        generator = derive_generator(int(seed), "augment", *rest, device=labels_B.device)
+    def _finish(self, pixels_BCHW: Tensor, labels_B: Tensor, seed: int, *keys: int) -> tuple[Tensor, Tensor]:
+        """Return a training batch augmented, by draws that derive from the keys, and normalised, and its targets."""
+        generator = derive_generator(seed, "augment", *keys, device=labels_B.device)
         images_BCHW, targets = self.augmentation(pixels_BCHW, labels_B, len(self.class_names), generator=generator)
         return self.normalizer(images_BCHW), targets
 
