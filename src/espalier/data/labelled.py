@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -50,11 +50,8 @@ class ImageData(Generic[Images]):
         Raises:
             EspalierError: a limit that is no positive whole number, or larger than the set.
         """
-        return replace(
-            self,
-            train=_limited(self.train, "train_limit", train_limit),
-            test=_limited(self.test, "test_limit", test_limit),
-        )
+        train = _limited(self.train, "train_limit", train_limit)
+        return ImageData(train, _limited(self.test, "test_limit", test_limit), self.class_names)
 
 
 def stratified_order(labels_N: Tensor, *keys: int | str) -> Tensor:
