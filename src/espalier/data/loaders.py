@@ -207,7 +207,7 @@ class _Streams:
         self._others = present
 
     def __exit__(self, *_: object) -> None:
-        self.__enter__()
+        self.__enter__()  # the same exchange, back
 
 
 # No method: an iterator that held the source that holds it would keep its workers until Python collects its garbage.
