@@ -27,37 +27,33 @@ def random_flip(images_BCHW: Tensor, *, generator: torch.Generator) -> Tensor:
     return torch.where(flipped_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
 
 
-def random_crop(images_BCHW: Tensor, padding: int, *, mode: str = "reflect", generator: torch.Generator) -> Tensor:
+def random_crop(images_BCHW: Tensor, padding: int, *, generator: torch.Generator) -> Tensor:
     """Shift each image by up to ``padding`` pixels along both axes: pad on all sides, crop back to size.
+
+    The padding mirrors the image at its border, without repeating it.
 
     Args:
         images_BCHW: images of any dtype.
         padding: pixels added to every side.
-        mode: ``reflect`` mirrors at the border without repeating it, ``zero`` pads with zeros.
         generator: source of the offsets, uniform over the (2·padding + 1)² crops.
 
     Raises:
-        EspalierError: reflection needs a padding below the image's sides, or an unknown mode.
+        EspalierError: a padding that is not below the image's sides.
     """
-    if mode not in ("reflect", "zero"):
-        raise EspalierError(f"crop mode is {mode!r}: choose 'reflect' or 'zero'")
     batch, channels, height, width = images_BCHW.shape
-    if mode == "reflect" and padding >= min(height, width):
+    if padding >= min(height, width):
         raise EspalierError(f"crop_padding is {padding} and the images are {height}×{width}: lower it")
     device = images_BCHW.device
     offsets_B2 = torch.randint(-padding, padding + 1, (batch, 2), generator=generator, device=device)
     rows_BH = offsets_B2[:, :1] + torch.arange(height, device=device)
     columns_BW = offsets_B2[:, 1:] + torch.arange(width, device=device)
     # Gather from the image itself: a padded copy of the batch is never made, and uint8 stays uint8.
-    cropped_BCHW = images_BCHW[
+    return images_BCHW[
         torch.arange(batch, device=device)[:, None, None, None],
         torch.arange(channels, device=device)[:, None, None],
         _reflected(rows_BH, height)[:, None, :, None],
         _reflected(columns_BW, width)[:, None, None, :],
     ]
-    if mode == "reflect":
-        return cropped_BCHW
-    return cropped_BCHW * _inside(rows_BH, height, columns_BW, width)[:, None]
 
 
 def random_resized_crop(
@@ -117,8 +113,9 @@ def random_erasing(
     left_B = (draws_5B[4] * (width - width_B + 1)).floor()
     rows_BH = torch.arange(height, device=device) - top_B[:, None]
     columns_BW = torch.arange(width, device=device) - left_B[:, None]
-    inside_BHW = _inside(rows_BH, height_B[:, None], columns_BW, width_B[:, None])
-    erased_BHW = inside_BHW & (draws_5B[0] < probability)[:, None, None]
+    in_rows_BH = (rows_BH >= 0) & (rows_BH < height_B[:, None])
+    in_columns_BW = (columns_BW >= 0) & (columns_BW < width_B[:, None])
+    erased_BHW = in_rows_BH[:, :, None] & in_columns_BW[:, None, :] & (draws_5B[0] < probability)[:, None, None]
     noise_BCHW = torch.rand(images_BCHW.shape, generator=generator, device=device, dtype=images_BCHW.dtype)
     return torch.where(erased_BHW[:, None], noise_BCHW, images_BCHW)
 
@@ -184,15 +181,9 @@ def _span(centre: int, length: int, size: int) -> tuple[int, int]:
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:
-    # −1 → 1 and size → size − 2: the border itself is not repeated. The clamp serves zero padding, whose far indices
-    # are masked afterwards and may exceed one reflection.
+    # −1 → 1 and size → size − 2: the border itself is not repeated.
     folded = index.abs()
-    return torch.where(folded >= size, 2 * (size - 1) - folded, folded).clamp(0, size - 1)
-
-
-def _inside(rows_BH: Tensor, height: Tensor | int, columns_BW: Tensor, width: Tensor | int) -> Tensor:
-    inside_BH, inside_BW = (rows_BH >= 0) & (rows_BH < height), (columns_BW >= 0) & (columns_BW < width)
-    return inside_BH[:, :, None] & inside_BW[:, None, :]
+    return torch.where(folded >= size, 2 * (size - 1) - folded, folded)
 
 
 def _sides(
