@@ -151,6 +151,16 @@ def test_names_of_two_lines_are_told_in_one(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_sample_of_two_classes_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (("a.jpg", b"x"), ("a.cls", b"0"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(EspalierError, match="holds two classes of the name /a: rename one"):
+        list_shards(tmp_path)
+
+
 def test_linked_folders_of_shards_are_listed(tmp_path: Path) -> None:
     for name in ("set/train/0.tar", "elsewhere/1.tar", "elsewhere/._1.tar", "set/val/0.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

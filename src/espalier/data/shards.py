@@ -101,7 +101,8 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                         raise EspalierError(
                             f"shard {here}: {shown(member.name)} holds {text!r}: write the number of a class"
                         )
-                    classes[sample] = int(text)
+                    if classes.setdefault(sample, int(text)) != int(text):
+                        raise EspalierError(f"shard {here} holds two classes of the name {shown(sample)}: rename one")
             _check_end(file, archive.offset)
     except (tarfile.TarError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
