@@ -114,10 +114,8 @@ class LoaderSource:
             raise EspalierError(f"{self._name}: the training loader has batches of {own}: set --batch-size {own}")
         try:
             return len(train)
-        except TypeError as error:
-            raise EspalierError(
-                f"{self._name}: the training loader has no length: define __len__, its steps"
-            ) from error
+        except TypeError:
+            raise EspalierError(f"{self._name}: the training loader has no length: define __len__, its steps") from None
 
     def train_batch(self, seed: int, epoch: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return batch ``step`` of ``epoch`` of the run with ``seed``.
