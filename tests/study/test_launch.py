@@ -280,6 +280,21 @@ def test_bad_arguments(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         launch(study, cluster="slurm", run=trial_runners.quick)
 
 
+def test_jobs_of_a_folder_with_a_comma_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Stand-ins for Slurm's commands: one takes the job, the other says that it is gone, and both note what they got.
+    for command in ("sbatch", "squeue"):
+        (tmp_path / command).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    study = plan_study(get_recipe("digits_vit"), ["default"], [1e-3], [0], tmp_path / "one,two")
+    with pytest.raises(EspalierError, match=r"1 trials .* unfinished"):
+        launch(study, workers=1, cluster="slurm", progress=False)
+    asked = [line for line in (tmp_path / "asked").read_text().split() if "name=" in line]
+    assert len(asked) == 3
+    assert len({name.partition("name=")[2] for name in asked}) == 1
+    assert "," not in asked[0]
+
+
 @pytest.mark.parametrize(
     ("left", "up"),
     [

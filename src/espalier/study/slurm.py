@@ -50,7 +50,8 @@ def run_jobs(
     """
     logs.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(str(logs.resolve()).encode(), digest_size=6).hexdigest()
-    name = f"espalier-{logs.resolve().parent.name}-{digest}"
+    # A comma would part two names where Slurm is asked for its jobs.
+    name = f"espalier-{logs.resolve().parent.name}-{digest}".replace(",", "_")
     task = logs / "slurm-task.pickle"
     try:
         write_bytes(task, pickle.dumps(worker))
@@ -80,7 +81,7 @@ def _submit(name: str, task: Path, options: Mapping[str, Any]) -> None:
     }
     given = [f"--{key}={value}" for key, value in {**fixed, **options}.items() if value is not None]
     folders = os.pathsep.join(map(os.path.abspath, sys.path))
-    done = _slurm("sbatch", "--parsable", "--requeue", *given, script=script, environment={"PYTHONPATH": folders})
+    done = _slurm("sbatch", "--parsable", "--requeue", *given, script=script, PYTHONPATH=folders)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
         raise EspalierError(f"Slurm refuses the job ({reason}): change {', '.join(given[4:]) or 'its configuration'}")
@@ -92,12 +93,10 @@ def _queued(name: str) -> set[str] | None:
     return None if done.returncode else set(done.stdout.split())
 
 
-def _slurm(
-    *command: str, script: str = "", environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def _slurm(*command: str, script: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
     try:
-        surroundings = {**os.environ, **(environment or {})}
-        return subprocess.run(command, input=script, env=surroundings, capture_output=True, text=True, check=False)
+        return subprocess.run(command, input=script, env=env, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise EspalierError(f"cluster 'slurm' cannot be used here (no {command[0]}): choose 'local'") from error
 
