@@ -21,7 +21,7 @@ from espalier.report import write_weight_pictures
 from espalier.report.filters import eigen_filters
 from espalier.report.products import product_panel, product_picture, query_key_factors, value_output_factors
 from espalier.report.raster import mosaic, png_address, shrink, value_limit
-from espalier.report.views import spread
+from espalier.study.statistics import spread
 from reference.attention_reference import head_products, value_output_product
 
 

@@ -13,7 +13,8 @@ from espalier.models import VisionTransformer
 from espalier.nn import Mamba1, Mamba2, mixing_matrix
 from espalier.report.raster import Panel, photograph, shrink
 from espalier.report.section import Section, paragraph
-from espalier.report.views import HEADS, View, first_example, layer_pictures, left_out, spread
+from espalier.report.views import HEADS, View, first_example, layer_pictures, left_out
+from espalier.study.statistics import spread
 
 # Side of the largest picture; tokens of the longest sequence that is mixed; tokens of the sequence that is repeated.
 _SIDE, _LENGTH, _REPEATED = 96, 128, 24

@@ -12,7 +12,8 @@ from espalier.init.layouts import AttentionWeights
 from espalier.init.layouts.registry import SSMWeights
 from espalier.report.raster import Panel
 from espalier.report.section import Section
-from espalier.report.views import HEADS, LAYERS, View, layer_pictures, layers_of, left_out, spread
+from espalier.report.views import HEADS, LAYERS, View, layer_pictures, layers_of, left_out
+from espalier.study.statistics import spread
 
 SIDE = 96
 """Side of the largest picture of a product, in pixels."""

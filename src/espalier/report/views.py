@@ -12,6 +12,7 @@ from espalier.errors import EspalierError
 from espalier.init.layouts import find_layers
 from espalier.report.raster import Panel, Row, Scale, picture_table
 from espalier.report.section import Markup
+from espalier.study.statistics import spread
 from espalier.train import Run
 
 # What is shown of a large network where several stand side by side, so that a page stays small.
@@ -113,13 +114,6 @@ def layer_pictures(
         ]
         caption += left_out(len(first), LAYERS, "layers")
     return picture_table(title, columns, rows, scale=scale, shared=shared, caption=caption + more + runs_behind(found))
-
-
-def spread(count: int, shown: int) -> list[int]:
-    """Return up to ``shown`` indices below ``count``, evenly spread, the first and the last among them."""
-    if count <= shown:
-        return list(range(count))
-    return [round(index * (count - 1) / (shown - 1)) for index in range(shown)]
 
 
 def left_out(count: int, shown: int, things: str) -> str:

@@ -16,7 +16,7 @@ from espalier.files import read_object
 from espalier.recipes import Recipe
 from espalier.recipes.validation import recipe_to_dict
 from espalier.study.own_training import OwnTraining, shortened
-from espalier.study.statistics import score_limits
+from espalier.study.statistics import score_limits, spread
 from espalier.train import Run, environment
 from espalier.train.run import ENVIRONMENT, RESULT
 
@@ -264,10 +264,7 @@ def _significant(value: float) -> float:
 
 
 def _thinned(rows: Sequence[CurveRow], most: int) -> tuple[CurveRow, ...]:
-    """Keep at most ``most`` ≥ 2 rows, spread evenly, with both ends."""
-    if len(rows) <= most:
-        return tuple(rows)
-    return tuple(rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most))
+    return tuple(rows[index] for index in spread(len(rows), most))
 
 
 def _without_folders(value: Any) -> Any:

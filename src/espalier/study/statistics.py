@@ -263,6 +263,13 @@ def first_crossing(places: Sequence[float], values: Sequence[float], target: flo
     return math.nan
 
 
+def spread(count: int, shown: int) -> list[int]:
+    """Return up to ``shown`` indices below ``count``, evenly spread, the first and the last among them."""
+    if count <= shown:
+        return list(range(count))
+    return [round(index * (count - 1) / (shown - 1)) for index in range(shown)]
+
+
 def _check(values: Sequence[float], level: float = 0.95) -> None:
     if not values:
         raise EspalierError("values is empty: there is nothing to test or to average")
