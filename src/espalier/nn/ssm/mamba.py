@@ -26,7 +26,65 @@ class MambaState(NamedTuple):
     scan: Tensor
 
 
-class Mamba1(nn.Module):
+class _Mixer(nn.Module):
+    """What both mixers share: the way of a sequence through the convolution and the recurrence."""
+
+    dim: int
+    conv_size: int
+    conv_dim: int
+    state_shape: tuple[int, ...]
+    other: tuple[str, str]
+    """A parameter that only the other kind of mixer has, and what to say where a checkpoint has it."""
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+    A_log: nn.Parameter
+
+    def forward(
+        self, x_BLD: Tensor, *, mask: Tensor | None = None, state: MambaState | None = None, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, MambaState]:
+        """Mix a sequence.
+
+        Args:
+            x_BLD: inputs, (batch, length, D).
+            mask: (B, L), true at real tokens; padding, on either side, changes nothing and gives 0. Where a state is
+                given, padding comes after the tokens: the convolution's window takes in what it is given.
+            state: what earlier calls left; the sequence's start if none is given.
+            return_state: also return the state after the last real token.
+        """
+        _check_input(x_BLD, self.dim, mask, state)
+        inner_BLC, *others = self._project(x_BLD)
+        if mask is not None:
+            inner_BLC = torch.where(mask.bool()[..., None], inner_BLC, 0.0)
+        history, start = state or (None, None)
+        u_BLC = _conv_silu(self.conv1d, inner_BLC, history)
+        y_BLE, scan = self._recur(u_BLC, *others, initial_state=start, mask=mask, return_state=return_state)
+        out_BLD = self.out_proj(y_BLE)
+        if scan is None:
+            return out_BLD
+        return out_BLD, MambaState(_last_inputs(inner_BLC, history, mask, self.conv_size), scan)
+
+    def empty_state(self, batch: int) -> MambaState:
+        """Return the state before the first token."""
+        history = self.A_log.new_zeros(batch, self.conv_size - 1, self.conv_dim)
+        return MambaState(history, upcast(self.A_log.new_zeros(batch, *self.state_shape))[0])
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what is convolved, and what else the input is projected to."""
+        raise NotImplementedError
+
+    def _recur(self, u_BLC: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the recurrence's gated output and, if it is asked for, the state after it."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name, remedy = self.other
+        if f"{prefix}{name}" in state_dict:
+            mixer = repr(prefix.rstrip(".")) if prefix else "the mixer"
+            raise EspalierError(f"{mixer} of the checkpoint is {remedy} blocks")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Mamba1(_Mixer):
     """Mamba-1 mixer: ``out_proj(scan(SiLU(conv(x))) · SiLU(z))`` with (x, z) = in_proj(input).
 
     Parameters bear the names and shapes of mamba_ssm's ``Mamba`` and transformers' ``MambaMixer``, whose ``state_dict``
@@ -46,6 +104,8 @@ class Mamba1(nn.Module):
     Source: arXiv 2312.00752, section 3.4.
     """
 
+    other = "dt_bias", "Mamba-2: load it into a model of Mamba2"
+
     def __init__(
         self,
         dim: int,
@@ -61,7 +121,7 @@ class Mamba1(nn.Module):
         _check_sizes(dim=dim, state_size=state_size, expand=expand, conv_size=conv_size, dt_rank=self.dt_rank)
         self.dim, self.state_size, self.inner = dim, state_size, expand * dim
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
-        self.conv_size = conv_size
+        self.conv_size, self.conv_dim, self.state_shape = conv_size, self.inner, (self.inner, state_size)
         self.conv1d = nn.Conv1d(self.inner, self.inner, conv_size, groups=self.inner, padding=conv_size - 1)
         self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.inner)
@@ -90,43 +150,6 @@ class Mamba1(nn.Module):
         self.A_log.copy_(torch.arange(1, self.state_size + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1)
 
-    def forward(
-        self, x_BLD: Tensor, *, mask: Tensor | None = None, state: MambaState | None = None, return_state: bool = False
-    ) -> Tensor | tuple[Tensor, MambaState]:
-        """Mix a sequence.
-
-        Args:
-            x_BLD: inputs, (batch, length, D).
-            mask: (B, L), true at real tokens; padding, on either side, changes nothing and gives 0. Where a state is
-                given, padding comes after the tokens: the convolution's window takes in what it is given.
-            state: what earlier calls left; the sequence's start if none is given.
-            return_state: also return the state after the last real token.
-        """
-        _check_input(x_BLD, self.dim, mask, state)
-        inner_BLE, z_BLE = split_linear(self.in_proj, x_BLD, (self.inner, self.inner))
-        inner_BLE = _masked(inner_BLE, mask)
-        history = None if state is None else state.conv_BKC
-        u_BLE = _conv_silu(self.conv1d, inner_BLE, history)
-        delta_BLE, bias_E, b_BLN, c_BLN = self._maps(u_BLE)
-        y_BLE, scan = selective_scan(
-            u_BLE,
-            delta_BLE,
-            _rates(self.A_log),
-            b_BLN,
-            c_BLN,
-            self.D,
-            delta_bias_E=bias_E,
-            delta_softplus=True,
-            gate_BLE=z_BLE,
-            initial_state=None if state is None else state.scan,
-            mask=mask,
-            return_state=True,
-        )
-        out_BLD = self.out_proj(y_BLE)
-        if not return_state:
-            return out_BLD
-        return out_BLD, MambaState(_last_inputs(inner_BLE, history, mask, self.conv_size), scan)
-
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Mix one token and return (output, the state after it)."""
         inner_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
@@ -135,15 +158,14 @@ class Mamba1(nn.Module):
         y_BE, scan = selective_step(u_BE, delta_BE, _rates(self.A_log), b_BN, c_BN, self.D, state.scan)
         return self.out_proj(y_BE * F.silu(z_BE)), MambaState(conv, scan)
 
-    def empty_state(self, batch: int) -> MambaState:
-        """Return the state before the first token."""
-        history = self.A_log.new_zeros(batch, self.conv_size - 1, self.inner)
-        return MambaState(history, upcast(self.A_log.new_zeros(batch, self.inner, self.state_size))[0])
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return split_linear(self.in_proj, x, (self.inner, self.inner))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if f"{prefix}dt_bias" in state_dict:
-            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-2: load it into a model of Mamba2 blocks")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _recur(self, u_BLC: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        delta, bias, b, c = self._maps(u_BLC)
+        steps: dict[str, Any] = {"delta_bias_E": bias, "delta_softplus": True}
+        result = selective_scan(u_BLC, delta, _rates(self.A_log), b, c, self.D, **steps, gate_BLE=others[0], **options)
+        return result if isinstance(result, tuple) else (result, None)
 
     def coefficients(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (Δ, B, C) of the convolved inputs (..., E), Δ in float32 or better."""
@@ -161,7 +183,7 @@ class Mamba1(nn.Module):
             return F.linear(rank, weight), bias, b, c
 
 
-class Mamba2(nn.Module):
+class Mamba2(_Mixer):
     """Mamba-2 mixer: ``out_proj(norm(ssd(x, Δ, B, C), z))`` with (z, xBC, Δ) = in_proj(input), xBC convolved.
 
     Parameters bear the names and shapes of mamba_ssm's ``Mamba2`` and transformers' ``Mamba2Mixer``, whose
@@ -182,6 +204,8 @@ class Mamba2(nn.Module):
 
     Source: arXiv 2405.21060, section 7.
     """
+
+    other = "x_proj.weight", "Mamba-1: load it into a model of Mamba1"
 
     def __init__(
         self,
@@ -206,7 +230,7 @@ class Mamba2(nn.Module):
             raise EspalierError(f"groups {groups} does not divide the {self.num_heads} heads: choose a divisor")
         self.conv_dim = self.inner + 2 * groups * state_size
         self.in_proj = nn.Linear(dim, self.inner + self.conv_dim + self.num_heads, bias=False)
-        self.conv_size = conv_size
+        self.conv_size, self.state_shape = conv_size, (self.num_heads, state_size, head_dim)
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, conv_size, groups=self.conv_dim, padding=conv_size - 1)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -233,56 +257,26 @@ class Mamba2(nn.Module):
         self.D.fill_(1)
         self.norm.weight.fill_(1)
 
-    def forward(
-        self, x_BLD: Tensor, *, mask: Tensor | None = None, state: MambaState | None = None, return_state: bool = False
-    ) -> Tensor | tuple[Tensor, MambaState]:
-        """Mix a sequence; arguments as in ``Mamba1.forward``."""
-        _check_input(x_BLD, self.dim, mask, state)
-        z_BLE, inner_BLC, delta_BLH = self._project(x_BLD)
-        inner_BLC = _masked(inner_BLC, mask)
-        history = None if state is None else state.conv_BKC
-        u_BLC = _conv_silu(self.conv1d, inner_BLC, history)
-        x_BLHP, b_BLGN, c_BLGN = self._maps(u_BLC)
-        result = ssd(
-            x_BLHP,
-            _steps(delta_BLH, self.dt_bias),
-            _rates(self.A_log),
-            b_BLGN,
-            c_BLGN,
-            self.D,
-            initial_state=None if state is None else state.scan,
-            mask=mask,
-            return_state=return_state,
-            chunk_size=self.chunk_size,
-        )
-        y_BLHP, scan = result if isinstance(result, tuple) else (result, None)
-        out_BLD = self.out_proj(self.norm(y_BLHP.flatten(-2), z_BLE))
-        if scan is None:
-            return out_BLD
-        return out_BLD, MambaState(_last_inputs(inner_BLC, history, mask, self.conv_size), scan)
-
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Mix one token and return (output, the state after it)."""
-        z_BE, inner_BC, delta_BH = self._project(x_BD)
+        inner_BC, z_BE, delta_BH = self._project(x_BD)
         u_BC, conv = _conv_step(self.conv1d, inner_BC, state.conv_BKC)
         x_BHP, b_BGN, c_BGN = self._maps(u_BC)
-        delta_BH = _steps(delta_BH, self.dt_bias)
+        delta_BH = step_sizes(delta_BH, self.dt_bias)
         y_BHP, scan = ssd_step(x_BHP, delta_BH, _rates(self.A_log), b_BGN, c_BGN, self.D, state.scan)
         return self.out_proj(self.norm(y_BHP.flatten(-2), z_BE)), MambaState(conv, scan)
 
-    def empty_state(self, batch: int) -> MambaState:
-        """Return the state before the first token."""
-        history = self.A_log.new_zeros(batch, self.conv_size - 1, self.conv_dim)
-        scan = self.A_log.new_zeros(batch, self.num_heads, self.state_size, self.head_dim)
-        return MambaState(history, upcast(scan)[0])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if f"{prefix}x_proj.weight" in state_dict:
-            raise EspalierError(f"{_named(prefix)} of the checkpoint is Mamba-1: load it into a model of Mamba1 blocks")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return split_linear(self.in_proj, x, (self.inner, self.conv_dim, self.num_heads))
+        z, inner, logits = split_linear(self.in_proj, x, (self.inner, self.conv_dim, self.num_heads))
+        return inner, z, logits
+
+    def _recur(self, u_BLC: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        z, logits = others
+        x, b, c = self._maps(u_BLC)
+        delta = step_sizes(logits, self.dt_bias)
+        result = ssd(x, delta, _rates(self.A_log), b, c, self.D, chunk_size=self.chunk_size, **options)
+        y, scan = result if isinstance(result, tuple) else (result, None)
+        return self.norm(y.flatten(-2), z), scan
 
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x per head, B, C) of the convolved inputs."""
@@ -303,14 +297,10 @@ def _rates(log_rates: Tensor) -> Tensor:
     return -upcast(log_rates)[0].exp()
 
 
-def _steps(projected: Tensor, bias: Tensor) -> Tensor:
+def step_sizes(projected: Tensor, bias: Tensor) -> Tensor:
     """Return Δ = softplus(projection + bias) in float32 or better: bfloat16 would round small steps away."""
     projected, bias = upcast(projected, bias)
     return F.softplus(projected + bias)
-
-
-def _named(prefix: str) -> str:
-    return repr(prefix.rstrip(".")) if prefix else "the mixer"
 
 
 def _check_input(x: Tensor, dim: int, mask: Tensor | None, state: MambaState | None) -> None:
@@ -333,10 +323,6 @@ def _draw_step_bias(bias: Tensor, generator: torch.Generator | None) -> None:
     low, high = math.log(1e-3), math.log(1e-1)
     step = bias.uniform_(low, high, generator=generator).exp()
     bias.copy_(step + torch.log(-torch.expm1(-step)))
-
-
-def _masked(inputs_BLC: Tensor, mask_BL: Tensor | None) -> Tensor:
-    return inputs_BLC if mask_BL is None else torch.where(mask_BL.bool()[..., None], inputs_BLC, 0.0)
 
 
 def _last_inputs(inputs_BLC: Tensor, history: Tensor | None, mask_BL: Tensor | None, taps: int) -> Tensor:

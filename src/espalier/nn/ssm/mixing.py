@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.precision import upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
-from espalier.nn.ssm.mamba import Mamba1, Mamba2
+from espalier.nn.ssm.mamba import Mamba1, Mamba2, step_sizes
 
 
 class Recurrence(NamedTuple):
@@ -36,14 +35,13 @@ def recurrence_of(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Recurrence:
     if x_BLD.ndim != 3 or x_BLD.shape[2] != mixer.dim or not x_BLD.shape[1]:
         raise EspalierError(f"x has shape {tuple(x_BLD.shape)}: give (batch, length, {mixer.dim})")
     taps, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+    inner, *others = mixer._project(x_BLD)
+    values = causal_conv_silu(inner, taps, bias)
     if isinstance(mixer, Mamba1):
-        values = causal_conv_silu(mixer.in_proj(x_BLD).chunk(2, dim=-1)[0], taps, bias)
         delta, b, c = mixer.coefficients(values)
     else:
-        _, inner, logits = mixer._project(x_BLD)
-        values, b, c = mixer._maps(causal_conv_silu(inner, taps, bias))
-        logits, shift = upcast(logits, mixer.dt_bias)
-        delta = F.softplus(logits + shift)
+        values, b, c = mixer._maps(values)
+        delta = step_sizes(others[1], mixer.dt_bias)
     values, delta, log_rates, b, c = upcast(values, delta, mixer.A_log, b, c)
     return Recurrence(values, delta, -log_rates.exp(), b, c)
 

@@ -144,23 +144,17 @@ def _compiled(tensors: tuple[Any, ...], chunk_size: int, need_state: bool) -> tu
 def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, in_triton: bool) -> tuple[Tensor, Tensor]:
     """Fold groups into the batch, so that the core sees one B and one C for all its heads."""
     x, delta, a, b, c, d, state = tensors
-    batch, length, heads, width = x.shape
-    groups, size = b.shape[2:]
-    share = heads // groups
-    alpha = delta * a
-    d_GH = None if d is None else d.reshape(groups, share)
-    if groups > 1:
-        x = x.reshape(batch, length, groups, share, width).transpose(1, 2).reshape(-1, length, share, width)
-        delta, alpha = (
-            t.reshape(batch, length, groups, share).transpose(1, 2).reshape(-1, length, share) for t in (delta, alpha)
-        )
-        d_GH = None if d_GH is None else d_GH.repeat(batch, 1)
-    b, c = (t.transpose(1, 2).reshape(-1, length, size) for t in (b, c))
-    if state is not None:
-        state = state.reshape(-1, share, size, width).transpose(1, 2).contiguous()
-    y, final = _apply_chunked(x, delta, alpha, b, c, d_GH, state, min(chunk_size, length), need_state, in_triton)
-    if groups > 1:
-        y = y.reshape(batch, groups, length, share, width).transpose(1, 2).reshape(batch, length, heads, width)
+    (batch, length, heads, width), (groups, size) = x.shape, b.shape[2:]
+
+    def fold(tensor_BLG: Tensor) -> Tensor:
+        return tensor_BLG.transpose(1, 2).flatten(0, 1)
+
+    x, delta, alpha = (fold(t.unflatten(2, (groups, -1))) for t in (x, delta, delta * a))
+    d = None if d is None else d.view(groups, -1).repeat(batch, 1)
+    state = None if state is None else state.view(batch * groups, -1, size, width).transpose(1, 2).contiguous()
+    chunk = min(chunk_size, length)
+    y, final = _apply_chunked(x, delta, alpha, fold(b), fold(c), d, state, chunk, need_state, in_triton)
+    y = y.unflatten(0, (batch, groups)).transpose(1, 2).reshape(batch, length, heads, width)
     return y, final.transpose(1, 2).reshape(batch, heads, size, width)
 
 
@@ -190,19 +184,15 @@ class _Segment(NamedTuple):
     states_BnNHP: Tensor | None  # state before each chunk; None when it is zero
     after_BNHP: Tensor | None
 
-    def made(self) -> tuple[Any, ...]:
-        """Return all that is not a part of the inputs."""
-        return tuple(self)[-_MADE:]
-
 
 _MADE = len(_Segment._fields) - 4
 
 
 def _inputs(tensors: tuple[Tensor, ...], place: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    """Return one segment's share of (x, delta, b, c), by chunks."""
+    """Return one segment's share of (x, delta, alpha, b, c), by chunks."""
     start, n, q = place
-    x, delta, b, c = (t[:, start : start + n * q].unflatten(1, (n, q)) for t in tensors)
-    return x, delta, b.reshape(x.shape[0] * n, q, -1), c.reshape(x.shape[0] * n, q, -1)
+    x, delta, alpha, b, c = (t[:, start : start + n * q].unflatten(1, (n, q)) for t in tensors)
+    return x, delta, alpha, b.flatten(0, 1), c.flatten(0, 1)
 
 
 def _between_chunks(
@@ -227,18 +217,12 @@ def _between_chunks(
 
 
 def _prepare(
-    tensors: tuple[Tensor, ...],
-    alpha_BLH: Tensor,
-    place: tuple[int, int, int],
-    state: Tensor | None,
-    state_needed: bool,
-    in_triton: bool,
+    tensors: tuple[Tensor, ...], place: tuple[int, int, int], state: Tensor | None, state_needed: bool, in_triton: bool
 ) -> _Segment:
     """Compute decays, scores and the states before each chunk of one segment."""
-    start, n, q = place
-    x, delta, b, c = _inputs(tensors, place)
-    batch, _, _, heads, width = x.shape
-    cum = alpha_BLH[:, start : start + n * q].unflatten(1, (n, q)).cumsum(2)
+    x, delta, alpha, b, c = _inputs(tensors, place)
+    batch, n, q, heads, width = x.shape
+    cum = alpha.cumsum(2)
     cum_BnHQ = cum.transpose(2, 3).contiguous()
     # Above the diagonal the exponent would be positive and could overflow: cut it at 0, the scores are 0 there.
     decay = (cum_BnHQ[..., :, None] - cum_BnHQ[..., None, :]).clamp_max_(0).exp_()
@@ -263,43 +247,30 @@ def _reverse_cumsum(tensor: Tensor, dim: int) -> Tensor:
 
 
 class _Chunked(torch.autograd.Function):
-    """The recurrence for one group, with a backward pass by hand."""
+    """The recurrence for one group, with a backward pass by hand.
+
+    Tensors are x (B, L, H, P), delta and alpha (B, L, H), b and c (B, L, N), d (B, H) and the first state (B, N, H, P).
+    """
 
     @staticmethod
     @without_autocast
-    def forward(
-        ctx: Any,
-        x_BLHP: Tensor,
-        delta_BLH: Tensor,
-        alpha_BLH: Tensor,
-        b_BLN: Tensor,
-        c_BLN: Tensor,
-        d_GH: Tensor | None,
-        initial_BNHP: Tensor | None,
-        chunk: int,
-        need_state: bool,
-        in_triton: bool,
-    ) -> tuple[Tensor, Tensor]:
-        batch, length, heads, width = x_BLHP.shape
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        *inputs, d, state, chunk, need_state, in_triton = given
+        x, inputs = inputs[0], tuple(inputs)
+        batch, length, heads, width = x.shape
         ctx.in_triton = in_triton and not is_tracing()  # what traces sees through the operations of torch alone
-        y = torch.empty_like(x_BLHP, memory_format=torch.contiguous_format)
-        state, states = initial_BNHP, []
-        inputs = (x_BLHP, delta_BLH, b_BLN, c_BLN)
-        kept: list[Tensor | None] = []
-        places = list(_segments(x_BLHP.shape, chunk, x_BLHP.device.type))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        states, kept = [], []
+        places = list(_segments(x.shape, chunk, x.device.type))
         keep = batch * length * heads * chunk <= _KEPT_NUMBERS and any(ctx.needs_input_grad)
         for place in places:
             states.append(state)
-            state_needed = need_state or place is not places[-1]
-            seg = _prepare(inputs, alpha_BLH, place, state, state_needed, ctx.in_triton)
+            seg = _prepare(inputs, place, state, need_state or place is not places[-1], ctx.in_triton)
             state = seg.after_BNHP
-            kept += seg.made() if keep else ()
-            _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d_GH)
-        if state is None or not need_state:
-            final = x_BLHP.new_zeros(batch, b_BLN.shape[-1], heads, width)
-        else:
-            final = state if state is not initial_BNHP else state.clone()
-        ctx.save_for_backward(*inputs, alpha_BLH, d_GH, y, *states, *kept)
+            kept += seg[-_MADE:] if keep else ()
+            _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d)
+        final = state if need_state else x.new_zeros(batch, inputs[-1].shape[-1], heads, width)
+        ctx.save_for_backward(*inputs, d, y, *states, *kept)
         ctx.places, ctx.need_state = places, need_state
         if not need_state:
             ctx.mark_non_differentiable(final)
@@ -309,33 +280,32 @@ class _Chunked(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dfinal = gradients
-        x, delta, b, c, alpha, d, y, *rest = ctx.saved_tensors
-        inputs, states, kept = (x, delta, b, c), rest[: len(ctx.places)], rest[len(ctx.places) :]
-        if formulas.by_formula():
-            given, ends = (x, delta, alpha, b, c, d, states[0]), (dy, dfinal if ctx.need_state else None)
-            found = formulas.differentiate(formulas.ssd_of_one_group, given, ends)
-            return (*found, None, None, None)
-        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta, alpha, b, c))
+        inputs, (d, y, *rest) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        states, kept = rest[: len(ctx.places)], rest[len(ctx.places) :]
         dstate = dfinal if ctx.need_state else None
-        dd_BH = None if d is None else x.new_zeros(x.shape[0], x.shape[2])
+        if formulas.by_formula():
+            found = formulas.differentiate(formulas.ssd_of_one_group, (*inputs, d, states[0]), (dy, dstate))
+            return (*found, None, None, None)
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+        dd = None if d is None else torch.zeros_like(d)
         for place, state in zip(reversed(ctx.places), reversed(states), strict=True):
             if kept:
                 made, kept = kept[-_MADE:], kept[:-_MADE]
-                seg = _Segment(*_inputs(inputs, place), *made)
+                x, delta, _, b, c = _inputs(inputs, place)
+                seg = _Segment(x, delta, b, c, *made)
             else:
-                seg = _prepare(inputs, alpha, place, state, dstate is not None, ctx.in_triton)
+                seg = _prepare(inputs, place, state, dstate is not None, ctx.in_triton)
             span = slice(place[0], place[0] + place[1] * place[2])
             parts = (dy[:, span].unflatten(1, place[1:]), y[:, span].unflatten(1, place[1:]))
             results, dstate, skip = _segment_backward(seg, parts, d, dstate, ctx.in_triton)
             for grad, result in zip(grads, results, strict=True):
                 grad[:, span] = result.flatten(1, 2)
-            if dd_BH is not None:
-                dd_BH += skip
-        dd = None if dd_BH is None else (dd_BH if d.shape[0] > 1 or x.shape[0] == 1 else dd_BH.sum(0, keepdim=True))
+            if dd is not None:
+                dd += skip
         return (*grads, dd, dstate if ctx.needs_input_grad[6] else None, None, None, None)
 
 
-def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
+def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_BH: Tensor | None) -> None:
     """Write y = (decayed scores) Δx + decay · C S + D x into one segment of the output."""
     batch, n, q, heads, width = seg.x_BnQHP.shape
     values = _heads_first(seg.x_BnQHP * seg.delta_BnQH[..., None])
@@ -344,13 +314,13 @@ def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_GH: Tensor | None) -> None:
     if seg.states_BnNHP is not None:
         past = torch.bmm(seg.c_mQN, seg.states_BnNHP.view(batch * n, -1, heads * width)).view(batch, n, q, heads, width)
         y = torch.addcmul(y, past, seg.cum_BnQH.exp()[..., None])
-    if d_GH is not None:
-        y = torch.addcmul(y, seg.x_BnQHP, d_GH[:, None, None, :, None])
+    if d_BH is not None:
+        y = torch.addcmul(y, seg.x_BnQHP, d_BH[:, None, None, :, None])
     y_BTHP.unflatten(1, (n, q)).copy_(y)
 
 
 def _segment_backward(
-    seg: _Segment, outputs: tuple[Tensor, Tensor], d_GH: Tensor | None, dafter: Tensor | None, in_triton: bool
+    seg: _Segment, outputs: tuple[Tensor, Tensor], d_BH: Tensor | None, dafter: Tensor | None, in_triton: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
     """Return gradients of (x, delta, alpha, b, c), of the state before the segment, and of D per batch entry."""
     x, delta = seg.x_BnQHP, seg.delta_BnQH
@@ -380,14 +350,14 @@ def _segment_backward(
             dvalues = torch.addcmul(dvalues, back, torch.exp(seg.cum_BnQH[:, :, -1:] - seg.cum_BnQH)[..., None])
             ends_BnH = _end_products(seg, dends)
     rows, skip, columns = (dy * y).sum(-1), (dy * x).sum(-1), (x * dvalues).sum(-1)
-    if d_GH is not None:
-        rows = rows - skip * d_GH[:, None, None]
+    if d_BH is not None:
+        rows = rows - skip * d_BH[:, None, None]
     dcum = rows - columns * delta
     if ends_BnH is not None:
         dcum[:, :, -1] += ends_BnH
     dx = dvalues * delta[..., None]
-    if d_GH is not None:
-        dx = torch.addcmul(dx, dy, d_GH[:, None, None, :, None])
+    if d_BH is not None:
+        dx = torch.addcmul(dx, dy, d_BH[:, None, None, :, None])
     shape = (batch, n, q, -1)
     return (dx, columns, _reverse_cumsum(dcum, 2), db.view(shape), dc.view(shape)), dbefore, skip.sum((1, 2))
 
