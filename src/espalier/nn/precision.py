@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.errors import EspalierError
 
 # The name costs a look-up of 5 µs at every call; the key does not.
 _VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
-# torch 2.6 cannot tell: it takes an export for a compilation.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting
 
 
 def upcast(*tensors: Tensor | None) -> list[Any]:
@@ -79,6 +79,28 @@ def is_transformed() -> bool:
 def is_batched() -> bool:
     """Return whether gradients stand for many at once: ``is_grads_batched``, Jacobians with ``vectorize=True``."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
+
+
+class _Followed(TorchDispatchMode):
+    """Changes nothing, and while it is on ``is_tracing`` says so: plain operations run, and nothing in place."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def takes_batches(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``backward(ctx, *gradients)`` by its plain formula, that of ``is_tracing``, if the gradients are batched.
+
+    Such a gradient is one tensor that stands for many and has no memory of its own: kernels cannot read it, and what
+    writes into tensors made for one gradient cannot hold it.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        with _Followed() if is_batched() else nullcontext():
+            return backward(ctx, *gradients)
+
+    return run
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

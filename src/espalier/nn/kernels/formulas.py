@@ -119,12 +119,12 @@ def grouped_ssd(
 
 
 def ssd_of_one_group(
-    x: Tensor, delta: Tensor, alpha: Tensor, b: Tensor, c: Tensor, d_GH: Tensor | None, initial_BNHP: Tensor | None
+    x: Tensor, delta: Tensor, alpha: Tensor, b: Tensor, c: Tensor, d_BH: Tensor | None, initial_BNHP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return (y, final state (B, N, H, P)) where all heads share B and C, with D x added."""
     b, c = (t[:, :, None].expand(-1, -1, x.shape[2], -1) for t in (b, c))
     y, final = ssd(x, delta, alpha, b, c, None if initial_BNHP is None else initial_BNHP.transpose(1, 2))
-    return (y if d_GH is None else y + d_GH[:, None, :, None] * x), final.transpose(1, 2)
+    return (y if d_BH is None else y + d_BH[:, None, :, None] * x), final.transpose(1, 2)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int, int]) -> Tensor:

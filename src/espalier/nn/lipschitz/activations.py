@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
-from espalier.nn.precision import is_tracing
+from espalier.nn.precision import is_tracing, takes_batches
 
 
 class MaxMin(nn.Module):

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.nn.orthogonal.linear import check_dtype, draw_, orthogonal_matrix, scaled
+from espalier.nn.orthogonal.linear import OrthogonalLayer, orthogonal_matrix, scaled
 from espalier.nn.orthogonal.shuffle import (
     blocks_last,
     channels_first,
@@ -19,7 +19,6 @@ from espalier.nn.orthogonal.shuffle import (
     depth_to_space,
     space_to_depth,
 )
-from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.spectrum.convolution import Taps, apply_spectrum, convolve, spectrum
 from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
 
@@ -28,14 +27,11 @@ PADDING_MODES = ("circular", "zeros")
 _PLAIN = {1: (F.conv1d, F.conv_transpose1d), 2: (F.conv2d, F.conv_transpose2d), 3: (F.conv3d, F.conv_transpose3d)}
 
 
-class _CayleyConv(nn.Module):
+class _CayleyConv(OrthogonalLayer):
     """What the layers of this file share; ``dim`` spatial axes, and the adjoint if ``transposed``."""
 
     dim: int
     transposed = False
-    weight: nn.Parameter
-    alpha: nn.Parameter
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,24 +59,15 @@ class _CayleyConv(nn.Module):
             raise EspalierError(
                 f"{in_channels} → {out_channels} channels do not fall into {groups} groups: make both multiples of it"
             )
-        check_dtype(dtype)
         fine, coarse = (out_channels, in_channels) if self.transposed else (in_channels, out_channels)
         shape = coarse, math.prod(self.stride) * fine // groups, *self.kernel_size
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self._cache = OperatorCache()
-        self.reset_parameters(generator)
+        self._create(shape, out_channels if bias else 0, device, dtype, generator)
 
     def _per_axis(self, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
         values = (value,) * self.dim if isinstance(value, int) else tuple(int(v) for v in value)
         if len(values) != self.dim or min(values) < 1:
             raise EspalierError(f"{name} {value} must be one positive number, or one for each of {self.dim} axes")
         return values
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters; see ``draw_``."""
-        draw_(self.weight, self.alpha, self.bias, generator)
 
     @outside_graphs
     @without_autocast

@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.transform import apply_cayley_matrix, cayley
-from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, upcast, without_autocast
 
 
-class _Scaled(Protocol):
+class OrthogonalLayer(nn.Module):
+    """The parameters that orthogonal layers share, and the cache of their operators."""
+
     weight: nn.Parameter
     alpha: nn.Parameter
-    training: bool
-    _cache: OperatorCache
+    bias: nn.Parameter | None
+
+    def _create(
+        self,
+        shape: tuple[int, ...],
+        biases: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Make and draw the parameters: a weight of this shape and so many biases."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise EspalierError(f"dtype {dtype} of an orthogonal layer: choose a real floating-point one")
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(biases, device=device, dtype=dtype)) if biases else None
+        self._cache = OperatorCache()
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw weight and bias uniformly from ±1/√fan-in, torch's default, and set α to ‖weight‖; no-op on meta."""
+        if self.weight.is_meta:
+            return
+        bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
+        self.weight.uniform_(-bound, bound, generator=generator)
+        self.alpha.copy_(torch.linalg.vector_norm(self.weight.double()))
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound, generator=generator)
 
 
-class CayleyLinear(nn.Module):
+class CayleyLinear(OrthogonalLayer):
     """Linear map with an orthogonal matrix: ``y = cayley(α·W/‖W‖) x + b``.
 
     Rows are orthonormal if it has no more outputs than inputs, columns if it has no fewer, so its Lipschitz constant
@@ -49,8 +77,6 @@ class CayleyLinear(nn.Module):
     Source: arXiv 2104.07167, section 4.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -63,17 +89,8 @@ class CayleyLinear(nn.Module):
         super().__init__()
         if min(in_features, out_features) < 1:
             raise EspalierError(f"in_features {in_features} and out_features {out_features} must be at least 1")
-        check_dtype(dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._cache = OperatorCache()
-        self.reset_parameters(generator)
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters; see ``draw_``."""
-        draw_(self.weight, self.alpha, self.bias, generator)
+        self._create((out_features, in_features), out_features if bias else 0, device, dtype, generator)
 
     @outside_graphs
     @without_autocast
@@ -90,24 +107,6 @@ class CayleyLinear(nn.Module):
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise ``EspalierError`` unless parameters of this dtype hold real numbers; None is torch's default."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise EspalierError(f"dtype {dtype} of an orthogonal layer: choose a real floating-point one")
-
-
-@torch.no_grad()
-def draw_(weight: Tensor, alpha: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:
-    """Draw weight and bias uniformly from ±1/√fan-in, torch's default, and set α to ‖weight‖; no-op on meta."""
-    if weight.is_meta:
-        return
-    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-    weight.uniform_(-bound, bound, generator=generator)
-    alpha.copy_(torch.linalg.vector_norm(weight.double()))
-    if bias is not None:
-        bias.uniform_(-bound, bound, generator=generator)
 
 
 def scaled(weight: Tensor, alpha: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ class _Scale(torch.autograd.Function):
         return torch.addcmul(grad, weight, -along_weight) * (alpha / norm), along
 
 
-def orthogonal_matrix(layer: _Scaled, groups: int, dtype: torch.dtype) -> Tensor:
+def orthogonal_matrix(layer: OrthogonalLayer, groups: int, dtype: torch.dtype) -> Tensor:
     """Return the Cayley transforms (G, outputs/G, inputs/G) of a layer's matrices, from its cache in evaluation."""
 
     def build(weight: Tensor, alpha: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels.arguments import BLOCKS
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.library import call, usable
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
-from espalier.nn.precision import is_tracing
+from espalier.nn.precision import is_tracing, takes_batches
 
 
 def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_transformed, outside_graphs, upcast, without_autocast
+from espalier.nn.ssm.optional_inputs import check_devices
 
 
 def causal_conv_silu(
@@ -53,8 +54,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | Non
         raise EspalierError(f"bias is {tuple(bias.shape)}: give one number a channel, ({weight.shape[0]},)")
     if history is not None and (history.ndim != 3 or history.shape[::2] != x.shape[::2]):
         raise EspalierError(f"history is {tuple(history.shape)}: give it as (B, K − 1, C) beside x {tuple(x.shape)}")
-    if any(t is not None and t.device != x.device for t in (weight, bias, history)):
-        raise EspalierError(f"x is on {x.device}: put weight, bias and history there, too")
+    check_devices(x, weight, bias, history)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -90,7 +90,7 @@ def ssd(
     elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
-        y, final = ssd_mamba_ssm(*tensors, chunk_size)
+        y, final = ssd_mamba_ssm(*tensors, chunk_size=chunk_size)
     else:
         y, final = _grouped(tensors, chunk_size, return_state, name == "triton")
     if mask is not None:
@@ -255,12 +255,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        *inputs, d, state, chunk, need_state, in_triton = given
-        x, inputs = inputs[0], tuple(inputs)
+        x, inputs, (d, state, chunk, need_state, in_triton) = given[0], given[:5], given[5:]
         batch, length, heads, width = x.shape
         ctx.in_triton = in_triton and not is_tracing()  # what traces sees through the operations of torch alone
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        states, kept = [], []
+        states: list[Tensor | None] = []
+        kept: list[Any] = []
         places = list(_segments(x.shape, chunk, x.device.type))
         keep = batch * length * heads * chunk <= _KEPT_NUMBERS and any(ctx.needs_input_grad)
         for place in places:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
-from espalier.nn.precision import is_tracing, outside_graphs, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, without_autocast
 
 # Note [Contents, not versions]
 # A parameter's version counter misses writes through ``.data``, which is how many an exponential average is swapped in.

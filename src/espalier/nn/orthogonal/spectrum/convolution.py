@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.orthogonal.spectrum.operator import apply_cayley
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, each, product
-from espalier.nn.precision import is_tracing, without_autocast
+from espalier.nn.precision import is_tracing, takes_batches, without_autocast
 
 _Operator = Callable[[SplitComplex], SplitComplex]
 

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from espalier.nn.kernels import split_complex as kernels
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, each, product
-from espalier.nn.precision import is_tracing, without_autocast
+from espalier.nn.precision import is_tracing, takes_batches, without_autocast
 
 _T = TypeVar("_T")
 

@@ -30,11 +30,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espalier.nn.orthogonal.spectrum.batched import takes_batches
 from espalier.nn.orthogonal.spectrum.dft import Angles, Lags
 from espalier.nn.orthogonal.spectrum.factor import Factor, factor_, inverse, solve
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, beside, contiguous, each, product, transpose
-from espalier.nn.precision import differentiable, is_tracing, no_autocast
+from espalier.nn.precision import differentiable, is_tracing, no_autocast, takes_batches
 
 
 def apply_cayley(x: SplitComplex, taps: Tensor, angles: Angles | None, *, wide: bool) -> SplitComplex:
