@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ SplitComplex = tuple[Tensor, ...]
 """The real and the imaginary parts; of real numbers the real part alone."""
 
 _ROWS = 6  # of a tile of odd transforms, as in dft.cpp
-_STEPS = ("a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column", "c_batch", "c_row")
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -28,26 +28,28 @@ def compiled(*tensors: Tensor) -> bool:
 
 
 def product(
-    a: SplitComplex,
-    b: SplitComplex,
-    into: SplitComplex | None,
-    *,
-    conj_a: bool,
-    conj_b: bool,
-    alpha: int,
-    add: bool = True,
+    a: SplitComplex, b: SplitComplex, into: SplitComplex | None, *, conj_a: bool, conj_b: bool, alpha: int, add: bool
 ) -> SplitComplex:
     """Return alpha·a·b, added to ``into`` or (without ``add``) in its place; a (N, p, q), b (N, q, r) may be any views.
 
     The planes of one matrix have the same strides, and the columns of ``into`` lie one apart.
     """
     (count, m, k), n = a[0].shape, b[0].shape[2]
-    c = into if into is not None else (a[0].new_empty(count, m, n), a[0].new_empty(count, m, n))
-    steps = dict(zip(_STEPS, (*a[0].stride(), *b[0].stride(), *c[0].stride()[:2]), strict=True))
-    parts = {"a_re": a[0], "a_im": a[1], "b_re": b[0], "b_im": b[1], "c_re": c[0], "c_im": c[1]}
+    c = into or (a[0].new_empty(count, m, n), a[0].new_empty(count, m, n))
+    values = _fields("a", a, ("batch", "row", "column")) | _fields("b", b, ("batch", "row", "column"))
+    values |= _fields("c", c, ("batch", "row")) | {"count": count, "m": m, "k": k, "n": n}
     flags = {"conj_a": conj_a, "conj_b": conj_b, "add": add and into is not None, "alpha": alpha}
-    call(PLANES_PRODUCT, a[0].dtype, **parts, count=count, m=m, k=k, n=n, **steps, **flags)
+    call(PLANES_PRODUCT, a[0].dtype, **values, **flags)
     return c
+
+
+def _fields(name: str, parts: SplitComplex | None, axes: Sequence[str]) -> dict[str, Any]:
+    """Return what a structure holds of matrices (N, p, q): both planes, and the steps along its first axes."""
+    real, imag = parts or (None, None)
+    steps = real.stride() if real is not None else (0, 0)
+    return {f"{name}_re": real, f"{name}_im": imag} | {
+        f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=False)
+    }
 
 
 def factor_(a: SplitComplex, width: int) -> SplitComplex:
@@ -85,11 +87,10 @@ def solve(
     count, rows, n = x[0].shape
     z = x[0].new_empty(count, rows, n), x[0].new_empty(count, rows, n)
     y = less and (x[0].new_empty(count, rows, n + extra), x[0].new_empty(count, rows, n + extra))
-    values: dict[str, Tensor | float | None] = {}
+    values: dict[str, Any] = {}
     pairs = {"f": factor, "x": _rows(x), "less": less and _rows(less), "z": z, "y": y}
     for name, pair in pairs.items():
-        values[f"{name}_re"], values[f"{name}_im"] = pair or (None, None)
-        values[f"{name}_batch"], values[f"{name}_row"] = pair[0].stride()[:2] if pair else (0, 0)
+        values |= _fields(name, pair, ("batch", "row"))
     sizes = {"count": count, "rows": rows, "n": n, "width": width}
     call(PLANES_SOLVE, z[0].dtype, **values, **sizes, transposed=transposed, conj=conj)
     return z, y
@@ -109,12 +110,6 @@ def packed_matrix(matrix: Tensor) -> Tensor:
     return padded.reshape(-1, _ROWS, matrix.shape[1]).mT.reshape(-1)
 
 
-def _images(x: Tensor) -> tuple[Tensor, bool]:
-    """Return images (*S, N) in one of the two layouts that the kernels read, and whether columns come first."""
-    first = columns_first(x)
-    return (x if first else x.contiguous()), first
-
-
 def columns_first(x: Tensor) -> bool:
     """Return whether x (*S, N) is a view of contiguous (N, *S)."""
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
@@ -125,30 +120,23 @@ def together(channels: int) -> int:
     return math.gcd(channels, 64)
 
 
-def _shape(size: Sequence[int], columns: int, first: bool, channels: int, together: int) -> dict[str, int]:
+def _sizes(size: Sequence[int], columns: int, first: bool, together: int) -> dict[str, int]:
+    """Return the sizes by the kernels' names; ``first`` where images lie in memory as (N, *S)."""
     *lead, width = size
     size_0, size_1 = *lead, *[0] * (2 - len(lead))
-    return {
-        "lead": len(lead),
-        "width": width,
-        "rows": math.prod(lead),
-        "columns": columns,
-        "columns_first": first,
-        "size_0": size_0,
-        "size_1": size_1,
-        "channels": channels,
-        "together": together,
-    }
+    sizes = {"lead": len(lead), "width": width, "rows": math.prod(lead), "size_0": size_0, "size_1": size_1}
+    return sizes | {"columns": columns, "columns_first": first, "together": together}
 
 
 def rfft(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> SplitComplex:
     """Return the planes (F, N) of the transform of x (*S, N) with packed tables that keep F ``frequencies``."""
     *size, columns = x.shape
-    x, first = _images(x)
-    planes = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
-    sizes = _shape(size, columns, first, 1, together)
-    call(DFT_FORWARD, x.dtype, x=x, tables=tables, re=planes[0], im=planes[1], **sizes)
-    return planes
+    first = columns_first(x)
+    x = x if first else x.contiguous()
+    real, imag = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
+    sizes = _sizes(size, columns, first, together)
+    call(DFT_FORWARD, x.dtype, x=x, tables=tables, re=real, im=imag, channels=1, **sizes)
+    return real, imag
 
 
 def irfft(
@@ -157,8 +145,7 @@ def irfft(
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
     columns = real.shape[1]
-    room = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
-    channels = 1 if bias is None else len(bias)
-    sizes = _shape(size, columns, first, channels, together)
-    call(DFT_INVERSE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=room, **sizes)
-    return room
+    x = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
+    sizes = _sizes(size, columns, first, together) | {"channels": 1 if bias is None else len(bias)}
+    call(DFT_INVERSE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=x, **sizes)
+    return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,20 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor],
         layer = model.get_submodule(name)
         assert isinstance(layer, CayleyConv2d)
         prefix = f"{name}." if name else ""
-        weight, alpha = (_entry(state_dict, prefix + key) for key in ("weight", "alpha"))
+        for key in (f"{prefix}weight", f"{prefix}alpha"):
+            if key not in state_dict:
+                raise EspalierError(f"state_dict has no {key!r}: name the model's layers as the original does")
+            if not state_dict[key].is_floating_point():
+                raise EspalierError(
+                    f"{key} is {state_dict[key].dtype} there: the original's parameters are real numbers"
+                )
+        weight, alpha = state_dict[f"{prefix}weight"], state_dict[f"{prefix}alpha"]
         if weight.shape != layer.weight.shape:
             raise EspalierError(
                 f"{prefix}weight is {tuple(weight.shape)} there and {tuple(layer.weight.shape)} here: give the layer "
                 "its channels and kernel (the original halves the kernel of stride-2 layers)"
             )
-        _refuse_other_functions(prefix or "model", layer, size)
+        _refuse_other_functions(name or "model", layer, size)
         converted[prefix + "alpha"] = (alpha.double() / _half_norm_ratio(weight, layer.dilation, size)).reshape(())
     try:
         model.load_state_dict(converted)
@@ -58,22 +65,12 @@ def _refuse_other_functions(name: str, layer: CayleyConv2d, size: tuple[int, ...
     returns an image of even width whatever came in.
     """
     if set(layer.dilation) != {1} or layer.padding_mode != "circular" or layer.stride not in ((1, 1), (2, 2)):
-        raise EspalierError(
-            f"{name.rstrip('.')} has a dilation, padding or stride that the original ignores: build it without"
-        )
+        raise EspalierError(f"{name} has a dilation, padding or stride that the original ignores: build it without")
     if any(k > n for k, n in zip(layer.kernel_size, size, strict=True)) or any(n % 2 for n in size):
         raise EspalierError(
-            f"{name.rstrip('.')} sees images of {size} with a kernel of {layer.kernel_size}: the original is the same "
+            f"{name} sees images of {size} with a kernel of {layer.kernel_size}: the original is the same "
             "function only on even sizes that its kernel fits into; give images of the size it was trained at"
         )
-
-
-def _entry(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
-    if key not in state_dict:
-        raise EspalierError(f"state_dict has no {key!r}: name the model's layers as the original does")
-    if not state_dict[key].is_floating_point():
-        raise EspalierError(f"{key} is {state_dict[key].dtype} there: the original's parameters are real numbers")
-    return state_dict[key]
 
 
 @torch.no_grad()
@@ -82,12 +79,10 @@ def _torus_sizes(model: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CayleyConv2d)}
     sizes: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str) -> Any:
-        return lambda layer, inputs: sizes.update(
-            {name: tuple(n // s for n, s in zip(inputs[0].shape[2:], layer.stride, strict=True))}
-        )
+    def note(name: str, layer: CayleyConv2d, inputs: tuple[Tensor, ...]) -> None:
+        sizes[name] = tuple(n // s for n, s in zip(inputs[0].shape[2:], layer.stride, strict=True))
 
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()(images)

@@ -40,12 +40,9 @@ def space_to_depth(x: Tensor, stride: Sequence[int]) -> Tensor:
             blocks: Tensor = _Shuffle.apply(x, stride[0], False)
             return blocks
         return F.pixel_unshuffle(x, stride[0])
-    cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
-    axes = range(len(size))
-    blocks = x.reshape(batch, channels, *cut)
-    moved = blocks.permute(*(2 + 2 * a for a in axes), 0, 1, *(3 + 2 * a for a in axes))
-    coarse = moved.shape[: len(size)]
-    return channels_first(moved.reshape(*coarse, batch, channels * math.prod(stride)))
+    axes, cut = range(len(size)), _cut(size, stride)
+    moved = x.reshape(batch, channels, *cut).permute(*(2 + 2 * a for a in axes), 0, 1, *(3 + 2 * a for a in axes))
+    return channels_first(moved.reshape(*cut[::2], batch, channels * math.prod(stride)))
 
 
 class _Shuffle(torch.autograd.Function):
@@ -58,13 +55,12 @@ class _Shuffle(torch.autograd.Function):
         x = x.contiguous()
         batch, channels, height, width = x.shape
         if back:
-            channels, rows, columns = channels // stride**2, height, width
-            y = x.new_empty(batch, channels, rows * stride, columns * stride)
+            y = x.new_empty(batch, channels // stride**2, height * stride, width * stride)
         else:
-            rows, columns = height // stride, width // stride
-            y = x.new_empty(batch, channels * stride**2, rows, columns)
-        sizes = {"images": batch * channels, "height": rows, "width": columns, "stride": stride, "back": back}
-        call(BLOCKS, x.dtype, source=x, target=y, **sizes)
+            y = x.new_empty(batch, channels * stride**2, height // stride, width // stride)
+        fine, coarse = (y, x) if back else (x, y)
+        sizes = {"images": fine.shape[0] * fine.shape[1], "height": coarse.shape[2], "width": coarse.shape[3]}
+        call(BLOCKS, x.dtype, source=x, target=y, **sizes, stride=stride, back=back)
         return y
 
     @staticmethod
@@ -86,8 +82,7 @@ def blocks_last(x: Tensor, stride: Sequence[int]) -> Tensor:
     if all(s == 1 for s in stride):
         return rows
     *size, batch, channels = rows.shape
-    check_divides(size, stride)
-    cut = [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
+    cut = _cut(size, stride)
     coarse, fine = range(0, len(cut), 2), range(1, len(cut), 2)
     moved = rows.reshape(*cut, batch, channels).permute(*coarse, len(cut), *fine, len(cut) + 1)
     return moved.flatten(len(size) + 1)
@@ -97,6 +92,12 @@ def check_divides(size: Sequence[int], stride: Sequence[int]) -> None:
     """Raise ``EspalierError`` unless each stride divides the image's size along its axis."""
     if any(n % s for n, s in zip(size, stride, strict=True)):
         raise EspalierError(f"image size {tuple(size)} is no multiple of the stride {tuple(stride)}: pad or crop it")
+
+
+def _cut(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Return the axes of an image cut into blocks: along each axis the number of blocks, then their side."""
+    check_divides(size, stride)
+    return [part for n, s in zip(size, stride, strict=True) for part in (n // s, s)]
 
 
 def depth_to_space(x: Tensor, stride: Sequence[int]) -> Tensor:

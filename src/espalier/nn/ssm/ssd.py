@@ -90,7 +90,7 @@ def ssd(
     elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
-        y, final = ssd_mamba_ssm(*tensors, chunk_size=chunk_size)
+        y, final = ssd_mamba_ssm(*[*tensors, chunk_size])
     else:
         y, final = _grouped(tensors, chunk_size, return_state, name == "triton")
     if mask is not None:

@@ -73,7 +73,7 @@ class OperatorCache:
             # A graph must hold how the operator follows from its parameters, and a tensor that belongs to a transform
             # must not outlive it. Contents that do not exist cannot be compared.
             return build(*(parameter.double() for parameter in parameters)).to(dtype)
-        with _untraced(), torch.inference_mode(False), torch.no_grad():
+        with _untraced(), torch.inference_mode(False), torch.no_grad(), self._lock:
             planes = self._planes((key, dtype), parameters, build)
         if onnx or not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)):
             return planes
@@ -81,29 +81,22 @@ class OperatorCache:
         return result
 
     def _planes(self, key: tuple[Hashable, torch.dtype], parameters: Sequence[Tensor], build: Build) -> Tensor:
-        with self._lock:
-            if not self._current(parameters):
-                self._entries = {}
-                self._contents = [parameter.detach().clone() for parameter in parameters]
-            if key not in self._entries:
-                made = build(*(copy.double() for copy in self._contents)).to(key[1])
-                while len(self._entries) >= _ENTRIES:
-                    del self._entries[next(iter(self._entries))]
-                self._entries[key] = made
-            return self._entries[key]
-
-    def _current(self, parameters: Sequence[Tensor]) -> bool:
-        return len(parameters) == len(self._contents) and all(
+        current = len(parameters) == len(self._contents) and all(
             now.device == then.device and now.dtype == then.dtype and torch.equal(now, then)
             for now, then in zip(parameters, self._contents, strict=True)
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OperatorCache:
-        """Return an empty cache."""
-        return OperatorCache()
+        if not current:
+            self._entries = {}
+            self._contents = [parameter.detach().clone() for parameter in parameters]
+        if key not in self._entries:
+            made = build(*(copy.double() for copy in self._contents)).to(key[1])
+            while len(self._entries) >= _ENTRIES:
+                del self._entries[next(iter(self._entries))]
+            self._entries[key] = made
+        return self._entries[key]
 
     def __reduce__(self) -> tuple[type[OperatorCache], tuple[()]]:
-        """Pickle as an empty cache."""
+        """Pickle, and be copied, as an empty cache."""
         return OperatorCache, ()
 
 

@@ -21,7 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from torch import Tensor
 from espalier.nn.kernels import split_complex as kernels
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, each, product
 from espalier.nn.precision import is_tracing, takes_batches, without_autocast
-
-_T = TypeVar("_T")
 
 # Tables are made here whatever the default device is, so that they are the same everywhere.
 _HOST = torch.device("cpu")
@@ -55,13 +53,13 @@ def counts(size: tuple[int, ...]) -> tuple[int, ...]:
     )
 
 
-def _kept(build: Callable[..., _T], *arguments: Any) -> _T:
+def _kept(build: Callable[..., Any], *arguments: Any) -> Any:
     """Return ``build(*arguments)``, kept for later calls unless what is made now belongs to a graph or a transform."""
     return build(*arguments) if is_tracing() else _keep(build, *arguments)
 
 
 @functools.lru_cache(maxsize=128)
-def _keep(build: Callable[..., _T], *arguments: Any) -> _T:
+def _keep(build: Callable[..., Any], *arguments: Any) -> Any:
     with torch.inference_mode(False):  # later calls may be differentiated
         return build(*arguments)
 
@@ -95,7 +93,10 @@ def tables(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, inv
     They are computed in float64 and rounded once, and kept for later calls, except while a graph is being traced.
     Columns are (B, C) with C ``channels``, and no example can tell what else is in its batch.
     """
-    return _kept(_build_tables, tuple(int(n) for n in size), dtype, device, inverse, kernels.together(channels))
+    found: Tables = _kept(
+        _build_tables, tuple(int(n) for n in size), dtype, device, inverse, kernels.together(channels)
+    )
+    return found
 
 
 def _build_tables(
@@ -104,9 +105,7 @@ def _build_tables(
     *lead, width = size
     half, times = width // 2 + 1, counts(size)
     kept = [f for f, count in enumerate(times) if count]
-    place = [0] * len(times)
-    for n, f in enumerate(kept):
-        place[f] = n
+    number = {f: n for n, f in enumerate(kept)}
     if inverse:
         # Frequencies between 0 and half the width stand for those above, too.
         shares = [count * (1 if 2 * (f % half) % width == 0 else 2) / math.prod(size) for f, count in enumerate(times)]
@@ -121,7 +120,7 @@ def _build_tables(
         weights.to(device),
         inverse,
         torch.tensor(kept, device=device),
-        torch.tensor(place, device=device),
+        torch.tensor([number.get(f, 0) for f in range(len(times))], device=device),
         _packed(size, weights) if device.type == "cpu" else None,
         together,
     )
@@ -176,7 +175,8 @@ def tap_angles(
         dtype: of the result, which is computed in float64 and kept for later calls.
         device: of the result.
     """
-    return _kept(_build_angles, tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
+    found: Angles = _kept(_build_angles, tuple(int(n) for n in size), tuple(tuple(o) for o in offsets), dtype, device)
+    return found
 
 
 def _build_angles(
@@ -202,15 +202,14 @@ def _turned(
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (F, T) of 2π Σ_a f_a o_a / n_a for places o."""
     *lead, width = size
+    along = [torch.arange(n, device=_HOST) for n in (*lead, width // 2 + 1)]
     counted = torch.tensor([f for f, count in enumerate(counts(size)) if count], device=_HOST)
+    frequencies = torch.cartesian_prod(*along).view(-1, len(size))[counted]
     theta = torch.zeros(len(counted), len(places), dtype=torch.float64, device=_HOST)
-    step = 1
+    offsets = torch.tensor(places, device=_HOST)
     for axis in reversed(range(len(size))):
-        n, count = size[axis], width // 2 + 1 if axis == len(lead) else size[axis]
-        offsets = torch.tensor([place[axis] for place in places], device=_HOST)
-        turns = torch.outer(counted // step % count, offsets) % n  # reduced as integers: exact at any size
-        theta += turns.double() * (2 * math.pi / n)
-        step *= count
+        turns = torch.outer(frequencies[:, axis], offsets[:, axis]) % size[axis]  # as integers: exact at any size
+        theta += turns.double() * (2 * math.pi / size[axis])
     return theta.cos().to(device, dtype), theta.sin().to(device, dtype)
 
 
@@ -227,7 +226,9 @@ def rfft(x: Tensor, matrices: Tables) -> SplitComplex:
         return kernels.rfft(x, matrices.packed, len(matrices.kept), together=matrices.together)
     *lead, width, columns = x.shape
     # Every size is named here and below: an empty batch leaves nothing to infer one from.
-    rows = _columns_last(x).reshape(math.prod(lead), width, columns)
+    if not is_tracing() and kernels.columns_first(x):  # one flat transpose is the fastest way to reorder it
+        x = x.movedim(-1, 0).flatten(1).t().contiguous()
+    rows = x.reshape(math.prod(lead), width, columns)
     planes: SplitComplex = tuple(torch.matmul(table, rows) for table in matrices.last)
     for axis in reversed(range(len(lead))):
         planes = _mix(planes, lead, axis, matrices.others[axis], conj=False)
@@ -238,13 +239,6 @@ def rfft(x: Tensor, matrices: Tables) -> SplitComplex:
         weights = matrices.weights.index_select(0, matrices.kept)[:, None]
         planes = each(lambda plane: plane * weights, planes)
     return planes
-
-
-def _columns_last(x: Tensor) -> Tensor:
-    """Return x (*S, N) contiguous if it is a view of (N, *S): one flat transpose is the fastest way to reorder it."""
-    if not is_tracing() and kernels.columns_first(x):
-        return x.movedim(-1, 0).flatten(1).t().contiguous().view(x.shape)
-    return x
 
 
 def irfft(
