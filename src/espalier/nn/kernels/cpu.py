@@ -64,7 +64,8 @@ def register_gradients(
         ctx.set_materialize_grads(False)
 
     def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given, outputs = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+        saved = ctx.saved_tensors  # read once: checkpointing computes anew what it gives
+        given, outputs = saved[:tensors], saved[tensors:]
         found: Sequence[Tensor | None]
         if formulas.by_formula() or (kept and not ctx.numbers[-1]):  # nothing was kept: no gradient was expected then
             found = formulas.differentiate(lambda *t: formula(*t, *ctx.numbers), given, grads)

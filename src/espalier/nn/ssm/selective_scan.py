@@ -65,12 +65,8 @@ def selective_scan(
     """
     _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, gate_BLE)
     (batch, length, channels), dtype = x_BLE.shape, x_BLE.dtype
-    check_shapes(
-        d=(d_E, (channels,)),
-        delta_bias=(delta_bias_E, (channels,)),
-        initial_state=(initial_state, (batch, *a_EN.shape)),
-        mask=(mask, (batch, length)),
-    )
+    of_channels = {"d": (d_E, (channels,)), "delta_bias": (delta_bias_E, (channels,))}
+    check_shapes(**of_channels, initial_state=(initial_state, (batch, *a_EN.shape)), mask=(mask, (batch, length)))
     x, delta, bias, *rest = upcast(x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
     check_devices(x, delta, bias, *rest)
     name = "formula" if is_transformed() else choose("selective_scan", x.device.type)
