@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian, vhp
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError
 from espalier.models import ConvMixer
@@ -129,6 +130,17 @@ def test_gradients_can_be_differentiated(name: str) -> None:
 
     inputs = [t.detach().requires_grad_() for t in (x, *parameters.values())]
     assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4, rtol=1e-3, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("twice", [False, True])
+def test_checkpointed_gradients_are_those_without(name: str, twice: bool) -> None:
+    # Checkpointing computes what was kept again, and hands each tensor out a single time.
+    net, x = made(name)
+    x.requires_grad_()
+    outputs = net(x), checkpoint(net, x, use_reentrant=False)
+    plain, again = (torch.autograd.grad(y.square().sum(), x, create_graph=twice)[0] for y in outputs)
+    torch.testing.assert_close(plain, again)
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -71,13 +71,9 @@ def ssd(
     Source: arXiv 2405.21060, sections 6 and 7.
     """
     _check(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, chunk_size)
-    batch, length, heads, width = x_BLHP.shape
-    check_shapes(
-        d=(d_H, (heads,)),
-        initial_state=(initial_state, (batch, heads, b_BLGN.shape[3], width)),
-        mask=(mask, (batch, length)),
-    )
-    dtype = x_BLHP.dtype
+    (batch, length, heads, width), dtype = x_BLHP.shape, x_BLHP.dtype
+    states = (batch, heads, b_BLGN.shape[3], width)
+    check_shapes(d=(d_H, (heads,)), initial_state=(initial_state, states), mask=(mask, (batch, length)))
     x, delta, *rest = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
     if mask is not None:
         delta = torch.where(mask.bool()[..., None], delta, 0.0)
@@ -90,12 +86,10 @@ def ssd(
     elif name == "mamba_ssm" and x.dtype == torch.float32:
         from espalier.nn.kernels.cuda import ssd_mamba_ssm
 
-        y, final = ssd_mamba_ssm(*[*tensors, chunk_size])
+        y, final = ssd_mamba_ssm(*tensors, chunk_size=chunk_size)
     else:
         y, final = _grouped(tensors, chunk_size, return_state, name == "triton")
-    if mask is not None:
-        y = torch.where(mask.bool()[..., None, None], y, 0.0)
-    y = y.to(dtype)
+    y = (y if mask is None else torch.where(mask.bool()[..., None, None], y, 0.0)).to(dtype)
     return (y, final) if return_state else y
 
 
@@ -150,8 +144,8 @@ def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, in_tri
         return tensor_BLG.transpose(1, 2).flatten(0, 1)
 
     x, delta, alpha = (fold(t.unflatten(2, (groups, -1))) for t in (x, delta, delta * a))
-    d = None if d is None else d.view(groups, -1).repeat(batch, 1)
-    state = None if state is None else state.view(batch * groups, -1, size, width).transpose(1, 2).contiguous()
+    d = None if d is None else d.reshape(groups, -1).repeat(batch, 1)
+    state = None if state is None else state.reshape(batch * groups, -1, size, width).transpose(1, 2).contiguous()
     chunk = min(chunk_size, length)
     y, final = _apply_chunked(x, delta, alpha, fold(b), fold(c), d, state, chunk, need_state, in_triton)
     y = y.unflatten(0, (batch, groups)).transpose(1, 2).reshape(batch, length, heads, width)
@@ -280,7 +274,8 @@ class _Chunked(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dfinal = gradients
-        inputs, (d, y, *rest) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: checkpointing hands each tensor out a single time
+        inputs, (d, y, *rest) = saved[:5], saved[5:]
         states, kept = rest[: len(ctx.places)], rest[len(ctx.places) :]
         dstate = dfinal if ctx.need_state else None
         if formulas.by_formula():
