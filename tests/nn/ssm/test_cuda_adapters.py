@@ -67,5 +67,5 @@ def test_ssd_takes_their_layout(cuda: Any, resumed: bool) -> None:
     inputs = (
         normal(2, 7, 4, 3), normal(2, 7, 4).abs(), -normal(4).abs(), normal(2, 7, 2, 5), normal(2, 7, 2, 5), normal(4),
     )  # fmt: skip
-    for mine, other in zip(cuda.ssd_mamba_ssm(*inputs, state, 64), ssd_loop(*inputs, state), strict=True):
+    for mine, other in zip(cuda.ssd_mamba_ssm(*inputs, state, chunk_size=64), ssd_loop(*inputs, state), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)

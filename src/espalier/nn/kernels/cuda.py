@@ -25,6 +25,7 @@ def ssd_mamba_ssm(
     c_BLGN: Tensor,
     d_H: Tensor | None,
     initial_BHNP: Tensor | None,
+    *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Run ``mamba_chunk_scan_combined``, whose states are (B, H, P, N), and return (y, final state)."""
