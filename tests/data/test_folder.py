@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from espalier.data import build_source
 from espalier.data.encoded import EncodedImages
 from espalier.data.folder import read_folder
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, MissingExtraError
+from espalier.recipes.base import Recipe
 
 
 def one_line(caught: pytest.ExceptionInfo[EspalierError]) -> str:
@@ -98,6 +101,18 @@ def test_a_new_time_alone_renews_the_cache(tmp_path: Path) -> None:
         os.utime(tmp_path / name / "0.bmp", ns=(1, 1))
     assert (tmp_path / "cat" / "0.bmp").stat().st_size == length
     assert read_folder(tmp_path, size=8, test_share=0.5).train.images_NCHW.min() == 2
+
+
+def test_without_pillow_no_image_is_blamed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pets(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(MissingExtraError, match="PIL is needed here"):
+        read_folder(tmp_path, size=8)
+    streamed = Recipe(
+        name="r", dataset="folder", data_path=str(tmp_path), data_args={"storage": "stream", "workers": 0}
+    )
+    with pytest.raises(EspalierError, match=r"^PIL is needed here"):
+        build_source(streamed)
 
 
 def test_the_cache_serves_until_a_file_changes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

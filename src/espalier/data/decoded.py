@@ -21,7 +21,7 @@ from torch import Tensor
 
 from espalier.data.decode import central_square
 from espalier.data.encoded import EncodedImages
-from espalier.errors import EspalierError, require
+from espalier.errors import EspalierError, MissingExtraError, require
 from espalier.files import cache_folder, lock_at, read_regular, require_regular, shown, write_bytes
 from espalier.memory import free_memory
 
@@ -55,6 +55,7 @@ def decode_all(images: EncodedImages, size: int) -> Path:
 
     Raises:
         EspalierError: images that cannot be decoded (all are listed), or no room for the file; nothing is left of it.
+        MissingExtraError: Pillow is not installed.
     """
     target = cache_folder() / f"images-{images.fingerprint(size)}.npy"
     try:
@@ -190,6 +191,8 @@ def _write(images: EncodedImages, size: int, target: Path) -> None:
         try:
             content = images.read(index)
             pixels = central_square(images.decode(index, content), size).numpy().tobytes()
+        except MissingExtraError:
+            raise
         except EspalierError as error:
             bad[index] = str(error)
             return b""

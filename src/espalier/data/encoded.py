@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from espalier.data.decode import upright_rgb
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, MissingExtraError
 from espalier.files import open_regular, shown
 
 # Note [Fingerprint]
@@ -101,6 +101,8 @@ class EncodedImages:
         """
         try:
             return upright_rgb(content)
+        except MissingExtraError:
+            raise  # nothing is wrong with the image
         except ValueError as error:
             raise self._refusal(index, error) from error
 
