@@ -98,7 +98,7 @@ def _open(folder: Path) -> Summary | Run:
 def _chapter(item: Summary | Run, context: Context) -> Chapter:
     if isinstance(item, Summary):
         sections = [*_made(STUDY_SECTIONS, item, context), *_pictures(first_runs(item)), trials(item, context)]
-        return Chapter(f"Study {item.study.path.resolve().name}", " against ".join(item.study.arms), sections)
+        return Chapter(f"Study {item.study.name}", " against ".join(item.study.arms), sections)
     sections = [*_made(RUN_SECTIONS, item, context), *_pictures({"": item})]
     return Chapter(f"Run {_short(item.path.resolve())}", "", sections)
 
