@@ -127,6 +127,16 @@ def test_the_fused_blocks_are_torchs_modules_in_value_gradients_and_statistics(d
     assert_close(ours, step(twin, x.double()), 20 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_autocast_narrows_no_residual(padding_mode: str) -> None:
+    conv, act, norm = nn.Conv2d(9, 9, 3, padding=1, groups=9, padding_mode=padding_mode), nn.GELU(), nn.BatchNorm2d(9)
+    x = draw_map(2, 9, 6, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        branch, ours = norm.eval()(act(conv(x))), mixing_block(x, conv, act, norm)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, x + branch, rtol=1e-6, atol=1e-6)  # a map in bfloat16 would be 4e-3 away
+
+
 @needs_kernels
 def test_gradcheck_of_both_in_double_precision() -> None:
     net = Blocks(3, 4, {}).double()

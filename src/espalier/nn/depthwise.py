@@ -74,8 +74,9 @@ def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module)
 
 def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``x + norm(act(conv(x)))`` for a depthwise convolution that keeps the size, fused if it can be."""
-    x = _autocast(x) if _takes_norm(x, conv, act, norm) else x
-    if not (_takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)):
+    fused = _takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)
+    # What autocast narrows for the convolution is added whole: the kernel reads it once, in one precision.
+    if not fused or _autocast(x).dtype != x.dtype:
         return x + norm(act(conv(x)))
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
