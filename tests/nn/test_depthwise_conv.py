@@ -248,6 +248,16 @@ def test_one_value_a_channel_is_refused_as_torch_refuses_it() -> None:
         Blocks(4, 3, {})(draw_map(1, 4, 1, 1))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_patches_as_large_as_one_image_are_refused_as_torch_refuses_them(training: bool) -> None:
+    conv, act, norm = nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.BatchNorm2d(8, track_running_stats=training)
+    norm.train(training)  # without running statistics those of the batch are taken in evaluation, too
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        pointwise_block(draw_map(1, 3, 4, 4), conv, act, norm)
+    if training:
+        assert torch.equal(norm.running_var, torch.ones(8))
+
+
 def test_the_layer_has_the_parameters_of_torchs_and_refuses_no_channels() -> None:
     ours, torchs = DepthwiseConv2d(6, 5), nn.Conv2d(6, 6, 5, groups=6, padding="same")
     assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in torchs.state_dict().items()}

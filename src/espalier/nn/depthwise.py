@@ -69,12 +69,13 @@ def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module)
     x = x.contiguous(memory_format=torch.channels_last)
     # The bias is added where GELU is computed.
     u = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _gelu_norm(u, conv.bias, norm)
+    return norm(act(conv(x))) if _lacks_values(norm, u) else _gelu_norm(u, conv.bias, norm)
 
 
 def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``x + norm(act(conv(x)))`` for a depthwise convolution that keeps the size, fused if it can be."""
     fused = _takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)
+    fused = fused and not _lacks_values(norm, x)
     # What autocast narrows for the convolution is added whole: the kernel reads it once, in one precision.
     if not fused or _autocast(x).dtype != x.dtype:
         return x + norm(act(conv(x)))
@@ -109,9 +110,20 @@ def _summed(parameter: Tensor | None, x: Tensor) -> Any:
 
 
 def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Norm:
-    fixed = not norm.training and norm.running_mean is not None
+    fixed = _is_fixed(norm)
     mean, variance = (_summed(t, x) if fixed else None for t in (norm.running_mean, norm.running_var))
     return Norm(_summed(norm.weight, x), _summed(norm.bias, x), norm.eps, mean, variance)
+
+
+def _is_fixed(norm: nn.BatchNorm2d) -> bool:
+    """Return whether the statistics are the running ones."""
+    return not norm.training and norm.running_mean is not None
+
+
+def _lacks_values(norm: nn.Module, u: Tensor) -> bool:
+    """Return whether statistics would be taken of one value a channel, which torch refuses."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    return not _is_fixed(norm) and u.numel() == u.shape[1]
 
 
 @torch.no_grad()
@@ -173,8 +185,6 @@ def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> 
     if not isinstance(x, Tensor) or x.ndim != 4:  # torch.fx traces with what is no tensor
         return False
     if norm.weight is None or norm.bias is None or not (_compiled(x) and x.numel()):
-        return False
-    if norm.training and x.numel() == x.shape[1]:  # one value a channel, which torch refuses
         return False
     tensors = (*conv.parameters(), norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return (
