@@ -43,12 +43,16 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``function(ctx, tensor, ...)`` with autocast off on the tensor's device: matrix products keep their dtype."""
+    """Run ``function(ctx, tensor, ...)`` with autocast off on the tensor's device: matrix products keep their dtype.
+
+    The tensor may come by its name.
+    """
 
     @functools.wraps(function)
-    def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
-        with no_autocast(tensor.device):
-            return function(ctx, tensor, *rest)
+    def run(ctx: Any, *given: Any, **named: Any) -> Any:
+        first = next(iter((*given, *named.values())), None)
+        with no_autocast(first.device) if isinstance(first, Tensor) else nullcontext():  # else the call is refused
+            return function(ctx, *given, **named)
 
     return run
 

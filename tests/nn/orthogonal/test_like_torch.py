@@ -237,6 +237,14 @@ def test_tensors_that_mean_something_else_than_their_memory(name: str, training:
 
 @every_layer
 @both_modes
+def test_the_input_may_be_given_by_its_name(name: str, training: bool) -> None:
+    layer, x = case(name, training)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x=x), layer(x))
+
+
+@every_layer
+@both_modes
 def test_an_empty_batch_gives_an_empty_answer(name: str, training: bool) -> None:
     layer, x = case(name, training)
     empty = x[:0].requires_grad_()
