@@ -294,6 +294,17 @@ def test_a_weight_of_zeros_is_the_identity() -> None:
     assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-8, 1e-12])
+def test_the_size_of_a_weight_does_not_matter(scale: float) -> None:
+    layer = CayleyConv2d(4, 4, 3, generator=seeded())
+    x = images(2, 4, 6, 6, dtype=torch.float32)
+    wanted = layer.eval()(x)
+    with torch.no_grad():
+        layer.weight *= scale
+    for training in (True, False):
+        torch.testing.assert_close(layer.train(training)(x), wanted)
+
+
 def test_seeds_repeat_and_meta_layers_can_be_filled_later() -> None:
     one, two = (CayleyConv2d(4, 6, 3, generator=seeded(3)) for _ in range(2))
     late = CayleyConv2d(4, 6, 3, device="meta").to_empty(device="cpu")

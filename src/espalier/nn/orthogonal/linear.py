@@ -117,8 +117,12 @@ def scaled(weight: Tensor, alpha: Tensor) -> Tensor:
     return out
 
 
+# One for all dtypes: training computes in float32 and evaluation in float64, and both are to be the same function.
+_LEAST_NORM = torch.finfo(torch.float64).eps
+
+
 def _norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight).clamp_min(torch.finfo(weight.dtype).eps)
+    return torch.linalg.vector_norm(weight).clamp_min(_LEAST_NORM)
 
 
 class _Scale(torch.autograd.Function):
@@ -139,8 +143,8 @@ class _Scale(torch.autograd.Function):
         # Gradients of wide layers come transposed, and every pass over them would be.
         grad = grad.contiguous()
         along = torch.dot(grad.view(-1), weight.reshape(-1)) / norm
-        # At n = eps the norm is a constant.
-        along_weight = torch.where(norm > torch.finfo(norm.dtype).eps, along / norm, 0.0)
+        # There the norm is a constant.
+        along_weight = torch.where(norm > _LEAST_NORM, along / norm, 0.0)
         return torch.addcmul(grad, weight, -along_weight) * (alpha / norm), along
 
 
