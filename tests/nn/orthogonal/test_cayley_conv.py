@@ -332,7 +332,8 @@ def test_refuses_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         CayleyConv2d(**arguments)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (4, 6, 6), (2, 4, 5, 6)])
-def test_refuses_images_that_do_not_fit(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (4, 6, 6), (2, 4, 5, 6), (2, 4, 0, 6), (2, 4, 6, 0)])
+def test_refuses_images_that_do_not_fit(shape: tuple[int, ...], kernel_size: int) -> None:
     with pytest.raises(EspalierError, match=r"input is|image size"):
-        CayleyConv2d(4, 4, 3, 2)(torch.zeros(shape))
+        CayleyConv2d(4, 4, kernel_size, 2)(torch.zeros(shape))

@@ -73,9 +73,9 @@ class _CayleyConv(OrthogonalLayer):
     @without_autocast
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator to (B, C, *S) images of any size; see the class."""
-        if x.ndim != self.dim + 2 or x.shape[1] != self.in_channels:
+        if x.ndim != self.dim + 2 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             axes = ", ".join("DHW"[-self.dim :])
-            raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.in_channels}, {axes})")
+            raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.in_channels}, {axes}), no side of 0")
         dtype = x.dtype
         x, weight, alpha, bias = upcast(x, self.weight, self.alpha, self.bias)
         if math.prod(self.kernel_size) == 1:
