@@ -48,6 +48,18 @@ def test_equals_the_formula(
         assert (one - two).abs().max() <= tolerance * max(1.0, two.abs().max().item())
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0), (2, 0, 3), (0, 0)])
+def test_no_rows_give_no_rows(implementation: str, leading: tuple[int, ...]) -> None:
+    norm = GatedRMSNorm(6, 2)
+    y, z = (torch.zeros(*leading, 6, requires_grad=True) for _ in range(2))
+    with use_backend(implementation):
+        out = norm(y, z)
+        out.sum().backward()
+    assert out.shape == y.grad.shape == z.grad.shape == (*leading, 6)
+    assert not norm.weight.grad.any()
+
+
 @KERNELS
 def test_the_compiled_operator_passes_torchs_own_checks() -> None:
     from espalier.nn.kernels.gated_norm import gated_norm_cpu

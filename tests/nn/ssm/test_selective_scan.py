@@ -164,6 +164,8 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         selective_scan(x, delta[:, :4], a, b, c)
     with pytest.raises(EspalierError, match=r"give both as \(B, L, N\)"):
         selective_scan(x, delta, a, b[..., :2], c)
+    with pytest.raises(EspalierError, match=r"a is \(3, 0\): give at least one state"):
+        selective_scan(x, delta, a[:, :0], b[..., :0], c[..., :0])
     with pytest.raises(EspalierError, match=r"gate is \(2, 5, 2\): give it the shape of x, \(2, 5, 3\)"):
         selective_scan(x, delta, a, b, c, gate_BLE=x[..., :2])
     with pytest.raises(EspalierError, match=r"delta_bias is \(2,\): give it the shape \(3,\)"):

@@ -171,6 +171,8 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         ssd(x, delta, a, b, c[..., :2])
     with pytest.raises(EspalierError, match="4 heads do not share 3 groups"):
         ssd(x, delta, a, b[:, :, :1].repeat(1, 1, 3, 1), c[:, :, :1].repeat(1, 1, 3, 1))
+    with pytest.raises(EspalierError, match="4 heads do not share 0 groups"):
+        ssd(x, delta, a, b[:, :, :0], c[:, :, :0])
     with pytest.raises(EspalierError, match="x is empty"):
         ssd(x[:, :0], delta[:, :0], a, b[:, :0], c[:, :0])
     with pytest.raises(EspalierError, match=r"mask is \(5,\): give it the shape \(1, 5\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from espalier.nn.kernels.library import call
 def _inputs(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> dict[str, Any]:
     """Return what both passes need by the kernel's names."""
     y, weight = contiguous(y, weight)
-    z = rows(z.reshape(-1, *z.shape[-2:]) if z.ndim > 2 else z[None])
+    z = rows(z.reshape(math.prod(z.shape[:-2]), *z.shape[-2:]))
     count = z.shape[0] * z.shape[1]
     sizes = {"rows": count, "groups": groups, "width": z.shape[2] // groups, "stride": z.stride(1)}
     return {"y": y, "z": z, "weight": weight, "eps": eps, **sizes, "items": min(count, WORK_ITEMS)}

@@ -127,6 +127,8 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, gate: Tens
         raise EspalierError(f"gate is {tuple(gate.shape)}: give it the shape of x, {tuple(x.shape)}")
     if not x.numel():
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
+    if not a.shape[1]:
+        raise EspalierError(f"a is {tuple(a.shape)}: give at least one state a channel")
 
 
 def _advance(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

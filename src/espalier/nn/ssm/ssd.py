@@ -115,7 +115,7 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size
         )
     if b.ndim != 4 or b.shape != c.shape or b.shape[:2] != x.shape[:2]:
         raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, G, N)")
-    if x.shape[2] % b.shape[2]:
+    if not b.shape[2] or x.shape[2] % b.shape[2]:
         raise EspalierError(f"{x.shape[2]} heads do not share {b.shape[2]} groups evenly: make heads a multiple of it")
     if not x.numel():
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
