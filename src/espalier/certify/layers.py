@@ -96,6 +96,7 @@ def reflection(analysis: Analysis, module: Householder, x: Bound, forward: Forwa
 @layer(L2Pool2d)
 def norm_pooling(analysis: Analysis, module: L2Pool2d, x: Bound, forward: Forward) -> Bound:
     """1: norms of parts of the image. Squares may overflow above √max, and vanish below √tiny."""
+    _expect(x, 4)
     if x.value is None:
         return analysis.exact(x, None)
     value = forward(x.value)

@@ -197,5 +197,7 @@ class Householder(nn.Module):
 
 
 def _check_groups(x: Tensor, size: int) -> None:
+    if x.ndim < 2:
+        raise EspalierError(f"input is {tuple(x.shape)}: give (B, C, …)")
     if x.shape[1] % size:
         raise EspalierError(f"{x.shape[1]} channels do not divide into groups of {size}: choose another width")

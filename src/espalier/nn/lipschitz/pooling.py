@@ -29,6 +29,7 @@ class InvertibleDownsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rearranged pixels."""
+        _check_images(x)
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise EspalierError(f"image of {x.shape[-2]}×{x.shape[-1]}: sides must be divisible by {self.factor}")
         y = F.pixel_unshuffle(x, self.factor)
@@ -71,6 +72,7 @@ class ScaledAvgPool2d(nn.Module):
         """Return the scaled averages."""
         if not x.dtype.is_floating_point:  # averages of integers are cut
             raise EspalierError(f"input is {x.dtype}: convert it to floating point")
+        _check_images(x)
         if self.kernel_size is None:
             scale = (x.shape[-2] * x.shape[-1]) ** -0.5
             if x.dtype in (torch.float16, torch.bfloat16):  # the sum, a side times the result, may be out of range
@@ -107,6 +109,8 @@ class L2Pool2d(InvertibleDownsampling):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norms."""
+        if x.ndim != 4:
+            raise EspalierError(f"input is {tuple(x.shape)}: give (B, C, H, W)")
         blocks = super().forward(x)
         parts = blocks.reshape(blocks.shape[0], x.shape[1], self.factor**2, *blocks.shape[2:])
         return torch.linalg.vector_norm(parts, dim=2)
@@ -114,3 +118,8 @@ class L2Pool2d(InvertibleDownsampling):
     def lipschitz_constant(self) -> float:
         """Return 1."""
         return 1.0
+
+
+def _check_images(x: Tensor) -> None:
+    if x.ndim < 3 or 0 in x.shape[-2:]:
+        raise EspalierError(f"input is {tuple(x.shape)}: give (B, C, H, W), no side of 0")
