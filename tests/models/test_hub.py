@@ -7,12 +7,14 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import espalier
 from espalier.checkpoints import open_host_model
@@ -82,6 +84,29 @@ def test_changed_head_is_saved_as_it_is(tmp_path: Path) -> None:
     assert logits(VisionTransformer.from_pretrained(tmp_path), example).shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.reset_classifier(4, ""),
+        lambda net: net.prune_intermediate_layers([0]),
+        lambda net: setattr(net, "blocks", net.blocks[:1]),
+    ],
+)
+def test_changed_pooling_and_depth_are_saved_as_they_are(change: Callable[[ConvMixer], Any], tmp_path: Path) -> None:
+    model, example = ConvMixer(8, 3, 3, 2, num_classes=4).eval(), IMAGES
+    change(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(ConvMixer.from_pretrained(tmp_path), example), logits(model, example))
+
+
+def test_a_changed_average_over_mirror_images_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = KWLarge(2, img_size=8).eval()
+    model.flip_average = True
+    model.save_pretrained(tmp_path)
+    example = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(KWLarge.from_pretrained(tmp_path), example), logits(model, example))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_remember_their_arguments(copied: Any, tmp_path: Path) -> None:
     model, example = make("convmixer")
@@ -112,5 +137,18 @@ def test_import_leaves_the_hub_alone() -> None:
 
 
 @pytest.mark.parametrize("cls", [TransformersViT, TransformersConvNext])
-def test_models_over_transformers_can_be_shared(cls: type[HubModel]) -> None:
-    assert issubclass(cls, HubModel)
+def test_models_over_transformers_can_be_shared(
+    cls: type[HubModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Backbone(nn.Conv2d):  # in place of the library's: what is shared is the arguments and the weights
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(3, 12, 4)
+            self.embeddings = SimpleNamespace(position_embeddings=torch.zeros(1, 65, 12))
+
+    config = lambda **_: SimpleNamespace(initializer_range=0.02)  # noqa: E731
+    names = {"ViTConfig": config, "ViTModel": Backbone, "ConvNextConfig": config, "ConvNextModel": Backbone}
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(**names))
+    model = cls(num_classes=4, **({"embed_dim": 12} if cls is TransformersViT else {"depths": (1,), "dims": (12,)}))
+    model.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

@@ -97,8 +97,12 @@ class HubModel(nn.Module):
     @contextmanager
     def _as_mixin(self) -> Iterator[Any]:
         cls, arguments = type(self), self.__dict__["_arguments"]
-        if "num_classes" in arguments:  # reset_classifier may have changed it
-            arguments["num_classes"] = self.num_classes
+        for name in ("num_classes", "global_pool", "flip_average"):  # reset_classifier or its user may have changed it
+            if name in arguments and name in self.__dict__:
+                arguments[name] = self.__dict__[name]
+        blocks = self._modules.get("blocks")
+        if "depth" in arguments and isinstance(blocks, nn.Sequential | nn.ModuleList):
+            arguments["depth"] = len(blocks)  # some may have been pruned
         mixed = _mixed(cls)
         try:
             json.dumps(arguments, allow_nan=False)
