@@ -95,6 +95,8 @@ def test_pooling_and_dropout_are_timm_s() -> None:
     torch.testing.assert_close(net(x), net.head(pooled))
     net.reset_classifier(0, "")
     torch.testing.assert_close(net(x), features)
+    net.reset_classifier(3, "")
+    torch.testing.assert_close(net(x), features)
     net.train()
     assert 0.3 < float((net.forward_head(torch.ones(1, 8, 32, 32)) == 0).float().mean()) < 0.7
     with pytest.raises(EspalierError, match="unknown global_pool 'max'"):

@@ -193,9 +193,9 @@ class ConvMixer(TimmContract, HubModel):
         return features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool the map and classify: to (B, classes), or (B, h) with ``pre_logits``."""
+        """Pool the map and classify: to (B, classes), or (B, h) with ``pre_logits``; without pooling return the map."""
         pooled = self.head_drop(x.flatten(2).mean(-1) if self.global_pool else x)
-        return pooled if pre_logits else self.head(pooled)
+        return pooled if pre_logits or not self.global_pool else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images: (B, C, *size) to logits (B, classes)."""
