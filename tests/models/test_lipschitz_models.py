@@ -80,7 +80,8 @@ def test_the_contract_of_models(name: str) -> None:
     net.init_weights(torch.Generator().manual_seed(3))
     assert torch.equal(net(x), first)
     assert net.no_weight_decay() <= set(dict(net.named_parameters()))
-    net.reset_classifier(4)
+    net.eval().reset_classifier(4)
+    assert not any(part.training for part in net.modules())
     assert net(x).shape == (2, 4)
     assert net.get_classifier() is net.head
     net.reset_classifier(0)

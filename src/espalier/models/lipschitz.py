@@ -109,6 +109,7 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
         kind = {} if like is None else {"device": like.device, "dtype": like.dtype}
         head = HEADS[self.head_kind]
         self.head = head(self.num_features, num_classes, **kind) if num_classes else nn.Identity()
+        self.head.train(self.training)  # an orthogonal head in training mode has no certificate
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""
