@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -66,5 +66,13 @@ def _modes() -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Return whether calling the module runs the code of ``kind`` and nothing else."""
-    return computes_as(module, kind) and not is_watched(module)
+    """Return whether calling the module runs the code of ``kind``, on numbers that are the weights, and nothing else."""
+    return computes_as(module, kind) and not is_watched(module) and _holds_numbers(module.weight, module.bias)
+
+
+def _holds_numbers(*parameters: Any) -> bool:
+    """Return whether tensors are torch's own: those of quantisers say only in whole products what they stand for."""
+    return all(
+        p is None or type(p) in (Tensor, nn.Parameter) or type(p).__module__.startswith("torch._subclasses")
+        for p in parameters
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +113,28 @@ def test_a_replaced_step_projection_of_mamba1_takes_effect_in_float32() -> None:
     torch.testing.assert_close(mixer.coefficients(u)[0], nn.functional.softplus(3 * logits))
     steps = mixer.bfloat16().coefficients(u.bfloat16())[0]
     assert steps.dtype == torch.float32
+
+
+class Halved(Tensor):
+    """A weight as quantisers make them: linear maps and convolutions read it as twice the numbers in its memory."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in (nn.functional.linear, nn.functional.conv1d):
+                args = [2 * a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args]
+            made = func(*args, **(kwargs or {}))
+            return made.as_subclass(cls) if func in (Tensor.detach, Tensor.requires_grad_) else made
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_weights_that_are_no_plain_numbers_are_left_to_torch(family: str) -> None:
+    mixer = Mamba1(8, 4) if family == "mamba1" else Mamba2(8, 4, head_dim=8)
+    x, halved = torch.randn(2, 7, 8), copy.deepcopy(mixer)
+    for layer in halved.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d):
+            layer.weight = nn.Parameter((layer.weight.detach() / 2).as_subclass(Halved), requires_grad=False)
+    torch.testing.assert_close(halved(x), mixer(x))
+    ours, theirs = (net.step(x[:, 0], net.empty_state(2))[0] for net in (halved, mixer))
+    torch.testing.assert_close(ours, theirs)
