@@ -47,6 +47,28 @@ def test_acts_on_the_values_as_the_recurrence_does(family: str, groups: int, len
 
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_autocast_narrows_what_the_mixer_is_given_and_not_its_matrix(family: str) -> None:
+    mixer, x = double_mixer(family).float(), torch.randn(2, 9, 12, generator=seeded(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixing, inputs = mixing_matrix(mixer, x), recurrence_of(mixer, x)
+    rows = inputs.values if inputs.values.ndim == 4 else inputs.values[..., None]
+    mixed = torch.einsum("bhts,bshp->bthp", mixing, rows).reshape(inputs.values.shape)
+    loop = selective_scan_loop if family == "mamba1" else ssd_loop
+    torch.testing.assert_close(mixed.double(), loop(*(t.double() for t in inputs))[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_a_changed_convolution_shows(family: str) -> None:
+    mixer, x = double_mixer(family), torch.randn(2, 9, 12, generator=seeded(1), dtype=torch.float64)
+    tripled = double_mixer(family)
+    with torch.no_grad():
+        for parameter in tripled.conv1d.parameters():
+            parameter *= 3
+    mixer.conv1d.register_forward_hook(lambda layer, given, out: 3 * out)
+    torch.testing.assert_close(mixing_matrix(mixer, x), mixing_matrix(tripled, x))
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 def test_values_are_those_of_the_module_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the mixer hands to its scan, caught on the way, is what the mixing matrix is computed from.
     import espalier.nn.ssm.mamba as module

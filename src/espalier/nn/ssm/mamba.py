@@ -56,7 +56,7 @@ class _Mixer(nn.Module):
         if mask is not None:
             inner_BLC = torch.where(mask.bool()[..., None], inner_BLC, 0.0)
         history, start = state or (None, None)
-        u_BLC = _conv_silu(self.conv1d, inner_BLC, history)
+        u_BLC = conv_silu(self.conv1d, inner_BLC, history)
         y_BLE, scan = self._recur(u_BLC, *others, initial_state=start, mask=mask, return_state=return_state)
         out_BLD = self.out_proj(y_BLE)
         if scan is None:
@@ -339,7 +339,7 @@ def _last_inputs(inputs_BLC: Tensor, history: Tensor | None, mask_BL: Tensor | N
     return padded.gather(1, index_BK[..., None].expand(-1, -1, padded.shape[2]))
 
 
-def _conv_silu(conv: nn.Module, x_BLC: Tensor, history_BKC: Tensor | None) -> Tensor:
+def conv_silu(conv: nn.Module, x_BLC: Tensor, history_BKC: Tensor | None) -> Tensor:
     """Return the causal convolution with SiLU, by calling the layer where more than its weights take part."""
     if is_plain(conv, nn.Conv1d):
         return causal_conv_silu(x_BLC, conv.weight.squeeze(1), conv.bias, history=history_BKC)
@@ -352,7 +352,7 @@ def _conv_silu(conv: nn.Module, x_BLC: Tensor, history_BKC: Tensor | None) -> Te
 def _conv_step(conv: nn.Module, inputs_BC: Tensor, history_BKC: Tensor) -> tuple[Tensor, Tensor]:
     window_BKC = torch.cat([history_BKC.to(inputs_BC.dtype), inputs_BC[:, None]], dim=1)
     if not is_plain(conv, nn.Conv1d):
-        return _conv_silu(conv, inputs_BC[:, None], history_BKC)[:, 0], window_BKC[:, 1:]
+        return conv_silu(conv, inputs_BC[:, None], history_BKC)[:, 0], window_BKC[:, 1:]
     window, weight_CK, bias_C = upcast(window_BKC, conv.weight.squeeze(1), conv.bias)
     mixed_BC = (window * weight_CK.mT).sum(1)
     if bias_C is not None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import upcast
-from espalier.nn.ssm.causal_conv import causal_conv_silu
-from espalier.nn.ssm.mamba import Mamba1, Mamba2, step_sizes
+from espalier.nn.precision import no_autocast, upcast
+from espalier.nn.ssm.mamba import Mamba1, Mamba2, conv_silu, step_sizes
 
 
 class Recurrence(NamedTuple):
@@ -34,9 +33,8 @@ def recurrence_of(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Recurrence:
         raise EspalierError(f"mixer is a {type(mixer).__name__}: give a Mamba1 or a Mamba2")
     if x_BLD.ndim != 3 or x_BLD.shape[2] != mixer.dim or not x_BLD.shape[1]:
         raise EspalierError(f"x has shape {tuple(x_BLD.shape)}: give (batch, length, {mixer.dim})")
-    taps, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     inner, *others = mixer._project(x_BLD)
-    values = causal_conv_silu(inner, taps, bias)
+    values = conv_silu(mixer.conv1d, inner, None)
     if isinstance(mixer, Mamba1):
         delta, b, c = mixer.coefficients(values)
     else:
@@ -72,7 +70,8 @@ def mixing_matrix(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Tensor:
     spans_BHLL = (steps_BLH[:, :, None] - steps_BLH[:, None]).movedim(3, 1).clamp_min(0)
     inputs_BH1L = delta.mT[:, :, None]
     if isinstance(mixer, Mamba2):
-        scores_BGLL = c.transpose(1, 2) @ b.permute(0, 2, 3, 1)
+        with no_autocast(c.device):
+            scores_BGLL = c.transpose(1, 2) @ b.permute(0, 2, 3, 1)
         scores_BHLL = scores_BGLL.repeat_interleave(spans_BHLL.shape[1] // scores_BGLL.shape[1], 1)
         return (scores_BHLL * (a[:, None, None] * spans_BHLL).exp() * inputs_BH1L).tril()
     mixing_BELL = torch.zeros_like(spans_BHLL)
