@@ -66,7 +66,7 @@ def _modes() -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Return whether calling the module runs the code of ``kind``, on numbers that are the weights, and nothing else."""
+    """Return whether calling the module runs the code of ``kind``, on weights that are numbers, and nothing else."""
     return computes_as(module, kind) and not is_watched(module) and _holds_numbers(module.weight, module.bias)
 
 
