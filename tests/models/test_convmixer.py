@@ -92,6 +92,13 @@ def test_init_weights_restores_everything_under_the_generator() -> None:
     assert float(weight.var()) == pytest.approx(1 / 75, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["dim", "depth", "patch_size", "in_chans", "num_classes"])
+def test_sizes_that_are_too_small_are_named(name: str) -> None:
+    sizes: dict[str, int] = {"dim": 8, "depth": 1, name: -1 if name == "num_classes" else 0}
+    with pytest.raises(EspalierError, match=f"^{name} is {sizes[name]}: give at least"):
+        ConvMixer(**sizes)
+
+
 def test_bad_input_is_one_line() -> None:
     with pytest.raises(EspalierError, match="kernel_size 1 mixes no pixels"):
         ConvMixer(8, 1, kernel_size=1)

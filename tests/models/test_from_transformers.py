@@ -55,6 +55,8 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_global_stream_alone(name: 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(EspalierError, match="patch_size 3"):
         TransformersViT(img_size=8, patch_size=3)
+    with pytest.raises(EspalierError, match="num_heads is 0"):
+        TransformersViT(embed_dim=24, num_heads=0)
     with pytest.raises(EspalierError, match="num_heads 5"):
         TransformersViT(embed_dim=24, num_heads=5)
     with pytest.raises(EspalierError, match="differ in number"):

@@ -245,6 +245,7 @@ def test_patterns_that_do_not_parse(pattern: str, words: str) -> None:
         ({"head_dim": 5}, "head_dim 5 does not divide"),
         ({"state_size": 0}, "state_size is 0"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0"),
         ({"pattern": "mamba4"}, "unknown block"),
     ],
 )

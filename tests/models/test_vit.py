@@ -140,6 +140,16 @@ def test_init_weights_is_a_function_of_the_generator() -> None:
     assert float(one.blocks[0].mlp[0].weight.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(n, 0) for n in ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads")]
+    + [(n, -1) for n in ("patch_size", "num_classes", "num_heads", "depth", "mlp_ratio")],
+)
+def test_sizes_that_are_too_small_are_named(name: str, size: int) -> None:
+    with pytest.raises(EspalierError, match=f"^{name} is {size}: give at least"):
+        VisionTransformer(**{**SMALL, name: size})
+
+
 def test_bad_input_is_one_line() -> None:
     with pytest.raises(EspalierError, match="embed_dim 24 is not divisible by num_heads 5"):
         VisionTransformer(**{**SMALL, "num_heads": 5})

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from espalier.errors import EspalierError
+
 
 class TimmContract(nn.Module):
     """A model with a head, whose blocks can be computed again in the backward pass."""
@@ -35,3 +37,10 @@ def draw_uniform(weight: Tensor, bias: Tensor | None = None, generator: torch.Ge
     for parameter in (weight, bias):
         if parameter is not None:
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+def check_sizes(least: int = 1, **sizes: float) -> None:
+    """Raise ``EspalierError`` for the first of the arguments, by their names, that is below ``least``."""
+    for name, size in sizes.items():
+        if size < least:
+            raise EspalierError(f"{name} is {size}: give at least {least}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract, draw_uniform
+from espalier.models.contract import TimmContract, check_sizes, draw_uniform
 from espalier.models.hub import HubModel
 from espalier.nn.depthwise import mixing_block, pointwise_block
 from espalier.nn.plain import is_watched
@@ -73,7 +73,7 @@ class ConvMixer(TimmContract, HubModel):
         drop_rate: dropout before the head.
 
     Raises:
-        EspalierError: a kernel below 2, or unknown options.
+        EspalierError: a kernel below 2, another size below 1, or unknown options.
 
     Source: arXiv 2201.09792, section 2.
     """
@@ -92,6 +92,8 @@ class ConvMixer(TimmContract, HubModel):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        check_sizes(dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans)
+        check_sizes(0, num_classes=num_classes)
         if kernel_size < 2:
             raise EspalierError(f"kernel_size {kernel_size} mixes no pixels: choose at least 2")
         if activation not in ACTIVATIONS:

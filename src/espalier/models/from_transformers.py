@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require
+from espalier.models.contract import check_sizes
 from espalier.models.hub import HubModel
 from espalier.models.vit import sincos_positions
 
@@ -26,7 +27,7 @@ class TransformersViT(HubModel):
         num_heads: heads of every block.
 
     Raises:
-        EspalierError: sizes that do not divide.
+        EspalierError: sizes below 1 or that do not divide.
         MissingExtraError: transformers is not installed.
     """
 
@@ -41,6 +42,8 @@ class TransformersViT(HubModel):
         num_heads: int = 3,
     ) -> None:
         super().__init__()
+        check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        check_sizes(num_heads=num_heads)
         if img_size % patch_size:
             raise EspalierError(f"img_size {img_size} is not divisible by patch_size {patch_size}: choose a divisor")
         if embed_dim % num_heads:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract, draw_uniform
+from espalier.models.contract import TimmContract, check_sizes, draw_uniform
 from espalier.models.hub import HubModel
 from espalier.nn import Mamba1, Mamba2, MambaState
 
@@ -210,9 +210,8 @@ class SequenceModel(TimmContract, HubModel):
         tie_head: bool = True,
     ) -> None:
         super().__init__()
-        for name, size in (("vocab_size", vocab_size), ("dim", dim)):
-            if size < 1:
-                raise EspalierError(f"{name} is {size}: give at least 1")
+        check_sizes(vocab_size=vocab_size, dim=dim)
+        check_sizes(0, mlp_ratio=mlp_ratio)
         sizes: dict[str, Any] = {"expand": expand, "conv_size": conv_size}
         if state_size is not None:
             sizes["state_size"] = state_size

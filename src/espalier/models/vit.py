@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.models.contract import TimmContract, draw_uniform
+from espalier.models.contract import TimmContract, check_sizes, draw_uniform
 from espalier.models.hub import HubModel
 
 
@@ -116,7 +116,7 @@ class VisionTransformer(TimmContract, HubModel):
         qkv_bias: whether queries, keys and values have biases.
 
     Raises:
-        EspalierError: sizes that do not divide, or unknown options.
+        EspalierError: sizes that are too small or do not divide, or unknown options.
     """
 
     def __init__(
@@ -134,6 +134,9 @@ class VisionTransformer(TimmContract, HubModel):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
+        check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        check_sizes(num_heads=num_heads)
+        check_sizes(0, num_classes=num_classes, depth=depth, mlp_ratio=mlp_ratio)
         if img_size % patch_size:
             raise EspalierError(f"img_size {img_size} is not divisible by patch_size {patch_size}: choose a divisor")
         for name, value, known in (("positions", positions, ("sincos", "learned")), ("pool", pool, ("avg", "cls"))):
