@@ -254,6 +254,14 @@ def test_sizes_that_do_not_fit(changes: dict[str, object], words: str) -> None:
         build_model("sequence", **{**HYBRID, **changes})
 
 
+@pytest.mark.parametrize("pattern", ["attention", "mamba1", "mamba2"])
+def test_tokens_without_a_batch_are_refused_in_one_line(pattern: str) -> None:
+    net = SequenceModel(7, 8, pattern, num_heads=1, head_dim=8)
+    for read in (net, net.prefill):
+        with pytest.raises(EspalierError, match=r"the input is \(5, 8\): give \(batch, length, 8\)"):
+            read(torch.arange(5))
+
+
 def test_bad_generation_arguments() -> None:
     net = hybrid()
     with pytest.raises(EspalierError, match="at least one token"):
