@@ -108,7 +108,9 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, KeyValues]:
         """Mix a sequence that follows what ``state`` has seen; with ``return_state`` also return the state after it."""
         if x_BLD.ndim != 3:
-            raise EspalierError(f"the input is {tuple(x_BLD.shape)}: give (batch, length, {self.num_heads * self.head_dim})")
+            raise EspalierError(
+                f"the input is {tuple(x_BLD.shape)}: give (batch, length, {self.num_heads * self.head_dim})"
+            )
         shares = [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         parts = self.qkv(x_BLD).split(shares, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
