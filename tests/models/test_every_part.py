@@ -153,6 +153,20 @@ def test_another_default_device_changes_nothing(name: str, training: bool) -> No
 
 
 @every_part
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parts_made_under_another_default_dtype_take_it(name: str, training: bool, dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        part, x = make(name, training), example(name)
+        found = part(x.to(dtype) if x.is_floating_point() else x)
+    finally:
+        torch.set_default_dtype(before)
+    assert {tensor.dtype for tensor in (found, *part.parameters(), *part.buffers())} - {torch.int64} == {dtype}
+
+
+@every_part
 @pytest.mark.parametrize("assign", [True, False])
 def test_a_net_made_on_meta_is_the_one_whose_weights_it_loads(name: str, assign: bool) -> None:
     with torch.device("meta"):

@@ -146,7 +146,7 @@ class VisionTransformer(TimmContract, HubModel):
         self.grid, self.pool = img_size // patch_size, pool
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "cls" else None
-        values = sincos_positions(self.grid, self.grid, embed_dim)[None]
+        values = sincos_positions(self.grid, self.grid, embed_dim)[None].to(torch.get_default_dtype())
         if positions == "learned":
             self.pos_embed: Tensor = nn.Parameter(values)
         else:

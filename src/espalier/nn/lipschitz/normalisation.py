@@ -35,8 +35,9 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float] | float, std: Sequence[float] | float = 1.0) -> None:
         super().__init__()
         # Checked on the CPU: a default device such as meta has no numbers to check.
-        mean_C = torch.atleast_1d(torch.as_tensor(mean, dtype=torch.float32, device="cpu"))
-        std_C = torch.atleast_1d(torch.as_tensor(std, dtype=torch.float32, device="cpu"))
+        dtype = torch.get_default_dtype()
+        mean_C = torch.atleast_1d(torch.as_tensor(mean, dtype=dtype, device="cpu"))
+        std_C = torch.atleast_1d(torch.as_tensor(std, dtype=dtype, device="cpu"))
         if mean_C.ndim != 1 or std_C.ndim != 1 or (1 not in (len(mean_C), len(std_C)) and len(mean_C) != len(std_C)):
             raise EspalierError(f"mean={mean!r} and std={std!r} differ in length: give one value per channel in each")
         if not (torch.isfinite(std_C).all() and (std_C > 0).all() and torch.isfinite(mean_C).all()):
