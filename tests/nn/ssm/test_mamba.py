@@ -94,9 +94,14 @@ def test_real_tokens_do_not_see_what_stands_in_the_padding(family: str, implemen
     mask[0, 30:], mask[1, :5] = 0, 0
     with use_backend(implementation):
         expected, state = mixer(x, mask=mask, return_state=True)
-        out, found = mixer(x.masked_fill(mask[..., None] == 0, value), mask=mask, return_state=True)
-    torch.testing.assert_close(out[mask > 0], expected[mask > 0])
+        padded = x.masked_fill(mask[..., None] == 0, value).requires_grad_()
+        out, found = mixer(padded, mask=mask, return_state=True)
+        wanted = torch.autograd.grad(expected.square().sum(), list(mixer.parameters()))
+        of_padded, *gradients = torch.autograd.grad(out.square().sum(), [padded, *mixer.parameters()])
+    torch.testing.assert_close(out, expected)
     torch.testing.assert_close(found, state)
+    torch.testing.assert_close(gradients, list(wanted))
+    assert not of_padded[mask == 0].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -52,8 +52,10 @@ class _Mixer(nn.Module):
             return_state: also return the state after the last real token.
         """
         _check_input(x_BLD, self.dim, mask, state)
+        if mask is not None:  # whatever stands there: 0 times it may be no 0
+            x_BLD = torch.where(mask.bool()[..., None], x_BLD, 0.0)
         inner_BLC, *others = self._project(x_BLD)
-        if mask is not None:
+        if mask is not None:  # a projection may add something
             inner_BLC = torch.where(mask.bool()[..., None], inner_BLC, 0.0)
         history, start = state or (None, None)
         u_BLC = conv_silu(self.conv1d, inner_BLC, history)
