@@ -135,6 +135,27 @@ def test_autocast_does_not_touch_decays_or_states(implementation: str) -> None:
     assert (half.float() - plain).abs().max() < 0.05 * plain.abs().max()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("softplus", [True, False])
+def test_the_mask_keeps_out_whatever_stands_in_the_padding(implementation: str, value: float, softplus: bool) -> None:
+    x, delta, a, b, c, d, state = draw((2, 9, 6, 4), torch.float64)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 6:], mask[1, :2] = False, False
+    found = []
+    for filling in (0.5, value):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, delta, b, c, x + 1)]
+        first, steps, maps, reads, gate = (t.masked_fill(~mask[..., None], filling) for t in leaves)
+        bias = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        options = {"gate_BLE": gate, "initial_state": state, "delta_bias_E": bias, "delta_softplus": softplus}
+        with use_backend(implementation):
+            y, last = selective_scan(first, steps, a, maps, reads, d, mask=mask, **options, return_state=True)
+            assert not y[~mask].any()
+            leaves += [a, d, bias]
+            found.append([y, last, *torch.autograd.grad(y.square().sum() + last.square().sum(), leaves)])
+    torch.testing.assert_close(*found)
+
+
 def test_steps_equal_the_scan() -> None:
     x, delta, a, b, c, d, state = (t.detach() for t in draw((2, 12, 6, 4), torch.float64))
     whole, last = selective_scan(x, delta, a, b, c, d, initial_state=state, return_state=True)

@@ -154,6 +154,23 @@ def test_the_compiled_operator_passes_torchs_own_checks() -> None:
         torch.library.opcheck(ssd_cpu, flat, test_utils=checks)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_mask_keeps_out_whatever_stands_in_the_padding(implementation: str, value: float) -> None:
+    x, delta, a, b, c, d, state = draw(2, 9, 4, 3, 2, 5, torch.float64)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 6:], mask[1, :2] = False, False
+    found = []
+    for filling in (0.5, value):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, delta, b, c)]
+        given = [t.masked_fill(~mask.view(2, 9, *[1] * (t.ndim - 2)), filling) for t in leaves]
+        with use_backend(implementation):
+            y, last = ssd(*given[:2], a, *given[2:], d, initial_state=state, mask=mask, return_state=True, chunk_size=4)
+            assert not y[~mask].any()
+            found.append([y, last, *torch.autograd.grad(y.square().sum() + last.square().sum(), [*leaves, a, d])])
+    torch.testing.assert_close(*found)
+
+
 def test_steps_equal_the_chunks() -> None:
     x, delta, a, b, c, d, state = (t.detach() for t in draw(2, 12, 4, 3, 2, 5, torch.float64))
     whole, last = ssd(x, delta, a, b, c, d, initial_state=state, return_state=True, chunk_size=5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError
@@ -18,3 +21,9 @@ def check_devices(x: Tensor, *others: Tensor | None) -> None:
     """Raise ``EspalierError`` unless all inputs are where x is: a kernel would read memory that is not there."""
     if any(other is not None and other.device != x.device for other in others):
         raise EspalierError(f"x is on {x.device} and something else on another device: put all inputs on one")
+
+
+def at_real_tokens(mask_BL: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """Return tensors (B, L, …) with zeros in the padding, whatever stood there: 0 times it may be no 0."""
+    real_BL = mask_BL.bool()
+    return [None if t is None else torch.where(real_BL[(..., *[None] * (t.ndim - 2))], t, 0.0) for t in tensors]

@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
-from espalier.nn.ssm.optional_inputs import check_devices, check_shapes
+from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check_shapes
 
 # Note [Pieces of time in torch]
 # All B·L·E·N states at once fill the memory and miss every cache; one step at a time makes a dozen small calls a step.
@@ -67,18 +67,19 @@ def selective_scan(
     (batch, length, channels), dtype = x_BLE.shape, x_BLE.dtype
     of_channels = {"d": (d_E, (channels,)), "delta_bias": (delta_bias_E, (channels,))}
     check_shapes(**of_channels, initial_state=(initial_state, (batch, *a_EN.shape)), mask=(mask, (batch, length)))
-    x, delta, bias, *rest = upcast(x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
-    check_devices(x, delta, bias, *rest)
+    given = (x_BLE, delta_BLE, delta_bias_E, a_EN, b_BLN, c_BLN, d_E, gate_BLE, initial_state)
+    x, delta, bias, a, b, c, d, gate, start = upcast(*given)
+    check_devices(x, delta, bias, a, b, c, d, gate, start)
+    if mask is not None:
+        x, delta, b, c, gate = at_real_tokens(mask, x, delta, b, c, gate)
     name = "formula" if is_transformed() else choose("selective_scan", x.device.type)
     in_kernel = name == "compiled" and mask is None and delta_softplus
     if not in_kernel:
         delta, bias = delta if bias is None else delta + bias, None
         delta = F.softplus(delta) if delta_softplus else delta
-        delta = delta if mask is None else torch.where(mask.bool()[..., None], delta, 0.0)
-    y, final = _run(name, (x, delta, bias, *rest), softplus=in_kernel)
-    if mask is not None:
-        y = torch.where(mask.bool()[..., None], y, 0.0)
-    y = y.to(dtype)
+        delta = delta if mask is None else at_real_tokens(mask, delta)[0]
+    y, final = _run(name, (x, delta, bias, a, b, c, d, gate, start), softplus=in_kernel)
+    y = (y if mask is None else at_real_tokens(mask, y)[0]).to(dtype)
     return (y, final) if return_state else y
 
 

@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
-from espalier.nn.ssm.optional_inputs import check_devices, check_shapes
+from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check_shapes
 
 # Note [Segments]
 # Within a chunk of Q tokens the recurrence is a Q×Q matrix per head; between chunks only the state travels. Doing all
@@ -74,11 +74,11 @@ def ssd(
     (batch, length, heads, width), dtype = x_BLHP.shape, x_BLHP.dtype
     states = (batch, heads, b_BLGN.shape[3], width)
     check_shapes(d=(d_H, (heads,)), initial_state=(initial_state, states), mask=(mask, (batch, length)))
-    x, delta, *rest = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
+    x, delta, a, b, c, *rest = upcast(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, d_H, initial_state)
+    check_devices(x, delta, a, b, c, *rest)
     if mask is not None:
-        delta = torch.where(mask.bool()[..., None], delta, 0.0)
-    tensors: tuple[Any, ...] = (x, delta, *rest)
-    check_devices(*tensors)
+        x, delta, b, c = at_real_tokens(mask, x, delta, b, c)
+    tensors: tuple[Any, ...] = (x, delta, a, b, c, *rest)
     if is_transformed():
         y, final = formulas.grouped_ssd(*tensors)
     elif (name := choose("ssd", x.device.type)) == "compiled":
@@ -89,7 +89,7 @@ def ssd(
         y, final = ssd_mamba_ssm(*tensors, chunk_size=chunk_size)
     else:
         y, final = _grouped(tensors, chunk_size, return_state, name == "triton")
-    y = (y if mask is None else torch.where(mask.bool()[..., None, None], y, 0.0)).to(dtype)
+    y = (y if mask is None else at_real_tokens(mask, y)[0]).to(dtype)
     return (y, final) if return_state else y
 
 
