@@ -231,6 +231,12 @@ def test_a_convex_sum_takes_a_function_of_another_precision() -> None:
     torch.testing.assert_close(y, 0.75 * x + 0.25 * x.bfloat16().float())
 
 
+def test_the_constant_of_a_linear_residual_counts_what_float32_rounds_away() -> None:
+    layer = LinearResidual(1, 1)
+    nn.init.constant_(layer.weight, 2.0**-25)  # in float32, 1 more than that is 1
+    assert 1 + 2.0**-25 <= layer.lipschitz_constant() <= 1 + 2.0**-24
+
+
 def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
     assert 3.0 <= spectral_norm(torch.diag(torch.tensor([1.0, -3.0, 2.0]))) <= 3.0 * (1 + 1e-12)
     assert spectral_norm(torch.tensor([[float("nan")]])) != spectral_norm(torch.zeros(1, 1))

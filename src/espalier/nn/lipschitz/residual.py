@@ -99,9 +99,7 @@ class LinearResidual(nn.Module):
 
     def residual_kernel(self) -> Tensor:
         """Return W + δ, shaped as W."""
-        reach = self.weight.shape[-1] // 2
-        identity = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
-        return self.weight + F.pad(identity[:, :, None, None], (reach,) * 4)
+        return _with_identity(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x + W∗x + b."""
@@ -109,8 +107,14 @@ class LinearResidual(nn.Module):
 
     def lipschitz_constant(self) -> float:
         """Return the bound of W + δ for every image size."""
-        return kernel_norm(self.residual_kernel())
+        return kernel_norm(_with_identity(self.weight.detach().double()))  # in float32 the sum would be rounded
 
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
         return f"{len(self.weight)}, kernel_size={self.weight.shape[-1]}, bias={self.bias is not None}"
+
+
+def _with_identity(weight: Tensor) -> Tensor:
+    reach = weight.shape[-1] // 2
+    identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    return weight + F.pad(identity[:, :, None, None], (reach,) * 4)
