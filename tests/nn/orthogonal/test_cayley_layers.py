@@ -347,3 +347,13 @@ def test_parametrization_refuses_what_is_no_matrix() -> None:
     # What is real here would drop an imaginary part.
     with pytest.raises(EspalierError, match=r"'weight' is torch\.complex64"):
         parametrize_cayley(nn.Linear(3, 3, dtype=torch.complex64))
+    layer, lost = nn.Linear(3, 3), torch.full((3, 3), float("nan"))
+    nn.init.constant_(layer.weight, float("inf"))
+    with pytest.raises(EspalierError, match="give finite numbers"):
+        parametrize_cayley(layer)
+    assert isinstance(layer.weight, nn.Parameter)
+    layer = parametrize_cayley(nn.Linear(3, 3))
+    before = layer.weight.detach().clone()
+    with pytest.raises(EspalierError, match="give finite numbers"):
+        layer.weight = lost
+    assert torch.equal(layer.weight, before)

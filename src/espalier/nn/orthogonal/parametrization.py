@@ -26,7 +26,7 @@ def parametrize_cayley(module: nn.Module, name: str = "weight") -> nn.Module:
         The module. ``parametrize.remove_parametrizations(module, name)`` makes the matrix a plain parameter again.
 
     Raises:
-        EspalierError: there is no such parameter, or it is no matrix of real floating-point numbers.
+        EspalierError: there is no such parameter, or it is no matrix of finite real floating-point numbers.
 
     Source: arXiv 2104.07167, section 4; the fixed rotation as in arXiv 1909.09501.
     """
@@ -60,6 +60,8 @@ class _Cayley(nn.Module):
     @torch.no_grad()
     def right_inverse(self, matrix: Tensor) -> Tensor:
         """Turn the base to the orthogonal matrix nearest to the one given, and return W = 0."""
+        if not matrix.is_meta and not matrix.isfinite().all():
+            raise EspalierError("no orthogonal matrix is nearest to one with NaN or infinity: give finite numbers")
         tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
         left, _, right = torch.linalg.svd(tall.double())
         width = tall.shape[1]
