@@ -262,6 +262,16 @@ def test_tokens_without_a_batch_are_refused_in_one_line(pattern: str) -> None:
             read(torch.arange(5))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_states_of_another_model_are_refused_in_one_line(count: int) -> None:
+    net = SequenceModel(7, 8, "mamba1*2")
+    states = SequenceModel(7, 8, f"mamba1*{count}").empty_states(2)
+    with pytest.raises(EspalierError, match=f"there are {count} states: give one for each of the 2 layers"):
+        net.prefill(torch.zeros(2, 3, dtype=torch.long), states)
+    with pytest.raises(EspalierError, match=f"there are {count} states: give one for each of the 2 layers"):
+        net.step(torch.zeros(2, dtype=torch.long), states)
+
+
 def test_bad_generation_arguments() -> None:
     net = hybrid()
     with pytest.raises(EspalierError, match="at least one token"):
@@ -270,3 +280,5 @@ def test_bad_generation_arguments() -> None:
         net.generate(tokens(), -1)
     with pytest.raises(EspalierError, match="temperature -1"):
         net.generate(tokens(), 1, temperature=-1)
+    with pytest.raises(EspalierError, match="temperature nan"):
+        net.generate(tokens(), 1, temperature=float("nan"))

@@ -299,6 +299,7 @@ class SequenceModel(TimmContract, HubModel):
 
     def prefill(self, tokens_BL: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
         """Read a sequence in parallel and return (its logits (B, L, V), the state of every layer after it)."""
+        self._check_states(states)
         x_BLD, after = self.embedding(tokens_BL), []
         for index, layer in enumerate(self._layers()):
             x_BLD, state = layer.forward_with_state(x_BLD, None if states is None else states[index])
@@ -307,6 +308,7 @@ class SequenceModel(TimmContract, HubModel):
 
     def step(self, tokens_B: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Read one token per sequence and return (logits (B, V), the states after it)."""
+        self._check_states(states)
         x_BD, after = self.embedding(tokens_B), []
         for layer, before in zip(self._layers(), states, strict=True):
             x_BD, state = layer.step(x_BD, before)
@@ -337,8 +339,8 @@ class SequenceModel(TimmContract, HubModel):
         """
         if tokens_BL.dim() != 2 or not tokens_BL.shape[1]:
             raise EspalierError(f"tokens are {tuple(tokens_BL.shape)}: give (B, L) with at least one token")
-        if steps < 0 or temperature < 0:
-            raise EspalierError(f"steps {steps}, temperature {temperature}: neither can be negative")
+        if steps < 0 or not temperature >= 0:
+            raise EspalierError(f"steps {steps}, temperature {temperature}: give numbers that are not negative")
         if not steps:
             return tokens_BL.clone()
         logits_BLV, states = self.prefill(tokens_BL)
@@ -365,6 +367,10 @@ class SequenceModel(TimmContract, HubModel):
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the reference exempts from weight decay: ``A_log``, ``D`` and ``dt_bias``."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D", "dt_bias")}
+
+    def _check_states(self, states: list[State] | None) -> None:
+        if states is not None and len(states) != len(self.layers):
+            raise EspalierError(f"there are {len(states)} states: give one for each of the {len(self.layers)} layers")
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]

@@ -210,6 +210,10 @@ def test_bad_inputs_are_refused_in_one_line(family: str) -> None:
         mixer(x, mask=torch.ones(2, 4))
     with pytest.raises(EspalierError, match="the state is for 3 sequences: give 2"):
         mixer(x, state=mixer.empty_state(3))
+    window, scan = mixer.empty_state(2)
+    for wrong in (window[:, 1:], window[..., 1:]):
+        with pytest.raises(EspalierError, match=r"the state's window is .* give it the shape \(2, 3, "):
+            mixer(x, state=MambaState(wrong, scan))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own

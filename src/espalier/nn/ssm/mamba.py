@@ -14,6 +14,7 @@ from espalier.nn.plain import is_plain
 from espalier.nn.precision import no_autocast, upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
 from espalier.nn.ssm.gated_norm import GatedRMSNorm
+from espalier.nn.ssm.optional_inputs import check_shapes
 from espalier.nn.ssm.selective_scan import selective_scan, selective_step
 from espalier.nn.ssm.split_linear import split_linear
 from espalier.nn.ssm.ssd import ssd, ssd_step
@@ -52,6 +53,8 @@ class _Mixer(nn.Module):
             return_state: also return the state after the last real token.
         """
         _check_input(x_BLD, self.dim, mask, state)
+        if state is not None:
+            check_shapes(**{"the state's window": (state.conv_BKC, (len(x_BLD), self.conv_size - 1, self.conv_dim))})
         if mask is not None:  # whatever stands there: 0 times it may be no 0
             x_BLD = torch.where(mask.bool()[..., None], x_BLD, 0.0)
         inner_BLC, *others = self._project(x_BLD)
