@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import espalier
 from espalier.errors import EspalierError
 from espalier.init.layouts.keys import module_key
+from espalier.init.layouts.registry import LAYOUTS, class_path
 
 DIM, HEADS = 32, 4
 
@@ -283,3 +284,50 @@ def test_filters_of_which_a_part_is_masked_are_left_alone(last: bool) -> None:
 
     with pytest.raises(EspalierError, match="does not use its weights as they are"):
         espalier.structure_(nn.Sequential(Masked(8, 8, 5, groups=8)))
+
+
+class Rolled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).roll(self.out_features // 3, -1)
+
+
+class Same(nn.Linear):
+    """A layer with code of its own that changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+def mixed_up(self: Any, x: Tensor) -> Tensor:
+    parts = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+    k, v, q = parts
+    return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("how", ["rolled", "patched", "same", "registered"])
+def test_a_known_class_is_known_only_while_its_library_s_code_runs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = espalier.models.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=4, num_classes=2
+    )
+    attention = model.blocks[0].attn
+    if how == "patched":
+        monkeypatch.setattr(type(attention), "forward", mixed_up)
+    elif how != "registered":
+        attention.qkv = {"rolled": Rolled, "same": Same}[how](24, 72)
+    if how == "registered":  # the user's own word on a class holds, whatever its layers are
+        attention.qkv = Rolled(24, 72)
+        layout = LAYOUTS[class_path(type(attention))]
+        monkeypatch.setitem(LAYOUTS, class_path(type(attention)), lambda module: layout(module))
+    if how in ("rolled", "patched"):
+        with pytest.raises(EspalierError, match="not proven by a run"):
+            espalier.structure_(model, generator=seeded())
+        return
+    assert espalier.structure_(model, generator=seeded()).layers[0].status == "written"
+
+
+def test_a_state_space_layer_with_a_map_of_the_user_s_own_is_left_alone() -> None:
+    model = espalier.models.SequenceModel(vocab_size=8, dim=16, pattern="mamba1*2", state_size=4)
+    model.layers[1].mixer.x_proj = Rolled(32, 9, bias=False)
+    report = espalier.structure_(model, generator=seeded())
+    assert [row.status for row in report.layers] == ["written", "skipped"]
+    assert "x_proj (Rolled) runs code that is not its library's" in report.layers[1].note

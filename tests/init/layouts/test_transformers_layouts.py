@@ -227,3 +227,40 @@ def test_whole_models_find_every_self_attention_and_say_what_they_skip(name: str
     assert (statuses.count("written"), statuses.count("skipped")) == (written, skipped), str(report)
     assert all("cross-attention" in row.note for row in report.layers if row.status == "skipped")
     assert espalier.audit(model, against=report).ok
+
+
+class OwnDecoder(nn.Module):
+    """A block of the user's own around a library's attention, which may be handed another sequence."""
+
+    def __init__(self, cross: bool) -> None:
+        super().__init__()
+        self.cross = cross
+        attention = transformers.models.bart.modeling_bart.BartAttention
+        self.first, self.second = (attention(DIM, HEADS, config=config("BartConfig", **BART)) for _ in range(2))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        x = x + self.first(x)[0]
+        return x + self.second(x, key_value_states=other if self.cross else None)[0]
+
+
+def test_a_library_s_attention_in_a_block_of_the_user_s_own_is_asked_whose_keys_it_gets() -> None:
+    for cross, status in ((True, "skipped"), (False, "written")):
+        first, second = espalier.structure_(OwnDecoder(cross), generator=torch.Generator().manual_seed(0)).layers
+        assert (first.status, second.status) == ("written", status)
+        assert ("cross-attention" in second.note) == cross
+
+
+def test_a_part_of_bert_s_attention_with_code_of_the_user_s_own_is_run() -> None:
+    original = transformers.models.bert.modeling_bert.BertSelfAttention
+
+    class Mixed(original):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+            rows = (self.value(x), self.query(x), self.key(x))
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in rows)
+            return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), None
+
+    model = tiny("BertModel:BertConfig", **BERT)()
+    model.encoder.layer[0].attention.self = Mixed(model.config)
+    report = espalier.structure_(model, generator=torch.Generator().manual_seed(0))
+    assert [row.status for row in report.layers] == ["skipped", "written"]
+    assert "not proven by a run" in report.layers[0].note

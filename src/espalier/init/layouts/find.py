@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
-from espalier.init.layouts.prove import prove, prove_use
+from espalier.init.layouts.prove import prove, prove_keys, prove_use
 from espalier.init.layouts.registry import (
     COMPUTED,
     CROSS,
@@ -28,7 +28,7 @@ from espalier.init.layouts.registry import (
     holds_lazy,
     refuse_computed,
 )
-from espalier.init.layouts.scratch import first_line
+from espalier.init.layouts.scratch import first_line, owner_of
 from espalier.init.sharded import whole
 
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
@@ -139,9 +139,41 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
         found = align(names, name, found, own_code=own_code)
     elif own_code:
         found = prove(names, name, found, layout)
-    elif host is nn.MultiheadAttention and isinstance(found, AttentionWeights):
-        found = prove_use(names, name, found)
+    elif foreign := _foreign_part(module, host, layout, found):
+        found = prove(names, name, found, layout) if isinstance(found, AttentionWeights) else foreign
+    elif isinstance(found, AttentionWeights):
+        if host is nn.MultiheadAttention:
+            found = prove_use(names, name, found)
+        elif (owner := owner_of(names, name)) is not None and not _is_at_home(owner[1], host):
+            found = prove_keys(names, name, found)
     return {"": found}
+
+
+def _foreign_part(module: nn.Module, host: type, layout: Layout, found: Found) -> Skipped | None:
+    """Return why a class's own layout does not hold for a module in which code of another's stands, or ``None``.
+
+    What is registered here vouches for a library's code: not for a linear layer that was put in its place or a forward
+    that was patched into a class. What a user registers is taken at its word.
+    """
+    if isinstance(found, Skipped) or not getattr(layout, "func", layout).__module__.startswith("espalier."):
+        return None
+    held = {view.untyped_storage()._cdata for view in vars(found).values() if isinstance(view, Tensor)}
+    for name, part in module.named_modules():
+        # torch's own layer takes its output projection's weight and never calls it.
+        if name and host is nn.MultiheadAttention:
+            continue
+        holds = any(parameter.untyped_storage()._cdata in held for parameter in part.parameters())
+        if holds and not _is_at_home(part, host):
+            words = f"{name or 'it'} ({type(part).__name__}) runs code that is not its library's"
+            return Skipped(found.kind, f"{words}: write before it is replaced, or register a layout for its class")
+    return None
+
+
+def _is_at_home(module: nn.Module, host: type) -> bool:
+    """Return whether calling a module runs code of torch's or of the library of ``host``."""
+    homes = {"torch", host.__module__.partition(".")[0]}
+    codes = (getattr(type(module), name, None) for name in ("forward", "__call__"))
+    return all(str(getattr(code, "__module__", "")).partition(".")[0] in homes for code in codes)
 
 
 def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
