@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from espalier.errors import EspalierError
+
 
 def derive_generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator that depends on ``seed`` and ``keys`` alone.
@@ -28,7 +30,12 @@ def cpu_generator(generator: torch.Generator | None) -> torch.Generator | None:
     """Return a generator for draws on the CPU: the given one, or for one of another device one that it seeds.
 
     Noise that is drawn on the CPU and copied is the same on every device. ``None`` stays: torch's global CPU generator.
+
+    Raises:
+        EspalierError: it is something else, such as a seed.
     """
+    if not isinstance(generator, torch.Generator | None):
+        raise EspalierError(f"generator is {generator!r}: give a torch.Generator().manual_seed(…)")
     if generator is None or generator.device.type == "cpu":
         return generator
     seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=generator.device)

@@ -245,3 +245,15 @@ def test_modules_with_the_very_same_weights_are_written_once() -> None:
     assert "those of first" in report.layers[1].note
     q, k, _ = second.in_proj_weight.detach().chunk(3)
     assert head_products(q, k, 3)[0].diagonal().mean() > 0.2
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("attention", "vision"), ("attention", (0.7, 0.7)), ("attention", espalier.MimeticSSM()), ("ssm", 1),
+    ("depthwise", "closed-form"), ("generator", 0),
+])  # fmt: skip
+def test_an_argument_of_another_kind_is_named_with_the_remedy(name: str, value: object) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(EspalierError, match=rf"^{name} is .*: give a "):
+        espalier.structure_(layer, **{name: value})  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())

@@ -97,7 +97,7 @@ def structure_(
     """
     for name in specs.keys() - FAMILIES.keys():
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
-    asked: dict[str, Any] = {kind: family.default for kind, family in FAMILIES.items()} | specs
+    asked = _asked(specs)
     reshard(model)
     sites = [_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None]
     if all(isinstance(site.layer.found, Skipped) for site in sites):
@@ -119,6 +119,15 @@ def structure_(
             spec = asked[site.family.kind]
             rows[index] = _attempt(_verify, site, rows[index], spec, sums[index], guard, fatal=_FATAL)
     return StructureReport(tuple(rows), tuple(filter(None, remarks)))
+
+
+def _asked(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spec of every family, or refuse what is none of its class."""
+    asked: dict[str, Any] = {kind: family.default for kind, family in FAMILIES.items()} | dict(specs)
+    for kind, spec in asked.items():
+        if spec is not None and not isinstance(spec, wanted := type(FAMILIES[kind].default)):
+            raise EspalierError(f"{kind} is {spec!r}: give a {wanted.__name__}, or None to leave these layers alone")
+    return asked
 
 
 @torch.no_grad()

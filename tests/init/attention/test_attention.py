@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,3 +152,21 @@ def test_bad_input_is_one_line() -> None:
         mimetic_attention_(q, k, v, torch.empty(7, 30), 3)
     with pytest.raises(EspalierError, match="did you mean 'vision'"):
         Mimetic.preset("visionn")
+
+
+@pytest.mark.parametrize("changes", [
+    {"qk": 0.7}, {"vo": -0.4}, {"qk": (math.nan, 0.7)}, {"vo": (0.4, math.inf)}, {"qk": ("a", "b")}, {"qk": "07"},
+    {"qk": (1.0, 2.0, 3.0)}, {"noise": "x"}, {"method": "x"}, {"layers": ((0.7, 0.7),)},
+    {"layers": (((0.7, 0.7), None),)},
+])  # fmt: skip
+def test_strengths_that_are_no_two_numbers_are_refused_before_anything_is_written(changes: dict[str, object]) -> None:
+    name = next(iter(changes))
+    with pytest.raises(EspalierError, match=rf"^(unknown )?{name}"):
+        Mimetic(**changes)  # type: ignore[arg-type]
+    if name != "layers":
+        parts = weights(24, 2)
+        for part in parts:
+            part.fill_(1.0)
+        with pytest.raises(EspalierError, match=rf"^(unknown )?{name}"):
+            mimetic_attention_(*parts, 2, **changes)  # type: ignore[arg-type]
+        assert all(bool((part == 1).all()) for part in parts)

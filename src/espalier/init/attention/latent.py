@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.init.attention.mimetic import Strength, spread_factors, write_rows
+from espalier.init.attention.mimetic import Strength, check_choices, spread_factors, write_rows
 from espalier.init.attention.near_identity import (
     compute_device,
     compute_type,
@@ -55,10 +55,11 @@ def mimetic_latent_attention_(
 
     Raises:
         ArithmeticError: a latent that is kept has lost directions (a zero row, a gain of zero).
-        EspalierError: an unknown noise.
+        EspalierError: strengths that are no two finite numbers, or an unknown noise.
 
     Source: arXiv 2305.09828, section 3, for the products; the treatment of latents (arXiv 2405.04434) is ours.
     """
+    check_choices(qk, vo, noise, "auto")
     if weights.q.is_meta or (qk is None and vo is None):
         return
     dim, device = len(weights.out), weights.out.device

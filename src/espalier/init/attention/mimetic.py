@@ -13,6 +13,8 @@ from torch import Tensor
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.attention.near_identity import (
+    METHODS,
+    NOISES,
     Method,
     near_identity,
     near_identity_corner,
@@ -39,6 +41,9 @@ class Mimetic:
         layers: pairs (qk, vo) from the first attention layer to the last, in place of the two above; a model of another
             depth takes strengths between them, at the same fraction of its depth. ``espalier.init.fit`` makes them.
 
+    Raises:
+        EspalierError: strengths that are no two finite numbers, or an unknown noise or method.
+
     Source: arXiv 2305.09828, section 3, for the default strengths.
     """
 
@@ -47,6 +52,14 @@ class Mimetic:
     noise: str = "normal"
     method: Method = "auto"
     layers: tuple[tuple[Strength, Strength], ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self.qk, self.vo, self.noise, self.method)
+        for index, pair in enumerate(self.layers or ()):
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_strength, pair))):
+                raise EspalierError(
+                    f"layers[{index}] is {pair!r}: give ((α, β), (α, β)) for queries-keys and values-out"
+                )
 
     def at(self, index: int, count: int) -> Mimetic:
         """Return the strengths of layer ``index`` of ``count``, as a spec without ``layers``."""
@@ -68,11 +81,29 @@ class Mimetic:
         public speed-run gained; it is a lead to compare, not a finding of the paper.
 
         Raises:
-            EspalierError: no such preset.
+            EspalierError: no such preset, or changes that ``Mimetic`` refuses.
         """
         if name not in PRESETS:
             raise unknown_name("mimetic preset", name, PRESETS)
         return replace(PRESETS[name], **{key: as_tuples(value) for key, value in changes.items()})
+
+
+def _is_strength(pair: object) -> bool:
+    try:
+        alpha, beta = map(float, pair)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(pair, str) and math.isfinite(alpha) and math.isfinite(beta)
+
+
+def check_choices(qk: object, vo: object, noise: str, method: str) -> None:
+    """Refuse strengths that are no two finite numbers, and an unknown noise or method, before anything is written."""
+    for name, pair in (("qk", qk), ("vo", vo)):
+        if pair is not None and not _is_strength(pair):
+            raise EspalierError(f"{name} is {pair!r}: give two finite numbers (α, β), or None to leave it alone")
+    for kind, value, known in (("noise", noise, NOISES), ("method", method, METHODS)):
+        if value not in known:
+            raise unknown_name(kind, value, known)
 
 
 PRESETS: Mapping[str, Mimetic] = {
@@ -126,10 +157,12 @@ def mimetic_attention_(
         generator: source of Z.
 
     Raises:
-        EspalierError: shapes that do not fit together, or an unknown noise or method.
+        EspalierError: shapes that do not fit together, strengths that are no two finite numbers, or an unknown noise
+            or method.
 
     Source: arXiv 2305.09828, section 3; the treatment of grouped queries is ours.
     """
+    check_choices(qk, vo, noise, method)
     groups = num_kv_heads or num_heads
     _check_shapes(q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), out, num_heads, groups)
     if q.is_meta or q.numel() == 0:
