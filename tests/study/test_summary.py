@@ -45,6 +45,15 @@ def test_usual_study_against_hand_computed_numbers(usual: Summary) -> None:
     assert default.curve[0].score.mean == pytest.approx(0.1)
 
 
+def test_baseline_that_ends_at_its_best_reaches_its_own_score_whatever_the_digits(tmp_path: Path) -> None:
+    study = plan_study(RECIPE, ["default"], [1e-3], [0, 1, 2], tmp_path)
+    for trial in study.trials():
+        fabricate(trial.recipe, trial.path, 307 / 360 + trial.seed / 720)  # which four decimals round down
+    arm = summarise(tmp_path).arms[0]
+    assert arm.epochs_to_baseline == pytest.approx(RECIPE.epochs)
+    assert arm.curve[-1].score.mean == arm.score.mean
+
+
 def test_wider_tolerance_opens_the_window(usual: Summary) -> None:
     wide = summarise(usual.study.path, tolerance=0.05).arms[0].window
     assert (wide.low, wide.high, wide.open_low, wide.open_high) == (1e-4, 1e-2, True, True)

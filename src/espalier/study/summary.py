@@ -226,6 +226,11 @@ def _scores_at(rates: Sequence[RatePoint], lr: float | None) -> Mapping[int, flo
 def _curve(records: Sequence[Record], limits: tuple[float, float], level: float) -> tuple[CurvePoint, ...]:
     """Return the mean curve over the steps at which every run was evaluated."""
     tables = [{step: (epoch, seconds, score) for epoch, step, seconds, score in record.curve} for record in records]
+    for record, table in zip(records, tables, strict=True):
+        # A curve keeps fewer digits than its score: an arm would end below its own mean, and never reach it.
+        if record.curve and record.score is not None:
+            epoch, step, seconds, _ = record.curve[-1]
+            table[step] = (epoch, seconds, record.score)
     if not tables:
         return ()
     points = []
