@@ -191,6 +191,21 @@ def test_a_script_without_a_guard_has_workers_and_resumes(tmp_path: Path) -> Non
         ({"train": Recipe(name="r"), "arms": ["default"], "metric": "loss"}, "metric belongs to a training function"),
         ({"train": Recipe(name="r"), "arms": ["default"], "lr": 0.1}, "lr belongs to a training function"),
         ({"lr": -1.0, "lrs": "auto"}, "lr"),
+        ({"lr": "high", "lrs": "auto"}, "lr 'high': give a positive number"),
+        ({"lr": 1e308, "lrs": "auto"}, "lrs: inf is no learning rate"),
+        ({"lrs": 0.1}, "lrs 0.1: give learning rates"),
+        ({"lrs": iter(())}, "lrs is empty"),
+        ({"lrs": [True]}, "lrs: True is no learning rate"),
+        ({"seeds": 2.0}, "seeds 2.0: give at least one"),
+        ({"seeds": [10**18]}, "is no seed"),
+        ({"seeds": [10**400]}, "is no seed"),
+        ({"arms": {"low", "high"}}, "arms .*: give a list of names, the baseline first"),  # which has no first
+        ({"arms": [1, 2]}, "arms: 1 is no name"),
+        ({"arms": ["a\nb"]}, "choose a name that a folder can bear"),
+        ({"arms": ["a\udcff"]}, "choose a name that a folder can bear"),
+        ({"arms": ["a" * 240]}, "choose a name that a folder can bear"),
+        ({"metric": 3}, "metric 3: give its name"),
+        ({"workers": 1.5}, "workers 1.5: give a whole number from 0"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -199,6 +214,19 @@ def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path: Path, change: di
         espalier.compare(**{**arguments, **change})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list, tuple, iter], ids=lambda make: make.__name__)
+def test_rates_and_seeds_in_any_container_are_the_same_plan(tmp_path: Path, make: Callable[[Any], Any]) -> None:
+    summary = espalier.compare(
+        train, arms=make("low high".split()) if make in (list, tuple, iter) else ["low", "high"],
+        lrs=make([0.01, 0.1]), seeds=make([0, 2]), out=tmp_path / "s", workers=0,
+    )  # fmt: skip
+    assert (summary.study.lrs, summary.study.seeds, list(summary.study.arms)) == ((0.01, 0.1), (0, 2), ["low", "high"])
+    assert load_study(tmp_path / "s").trials() == summary.study.trials()
+    assert espalier.compare(
+        train, arms=["low"], lrs=list(np.array([0.1])), seeds=np.int64(1), out=tmp_path / "t", workers=0
+    ).study.seeds == (0,)
 
 
 numbers = st.one_of(

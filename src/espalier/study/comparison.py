@@ -66,6 +66,9 @@ def compare(
         RunInterrupted: stopped from the keyboard.
     """
     refuse_torchrun()
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise EspalierError(f"workers {workers!r}: give a whole number from 0")
     training: Recipe | OwnTraining
     run: RunTrial
     if isinstance(train, Recipe):
@@ -77,7 +80,7 @@ def compare(
         training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
         run = partial(_run_function, train)
     if isinstance(seeds, int):
-        if seeds < 1:
+        if seeds < 1 or isinstance(seeds, bool):
             raise EspalierError(f"seeds {seeds}: give how many, from 1")
         seeds = range(seeds)
     study = draft_study(training, arms, lrs, seeds, out)

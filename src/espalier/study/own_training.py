@@ -53,8 +53,10 @@ class OwnTraining:
             inspect.signature(train).bind("arm", 1e-3, 0, Path())
         except (TypeError, ValueError) as error:
             raise EspalierError(f"train {name} must take (arm, lr, seed, folder): {error}") from error
-        if not 0 < lr <= sys.float_info.max:
-            raise EspalierError(f"lr {lr}: give a positive number, the centre of the grid of rates")
+        if not (isinstance(lr, int | float) and 0 < lr <= sys.float_info.max):
+            raise EspalierError(f"lr {lr!r}: give a positive number, the centre of the grid of rates")
+        if not (isinstance(metric, str) and metric):
+            raise EspalierError(f"metric {metric!r}: give its name")
         try:
             source = inspect.getsource(inner if hasattr(inner, "__qualname__") else type(inner))
         except (OSError, TypeError):  # typed at a prompt, or compiled

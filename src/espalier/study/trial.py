@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import recipe_from_dict, recipe_to_dict, refuse_unpinned, resolve_recipe
-from espalier.study.own_training import OwnTraining
+from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.study.statistics import is_share
@@ -28,6 +28,9 @@ RECORDS = "records.jsonl"
 
 _NO_FOLDER = set('<>:"/\\|?*\0')
 """Characters that some system refuses in the name of a folder."""
+_LONGEST_ARM = 200
+"""Bytes: a file system takes 255, and the lock of a trial bears its rate and seed, too."""
+_NO_SEED = 10**18
 
 # Steps of √10 around the recipe's own rate: a factor of 100 in all, fine enough to see where a window ends.
 _AUTO_STEPS = (-2, -1, 0, 1, 2)
@@ -210,8 +213,6 @@ def draft_study(recipe: Recipe | OwnTraining, arms: Arms, lrs: Rates, seeds: Seq
     """Return what ``plan_study`` would write, writing nothing."""
     out, recipe = Path(out), resolve_recipe(recipe) if isinstance(recipe, Recipe) else recipe
     rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
-    if not arms:
-        raise EspalierError("arms is empty: name at least one, the baseline first")
     changes = arm_changes(recipe, arms)
     if (out / STUDY).exists():
         there = load_study(out)
@@ -272,23 +273,39 @@ def learning_rates(centre: float, lrs: Rates) -> set[float]:
     Raises:
         EspalierError: no rate, or one that is not a positive number.
     """
-    if lrs == "auto":
-        return {float(f"{centre * 10 ** (step / 2):.2g}") for step in _AUTO_STEPS if step} | {float(f"{centre:g}")}
-    if isinstance(lrs, str) or not lrs:
-        raise EspalierError(f"lrs {lrs!r}: give learning rates such as [1e-3, 3e-3], or 'auto'")
-    for lr in lrs:
-        if not (isinstance(lr, int | float) and 0 < lr <= sys.float_info.max):
+    if isinstance(lrs, str) and lrs == "auto":
+        rates = [float(f"{centre * 10 ** (step / 2):.2g}") for step in _AUTO_STEPS if step] + [centre]
+    else:
+        rates = listed("lrs", lrs, "learning rates such as [1e-3, 3e-3], or 'auto'")
+    for lr in rates:
+        if not (isinstance(lr, int | float) and not isinstance(lr, bool) and 0 < lr <= sys.float_info.max):
             raise EspalierError(f"lrs: {lr!r} is no learning rate: give positive numbers, or 'auto'")
-    return {float(f"{lr:g}") for lr in lrs}
+    return {float(f"{lr:g}") for lr in rates}
 
 
 def _seeds(seeds: Sequence[int]) -> set[int]:
-    if not seeds:
-        raise EspalierError("seeds is empty: name at least one, e.g. [0, 1, 2]")
-    for seed in seeds:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise EspalierError(f"seeds: {seed!r} is no seed: give whole numbers from 0")
-    return set(seeds)
+    numbers = listed("seeds", seeds, "at least one, such as [0, 1, 2]")
+    for seed in numbers:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < _NO_SEED:
+            raise EspalierError(f"seeds: {seed!r} is no seed: give whole numbers from 0, of at most 18 digits")
+    return set(numbers)
+
+
+def listed(name: str, values: Any, wanted: str) -> list[Any]:
+    """Return several values as a list: those of an array or a tensor, too, and of what can be read only once.
+
+    Args:
+        name: of the argument, for the message.
+        values: what the user gave.
+        wanted: what to give instead, for the message.
+
+    Raises:
+        EspalierError: one value in place of several, or none.
+    """
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    if not (found := list(values) if several else []):
+        raise EspalierError(f"{name} {'is empty' if several else repr(values)}: give {wanted}")
+    return [value.tolist() if hasattr(value, "tolist") else value for value in found]
 
 
 def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[str, Any]]:
@@ -301,11 +318,13 @@ def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[s
     Raises:
         EspalierError: an unknown arm or field, a value that the recipe refuses, or a name that is no name of a folder.
     """
-    own = isinstance(recipe, OwnTraining)
-    if isinstance(arms, str) or (own and isinstance(arms, Mapping)):
-        raise EspalierError(f"arms {arms!r}: give a list of names, the baseline first")
+    own, wanted = isinstance(recipe, OwnTraining), "a list of names, the baseline first"
+    if isinstance(arms, Set) or (own and isinstance(arms, Mapping)):  # a set has no first
+        raise EspalierError(f"arms {arms!r}: give {wanted}")
     changes: dict[str, Mapping[str, Any]] = {}
-    for spec in arms:
+    for spec in listed("arms", list(arms) if isinstance(arms, Mapping) else arms, wanted):
+        if not isinstance(spec, str):
+            raise EspalierError(f"arms: {spec!r} is no name: give {wanted}")
         # An initialisation of the user's own: the arm bears the function's name.
         arm = without_pin(spec).rpartition(":")[2] if is_reference(spec) and not own else spec
         if arm in changes:
@@ -321,8 +340,9 @@ def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[s
 
 
 def _check_arm(arm: str) -> None:
-    if not arm or set(arm) & _NO_FOLDER or arm.startswith("."):
-        raise EspalierError(f"arm {arm!r}: choose a name that a folder can bear")
+    odd = not arm.isprintable() or set(arm) & _NO_FOLDER or arm.startswith(".")
+    if not arm or odd or len(arm.encode()) > _LONGEST_ARM:
+        raise EspalierError(f"arm {shortened(arm)}: choose a name that a folder can bear")
 
 
 def _with_fields(recipe: Recipe, arm: str, values: Mapping[str, Any]) -> Recipe:
