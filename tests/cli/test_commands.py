@@ -302,6 +302,28 @@ def test_a_reader_that_stops_reading_gets_no_complaint() -> None:
     assert (run.returncode, run.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_results_are_printed_whatever_the_encoding_of_the_terminal(tmp_path: Path, encoding: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "espalier", "help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout.decode(encoding).startswith("usage: espalier COMMAND")
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path: Path, closed: str) -> None:
+    shut = " ".join(f"{number}>&-" for number in closed.split())
+    script = (
+        "import os, sys; from espalier.cli.main import main; status = main(['recipes']); "
+        "os._exit(status if os.open(sys.executable, os.O_RDONLY) > 2 else 99)"
+    )
+    command = f'"{sys.executable}" -c "{script}" {shut}'
+    run = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
 def test_a_process_group_does_not_outlive_the_command(tmp_path: Path) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -219,7 +219,7 @@ def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path: Path, change: di
 @pytest.mark.parametrize("make", [np.array, torch.tensor, list, tuple, iter], ids=lambda make: make.__name__)
 def test_rates_and_seeds_in_any_container_are_the_same_plan(tmp_path: Path, make: Callable[[Any], Any]) -> None:
     summary = espalier.compare(
-        train, arms=make("low high".split()) if make in (list, tuple, iter) else ["low", "high"],
+        train, arms=make(["low", "high"]) if make in (list, tuple, iter) else ["low", "high"],
         lrs=make([0.01, 0.1]), seeds=make([0, 2]), out=tmp_path / "s", workers=0,
     )  # fmt: skip
     assert (summary.study.lrs, summary.study.seeds, list(summary.study.arms)) == ((0.01, 0.1), (0, 2), ["low", "high"])

@@ -19,6 +19,7 @@ def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False)
         top: how many classes, with their probabilities.
         json: print one object by file instead of a table.
     """
+    from espalier.files import shown
     from espalier.train import load_run
     from espalier.train.predict import predict as predict_images
 
@@ -26,9 +27,9 @@ def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False)
     if json:
         print(json_format.dumps({str(file): dict(classes) for file, classes in found.items()}, indent=2))
         return
-    width = max(len(str(file)) for file in found)
+    width = max(len(shown(file)) for file in found)
     for file, classes in found.items():
-        print(f"{file!s:<{width}}  {', '.join(f'{name} {share:.3f}' for name, share in classes)}")
+        print(f"{shown(file):<{width}}  {', '.join(f'{name} {share:.3f}' for name, share in classes)}")
 
 
 def export(run: Path, to: Literal["onnx", "torch-export", "safetensors"] = "onnx", out: Path | None = None) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from espalier import __version__
 from espalier.cli.commands import COMMANDS
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumable, 130 stopped by Ctrl-C, 141 cut off.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     try:
         _dispatch(arguments)
         sys.stdout.flush()
@@ -63,6 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "ESPALIER_TRACEBACK=1 shows where; please report it"
         return _complain(f"error in espalier itself ({text}): {hint}", INTERNAL_ERROR)
     return 0
+
+
+def _open_streams() -> None:
+    """Have somewhere to print, whoever started us with closed streams, and print whatever the encoding has no sign for.
+
+    A result that cannot be shown in full, after hours of training, is no reason to end without its files.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be standard output
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 — as long as the process
+        elif name == "stdout" and hasattr(stream, "reconfigure"):  # standard error writes such signs out already
+            stream.reconfigure(errors="replace")
 
 
 def _dispatch(arguments: list[str]) -> None:
