@@ -305,7 +305,7 @@ def test_a_reader_that_stops_reading_gets_no_complaint() -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_results_are_printed_whatever_the_encoding_of_the_terminal(tmp_path: Path, encoding: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "espalier", "help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+        [sys.executable, "-m", "espalier", "help"], capture_output=True, check=False,
         env={**os.environ, "PYTHONIOENCODING": encoding},
     )  # fmt: skip
     assert (run.returncode, run.stderr) == (0, b"")
@@ -320,7 +320,7 @@ def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path: Pat
         "os._exit(status if os.open(sys.executable, os.O_RDONLY) > 2 else 99)"
     )
     command = f'"{sys.executable}" -c "{script}" {shut}'
-    run = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    run = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
     assert (run.returncode, run.stderr) == (0, b"")
 
 

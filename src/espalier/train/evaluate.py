@@ -25,8 +25,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
 
-    For token targets ``(B, L)`` the accuracy is that of the positions with a target, and ``{split}/string_accuracy``
-    is the share of rows in which every one of them is right.
+    The accuracy is that of the examples, or positions, with a target; where targets are probabilities, the most probable
+    class is the right one. For token targets ``(B, L)``, ``{split}/string_accuracy`` is the share of rows in which every
+    position with a target is right.
 
     Args:
         model: maps inputs to logits ``(B, C)`` or ``(B, L, C)``.
@@ -38,7 +39,7 @@ def evaluate(
         after_batch: called after every batch; it may raise to stop.
 
     Raises:
-        EspalierError: a split without examples.
+        EspalierError: a split without examples, or without a target.
     """
     was_training = model.training
     model.eval()
@@ -84,8 +85,9 @@ def confusion_matrix(model: nn.Module, source: Source, split: str, classes: int,
 
 def _batch_sums(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     # One small tensor per batch and no .item(): the host never waits for the device within a split.
-    answered = targets != IGNORED
-    right = logits.argmax(-1) == targets
+    labels = targets.argmax(-1) if targets.is_floating_point() else targets
+    answered = labels != IGNORED
+    right = logits.argmax(-1) == labels
     rows_right = (right | ~answered).reshape(len(targets), -1).all(-1)
     rows_asked = answered.reshape(len(targets), -1).any(-1)
     count = target_count(targets)

@@ -206,7 +206,7 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
     recipe, world = s.recipe, s.fabric.world_size
     # The whole batch's count, so that parts with few targets weigh little; DDP averages where we mean a sum.
     shares = world if s.mine == slice(None) else 1
-    scale = world / (shares * target_count(targets))
+    scale = world / (shares * torch.as_tensor(target_count(targets)).clamp_min(1))
     if recipe.channels_last and inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     inputs_parts, targets_parts = inputs[s.mine].chunk(recipe.accumulate), targets[s.mine].chunk(recipe.accumulate)

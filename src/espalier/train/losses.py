@@ -144,14 +144,19 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
 def _flat(function: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dim() > 2:
         logits, targets = logits.flatten(0, -2), targets.flatten()
+    if targets.device.type == "cpu" and not targets.is_floating_point():  # a GPU would have to be waited for
+        wrong = targets[((targets < 0) & (targets != IGNORED)) | (targets >= logits.shape[-1])]
+        if wrong.numel():
+            raise EspalierError(
+                f"the data have a target of {int(wrong[0])}, and the model gives {logits.shape[-1]} scores: number the "
+                f"classes from 0 to {logits.shape[-1] - 1} ({IGNORED} for no target), or give it more classes"
+            )
     return function(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets)
 
 
 def target_count(targets: Tensor) -> Tensor | int:
-    """Return how many terms the loss sums: the examples, or the positions whose target is not −100.
+    """Return how many terms the loss sums: rows of probabilities, or examples and positions whose target is not −100.
 
-    The count of token targets stays a tensor, so that the device is not waited for.
+    The count of indices stays a tensor, so that the device is not waited for.
     """
-    if targets.is_floating_point() or targets.dim() == 1:
-        return targets.shape[0]
-    return (targets != IGNORED).sum().clamp_min(1)
+    return targets.shape[0] if targets.is_floating_point() else (targets != IGNORED).sum()
