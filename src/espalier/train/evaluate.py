@@ -25,9 +25,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
 
-    The accuracy is that of the examples, or positions, with a target; where targets are probabilities, the most probable
-    class is the right one. For token targets ``(B, L)``, ``{split}/string_accuracy`` is the share of rows in which every
-    position with a target is right.
+    The accuracy is that of the examples, or positions, with a target; where targets are probabilities, the most
+    probable class is the right one. For token targets ``(B, L)``, ``{split}/string_accuracy`` is the share of rows in
+    which every position with a target is right.
 
     Args:
         model: maps inputs to logits ``(B, C)`` or ``(B, L, C)``.
