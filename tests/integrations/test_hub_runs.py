@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_certificate_travels_with_the_model(tmp_path: Path) -> None:
     folder = save_run(robust, tmp_path / "shared")
     assert certificate.table() in (folder / "README.md").read_text()
     assert json.loads((folder / "certificate.json").read_text())
+    robust.path.rename(tmp_path / "old")
+    other = train(replace(recipe, seed=1), tmp_path / "run", progress=False)
+    for share in (model_card, partial(save_run, folder=tmp_path / "shared2")):
+        with pytest.raises(EspalierError, match=r"certificate\.json is of other weights"):
+            share(other)
+    assert not (tmp_path / "shared2").exists()
 
 
 def test_unfinished_runs_are_refused(run: Run, tmp_path: Path) -> None:

@@ -43,6 +43,29 @@ def test_a_run_without_a_certificate_has_no_section_and_one_with_it_shows_its_nu
     assert f"certified radius {max(certificate.radii):.3f}" in words
 
 
+def test_what_was_proved_of_an_earlier_run_of_the_name_is_not_shown_of_this_one(tmp_path: Path) -> None:
+    recipe = replace(
+        get_recipe("digits_robust"), model_args={"width": 4, "hidden": 16}, epochs=1, threads=1,
+        data_args={"train_limit": 200, "test_limit": 30},
+    )  # fmt: skip
+    run, context = train(recipe, tmp_path / "net", progress=False), Context(tmp_path, {})
+    certificate = certify_run(run)
+    certificate.save(certificate_path(run.path))
+    attack_run(run, 5, steps=1).save(attack_path(run.path))
+    assert len(robustness(run, context).parts) > 3
+    run.path.rename(tmp_path / "old")
+    train(replace(recipe, seed=1, data_args={"train_limit": 200, "test_limit": 20}), tmp_path / "net", progress=False)
+    again = load_run(tmp_path / "net")
+    words = "".join(part.html for part in robustness(again, context).parts)
+    assert "is of other weights" in words
+    assert "data:image" not in words
+    replace(certificate, weights="").save(certificate_path(run.path))  # as the first version wrote them
+    attack_path(run.path).unlink()
+    assert "is of other images" in "".join(part.html for part in robustness(again, context).parts)
+    certify_run(again).save(certificate_path(run.path))
+    assert len(robustness(again, context).parts) > 3
+
+
 def test_a_survival_curve_counts_what_is_strictly_above() -> None:
     height = dict(_survival([0.0, 0.2, 0.2, 0.5, float("inf")], 1.0))
     assert height[0.0] == 80

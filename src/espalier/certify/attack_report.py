@@ -51,6 +51,8 @@ class AttackReport:
     """Median over the certified points that fell of certified radius / distance found."""
     attacks: tuple[str, ...]
     """What was tried."""
+    weights: str = field(default="", repr=False)
+    """SHA-256 of the file of weights that a run was attacked with; empty where it was no run."""
 
     def check(self) -> None:
         """Raise if a certified point fell.
@@ -94,7 +96,8 @@ class AttackReport:
         """
         values = read_result(cls, path, "an attack report")
         distances = values["distances"]
-        if not isinstance(distances, tuple) or not all(d is None or is_distance(d) for d in distances):
+        sound = isinstance(distances, tuple) and isinstance(values.get("weights", ""), str)
+        if not sound or not all(d is None or is_distance(d) for d in distances):
             raise EspalierError(f"attack report {path} holds distances that no report can have: make it again")
         return cls(**values)
 

@@ -40,6 +40,8 @@ class Certificate:
     slack: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
     """Per module, in the order of the forward pass: path and class, Lipschitz constant, and the largest bound on the
     rounding error that it adds to its own result."""
+    weights: str = field(default="", repr=False)
+    """SHA-256 of the file of weights that a run was certified with; empty where it was no run."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -108,7 +110,7 @@ class Certificate:
                 len(self.radii) == len(self.labels) == len(self.predictions) > 0
                 and all(map(is_distance, (*self.radii, self.lipschitz, self.rounding)))
                 and all(type(label) is int for label in (*self.labels, *self.predictions))
-                and all(isinstance(text, str) for text in (*self.assumptions, self.arithmetic))
+                and all(isinstance(text, str) for text in (*self.assumptions, self.arithmetic, self.weights))
                 and all(
                     isinstance(path, str) and is_distance(constant) and is_distance(added)
                     for path, constant, added in self.slack

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from espalier.certify.certificate import EPSILONS, Certificate
+from espalier.certify.certificate import EPSILONS
 from espalier.errors import EspalierError, require
 from espalier.files import read_object
 from espalier.init import StructureReport
@@ -16,7 +16,7 @@ from espalier.models.hub import HubModel
 from espalier.recipes import Recipe
 from espalier.study.record import record_run
 from espalier.train import Run, load_run
-from espalier.train.certify_runs import certificate_path
+from espalier.train.certify_runs import certificate_path, kept_certificate
 from espalier.train.run import RECIPE, STRUCTURE
 
 
@@ -27,7 +27,7 @@ def model_card(run: Run | str | Path) -> str:
         run: a finished run, or its folder.
 
     Raises:
-        EspalierError: it is no run folder, or the run is not finished.
+        EspalierError: it is no run folder, the run is not finished, or the certificate beside it is of other weights.
     """
     run = run if isinstance(run, Run) else load_run(run)
     record = record_run(run, study=run.recipe.name, arm=run.recipe.init)
@@ -48,8 +48,8 @@ def model_card(run: Run | str | Path) -> str:
     if (run.path / STRUCTURE).exists():
         report = StructureReport.from_dict(read_object(run.path / STRUCTURE))
         parts.append(f"## Structure at the start\n\n```text\n{report}\n```")
-    if (proof := certificate_path(run.path)).exists():
-        parts.append(f"## Certificate\n\n```text\n{Certificate.load(proof).table(EPSILONS)}\n```")
+    if (proof := kept_certificate(run)) is not None:
+        parts.append(f"## Certificate\n\n```text\n{proof.table(EPSILONS)}\n```")
     parts.append(f"## Record\n\n```json\n{record.line().strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
@@ -64,7 +64,8 @@ def save_run(run: Run | str | Path, folder: str | Path) -> Path:
         folder: it is made if need be.
 
     Raises:
-        EspalierError: the run is not finished or has no weights, or its model is not one of ours.
+        EspalierError: the run is not finished or has no weights, its model is not one of ours, or the certificate
+            beside it is of other weights.
     """
     run = run if isinstance(run, Run) else load_run(run)
     model, folder = run.model(), Path(folder)

@@ -7,25 +7,26 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from espalier.certify.attack_report import AttackReport
 from espalier.certify.certificate import Certificate
 from espalier.errors import EspalierError
 from espalier.report.curves import figure_of, scatter
 from espalier.report.raster import photograph
 from espalier.report.section import Context, Markup, Plot, Section, paragraph, table
 from espalier.train import Run
-from espalier.train.certify_runs import attack_path, certificate_path, pixel_net
+from espalier.train.certify_runs import kept_attack, kept_certificate, pixel_net
 
 
 def robustness(run: Run, context: Context) -> Section | None:
     """Show the certificate of a run, and its attack report, where ``espalier certify`` and ``attack`` left them."""
-    if not certificate_path(run.path).exists():
+    try:
+        certificate, attacked = kept_certificate(run), kept_attack(run)
+    except EspalierError as error:
+        return Section("What is proved", (paragraph(f"Not shown: {error}", "note"),))
+    if certificate is None:
         return None
-    certificate = Certificate.load(certificate_path(run.path))
     distances = None
-    if attack_path(run.path).exists():
-        found = AttackReport.load(attack_path(run.path)).distances
-        distances = [math.inf if distance is None else distance for distance in found]
+    if attacked is not None:
+        distances = [math.inf if distance is None else distance for distance in attacked.distances]
     rows = [(path, f"{constant:.9g}", f"{rounding:.2e}") for path, constant, rounding in certificate.slack]
     parts: list[Markup | Plot] = [
         _curves(certificate, distances),
@@ -33,10 +34,12 @@ def robustness(run: Run, context: Context) -> Section | None:
         table(("module", "Lipschitz constant", "rounding that it adds"), rows, "numbers"),
     ]
     try:
-        _, images, _ = pixel_net(run, len(certificate))
+        _, images, labels = pixel_net(run, len(certificate))
     except EspalierError as error:  # the data may have moved since: the numbers above do not need them
         parts.append(paragraph(f"No images: {error}", "note"))
     else:
+        if tuple(labels.tolist()) != certificate.labels:  # one that does not say of which weights it is
+            return Section("What is proved", (paragraph("Not shown: the certificate is of other images", "note"),))
         parts += _examples(certificate, images)
     return Section("What is proved", tuple(parts))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,10 @@ from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 from espalier.recipes import get_recipe
 from espalier.train import Run, train
+from espalier.train.manifest import file_digest
+from espalier.train.run import FINAL
+
+Kept = TypeVar("Kept", Certificate, AttackReport)
 
 
 def certificate_path(run: Path | str) -> Path:
@@ -40,7 +45,7 @@ def certify_run(run: Run, limit: int | None = None, arithmetic: str = "float64")
         EspalierError: an unfinished or diverged run, or one whose data are no images.
         UncertifiableError: a module without a known Lipschitz constant.
     """
-    return certify(*pixel_net(run, limit), arithmetic=arithmetic)
+    return replace(certify(*pixel_net(run, limit), arithmetic=arithmetic), weights=_weights_of(run))
 
 
 def attack_run(
@@ -70,10 +75,31 @@ def attack_run(
         EspalierError: as ``certify_run``.
     """
     tested = pixel_net(run, limit)
-    return challenge(
+    report = challenge(
         *tested, certify(*tested), eps, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries,
         generator=derive_generator(run.recipe.seed, "attack"),
     )  # fmt: skip
+    return replace(report, weights=_weights_of(run))
+
+
+def kept_certificate(run: Run) -> Certificate | None:
+    """Return the certificate that lies beside a finished run, None where there is none.
+
+    Raises:
+        EspalierError: it is damaged, or of other weights: of an earlier run in a folder of this name.
+    """
+    path = certificate_path(run.path)
+    return _of_these_weights(Certificate.load(path), path, run, "certify") if path.exists() else None
+
+
+def kept_attack(run: Run) -> AttackReport | None:
+    """Return the attack report that lies beside a finished run, None where there is none.
+
+    Raises:
+        EspalierError: as for ``kept_certificate``.
+    """
+    path = attack_path(run.path)
+    return _of_these_weights(AttackReport.load(path), path, run, "attack") if path.exists() else None
 
 
 def pixel_net(run: Run, limit: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
@@ -132,6 +158,18 @@ def demo_certificate(out: Path, *, smallest: bool = False) -> tuple[Path, str]:
     report.save(attack_path(run.path))
     report.check()
     return run.path, f"{certificate}\n\n{report}"
+
+
+def _weights_of(run: Run) -> str:
+    return file_digest(run.path / FINAL) if (run.path / FINAL).exists() else ""  # of a diverged run there are none
+
+
+def _of_these_weights(found: Kept, path: Path, run: Run, command: str) -> Kept:
+    if found.weights and found.weights != _weights_of(run):  # the oldest files do not say of which they are
+        raise EspalierError(
+            f"{path} is of other weights than those of run {run.path}: espalier {command} {run.path} writes it anew"
+        )
+    return found
 
 
 def _beside(run: Path | str, what: str) -> Path:
