@@ -273,6 +273,11 @@ def shown(path: Path | str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
 
 
+def named(path: Path) -> Path:
+    """Return a path that has a name, to put others beside it: ``.`` and ``a/..`` are written out."""
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def lock_of(path: Path) -> Path:
     """Return the lock file of a file or folder, beside the place that its name leads to: one for all its names."""
     place = Path(os.path.realpath(path))

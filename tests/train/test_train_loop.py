@@ -242,6 +242,14 @@ def test_a_finished_run_is_returned_untouched(tmp_path: Path) -> None:
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.iterdir()} == before
 
 
+def test_the_present_folder_is_a_run_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = train(recipe(epochs=1), ".")
+    assert load_run(tmp_path / "here").result == run.result
+    assert run.path == tmp_path / "here"
+
+
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     train(recipe(epochs=1), tmp_path / "run")
     with pytest.raises(EspalierError, match=r"another recipe: lr is 0\.02 there and 0\.5 here"):

@@ -20,6 +20,7 @@ from espalier.cli.recipe_flags import (
     split_keyword_fields,
 )
 from espalier.errors import EspalierError, path_of, unknown_name
+from espalier.files import named
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.recipes.files import open_recipe
 
@@ -140,7 +141,7 @@ def option_rules(tyro: Any) -> Any:
         path = path_of("the path", words[0])
         if not words[0]:
             raise ValueError("an empty path: name a file or folder")
-        return path if path.name not in ("", "..") else path.resolve()  # ``.`` has no name to put beside another
+        return named(path)
 
     @registry.primitive_rule
     def paths(info: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.files import load_weights, write_tensors
+from espalier.files import load_weights, named, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
@@ -84,7 +84,7 @@ def train(
             little memory.
         RunInterrupted: stopped by Ctrl-C or a signal; calling again goes on.
     """
-    recipe, out = resolve_recipe(recipe), Path(out)
+    recipe, out = resolve_recipe(recipe), named(Path(out))
     if checkpoint_every_minutes is not None and not checkpoint_every_minutes > 0:
         raise EspalierError(f"checkpoint_every_minutes {checkpoint_every_minutes} must be positive")
     if check_folder(out, recipe, resume) == "finished":
