@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradient
 from espalier.doctor.patient import Patient, plain_name
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.registry import Finding, Severity
+from espalier.doctor.stats import dense
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
 
@@ -29,16 +32,19 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
     gradients, buffers, modes and random state are afterwards what they were.
 
     Args:
-        patient: holds the module, whose parameters must have storage, and whether its weights are trained: the loss
-            on made-up targets then says nothing.
+        patient: holds the module, which is not run while a tensor of it has no storage, and whether its weights are
+            trained: the loss on made-up targets then says nothing.
         example: what ``as_batch`` takes, or ``"synthetic"``.
         static: what the static checks found.
 
     Raises:
         EspalierError: no batch can be made of ``example``.
     """
-    generator = torch.Generator().manual_seed(0)
     assert patient.model is not None
+    # Nothing can run without storage, which the findings say.
+    if any(record.meta for record in patient.records):
+        return static
+    generator = torch.Generator().manual_seed(0)
     # Compiled code hides what happens in it.
     model = getattr(patient.model, "_orig_mod", patient.model)
     with _as_before(model), torch.enable_grad():
@@ -68,17 +74,28 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Put back modes, buffers, gradients and the random state after a ``with`` block."""
+    """Put back modes, parameters, buffers, gradients and the random states after a ``with`` block.
+
+    A forward pass may write into parameters: an embedding with ``max_norm`` does, and code books that are averages.
+    """
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    tensors = [*model.buffers(), *(p for p in model.parameters() if type(p.data) is Tensor or hasattr(p, "to_local"))]
+    # Torch refuses to write into a tensor that was expanded.
+    held = [(t, t.detach().clone()) for t in tensors if not (t.is_meta or (dense(t) and _expanded(t)))]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     # Autograd adds into a gradient in place where there is one.
     for parameter, _ in gradients:
         parameter.grad = None
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    # Not manual_seed, which seeds all devices, also those that are not in use yet, and for good.
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = list(range(torch.cuda.device_count())) if started else []
+    numpy, own_state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
             yield
     finally:
         for module, training, own in modules:
@@ -86,10 +103,18 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(own)
         with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            for tensor, values in held:
+                # A graph of the user's own that holds the tensor stays usable.
+                tensor.data.copy_(values)
+        random.setstate(own_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _working_batch(model: nn.Module, example: Any, generator: torch.Generator) -> Batch:
@@ -143,14 +168,14 @@ def _loss(
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, dict):
         logits = output.get("logits")
-    logits = logits if isinstance(logits, Tensor) else None
+    logits = logits if isinstance(logits, Tensor) and dense(logits) else None
     counts = logits is not None and logits.ndim in (2, 3) and _is_classifier(model, batch, logits)
     classes = logits if counts else None
     if isinstance(own, Tensor) and own.ndim == 0:
         return classes, own, True
     if classes is not None:
         flat = classes.reshape(-1, classes.shape[-1]).float()
-        stated = batch.targets is not None and batch.targets.numel() == len(flat)
+        stated = _are_classes(batch.targets, flat)
         targets = batch.targets if stated else torch.randint(flat.shape[-1], (len(flat),), generator=generator)
         assert targets is not None
         return classes, F.cross_entropy(flat, targets.reshape(-1).long().to(flat.device), ignore_index=-100), stated
@@ -158,6 +183,7 @@ def _loss(
     if first is None:
         return None, None, False
     # Not the mean square: that of a normalised output is constant, and its gradient only rounding.
+    first = torch.view_as_real(first) if first.is_complex() else first
     weights = torch.randn(first.shape, generator=generator).to(first.device)
     return None, (first.float() * weights).mean(), False
 
@@ -165,11 +191,19 @@ def _loss(
 def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
     """Return whether the last dimension counts classes: as many as the model or its configuration names."""
     if batch.targets is not None:
-        return True
+        return logits.shape[-1] > 1
     config = getattr(model, "config", None)
     named = [getattr(s, n, None) for s in (config, model) for n in ("vocab_size", "num_labels", "num_classes")]
     named += [getattr(getattr(config, "text_config", None), "vocab_size", None)]
     return logits.shape[-1] > 1 and logits.shape[-1] in [size for size in named if isinstance(size, int)]
+
+
+def _are_classes(targets: Tensor | None, flat: Tensor) -> bool:
+    """Return whether targets name a class for every row of logits; −100 marks rows that do not count."""
+    if targets is None or targets.numel() != len(flat):
+        return False
+    named = targets[targets != -100]
+    return bool(named.numel()) and int(named.min()) >= 0 and int(named.max()) < flat.shape[-1]
 
 
 def _gradients(patient: Patient) -> dict[str, float | None]:

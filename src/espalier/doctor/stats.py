@@ -76,6 +76,11 @@ class TensorStats:
         return self.numel >= 16 and enough and abs(self.correlation) < 0.5
 
 
+def dense(tensor: Tensor) -> bool:
+    """Return whether a tensor has a norm and can be reshaped: sparse ones and nested ones, of any layout, cannot."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 @torch.no_grad()
 def measure(values: Tensor) -> TensorStats:
     """Read a floating tensor once, in pieces that fit the processor's cache, and look closer at a sample.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from espalier.doctor.patient import plain_name
+from espalier.doctor.stats import dense
 
 _RECTIFIERS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _SQUASHERS = (torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, F.tanh, F.sigmoid)
@@ -84,6 +85,8 @@ class _Operators(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not all(dense(tensor) for tensor in _tensors((out, args, kwargs))):
+            return out
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             if func in _RECTIFIERS:
                 _note(self.activity.dead, self.place(), _dead_share(out), max)
@@ -147,7 +150,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def first_floating(values: Any, *, learns: bool = False) -> Tensor | None:
     """Return the first tensor of real numbers among outputs or arguments; ``learns``: that a gradient can reach."""
-    found = (t for t in _tensors(values) if t.is_floating_point() and t.numel())
+    found = (t for t in _tensors(values) if dense(t) and t.is_floating_point() and t.numel())
     return next((t for t in found if t.requires_grad or not learns), None)
 
 
@@ -181,6 +184,8 @@ def _note(table: dict[str, float], name: str, value: float | None, worse: Callab
 
 def _dead_share(out: Tensor) -> float | None:
     """Return the share of units that are zero everywhere; ``None`` for too few positions to tell."""
+    if not out.numel():
+        return None
     units = out.transpose(1, -1) if out.ndim == 4 else out
     flat = units.reshape(-1, units.shape[-1]) if units.ndim > 1 else units.reshape(1, -1)
     return float((flat == 0).all(0).float().mean()) if len(flat) >= 16 else None
@@ -202,9 +207,10 @@ def _relative_entropy(scores: Tensor) -> float | None:
 
 
 def _attention_entropy(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, **_: Any,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, **_: Any,
 ) -> float | None:  # fmt: skip
+    q, k = query, key  # torch's own names above: they may be passed by name
     if k.shape[-2] < 4 or q.ndim < 3:
         return None
     if q.ndim == 4 and k.shape[1] != q.shape[1]:
@@ -215,6 +221,6 @@ def _attention_entropy(
         rows = torch.arange(start, q.shape[-2], device=q.device)[:, None]
         scores = scores.masked_fill(torch.arange(k.shape[-2], device=q.device) > rows, -torch.inf)
     elif attn_mask is not None:
-        part = attn_mask[..., start:, :] if attn_mask.shape[-2] == q.shape[-2] else attn_mask
+        part = attn_mask[..., start:, :] if attn_mask.ndim > 1 and attn_mask.shape[-2] == q.shape[-2] else attn_mask
         scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     return _relative_entropy(scores)

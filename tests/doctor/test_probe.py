@@ -1,0 +1,123 @@
+"""The probe on models and batches that are legitimate and unusual: it says nothing of them, and changes nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import espalier
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class Layer(nn.Module):
+    """A linear layer, and what a function makes of it and of the first argument."""
+
+    def __init__(self, function: Callable[[nn.Linear, Tensor], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.function = nn.Linear(16, 16), function
+
+    def forward(self, x: Tensor) -> object:
+        """Return whatever the function makes."""
+        return self.function(self.linear, x)
+
+
+def attention(linear: nn.Linear, x: Tensor, **keywords: Tensor) -> Tensor:
+    h = linear(x)
+    return F.scaled_dot_product_attention(query=h, key=h, value=h, **keywords)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.jagged])
+def test_tensors_of_other_layouts_pass_through(layout: torch.layout) -> None:
+    if layout is torch.jagged:
+        x = torch.nested.nested_tensor([noise(3, 16), noise(5, 16)], layout=layout)
+        model: nn.Module = nn.Sequential(Layer(lambda linear, x: linear(x)), nn.ReLU(), nn.Tanh())
+    else:
+        x = torch.eye(16).to_sparse(layout=layout)
+        model = Layer(lambda linear, x: torch.sparse.mm(torch.relu(x), linear.weight))
+    assert not espalier.diagnose(model, x).findings
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        attention,
+        lambda linear, x: attention(linear, x, attn_mask=torch.ones(x.shape[-2], dtype=torch.bool)),
+        lambda linear, x: linear(x) + F.relu(x[..., :0]).sum(),
+        lambda linear, x: torch.fft.fft(linear(x)),
+    ],
+    ids=["arguments by name", "a mask of one dimension", "a rectifier without units", "complex outputs"],
+)
+def test_operators_are_watched_however_they_are_called(function: Callable[[nn.Linear, Tensor], object]) -> None:
+    assert not espalier.diagnose(Layer(function), noise(4, 32, 16)).findings
+
+
+@pytest.mark.parametrize("targets", [torch.arange(32) % 2, torch.full((32,), -1), torch.full((32,), -100)])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_targets_that_name_no_class_give_no_loss(targets: Tensor, classes: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, classes))
+    assert not espalier.diagnose(model, (noise(32, 16), targets)).findings
+
+
+def test_some_rows_may_be_left_out_of_the_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    targets = (torch.arange(32) % 4).where(torch.arange(32) > 5, -100)
+    model[2].bias.data[0] = 40.0
+    x = noise(32, 16)
+    loss = float(F.cross_entropy(model(x), targets).detach())
+    (found,) = (f for f in espalier.diagnose(model, (x, targets)).findings if f.check == "loss")
+    assert found.measured == f"loss {loss:.3g}"
+
+
+class Writes(nn.Module):
+    """Writes into a parameter, and draws from every generator, in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 16, max_norm=0.1)
+        self.book = nn.Parameter(noise(4, 16), requires_grad=False)
+        self.register_buffer("mask", torch.ones(1).expand(16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return (B, T, 16)."""
+        self.book.data.mul_(0.9)
+        return self.table(ids) * self.mask * (1 + random.random() + np.random.rand() + torch.rand(()))  # noqa: NPY002
+
+
+def generators() -> tuple[object, ...]:
+    numpy = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy[1].tolist(), numpy[2:], torch.get_rng_state().tolist()
+
+
+def test_what_a_pass_writes_and_draws_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the state of devices that the model is not on")
+
+    model, ids = Writes(), torch.arange(20).reshape(1, 20)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = generators()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    espalier.diagnose(model, ids)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert generators() == states
+
+
+@pytest.mark.parametrize("model", [nn.Linear(16, 4, device="meta"), nn.LazyLinear(4)])
+def test_nothing_runs_without_storage(model: nn.Module) -> None:
+    kind = type(model)
+    found = espalier.diagnose(model, noise(8, 16)).findings
+    assert [(f.severity, f.check) for f in found] == [("error", "empty")] * 2
+    assert type(model) is kind
