@@ -322,7 +322,11 @@ def test_every_check_has_its_heading_in_the_guide() -> None:
         ({"model": nn.Linear(2, 2), "example": "some"}, "example 'some': pass a batch, or 'synthetic'"),
         ({"model": nn.Linear(2, 2), "example": 3}, "example int: pass a tensor"),
         ({"model": nn.Module(), "example": "synthetic"}, "Module does not say what it takes: pass a batch"),
+        ({"model": nn.Linear(2, 2), "example": torch.ones(0, 2)}, "pass a batch that is not empty"),
         ({"model": nn.Linear(2, 2), "against": 3}, "against int: pass a StructureReport"),
+        ({"model": nn.Linear(2, 2), "against": {"model": nn.Linear(2, 2).state_dict()}}, "holds no tensors by name"),
+        ({"model": nn.Linear(2, 2), "optimizer": "adam"}, "optimizer str: pass the optimiser"),
+        ({"model": nn.Linear(2, 2), "heads": "4"}, "heads 4: give a whole number from 1"),
     ],
 )
 def test_bad_input_is_one_line(arguments: dict[str, object], message: str) -> None:

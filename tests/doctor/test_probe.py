@@ -121,3 +121,34 @@ def test_nothing_runs_without_storage(model: nn.Module) -> None:
     found = espalier.diagnose(model, noise(8, 16)).findings
     assert [(f.severity, f.check) for f in found] == [("error", "empty")] * 2
     assert type(model) is kind
+
+
+class Graph(nn.Module):
+    """Sums the features of neighbours, as networks on graphs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        """Return (nodes, 4)."""
+        return self.head(torch.zeros_like(x).index_add(0, edges[1], self.linear(x)[edges[0]]))
+
+
+def test_integers_that_a_model_cannot_do_without_are_no_targets() -> None:
+    edges = torch.stack([torch.arange(32), torch.arange(32).roll(1)])
+    assert not espalier.diagnose(Graph(), (noise(32, 16), edges)).findings
+
+
+class Named(nn.Linear):
+    """Gives itself as its own wrapped model, as a class that may or may not be wrapped does."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self
+
+
+def test_a_model_that_names_itself_ends() -> None:
+    assert not espalier.diagnose(Named(16, 16), "synthetic").findings

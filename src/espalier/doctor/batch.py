@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.doctor.stats import dense
 from espalier.errors import EspalierError
 
 _BATCH = 4
@@ -32,10 +34,11 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
 
     Args:
         model: the module that takes it.
-        example: a tensor, a mapping of keyword arguments, ``(inputs, integer targets)`` or a tuple of arguments.
+        example: a tensor, a mapping of keyword arguments, ``(inputs, integer targets)`` or a tuple of arguments. Of a
+            model that cannot do without a second argument, integers are that.
 
     Raises:
-        EspalierError: an example of another kind.
+        EspalierError: an example of another kind, or an empty one.
     """
     first = next(model.parameters(), torch.zeros(()))
     device = first.device if first.device.type != "meta" else torch.device("cpu")
@@ -49,12 +52,29 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
     if not isinstance(example, Tensor | Mapping | tuple | list):
         raise EspalierError(f"example {type(example).__name__}: pass a tensor, a mapping, a tuple, or 'synthetic'")
     inputs, targets = list(example) if isinstance(example, tuple | list) else [example], None
-    if len(inputs) == 2 and isinstance(inputs[1], Tensor) and not inputs[1].is_floating_point():
+    start = next((value for value in inputs if isinstance(value, Tensor)), None)
+    if start is not None and dense(start) and start.ndim and not start.shape[0]:
+        raise EspalierError(f"example of shape {tuple(start.shape)}: pass a batch that is not empty")
+    integers = len(inputs) == 2 and isinstance(inputs[1], Tensor) and not inputs[1].is_floating_point()
+    if integers and _takes(model, inputs[0]):
         targets = move(inputs.pop())
     named = inputs[0] if isinstance(example, Mapping) or targets is not None else None
     if isinstance(named, Mapping):
         return Batch((), {key: move(value) for key, value in named.items()}, targets)
     return Batch(tuple(map(move, inputs)), {}, targets)
+
+
+def _takes(model: nn.Module, inputs: Any) -> bool:
+    """Return whether a forward pass asks for no more than these inputs, so that what stands beside them is targets."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # compiled code does not say
+        return True
+    try:
+        signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
@@ -67,6 +87,8 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
         EspalierError: the model says nothing of its inputs.
     """
     while isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
+        if inner is model:
+            break
         model = inner
     config = getattr(model, "config", None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.doctor.diagnosis import Diagnosis, sort_findings
 from espalier.doctor.patient import Patient
@@ -58,6 +58,10 @@ def diagnose(
         against = open_weights(Path(against))
     elif against is not None and not isinstance(against, StructureReport | Mapping):
         raise EspalierError(f"against {type(against).__name__}: pass a StructureReport, a state dictionary or a path")
+    elif isinstance(against, Mapping) and against and not any(isinstance(value, Tensor) for value in against.values()):
+        raise EspalierError("against: holds no tensors by name: pass the state dictionary itself")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise EspalierError(f"optimizer {type(optimizer).__name__}: pass the optimiser that is to train the model")
     patient, source = _admit(model, heads)
     patient.optimizer, patient.against = optimizer, against
     found: list[tuple[Check, Finding]] = []
@@ -87,7 +91,7 @@ def _admit(model: nn.Module | str | Path, heads: int | None) -> tuple[Patient, S
         source = open_weights(Path(str(model)))
     else:
         raise EspalierError(f"model {str(model)!r} is neither a module nor a path: name a checkpoint that exists")
-    if heads is not None and heads < 1:
+    if heads is not None and (not isinstance(heads, int) or heads < 1):
         raise EspalierError(f"heads {heads}: give a whole number from 1")
     known = source.config.get("num_attention_heads") or source.config.get("n_head")
     heads = heads or (known if isinstance(known, int) else None)

@@ -117,7 +117,7 @@ def open_weights(path: Path) -> Source:
 
 def _config_of(model: nn.Module) -> Mapping[str, Any]:
     inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module) and not hasattr(model, "config"):
+    if isinstance(inner, nn.Module) and inner is not model and not hasattr(model, "config"):
         return _config_of(inner)
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.patient import Patient, Record, pattern_of, plain_name
+from espalier.doctor.patient import Patient, Record, pattern_of, plain_name, whole
 from espalier.doctor.registry import Finding, Severity, register_check
-from espalier.doctor.stats import measure
+from espalier.doctor.stats import dense, measure
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, audit
 
@@ -77,27 +77,39 @@ def overwritten(patient: Patient) -> Iterator[Finding]:
     """Weights that are not those of a checkpoint that the model should hold: redrawn on load, or never loaded."""
     if not isinstance(patient.against, Mapping):
         return
+    # Wrappers put words into the names of a state dictionary, too; a part of the user's own may be called like them.
+    held = {name: name for name in patient.against if isinstance(name, str)}
+    for name in tuple(held):
+        held.setdefault(plain_name(name), name)
     for record in patient.records:
-        stored: Tensor | None = None if record.meta else patient.against.get(record.name)
-        if stored is None:
+        names = [held[n] for n in (record.name, *patient.aliases.get(record.name, ())) if n in held]
+        if not names and not record.buffer:
+            remedy = "it keeps its own start: is that meant?"
+            yield Finding("warning", record.name, "overwritten", "not in the checkpoint", "stored", remedy)
+        stored = patient.against[names[0]] if names and not record.meta else None
+        if not isinstance(stored, Tensor) or stored.is_meta:
             continue
         if tuple(stored.shape) != record.shape:
             measured = f"shape {record.shape}, stored {tuple(stored.shape)}"
         else:
-            own = patient.load(record.name)
-            stored = stored.to(own.device, own.dtype)
-            if torch.equal(own, stored):
+            share = _difference(patient.load(record.name), whole(stored))
+            if not share:
                 continue
-            share = float((own != stored).float().mean())
             measured = f"{share:.0%} of its entries differ"
         remedy = "load again last: something initialised it after it was loaded"
         yield Finding("error", record.name, "overwritten", measured, "what the checkpoint holds", remedy)
-    held = set(patient.against)
-    for record in patient.records:
-        names = {record.name, *patient.aliases.get(record.name, ())}
-        if not record.buffer and names.isdisjoint(held):
-            remedy = "it keeps its own start: is that meant?"
-            yield Finding("warning", record.name, "overwritten", "not in the checkpoint", "stored", remedy)
+
+
+def _difference(own: Tensor, stored: Tensor) -> float:
+    """Return the share of entries that differ; 0 where they cannot be compared: sparse, nested and quantised ones."""
+    if not (type(own) is type(stored) is Tensor and dense(own) and dense(stored)) or own.is_quantized:
+        return 0.0
+    stored = stored.to(own.device, own.dtype)
+    if own.is_floating_point() and own.itemsize == 1:  # torch does not compare these
+        own, stored = own.float(), stored.float()
+    if torch.equal(own, stored):
+        return 0.0
+    return float(((own != stored) & ~((own != own) & (stored != stored))).double().mean())
 
 
 @register_check("ranks")
