@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -151,3 +153,49 @@ def test_a_branch_may_be_closed_where_its_block_has_a_shortcut() -> None:
     model.stages = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2)) for width in (16, 24, 32, 48))
     nn.init.zeros_(model.stages[1][1].weight)  # the first block of a stage changes the width and has none
     assert not findings(model, "normalisation")
+
+
+def drawn_gains(trained: bool) -> nn.Sequential:
+    """DCGAN's generator and start: batch norm's gains are drawn around one, its biases are zero."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels, out in ((16, 32), (32, 16), (16, 16)):
+        norm = nn.BatchNorm2d(out)
+        nn.init.normal_(norm.weight, 1, 0.02)
+        if trained:
+            nn.init.normal_(norm.bias, 0, 0.02)
+        layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False), norm, nn.ReLU()]
+    model = nn.Sequential(*layers)
+    for layer in model[::3]:
+        nn.init.normal_(layer.weight, 0, 0.02)
+    return model
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gains_drawn_around_one_are_a_fresh_start_while_the_biases_stand(trained: bool) -> None:
+    diagnosis = espalier.diagnose(drawn_gains(trained))
+    assert diagnosis.trained == trained
+    assert {finding.check for finding in diagnosis.findings} == ({"batch-norm"} if trained else set())
+
+
+def test_checks_of_a_fresh_start_look_at_gains_drawn_around_one() -> None:
+    model = drawn_gains(trained=False)
+    nn.init.normal_(model[3].weight, 0, 5)
+    assert "scale" in {finding.check for finding in espalier.diagnose(model).findings}
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_layers_that_are_divided_by_a_norm_are_healthy(norm: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Conv2d(3, 16, 3)), nn.LeakyReLU(0.2), nn.Flatten(), norm(nn.Linear(576, 4)))
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not espalier.diagnose(model, x).findings
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_a_bag_of_tokens_is_a_table(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(50, 64, mode=mode), nn.Linear(64, 4))
+    assert not espalier.diagnose(model).findings
+    model[0].weight.data *= 20
+    assert {finding.check for finding in espalier.diagnose(model).findings} == {"scale-of-inputs"}

@@ -156,23 +156,30 @@ class Patient:
         """Whether the weights look trained: at least half of the normalisation gains differ from entry to entry.
 
         Nearly every library starts them at a constant. A gain drawn from noise around zero does not count, nor one that
-        spreads as far as its mean and well below zero (RepVGG's start so): no training leaves them like that. A model
+        spreads as far as its mean and well below zero (RepVGG's start so): no training leaves them like that; nor one
+        close to a constant beside a bias of nothing but zeros, which training would move (DCGAN starts so). A model
         without normalisation is judged by its biases, which start constant or uniform.
         """
         finite = [(record, stats) for record, stats in self.measured() if not stats.nonfinite]
-        gains = [stats for record, stats in finite if record.role == "norm" and stats.numel >= 8]
+        gains = [(s, self._still(record, s)) for record, s in finite if record.role == "norm" and s.numel >= 8]
         if gains:
             moved = [
                 not s.constant
+                and not still
                 and not drawn_around_zero(s.mean, s.std)
                 and not (s.std > 0.7 * abs(s.mean) and s.minimum < -s.std / 2)
-                for s in gains
+                for s, still in gains
             ]
         else:
             # A bias that drowns its layer's weight was drawn wrongly: no training takes it that far.
             biases = [(bias, stats) for bias, stats in finite if bias.role == "bias" and stats.numel >= 32]
             moved = [_left_its_start(stats) for bias, stats in biases if not self.drowns(bias)]
         return bool(moved) and 2 * sum(moved) >= len(moved)
+
+    def _still(self, gain: Record, stats: TensorStats) -> bool:
+        bias = self.find(f"{gain.layer}.bias")
+        closed = bias is not None and bias.stats is not None and bias.stats.closed and self.learns(bias)
+        return closed and stats.std < 0.1 * abs(stats.mean)
 
     def output_beside(self, bias: Record) -> float | None:
         """Return the root mean square of what the weight beside a bias makes of inputs of size one.
@@ -273,7 +280,9 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
         return "adapter"
     flat = len(shape) < 2
     named_norm = _NORM.search(layer) if module is None else _NORM.search(kind) or "Norm" in kind
-    if named_norm and (flat or isinstance(module, nn.LayerNorm)):
+    # Spectral norm keeps noise in its buffers; frozen batch norm its gains.
+    kept = not buffer or leaf in ("weight", "gamma", "scale", "bias", "beta")
+    if named_norm and kept and (flat or isinstance(module, nn.LayerNorm)):
         return "bias" if "bias" in leaf or leaf == "beta" else "norm"
     if module is None and flat and leaf == "weight":  # of what has a weight, only normalisation keeps a vector
         return "norm"
@@ -284,7 +293,7 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
     broadcast = len(shape) >= 3 and shape[0] == 1 and not re.search("weight|kernel", leaf)
     if _POSITION.search(name) or _TOKEN.search(leaf) or broadcast:
         return "position"
-    if isinstance(module, nn.Embedding) or (module is None and _EMBEDDING.search(layer)):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (module is None and _EMBEDDING.search(layer)):
         return "embedding"
     if "bias" in leaf and flat:
         return "bias"

@@ -83,7 +83,7 @@ def scale_of_inputs(patient: Patient) -> Iterator[Finding]:
         if record.role == "bias" and patient.drowns(record):
             yield drowned(record, f"the weight's outputs near {patient.output_beside(record) or 0:.2g}")
         # Two or three rows turn coordinates into random Fourier features: they are multiplied, and none is added.
-        looked_up = record.role == "embedding" or isinstance(record.module, nn.Embedding)
+        looked_up = record.role == "embedding" or isinstance(record.module, nn.Embedding | nn.EmbeddingBag)
         features = not looked_up and record.matrix and min(size for size in record.shape if size > 1) < 8
         if record.role in ("embedding", "position") and record.matrix and stats.noise and not features:
             alone = record.role == "embedding" or not tokens
