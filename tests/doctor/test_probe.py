@@ -152,3 +152,34 @@ class Named(nn.Linear):
 
 def test_a_model_that_names_itself_ends() -> None:
     assert not espalier.diagnose(Named(16, 16), "synthetic").findings
+
+
+class Detached(nn.Linear):
+    """Has properties that raise while nothing is attached, as the trainers' do."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Raise."""
+        raise RuntimeError("not attached")
+
+    config = module
+
+
+def test_properties_may_raise() -> None:
+    assert not espalier.diagnose(Detached(16, 16), "synthetic").findings
+
+
+def test_no_gradient_is_left_in_the_batch() -> None:
+    x = noise(32, 16).requires_grad_()
+    x.grad = torch.ones_like(x)
+    assert not espalier.diagnose(nn.Linear(16, 4), x).findings
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_are_put_back() -> None:
+    torch.manual_seed(0)
+    model = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh()))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not espalier.diagnose(model, noise(32, 16)).findings
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.doctor.sources import attribute
 from espalier.doctor.stats import dense
 from espalier.errors import EspalierError
 
@@ -46,6 +47,8 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        # No gradient is left in a batch of the user's own.
+        value = value.detach().requires_grad_(value.requires_grad)
         floating = value.is_floating_point() and first.is_floating_point()
         return value.to(device, first.dtype) if floating else value.to(device)
 
@@ -86,11 +89,11 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
     Raises:
         EspalierError: the model says nothing of its inputs.
     """
-    while isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
+    while isinstance(inner := attribute(model, "module") or attribute(model, "_orig_mod"), nn.Module):
         if inner is model:
             break
         model = inner
-    config = getattr(model, "config", None)
+    config = attribute(model, "config")
 
     def setting(*names: str) -> int | None:
         for source in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None), model):

@@ -70,7 +70,8 @@ class Record:
     @property
     def parameter(self) -> Tensor | None:
         """The parameter in its module; ``None`` for a buffer, and in a bare checkpoint."""
-        return None if self.module is None else self.module._parameters.get(self.leaf)
+        # A scripted module's table is no dictionary.
+        return None if self.module is None else dict(self.module._parameters.items()).get(self.leaf)
 
     @property
     def gradient(self) -> Tensor | None:

@@ -18,6 +18,7 @@ from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradient
 from espalier.doctor.patient import Patient, plain_name
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.registry import Finding, Severity
+from espalier.doctor.sources import attribute
 from espalier.doctor.stats import dense
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
@@ -100,8 +101,9 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training, own in modules:
             module.training = training
-            module._buffers.clear()
-            module._buffers.update(own)
+            if not isinstance(module, torch.jit.ScriptModule):  # which cannot get other ones
+                module._buffers.clear()
+                module._buffers.update(own)
         with torch.no_grad():
             for tensor, values in held:
                 # A graph of the user's own that holds the tensor stays usable.
@@ -192,8 +194,8 @@ def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
     """Return whether the last dimension counts classes: as many as the model or its configuration names."""
     if batch.targets is not None:
         return logits.shape[-1] > 1
-    config = getattr(model, "config", None)
-    named = [getattr(s, n, None) for s in (config, model) for n in ("vocab_size", "num_labels", "num_classes")]
+    config = attribute(model, "config")
+    named = [attribute(s, n) for s in (config, model) for n in ("vocab_size", "num_labels", "num_classes")]
     named += [getattr(getattr(config, "text_config", None), "vocab_size", None)]
     return logits.shape[-1] > 1 and logits.shape[-1] in [size for size in named if isinstance(size, int)]
 

@@ -115,15 +115,22 @@ def open_weights(path: Path) -> Source:
     return Source(tuple(readers), lambda name: readers[name](name), config)
 
 
+def attribute(model: Any, name: str) -> Any:
+    """Return an attribute that a model may have; ``None`` where it has none, or its property raises."""
+    try:
+        return getattr(model, name, None)
+    except Exception:  # whatever a property of the user's own raises while nothing is attached
+        return None
+
+
 def _config_of(model: nn.Module) -> Mapping[str, Any]:
-    inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module) and inner is not model and not hasattr(model, "config"):
+    inner = attribute(model, "module") or attribute(model, "_orig_mod")
+    if isinstance(inner, nn.Module) and inner is not model and attribute(model, "config") is None:
         return _config_of(inner)
-    config = getattr(model, "config", None)
-    if isinstance(config, Mapping):
-        return config
+    config = attribute(model, "config")
     to_dict = getattr(config, "to_dict", None)
-    return to_dict() if callable(to_dict) else {}
+    stated = to_dict() if callable(to_dict) and not isinstance(config, Mapping) else config
+    return stated if isinstance(stated, Mapping) else {}
 
 
 def weight_files(path: Path) -> list[Path]:

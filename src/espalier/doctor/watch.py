@@ -110,6 +110,8 @@ def watch(model: nn.Module) -> Iterator[Activity]:
     handles = []
     for name, module in model.named_modules():
         short = plain_name(name)
+        if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+            continue
 
         def enter(module: nn.Module, inputs: Any, keywords: Any, short: str = short) -> None:
             stack.append(short)
