@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from espalier.init.layouts.scratch import signs_of
+
 _MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NAMED = (type, ModuleType, BuiltinFunctionType, enum.Enum, CodeType, torch.jit.ScriptFunction)
@@ -42,15 +44,16 @@ class _Same:
         return id(self.held)
 
 
-def module_key(module: nn.Module, but: frozenset[str] = frozenset()) -> Hashable:
+def module_key(module: nn.Module, but: frozenset[str] = frozenset(), *, signs: bool = False) -> Hashable:
     """Return a key that two modules share if they compute the same with the same parameters, or one of its own.
 
     Args:
         module: the module.
         but: names of attributes that are left out.
+        signs: tell apart what a copy keeps of parameters (``signs_of``), too.
     """
     try:
-        return _Reader(but).read(module)
+        return _Reader(but, signs).read(module)
     except (_UnknownError, RecursionError):
         return object()
 
@@ -58,8 +61,8 @@ def module_key(module: nn.Module, but: frozenset[str] = frozenset()) -> Hashable
 class _Reader:
     """Reads one module; what is met again is named by its place in the order of meeting."""
 
-    def __init__(self, but: frozenset[str]) -> None:
-        self.left_out = _MODULE_FIELDS | but
+    def __init__(self, but: frozenset[str], signs: bool) -> None:
+        self.left_out, self.signs = _MODULE_FIELDS | but, signs
         # The objects themselves are kept, so that no number is given twice.
         self.met: dict[int, tuple[int, Any]] = {}
 
@@ -104,7 +107,9 @@ class _Reader:
         own = {key: value for key, value in vars(module).items() if key not in self.left_out}
         shapes = tuple((key, self._parameter(p)) for key, p in module._parameters.items() if p is not None)
         parts: list[Mapping[str, Any]] = [module._buffers, module._modules, own]
-        return (self._class(type(module)), shapes, *map(self._pairs, parts))
+        kept = [signs_of(module, key, p) for key, p in module._parameters.items() if p is not None and self.signs]
+        turned = tuple(None if signs is None else tuple(signs.flatten().tolist()) for signs in kept)
+        return (self._class(type(module)), shapes, turned, *map(self._pairs, parts))
 
     def _parameter(self, parameter: Tensor) -> Hashable:
         """Return its shape, and whether it is one that was met: its values are not asked."""

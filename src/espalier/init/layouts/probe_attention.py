@@ -38,6 +38,7 @@ _MASKED = -1e20
 _ROTARY = "rotary positions: the QK product holds at distance zero"
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
+_OPPOSED = 0.9
 _FACTORS = (0.4, 2.5)
 
 
@@ -197,7 +198,12 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     if tokens_LD is not None:
         q_HKL, k_HKL = trial.q @ tokens_LD.mT, trial.to_heads(trial.k @ tokens_LD.mT)
         product_HL = (q_HKL * k_HKL).sum(1) / trial.width**0.5
-        remark = _followed(shown.diagonal(0, 1, 2), product_HL, "its scores", "the QK product over √k")
+        own_HL = shown.diagonal(0, 1, 2)
+        # Over all heads together, those of either sign would cancel.
+        alike_H = nn.functional.cosine_similarity(own_HL, product_HL, dim=1)
+        if bool((alike_H < -_OPPOSED).any()):
+            raise Unproven(f"the scores of head {int(alike_H.argmin())} follow its QK product with the other sign")
+        remark = _followed(own_HL, product_HL, "its scores", "the QK product over √k")
         notes += [remark] if remark and not (notes and "times" in remark) else []
     return notes
 
@@ -223,13 +229,18 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
 
 def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
     """Tests 4, 5 and 6 of the note; return what was found to stand between the product and the output, if anything."""
-    signs = _signs(generator, trial.groups, trial.values)[..., None]
-    orders = _orders(generator, trial.groups, trial.values)
-    for v, o in (
-        (trial.v * signs, trial.o * trial.to_heads(signs)),
-        (_taken(trial.v, orders), _taken(trial.o, trial.to_heads(orders))),
-    ):
-        if _near(trial.look(v=v, o=o).out, base.out):
+    # Several of each: one draw may be the same for two groups, and then it does not tell them apart.
+    for kind in ("signs", "orders"):
+        changes = []
+        for _ in range(3):
+            if kind == "signs":
+                signs = _signs(generator, trial.groups, trial.values)[..., None]
+                changes.append((trial.v * signs, trial.o * trial.to_heads(signs)))
+            else:
+                orders = _orders(generator, trial.groups, trial.values)
+                changes.append((_taken(trial.v, orders), _taken(trial.o, trial.to_heads(orders))))
+        if all(_near(trial.look(v=v, o=o).out, base.out) for v, o in changes):
+            v, o = changes[0]
             break
     else:
         raise Unproven("columns of its output projection do not meet the values that were read as theirs")
@@ -242,7 +253,7 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
         raise Unproven("its output does not depend on its scores")
     ways = torch.randn(2, trial.v.shape[-1], generator=generator, dtype=torch.float64)
     pushes = torch.zeros(trial.groups, trial.values, 1, dtype=torch.float64)
-    pushes[0, 0] = _PUSH
+    pushes[:, 0] = _PUSH
     # Every channel by another amount: a layer norm of the queries takes away what all have in common.
     queries = torch.zeros(trial.heads, trial.width, 1, dtype=torch.float64)
     queries[0] = _PUSH * torch.randn(trial.width, 1, generator=generator, dtype=torch.float64)
@@ -265,14 +276,21 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
 
 
 def _follow_values(trial: _Trial, spread: Seen, moves: Tensor, ways: Tensor) -> str:
-    """Test 6 of the note for values: the moves of a first channel's push along two ways, with queries of zero."""
+    """Test 6 of the note for values: the moves of a push of first channels along two ways, with queries of zero."""
     tokens_LD = _tokens(trial.call, ways.shape[-1])
     if tokens_LD is None or moves[0].shape != (len(tokens_LD), trial.o.shape[-1]):
         return ""
-    shares_HLL = spread.scores_HLL.softmax(-1)[: trial.share]
-    columns_HD = trial.o[: trial.share, 0]
-    expected = [_PUSH * torch.einsum("hij,j,hd->id", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
-    return _followed(moves, torch.stack(expected), "its output", "the value-output product")
+    shares_HLL, columns_HD = spread.scores_HLL.softmax(-1), trial.o[:, 0]
+    each = [_PUSH * torch.einsum("hij,j,hd->hid", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
+    by_head = torch.stack(each, 1)
+    if trial.heads <= columns_HD.shape[1]:
+        # The factor of every head, where that is all that stands between: over all heads, signs would cancel.
+        parts, whole = by_head.flatten(1).mT, moves.flatten()[:, None]
+        factors = torch.linalg.lstsq(parts, whole).solution
+        if float((parts @ factors - whole).norm()) < _PUSHED * float(whole.norm()) and bool((factors < 0).any()):
+            head = int(factors.argmin())
+            raise Unproven(f"the output of head {head} follows its value-output product with the other sign")
+    return _followed(moves, by_head.sum(0), "its output", "the value-output product")
 
 
 def _tokens(call: Call, width: int) -> Tensor | None:

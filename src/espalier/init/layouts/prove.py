@@ -57,11 +57,11 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
     why: str | None = None
     try:
         try:
-            remarks = cached((module_key(module), reading), partial(_prove_alone, module, reading))
+            remarks = cached((key := module_key(module, signs=True), reading), partial(_prove_alone, module, reading))
         except CannotRunError as alone:
             why = str(alone)
             above = tuple((module_key(part), name[len(place) :]) for place, part in _owners(names, name))
-            remarks = cached((module_key(module), reading, above), partial(_prove_in_use, names, name, reading))
+            remarks = cached((key, reading, above), partial(_prove_in_use, names, name, reading))
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
@@ -95,7 +95,7 @@ def prove_keys(names: Mapping[str, nn.Module], name: str, found: AttentionWeight
 @untraced()
 def _prove_alone(module: nn.Module, reading: Layout) -> str:
     """Prove a layer on inputs made from its own signature."""
-    group = ("alike", module_key(module, _NUMBERS), reading)
+    group = ("alike", module_key(module, _NUMBERS, signs=True), reading)
     twin, views = _copied(module, reading)
     if sequences(twin, needed=True):
         raise CannotRunError("it takes two sequences")

@@ -47,8 +47,9 @@ class Call:
 def copy_for_probe(module: nn.Module) -> nn.Module:
     """Return a float64 copy on the CPU, in evaluation mode, without hooks, its weights drawn anew.
 
-    Matrices are uniform with deviation ~ 1/√fan-in, biases 0, other vectors 1 and numbers ½: so a gate that starts
-    closed is open, and a norm acts alike on all its channels. The original is not touched and not kept alive.
+    Matrices are uniform with deviation ~ 1/√fan-in, biases 0, other vectors ±1 and numbers ±½, with the signs that they
+    have (``signs_of``): so a gate that starts closed is open, a norm acts alike on all its channels, and a factor of −1
+    turns what it turns. The original is not touched and not kept alive.
 
     Raises:
         CannotRunError: the copy would be too large, or something in the module cannot be copied.
@@ -68,7 +69,10 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
             bound = (3 / parameter[0].numel()) ** 0.5
             value.uniform_(-bound, bound, generator=generator)
         else:
-            value.fill_(0.5 if parameter.ndim == 0 else 0.0 if "bias" in name.rpartition(".")[2] else 1.0)
+            place, _, leaf = name.rpartition(".")
+            value.fill_(0.5 if parameter.ndim == 0 else 0.0 if "bias" in leaf else 1.0)
+            if (signs := signs_of(module.get_submodule(place), leaf, parameter)) is not None:
+                value.mul_(signs)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:
@@ -94,6 +98,26 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
             config._attn_implementation_internal = "eager"  # the copy's own: kernels of other kinds need a GPU
     twin.eval()  # some classes override train() and return nothing
     return twin
+
+
+def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
+    """Return the signs that a copy keeps of a parameter, 1 for zero: those of vectors and numbers that are no biases.
+
+    Those of a norm are all that of most: training turns single gains, and those say nothing of the layer.
+
+    Args:
+        owner: the module that holds it.
+        name: of the parameter in there.
+        parameter: the parameter; there is nothing to keep of one that is nowhere, or in pieces.
+    """
+    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or parameter.ndim > 1 or "bias" in name:
+        return None
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        return None
+    signs = torch.where(parameter.detach().cpu() < 0, -1.0, 1.0)
+    if "norm" in type(owner).__name__.lower() and signs.numel():
+        return torch.full_like(signs, -1.0 if float(signs.sum()) < 0 else 1.0)
+    return signs
 
 
 @contextmanager
