@@ -132,3 +132,20 @@ def test_a_model_on_a_gpu_gets_the_weights_of_the_cpu() -> None:
         ]
         assert apart(pair[0][0] @ pair[0][1].mT, (pair[1][0] @ pair[1][1].mT).cpu()) <= 1e-4
     espalier.structure_(there, generator=torch.Generator(device="cuda").manual_seed(1))
+
+
+@pytest.mark.parametrize("width", [32, 544])
+def test_autocast_changes_neither_what_is_written_nor_what_is_measured(width: int) -> None:
+    """544 features are factorised in float32, which autocast would narrow to eight bits; all are measured in it."""
+    plain, narrowed = (nn.MultiheadAttention(width, 8) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        here = espalier.structure_(narrowed, generator=torch.Generator().manual_seed(0)).layers[0]
+        seen, fitted = espalier.audit(narrowed).layers[0], espalier.init.fit(narrowed)
+    there = espalier.structure_(plain, generator=torch.Generator().manual_seed(0)).layers[0]
+    for part, other in (
+        (plain.in_proj_weight, narrowed.in_proj_weight),
+        (plain.out_proj.weight, narrowed.out_proj.weight),
+    ):
+        assert torch.equal(part, other)
+    assert here.measured == there.measured == seen.measured
+    assert fitted == espalier.init.fit(plain)

@@ -12,6 +12,7 @@ from torch import nn
 
 from espalier.errors import EspalierError
 from espalier.init.attention.mimetic import as_tuples
+from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, LayerFit, Specs, family_of
 from espalier.init.layouts import Skipped, locate_layers
 
@@ -64,6 +65,7 @@ def _is_fitted(value: Any) -> bool:
 
 
 @torch.no_grad()
+@full_precision()
 def fit(model: nn.Module) -> StructureFit:
     """Fit every layer that a layout recognises and say what to ask ``structure_`` for.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.adapters import without_adapters
+from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, Family, Specs, family_of
 from espalier.init.families.base import Place, on_meta
 from espalier.init.layouts import Layer, Skipped, locate_layers
@@ -61,6 +62,7 @@ class _Site:
 
 
 @torch.no_grad()
+@full_precision()
 def structure_(
     model: nn.Module,
     *,
@@ -131,6 +133,7 @@ def _asked(specs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+@full_precision()
 def audit(model: nn.Module, against: StructureReport | None = None) -> StructureReport:
     """Measure how much structure a model's weights carry now, layer by layer.
 

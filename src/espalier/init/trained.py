@@ -48,5 +48,5 @@ def warn_if_trained(model: nn.Module) -> None:
             "are no fresh start's): structure_ overwrites what attention, filters or state-space layers have learnt; "
             "give it a fresh model, or ignore espalier.init.TrainedWeightsWarning",
             TrainedWeightsWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

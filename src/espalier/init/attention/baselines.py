@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.init.attention.near_identity import random_frame
+from espalier.init.attention.near_identity import full_precision, random_frame
 from espalier.init.layouts import AttentionWeights, locate_layers
 from espalier.randomness import cpu_generator
 
@@ -82,6 +82,7 @@ def semi_orthogonal_(model: nn.Module, *, generator: torch.Generator | None = No
 
 
 @torch.no_grad()
+@full_precision()
 def impulse_(
     model: nn.Module, *, window: int = 3, width: float = 0.5, generator: torch.Generator | None = None
 ) -> None:

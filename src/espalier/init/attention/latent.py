@@ -12,6 +12,7 @@ from espalier.init.attention.mimetic import Strength, check_choices, spread_fact
 from espalier.init.attention.near_identity import (
     compute_device,
     compute_type,
+    full_precision,
     near_identity_corner,
     random_frame,
     signed_qr,
@@ -25,6 +26,7 @@ _WEAKEST = 1e-4
 
 
 @torch.no_grad()
+@full_precision()
 def mimetic_latent_attention_(
     weights: LatentAttentionWeights,
     *,

@@ -16,6 +16,7 @@ from espalier.init.attention.near_identity import (
     METHODS,
     NOISES,
     Method,
+    full_precision,
     near_identity,
     near_identity_corner,
     near_identity_factors,
@@ -118,6 +119,7 @@ def as_tuples(value: Any) -> Any:
 
 
 @torch.no_grad()
+@full_precision()
 def mimetic_attention_(
     q: Tensor,
     k: Tensor,
@@ -239,6 +241,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, 
 
 
 @torch.no_grad()
+@full_precision()
 def measure_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, num_kv_heads: int | None = None
 ) -> dict[str, float]:
@@ -318,6 +321,7 @@ def expected_diagonal(alpha: float, beta: float, rank: float, rows: float = 1.0,
     return truncated(alpha, beta, rank, rows, columns)[1]
 
 
+@full_precision()
 def truncated(alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0) -> Strength:
     """Return the strengths that the best approximation of ``αZ + βI`` in a share of its rank has.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -49,6 +50,17 @@ _PILOT = 256
 # The sign of a singular pair is the library's choice; ours makes the sum of the left vector's entries non-negative.
 # Without noise (α = 0) all singular values are equal, and nothing determines which of them are kept.
 _DOUBLE_UP_TO = 512
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep matrix products in the type of their factors, whatever autocast stands around; also as a decorator."""
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        for kind in ("cpu",) if accelerator is None else ("cpu", accelerator.type):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def near_identity(
@@ -174,6 +186,7 @@ def split_square(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return u * root, (matrix.mT @ u) / root
 
 
+@full_precision()
 def near_identity_factors(
     dim: int,
     rank: int,
@@ -265,7 +278,8 @@ def near_identity_heads(
         return
     triangle = signed_qr(torch.cat([left, right], 1))[1]
     for _ in range(count - 1):
-        turned = random_frame(dim, len(triangle), generator=generator, device=device) @ triangle
+        with full_precision():
+            turned = random_frame(dim, len(triangle), generator=generator, device=device) @ triangle
         yield turned[:, :rank], turned[:, rank:]
 
 
