@@ -282,7 +282,7 @@ def test_depth_rules(rule: str, three: list[float], one: float) -> None:
         ({"preset": "closed"}, "did you mean 'closed-form'"),
         ({"sigma0": 0.0}, "sigma falls to 0"),
         ({"sigma0": 0.1, "v": -1.0, "a": 2.0}, "sigma falls to -0.15"),
-        ({"sigma0": math.nan}, "sigma falls to nan"),
+        ({"sigma0": math.nan}, "sigma0 is nan"),
         ({"variant": "psd", "wrap": True}, "contradicts"),
         ({"scale": "row"}, "did you mean 'raw'"),
         ({"depth_rule": "end"}, "did you mean 'ends'"),
@@ -298,3 +298,36 @@ def test_bad_plans_are_refused(arguments: dict, words: str) -> None:
 def test_depth_outside_is_refused() -> None:
     with pytest.raises(EspalierError, match=r"depth 1\.5"):
         FilterCovariance().sigma_at(1.5)
+
+
+@pytest.mark.parametrize("kernel", [5.0, (3.7, 3), "33", (5, None)])
+def test_kernels_that_are_no_whole_numbers_are_refused(kernel: object) -> None:
+    with pytest.raises(EspalierError, match="whole numbers of taps"):
+        filter_covariance(kernel, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["sigma0", "v", "a"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, "0.1", 1j])
+def test_schedules_that_are_no_numbers_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(EspalierError, match=f"{name} is .* give a finite number"):
+        FilterCovariance(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [3, 7, 9])
+def test_a_rounded_covariance_is_still_one(kernel: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rounded = filter_covariance(kernel, 2.0, dtype=dtype)
+    filters = sample_filters(rounded, 20_000, generator=generator, dtype=torch.float64)
+    truth = filter_covariance(kernel, 2.0)
+    sampling = (float(truth.trace() ** 2 + truth.square().sum()) / 20_000) ** 0.5
+    error = float((filters.mT @ filters / 20_000 - truth).norm())
+    assert error < 4 * sampling + torch.finfo(dtype).eps * float(truth.norm())
+
+
+@pytest.mark.parametrize(
+    "covariance", [torch.eye(9, dtype=torch.int64), torch.eye(9) + 0j, torch.eye(9, device="meta")]
+)
+def test_a_covariance_of_another_kind_is_refused(covariance: Tensor) -> None:
+    with pytest.raises(EspalierError, match="finite square matrix"):
+        sample_filters(covariance, 3)

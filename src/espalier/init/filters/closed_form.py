@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from numbers import Integral
 from typing import TypedDict, TypeGuard, Unpack
 
 import torch
@@ -145,7 +146,10 @@ def kernel_sizes(kernel_size: int | Sequence[int], dim: int = 2) -> tuple[int, .
     Raises:
         EspalierError: no axis, an axis of 2 taps or of fewer than 1, or no axis of at least 3.
     """
-    sizes = (kernel_size,) * dim if isinstance(kernel_size, int) else tuple(int(size) for size in kernel_size)
+    given = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,) * dim
+    if not all(isinstance(size, Integral) for size in given):
+        raise EspalierError(f"kernel_size {kernel_size!r} must be whole numbers of taps: give k, or one k an axis")
+    sizes = tuple(int(size) for size in given)
     if not any(size >= 3 for size in sizes) or any(size < 1 or size == 2 for size in sizes):
         raise EspalierError(
             f"kernel_size {kernel_size} is too small: give at least 3 taps an axis (or 1 beside others)"
@@ -172,7 +176,7 @@ def sample_filters(
     Raises:
         EspalierError: Σ is not square, finite, symmetric and positive semi-definite.
     """
-    eigenvalues, basis = covariance_spectrum(covariance.cpu())
+    eigenvalues, basis = covariance_spectrum(covariance if covariance.is_meta else covariance.cpu())
     # What rounding left of a zero would weigh its root's 1e-8 in the filters, another one on every library.
     noise_floor = len(basis) * torch.finfo(torch.float64).eps * float(eigenvalues[-1])
     root_KK = (basis * eigenvalues.where(eigenvalues > noise_floor, 0.0).sqrt()) @ basis.mT
@@ -187,13 +191,17 @@ def covariance_spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
         EspalierError: it is not square, finite, symmetric and, but for rounding, positive semi-definite.
     """
     size = covariance.shape[-1] if covariance.ndim else 0
-    sigma_KK = covariance.detach().double()
-    if size == 0 or sigma_KK.shape != (size, size) or not sigma_KK.isfinite().all():
+    if not covariance.is_floating_point() or covariance.is_meta or covariance.shape != (size, size) or size == 0:
         raise EspalierError(f"covariance of shape {tuple(covariance.shape)} must be a finite square matrix")
-    if (sigma_KK - sigma_KK.mT).abs().max() > _NEGATIVE_SHARE * sigma_KK.abs().max():
+    sigma_KK = covariance.detach().double()
+    if not sigma_KK.isfinite().all():
+        raise EspalierError(f"covariance of shape {tuple(covariance.shape)} must be a finite square matrix")
+    # Rounding to the covariance's own type moves every eigenvalue by up to its unit times the largest.
+    share = max(_NEGATIVE_SHARE, torch.finfo(covariance.dtype).eps)
+    if (sigma_KK - sigma_KK.mT).abs().max() > share * sigma_KK.abs().max():
         raise EspalierError("covariance is not symmetric: pass (Σ + Σᵀ)/2")
     eigenvalues, basis = torch.linalg.eigh((sigma_KK + sigma_KK.mT) / 2)
-    if eigenvalues[0] < -_NEGATIVE_SHARE * eigenvalues[-1].abs():
+    if eigenvalues[0] < -share * eigenvalues[-1].abs():
         raise EspalierError(f"covariance has the eigenvalue {eigenvalues[0]:.3g} < 0: clip its spectrum first")
     return eigenvalues, basis
 

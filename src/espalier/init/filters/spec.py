@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -96,8 +97,10 @@ class FilterCovariance:
                 raise EspalierError("statistics replace the closed form: give either them or a preset, sigma0, v and a")
             return
         for name, published in PRESETS[self.preset]._asdict().items():
-            if getattr(self, name) is None:
+            if (given := getattr(self, name)) is None:
                 object.__setattr__(self, name, published)
+            elif not isinstance(given, Real) or not math.isfinite(given):
+                raise EspalierError(f"{name} is {given!r}: give a finite number, or leave it to the preset")
         # σ is smallest at an end, or at the parabola's vertex if that lies between.
         vertex = -self.v / self.a if self.a and self.v is not None else 0.0
         lowest = min(map(self.sigma_at, (0.0, 1.0, min(max(vertex, 0.0), 1.0))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -298,7 +299,13 @@ def _gaussian_error(covariance_KK: Tensor) -> float:
 
 def _checked(entry: dict[str, Any], covariance_KK: Tensor) -> LayerStatistics:
     """Return one layer of a file, or raise if it is no covariance of such a kernel."""
-    sizes = tuple(int(size) for size in entry["kernel_size"])
+    numbers = [entry[name] for name in ("filters", "sampling_variance", "shrinkage")]
+    whole = [*entry["kernel_size"], numbers[0]]
+    if not all(type(size) is int and size >= 1 for size in whole):
+        raise EspalierError(f"layer {entry['name']!r} states {whole} as its kernel and filters: not counts from 1")
+    if not all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers) or numbers[2] > 1:
+        raise EspalierError(f"layer {entry['name']!r} states {numbers[1:]} as its sampling variance and shrinkage")
+    sizes = tuple(entry["kernel_size"])
     expected = torch.Size(sizes).numel()
     if covariance_KK.shape != (expected, expected) or covariance_KK.dtype != torch.float64:
         raise EspalierError(f"layer {entry['name']!r} has no float64 covariance of its kernel {sizes}")
@@ -307,7 +314,7 @@ def _checked(entry: dict[str, Any], covariance_KK: Tensor) -> LayerStatistics:
         name=str(entry["name"]),
         kernel_size=sizes,
         covariance=covariance_KK,
-        filters=int(entry["filters"]),
+        filters=entry["filters"],
         sampling_variance=float(entry["sampling_variance"]),
         shrinkage=float(entry["shrinkage"]),
     )
