@@ -180,8 +180,10 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         content = {}
     nested = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), content)
-    found = {name: tensor for name, tensor in nested.items() if isinstance(tensor, Tensor)}
+    found = {name: tensor for name, tensor in nested.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     for name, tensor in found.items():
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise EspalierError(f"checkpoint {path}: {name} is sparse or ragged: save it as a dense tensor")
         # A stride of zero repeats one number: a copy of what claims to be larger than its file fills the memory.
         if tensor.nbytes > path.stat().st_size:
             raise EspalierError(f"checkpoint {path}: {name} claims to be larger than the file: save its values")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import espalier
+from espalier.checkpoints.by_shape import skeleton
 from espalier.checkpoints.loading import open_checkpoint
 from espalier.cli.main import main
 from espalier.errors import EspalierError
@@ -119,3 +121,42 @@ def test_no_tensors_break_what_reads_checkpoints(
     except EspalierError as error:
         message = str(error)
     assert "\n" not in message
+
+
+_PLAIN = {f"a.{name}_proj.weight": (8, 8) for name in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ({"num_heads.weight": (4, 4), **_PLAIN}, ["a"]),
+        ({**_PLAIN, "a.num_heads.weight": (4, 4)}, ["a"]),
+        ({"x.A_log.weight": (8, 1, 5, 5), "x.A_log": (8, 4)}, ["x.A_log"]),
+        ({"x.A_log": (8, 4), "x.A_log.weight": (8, 1, 5, 5)}, ["x.A_log"]),
+        ({"x.dt_bias.weight": (8, 1, 5, 5), "x.dt_bias": (8,)}, ["x.dt_bias"]),
+    ],
+)
+def test_tensors_named_like_what_modules_have_are_read_all_the_same(names: dict[str, Any], found: list[str]) -> None:
+    model = skeleton({name: torch.randn(shape) for name, shape in names.items()}, 2)
+    assert [row.layer for row in espalier.audit(model).layers if row.status == "absent"] == found
+
+
+def test_a_name_of_thousands_of_parts_is_refused() -> None:
+    assert "2000 dots" in refusal(lambda: skeleton({"a." * 2000 + "weight": torch.randn(8, 1, 5, 5)}))
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "ragged"])
+def test_tensors_that_are_not_dense_are_refused(tmp_path: Path, kind: str) -> None:
+    tensors = {
+        "coo": lambda: torch.eye(4).to_sparse(),
+        "csr": lambda: torch.eye(4).to_sparse_csr(),
+        "ragged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }
+    with warnings.catch_warnings(action="ignore"):  # torch calls both beta
+        torch.save({"a.weight": tensors[kind]()}, tmp_path / "w.pt")
+        assert "a.weight is sparse or ragged" in refusal(lambda: open_checkpoint(tmp_path / "w.pt"))
+
+
+def test_tensors_under_numbers_are_not_tensors_by_name(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(3)}, tmp_path / "w.pt")
+    assert "holds no tensors by name" in refusal(lambda: open_checkpoint(tmp_path / "w.pt"))

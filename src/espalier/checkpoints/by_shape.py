@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from espalier.errors import EspalierError
 from espalier.init.layouts.registry import Codeless
 
 # What a state-space mixer keeps outside its layers.
 _BARE = ("A_log", "dt_bias")
+# Modules inside each other, which torch walks by recursion; no model is near it.
+_DEEPEST = 100
 
 
 def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.Module:
@@ -24,9 +27,14 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
         tensors: a state dictionary; storage is shared, nothing is copied.
         num_heads: query heads of every attention layer; without it attention is found and skipped. Key heads follow
             from the shapes.
+
+    Raises:
+        EspalierError: a name of more than a hundred parts.
     """
     root = Codeless()
     for name, tensor in tensors.items():
+        if name.count(".") > _DEEPEST:
+            raise EspalierError(f"tensor {name[:40]}… has {name.count('.')} dots in its name: no checkpoint of a model")
         path, _, leaf = name.rpartition(".")
         if leaf == "in_proj_weight":
             path, leaf = f"{path}.qkv".lstrip("."), "weight"
@@ -39,10 +47,11 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
             layer._modules.update(getattr(siblings.get(child), "_modules", {}))
             siblings[child or "weight"] = layer
         elif leaf in _BARE:
-            _at(root, path).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            # Not registered: a module may have the same name, and whatever a file says must not raise here.
+            _at(root, path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     for module in root.modules():
         if num_heads and not isinstance(module, nn.Linear):
-            module.num_heads = num_heads  # type: ignore[assignment]
+            vars(module)["num_heads"] = num_heads  # also where a part has that name
     return root
 
 
