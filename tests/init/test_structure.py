@@ -15,8 +15,11 @@ import espalier
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, VerificationError
 from espalier.init.families.attention import AttentionFamily
+from espalier.init.filters.spec import FilterCovariance
+from espalier.init.filters.statistics import FilterStatistics, LayerStatistics
 from espalier.init.layouts import AttentionWeights
 from espalier.models import ConvMixer, VisionTransformer
+from espalier.nn.ssm.mamba import Mamba1
 from reference.attention_reference import head_products, value_output_product
 
 
@@ -257,3 +260,25 @@ def test_an_argument_of_another_kind_is_named_with_the_remedy(name: str, value: 
     with pytest.raises(EspalierError, match=rf"^{name} is .*: give a "):
         espalier.structure_(layer, **{name: value})  # type: ignore[arg-type]
     assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
+
+
+def measured_over(sizes: tuple[int, ...], covariance: torch.Tensor) -> FilterCovariance:
+    return FilterCovariance(statistics=FilterStatistics((LayerStatistics("a", sizes, covariance, 8, 0.0),)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"ssm": espalier.MimeticSSM(layers=(0, 5))},
+        {"ssm": espalier.MimeticSSM(convolution="covariance")},
+        {"depthwise": measured_over((5, 5), torch.eye(25, dtype=torch.float64))},
+        {"depthwise": measured_over((5,), -torch.eye(5, dtype=torch.float64))},
+    ],
+)
+def test_a_spec_that_one_layer_refuses_leaves_the_others_as_they_were(spec: dict[str, Any]) -> None:
+    attention, filters = nn.MultiheadAttention(32, 2), nn.Conv1d(32, 32, 5, groups=32, padding=2)
+    model = nn.Sequential(attention, Mamba1(32, 4, conv_size=2), filters)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(EspalierError, match=r"^layer '[12]'"):
+        espalier.structure_(model, generator=seeded(), **spec)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

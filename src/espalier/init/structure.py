@@ -108,6 +108,8 @@ def structure_(
     # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
     generator = cpu_generator(generator)
     draws = [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in sites]
+    for site in sites:  # what a spec refuses, it refuses before anything is written
+        _attempt(_rehearse, site, asked[site.family.kind], fatal=_FATAL)
     rows, sums, remarks = list[LayerReport](), [dict[str, float]() for _ in sites], dict[str, None]()
     for site, seed, taken in zip(sites, agree(draws, model), sums, strict=True):
         spec, stream = asked[site.family.kind], torch.Generator(device="cpu").manual_seed(seed)
@@ -236,6 +238,20 @@ def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequen
         f"model {type(model).__name__} has no {wanted} layer to structure{reasons}: "
         "register a layout for its classes (espalier.init.register_layout)"
     )
+
+
+def _rehearse(site: _Site, spec: object) -> LayerReport:
+    """Write one layer on the meta device, where arguments are checked and nothing is kept."""
+    if not isinstance(found := site.layer.found, Skipped) and site.family.selects(spec, site.place):
+        views = {name: _to_meta(value) for name, value in vars(found).items()}
+        site.family.write(replace(found, **views), spec, site.place, torch.Generator(device="cpu"))
+    return site.row("skipped")
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_to_meta, value))
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def _write(

@@ -229,8 +229,9 @@ def depthwise_covariance_(
 
 
 def fill_filters_(weight: Tensor, covariance: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill depthwise filters (h, 1, *k) in place with draws from a (K, K) covariance; no-op if meta or empty."""
+    """Fill depthwise filters (h, 1, *k) in place with draws from a (K, K) covariance; only checks if meta or empty."""
     if weight.is_meta or weight.numel() == 0:
+        covariance_spectrum(covariance)
         return weight
     filters_HK = sample_filters(covariance, weight.shape[0], generator=generator, dtype=torch.float64)
     with torch.no_grad():
