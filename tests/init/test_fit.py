@@ -98,3 +98,21 @@ def test_values_that_no_fit_has_are_refused(change: dict[str, object]) -> None:
     assert StructureFit.from_dict({"depthwise": [row]}).specs()["depthwise"] is not None
     with pytest.raises((TypeError, ValueError)):
         StructureFit.from_dict({"depthwise": [row | change]})
+
+
+def test_filters_that_are_all_equal_ask_for_nothing_also_from_a_file() -> None:
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 5, groups=16) for _ in range(3)))
+    nn.init.constant_(model[1].weight, 0.04)
+    found = fit(model)
+    kept = StructureFit.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+    assert [row.layer for row in kept.rows["depthwise"]] == ["0", "2"]
+    assert kept.specs() == found.specs()
+    nn.init.constant_(model[0].weight, 1.0)
+    nn.init.constant_(model[2].weight, 1.0)
+    assert StructureFit.from_dict(fit(model).to_dict()).specs()["depthwise"] is None
+
+
+def test_a_model_without_storage_is_refused_in_one_line() -> None:
+    for layer in (nn.MultiheadAttention(16, 2, device="meta"), nn.Conv2d(8, 8, 5, groups=8, device="meta")):
+        with pytest.raises(EspalierError, match="is on the meta device: load its weights"):
+            fit(layer)

@@ -14,6 +14,7 @@ from espalier.errors import EspalierError
 from espalier.init.attention.mimetic import as_tuples
 from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, LayerFit, Specs, family_of
+from espalier.init.families.base import on_meta
 from espalier.init.layouts import Skipped, locate_layers
 
 
@@ -33,8 +34,9 @@ class StructureFit:
         return {kind: family.spec(self.rows.get(kind, ())) for kind, family in FAMILIES.items()}  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists and dictionaries for JSON."""
-        return {kind: [asdict(row) for row in rows] for kind, rows in self.rows.items()}  # type: ignore[call-overload]
+        """Return plain lists and dictionaries for JSON, without rows that ask for nothing (filters all equal)."""
+        rows = {kind: [asdict(row) for row in rows] for kind, rows in self.rows.items()}  # type: ignore[call-overload]
+        return {kind: [row for row in found if all(map(_is_fitted, row.values()))] for kind, found in rows.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StructureFit:
@@ -77,13 +79,16 @@ def fit(model: nn.Module) -> StructureFit:
         model: a trained model, or what ``skeleton`` makes of a checkpoint.
 
     Raises:
-        EspalierError: the model has no layer that a layout recognises, or a layer's weights are damaged (NaN).
+        EspalierError: the model has no layer that a layout recognises, or a layer's weights are damaged (NaN) or on the
+            meta device.
     """
     rows: dict[str, list[LayerFit]] = {kind: [] for kind in FAMILIES}
     for layer in locate_layers(model):
         with layer.open() as weights:
             if isinstance(weights, Skipped):
                 continue
+            if on_meta(weights):
+                raise EspalierError(f"layer {layer.name!r} is on the meta device: load its weights, then fit")
             family = family_of(weights)
             damage = family.damage(weights, family.sums(weights)) or family.excess(family.measure(weights))
             if damage:
