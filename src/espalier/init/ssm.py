@@ -166,11 +166,9 @@ def mimetic_ssm_(
     """
     spec = MimeticSSM(**parts)
     _check_shapes(w_b, w_c, groups)
-    if w_b.numel() == 0:
-        return
-    if spec.convolution and conv_weight is not None:  # first: it may refuse, and nothing may be half written
+    if spec.convolution and conv_weight is not None and conv_weight.numel():  # first: it may refuse, on meta too
         _write_taps(conv_weight, conv_bias, spec.convolution, generator)
-    if w_b.is_meta:
+    if w_b.is_meta or w_b.numel() == 0:
         return
     if spec.decay is not None:
         _write_rates(a_log, spec.decay, spec.decay_rule, generator)
