@@ -8,12 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError
 from espalier.models import VisionTransformer
 from espalier.nn import Mamba1, Mamba2, mixing_matrix
 from espalier.report.raster import Panel, photograph, shrink
-from espalier.report.section import Section, paragraph
-from espalier.report.views import HEADS, View, first_example, layer_pictures, left_out
+from espalier.report.section import Markup, Section, paragraph
+from espalier.report.views import HEADS, View, first_examples, layer_pictures, left_out
 from espalier.study.statistics import spread
 
 # Side of the largest picture; tokens of the longest sequence that is mixed; tokens of the sequence that is repeated.
@@ -25,46 +24,63 @@ Inputs = dict[str, Tensor]
 
 @torch.no_grad()
 def attention_maps(views: Sequence[View]) -> Section | None:
-    """Draw where the tokens of one test image look, for our own vision transformers."""
-    nets = [(view, view.net) for view in views if isinstance(view.net, VisionTransformer)]
-    try:
-        image_1CHW = first_example([view for view, _ in nets])
-    except (EspalierError, OSError) as error:
-        return Section("Attention maps", (paragraph(f"No attention maps: {error}", "note"),))
-    if image_1CHW is None:
+    """Draw where the tokens of one test image of their own runs look, for our own vision transformers."""
+    views = [view for view in views if isinstance(view.net, VisionTransformer) and view.net.blocks and view.run]
+    if not views:
         return None
-    found = [
-        (view, [(f"blocks.{index}", map_1HLL[0]) for index, map_1HLL in enumerate(net.attention_maps(image_1CHW))])
-        for view, net in nets
-    ]
+    pairs, problems = first_examples(views)
+    notes = [paragraph(f"No attention maps: {problem}", "note") for problem in problems]
+    if not pairs:
+        return Section("Attention maps", tuple(notes))
+    found = []
+    for view, image_1CHW in pairs:
+        maps = view.net.attention_maps(image_1CHW)  # type: ignore[operator]
+        found.append((view, [(f"blocks.{index}", map_1HLL[0]) for index, map_1HLL in enumerate(maps)]))
     table = layer_pictures(
         "Attention of every head", found, partial(_panels, "of a patch's look is at itself"),
         "Row i of a panel shows where patch i of the image looks, and sums to one: a diagonal is a patch that looks at "
         "itself, lines beside it are its neighbours.",
         left_out(len(found[0][1][0][1]), HEADS, "heads"), scale="sequential", shared=True,
     )  # fmt: skip
-    return Section("Attention maps", (photograph(image_1CHW[0], "The first image of the test set."), table))
+    return Section("Attention maps", (*notes, *_photographs(pairs), table))
+
+
+def _photographs(pairs: Sequence[tuple[View, Tensor | None]]) -> list[Markup]:
+    """Return the images of the networks, each once, and where they differ with the arms that are shown it."""
+    images: list[tuple[Tensor, dict[str, None]]] = []
+    for view, image in pairs:
+        if image is None:
+            continue
+        names = next((names for known, names in images if torch.equal(known, image)), None)
+        if names is None:
+            images.append((image, names := {}))
+        names[view.name] = None
+    return [
+        photograph(image[0], "The first image of the test set" + (f" of {', '.join(names)}." if images[1:] else "."))
+        for image, names in images
+    ]
 
 
 @torch.no_grad()
 def mixing_matrices(views: Sequence[View]) -> Section | None:
-    """Draw how the Mamba mixers of our own classes mix tokens: one test example of the runs, or a repeated sequence."""
+    """Draw how the Mamba mixers of our own classes mix tokens: a test example of their run, or a repeated sequence."""
     views = [view for view in views if _mixers(view.net)]
     if not views:
         return None
-    try:
-        example = first_example(views)
-    except (EspalierError, OSError) as error:
-        return Section("Mixing matrices", (paragraph(f"No mixing matrices: {error}", "note"),))
+    pairs, problems = first_examples(views)
+    notes = [paragraph(f"No mixing matrices: {problem}", "note") for problem in problems]
     words = f"The input is the first example of the test set, its first {_LENGTH} tokens at most."
-    if example is None:
+    if any(example is None for _, example in pairs):
         words = f"The input is {_REPEATED} random vectors, twice: a line beside the diagonal looks back at "
         words += "the same vector in the first copy."
     found = []
-    for view in views:
+    for view, example in pairs:
         inputs = repeated_inputs(view.net) if example is None else inputs_of_mixers(view.net, example)
         mixers = _mixers(view.net)
-        found.append((view, [(name, _matrices(mixers[name], x_1LD)) for name, x_1LD in inputs.items()]))
+        if inputs:  # else no mixer of it took part
+            found.append((view, [(name, _matrices(mixers[name], x_1LD)) for name, x_1LD in inputs.items()]))
+    if not found:
+        return Section("Mixing matrices", tuple(notes)) if notes else None
     heads = left_out(max(len(matrices) for _, matrices in found[0][1]), HEADS, "heads")
     table = layer_pictures(
         "Mixing matrix of every head", found, partial(_panels, "of its weight is on the token itself"),
@@ -72,7 +88,7 @@ def mixing_matrices(views: Sequence[View]) -> Section | None:
         "included: what attention's map is to attention. A fading diagonal forgets, a full lower triangle keeps. "
         f"For Mamba-1 the mean over its channels. {words}", heads,
     )  # fmt: skip
-    return Section("Mixing matrices", (table,))
+    return Section("Mixing matrices", (*notes, table))
 
 
 def repeated_inputs(net: nn.Module, length: int = _REPEATED) -> Inputs:

@@ -14,6 +14,7 @@ from espalier.report.raster import Panel, Row, Scale, picture_table
 from espalier.report.section import Markup
 from espalier.study.statistics import spread
 from espalier.train import Run
+from espalier.train.manifest import read_manifest
 
 # What is shown of a large network where several stand side by side, so that a page stays small.
 LAYERS, HEADS = 4, 4
@@ -70,14 +71,30 @@ def layers_of(views: Sequence[View], kind: type[W]) -> Found[W]:
     return found
 
 
-def first_example(views: Sequence[View]) -> Tensor | None:
-    """Return the first test example of the networks' runs, a batch of one; None for networks without a run.
+def first_examples(views: Sequence[View]) -> tuple[list[tuple[View, Tensor | None]], list[str]]:
+    """Return each network with the first test example of its own run, and in words whose data cannot be read.
 
-    Raises:
-        EspalierError, OSError: the data cannot be read.
+    Examples are batches of one: arms may differ in the size of their images or in their vocabulary. A network without a
+    run has None; one whose data cannot be read is left out.
     """
-    source = next((view.run.source() for view in views if view.run is not None), None)
-    return None if source is None else next(iter(source.eval_batches(source.eval_splits[0], 1)))[0]
+    # The same data are read once, however many arms share them.
+    found: dict[str, Tensor] = {}
+    pairs: list[tuple[View, Tensor | None]] = []
+    problems: dict[str, None] = {}
+    for view in views:
+        if view.run is None:
+            pairs.append((view, None))
+            continue
+        r = view.run.recipe
+        try:
+            key = repr((r.dataset, r.data_path, r.data_args, r.normalize, read_manifest(view.run.path)[1].get("data")))
+            if key not in found:
+                source = view.run.source()
+                found[key] = next(iter(source.eval_batches(source.eval_splits[0], 1)))[0]
+            pairs.append((view, found[key]))
+        except (EspalierError, OSError) as error:
+            problems[f"{view.name}: {error}" if view.name else str(error)] = None
+    return pairs, list(problems)
 
 
 def layer_pictures(
