@@ -201,3 +201,18 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "0.png", (0, 0, 0))
     with pytest.raises(EspalierError, match="leaves an empty set"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("workers", 10**12, "workers is 1000000000000: give at most 1024"), ("size", 10**17, "give at most 65536 pixels")],
+)
+def test_counts_that_no_machine_has_are_refused_before_anything_is_begun(
+    name: str, value: int, words: str, tmp_path: Path
+) -> None:
+    write_pets(tmp_path)
+    arguments = {"size": 4, "storage": "stream", name: value}
+    recipe = Recipe(name="r", dataset="folder", data_path=str(tmp_path), data_args=arguments)
+    with pytest.raises(EspalierError) as caught:
+        build_source(recipe)
+    assert words in one_line(caught)

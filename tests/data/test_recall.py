@@ -188,6 +188,7 @@ def test_usual_pairs() -> None:
         (lambda g: mqar(1, 100, 64, generator=g), "length 100 has no usual number of pairs: give pairs, at most 25"),
         (lambda g: mqar(1, 64, 64, pairs=-1, generator=g), "pairs is -1"),
         (lambda g: mqar(1, 64, 64, pairs=4, placement="x", generator=g), "unknown placement 'x'"),
+        (lambda g: mqar(1, 64, 64, pairs=4, random_filler="false", generator=g), "random_filler is 'false'"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_tasks_are_refused_in_one_line(call, words: str) -> None:  # type: ignore[no-untyped-def]

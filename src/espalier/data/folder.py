@@ -15,10 +15,12 @@ from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
 from espalier.data.stream import Pixels, StreamedPixels, StreamSource
+from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
 
+_MOST_WORKERS, _MOST_PIXELS = 1024, 65_536
 STORAGES = ("memory", "mapped", "stream")
 _ARGUMENTS = {**LIMITS, "size": 64, "test_share": 0.2, "workers": None}
 
@@ -65,8 +67,10 @@ def read_folder(root: Path, *, size: int = 64, test_share: float = 0.2) -> Image
 def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[str, Any]) -> ImageSource | StreamSource:
     storage, size, workers = arguments["storage"], positive_int("size", arguments["size"]), arguments["workers"]
     one_of("storage", storage, STORAGES)
-    if workers not in (None, 0):
-        positive_int("workers", workers)
+    if size > _MOST_PIXELS:
+        raise EspalierError(f"size is {size}: give at most {_MOST_PIXELS} pixels, no picture has a longer side")
+    if workers not in (None, 0) and positive_int("workers", workers) > _MOST_WORKERS:
+        raise EspalierError(f"workers is {workers}: give at most {_MOST_WORKERS}, no machine runs more at once")
     listing = listing.limited(arguments["train_limit"], arguments["test_limit"])
     augmentation = Augmentation.from_recipe(recipe)
     if storage == "memory":

@@ -178,6 +178,8 @@ def mqar(
     one_of("placement", placement, PLACEMENTS)
     if isinstance(power, bool) or not isinstance(power, int | float):
         raise EspalierError(f"power is {power!r}: give a number")
+    if not isinstance(random_filler, bool):
+        raise EspalierError(f"random_filler is {random_filler!r}: give true or false")
     half = positive_int("vocab_size", vocab_size) // 2
     if vocab_size % 2 or half - 1 < pairs:
         raise EspalierError(f"vocab_size {vocab_size} for {pairs} pairs: give an even number from {2 * (pairs + 1)}")
