@@ -57,7 +57,9 @@ class Run:
             raise EspalierError(f"weights {which!r} of a run: choose 'final' or 'start'")
         weights = self.path / (FINAL if which == "final" else START)
         if not weights.exists():
-            state = "diverged" if self.result else "is not finished"
+            state = "is not finished" if self.result is None else "has lost a file"
+            if which == "final" and self.result and self.result.get("diverged"):
+                state = "diverged"
             raise EspalierError(f"run {self.path} {state}: it has no {weights.name}")
         refuse_damage(self.path, [weights.name])
         model = build_bare_model(self.recipe, read_object(self.path / MODEL)["args"])
