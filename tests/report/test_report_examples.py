@@ -15,6 +15,7 @@ from espalier.models import SequenceModel, VisionTransformer
 from espalier.recipes import get_recipe
 from espalier.report import write_report
 from espalier.report.mixing import attention_maps, inputs_of_mixers, mixing_matrices
+from espalier.report.products import attention_products
 from espalier.report.raster import png_address, shrink, value_limit
 from espalier.report.views import View
 from espalier.study import launch, plan_study
@@ -114,3 +115,30 @@ def test_networks_without_a_block_or_with_a_mixer_that_takes_no_part_do_not_stop
 
     assert inputs_of_mixers(Idle(), torch.zeros(1, 3)) == {}
     assert mixing_matrices([View(Idle(), "idle", "end", run)]) is None
+
+
+def test_arms_of_one_head_and_layer_beside_many_show_all_that_the_caption_says(tmp_path: Path) -> None:
+    def net(depth: int, heads: int) -> VisionTransformer:
+        return VisionTransformer(
+            img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=depth, num_heads=heads, num_classes=2
+        )
+
+    section = attention_products([View(net(1, 1), "one"), View(net(6, 6), "many")])
+    assert section is not None
+    first, second = (part.html for part in section.parts)  # type: ignore[union-attr]
+    assert [words.partition(":")[0] for _, words in pictures(first)] == [
+        "blocks.0.attn head 0",
+        *(f"blocks.{layer}.attn head {head}" for layer in (0, 2, 3, 5) for head in (0, 2, 3, 5)),
+    ]
+    assert len(pictures(second)) == 1 + 4
+    for words in ("Shown are 4 of 6 heads", "Shown are 4 of 6 layers"):
+        assert words in first
+
+
+def test_a_finished_run_whose_weights_were_removed_is_not_called_diverged(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 4)
+    run = vit_run(tmp_path / "run", tmp_path / "photos", 16)
+    (run.path / "final.safetensors").unlink()
+    html = write_report([run.path], tmp_path / "report.html").read_text()
+    assert "has lost a file: it has no final.safetensors" in html
+    assert "diverged" not in html.partition("</script>")[2].lower()

@@ -12,7 +12,7 @@ from espalier.models import VisionTransformer
 from espalier.nn import Mamba1, Mamba2, mixing_matrix
 from espalier.report.raster import Panel, photograph, shrink
 from espalier.report.section import Markup, Section, paragraph
-from espalier.report.views import HEADS, View, first_examples, layer_pictures, left_out
+from espalier.report.views import HEADS, Found, View, first_examples, layer_pictures, left_out
 from espalier.study.statistics import spread
 
 # Side of the largest picture; tokens of the longest sequence that is mixed; tokens of the sequence that is repeated.
@@ -40,9 +40,13 @@ def attention_maps(views: Sequence[View]) -> Section | None:
         "Attention of every head", found, partial(_panels, "of a patch's look is at itself"),
         "Row i of a panel shows where patch i of the image looks, and sums to one: a diagonal is a patch that looks at "
         "itself, lines beside it are its neighbours.",
-        left_out(len(found[0][1][0][1]), HEADS, "heads"), scale="sequential", shared=True,
+        left_out(_most_heads(found), HEADS, "heads"), scale="sequential", shared=True,
     )  # fmt: skip
     return Section("Attention maps", (*notes, *_photographs(pairs), table))
+
+
+def _most_heads(found: Found[Tensor]) -> int:
+    return max(len(matrices_HLL) for _, layers in found for _, matrices_HLL in layers)
 
 
 def _photographs(pairs: Sequence[tuple[View, Tensor | None]]) -> list[Markup]:
@@ -81,12 +85,11 @@ def mixing_matrices(views: Sequence[View]) -> Section | None:
             found.append((view, [(name, _matrices(mixers[name], x_1LD)) for name, x_1LD in inputs.items()]))
     if not found:
         return Section("Mixing matrices", tuple(notes)) if notes else None
-    heads = left_out(max(len(matrices) for _, matrices in found[0][1]), HEADS, "heads")
     table = layer_pictures(
         "Mixing matrix of every head", found, partial(_panels, "of its weight is on the token itself"),
         "Row t of a panel shows with what weight every token s ≤ t enters the output at t, step size and decay "
         "included: what attention's map is to attention. A fading diagonal forgets, a full lower triangle keeps. "
-        f"For Mamba-1 the mean over its channels. {words}", heads,
+        f"For Mamba-1 the mean over its channels. {words}", left_out(_most_heads(found), HEADS, "heads"),
     )  # fmt: skip
     return Section("Mixing matrices", (*notes, table))
 

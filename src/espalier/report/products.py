@@ -63,10 +63,12 @@ def attention_products(views: Sequence[View]) -> Section | None:
     found = layers_of(views, AttentionWeights)
     if not found:
         return None
-    layers, alone = found[0][1], len(found) == 1
-    heads, dim = layers[0][1].num_heads, layers[0][1].q.shape[-1]
+    alone = len(found) == 1
+    every = [weights for _, named in found for _, weights in named]  # arms may differ in depth, width and heads
+    layers, heads = max(len(named) for _, named in found), max(weights.num_heads for weights in every)
+    dim = max(weights.q.shape[-1] for weights in every)
     shown_heads = heads if alone else min(heads, HEADS)
-    count = (len(layers) if alone else len(found) * min(len(layers), LAYERS)) * shown_heads
+    count = (layers if alone else len(found) * min(layers, LAYERS)) * shown_heads
     side = max(32, min(SIDE, int((_PIXELS / count) ** 0.5)))
 
     def query_key(name: str, weights: AttentionWeights) -> list[Panel]:
@@ -96,12 +98,13 @@ def state_space_products(views: Sequence[View]) -> Section | None:
         picked = spread(weights.groups, HEADS)
         return [product_panel(f"{name} group {group}", w_c_GND[group], w_b_GND[group], SIDE) for group in picked]
 
-    first = found[0][1][0][1]
+    every = [weights for _, named in found for _, weights in named]
+    groups, width = max(weights.groups for weights in every), max(weights.w_b.shape[1] for weights in every)
     table = layer_pictures(
         "W_Cᵀ W_B of every layer", found, panels,
         "A red diagonal says that a token reads from the state what tokens like itself wrote there; without one, what "
         "is written and what is read have nothing to do with each other.",
-        left_out(first.groups, HEADS, "groups") + _pixel_words(first.w_b.shape[1], SIDE),
+        left_out(groups, HEADS, "groups") + _pixel_words(width, SIDE),
     )  # fmt: skip
     return Section("Products of state-space weights", (table,))
 

@@ -118,18 +118,18 @@ def layer_pictures(
         scale: as ``picture_table`` takes it.
         shared: likewise.
     """
-    first = found[0][1]
+    longest = max((layers for _, layers in found), key=len)
     if len(found) == 1:
-        columns, rows = [""], [Row(name, [draw(name, weights)]) for name, weights in first]
+        columns, rows = [""], [Row(name, [draw(name, weights)]) for name, weights in longest]
     else:
-        shown = spread(len(first), LAYERS)
-        columns = [first[index][0] for index in shown]
-        # A network with fewer layers than the first has gaps.
+        shown = spread(len(longest), LAYERS)
+        columns = [longest[index][0] for index in shown]
+        # A network with fewer layers than the longest has gaps.
         rows = [
             Row(view.label, [draw(*layers[index]) if index < len(layers) else () for index in shown])
             for view, layers in found
         ]
-        caption += left_out(len(first), LAYERS, "layers")
+        caption += left_out(len(longest), LAYERS, "layers")
     return picture_table(title, columns, rows, scale=scale, shared=shared, caption=caption + more + runs_behind(found))
 
 

@@ -264,9 +264,11 @@ def first_crossing(places: Sequence[float], values: Sequence[float], target: flo
 
 
 def spread(count: int, shown: int) -> list[int]:
-    """Return up to ``shown`` indices below ``count``, evenly spread, the first and the last among them."""
+    """Return up to ``shown`` indices below ``count``, evenly spread: the first and the last, or the first alone."""
     if count <= shown:
         return list(range(count))
+    if shown < 2:
+        return [0] * shown
     return [round(index * (count - 1) / (shown - 1)) for index in range(shown)]
 
 
