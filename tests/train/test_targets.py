@@ -97,3 +97,35 @@ def test_targets_that_are_no_class_are_one_line(tmp_path: Path, arguments: dict[
     with pytest.raises(EspalierError, match=rf"a target of {value}, and the model gives 10 scores: number") as caught:
         train(tiny(tmp_path, **arguments), tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("(255 * x).byte(), y", r"\(training\) fails with RuntimeError: Input type"),
+        ("x.repeat(1, 3, 1, 1), y", r"\(training\) fails with RuntimeError: .* channels"),
+        ("x, y[:, None]", r"targets of shape \(1, 1\) \(training\)"),
+        ("x, torch.eye(10)[y]", None),
+        ("x, torch.eye(7)[y % 7]", "returns 10 scores, and there are 7 classes"),
+    ],
+)
+def test_training_data_of_another_kind_than_the_evaluations_are_one_line_about_the_data(
+    change: str, words: str | None, tmp_path: Path
+) -> None:
+    body = f"""
+def other():
+    train, test = pair()
+    x, y = (torch.stack([item[part] for item in train]) for part in (0, 1))
+    return TensorDataset({change}), test
+"""
+    recipe = tiny(tmp_path)
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write(body)
+    recipe = replace(recipe, dataset=f"{tmp_path}/mine.py:other")
+    if words is None:  # probabilities to train on and classes to be held to, as after mixup, are no mistake
+        assert train(recipe, tmp_path / "run", progress=False).result is not None
+        return
+    with pytest.raises(EspalierError, match=words) as caught:
+        train(recipe, tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from espalier import data, models, recipes
 from espalier.data.source import Source
 from espalier.errors import EspalierError
-from espalier.lookup import errors_of, without_pin
+from espalier.lookup import errors_of, is_reference, without_pin
 from espalier.memory import free_memory
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
@@ -78,25 +78,34 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
 
 @torch.no_grad()
 def _try_on_one_example(model: nn.Module, source: Source, recipe: Recipe) -> None:
-    inputs, targets = next(iter(source.eval_batches(source.eval_splits[0], 1)))
+    _try(model, next(iter(source.eval_batches(source.eval_splits[0], 1))), source, recipe)
+    # Training data of the user's own may be of another kind than what they evaluate on.
+    if is_reference(recipe.dataset) and source.steps_per_epoch(recipe.batch_size):
+        inputs, targets = source.train_batch(recipe.seed, 0, 0, recipe.batch_size)
+        _try(model, (inputs[:1], targets[:1]), source, recipe, " (training)")
+
+
+def _try(model: nn.Module, example: tuple[Tensor, Tensor], source: Source, recipe: Recipe, part: str = "") -> None:
+    inputs, targets = example
     name = without_pin(recipe.model)
-    with errors_of("model", f"{name} on dataset {without_pin(recipe.dataset)}"):
+    with errors_of("model", f"{name} on dataset {without_pin(recipe.dataset)}{part}"):
         outputs = model.eval()(inputs)
         model.train()
     wanted = targets.shape[: -1 if targets.is_floating_point() else None]
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != wanted:
         shown = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise EspalierError(
-            f"model {name} returns {shown} for targets of shape {tuple(targets.shape)}: return logits, one score "
+            f"model {name} returns {shown} for targets of shape {tuple(targets.shape)}{part}: return logits, one score "
             "a class for every target"
         )
-    classes = source.model_args.get("num_classes") or source.model_args.get("vocab_size") or int(targets.max()) + 1
-    if outputs.shape[-1] < classes:
+    known = source.model_args.get("num_classes") or source.model_args.get("vocab_size")
+    classes = targets.shape[-1] if targets.is_floating_point() else known or int(targets.max()) + 1
+    if outputs.shape[-1] < classes or (targets.is_floating_point() and outputs.shape[-1] != classes):
         raise EspalierError(
             f"model {name} returns {outputs.shape[-1]} scores, and there are {classes} classes: give it as many "
             "classes as the data have"
         )
-    with errors_of("loss", f"{recipe.loss} with {dict(recipe.loss_args)}"):
+    with errors_of("loss", f"{recipe.loss} with {dict(recipe.loss_args)}{part}"):
         build_loss(recipe)(outputs, targets)
 
 
