@@ -78,6 +78,32 @@ def test_certificate_travels_with_the_model(tmp_path: Path) -> None:
     assert not (tmp_path / "shared2").exists()
 
 
+def test_what_was_said_of_other_weights_never_stands_beside_a_run(run: Run, tmp_path: Path) -> None:
+    other = train(replace(run.recipe, seed=1), tmp_path / "other", progress=False)
+    folder = save_run(run, tmp_path / "shared")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(EspalierError, match=r"README.md is a card of other weights"):
+        save_run(other, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "A note of mine.\n")
+    assert save_run(run, folder) == folder  # the same run again: what was written to its card since stays
+    assert (folder / "README.md").read_text().endswith("A note of mine.\n")
+    (folder / "certificate.json").write_text("{}")
+    with pytest.raises(EspalierError, match=r"certificate.json is not this run's certificate"):
+        save_run(run, folder)
+
+
+def test_the_run_folder_itself_and_a_file_are_refused_and_stay(run: Run, tmp_path: Path) -> None:
+    before = {file.name for file in run.path.iterdir()}
+    with pytest.raises(EspalierError, match="is the run's own folder"):
+        save_run(run, run.path)
+    assert {file.name for file in run.path.iterdir()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EspalierError, match="is no folder"):
+        save_run(run, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_unfinished_runs_are_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match="not finished"):
         model_card(replace(run, result=None))

@@ -19,6 +19,8 @@ from espalier.train import Run, load_run
 from espalier.train.certify_runs import certificate_path, kept_certificate
 from espalier.train.run import RECIPE, STRUCTURE
 
+_CERTIFICATE, _RECORD = "certificate.json", "\n## Record\n"
+
 
 def model_card(run: Run | str | Path) -> str:
     """Return the text of a model card: recipe, numbers, structure, record, and the certificate if there is one.
@@ -61,21 +63,45 @@ def save_run(run: Run | str | Path, folder: str | Path) -> Path:
 
     Args:
         run: a finished run of one of our models, or its folder.
-        folder: it is made if need be.
+        folder: it is made if need be. A README.md that it holds stays, unless it is another run's card.
 
     Raises:
-        EspalierError: the run is not finished or has no weights, its model is not one of ours, or the certificate
-            beside it is of other weights.
+        EspalierError: the run is not finished or has no weights, its model is not one of ours, the certificate beside
+            it is of other weights, or ``folder`` is the run's own, no folder, or holds the card or certificate of
+            other weights.
     """
     run = run if isinstance(run, Run) else load_run(run)
     model, folder = run.model(), Path(folder)
     if not isinstance(model, HubModel):
         raise EspalierError(f"run {run.path}: {type(model).__name__} is no model of ours: save it by its own means")
-    model.save_pretrained(folder, card=model_card(run))
-    shutil.copyfile(run.path / RECIPE, folder / RECIPE)
-    if (proof := certificate_path(run.path)).exists():
-        shutil.copyfile(proof, folder / "certificate.json")
+    card, proof = model_card(run), certificate_path(run.path)
+    _refuse_others(run, folder, card, proof)
+    try:
+        model.save_pretrained(folder, card=card)
+        shutil.copyfile(run.path / RECIPE, folder / RECIPE)
+        if proof.exists():
+            shutil.copyfile(proof, folder / _CERTIFICATE)
+    except OSError as error:
+        raise EspalierError(f"cannot write {folder} ({error.strerror}): name a folder with room") from error
     return folder
+
+
+def _refuse_others(run: Run, folder: Path, card: str, proof: Path) -> None:
+    """Refuse a folder where what is said of other weights would stand beside these."""
+    if folder.exists() and not folder.is_dir():
+        raise EspalierError(f"{folder} is no folder: name another one")
+    if folder.resolve() == run.path.resolve():
+        raise EspalierError(f"{folder} is the run's own folder, which is never written again: name another one")
+    readme, kept = folder / "README.md", folder / _CERTIFICATE
+    # The card may have been edited since; its measured parts are what must be this run's.
+    if readme.is_file() and _RECORD in (text := readme.read_text(errors="replace")):
+        measured = [part for part in card.split("\n## ") if part.startswith(("Certificate\n", "Record\n"))]
+        if not all(part.strip() in text for part in measured):
+            raise EspalierError(
+                f"{readme} is a card of other weights or another certificate: remove it or name another folder"
+            )
+    if kept.is_file() and not (proof.exists() and kept.read_bytes() == proof.read_bytes()):
+        raise EspalierError(f"{kept} is not this run's certificate: remove it or name another folder")
 
 
 def push_run(run: Run | str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
