@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,24 @@ def test_import_of_the_library_loads_no_trainer() -> None:
     )
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert not run.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"initial_weights": "init.pt"}, r"initial_weights 'init.pt': give a name that ends in .safetensors"),
+        ({"initial_weights": "init"}, "ends in .safetensors"),
+        ({"structure": "mimetic"}, "structure 'mimetic': give True"),
+        ({"structure": None}, "structure None: give True"),
+    ],
+)
+def test_what_could_not_be_read_or_written_later_is_refused_at_once(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(EspalierError, match=words):
+        StructureWatch(vit(), **options)
+
+
+def test_a_place_where_no_file_can_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    watch = StructureWatch(vit(), initial_weights=tmp_path / "file" / "init.safetensors")
+    with pytest.raises(EspalierError, match=r"init\.safetensors: cannot be written"):
+        watch.start()

@@ -121,10 +121,16 @@ class StructureWatch:
                 of this name, or (``False``) not at all.
 
         Raises:
-            EspalierError: ``on_problem`` is neither, or both ``structure`` and ``against`` are given.
+            EspalierError: ``on_problem`` is neither, ``structure`` is neither a bool nor a mapping, it and ``against``
+                are both given, or the name of ``initial_weights`` does not end in ``.safetensors``.
         """
         if on_problem not in ("fail", "warn"):
             raise EspalierError(f"on_problem {on_problem!r}: choose 'fail' or 'warn'")
+        if not isinstance(structure, bool | Mapping):
+            raise EspalierError(f"structure {structure!r}: give True, False, or specs as {{'attention': Mimetic(…)}}")
+        if isinstance(initial_weights, str | Path) and Path(initial_weights).suffix != ".safetensors":
+            # Whoever reads weights goes by the end of the name.
+            raise EspalierError(f"initial_weights {str(initial_weights)!r}: give a name that ends in .safetensors")
         if structure is not False and against is not None:
             raise EspalierError("structure and against: give one: against is the report of what was written before")
         self._structure, self._seed, self._against = structure, seed, against
@@ -249,8 +255,13 @@ class StructureWatch:
         }
         if isinstance(self._keep, str | Path):
             if _rank() == 0:
-                Path(self._keep).parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(Path(self._keep), whole)
+                try:
+                    Path(self._keep).parent.mkdir(parents=True, exist_ok=True)
+                    write_tensors(Path(self._keep), whole)
+                except OSError as error:
+                    raise EspalierError(
+                        f"initial_weights {self._keep}: cannot be written ({error.strerror})"
+                    ) from error
         else:
             self._kept = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
 
