@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from espalier.data.decode import central_square, random_area
+from espalier.data.decode import central_square, random_area, upright_rgb
 
 
 def test_random_areas_have_the_stated_distribution() -> None:
@@ -34,3 +36,12 @@ def test_random_areas_have_the_stated_distribution() -> None:
         torch.from_numpy(np.array(picture.resize((10, 10), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     )
     assert central_square(picture, 10)[1].min() > 45, "the central square of a tall picture"
+
+
+def test_the_transparent_grey_of_sixteen_bits_shows_white_too() -> None:
+    values = np.array([[1000, 40000], [1001, 1000]], np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG", transparency=1000)
+    shown = np.asarray(upright_rgb(file.getvalue()))
+    assert shown[..., 0].tolist() == [[255, 156], [4, 255]]  # round(v·255/65535) beside it
+    assert (shown == shown[..., :1]).all()

@@ -42,6 +42,8 @@ def upright_rgb(content: bytes) -> PIL.Image.Image:
             image = operations.exif_transpose(opened)
             if sixteen:
                 values = np.asarray(image).astype(np.uint32)
+                if isinstance(clear := opened.info.get("transparency"), int):
+                    values[values == clear] = 65535
                 image = images.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
             elif image.has_transparency_data:
                 above = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
