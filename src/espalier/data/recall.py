@@ -191,10 +191,9 @@ def mqar(
     slot_S = torch.arange(1, (length - 2 * pairs) // 2 + 1, device=device)
     weight_S = (power - 1) * slot_S.log() if placement == "power" else torch.zeros(len(slot_S), device=device)
     place_BP = 2 * pairs + 2 * _distinct(weight_S, count, pairs, generator)
+    tokens_BL = torch.zeros(count, length, dtype=torch.long, device=device)
     if random_filler:
-        tokens_BL = torch.randint(vocab_size, (count, length), generator=generator, device=device)
-    else:
-        tokens_BL = torch.zeros(count, length, dtype=torch.long, device=device)
+        tokens_BL.random_(vocab_size, generator=generator)
     tokens_BL[:, : 2 * pairs] = torch.stack([keys_BP, values_BP], dim=2).flatten(1)
     tokens_BL.scatter_(1, place_BP, keys_BP)
     return tokens_BL, torch.full_like(tokens_BL, IGNORED).scatter_(1, place_BP, values_BP)
