@@ -351,3 +351,17 @@ def test_none_of_a_kind_is_no_lost_weight(shape: tuple[int, ...], severity: str)
     model = nn.Linear(16, 16)
     model.register_parameter("registers", nn.Parameter(torch.empty(shape)))
     assert [f.severity for f in espalier.diagnose(model).findings if f.check == "empty"] == [severity]
+
+
+def test_attention_written_near_the_identity_is_healthy_on_noise() -> None:
+    # Unlike images, noise has no two patches alike: every query sees its own position almost alone.
+    net = espalier.models.VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=768, depth=1, num_heads=12, num_classes=10
+    )
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    net.pos_embed.mul_(0.1)  # as in timm's, tokens are little more than their patches
+    espalier.structure_(net, generator=torch.Generator().manual_seed(0))
+    assert not loud(espalier.diagnose(net, x))
+    with torch.no_grad():
+        net.blocks[0].attn.qkv.weight[: 2 * 768] *= 3  # nine times the scores: at the bound, own position or not
+    assert [(f.check, f.layer) for f in loud(espalier.diagnose(net, x))] == [("attention-entropy", "blocks.0.attn")]

@@ -23,6 +23,8 @@ _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Queries whose attention is looked at; entropies of a sample are enough.
 _QUERIES = 64
+# Weight on a query's own position from which its softmax is at its bound: the gradient is a hundredth.
+_SATURATED = 0.99
 # Positions of a batch that tell how far outputs vary over it.
 _POSITIONS = 1024
 
@@ -96,7 +98,7 @@ class _Operators(TorchFunctionMode):
                 share = float(((out < low + near) | (out > 1 - near)).float().mean())
                 _note(self.activity.saturated, self.place(), share, max)
             elif func in _SOFTMAX and args and isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1:
-                _note(self.activity.entropy, self.place(), _relative_entropy(args[0]), min)
+                _note(self.activity.entropy, self.place(), _relative_entropy(args[0], out.shape[-2]), min)
             elif func is F.scaled_dot_product_attention:
                 _note(self.activity.entropy, self.place(), _attention_entropy(*args, **kwargs), min)
         return out
@@ -193,10 +195,12 @@ def _dead_share(out: Tensor) -> float | None:
     return float((flat == 0).all(0).float().mean()) if len(flat) >= 16 else None
 
 
-def _relative_entropy(scores: Tensor) -> float | None:
+def _relative_entropy(scores: Tensor, positions: int) -> float | None:
     """Return the mean over queries of entropy / ln(visible keys), leaving out queries that see fewer than four.
 
-    Masks write −∞, the most negative number, or −10,000.
+    Masks write −∞, the most negative number, or −10,000. A query that sees its own position is what a start near the
+    identity asks for: as long as its softmax still passes a gradient, the keys of the other positions count.
+    ``positions`` is the number of queries, of which ``scores`` may hold the last ones.
     """
     scores = scores[..., -_QUERIES:, :].double()
     keys = (scores > -9999).sum(-1)
@@ -204,8 +208,17 @@ def _relative_entropy(scores: Tensor) -> float | None:
     if not bool(enough.any()):
         return None
     p = scores.softmax(-1)
+    entropy = _mean_entropy(p, keys, enough)
+    if positions == scores.shape[-1]:
+        own = torch.eye(positions, dtype=torch.bool, device=scores.device)[-scores.shape[-2] :]
+        if float(p.masked_fill(~own, 0).sum(-1)[enough].mean()) < _SATURATED:
+            return max(entropy, _mean_entropy(scores.masked_fill(own, -torch.inf).softmax(-1), keys - 1, enough))
+    return entropy
+
+
+def _mean_entropy(p: Tensor, keys: Tensor, counted: Tensor) -> float:
     entropy = -(p * p.clamp_min(1e-300).log()).sum(-1)
-    return float((entropy[enough] / keys[enough].double().log()).mean())
+    return float((entropy[counted] / keys[counted].double().log()).mean())
 
 
 def _attention_entropy(
@@ -225,4 +238,4 @@ def _attention_entropy(
     elif attn_mask is not None:
         part = attn_mask[..., start:, :] if attn_mask.ndim > 1 and attn_mask.shape[-2] == q.shape[-2] else attn_mask
         scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
-    return _relative_entropy(scores)
+    return _relative_entropy(scores, q.shape[-2])
