@@ -12,6 +12,7 @@ from torch import nn
 from espalier.doctor.asked import multiplier
 from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, register_check
+from espalier.init import StructureReport
 
 # Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does
 # before a ReLU, 0.58 is torch's default, and 0.02 in a matrix of 53,248 × 16,384, among the largest published, is 2.6.
@@ -106,7 +107,10 @@ def out_of_line(patient: Patient) -> Iterator[Finding]:
     """One layer's weight far larger or smaller than the same weight of its siblings, or one that grows with depth.
 
     Starts that follow the depth smoothly (as BEiT's) are none of this: a layer must also differ from its neighbours.
+    Neither are layers that the report in ``against`` says were written, where it left their siblings alone.
     """
+    rows = patient.against.layers if isinstance(patient.against, StructureReport) else ()
+    written = tuple(f"{row.layer}." for row in rows if row.status in ("written", "present"))
     far, near = (25.0, 12.0) if patient.trained else (4.0, 2.5)
     for kin in patient.kin.values():
         drawn = [(r, s) for r, s in kin if r.role == "weight" and r.matrix and s.noise and not s.nonfinite]
@@ -123,6 +127,8 @@ def out_of_line(patient: Patient) -> Iterator[Finding]:
         # More than a few odd ones are a pattern of the architecture, not a fault of a layer.
         for index in odd if len(odd) <= max(1, len(sizes) // 6) else ():
             member, ratio = members[index], math.exp(sizes[index] - middle)
+            if member.name.startswith(written):
+                continue
             measured = f"rms {math.exp(sizes[index]):.3g}, {ratio:.2g} times its siblings'"
             remedy = "initialise this layer as its siblings are: it was replaced, loaded in part, or written twice"
             yield Finding("warning", member.name, "out-of-line", measured, f"near {math.exp(middle):.3g}", remedy)
