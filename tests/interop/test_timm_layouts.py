@@ -118,3 +118,16 @@ def test_timm_s_averaged_model_keeps_it() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     report = espalier.structure_(model, generator=torch.Generator().manual_seed(0))
     assert espalier.audit(ModelEmaV3(model).module, against=report).ok
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "convnext_atto", "xcit_nano_12_p16_224", "pit_ti_224"]
+)
+def test_doctor_finds_nothing_in_what_structure_wrote(name: str) -> None:
+    net = timm.create_model(name, num_classes=100, img_size=32, patch_size=4) if "vit_" in name else None
+    net = net or timm.create_model(name, num_classes=100)
+    images = torch.randn(2, 3, *(2 * [32 if "vit_" in name else 224]), generator=torch.Generator().manual_seed(0))
+    before = {(f.layer, f.check) for f in espalier.diagnose(net, images).findings}
+    report = espalier.structure_(net, generator=torch.Generator().manual_seed(0))
+    after = espalier.diagnose(net, images, against=report).findings
+    assert [f for f in after if f.severity != "note" and (f.layer, f.check) not in before] == []
