@@ -2,21 +2,24 @@
 
     python benchmarks/convmixer.py [--shapes 256/8-k5-p2 …] [--rounds 5] [--threads 1] [--device cpu] [--compile]
 
-Every way takes the same batch of one shape; ways alternate within a round, so that a drift of the machine's speed
-touches all. Medians over the rounds, and ratios to the paper's definition in the contiguous layout: above 1 is faster.
-The weights are equal; what differs is the memory layout and the class.
-``--blocks`` cuts the depth: every block costs the same, so ratios hardly move.
+Every way takes the same batch of one shape, in a process of its own as with a user: in one process the memory of the
+others keeps the heap from shrinking between calls, and hides what a network pays for fresh pages. Ways take turns
+within a round, so that a drift of the machine's speed touches all. Medians over the rounds, and ratios to the paper's
+definition in the contiguous layout: above 1 is faster. The weights are equal; what differs is the memory layout and the
+class.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +48,27 @@ class Shape:
     batch: int
 
 
+WARM, CALLS = 5, 2  # calls before the first round, and those that count in a turn
+
 SHAPES = {
     "256/8-k5-p2": Shape(256, 8, 5, 2, 32, 16),
     "256/8-k9-p2": Shape(256, 8, 9, 2, 32, 16),
     "256/8-k9-p1": Shape(256, 8, 9, 1, 32, 4),
     "768/32-k7-p7": Shape(768, 32, 7, 7, 224, 2),
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process times."""
+
+    way: str
+    shape: Shape
+    precision: str
+    kind: str
+    device: str
+    compiled: bool
+    threads: int
 
 
 def networks(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, nn.Module, str]]:
@@ -102,26 +120,46 @@ def inference(net: nn.Module, x: Tensor, autocast: Callable[[], Any]) -> None:
         net(x)
 
 
-def measure(shape: Shape, precision: str, options: argparse.Namespace) -> dict[str, dict[str, Row]]:
-    """Return the times of every way, for training and for inference."""
-    device = options.device
+def serve(pipe: Connection, job: Job) -> None:
+    """Build one way and time a call for every message: runs in a process of its own."""
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    shape, device = job.shape, job.device
+    net, layout = next((net, layout) for name, net, layout in networks(shape, device, job.compiled) if name == job.way)
+    x = torch.randn(shape.batch, 3, shape.pixels, shape.pixels, device=device)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    run = training_step if job.kind == "training step" else inference
 
     def autocast() -> Any:
-        return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+        return torch.autocast(device, torch.bfloat16) if job.precision == "bf16" else nullcontext()
 
-    # Else the limit of recompilations, which counts all networks together, would leave the last ones uncompiled.
-    torch.compiler.reset()
-    x = torch.randn(shape.batch, 3, shape.pixels, shape.pixels, device=device)
-    times: dict[str, dict[str, list[float]]] = {"training step": {}, "inference": {}}
-    ways = list(networks(shape, device, options.compile))
-    for round_number in range(options.rounds + 1):
-        for name, net, layout in ways:
-            inputs = x.contiguous(memory_format=LAYOUTS[layout])
-            for kind, run in (("training step", training_step), ("inference", inference)):
-                taken = seconds(lambda net=net, inputs=inputs, run=run: run(net, inputs, autocast), device)
-                if round_number:  # the first one warms up and compiles
-                    times[kind].setdefault(name, []).append(taken)
-    return {kind: {name: summary(t) for name, t in rows.items()} for kind, rows in times.items()}
+    for _ in range(WARM):
+        run(net, x, autocast)
+    pipe.send(None)
+    while pipe.recv():
+        run(net, x, autocast)  # what ran in between took the caches
+        pipe.send([seconds(lambda: run(net, x, autocast), device) for _ in range(CALLS)])
+
+
+def measure(shape: Shape, precision: str, kind: str, options: argparse.Namespace) -> dict[str, Row]:
+    """Return the times of every way of training or of inference."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    with torch.device("meta"):
+        ways = [name for name, _, _ in networks(shape, "meta", options.compile)]
+    for way in ways:
+        pipes[way], there = context.Pipe()
+        job = Job(way, shape, precision, kind, options.device, options.compile, torch.get_num_threads())
+        context.Process(target=serve, args=(there, job), daemon=True).start()
+        pipes[way].recv()  # one after the other
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for way, pipe in pipes.items():
+            pipe.send(True)
+            times[way] += pipe.recv()
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {way: summary(taken) for way, taken in times.items()}
 
 
 def main() -> None:
@@ -129,8 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
     parser.add_argument("--precisions", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["training step", "inference"], default=["training step", "inference"]
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--blocks", type=int, default=2, help="depth to time; 0 for the network's own")
+    parser.add_argument("--blocks", type=int, default=0, help="depth to time, instead of the network's own")
     parser.add_argument("--batch", type=int, default=0, help="0 for the shape's own")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -145,9 +186,10 @@ def main() -> None:
         shape = SHAPES[name]
         shape = replace(shape, depth=options.blocks or shape.depth, batch=options.batch or shape.batch)
         for precision in options.precisions:
-            for kind, rows in measure(shape, precision, options).items():
+            for kind in options.kinds:
+                rows = measure(shape, precision, kind, options)
                 base = rows["plain, contiguous"]["ms"]
-                case = f"{name}, {shape.depth} blocks, batch {shape.batch}, {precision}, {kind}"
+                case = f"{name}, {shape.depth} blocks, batch {shape.batch}, {precision}, {kind}, a process each"
                 print(f"\n{case}")
                 for way, row in rows.items():
                     print(f"  {way:<36} {row['ms']:9.1f} ms  {base / row['ms']:5.2f}×")
