@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.init.layouts.registry import Codeless
+from espalier.init.layouts.registry import BareCheckpoint
 
 # What a state-space mixer keeps outside its layers.
 _BARE = ("A_log", "dt_bias")
@@ -31,7 +31,7 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
     Raises:
         EspalierError: a name of more than a hundred parts.
     """
-    root = Codeless()
+    root = BareCheckpoint()
     for name, tensor in tensors.items():
         if name.count(".") > _DEEPEST:
             raise EspalierError(f"tensor {name[:40]}… has {name.count('.')} dots in its name: no checkpoint of a model")

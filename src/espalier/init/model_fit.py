@@ -83,9 +83,11 @@ def fit(model: nn.Module) -> StructureFit:
             meta device.
     """
     rows: dict[str, list[LayerFit]] = {kind: [] for kind in FAMILIES}
+    why = "register a layout for its layers"
     for layer in locate_layers(model):
         with layer.open() as weights:
             if isinstance(weights, Skipped):
+                why = f"{layer.name or 'it'}: {weights.reason}"
                 continue
             if on_meta(weights):
                 raise EspalierError(f"layer {layer.name!r} is on the meta device: load its weights, then fit")
@@ -95,5 +97,5 @@ def fit(model: nn.Module) -> StructureFit:
                 raise EspalierError(f"layer {layer.name!r} cannot be fitted: {damage}: fit a model that trained well")
             rows[family.kind].append(family.fit(layer.name, weights))
     if not any(rows.values()):
-        raise EspalierError(f"model {type(model).__name__} has no structure to fit: register a layout for its layers")
+        raise EspalierError(f"model {type(model).__name__} has no structure to fit: {why}")
     return StructureFit({kind: tuple(found) for kind, found in rows.items() if found})

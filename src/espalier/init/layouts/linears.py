@@ -111,7 +111,11 @@ def _count_heads(module: nn.Module, rows: int) -> int:
         heads = rows // width
     if not heads or rows % heads:
         stated = f"{heads} heads do not divide its rows" if heads else "its number of heads is not stated"
-        raise Refused("attention", f"{stated}: register a layout for its class")
+        # A module without a class of its own holds a part of a checkpoint.
+        remedy = (
+            "give the right one (heads, --heads)" if type(module) is nn.Module else "register a layout for its class"
+        )
+        raise Refused("attention", f"{stated}: {remedy}")
     return heads
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import Misfit, Unproven, prove_alike, prove_attention
-from espalier.init.layouts.registry import AttentionWeights, Codeless, Found, Layout, Skipped
+from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped
 from espalier.init.layouts.scratch import (
     Call,
     CannotRunError,
@@ -47,7 +47,7 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
     if isinstance(found, Skipped):
         return found
     module, guessed = names[name], f"guessed from the names of its layers; {found.note}".rstrip("; ")
-    if isinstance(names[""], Codeless) and found.kind != "depthwise":
+    if isinstance(names[""], BareCheckpoint) and found.kind != "depthwise":
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
     if not isinstance(found, AttentionWeights):

@@ -140,7 +140,7 @@ Layout = Callable[[nn.Module], Found | Mapping[str, Found] | None]
 AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 
-class Codeless(nn.Module):
+class BareCheckpoint(nn.Module):
     """The root of modules that hold a checkpoint without its code: nothing in it can be run."""
 
 

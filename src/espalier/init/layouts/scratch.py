@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.registry import LAZY, Codeless, holds_lazy
+from espalier.init.layouts.registry import LAZY, BareCheckpoint, holds_lazy
 
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
@@ -219,7 +219,7 @@ def bound(module: nn.Module, call: Call) -> dict[str, Any]:
 
 def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module] | None:
     """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``."""
-    if isinstance(names[""], Codeless):
+    if isinstance(names[""], BareCheckpoint):
         return None
     while name:
         name = name.rpartition(".")[0]
