@@ -76,7 +76,7 @@ def test_heads_come_from_the_caller_or_from_the_config_beside_it(tmp_path: Path)
     rows = espalier.audit(open_checkpoint(file)).layers
     assert {row.status for row in rows} == {"skipped"}
     assert "number of heads is not stated: give the right one (heads, --heads)" in rows[0].note
-    with pytest.raises(EspalierError, match="BareCheckpoint has no structure to fit: .*heads"):
+    with pytest.raises(EspalierError, match=r"BareCheckpoint has no structure to fit: .*heads"):
         fit(open_checkpoint(file))
     assert {row.status for row in espalier.audit(open_checkpoint(file, 3)).layers} == {"present"}
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 3}))

@@ -64,5 +64,5 @@ def _print_first_lines(functions: Mapping[str, Callable[..., Any]]) -> None:
             values = ", ".join(f"{key} {value}" for key, value in function.keywords.items())
             line = f"{function.func.__name__} with {values}"
         else:
-            line = (function.__doc__ or "").strip().partition("\n")[0].removeprefix("Return ")
+            line = (function.__doc__ or "").strip().partition("\n")[0].removeprefix("Return ").replace("``", "`")
         print(f"{name:<{width}}  {line}")
