@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import espalier
 from espalier.errors import EspalierError
 from espalier.init.attention import baselines as arms
 from espalier.models import ConvMixer, VisionTransformer
@@ -146,3 +147,21 @@ def test_products_of_the_impulse_have_the_heads_rank() -> None:
     arms.impulse_(model, generator=seeded())
     q, k, _ = model.blocks[0].attn.qkv.weight.detach().chunk(3)
     assert all(int(torch.linalg.matrix_rank(product)) <= 32 for product in head_products(q, k, 3))
+
+
+def test_the_impulse_leaves_no_dimension_of_a_head_dead() -> None:
+    model = vit(img_size=16)  # sixteen positions: the heads have 32 dimensions and need 15
+    arms.impulse_(model, generator=seeded())
+    weight = model.blocks[0].attn.qkv.weight
+    model(torch.randn(4, 1, 16, 16, generator=seeded())).square().sum().backward()
+    assert weight.grad is not None
+    assert bool((weight.grad.norm(dim=1) > 0).all())
+
+
+def test_doctor_takes_an_identity_beside_drawn_rows_for_no_fault() -> None:
+    model = vit()
+    arms.semi_orthogonal_(model, generator=seeded())
+    assert "pinned" not in {finding.check for finding in espalier.diagnose(model).findings}
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.view(-1)[::1000] = 1.0  # entries at a bound among others
+    assert "pinned" in {finding.check for finding in espalier.diagnose(model).findings}

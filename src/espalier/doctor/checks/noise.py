@@ -88,5 +88,9 @@ def pinned(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     rest = stats.rms * max(1 - share * (value / stats.rms) ** 2, 0.0) ** 0.5 if stats.rms else 0.0
     if not (count >= 3 and share >= 1e-4 and value != 0 and abs(value) > 6 * rest):
         return None
+    rows = patient.load(record.name).flatten(1)
+    rows = rows[(rows == value).any(1)]
+    if bool(((rows == value).sum(1) == 1).all()) and int(rows.count_nonzero()) == len(rows):
+        return None  # an identity beside what was drawn, as values in a fused projection
     measured = f"{share:.2%} of its entries are {value:.4g}, the rest near {rest:.2g}"
     return "error", measured, "no entry twice at a bound", "draw the truncated normal in float32, then cast"

@@ -12,6 +12,7 @@ from espalier.init.attention.near_identity import full_precision, random_frame
 from espalier.init.layouts import AttentionWeights, locate_layers
 from espalier.randomness import cpu_generator
 
+_SPARE = 0.01  # of their size, for what an impulse does not need
 # First and second linear layer of an MLP, by the names that libraries give them.
 _MLP_PAIRS = (("fc1", "fc2"), ("c_fc", "c_proj"), ("linear1", "linear2"), ("up_proj", "down_proj"), ("w1", "w2"))
 
@@ -92,7 +93,8 @@ def impulse_(
     ``−‖x + δ_h − y‖² / 2w²`` give maps that are Gaussians of width w around x + δ_h. With P the position embedding of
     the grid, normalised as a block's norm does, P = U S Vᵀ, the best rank-k approximation A Bᵀ of ``√k·Uᵀ L U`` gives
     W_Q = V S⁻¹ A and W_K = V S⁻¹ B, so that P W_Q W_Kᵀ Pᵀ / √k is the best approximation of the logits L that
-    positions and rank allow. What a token contains besides its position adds to this. Values and outputs stay.
+    positions and rank allow. What a token contains besides its position adds to this. Dimensions of a head beyond that
+    rank keep a hundredth of what they held. Values and outputs stay.
 
     Args:
         model: a model with a ``pos_embed``, (1, tokens, d), over a square grid; a class token before it is left out.
@@ -125,12 +127,13 @@ def impulse_(
             logits -= logits.mean(1, keepdim=True)
             a, sigma, bh = torch.linalg.svd(span_NR.mT @ logits @ span_NR * rows**0.5)
             rank = min(rows, len(sigma))
-            left, right = (
-                nn.functional.pad(part[:, :rank] * sigma[:rank].sqrt(), (0, rows - rank)) for part in (a, bh.mT)
-            )
-            factors.append((back_DR @ left, back_DR @ right))
+            factors.append([back_DR @ (part[:, :rank] * sigma[:rank].sqrt()) for part in (a, bh.mT)])
         for part, chosen in ((weights.q, 0), (weights.k, 1)):
-            part.copy_(torch.stack([pair[chosen].mT for pair in factors]).reshape(part.shape))
+            # Where the rank leaves dimensions over, zeros on both sides would get no gradient, ever.
+            by_head = part.float().cpu().reshape(heads, rows, dim) * _SPARE
+            for head, pair in zip(by_head, factors, strict=True):
+                head[: pair[chosen].shape[1]] = pair[chosen].mT
+            part.copy_(by_head.reshape(part.shape))
         _zero(weights.biases)
 
 
