@@ -183,3 +183,9 @@ def test_scripted_models_are_put_back() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert not espalier.diagnose(model, noise(32, 16)).findings
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["kwlarge", "orthogonal_convnet"])
+def test_a_batch_is_made_up_for_nets_of_orthogonal_layers(name: str) -> None:
+    net = espalier.models.MODELS[name](img_size=(16, 8), in_chans=1)
+    assert espalier.diagnose(net, "synthetic").findings == espalier.diagnose(net, torch.randn(4, 1, 16, 8)).findings

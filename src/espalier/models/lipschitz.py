@@ -162,6 +162,7 @@ class KWLarge(LipschitzNet):
             *_dense(activation, 2 * width * rows * columns // 16, hidden),
         ]
         super().__init__(features, hidden, num_classes, head, flip_average)
+        self.input_size = in_chans, rows, columns
 
 
 class OrthogonalConvNet(LipschitzNet):
@@ -223,6 +224,7 @@ class OrthogonalConvNet(LipschitzNet):
                 channels = width
         features += _dense(activation, channels * rows * columns // shrink**2, hidden)
         super().__init__(features, hidden, num_classes, head, flip_average)
+        self.input_size = in_chans, rows, columns
 
 
 def _conv(
