@@ -251,6 +251,41 @@ def test_what_runs_around_a_layer_is_refused_unless_it_only_looks() -> None:
         espalier.structure_(layer)
 
 
+outputs: list[Tensor] = []
+
+
+def test_a_hook_that_is_tried_leaves_no_trace() -> None:
+    def keep(part: nn.Linear, _: Any, out: Tensor) -> None:
+        part.last = out
+        part.get_buffer("mean").lerp_(out.mean((0, 1)), 0.1)
+        outputs.append(out)
+
+    model = Attention()
+    model.qkv.register_buffer("mean", torch.zeros(3 * DIM))
+    model.qkv.register_forward_hook(keep)
+    before = set(vars(model.qkv))
+    assert espalier.structure_(model, generator=seeded()).layers[0].status == "written"
+    assert set(vars(model.qkv)) == before
+    assert not model.qkv.mean.any()
+    assert not outputs
+    model(torch.randn(1, 3, DIM))  # what it keeps now is part of a graph, which cannot be copied
+    assert espalier.structure_(model, generator=seeded()).layers[0].status == "written"
+
+
+@pytest.mark.parametrize("hook", [
+    lambda _, __, out: out + 0 * torch.randn_like(out),
+    lambda part, _, __: part.weight.data.clamp_(-0.1, 0.1) and None,
+])  # fmt: skip
+def test_a_hook_that_draws_or_writes_weights_is_refused_without_doing_so(hook: Any) -> None:
+    model = Attention()
+    model.qkv.register_forward_hook(hook)
+    before, state = model.qkv.weight.clone(), torch.get_rng_state()
+    with pytest.raises(EspalierError, match=r"a hook .* runs after each call"):
+        espalier.structure_(model, generator=seeded())
+    assert torch.equal(model.qkv.weight, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_plain_module_as_the_root_takes_no_proof_away() -> None:
     model = nn.Module()
     model.attn = keeping("closure", "kvq")

@@ -62,7 +62,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     if sum(parameter.numel() for parameter in parameters.values()) > _LARGEST:
         raise CannotRunError("it is too large to be copied")
     generator = torch.Generator().manual_seed(20240229)
-    memo: dict[int, Any] = {}
+    memo = memo_of_copy(module)
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         if parameter.ndim >= 2 and parameter.numel():
@@ -81,9 +81,6 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     # FSDP2 gives each module a class of its own, which forbids copies; the class below it does not.
     sharded = [(part, nn.Module.__new__(base)) for part in module.modules() if (base := _below_fsdp(type(part)))]
     memo.update((id(part), twin) for part, twin in sharded)
-    # Hooks may hold anything, and may do anything: the copy has none.
-    for part in module.modules():
-        memo.update((id(value), type(value)()) for key, value in vars(part).items() if "_hooks" in key)
     try:
         for part, bare in sharded:
             bare.__dict__.update(
@@ -98,6 +95,19 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
             config._attn_implementation_internal = "eager"  # the copy's own: kernels of other kinds need a GPU
     twin.eval()  # some classes override train() and return nothing
     return twin
+
+
+def memo_of_copy(module: nn.Module) -> dict[int, Any]:
+    """Return what ``copy.deepcopy`` is to take for some things in a module, so that it can be copied.
+
+    Hooks may hold anything, and may do anything: the copy has none. Tensors that a forward pass left (an attention map,
+    a computed weight) belong to a graph, which torch does not copy.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        memo.update((id(value), type(value)()) for key, value in vars(part).items() if "_hooks" in key)
+        memo.update((id(tensor), tensor.detach().clone()) for tensor in leaves(vars(part)) if not tensor.is_leaf)
+    return memo
 
 
 def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
