@@ -115,7 +115,7 @@ def structure_(
         spec, stream = asked[site.family.kind], torch.Generator(device="cpu").manual_seed(seed)
         rows.append(_attempt(_write, site, spec, stream, taken, rows, fatal=_FATAL))
         if rows[-1].status == "written":
-            remarks[site.family.remark(site.layer.found, spec, site.layer.module, model)] = None
+            remarks[site.family.remark(site.layer.found, spec, site.layer.part, model)] = None
     if "written" not in (statuses := {row.status for row in rows}) and "failed" in statuses:
         raise _nothing_written(model, asked, rows)
     for index, site in enumerate(sites):
@@ -221,9 +221,9 @@ def _unless_refused(site: _Site, model: nn.Module) -> _Site:
     """Return a site that may be written; ``audit`` measures any layer all the same."""
     if isinstance(site.layer.found, Skipped):
         return site
-    refused = refuse_hooked(site.layer.module, site.family.kind)
+    refused = refuse_hooked(site.layer.part, site.family.kind)
     # Where all of a model is frozen, that says nothing of a layer.
-    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.module)]
+    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.part)]
     if trained == [True, False]:
         refused = Skipped(site.family.kind, _FROZEN)
     elif reason := site.family.set_by_hand(site.layer.found):
@@ -273,7 +273,7 @@ def _write(
             return site.row("skipped", "on the meta device: run again later")
         text = family.write(weights, spec, site.place, stream)
         sums.update(family.sums(weights))
-        note = family.note(weights, site.layer.module)
+        note = family.note(weights, site.layer.part)
     return replace(site.row("written", note), asked=text)
 
 
@@ -315,7 +315,7 @@ def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerRepor
     if isinstance(weights, Skipped) or on_meta(weights):
         return site.row("skipped", weights.reason if isinstance(weights, Skipped) else "on the meta device")
     earlier = earlier or site.row("absent")
-    note = family.note(weights, site.layer.module)
+    note = family.note(weights, site.layer.part)
     row = replace(site.row("present", note), asked=earlier.asked, mark=earlier.mark)
     if damage := family.damage(weights, family.sums(weights)):
         return replace(row, status="failed", note=damage)
