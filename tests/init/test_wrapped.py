@@ -155,3 +155,24 @@ def test_weights_of_inference_mode_are_written_inside_of_it_alone() -> None:
     with torch.inference_mode():
         espalier.structure_(model, generator=seeded())
     assert {row.status for row in espalier.audit(model).layers} == {"present"}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(DIM, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("where", ["0.attn", "0"])
+def test_a_compiled_part_is_written_as_it_was(where: str) -> None:
+    plain, model = nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block())
+    model.load_state_dict(plain.state_dict())
+    model.set_submodule(where, torch.compile(model.get_submodule(where), backend="eager"))
+    for each in (plain, model):
+        rows = espalier.structure_(each, generator=seeded()).layers
+        assert [row.status for row in rows] == ["written", "written"]
+    x = torch.randn(2, 5, DIM)
+    torch.testing.assert_close(model(x), plain(x))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.registry import Skipped
-from espalier.init.layouts.scratch import leaves, memo_of_copy
+from espalier.init.layouts.scratch import has_own_forward, leaves, memo_of_copy
 
 # Libraries whose hooks around a call gather, move or watch and change nothing.
 _CARRIERS = (
@@ -31,7 +31,7 @@ def refuse_hooked(module: nn.Module, kind: str) -> Skipped | None:
         around = [(hook, "a hook", "before", "its weights") for hook in part._forward_pre_hooks.values()]
         if part is not module:  # what comes of the layer's own result is outside of it
             around += [(hook, "a hook", "after", "what it computes") for hook in part._forward_hooks.values()]
-        if "forward" in vars(part):
+        if has_own_forward(part):
             around.append((vars(part)["forward"], "a replaced forward", "in place of", "what it computes"))
         for hook, thing, when, what in around:
             inner = hook.func if isinstance(hook, functools.partial) else hook

@@ -6,9 +6,10 @@ import copy
 import inspect
 import itertools
 import re
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     Raises:
         CannotRunError: the copy would be too large, or something in the module cannot be copied.
     """
-    if any("forward" in vars(part) for part in module.modules()):
+    if any(has_own_forward(part) for part in module.modules()):
         raise CannotRunError("its forward was replaced on the instance")
     if holds_lazy(module):
         raise CannotRunError(LAZY)
@@ -97,6 +98,17 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     return twin
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether the forward pass was replaced on the instance, by other code than ``torch.compile``'s."""
+    return "forward" in vars(module) and not type(module).__module__.startswith("torch._dynamo")
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled code runs as it was written: compiled, it hides what happens in it."""
+    # Where nothing was compiled, the compiler is not loaded, which takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 def memo_of_copy(module: nn.Module) -> dict[int, Any]:
     """Return what ``copy.deepcopy`` is to take for some things in a module, so that it can be copied.
 
@@ -132,7 +144,7 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Run on the CPU without gradients, autocast, fused kernels, warnings or a trace in torch's generators."""
+    """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in torch's generators."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
@@ -143,6 +155,7 @@ def untraced() -> Iterator[None]:
         torch.no_grad(),
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
+        uncompiled(),
         sdpa_kernel(SDPBackend.MATH),
     ):
         torch.backends.mha.set_fastpath_enabled(False)
