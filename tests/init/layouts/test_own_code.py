@@ -17,6 +17,7 @@ import espalier
 from espalier.errors import EspalierError
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.registry import LAYOUTS, class_path
+from espalier.models import vit
 
 DIM, HEADS = 32, 4
 
@@ -249,6 +250,20 @@ def test_what_runs_around_a_layer_is_refused_unless_it_only_looks() -> None:
     replaced(layer.self_attn)
     with pytest.raises(EspalierError, match=r"a replaced forward .* runs in place of each call"):
         espalier.structure_(layer)
+
+
+def test_a_forward_that_is_wrapped_in_its_class_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = vit.Attention.forward
+
+    @functools.wraps(theirs)  # so that it bears the name of the library's module
+    def negated(self: vit.Attention, x: Tensor) -> Tensor:
+        return -theirs(self, x)
+
+    monkeypatch.setattr(vit.Attention, "forward", negated)
+    with pytest.raises(EspalierError, match="with the other sign"):
+        espalier.structure_(vit.Attention(DIM, HEADS))
+    monkeypatch.setattr(vit.Attention, "forward", functools.wraps(theirs)(lambda self, x: theirs(self, x)))
+    assert espalier.structure_(vit.Attention(DIM, HEADS)).layers[0].status == "written"
 
 
 outputs: list[Tensor] = []

@@ -178,8 +178,14 @@ def _foreign_part(module: nn.Module, host: type, layout: Layout, found: Found) -
 def _is_at_home(module: nn.Module, host: type) -> bool:
     """Return whether calling a module runs code of torch's or of the library of ``host``."""
     homes = {"torch", host.__module__.partition(".")[0]}
-    codes = (getattr(type(module), name, None) for name in ("forward", "__call__"))
-    return all(str(getattr(code, "__module__", "")).partition(".")[0] in homes for code in codes)
+    for name in ("forward", "__call__"):
+        code = getattr(type(module), name, None)
+        while code is not None:  # a function that wraps another takes over its module's name, but not its globals
+            place = getattr(code, "__globals__", {}).get("__name__") or getattr(code, "__module__", "")
+            if str(place).partition(".")[0] not in homes:
+                return False
+            code = getattr(code, "__wrapped__", None)
+    return True
 
 
 def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
