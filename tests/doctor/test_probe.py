@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import espalier
+from espalier.errors import EspalierError
+from espalier.models import ConvMixer, SequenceModel
 
 
 def noise(*shape: int) -> Tensor:
@@ -189,3 +191,54 @@ def test_scripted_models_are_put_back() -> None:
 def test_a_batch_is_made_up_for_nets_of_orthogonal_layers(name: str) -> None:
     net = espalier.models.MODELS[name](img_size=(16, 8), in_chans=1)
     assert espalier.diagnose(net, "synthetic").findings == espalier.diagnose(net, torch.randn(4, 1, 16, 8)).findings
+
+
+class Keeps(nn.Module):
+    """Leaves what it computed, and a count, in attributes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.calls = torch.nn.utils.weight_norm(nn.Linear(16, 16)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, 16)."""
+        self.calls += 1
+        self.last = self.first(x)
+        return self.last
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_attributes_are_put_back() -> None:
+    model = Keeps()
+    before = [set(vars(model)), model.calls, id(model.first.weight)]
+    espalier.diagnose(model, noise(20, 16))
+    assert [set(vars(model)), model.calls, id(model.first.weight)] == before
+
+
+@pytest.mark.parametrize("model", [
+    ConvMixer(8, 2, kernel_size=3, patch_size=2, num_classes=4),
+    SequenceModel(vocab_size=9, pattern="mamba2 mamba1", dim=32),
+])  # fmt: skip
+def test_checkpointed_models_are_probed(model: ConvMixer | SequenceModel) -> None:
+    example = torch.arange(16).reshape(2, 8) % 9 if isinstance(model, SequenceModel) else noise(4, 3, 8, 8)
+    plain = espalier.diagnose(model, example)
+    model.set_grad_checkpointing(True)
+    assert espalier.diagnose(model, example) == plain
+
+
+def test_compiled_parts_run_as_they_were_written() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model[2].weight.data.mul_(1e4)
+    plain = espalier.diagnose(model, noise(20, 16))
+    assert plain.findings
+    model[0] = torch.compile(model[0], backend="eager")
+    model[2].compile(backend="eager")
+    assert espalier.diagnose(model, noise(20, 16)) == plain
+
+
+def test_weights_of_inference_mode_are_not_probed() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(16, 4)
+    espalier.diagnose(model)
+    with pytest.raises(EspalierError, match="inference_mode"):
+        espalier.diagnose(model, noise(20, 16))

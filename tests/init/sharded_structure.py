@@ -68,6 +68,14 @@ def main(folder: Path) -> None:
             parameter.fill_(0.5)
     espalier.structure_(lazy, generator=torch.Generator().manual_seed(6))
     results |= {f"lazy.{name}": tensor for name, tensor in whole(lazy).items()}
+
+    tied = build()
+    tied.blocks[1].attn.qkv.weight = tied.blocks[0].attn.qkv.weight
+    if many:
+        fully_shard(tied, mesh=mesh)
+    rows = espalier.structure_(tied, generator=torch.Generator().manual_seed(7)).layers
+    assert [row.status for row in rows] == ["written", "skipped", "written"], rows
+    results |= {f"tied.{name}": tensor for name, tensor in whole(tied).items()}
     if rank == 0:
         save_file(results, folder / "weights.safetensors")
         (folder / "table.txt").write_text(table)

@@ -35,8 +35,8 @@ def diagnose(
 
     The static checks read one tensor at a time. A sharded model (FSDP2, DTensor) is gathered tensor by tensor, and
     every rank must call; ranks are compared with each other if ``torch.distributed`` has several. Nothing is
-    changed: with ``example`` the model runs forward and backward once, and its parameters, gradients, buffers, mode and
-    the random state are as before.
+    changed: with ``example`` the model runs forward and backward, and its parameters, gradients, buffers, attributes,
+    mode and the random state are as before.
 
     Args:
         model: a module, or the path of a checkpoint: a ``.safetensors`` file, a sharded index, a folder of either, or a

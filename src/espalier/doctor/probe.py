@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
 from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradients, judge_loss
@@ -22,6 +23,10 @@ from espalier.doctor.sources import attribute
 from espalier.doctor.stats import dense
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
+from espalier.init.layouts.scratch import uncompiled
+
+# Of torch's own wrappers: what a pass leaves in them belongs to a state that is not theirs alone.
+_WRAPPERS = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 
 
 def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding]:
@@ -30,7 +35,7 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
     The findings of the static checks come first, where the pass does not withdraw them.
 
     The pass is a training step without the step: training mode, so that batch norm uses the batch. Parameters,
-    gradients, buffers, modes and random state are afterwards what they were.
+    gradients, buffers, attributes, modes and random state are afterwards what they were.
 
     Args:
         patient: holds the module, which is not run while a tensor of it has no storage, and whether its weights are
@@ -45,10 +50,11 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
     # Nothing can run without storage, which the findings say.
     if any(record.meta for record in patient.records):
         return static
+    if any(tensor.is_inference() for tensor in (*patient.model.parameters(), *patient.model.buffers())):
+        raise EspalierError("example: weights made under inference_mode cannot be trained: load them outside of it")
     generator = torch.Generator().manual_seed(0)
-    # Compiled code hides what happens in it.
     model = getattr(patient.model, "_orig_mod", patient.model)
-    with _as_before(model), torch.enable_grad():
+    with _as_before(model), uncompiled(), torch.enable_grad():
         model.train()
         batch = _working_batch(model, example, generator)
         with watch(model) as activity:
@@ -60,8 +66,7 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
         if logits is not None:
             findings += judge_loss(logits, loss if stated else None, trained=patient.trained)
         if loss is not None and loss.requires_grad:
-            model.zero_grad(set_to_none=True)
-            loss.backward()
+            _backward(model, batch, loss, generator)
             # A made-up batch may leave out inputs, such as an encoder's states, that training has.
             real: Severity = "note" if isinstance(example, str) else "warning"
             findings += judge_gradients(_gradients(patient), unused=real if stated or logits is not None else None)
@@ -75,11 +80,12 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Put back modes, parameters, buffers, gradients and the random states after a ``with`` block.
+    """Put back modes, attributes, parameters, buffers, gradients and the random states after a ``with`` block.
 
-    A forward pass may write into parameters: an embedding with ``max_norm`` does, and code books that are averages.
+    A forward pass may write into parameters: an embedding with ``max_norm`` does, and code books that are averages. It
+    may leave what it computed in attributes: a weight (weight_norm), an attention map, a count of its calls.
     """
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    modules = [(part, part.training, dict(part._buffers), dict(vars(part))) for part in model.modules()]
     tensors = [*model.buffers(), *(p for p in model.parameters() if type(p.data) is Tensor or hasattr(p, "to_local"))]
     # Torch refuses to write into a tensor that was expanded.
     held = [(t, t.detach().clone()) for t in tensors if not (t.is_meta or (dense(t) and _expanded(t)))]
@@ -99,11 +105,15 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 torch.cuda.default_generators[device].manual_seed(0)
             yield
     finally:
-        for module, training, own in modules:
+        for module, training, own, attributes in modules:
             module.training = training
-            if not isinstance(module, torch.jit.ScriptModule):  # which cannot get other ones
-                module._buffers.clear()
-                module._buffers.update(own)
+            if isinstance(module, torch.jit.ScriptModule):  # which cannot get other ones
+                continue
+            module._buffers.clear()
+            module._buffers.update(own)
+            if not type(module).__module__.startswith(_WRAPPERS):
+                vars(module).clear()
+                vars(module).update(attributes)
         with torch.no_grad():
             for tensor, values in held:
                 # A graph of the user's own that holds the tensor stays usable.
@@ -148,6 +158,22 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
             raise
         model.eval()
         return batch.run(model)
+
+
+def _backward(model: nn.Module, batch: Batch, loss: Tensor, generator: torch.Generator) -> None:
+    """Fill the gradients.
+
+    A checkpoint computes anew what a pass did, and hooks that watched the first time make our layers take other kernels
+    then: that pass is made again, unwatched.
+    """
+    model.zero_grad(set_to_none=True)
+    try:
+        loss.backward()
+    except CheckpointError:
+        model.zero_grad(set_to_none=True)
+        _, again, _ = _loss(_forward(model, batch), batch, model, generator)
+        assert again is not None
+        again.backward()
 
 
 def _depth(model: nn.Module, activity: Activity) -> list[tuple[str, float]]:

@@ -13,15 +13,18 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.init.adapters import without_adapters
 from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, Family, Specs, family_of
-from espalier.init.families.base import Place, on_meta
+from espalier.init.families.base import Place, on_meta, tensors
 from espalier.init.layouts import Layer, Skipped, locate_layers
 from espalier.init.layouts.hooks import refuse_hooked
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
+from espalier.init.ties import Span, memory_of, others_of, overlap
 from espalier.init.trained import warn_if_trained
 from espalier.randomness import cpu_generator
 
+_ADAPTED = "it carries an adapter (LoRA): write the base model, then add adapters"
+_INFERENCE = "its weights were made under inference_mode, and nothing outside of it may write them: clone them first"
 _FROZEN = "frozen (requires_grad=False) in a model that trains: write first and freeze then, or unfreeze it"
 # Statuses of layers that carried structure when their report was made.
 _CARRIED = ("written", "present", "changed")
@@ -35,8 +38,6 @@ class VerificationError(RuntimeError):
 
 # Where something is written, the first speaks of the arguments and the second of the whole model: both end the call.
 _FATAL = (EspalierError, VerificationError)
-# A device, and the addresses of the first and the last number of a view there.
-_Span = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class _Site:
         layer: its weights, and how to get at them.
         family: what can be done with them.
         place: its index and the number of layers, within the family.
+        spans: where its numbers lie.
         first: name of the first layer with any of the same weights: its own, unless modules are tied.
         whole: whether all its weights are those of the first layer, and not some.
     """
@@ -54,6 +56,7 @@ class _Site:
     layer: Layer
     family: Family
     place: Place
+    spans: frozenset[Span]
     first: str
     whole: bool
 
@@ -102,6 +105,7 @@ def structure_(
     asked = _asked(specs)
     reshard(model)
     sites = [_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None]
+    _leave_tied(sites)
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     warn_if_trained(model)
@@ -115,7 +119,7 @@ def structure_(
         spec, stream = asked[site.family.kind], torch.Generator(device="cpu").manual_seed(seed)
         rows.append(_attempt(_write, site, spec, stream, taken, rows, fatal=_FATAL))
         if rows[-1].status == "written":
-            remarks[site.family.remark(site.layer.found, spec, site.layer.module, model)] = None
+            remarks[site.family.remark(site.layer.found, spec, site.layer.part, model)] = None
     if "written" not in (statuses := {row.status for row in rows}) and "failed" in statuses:
         raise _nothing_written(model, asked, rows)
     for index, site in enumerate(sites):
@@ -175,33 +179,15 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
 def _sites(model: nn.Module) -> Sequence[_Site]:
     located = [(layer, family_of(layer.found)) for layer in locate_layers(model)]
     families = [family for _, family in located]
-    taken: list[tuple[frozenset[_Span], str]] = []
-    sites = []
+    sites: list[_Site] = []
     for index, (layer, family) in enumerate(located):
-        spans = _memory(layer.found)
-        first = next(((theirs, name) for theirs, name in taken if _overlap(spans, theirs)), (spans, layer.name))
-        if first[1] == layer.name:
-            taken.append((spans, layer.name))
+        spans = memory_of(layer)
+        tied = (site for site in sites if not isinstance(site.layer.found, Skipped) and overlap(spans, site.spans))
+        first = next(tied, None)
         place = families[:index].count(family), families.count(family)
-        sites.append(_Site(layer, family, place, first[1], whole=first[0] == spans))
+        name, whole = (layer.name, True) if first is None else (first.first, first.spans == spans)
+        sites.append(_Site(layer, family, place, spans, name, whole))
     return sites
-
-
-def _memory(found: object) -> frozenset[_Span]:
-    """Return where a layer's views lie, empty if that is nowhere (on the meta device, or gathered later)."""
-    spans = []
-    for value in vars(found).values():
-        if isinstance(value, torch.Tensor):
-            if value.is_meta or value.numel() == 0:
-                return frozenset()
-            reach = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-            start = value.data_ptr()
-            spans.append((str(value.device), start, start + int(reach) * value.element_size()))
-    return frozenset(spans)
-
-
-def _overlap(spans: frozenset[_Span], others: frozenset[_Span]) -> bool:
-    return any(a[0] == b[0] and a[1] <= b[2] and b[1] <= a[2] for a in spans for b in others)
 
 
 def _attempt(
@@ -221,14 +207,38 @@ def _unless_refused(site: _Site, model: nn.Module) -> _Site:
     """Return a site that may be written; ``audit`` measures any layer all the same."""
     if isinstance(site.layer.found, Skipped):
         return site
-    refused = refuse_hooked(site.layer.module, site.family.kind)
+    refused = refuse_hooked(site.layer.part, site.family.kind)
+    weights = [view for _, view in tensors(site.layer.found)]
     # Where all of a model is frozen, that says nothing of a layer.
-    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.module)]
+    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.part)]
     if trained == [True, False]:
         refused = Skipped(site.family.kind, _FROZEN)
+    elif "base_layer" in site.layer.name.split("."):
+        refused = Skipped(site.family.kind, _ADAPTED)
+    elif any(view.is_inference() for view in weights) and not torch.is_inference_mode_enabled():
+        refused = Skipped(site.family.kind, _INFERENCE)
     elif reason := site.family.set_by_hand(site.layer.found):
         refused = Skipped(site.family.kind, reason)
     return site if refused is None else replace(site, layer=replace(site.layer, found=refused))
+
+
+def _leave_tied(sites: list[_Site]) -> None:
+    """Leave alone, too, what has weights in common with a layer that is left alone, which would change with it."""
+    queue = [site for site in sites if isinstance(site.layer.found, Skipped)]
+    while queue:
+        other = queue.pop()
+        for index, site in enumerate(sites):
+            alone = isinstance(site.layer.found, Skipped) or _nested(site.layer.name, other.layer.name)
+            if not alone and overlap(site.spans, other.spans):
+                reason = f"some of its weights are those of {other.layer.name}, which is left alone: untie them first"
+                found = Skipped(site.family.kind, reason)
+                sites[index] = replace(site, layer=replace(site.layer, found=found))
+                queue.append(sites[index])
+
+
+def _nested(one: str, other: str) -> bool:
+    """Return whether one of two modules is inside the other."""
+    return any(not outer or inner.startswith(f"{outer}.") for outer, inner in ((one, other), (other, one)))
 
 
 def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequence[LayerReport]) -> EspalierError:
@@ -273,7 +283,7 @@ def _write(
             return site.row("skipped", "on the meta device: run again later")
         text = family.write(weights, spec, site.place, stream)
         sums.update(family.sums(weights))
-        note = family.note(weights, site.layer.module)
+        note = "; ".join(filter(None, (family.note(weights, site.layer.part), others_of(site.layer, site.spans))))
     return replace(site.row("written", note), asked=text)
 
 
@@ -315,7 +325,8 @@ def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerRepor
     if isinstance(weights, Skipped) or on_meta(weights):
         return site.row("skipped", weights.reason if isinstance(weights, Skipped) else "on the meta device")
     earlier = earlier or site.row("absent")
-    note = family.note(weights, site.layer.module)
+    below = "measured below its adapter" if "base_layer" in site.layer.name.split(".") else ""
+    note = "; ".join(filter(None, (family.note(weights, site.layer.part), below)))
     row = replace(site.row("present", note), asked=earlier.asked, mark=earlier.mark)
     if damage := family.damage(weights, family.sums(weights)):
         return replace(row, status="failed", note=damage)

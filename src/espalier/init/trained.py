@@ -31,7 +31,8 @@ def warn_if_trained(model: nn.Module) -> None:
     """
     moved, count = [], 0
     for name, module in model.named_modules():
-        gain = getattr(module, "weight", None)
+        # Not by its attribute: a parametrised weight is computed whenever it is asked for.
+        gain = dict([*module._buffers.items(), *module._parameters.items()]).get("weight")
         if not (_NORM.search(type(module).__name__) and isinstance(gain, Tensor)):
             continue
         gain = gain.to_local() if hasattr(gain, "to_local") else gain

@@ -17,6 +17,7 @@ import espalier
 from espalier.errors import EspalierError
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.registry import LAYOUTS, class_path
+from espalier.models import vit
 
 DIM, HEADS = 32, 4
 
@@ -249,6 +250,55 @@ def test_what_runs_around_a_layer_is_refused_unless_it_only_looks() -> None:
     replaced(layer.self_attn)
     with pytest.raises(EspalierError, match=r"a replaced forward .* runs in place of each call"):
         espalier.structure_(layer)
+
+
+def test_a_forward_that_is_wrapped_in_its_class_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = vit.Attention.forward
+
+    @functools.wraps(theirs)  # so that it bears the name of the library's module
+    def negated(self: vit.Attention, x: Tensor) -> Tensor:
+        return -theirs(self, x)
+
+    monkeypatch.setattr(vit.Attention, "forward", negated)
+    with pytest.raises(EspalierError, match="with the other sign"):
+        espalier.structure_(vit.Attention(DIM, HEADS))
+    monkeypatch.setattr(vit.Attention, "forward", functools.wraps(theirs)(lambda self, x: theirs(self, x)))
+    assert espalier.structure_(vit.Attention(DIM, HEADS)).layers[0].status == "written"
+
+
+outputs: list[Tensor] = []
+
+
+def test_a_hook_that_is_tried_leaves_no_trace() -> None:
+    def keep(part: nn.Linear, _: Any, out: Tensor) -> None:
+        part.last = out
+        part.get_buffer("mean").lerp_(out.mean((0, 1)), 0.1)
+        outputs.append(out)
+
+    model = Attention()
+    model.qkv.register_buffer("mean", torch.zeros(3 * DIM))
+    model.qkv.register_forward_hook(keep)
+    before = set(vars(model.qkv))
+    assert espalier.structure_(model, generator=seeded()).layers[0].status == "written"
+    assert set(vars(model.qkv)) == before
+    assert not model.qkv.mean.any()
+    assert not outputs
+    model(torch.randn(1, 3, DIM))  # what it keeps now is part of a graph, which cannot be copied
+    assert espalier.structure_(model, generator=seeded()).layers[0].status == "written"
+
+
+@pytest.mark.parametrize("hook", [
+    lambda _, __, out: out + 0 * torch.randn_like(out),
+    lambda part, _, __: part.weight.data.clamp_(-0.1, 0.1) and None,
+])  # fmt: skip
+def test_a_hook_that_draws_or_writes_weights_is_refused_without_doing_so(hook: Any) -> None:
+    model = Attention()
+    model.qkv.register_forward_hook(hook)
+    before, state = model.qkv.weight.clone(), torch.get_rng_state()
+    with pytest.raises(EspalierError, match=r"a hook .* runs after each call"):
+        espalier.structure_(model, generator=seeded())
+    assert torch.equal(model.qkv.weight, before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_plain_module_as_the_root_takes_no_proof_away() -> None:

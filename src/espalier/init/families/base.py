@@ -125,5 +125,5 @@ def tensors(weights: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def on_meta(weights: Any) -> bool:
-    """Return whether the weights have no storage yet."""
-    return next(tensors(weights))[1].is_meta
+    """Return whether some of the weights have no storage yet."""
+    return any(part.is_meta for _, part in tensors(weights))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
@@ -62,6 +63,11 @@ class Layer:
     child: str
     names: Mapping[str, nn.Module]
     found: Found
+
+    @property
+    def part(self) -> nn.Module:
+        """The layer's own module: ``module``, or its child."""
+        return self.names.get(self.name, self.module)
 
     @contextmanager
     def open(self) -> Iterator[Found]:
@@ -172,8 +178,14 @@ def _foreign_part(module: nn.Module, host: type, layout: Layout, found: Found) -
 def _is_at_home(module: nn.Module, host: type) -> bool:
     """Return whether calling a module runs code of torch's or of the library of ``host``."""
     homes = {"torch", host.__module__.partition(".")[0]}
-    codes = (getattr(type(module), name, None) for name in ("forward", "__call__"))
-    return all(str(getattr(code, "__module__", "")).partition(".")[0] in homes for code in codes)
+    for name in ("forward", "__call__"):
+        code = getattr(type(module), name, None)
+        while code is not None:  # a function that wraps another takes over its module's name, but not its globals
+            place = getattr(code, "__globals__", {}).get("__name__") or getattr(code, "__module__", "")
+            if str(place).partition(".")[0] not in homes:
+                return False
+            code = getattr(code, "__wrapped__", None)
+    return True
 
 
 def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
@@ -194,7 +206,8 @@ def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
 def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | None:
     """Ask a layout about a module; what it raises becomes ``Skipped`` with the reason."""
     try:
-        return layout(module)
+        with _as_in_evaluation(module):
+            return layout(module)
     except Exception as error:  # a layout may be anyone's, and one layer that it cannot read must not stop the others
         if holds_lazy(module):
             return Skipped(_kind_of(module), LAZY)
@@ -204,6 +217,20 @@ def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | N
             return Skipped(*error.args)
         reason = f"{class_path(type(module))} cannot be read ({first_line(error)}): register a layout for this class"
         return Skipped(_kind_of(module), reason)
+
+
+@contextmanager
+def _as_in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Keep parametrisations still while weights are read: in training, spectral norm moves its vectors each time."""
+    owners = (part for part in module.modules() if parametrize.is_parametrized(part))
+    moving = [part for owner in owners for part in owner.get_submodule("parametrizations").modules() if part.training]
+    try:
+        for part in moving:
+            part.training = False
+        yield
+    finally:
+        for part in moving:
+            part.training = True
 
 
 def _unusable(values: Sequence[Tensor]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.registry import Skipped
+from espalier.init.layouts.scratch import has_own_forward, leaves, memo_of_copy
 
 # Libraries whose hooks around a call gather, move or watch and change nothing.
 _CARRIERS = (
@@ -30,7 +31,7 @@ def refuse_hooked(module: nn.Module, kind: str) -> Skipped | None:
         around = [(hook, "a hook", "before", "its weights") for hook in part._forward_pre_hooks.values()]
         if part is not module:  # what comes of the layer's own result is outside of it
             around += [(hook, "a hook", "after", "what it computes") for hook in part._forward_hooks.values()]
-        if "forward" in vars(part):
+        if has_own_forward(part):
             around.append((vars(part)["forward"], "a replaced forward", "in place of", "what it computes"))
         for hook, thing, when, what in around:
             inner = hook.func if isinstance(hook, functools.partial) else hook
@@ -42,22 +43,36 @@ def refuse_hooked(module: nn.Module, kind: str) -> Skipped | None:
 
 
 def _only_looks(hook: Callable[..., Any], part: nn.Module) -> bool:
-    """Return whether a hook leaves a result alone: a twin of it is tried, with copies of what it closes over."""
-    weight = getattr(part, "weight", None)
+    """Return whether a hook leaves a result and the weights alone: a twin of it is tried on a twin of the part.
+
+    A hook may write to the part that it is given, or to what it names (its last output, a running mean, a list): these
+    never meet what is made up here.
+    """
+    weight = part._parameters.get("weight")
     width = len(weight) if isinstance(weight, Tensor) and weight.ndim else 8
     result = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(4), device="cpu")
     given = result.clone()
-    twin: Callable[..., Any]
     try:
-        memo: dict[int, Any] = {id(module): module for module in part.modules()}
-        if isinstance(hook, FunctionType):
-            cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in hook.__closure__ or ())
-            twin = FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
-            twin.__kwdefaults__ = hook.__kwdefaults__
-        else:
-            twin = copy.deepcopy(hook, memo)
-        with torch.no_grad():
-            returned = twin(part, (given.clone(),), given)
+        memo = memo_of_copy(part)
+        copied = copy.deepcopy(part, memo).cpu()
+        twin = _twin(hook, memo) if isinstance(hook, FunctionType) else copy.deepcopy(hook, memo)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            returned = twin(copied, (given.clone(),), given)
+        kept = all(map(torch.equal, copied.parameters(), (parameter.cpu() for parameter in part.parameters())))
     except Exception:  # anyone's code
         return False
-    return torch.equal(given, result) and (returned is None or returned is given)
+    return kept and torch.equal(given, result) and (returned is None or returned is given)
+
+
+def _twin(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """Return a function of the same code over copies of what it closes over and of what it names in its module."""
+    known, code = function.__globals__, function.__code__
+    named = {name: known[name] for name in code.co_names if name in known and not isinstance(known[name], ModuleType)}
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    # What earlier passes left in a list belongs to a graph, which torch does not copy.
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in leaves([named, held]) if not tensor.is_leaf)
+    parts = (held, named, function.__defaults__, function.__kwdefaults__)
+    held, named, defaults, by_keyword = copy.deepcopy(parts, memo)
+    twin = FunctionType(code, known | named, function.__name__, defaults, tuple(map(CellType, held)))
+    twin.__kwdefaults__ = by_keyword
+    return twin

@@ -200,7 +200,7 @@ def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
     if any(parametrize.is_parametrized(part) for part in module.modules()):
         return Skipped(kind, "its weights are parametrised: remove the parametrisation, write, register it again")
     for part in module.modules():
-        kept = {*part._parameters, *part._buffers}
+        kept = {*part._parameters.keys(), *part._buffers.keys()}  # a scripted module has no plain dictionaries
         for name in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
             sources = [other for other in kept if other.startswith(f"{name}_")]
             if name in vars(part) or (part._forward_pre_hooks and name in kept and sources):

@@ -6,9 +6,10 @@ import copy
 import inspect
 import itertools
 import re
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     Raises:
         CannotRunError: the copy would be too large, or something in the module cannot be copied.
     """
-    if any("forward" in vars(part) for part in module.modules()):
+    if any(has_own_forward(part) for part in module.modules()):
         raise CannotRunError("its forward was replaced on the instance")
     if holds_lazy(module):
         raise CannotRunError(LAZY)
@@ -62,7 +63,7 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     if sum(parameter.numel() for parameter in parameters.values()) > _LARGEST:
         raise CannotRunError("it is too large to be copied")
     generator = torch.Generator().manual_seed(20240229)
-    memo: dict[int, Any] = {}
+    memo = memo_of_copy(module)
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         if parameter.ndim >= 2 and parameter.numel():
@@ -81,9 +82,6 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     # FSDP2 gives each module a class of its own, which forbids copies; the class below it does not.
     sharded = [(part, nn.Module.__new__(base)) for part in module.modules() if (base := _below_fsdp(type(part)))]
     memo.update((id(part), twin) for part, twin in sharded)
-    # Hooks may hold anything, and may do anything: the copy has none.
-    for part in module.modules():
-        memo.update((id(value), type(value)()) for key, value in vars(part).items() if "_hooks" in key)
     try:
         for part, bare in sharded:
             bare.__dict__.update(
@@ -98,6 +96,30 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
             config._attn_implementation_internal = "eager"  # the copy's own: kernels of other kinds need a GPU
     twin.eval()  # some classes override train() and return nothing
     return twin
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether the forward pass was replaced on the instance, by other code than ``torch.compile``'s."""
+    return "forward" in vars(module) and not type(module).__module__.startswith("torch._dynamo")
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled code runs as it was written: compiled, it hides what happens in it."""
+    # Where nothing was compiled, the compiler is not loaded, which takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def memo_of_copy(module: nn.Module) -> dict[int, Any]:
+    """Return what ``copy.deepcopy`` is to take for some things in a module, so that it can be copied.
+
+    Hooks may hold anything, and may do anything: the copy has none. Tensors that a forward pass left (an attention map,
+    a computed weight) belong to a graph, which torch does not copy.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        memo.update((id(value), type(value)()) for key, value in vars(part).items() if "_hooks" in key)
+        memo.update((id(tensor), tensor.detach().clone()) for tensor in leaves(vars(part)) if not tensor.is_leaf)
+    return memo
 
 
 def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
@@ -122,7 +144,7 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Run on the CPU without gradients, autocast, fused kernels, warnings or a trace in torch's generators."""
+    """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in torch's generators."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
@@ -133,6 +155,7 @@ def untraced() -> Iterator[None]:
         torch.no_grad(),
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
+        uncompiled(),
         sdpa_kernel(SDPBackend.MATH),
     ):
         torch.backends.mha.set_fastpath_enabled(False)
