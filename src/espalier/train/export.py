@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.files import read_object, write_bytes, write_tensors
+from espalier.files import write_bytes, write_tensors
 from espalier.nn.kernels.backend import use_backend
 from espalier.nn.orthogonal.spectrum.cache import constant_operators
 from espalier.randomness import derive_generator
 from espalier.train.image_input import ImageInput
 from espalier.train.predict import pixel_model
-from espalier.train.run import MODEL, Run
+from espalier.train.run import MODEL, Run, read_part
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 _SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -58,7 +58,7 @@ def export_run(run: Run, to: Format, out: Path | None = None) -> Path:
     expected = ImageInput.load(run.path)
     folder = run.path.resolve()
     out = folder.with_name(folder.name + _SUFFIXES[to]) if out is None else Path(out)
-    about = {**read_object(run.path / MODEL), "input": asdict(expected), "recipe": run.recipe.name}
+    about = {**read_part(run.path, MODEL), "input": asdict(expected), "recipe": run.recipe.name}
     if to == "safetensors":
         return write_tensors(out, run.model().state_dict(), {METADATA: json.dumps(about)})
     net = pixel_model(run)
