@@ -217,7 +217,7 @@ TARGETS: dict[str, tuple[Target, bytes]] = {
     "yaml": (_written("r.yaml", lambda path: open_recipe(str(path))), b"base: digits_vit\nbetas: [0.9, 0.9]\nlr: 1e-3"),
     "rows": (
         lambda content, folder: parse_rows(content, folder / "metrics.jsonl"),
-        b'{"epoch": 0}\n{"epoch": 1, "loss": 1.5}\n',
+        b'{"epoch": 0, "step": 0, "seconds": 0.0}\n{"epoch": 1, "step": 2, "seconds": 0.5, "loss": 1.5}\n',
     ),
     "manifest": (_written("manifest.json", lambda path: damaged(path.parent)), _saved("manifest.json", _manifest)),
     "study": (

@@ -28,13 +28,12 @@ from espalier.data.published import (
     read_fashion_mnist,
 )
 from espalier.data.text import read_text
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, shown
 from espalier.files import (
     read_checked,
     read_object,
     read_regular,
     read_sealed,
-    shown,
     write_bytes,
 )
 from needs import data_folder, needs_data
@@ -361,3 +360,4 @@ def test_paths_in_messages_take_one_line(text: str) -> None:
     assert len(shown(Path(text)).encode().splitlines()) == len(shown(text).splitlines()) == 1
     assert "\x1b" not in shown(text)
     assert (shown(text) == text) == text.isprintable()
+    assert str(EspalierError(f"file {text}: rename it")) == f"file {shown(text)}: rename it"

@@ -11,8 +11,18 @@ from pathlib import Path
 from types import ModuleType
 
 
+def shown(text: object) -> str:
+    """Return text as it stands in a message of one line: line breaks, terminal codes and bytes that are no text are
+    written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
 class EspalierError(ValueError):
     """Bad input: the command line prints the one-line message and exits with status 2."""
+
+    def __init__(self, message: object = "") -> None:
+        # It repeats names from files of strangers.
+        super().__init__(shown(message))
 
 
 class MissingExtraError(EspalierError, ImportError):

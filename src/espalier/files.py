@@ -14,8 +14,9 @@ import secrets
 import stat
 import tempfile
 import time
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -168,7 +169,8 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             # timm's scripts keep their command line beside the weights: a plain bag of values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of what is refused or read in the next line
                 # Files from before torch 1.6 are no zip archives and cannot be mapped.
                 mapped = mapped and zipfile.is_zipfile(path)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -180,16 +182,34 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         content = {}
     nested = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), content)
-    found = {name: tensor for name, tensor in nested.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    found = {
+        name: tensor.resolve_conj().resolve_neg()  # which not all of torch can read as they are
+        for name, tensor in nested.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+    refuse_odd_names(path, found)
     for name, tensor in found.items():
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            raise EspalierError(f"checkpoint {path}: {name} is sparse or ragged: save it as a dense tensor")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+            raise EspalierError(
+                f"checkpoint {path}: {name} is sparse, ragged, quantised or without values: save it as a dense tensor"
+            )
         # A stride of zero repeats one number: a copy of what claims to be larger than its file fills the memory.
         if tensor.nbytes > path.stat().st_size:
             raise EspalierError(f"checkpoint {path}: {name} claims to be larger than the file: save its values")
     if not found:
         raise EspalierError(f"checkpoint {path} holds no tensors by name, nor under any of {', '.join(_NESTED)}")
     return found
+
+
+def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
+    """Refuse tensors whose names would reach the terminal, or break a table, as something else than a name.
+
+    Raises:
+        EspalierError: a name holds line breaks, terminal codes or what is no text.
+    """
+    for name in names:
+        if not name.isprintable():
+            raise EspalierError(f"checkpoint {path}: a tensor is named {name[:60]!r}: rename it")
 
 
 def _refuse_bombs(path: Path) -> None:
@@ -268,11 +288,6 @@ def require_regular(path: Path) -> None:
         OSError: it cannot be opened, or is no regular file.
     """
     open_regular(path).close()
-
-
-def shown(path: Path | str) -> str:
-    """Return a path as it stands in a message of one line: line breaks and bytes that are no text are written out."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
 
 
 def named(path: Path) -> Path:

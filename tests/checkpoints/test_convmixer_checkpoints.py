@@ -68,6 +68,17 @@ def test_files_of_every_origin(tmp_path: Path, wrapped: str, nested: str | None)
     torch.testing.assert_close(load_model(path)(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.complex128])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = trained_original().state_dict()
+    state["0.weight"] = state["0.weight"].to(dtype)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(EspalierError, match=r"1 no real numbers: stem\.0\.weight"):
+        load_model(tmp_path / "w.pt")
+    assert main(["convert", str(tmp_path / "w.pt")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
 def test_safetensors_and_models_of_every_shape(tmp_path: Path) -> None:
     for arguments in (
         {"dim": 8, "depth": 2, "kernel_size": 4, "patch_size": 3, "in_chans": 1, "num_classes": 0, "spatial_dims": 1},

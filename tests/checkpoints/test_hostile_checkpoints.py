@@ -145,16 +145,63 @@ def test_a_name_of_thousands_of_parts_is_refused() -> None:
     assert "2000 dots" in refusal(lambda: skeleton({"a." * 2000 + "weight": torch.randn(8, 1, 5, 5)}))
 
 
-@pytest.mark.parametrize("kind", ["coo", "csr", "ragged"])
+@pytest.mark.parametrize("kind", ["coo", "csr", "ragged", "quantised", "meta"])
 def test_tensors_that_are_not_dense_are_refused(tmp_path: Path, kind: str) -> None:
     tensors = {
         "coo": lambda: torch.eye(4).to_sparse(),
         "csr": lambda: torch.eye(4).to_sparse_csr(),
         "ragged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "quantised": lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
+        "meta": lambda: torch.ones(3, device="meta"),
     }
     with warnings.catch_warnings(action="ignore"):  # torch calls both beta
         torch.save({"a.weight": tensors[kind]()}, tmp_path / "w.pt")
-        assert "a.weight is sparse or ragged" in refusal(lambda: open_checkpoint(tmp_path / "w.pt"))
+        assert "a.weight is sparse, ragged, quantised" in refusal(lambda: open_checkpoint(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize("kind", ["script", "protocol 4", "quantised"])
+@pytest.mark.parametrize("command", ["doctor", "audit", "convert"])
+def test_torch_says_nothing_of_its_own_about_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, command: str
+) -> None:
+    path = tmp_path / "w.pt"
+    with warnings.catch_warnings(action="ignore"):
+        if kind == "script":
+            torch.jit.save(torch.jit.script(torch.nn.Linear(3, 3)), path)
+        elif kind == "protocol 4":
+            torch.save({"weight": torch.ones(3)}, path, pickle_protocol=4)
+        else:
+            torch.save({"weight": torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8)}, path)
+    with warnings.catch_warnings(record=True, action="always") as said:
+        assert main([command, str(path)]) == 2
+    assert not said
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a\nhealthy: 3 tensors", "\x1b]0;title\x07", "a\u2028b", "a\x9b31m"])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_names_that_are_no_print_never_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, ending: str
+) -> None:
+    path = tmp_path / f"w.{ending}"
+    tensors = {f"{name}.weight": torch.ones(4, 1, 5, 5)}
+    torch.save(tensors, path) if ending == "pt" else save_file(tensors, path)
+    for command in ("doctor", "audit", "fit", "convert", "statistics"):
+        assert main([command, str(path)]) == 2
+        said = capsys.readouterr()
+        assert not said.out
+        assert "rename it" in said.err
+        assert said.err.rstrip("\n").isprintable()
+
+
+def test_negated_and_conjugate_views_are_read_by_their_values(tmp_path: Path) -> None:
+    numbers = torch.arange(24.0).view(2, 3, 4)
+    views = {"negated": torch._neg_view(numbers), "conjugate": torch.complex(numbers, numbers).conj()}
+    torch.save(views, tmp_path / "w.pt")
+    found = read_tensors(tmp_path / "w.pt")
+    assert found["negated"].numpy().tolist() == (-numbers).tolist()
+    assert found["conjugate"].numpy().tolist() == torch.complex(numbers, -numbers).tolist()
+    assert main(["doctor", str(tmp_path / "w.pt")]) in (0, 1)
 
 
 def test_tensors_under_numbers_are_not_tensors_by_name(tmp_path: Path) -> None:

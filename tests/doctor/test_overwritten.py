@@ -49,3 +49,19 @@ def test_a_change_is_named_whatever_the_wrapper(wrapped: bool, name: str) -> Non
     (found,) = overwritten(model, state)
     assert found.severity == "error"
     assert name.endswith(found.layer)
+
+
+def test_a_stored_imaginary_part_is_a_difference() -> None:
+    model = nn.Linear(4, 4)
+    stored = {name: torch.complex(tensor, torch.zeros_like(tensor)) for name, tensor in model.state_dict().items()}
+    assert not overwritten(model, stored)
+    stored["weight"][0, 0] += 0.5j
+    (found,) = overwritten(model, stored)
+    assert (found.severity, found.layer) == ("error", "weight")
+    assert found.measured == f"{1 / 16:.0%} of its entries differ"
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_a_quantised_stored_tensor_cannot_be_compared() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    assert not overwritten(model, {"weight": torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8)})

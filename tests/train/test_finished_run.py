@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -268,14 +269,43 @@ def test_weights_beside_a_damaged_description_are_refused(
 
 
 @pytest.mark.parametrize("to", ["torch-export", "safetensors", "onnx"])
-@pytest.mark.parametrize("out", ["missing/net", "folder"])
+@pytest.mark.parametrize("out", ["missing/net", "folder", "folder/pipe"])
 def test_a_place_where_no_file_can_be_is_refused(
     to: str, out: str, digit_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder/pipe")
     assert main(["export", str(digit_runs["digits_vit"]), "--to", to, "--out", str(tmp_path / out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "pipe"]
+    assert (tmp_path / "folder/pipe").is_fifo()
+
+
+@pytest.mark.parametrize("to", ["torch-export", "safetensors", pytest.param("onnx", marks=ONNX)])
+def test_a_link_stays_one_and_any_name_can_be_written(to: str, digit_runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "net").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("net")
+    odd = os.fsdecode(b"d\xe9j\xe0")
+    for out in ("link", odd):
+        assert main(["export", str(digit_runs["digits_vit"]), "--to", to, "--out", str(tmp_path / out)]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert len((tmp_path / "net").read_bytes()) > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["link", "net", odd])
+
+
+@pytest.mark.parametrize("to", ["torch-export", "safetensors", pytest.param("onnx", marks=ONNX)])
+def test_a_full_disk_is_named_as_one(
+    to: str, digit_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        assert main(["export", str(digit_runs["digits_vit"]), "--to", to, "--out", str(tmp_path / "net")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -330,7 +330,7 @@ def test_a_reader_beside_a_training_run_sees_no_damage(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     write_rows(run, rows)
     for step in range(5):
-        rows.append({"step": step})
+        rows.append({"epoch": step, "step": step, "seconds": 0.0})
         write_rows(run, rows, keep=len(rows) - 1)
         assert load_run(run).rows == rows
     content = (run / "metrics.jsonl").read_bytes()

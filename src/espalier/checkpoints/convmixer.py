@@ -155,7 +155,10 @@ def _refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
-    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+    unreal = [n for n in expected if n in state and expected[n].is_floating_point() > state[n].is_floating_point()]
+    found = (
+        ("missing", missing), ("unexpected", unexpected), ("of another shape", wrong), ("no real numbers", unreal),
+    )  # fmt: skip
     if any(names for _, names in found):
         raise EspalierError("; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found if names))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from espalier.cli.messages import say
+from espalier.errors import shown
 
 
 def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False) -> None:
@@ -19,7 +20,6 @@ def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False)
         top: how many classes, with their probabilities.
         json: print one object by file instead of a table.
     """
-    from espalier.files import shown
     from espalier.train import load_run
     from espalier.train.predict import predict as predict_images
 
@@ -29,7 +29,7 @@ def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False)
         return
     width = max(len(shown(file)) for file in found)
     for file, classes in found.items():
-        print(f"{shown(file):<{width}}  {', '.join(f'{name} {share:.3f}' for name, share in classes)}")
+        print(f"{shown(file):<{width}}  {', '.join(f'{shown(name)} {share:.3f}' for name, share in classes)}")
 
 
 def export(run: Path, to: Literal["onnx", "torch-export", "safetensors"] = "onnx", out: Path | None = None) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from espalier.errors import shown
+
 
 def say(text: object) -> None:
-    """Print one line on standard error; line breaks and other gaps inside the text become single spaces."""
-    print(" ".join(str(text).split()), file=sys.stderr)
+    """Print one line on standard error."""
+    print(shown(text), file=sys.stderr)

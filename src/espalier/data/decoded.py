@@ -22,7 +22,7 @@ from torch import Tensor
 from espalier.data.decode import central_square
 from espalier.data.encoded import EncodedImages
 from espalier.errors import EspalierError, MissingExtraError, require
-from espalier.files import cache_folder, lock_at, read_regular, require_regular, shown, write_bytes
+from espalier.files import cache_folder, lock_at, read_regular, require_regular, write_bytes
 from espalier.memory import free_memory
 
 _BLOCK = 256
@@ -211,7 +211,7 @@ def _write(images: EncodedImages, size: int, target: Path) -> None:
         if len(bad) == 1:
             raise EspalierError(*bad.values())
         if bad:
-            names = ", ".join(shown(images.place(index)) for index in sorted(bad)[:20])
+            names = ", ".join(images.place(index) for index in sorted(bad)[:20])
             more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
             raise EspalierError(f"cannot decode {len(bad)} of {len(images)} images: repair or remove {names}{more}")
         # The seal comes last: beside a file that is no longer its own it is found wrong, and both are made again.

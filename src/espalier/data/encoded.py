@@ -16,7 +16,7 @@ from torch import Tensor
 
 from espalier.data.decode import upright_rgb
 from espalier.errors import EspalierError, MissingExtraError
-from espalier.files import open_regular, shown
+from espalier.files import open_regular
 
 # Note [Fingerprint]
 # Size and time of a file are not enough: an archive may give all files one time, and uncompressed images of one shape
@@ -154,4 +154,4 @@ class EncodedImages:
         return bytes(self.files_F[number]), start, length
 
     def _refusal(self, index: int, reason: object) -> EspalierError:
-        return EspalierError(f"cannot decode {shown(self.place(index))} ({reason}): repair or remove it")
+        return EspalierError(f"cannot decode {self.place(index)} ({reason}): repair or remove it")

@@ -10,7 +10,6 @@ from pathlib import Path
 from espalier.data.encoded import SUFFIXES, EncodedImages
 from espalier.data.labelled import ImageData, set_aside
 from espalier.errors import EspalierError
-from espalier.files import shown
 
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation", "eval")
@@ -80,14 +79,12 @@ def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tup
     labels: list[int] = []
     for name in found:
         if os.fsencode(name).decode(errors="replace") != name:  # it goes into the files of a run, which are UTF-8
-            raise EspalierError(f"{shown(root / name)} is a class whose name is no UTF-8: rename it")
+            raise EspalierError(f"{root / name} is a class whose name is no UTF-8: rename it")
         if name not in class_names:
-            raise EspalierError(f"{shown(root / name)} is a class without training images: add some or remove it")
+            raise EspalierError(f"{root / name} is a class without training images: add some or remove it")
         files = sorted(image_names(root / name))
         if not files:
-            raise EspalierError(
-                f"{shown(root / name)} holds no image: fill or remove it ({', '.join(sorted(SUFFIXES))})"
-            )
+            raise EspalierError(f"{root / name} holds no image: fill or remove it ({', '.join(sorted(SUFFIXES))})")
         names += (f"{name}/{file}" for file in files)
         labels += [class_names.index(name)] * len(files)
     return EncodedImages.from_names(root, names, labels), class_names
@@ -116,13 +113,13 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[str]:
             status = place.stat()
         itself = (status.st_dev, status.st_ino)
         if itself in around:
-            raise EspalierError(f"{shown(place)} leads back to a folder that it lies in: remove the link")
+            raise EspalierError(f"{place} leads back to a folder that it lies in: remove the link")
         for entry, is_folder in _visible(place):
             if is_folder:
                 left.append((place / entry.name, f"{prefix}{entry.name}/", (*around, itself)))
             elif os.path.splitext(entry.name)[1].lower() in suffixes:
                 if not entry.is_file():
-                    raise EspalierError(f"{shown(entry.path)} is a pipe, device or socket: remove it")
+                    raise EspalierError(f"{entry.path} is a pipe, device or socket: remove it")
                 names.append(prefix + entry.name)
     return names
 
@@ -141,7 +138,7 @@ def _visible(folder: Path) -> Iterator[tuple[os.DirEntry[str], bool]]:
             is_folder = entry.is_dir()
             # It may have been a folder of images, on a disk that is not mounted.
             if not is_folder and entry.is_symlink() and not os.path.exists(entry.path):
-                raise EspalierError(f"{shown(entry.path)} is a link that leads nowhere: mend or remove it")
+                raise EspalierError(f"{entry.path} is a link that leads nowhere: mend or remove it")
         yield entry, is_folder
 
 
@@ -150,4 +147,4 @@ def _named_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EspalierError(f"cannot list {shown(place)} ({error.strerror}): make it readable or remove it") from None
+        raise EspalierError(f"cannot list {place} ({error.strerror}): make it readable or remove it") from None

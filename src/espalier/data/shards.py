@@ -15,7 +15,7 @@ from espalier.data.encoded import SUFFIXES, EncodedImages
 from espalier.data.labelled import ImageData
 from espalier.data.layout import files_below, split_off
 from espalier.errors import EspalierError
-from espalier.files import open_regular, shown
+from espalier.files import open_regular
 
 _MOST_CLASSES = 1_000_000
 _TAR_BLOCK = 512
@@ -43,7 +43,7 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
     shards = sorted(root / name for name in files_below(root, {".tar"})) if root.is_dir() else [root]
     if not shards:
         packed = next((path for path in base.rglob("*.tar.*")), None)
-        remedy = f"unpack {shown(packed)} to .tar" if packed else "give a folder of shards as --data"
+        remedy = f"unpack {packed} to .tar" if packed else "give a folder of shards as --data"
         raise EspalierError(f"{root} holds no .tar file: {remedy}")
     names = [path.relative_to(base).as_posix() for path in shards]
     kinds = [_split_of(name) for name in names]
@@ -54,7 +54,7 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
         return split_off(whole, _class_names(whole), test_share)
     if set(kinds) != {"train", "test"}:
         unnamed = [name for name, kind in zip(names, kinds, strict=True) if not kind]
-        wrong = f"{shown(unnamed[0])} is of no split" if unnamed else f"all are {kinds[0]} shards"
+        wrong = f"{unnamed[0]} is of no split" if unnamed else f"all are {kinds[0]} shards"
         raise EspalierError(f"shards in {root}: {wrong}: name all of them or their folders train, val or test, or none")
     kind_N = np.array(kinds)[rows_N4[:, 0]]
     train, test = (whole.take(torch.from_numpy((kind_N == kind).nonzero()[0])) for kind in ("train", "test"))
@@ -82,7 +82,6 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
     """Return class, first byte and length of every image of a shard, in its order."""
     places: dict[str, tuple[int, int]] = {}
     classes: dict[str, int] = {}
-    here = shown(shard)
     try:
         with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -93,28 +92,26 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 sample = f"{folder}/{stem}"
                 if f".{ending.lower()}" in SUFFIXES:
                     if sample in places:
-                        raise EspalierError(f"shard {here} holds two images of the name {shown(sample)}: rename one")
+                        raise EspalierError(f"shard {shard} holds two images of the name {sample}: rename one")
                     places[sample] = member.offset_data, member.size
                 elif ending.lower() == "cls":
                     text = archive.extractfile(member).read(20).decode("ascii", "replace").strip()  # type: ignore[union-attr]
                     if not (text.isascii() and text.isdigit()) or int(text) > _MOST_CLASSES:
-                        raise EspalierError(
-                            f"shard {here}: {shown(member.name)} holds {text!r}: write the number of a class"
-                        )
+                        raise EspalierError(f"shard {shard}: {member.name} holds {text!r}: write the number of a class")
                     if classes.setdefault(sample, int(text)) != int(text):
-                        raise EspalierError(f"shard {here} holds two classes of the name {shown(sample)}: rename one")
+                        raise EspalierError(f"shard {shard} holds two classes of the name {sample}: rename one")
             _check_end(file, archive.offset)
     except (tarfile.TarError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise EspalierError(
-            f"cannot read shard {here} ({reason}): repair it, or unpack it if it is compressed"
+            f"cannot read shard {shard} ({reason}): repair it, or unpack it if it is compressed"
         ) from error
     if odd := places.keys() ^ classes.keys():
         name = min(odd)
         missing = "class: add its number as .cls" if name in places else "image: add it or remove its .cls"
-        raise EspalierError(f"shard {here}: sample {shown(name.lstrip('/'))} has no {missing}")
+        raise EspalierError(f"shard {shard}: sample {name.lstrip('/')} has no {missing}")
     if not places:
-        raise EspalierError(f"shard {here} holds no image: remove it ({', '.join(sorted(SUFFIXES))})")
+        raise EspalierError(f"shard {shard} holds no image: remove it ({', '.join(sorted(SUFFIXES))})")
     return [(classes[name], *place) for name, place in places.items()]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from espalier.doctor.patient import Record, fans, plain_name, role_of, whole
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError
-from espalier.files import read_object, read_tensors, require_regular
+from espalier.files import read_object, read_tensors, refuse_odd_names, require_regular
 
 
 @dataclass(frozen=True)
@@ -162,4 +162,5 @@ def _open_file(path: Path) -> dict[str, Callable[[str], Tensor]]:
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EspalierError(f"checkpoint {path} cannot be read ({reason}): name a file of weights") from None
+    refuse_odd_names(path, file.keys())
     return dict.fromkeys(file.keys(), file.get_tensor)

@@ -55,13 +55,20 @@ class StructureReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StructureReport:
-        """Return the report that ``to_dict`` gave."""
+        """Return the report that ``to_dict`` gave.
+
+        Raises:
+            AttributeError, KeyError, OverflowError, TypeError, ValueError: it has other fields, or values of another
+                kind.
+        """
         rows = []
         for row in data["layers"]:
             # Strict JSON has no NaN: what could not be measured is null there.
             measured = {name: math.nan if value is None else value for name, value in row["measured"].items()}
             rows.append(LayerReport(**{**row, "measured": measured}))
-        return cls(tuple(rows), tuple(data.get("notes", ())))
+        whole = cls(tuple(rows), tuple(data.get("notes", ())))
+        _ = str(whole)  # a list where a text or a number should be shows here
+        return whole
 
     def __str__(self) -> str:
         header = ("layer", "kind", "host", "status", "asked", "measured")

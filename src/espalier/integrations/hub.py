@@ -10,14 +10,12 @@ from pathlib import Path
 
 from espalier.certify.certificate import EPSILONS
 from espalier.errors import EspalierError, require
-from espalier.files import read_object
-from espalier.init import StructureReport
 from espalier.models.hub import HubModel
 from espalier.recipes import Recipe
 from espalier.study.record import record_run
 from espalier.train import Run, load_run
 from espalier.train.certify_runs import certificate_path, kept_certificate
-from espalier.train.run import RECIPE, STRUCTURE
+from espalier.train.run import RECIPE, read_structure
 
 _CERTIFICATE, _RECORD = "certificate.json", "\n## Record\n"
 
@@ -47,8 +45,7 @@ def model_card(run: Run | str | Path) -> str:
         "One run; how scores scatter from seed to seed is not shown by it.",
         f"## Recipe\n\n```json\n{json.dumps(changed, indent=2)}\n```",
     ]
-    if (run.path / STRUCTURE).exists():
-        report = StructureReport.from_dict(read_object(run.path / STRUCTURE))
+    if (report := read_structure(run.path)) is not None:
         parts.append(f"## Structure at the start\n\n```text\n{report}\n```")
     if (proof := kept_certificate(run)) is not None:
         parts.append(f"## Certificate\n\n```text\n{proof.table(EPSILONS)}\n```")

@@ -180,15 +180,24 @@ def _check_values(recipe: Recipe) -> None:
         for name in names:
             if not holds(value := getattr(recipe, name)):
                 raise EspalierError(f"{name} {value}{otherwise}")
-    if not is_reference(recipe.model):  # a net of the user's own gives the names meanings of its own
-        for name, value in recipe.model_args.items():
-            _check_size(name, value)
+    check_sizes(recipe.model, recipe.model_args)
     if recipe.batch_size % recipe.accumulate:
         raise EspalierError(f"batch_size {recipe.batch_size} is not divisible by accumulate {recipe.accumulate}")
     if recipe.warmup_epochs > recipe.epochs:
         raise EspalierError(f"warmup_epochs {recipe.warmup_epochs} is longer than the {recipe.epochs} epochs")
     if recipe.schedule == "piecewise" and recipe.warmup_epochs:
         raise EspalierError("schedule 'piecewise' begins with a warm-up of its own: set warmup_epochs to 0")
+
+
+def check_sizes(model: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that name a size that no model of this library can have.
+
+    Raises:
+        EspalierError: the argument, its value, and what it can be.
+    """
+    if not is_reference(model):  # a net of the user's own gives the names meanings of its own
+        for name, value in arguments.items():
+            _check_size(name, value)
 
 
 def _check_size(name: str, value: Any) -> None:

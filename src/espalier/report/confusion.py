@@ -24,12 +24,13 @@ def confusion(run: Run, context: Context) -> Section | None:
     if not (run.path / IMAGES).exists() or not (run.path / FINAL).exists():
         return None
     names = ImageInput.load(run.path).class_names
+    model = run.model()
     try:
         source = run.source()
-    except EspalierError as error:  # the data may have moved since
+        split = source.eval_splits[0]
+        counts_KK = confusion_matrix(model, source, split, len(names), run.recipe.eval_batch_size)
+    except EspalierError as error:  # the data may have moved since, or a net of the user's own has more logits
         return Section("Class by class", (paragraph(f"Not counted: {error}", "note"),))
-    split = source.eval_splits[0]
-    counts_KK = confusion_matrix(run.model(), source, split, len(names), run.recipe.eval_batch_size)
     listed = _table(counts_KK, names)
     parts: list[Markup | Plot] = [listed if len(names) <= _OPEN else folded(f"All {len(names)} classes", listed)]
     if len(names) <= _MOST_DRAWN:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from dataclasses import fields, replace
 
 from espalier.doctor import diagnose
-from espalier.files import read_object
-from espalier.init import StructureReport
 from espalier.init.report import describe_measured
 from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.report.confusion import confusion
@@ -17,7 +13,7 @@ from espalier.report.curves import run_curves
 from espalier.report.robustness import robustness
 from espalier.report.section import Context, Markup, Section, counted, folded, paragraph, table
 from espalier.train import Run
-from espalier.train.run import ENVIRONMENT, START, STRUCTURE
+from espalier.train.run import ENVIRONMENT, START, read_part, read_structure
 
 RunSection = Callable[[Run, Context], Section | None]
 
@@ -42,16 +38,14 @@ def outcome(run: Run, context: Context) -> Section:
 
 def structure(run: Run, context: Context) -> Section | None:
     """List what was written into the network before training and what was measured of it there."""
-    content = _read(run.path / STRUCTURE)
-    if content is None:
+    report = read_structure(run.path)
+    if report is None:
         return None
-    # JSON has no NaN: what could not be measured is null there.
-    for row in content["layers"]:
-        row["measured"] = {name: value for name, value in row["measured"].items() if value is not None}
-    rows = [
-        (row.layer or "(model)", row.kind, row.host, row.status, row.asked, describe_measured(row))
-        for row in StructureReport.from_dict(content).layers
-    ]
+    rows = []
+    for row in report.layers:
+        measured = {name: value for name, value in row.measured.items() if value == value}  # no NaN
+        words = describe_measured(replace(row, measured=measured))
+        rows.append((row.layer or "(model)", row.kind, row.host, row.status, row.asked, words))
     header = ("layer", "kind", "host", "status", "asked", "measured at the start")
     return Section("Structure written", (table(header, rows),))
 
@@ -84,16 +78,11 @@ def recipe(run: Run, context: Context) -> Section:
 
 def environment(run: Run, context: Context) -> Section | None:
     """List what the run ran on."""
-    content = _read(run.path / ENVIRONMENT)
-    if content is None:
+    if not (run.path / ENVIRONMENT).exists():
         return None
     rows = [(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
-            for key, value in content.items()]  # fmt: skip
+            for key, value in read_part(run.path, ENVIRONMENT).items()]  # fmt: skip
     return Section("Environment", (folded("Versions and machine", table((), rows)),))
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return read_object(path) if path.exists() else None
 
 
 RUN_SECTIONS: tuple[RunSection, ...] = (

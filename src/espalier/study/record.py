@@ -12,13 +12,12 @@ from pathlib import PurePath
 from typing import Any
 
 from espalier.errors import EspalierError
-from espalier.files import read_object
 from espalier.recipes import Recipe
 from espalier.recipes.validation import recipe_to_dict
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import score_limits, spread
 from espalier.train import Run, environment
-from espalier.train.run import ENVIRONMENT, RESULT
+from espalier.train.run import ENVIRONMENT, RESULT, is_number, read_part
 
 MAX_BYTES = 1500
 """Largest line, newline included."""
@@ -123,7 +122,7 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
         extra: figures of the final model to keep beside the score; by default the accuracies of the other splits.
 
     Raises:
-        EspalierError: the run is not finished, or a figure is not finite.
+        EspalierError: the run is not finished, a figure is not finite, or no run can have such numbers.
     """
     result = run.result
     if result is None:
@@ -137,8 +136,8 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
     if not all(math.isfinite(value) for value in extra.values()):
         raise EspalierError(f"run {run.path}: extra figures {dict(extra)} are not finite: leave them out")
     path = run.path / ENVIRONMENT
-    step = result["step_seconds"]
-    return Record(
+    step = result.get("step_seconds")
+    record = Record(
         study=study,
         arm=arm,
         lr=run.recipe.lr,
@@ -154,8 +153,13 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
         curve=_thinned(curve, _MOST_POINTS),
         extra={key: round(value, SCORE_DIGITS) for key, value in extra.items()},
         date=datetime.fromtimestamp((run.path / RESULT).stat().st_mtime, UTC).date().isoformat(),
-        **_origin(read_object(path) if path.exists() else {}),
+        **_origin(read_part(run.path, ENVIRONMENT) if path.exists() else {}),
     )
+    try:  # what could not be read again would keep the whole file of records from being read
+        record_from_line(record.line())
+    except ValueError as error:
+        raise EspalierError(f"run {run.path} leaves no record ({error}): train into another folder") from None
+    return record
 
 
 def record_scores(
@@ -249,12 +253,11 @@ def contradiction(records: Sequence[Record]) -> str | None:
 
 def _origin(where: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that say what a trial ran on."""
-    packages = where.get("packages", {})
-    versions = {name: packages[name] for name in _PACKAGES if name in packages}
+    found = {**packages, **where} if isinstance(packages := where.get("packages"), dict) else where
     return {
-        "versions": versions | ({"python": where["python"]} if "python" in where else {}),
-        "commit": where.get("git_commit") or "",
-        "processor": where.get("gpu") or where.get("processor") or "",
+        "versions": {name: str(found[name]) for name in (*_PACKAGES, "python") if name in found},
+        "commit": str(where.get("git_commit") or ""),
+        "processor": str(where.get("gpu") or where.get("processor") or ""),
     }
 
 
@@ -292,20 +295,13 @@ def _refuse_impossible(values: Mapping[str, Any]) -> None:
         raise ValueError("the steps of its curve do not increase")
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that is larger than a float
-        return False
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value) and value >= 0
+    return isinstance(value, int) and is_number(value) and value >= 0
 
 
 def _is_curve(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, list) and len(row) == 4 and all(map(_is_number, row)) and _is_count(row[1])
+        isinstance(row, list) and len(row) == 4 and all(map(is_number, row)) and _is_count(row[1])
         and row[0] >= 0 and row[2] >= 0
         for row in value
     )  # fmt: skip
@@ -319,12 +315,12 @@ _KINDS = {
     **dict.fromkeys(("study", "arm", "digest", "metric"), lambda value: _is_text(value) and bool(value)),
     **dict.fromkeys(("commit", "processor", "date"), _is_text),
     **dict.fromkeys(("seed", "epochs", "steps"), _is_count),
-    "lr": lambda value: _is_number(value) and value > 0,
-    "score": lambda value: value is None or _is_number(value),
-    "step_seconds": lambda value: value is None or (_is_number(value) and value > 0),
-    "seconds": lambda value: _is_number(value) and value >= 0,
+    "lr": lambda value: is_number(value) and value > 0,
+    "score": lambda value: value is None or is_number(value),
+    "step_seconds": lambda value: value is None or (is_number(value) and value > 0),
+    "seconds": lambda value: is_number(value) and value >= 0,
     "diverged": lambda value: isinstance(value, bool),
     "curve": _is_curve,
-    "extra": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "extra": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
     "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
 }

@@ -76,10 +76,18 @@ def confusion_matrix(model: nn.Module, source: Source, split: str, classes: int,
         split: one of the source's evaluation splits.
         classes: number of classes.
         batch_size: examples per forward pass.
+
+    Raises:
+        EspalierError: the model has another number of logits.
     """
     counts = torch.zeros(classes * classes, dtype=torch.int64)
     for inputs, targets_B in source.eval_batches(split, batch_size):
-        counts += (targets_B * classes + model(inputs).argmax(-1)).bincount(minlength=classes * classes)
+        logits_BK = model(inputs)
+        if logits_BK.shape[-1] != classes:
+            raise EspalierError(
+                f"the model has {logits_BK.shape[-1]} logits, and the data {classes} classes: match them"
+            )
+        counts += (targets_B * classes + logits_BK.argmax(-1)).bincount(minlength=classes * classes)
     return counts.view(classes, classes)
 
 

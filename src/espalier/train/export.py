@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require, unknown_name
-from espalier.files import read_object, write_bytes, write_tensors
+from espalier.files import target_of, write_bytes, write_tensors
 from espalier.nn.kernels.backend import use_backend
 from espalier.nn.orthogonal.spectrum.cache import constant_operators
 from espalier.randomness import derive_generator
 from espalier.train.image_input import ImageInput
 from espalier.train.predict import pixel_model
-from espalier.train.run import MODEL, Run
+from espalier.train.run import MODEL, Run, read_part
 
+Net = Callable[[Tensor], Tensor]
 Format = Literal["onnx", "torch-export", "safetensors"]
 _SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 METADATA = "espalier"
@@ -58,31 +59,28 @@ def export_run(run: Run, to: Format, out: Path | None = None) -> Path:
     expected = ImageInput.load(run.path)
     folder = run.path.resolve()
     out = folder.with_name(folder.name + _SUFFIXES[to]) if out is None else Path(out)
-    about = {**read_object(run.path / MODEL), "input": asdict(expected), "recipe": run.recipe.name}
+    about = {**read_part(run.path, MODEL), "input": asdict(expected), "recipe": run.recipe.name}
     if to == "safetensors":
         return write_tensors(out, run.model().state_dict(), {METADATA: json.dumps(about)})
     net = pixel_model(run)
     shape = (expected.channels, expected.height, expected.width)
-    if not out.parent.is_dir() or out.is_dir():
-        raise EspalierError(f"out {out}: name a file in a folder that exists")
-    partial = out.parent / f".{out.name}.partial{_SUFFIXES[to]}"
+    target_of(out)  # which refuses folders, pipes and devices before the work begins
     try:
         with warnings.catch_warnings(), torch.no_grad(), use_backend("torch"):
             # Exporters warn of themselves, and log which of torchvision's operators they would know.
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             program = _trace(net, torch.rand(_EXAMPLE, *shape, generator=derive_generator(0, "export")))
-            write = {"onnx": _write_onnx, "torch-export": _write_program}[to]
-            _check(net, write(program, partial, about), shape)
-        os.replace(partial, out)
-    except (EspalierError, OSError):
+            content, loaded = {"onnx": _to_onnx, "torch-export": _to_archive}[to](program, about)
+            _check(net, loaded, shape)
+    except EspalierError:
         raise
     except Exception as error:  # exporters raise whatever their parts do
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise EspalierError(f"model {run.recipe.model!r} cannot be exported to {to}: {reason.strip()[:300]}") from error
     finally:
         logging.disable(logging.NOTSET)
-        partial.unlink(missing_ok=True)
+    write_bytes(out, content)
     return out
 
 
@@ -94,14 +92,15 @@ def _trace(net: nn.Module, images: Tensor) -> Any:
         return torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def _write_program(program: Any, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Write the file and return what it says when it is read again."""
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
-    return torch.export.load(path).module()
+def _to_archive(program: Any, about: dict[str, Any]) -> tuple[bytes, Net]:
+    """Return the content of a file of ``torch.export``, and the net that it holds when it is read again."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(about)})
+    return file.getvalue(), torch.export.load(file).module()
 
 
-def _write_onnx(program: Any, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Write the file and return what it says when it is read again."""
+def _to_onnx(program: Any, about: dict[str, Any]) -> tuple[bytes, Net]:
+    """Return the content of an ONNX file, and the net that it holds when it is read again."""
     runtime = require("onnxruntime", "export")
     for needed in ("onnx", "onnxscript"):
         require(needed, "export")
@@ -110,12 +109,12 @@ def _write_onnx(program: Any, path: Path, about: dict[str, Any]) -> Callable[[Te
     assert made is not None
     model = made.model_proto
     model.metadata_props.add(key=METADATA, value=json.dumps(about))
-    write_bytes(path, model.SerializeToString())
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
+    content = model.SerializeToString()
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
 
 
-def _check(net: nn.Module, loaded: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+def _check(net: nn.Module, loaded: Net, shape: tuple[int, ...]) -> None:
     generator = derive_generator(0, "export", "check")
     for batch in _CHECKED:
         images = torch.rand(batch, *shape, generator=generator)

@@ -57,8 +57,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
         content = read_object(path) if path.is_file() else {}
         if content.pop("digest") != digest(json.dumps(content, sort_keys=True).encode()):
             raise ValueError("not as it was written")
-        return content["files"], content["notes"]
-    except (ValueError, KeyError, RecursionError):
+        files, notes = content["files"], content["notes"]
+        if not (isinstance(notes, dict) and all(isinstance(digests, list) for digests in files.values())):
+            raise ValueError("no digests by file")
+        return files, notes
+    except (ValueError, KeyError, AttributeError, RecursionError):
         raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder") from None
 
 

@@ -36,7 +36,8 @@ def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tu
         By file, classes with their probabilities, the most probable first.
 
     Raises:
-        EspalierError: an unfinished run or one whose data are no images, no image, files that cannot be decoded.
+        EspalierError: an unfinished run or one whose data are no images, no image, files that cannot be decoded, a net
+            of the user's own with another number of logits than the data have classes.
     """
     expected = ImageInput.load(run.path)
     if top < 1:
@@ -51,7 +52,13 @@ def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tu
     net, found = pixel_model(run), {}
     for start in range(0, len(files), run.recipe.eval_batch_size):
         batch = files[start : start + run.recipe.eval_batch_size]
-        for file, probabilities_K in zip(batch, net(expected.read(batch)).softmax(-1), strict=True):
+        probabilities_BK = net(expected.read(batch)).softmax(-1)
+        if probabilities_BK.shape[-1] != (count := len(expected.class_names)):
+            wrong = f"has {probabilities_BK.shape[-1]} logits for {count} names of classes"
+            raise EspalierError(f"the net of run {run.path} {wrong}: train one with a logit a class")
+        if not probabilities_BK.isfinite().all():
+            raise EspalierError(f"the net of run {run.path} gives no finite numbers for {batch[0]}, …: train another")
+        for file, probabilities_K in zip(batch, probabilities_BK, strict=True):
             best = probabilities_K.topk(min(top, len(probabilities_K)))
             names = [expected.class_names[index] for index in best.indices.tolist()]
             found[file] = list(zip(names, best.values.tolist(), strict=True))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.files import load_weights, read_object, read_regular, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
-from espalier.recipes.validation import first_difference, load_recipe, recipe_to_dict
+from espalier.recipes.validation import check_sizes, first_difference, load_recipe, recipe_to_dict
 from espalier.train.build import build_bare_model, environment, resolved_model_args
 from espalier.train.image_input import IMAGES, ImageInput
 from espalier.train.manifest import MANIFEST, damaged, digest, file_digest, read_manifest, write_manifest
@@ -62,7 +63,11 @@ class Run:
                 state = "diverged"
             raise EspalierError(f"run {self.path} {state}: it has no {weights.name}")
         refuse_damage(self.path, [weights.name])
-        model = build_bare_model(self.recipe, read_object(self.path / MODEL)["args"])
+        arguments = read_part(self.path, MODEL).get("args")
+        if not isinstance(arguments, dict):
+            raise EspalierError(f"{self.path / MODEL} is damaged (no arguments of a model): train into another folder")
+        check_sizes(self.recipe.model, arguments)
+        model = build_bare_model(self.recipe, arguments)
         load_weights(model, weights)
         return model.eval()
 
@@ -97,8 +102,44 @@ def load_run(path: Path | str) -> Run:
     result = None
     if (path / RESULT).exists():
         refuse_damage(path, [RESULT])
-        result = read_object(path / RESULT)
+        result = read_part(path, RESULT)
+        figures = {name: value for name, value in result.items() if name not in ("metric", "diverged", "diverged_at")}
+        kinds = isinstance(result.get("metric"), str), result.get("diverged") is (result.get("score") is None)
+        if not (all(kinds) and _are_figures(figures, "epochs", "steps", "seconds")):
+            raise EspalierError(f"{path / RESULT} is damaged (no result of a run): train into another folder")
     return Run(path, load_recipe(path / RECIPE), parse_rows(lines, path / METRICS), result)
+
+
+def read_part(path: Path, name: str) -> dict[str, Any]:
+    """Return the object that a file of a run folder holds.
+
+    Raises:
+        EspalierError: it cannot be read, or holds something else.
+    """
+    try:
+        return read_object(path / name)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise EspalierError(
+            f"{path / name} is damaged ({reason}): restore it from a copy, or train into another folder"
+        ) from None
+
+
+def read_structure(path: Path) -> StructureReport | None:
+    """Return what was written into the network of a run folder before training, None where nothing was.
+
+    Raises:
+        EspalierError: the file that says so is damaged.
+    """
+    from espalier.init import StructureReport
+
+    if not (path / STRUCTURE).exists():
+        return None
+    content = read_part(path, STRUCTURE)
+    try:
+        return StructureReport.from_dict(content)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise EspalierError(f"{path / STRUCTURE} is damaged ({error!r}): train into another folder") from None
 
 
 def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfinished", "finished"]:
@@ -180,9 +221,24 @@ def parse_rows(lines: bytes, path: Path) -> list[dict[str, Any]]:
         EspalierError: a line is no row.
     """
     try:
-        return [json.loads(line) for line in lines.splitlines()]
+        rows = [json.loads(line) for line in lines.splitlines()]
+        if not all(isinstance(row, dict) and _are_figures(row, "epoch", "step", "seconds") for row in rows):
+            raise ValueError("a row without its figures")
+        return rows
     except (ValueError, RecursionError) as error:
         raise EspalierError(f"{path} is damaged ({error}): restore it from a copy") from None
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from a file is a finite number, and not so long that no float holds it."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _are_figures(values: Mapping[str, Any], *needed: str) -> bool:
+    """Return whether these are numbers by name, the needed ones from 0; others may be missing."""
+    if not all(is_number(values.get(name)) and values[name] >= 0 for name in needed):
+        return False
+    return all(value is None or is_number(value) for value in values.values())
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], keep: int = 0) -> None:
