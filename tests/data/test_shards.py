@@ -181,3 +181,27 @@ def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
             list_shards(tmp_path / "a.tar")
     finally:
         os.close(writer)
+
+
+def test_an_image_whose_zeros_are_left_out_is_refused(tmp_path: Path) -> None:
+    """What GNU tar -S packs: the pixels that follow would stand in place of the zeros."""
+    whole = b"P6 64 64 255\n" + bytes(2048) + bytes(range(256)) * 40
+    stored = whole[:512] + whole[1536:]
+    header = tarfile.TarInfo("0.ppm")
+    header.type, header.size = tarfile.GNUTYPE_SPARSE, len(stored)
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[386:434] = b"".join(b"%011o\0" % number for number in (0, 512, 1536, len(whole) - 1536))
+    block[483:495] = b"%011o\0" % len(whole)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.fileobj.write(bytes(block) + stored + bytes(-len(stored) % 512))  # type: ignore[union-attr]
+        archive.offset = archive.fileobj.tell()  # type: ignore[union-attr]
+        label = tarfile.TarInfo("0.cls")
+        label.size = 1
+        archive.addfile(label, io.BytesIO(b"0"))
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        member = archive.getmembers()[0]
+        assert archive.extractfile(member).read() == whole  # type: ignore[union-attr]
+    with pytest.raises(EspalierError, match=r"0\.ppm is stored with gaps"):
+        list_shards(tmp_path)

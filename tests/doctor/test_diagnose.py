@@ -216,6 +216,27 @@ def test_checkpoints_are_read_in_every_layout(tmp_path: Path, layout: str) -> No
     assert diagnosis.parameters == sum(tensor.numel() for tensor in state.values())
 
 
+@pytest.mark.parametrize("fault", ["two of one name", "two by an index", "lost", "two indexes"])
+def test_files_that_do_not_make_one_checkpoint_are_refused(tmp_path: Path, fault: str) -> None:
+    """Whichever file is read last would hide what the others hold, and what no file holds would be no finding."""
+    states = [{"a.weight": torch.full((8, 8), torch.nan), "b.weight": torch.randn(8, 8)}, {"a.weight": torch.eye(8)}]
+    if fault in ("lost", "two indexes"):
+        del states[0]["a.weight"]
+    for number, state in enumerate(states):
+        save_file(state, tmp_path / f"{number}.safetensors")
+    shards = {"a.weight": "1.safetensors", "b.weight": "0.safetensors"}
+    if fault == "lost":
+        shards["c"] = "1.safetensors"
+    for number in range({"two of one name": 0, "two indexes": 2}.get(fault, 1)):
+        index = tmp_path / f"m{number}.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": shards}))
+    said = {"lost": "holds c", "two indexes": "2 indexes"}.get(fault, "1.safetensors both hold a.weight")
+    with pytest.raises(EspalierError, match=said):
+        espalier.diagnose(tmp_path)
+    with pytest.raises(EspalierError, match=said):
+        espalier.diagnose(nn.Linear(8, 8), against=tmp_path)
+
+
 @pytest.mark.parametrize("norm", ["layer", "none"])
 def test_trained_weights_are_not_held_against_a_fresh_start(tmp_path: Path, norm: str) -> None:
     model = build(48, 6, "kaiming", norm, 1, 0)

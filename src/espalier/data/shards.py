@@ -93,6 +93,8 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 if f".{ending.lower()}" in SUFFIXES:
                     if sample in places:
                         raise EspalierError(f"shard {shard} holds two images of the name {sample}: rename one")
+                    if member.issparse():  # its bytes lie without their zeros, and are not read through tarfile
+                        raise EspalierError(f"shard {shard}: {member.name} is stored with gaps: pack without tar -S")
                     places[sample] = member.offset_data, member.size
                 elif ending.lower() == "cls":
                     text = archive.extractfile(member).read(20).decode("ascii", "replace").strip()  # type: ignore[union-attr]

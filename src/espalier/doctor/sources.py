@@ -101,11 +101,20 @@ def open_weights(path: Path) -> Source:
             that ``torch.save`` wrote (mapped into memory, read with ``weights_only=True``).
 
     Raises:
-        EspalierError: nothing readable is there.
+        EspalierError: nothing readable is there, two files hold a tensor of one name, or none holds one that the index
+            names.
     """
     readers: dict[str, Callable[[str], Tensor]] = {}
-    for file in weight_files(path):
-        readers |= _open_file(file)
+    held: dict[str, Path] = {}
+    files, stated = _find_weights(path)
+    for file in files:
+        found = _open_file(file)
+        if twice := sorted(held.keys() & found.keys()):
+            raise EspalierError(f"checkpoint {path}: {held[twice[0]]} and {file} both hold {twice[0]}: name one file")
+        held |= dict.fromkeys(found, file)
+        readers |= found
+    if lost := sorted(stated - readers.keys()):
+        raise EspalierError(f"checkpoint {path}: no file of its index holds {lost[0]}: fetch or save it again")
     if not readers:
         raise EspalierError(f"checkpoint {path}: holds no tensors by name: name a file of weights")
     try:
@@ -135,18 +144,28 @@ def _config_of(model: nn.Module) -> Mapping[str, Any]:
 
 def weight_files(path: Path) -> list[Path]:
     """Return the files of weights that a path names: itself, those of a sharded index, or those of a folder."""
+    return _find_weights(path)[0]
+
+
+def _find_weights(path: Path) -> tuple[list[Path], set[str]]:
+    """Return files of weights, and the tensors that they must hold because an index says so."""
     if path.is_dir():
         # The sharded index first: without it a folder of shards would be read as one of them.
         for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "pytorch_model*.bin"):
             if found := sorted(path.glob(pattern)):
-                return weight_files(found[0]) if pattern.endswith(".json") else found
-        return []
+                if not pattern.endswith(".json"):
+                    return found, set()
+                if len(found) > 1:
+                    raise EspalierError(f"checkpoint {path} has {len(found)} indexes, {found[0].name}, …: name one")
+                return _find_weights(found[0])
+        return [], set()
     if path.suffix == ".json":
         try:
-            return sorted({path.parent / file for file in read_object(path)["weight_map"].values()})
+            shards = read_object(path)["weight_map"]
+            return sorted({path.parent / file for file in shards.values()}), set(shards)
         except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise EspalierError(f"index {path}: cannot be read ({error!r}): name a sharded index") from None
-    return [path]
+    return [path], set()
 
 
 def _open_file(path: Path) -> dict[str, Callable[[str], Tensor]]:

@@ -236,9 +236,8 @@ class FilterStatistics:
         described = [{name: getattr(layer, name) for name in _DESCRIBED} for layer in self.layers]
         try:
             return write_tensors(path, tensors, {"format": _FORMAT, "layers": json.dumps(described)})
-        except (OSError, EspalierError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise EspalierError(f"statistics {path} cannot be written: {reason}") from error
+        except OSError as error:
+            raise EspalierError(f"statistics {path} cannot be written ({error.strerror}): name another path") from error
 
     @classmethod
     def load(cls, path: str | Path) -> FilterStatistics:
