@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -40,3 +42,14 @@ def cpu_generator(generator: torch.Generator | None) -> torch.Generator | None:
         return generator
     seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=generator.device)
     return torch.Generator(device="cpu").manual_seed(int(seed))
+
+
+@contextmanager
+def seeded_globally(generator: torch.Generator) -> Iterator[None]:
+    """Start torch's global CPU generator from another's seed for the length of a ``with`` block, and put it back.
+
+    Constructors and code of a user's own draw from the global one alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield

@@ -144,8 +144,21 @@ def test_structure_writes_weights_that_load_and_are_structured(tmp_path: Path) -
     assert float(product.diagonal().mean()) == pytest.approx(-0.4, abs=0.02)
     other = tmp_path / "again.safetensors"
     assert main(["structure", "espalier:vit", "--out", str(other), "--seed", "3"]) == 0
-    again = load_file(other)["blocks.0.attn.qkv.weight"]
-    assert torch.equal(again, net.blocks[0].attn.qkv.weight)
+    assert other.read_bytes() == out.read_bytes()
+
+
+def test_a_seed_decides_every_weight_of_a_model_built_by_name(tmp_path: Path) -> None:
+    state, written = torch.random.get_rng_state(), []
+    for count, seed in enumerate("001"):
+        torch.manual_seed(count)  # whatever was drawn before
+        before = torch.random.get_rng_state()
+        assert main(["structure", "espalier:sequence", "--out", str(tmp_path / "a"), "--seed", seed]) == 0
+        assert torch.equal(torch.random.get_rng_state(), before)
+        written.append(load_file(tmp_path / "a"))
+    torch.random.set_rng_state(state)
+    one, same, other = written
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
 
 
 @pytest.mark.parametrize(

@@ -227,14 +227,14 @@ def structure(model: str, out: Path = Path("init.safetensors"), seed: int = 0, l
     Args:
         model: `espalier:NAME`, `timm:NAME` or `transformers:FOLDER` (a folder that holds config.json).
         out: the file to write.
-        seed: seed of the noise.
+        seed: seed of the weights and of the structure.
         like: a file that `espalier fit` wrote: every family that it has gets its strengths, others are left alone.
     """
     from espalier.files import write_tensors
     from espalier.init import structure_
     from espalier.randomness import derive_generator
 
-    net = _open_model(model)
+    net = _open_model(model, seed=seed)
     specs: Specs = {} if like is None else _read_fit(like).specs()
     print(structure_(net, **specs, generator=derive_generator(seed, "structure")))
     print(f"weights: {write_tensors(out, net.state_dict())}")
@@ -315,9 +315,13 @@ def completion(shell: Shell) -> None:
     print(completion_script(COMMANDS, shell))
 
 
-def _open_model(spec: str, heads: int | None = None) -> nn.Module:
-    """Open a run folder's final weights, a checkpoint, a folder with config.json, or a model by host and name."""
+def _open_model(spec: str, heads: int | None = None, seed: int = 0) -> nn.Module:
+    """Open a run folder's final weights, a checkpoint, a folder with config.json, or a model by host and name.
+
+    What has no weights yet draws them from ``seed``.
+    """
     from espalier.checkpoints.loading import open_checkpoint, open_host_model
+    from espalier.randomness import derive_generator, seeded_globally
     from espalier.train import load_run
 
     path = Path(spec)
@@ -325,9 +329,10 @@ def _open_model(spec: str, heads: int | None = None) -> nn.Module:
         raise EspalierError(f"heads {heads}: give a number from 1, and only with a file of weights")
     if path.is_file():
         return open_checkpoint(path, heads)
-    if (path / "config.json").is_file():
-        return open_host_model(f"transformers:{spec}")
-    return load_run(path).model() if path.is_dir() else open_host_model(spec)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return load_run(path).model()
+    with seeded_globally(derive_generator(seed, "weights")):
+        return open_host_model(f"transformers:{spec}" if path.is_dir() else spec)
 
 
 def _read_fit(path: Path) -> StructureFit:

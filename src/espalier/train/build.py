@@ -6,8 +6,7 @@ import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +20,7 @@ from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.lookup import errors_of, is_reference, without_pin
 from espalier.memory import free_memory
-from espalier.randomness import derive_generator
+from espalier.randomness import derive_generator, seeded_globally
 from espalier.recipes.base import Recipe
 from espalier.train.losses import build_loss
 from espalier.train.muon import MuonAdamW, hidden_matrices
@@ -69,7 +68,7 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
     except TypeError as error:
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
     given = f" with {dict(recipe.init_args)}" if recipe.init_args else ""
-    with _seeded_globally(structure):  # code of the user's own may draw from the global stream
+    with seeded_globally(structure):  # code of the user's own may draw from the global stream
         with errors_of("init", f"{recipe.init}{given}"):
             report = initialise(model, generator=structure, **recipe.init_args)
         _try_on_one_example(model, source, recipe)
@@ -120,7 +119,7 @@ def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module
     if recipe.model in models.MODELS:
         _check_memory(recipe, model_args)
     # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
-    with _seeded_globally(generator):
+    with seeded_globally(generator):
         model: nn.Module = models.build_model(recipe.model, **model_args)
     init_weights = getattr(model, "init_weights", None)
     if init_weights is not None and "generator" in inspect.signature(init_weights).parameters:
@@ -143,13 +142,6 @@ def _check_memory(recipe: Recipe, model_args: Mapping[str, Any]) -> None:
             f"parameters, {needed / 1e9:.3g} GB to train, and {free / 1e9:.3g} GB of memory are free: choose a "
             "smaller one"
         )
-
-
-@contextmanager
-def _seeded_globally(generator: torch.Generator) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator.initial_seed())
-        yield
 
 
 def freeze_(model: nn.Module, recipe: Recipe) -> None:
