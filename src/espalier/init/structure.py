@@ -104,8 +104,7 @@ def structure_(
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked = _asked(specs)
     reshard(model)
-    sites = [_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None]
-    _leave_tied(sites)
+    sites = _leave_tied([_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None])
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     warn_if_trained(model)
@@ -222,7 +221,7 @@ def _unless_refused(site: _Site, model: nn.Module) -> _Site:
     return site if refused is None else replace(site, layer=replace(site.layer, found=refused))
 
 
-def _leave_tied(sites: list[_Site]) -> None:
+def _leave_tied(sites: list[_Site]) -> list[_Site]:
     """Leave alone, too, what has weights in common with a layer that is left alone, which would change with it."""
     queue = [site for site in sites if isinstance(site.layer.found, Skipped)]
     while queue:
@@ -234,6 +233,7 @@ def _leave_tied(sites: list[_Site]) -> None:
                 found = Skipped(site.family.kind, reason)
                 sites[index] = replace(site, layer=replace(site.layer, found=found))
                 queue.append(sites[index])
+    return sites
 
 
 def _nested(one: str, other: str) -> bool:
