@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from espalier.certify import certify, lipschitz_bound
 from espalier.errors import EspalierError
@@ -33,6 +36,7 @@ def pruned() -> nn.Module:
     ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": 1.5}, "batch_size is 1.5"),
     ({"batch_size": True}, "batch_size is True"), ({"arithmetic": None}, "arithmetic 'None'"),
     ({"net": lambda x: x}, "net is of type function"), ({"net": nn.Linear(4, 3, device="meta")}, "meta"),
+    ({"net": nn.LazyLinear(3)}, "before its first call"),
     ({"net": pruned()}, "prune.remove"),
 ])  # fmt: skip
 def test_what_no_certificate_can_be_about_is_refused(arguments: dict[str, Any], says: str) -> None:
@@ -65,3 +69,14 @@ def test_the_same_map_has_the_same_certificate(one: nn.Module, other: nn.Module)
         found.append(certify(net, X, net(X).argmax(1)).radii)
     assert min(found[1]) > 0
     assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_shards_are_refused() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)  # starts no threads
+    try:
+        net = nn.Sequential(nn.Linear(4, 3)).eval()
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(EspalierError, match="net is in shards"):
+            lipschitz_bound(net, X)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -193,6 +193,31 @@ def test_a_batch_is_made_up_for_nets_of_orthogonal_layers(name: str) -> None:
     assert espalier.diagnose(net, "synthetic").findings == espalier.diagnose(net, torch.randn(4, 1, 16, 8)).findings
 
 
+class Merges(nn.Module):
+    """Puts a merged weight in a parameter's place in each pass, as peft's adapter of attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.update = nn.Linear(16, 16), nn.Parameter(torch.zeros(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, 16)."""
+        weight = self.base.weight
+        if "weight" in self.base._parameters:
+            del self.base.weight
+        self.base.weight = (weight + self.update) * 1.5
+        return self.base(x)
+
+
+def test_parameters_that_a_pass_takes_away_are_put_back() -> None:
+    model = Merges()
+    weight, values = model.base.weight, model.base.weight.detach().clone()
+    espalier.diagnose(model, noise(20, 16))
+    assert model.base.weight is weight
+    assert torch.equal(weight, values)
+    assert "weight" not in vars(model.base)
+
+
 class Keeps(nn.Module):
     """Leaves what it computed, and a count, in attributes of its own."""
 

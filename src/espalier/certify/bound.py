@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from espalier.certify import code, elementwise, linear, orthogonium, shapes
 from espalier.certify.arithmetic import unit, up
@@ -125,7 +126,12 @@ def prepared(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> I
     """
     if not isinstance(net, nn.Module):
         raise EspalierError(f"net is of type {type(net).__name__}: give a torch.nn.Module")
-    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+    tensors = [*net.parameters(), *net.buffers()]
+    if any(map(is_lazy, tensors)):
+        raise EspalierError("net has weights without a shape before its first call: run a batch first")
+    if any(hasattr(tensor, "to_local") for tensor in tensors):
+        raise EspalierError("net is in shards (FSDP2, DTensor): load its whole weights into a copy that is not sharded")
+    if any(tensor.is_meta for tensor in tensors):
         raise EspalierError("net is on the meta device, without numbers: load its weights first")
     before = digest_of(net, functions=False)
     twin = prepare(net, dtype, analysis)

@@ -85,7 +85,10 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     A forward pass may write into parameters: an embedding with ``max_norm`` does, and code books that are averages. It
     may leave what it computed in attributes: a weight (weight_norm), an attention map, a count of its calls.
     """
-    modules = [(part, part.training, dict(part._buffers), dict(vars(part))) for part in model.modules()]
+    modules = [
+        (part, part.training, dict(part._buffers), dict(part._parameters.items()), dict(vars(part)))
+        for part in model.modules()
+    ]
     tensors = [*model.buffers(), *(p for p in model.parameters() if type(p.data) is Tensor or hasattr(p, "to_local"))]
     # Torch refuses to write into a tensor that was expanded.
     held = [(t, t.detach().clone()) for t in tensors if not (t.is_meta or (dense(t) and _expanded(t)))]
@@ -105,7 +108,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 torch.cuda.default_generators[device].manual_seed(0)
             yield
     finally:
-        for module, training, own, attributes in modules:
+        for module, training, own, weights, attributes in modules:
             module.training = training
             if isinstance(module, torch.jit.ScriptModule):  # which cannot get other ones
                 continue
@@ -114,6 +117,10 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             if not type(module).__module__.startswith(_WRAPPERS):
                 vars(module).clear()
                 vars(module).update(attributes)
+                # An adapter may put what it merged in their place; shards are FSDP's to swap.
+                if not any(hasattr(weight, "to_local") for weight in weights.values()):
+                    module._parameters.clear()
+                    module._parameters.update(weights)
         with torch.no_grad():
             for tensor, values in held:
                 # A graph of the user's own that holds the tensor stays usable.

@@ -104,7 +104,7 @@ def structure_(
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked = _asked(specs)
     reshard(model)
-    sites = _leave_tied([_unless_refused(s, model) for s in _sites(model) if asked[s.family.kind] is not None])
+    sites = _leave_tied([_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None])
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     warn_if_trained(model)
