@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
 from espalier.certify import Certificate
@@ -192,6 +192,11 @@ _WEIGHTS = _vit()
 _IDX = bytes([0, 0, 8, 2]) + struct.pack(">2I", 2, 3) + bytes(6)
 _INPUT = {"class_names": ["a", "b"], "channels": 1, "height": 8, "width": 8, "mean": [0.3], "std": [0.4]}
 
+
+def _index() -> bytes:
+    return json.dumps({"weight_map": dict.fromkeys(load(_WEIGHTS), "w.safetensors")}).encode()
+
+
 TARGETS: dict[str, tuple[Target, bytes]] = {
     # The inner bytes, packed here: a fuzzer would spend its time on the checksum.
     "idx": (lambda content, folder: parse_idx(gzip.compress(content, 1), folder / "images.gz"), _IDX),
@@ -202,7 +207,7 @@ TARGETS: dict[str, tuple[Target, bytes]] = {
     "checkpoint": (_written("w.safetensors", _checkpoint), _WEIGHTS),
     "config": (_beside("config.json", _checkpoint), b'{"num_attention_heads": 2, "tie_word_embeddings": true}'),
     "model": (_beside("model.json", _checkpoint), _STATED.encode()),
-    "index": (_beside("w.safetensors.index.json", diagnose), b'{"weight_map": {"weight": "w.safetensors"}}'),
+    "index": (_beside("w.safetensors.index.json", diagnose), _index()),
     "statistics": (_written("s.safetensors", FilterStatistics.load), save({"layer": torch.eye(9)}, {"layers": "[]"})),
     "images": (_images, _png()),
     "folders": (_folders, b"train/a/1.png\ntrain/b/2.png\nval/a/3.png\nval/b/4.png\nval/b/.5.png"),

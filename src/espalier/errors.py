@@ -17,6 +17,11 @@ def shown(text: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
+def told(error: BaseException) -> str:
+    """Return an exception in one line: it may hold a whole file, or a library's page of advice."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 class EspalierError(ValueError):
     """Bad input: the command line prints the one-line message and exits with status 2."""
 

@@ -31,7 +31,7 @@ from espalier.certify.surroundings import interference
 from espalier.certify.trail import Watch, digest_of
 from espalier.certify.value import Bound, Term
 from espalier.certify.witness import compare_plain_passes
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, told
 from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
 from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
@@ -166,7 +166,7 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
             copied.training = mine.training  # a constructor that makes a copy anew forgets it
     except Exception as error:
         raise UncertifiableError(
-            f"it cannot be copied ({_line(error)}): if it keeps tensors that it computed of its weights, fix these "
+            f"it cannot be copied ({told(error)}): if it keeps tensors that it computed of its weights, fix these "
             "first (prune.remove, remove_parametrizations)", type(net).__name__,
         ) from error  # fmt: skip
     _check_copy(net, twin)
@@ -281,7 +281,7 @@ class _Watched:
         except Exception as error:
             if isinstance(analysis.failed, UncertifiableError):  # what torch made of a refusal on its way here
                 raise analysis.failed from error
-            raise analysis.refuse(f"its forward pass fails on a value with a bound: {_line(error)}") from error
+            raise analysis.refuse(f"its forward pass fails on a value with a bound: {told(error)}") from error
         finally:
             analysis.path.pop()
         if analysis.calls == calls and isinstance(result, Bounded) and alone:
@@ -385,10 +385,6 @@ class _Watched:
         """Return a result that was bounded without a look at the operations inside."""
         self.analysis.watch.layer(self.path, self.module, given, made)
         return made
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 del elementwise, linear, shapes

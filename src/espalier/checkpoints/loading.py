@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.checkpoints.by_shape import skeleton
-from espalier.errors import EspalierError, require, unknown_name
+from espalier.errors import EspalierError, require, told, unknown_name
 from espalier.files import load_weights, read_object, read_regular, read_tensors, require_regular
 from espalier.init.layouts.linears import HEADS
 from espalier.lookup import is_reference
@@ -183,7 +183,7 @@ def _stated_model(path: Path) -> dict[str, Any] | None:
         content = None if text is None else json.loads(text)
         return None if content is None else {"name": str(content["name"]), "args": dict(content["args"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EspalierError(f"what {path} says of its model is damaged ({error!r}): see {beside.name}") from None
+        raise EspalierError(f"what {path} says of its model is damaged ({told(error)}): see {beside.name}") from None
 
 
 def _stated_heads(config_file: Path) -> int | None:

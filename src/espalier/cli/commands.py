@@ -12,7 +12,7 @@ from espalier.cli.completion import Shell, completion_script
 from espalier.cli.finished import attack, certify, export, predict
 from espalier.cli.listing import arms, datasets, inits, models, recipes
 from espalier.cli.messages import say
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, told
 
 if TYPE_CHECKING:
     from torch import nn
@@ -342,7 +342,7 @@ def _read_fit(path: Path) -> StructureFit:
     try:
         return StructureFit.from_dict(read_object(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EspalierError(f"like {path}: is not a fit ({error!r}): name a file that espalier fit wrote") from None
+        raise EspalierError(f"like {path}: is not a fit ({told(error)}): name a file that espalier fit wrote") from None
 
 
 def _rates(texts: Sequence[str]) -> list[float] | Literal["auto"]:

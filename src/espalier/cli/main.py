@@ -13,7 +13,7 @@ from typing import Any
 from espalier import __version__
 from espalier.cli.commands import COMMANDS
 from espalier.cli.messages import say
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, told, unknown_name
 from espalier.lookup import own_place
 
 _REMEDIES = {
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_traceback()
         if _out_of_memory(error):
             return _complain("out of memory: choose a smaller model or batch", 2)
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        text = told(error)
         if place := own_place(error):  # in training, where the checks before it cannot see
             return _complain(f"your code fails with {text}{place}", 2)
         hint = "ESPALIER_TRACEBACK=1 shows where; please report it"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from espalier.doctor.patient import Record, fans, plain_name, role_of, whole
 from espalier.doctor.stats import measure
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, told
 from espalier.files import read_object, read_tensors, refuse_odd_names, require_regular
 
 
@@ -164,7 +164,7 @@ def _find_weights(path: Path) -> tuple[list[Path], set[str]]:
             shards = read_object(path)["weight_map"]
             return sorted({path.parent / file for file in shards.values()}), set(shards)
         except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-            raise EspalierError(f"index {path}: cannot be read ({error!r}): name a sharded index") from None
+            raise EspalierError(f"index {path}: cannot be read ({told(error)}): name a sharded index") from None
     return [path], set()
 
 

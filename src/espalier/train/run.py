@@ -17,7 +17,7 @@ from torch import nn
 
 from espalier import data
 from espalier.data.source import Source
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, told
 from espalier.files import load_weights, read_object, read_regular, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import check_sizes, first_difference, load_recipe, recipe_to_dict
@@ -139,7 +139,7 @@ def read_structure(path: Path) -> StructureReport | None:
     try:
         return StructureReport.from_dict(content)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise EspalierError(f"{path / STRUCTURE} is damaged ({error!r}): train into another folder") from None
+        raise EspalierError(f"{path / STRUCTURE} is damaged ({told(error)}): train into another folder") from None
 
 
 def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfinished", "finished"]:
