@@ -62,8 +62,8 @@ SECTIONS = (
         "convmixer",
         "ConvMixer",
         "Ours beside the paper's plain definition and timm's class, in both layouts. Cases that end with *a process*\n"
-        "*each* time every way in a process of its own, as a user has it, at its whole depth. In the others two blocks\n"
-        "of all ways shared one process, whose heap hid what a way pays for fresh pages at every call.",
+        "*each* time every way in a process of its own, as a user has it, at its whole depth. In the others two\n"
+        "blocks of all ways shared one process, whose heap hid what a way pays for fresh pages at every call.",
         "python benchmarks/convmixer.py --threads 1 --rounds 7 --shapes 256/8-k5-p2 256/8-k9-p2 --record FILE",
     ),
     Section(
