@@ -227,8 +227,9 @@ def _leave_tied(sites: list[_Site]) -> list[_Site]:
     while queue:
         other = queue.pop()
         for index, site in enumerate(sites):
-            alone = isinstance(site.layer.found, Skipped) or _nested(site.layer.name, other.layer.name)
-            if not alone and overlap(site.spans, other.spans):
+            if isinstance(site.layer.found, Skipped) or not overlap(site.spans, other.spans):
+                continue
+            if not _nested(site.layer.part, other.layer.part):
                 reason = f"some of its weights are those of {other.layer.name}, which is left alone: untie them first"
                 found = Skipped(site.family.kind, reason)
                 sites[index] = replace(site, layer=replace(site.layer, found=found))
@@ -236,9 +237,9 @@ def _leave_tied(sites: list[_Site]) -> list[_Site]:
     return sites
 
 
-def _nested(one: str, other: str) -> bool:
-    """Return whether one of two modules is inside the other."""
-    return any(not outer or inner.startswith(f"{outer}.") for outer, inner in ((one, other), (other, one)))
+def _nested(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether one of two modules is inside the other, under whatever name: CoaT's blocks share theirs."""
+    return any(part is one for part in other.modules()) or any(part is other for part in one.modules())
 
 
 def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequence[LayerReport]) -> EspalierError:
