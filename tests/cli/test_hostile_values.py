@@ -32,7 +32,7 @@ ROBUST = ["digits_robust", *SMALL, "--model-args.width", "4", "--model-args.hidd
 # FILE, FOLDER, MISSING and NEW stand for paths of the test's own.
 VALUES = (
     "", "nan", "inf", "-1", "0", "two", "1e999", "None", "1.5", "[", "{}", "é☃", "x" * 5000,
-    ".", "/", "~nobody", "~no-such-user/x", "FILE", "FOLDER", "MISSING", "NEW/deep",
+    ".", "/", "~no-such-user/x", "FILE", "FOLDER", "MISSING", "NEW/deep",
 )  # fmt: skip
 # Valid commands, as cheap as they come. A valid `demo` takes minutes: it is not among them.
 BASES = {
