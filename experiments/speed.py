@@ -94,6 +94,13 @@ SECTIONS = (
         "python benchmarks/loader.py --folder DIR --workers 1 --steps 1560 --record FILE",
     ),
     Section(
+        "heap",
+        "Memory that a training step frees",
+        "A training step in a process that keeps freed memory for the next one, as `espalier` and the workers of a\n"
+        "study do with glibc's allocator, beside one that gives it back to the system.",
+        "python benchmarks/heap.py --rounds 5 --record FILE",
+    ),
+    Section(
         "doctor",
         "The doctor",
         "Static checks on one core; the bar is one second for 100 million parameters.",

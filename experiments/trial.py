@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from espalier.errors import EspalierError
+from espalier.heap import keep_freed_memory
 from espalier.study import add_records, record_run
 from espalier.train import RunInterrupted, train
 from experiments.scheduler import BUSY, known_records, load_order
@@ -21,6 +22,7 @@ def main(order: str, name: str, arm: str, lr: str, seed: str, out: str, committe
     """Train, add the record, and clear the run folder away; return the exit status."""
     if hasattr(os, "nice"):
         os.nice(int(os.environ.get("QUEUE_NICE", "19")))  # tests wait for their trials, beside other tests
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     experiment = next(each for each in load_order(order) if each.name == name)
     folder = Path(out)

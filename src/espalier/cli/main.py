@@ -14,6 +14,7 @@ from espalier import __version__
 from espalier.cli.commands import COMMANDS
 from espalier.cli.messages import say
 from espalier.errors import EspalierError, told, unknown_name
+from espalier.heap import keep_freed_memory
 from espalier.lookup import own_place
 
 _REMEDIES = {
@@ -93,6 +94,7 @@ def _dispatch(arguments: list[str]) -> None:
         return print(f"espalier {__version__}")
     if name not in COMMANDS:
         raise unknown_name("command", name, [*COMMANDS, "help", "--version"])
+    keep_freed_memory()
     from espalier.cli.parse import parse
 
     return COMMANDS[name](**parse(name, COMMANDS[name], rest))

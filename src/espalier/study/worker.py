@@ -19,6 +19,7 @@ import torch
 
 from espalier.errors import EspalierError, require
 from espalier.files import lock_at, write_bytes
+from espalier.heap import keep_freed_memory
 from espalier.study.trial import FAILURE, Study, Trial
 
 RunTrial = Callable[[Trial], object]
@@ -111,6 +112,7 @@ class Worker:
         """Drain the list."""
         sys.path += [folder for folder in self.folders if folder not in sys.path]
         study, run = pickle.loads(self.task)  # a function has no other form, and its own launcher made it
+        keep_freed_memory()
         torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
         drain(study, run)
 
