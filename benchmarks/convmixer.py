@@ -190,6 +190,8 @@ def main() -> None:
                 rows = measure(shape, precision, kind, options)
                 base = rows["plain, contiguous"]["ms"]
                 case = f"{name}, {shape.depth} blocks, batch {shape.batch}, {precision}, {kind}, a process each"
+                if torch.get_num_threads() > 1:
+                    case += f", {torch.get_num_threads()} threads"
                 print(f"\n{case}")
                 for way, row in rows.items():
                     print(f"  {way:<36} {row['ms']:9.1f} ms  {base / row['ms']:5.2f}×")

@@ -212,7 +212,8 @@ def _section(section: Section, lines: Sequence[Line]) -> list[str]:
         here = [line for line in lines if line["processor"] == processor and "typed" not in line]
         names = list(dict.fromkeys(name for line in here for name in line["rows"]))
         first = here[0]
-        setting = ", ".join(f"{value} {name}" for name, value in first["setting"].items())
+        settings = {name: sorted({line["setting"][name] for line in here}) for name in first["setting"]}
+        setting = ", ".join(f"{' or '.join(map(str, values))} {name}" for name, values in settings.items())
         dates, commits = ({line[key] for line in here} for key in ("date", "commit"))
         text += [
             "",
