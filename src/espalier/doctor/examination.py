@@ -17,6 +17,7 @@ from espalier.doctor.registry import CHECKS, Check, Finding
 from espalier.doctor.sources import Source, open_module, open_weights
 from espalier.errors import EspalierError
 from espalier.init import StructureReport
+from espalier.init.sharded import reshard
 
 # Where the checks are explained; the anchor is the check's name.
 GUIDE = "guides/before-you-train.md"
@@ -85,7 +86,7 @@ def diagnose(
 def _admit(model: nn.Module | str | Path, heads: int | None) -> tuple[Patient, Source]:
     module = model if isinstance(model, nn.Module) else None
     if module is not None:
-        _reshard(module)
+        reshard(module)  # so that shards are what is read
         source = open_module(module)
     elif Path(str(model)).exists():
         source = open_weights(Path(str(model)))
@@ -101,13 +102,3 @@ def _admit(model: nn.Module | str | Path, heads: int | None) -> tuple[Patient, S
 
 def _checks(scope: str) -> list[Check]:
     return [check for check in CHECKS.values() if check.scope == scope]
-
-
-def _reshard(model: nn.Module) -> None:
-    """Free the whole parameters that FSDP2 keeps after a forward pass, so that shards are what is read."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()

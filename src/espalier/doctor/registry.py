@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from espalier.doctor.patient import Patient, Record
 from espalier.doctor.stats import TensorStats
 from espalier.errors import EspalierError
-
-if TYPE_CHECKING:
-    pass
 
 AnyCheck = TypeVar("AnyCheck", bound=Callable[..., Iterator["Finding"]])
 Scope = Literal["tensor", "model"]

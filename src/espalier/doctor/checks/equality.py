@@ -14,6 +14,7 @@ from espalier.doctor.registry import Finding, Severity, register_check
 from espalier.doctor.stats import dense, measure
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, audit
+from espalier.init.sharded import is_distributed
 
 # Averaged copies of a network start equal on purpose.
 _COPIES = re.compile(
@@ -123,8 +124,7 @@ def ranks(patient: Patient) -> Iterator[Finding]:
 
     Every rank must call; all get the same findings.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size() if distributed else 1
+    world = torch.distributed.get_world_size() if is_distributed() else 1
     if patient.model is None or world < 2:
         return
     everyone: list[Any] = [None] * world
