@@ -267,3 +267,24 @@ def test_weights_of_inference_mode_are_not_probed() -> None:
     espalier.diagnose(model)
     with pytest.raises(EspalierError, match="inference_mode"):
         espalier.diagnose(model, noise(20, 16))
+
+
+class Rotation(nn.Module):
+    """Multiplies by the imaginary part of a complex parameter, whose gradient is therefore imaginary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.complex(torch.ones(16), torch.ones(16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale every feature."""
+        return x * self.phase.imag
+
+
+def test_imaginary_gradients_count() -> None:
+    assert not espalier.diagnose(Rotation(), noise(32, 16)).findings
+
+
+def test_sparse_gradients_count() -> None:
+    model = nn.Sequential(nn.Embedding(32, 16, sparse=True), nn.Linear(16, 16))
+    assert not espalier.diagnose(model, torch.arange(32).view(2, 16)).findings

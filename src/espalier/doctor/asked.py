@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.doctor.patient import Record
+from espalier.doctor.stats import root_mean_square
+from espalier.init.sharded import is_distributed
 
 # What these hold is turned into a weight first: divided by its norm, masked, scaled.
 _COMPUTED = ("original", "weight_v", "weight_orig")
@@ -28,9 +30,7 @@ def multiplier(record: Record) -> float | None:
     if module is None or type(module).__name__ == "Conv1D" or of_torch(module):
         return 1.0
     # A pass may wait for other ranks, which need not ask.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return None
-    return _ask(_share, record, module)
+    return None if is_distributed() else _ask(_share, record, module)
 
 
 def adds_one(record: Record) -> bool | None:
@@ -72,8 +72,8 @@ def _share(record: Record, module: nn.Module, weight: Tensor) -> float | None:
     full, none = (
         torch.func.functional_call(module, {record.leaf: own}, (x,)) for own in (weight, torch.zeros_like(weight))
     )
-    measured = _rms(full - none) / _rms(x)
-    expected = _rms(weight) * math.sqrt(record.fans[0])
+    measured = root_mean_square(full - none) / root_mean_square(x)
+    expected = root_mean_square(weight) * math.sqrt(record.fans[0])
     return measured / expected if 0 < measured < math.inf else None
 
 
@@ -88,7 +88,3 @@ def _adds_one(record: Record, module: nn.Module, weight: Tensor) -> bool | None:
     if not zero.any():
         return False if one.any() else None
     return True if torch.allclose(one, 2 * zero, rtol=0.02) else None
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from espalier.doctor.patient import Patient, plain_name
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.registry import Finding, Severity
 from espalier.doctor.sources import attribute
-from espalier.doctor.stats import dense
+from espalier.doctor.stats import dense, root_mean_square
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
 from espalier.init.layouts.scratch import uncompiled
@@ -251,7 +250,7 @@ def _gradients(patient: Patient) -> dict[str, float | None]:
         if gradient is None:
             sizes[record.name] = None
         elif gradient.numel():
-            sizes[record.name] = float(gradient.double().norm()) / math.sqrt(gradient.numel())
+            sizes[record.name] = root_mean_square(gradient)
     return sizes
 
 

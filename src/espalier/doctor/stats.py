@@ -81,6 +81,13 @@ def dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
+def root_mean_square(tensor: Tensor) -> float:
+    """Return the root of the mean square of a tensor's entries, of which there is at least one, summed in float64."""
+    values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    return float(torch.linalg.vector_norm(values, dtype=dtype)) / math.sqrt(tensor.numel())
+
+
 @torch.no_grad()
 def measure(values: Tensor) -> TensorStats:
     """Read a floating tensor once, in pieces that fit the processor's cache, and look closer at a sample.

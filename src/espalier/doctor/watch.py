@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from espalier.doctor.patient import plain_name
-from espalier.doctor.stats import dense
+from espalier.doctor.stats import dense, root_mean_square
 
 _RECTIFIERS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _SQUASHERS = (torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, F.tanh, F.sigmoid)
@@ -119,7 +119,7 @@ def watch(model: nn.Module) -> Iterator[Activity]:
             stack.append(short)
             tensor = first_floating((inputs, keywords)) if module._parameters else None
             if tensor is not None:
-                activity.inputs[short] = _rms(tensor)
+                activity.inputs[short] = root_mean_square(tensor)
                 if _has_matrix(module):
                     activity.read.append(tensor.grad_fn)
 
@@ -127,7 +127,7 @@ def watch(model: nn.Module) -> Iterator[Activity]:
             stack.pop()
             tensor = first_floating(output)
             if tensor is not None:
-                activity.sizes[short] = _rms(tensor)
+                activity.sizes[short] = root_mean_square(tensor)
                 if _has_matrix(module) and any("bias" in own for own in module._parameters):
                     _note_constant(activity, short, tensor, channels_second=isinstance(module, _CONVOLUTIONS))
 
@@ -162,10 +162,6 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(own is not None and own.ndim > 1 for own in module._parameters.values())
 
 
-def _rms(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) / math.sqrt(tensor.numel())
-
-
 def _note_constant(activity: Activity, name: str, output: Tensor, *, channels_second: bool) -> None:
     """Note the size of the mean over positions of the batch and of the deviation from it, for a layer's first call."""
     if output.ndim < 2 + channels_second or name in activity.constant:
@@ -176,7 +172,7 @@ def _note_constant(activity: Activity, name: str, output: Tensor, *, channels_se
     units = rows.reshape(-1, rows.shape[-1])
     if len(units) >= 16:
         variance, mean = torch.var_mean(units.double(), 0, correction=0)
-        activity.constant[name] = (_rms(mean), float(variance.mean().sqrt()))
+        activity.constant[name] = (root_mean_square(mean), float(variance.mean().sqrt()))
         activity.made[name] = output.grad_fn
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from espalier.doctor.patient import Patient, Record, plain_name
 from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
-from espalier.doctor.stats import TensorStats
+from espalier.doctor.stats import TensorStats, root_mean_square
 
 
 @judges("padding-row", scope="tensor", fresh_only=True)
@@ -20,7 +20,7 @@ def padding_row(record: Record, stats: TensorStats, patient: Patient) -> Verdict
         return None
     if values is None or not stats.noise or record.role != "embedding" or not record.trainable:
         return None
-    size = float(values[module.padding_idx].float().square().mean().sqrt())
+    size = root_mean_square(values[module.padding_idx])
     if not size > 0:
         return None
     # Attention masks what was padded; means, convolutions and recurrences read it.
