@@ -35,6 +35,13 @@ def test_a_model_holds_its_own_state(wrapped: bool) -> None:
     assert not overwritten(model, model.state_dict())
 
 
+def test_a_model_with_activation_checkpoints_holds_the_state_that_it_writes() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(16, 16)), nn.Linear(16, 16))
+    assert not overwritten(model, model.state_dict())
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", ["module.weight", "module.bias", "again.weight", "levels", "bound", "phases"])
 def test_a_change_is_named_whatever_the_wrapper(wrapped: bool, name: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.doctor.stats import TensorStats
+from espalier.init.matching import WRAPPERS
 from espalier.init.trained import drawn_around_zero
 
 Role = Literal["weight", "bias", "norm", "embedding", "position", "gain", "ssm", "adapter", "statistics", "other"]
@@ -33,7 +34,6 @@ _EMBEDDING = re.compile(
     r"(^|\.)(wte|tok\w*emb\w*|embed_tokens|word_embeddings|embeddings?|embed|shared)$", re.IGNORECASE
 )
 _ADAPTER = re.compile(r"lora_|adapter", re.IGNORECASE)
-_WRAPPERS = {"module", "_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module"}
 # Gates, detectors and step sizes start at constants of up to 14 (a step of 1e-6).
 LARGEST_BIAS = 20.0
 
@@ -264,7 +264,7 @@ def pattern_of(name: str) -> str:
 
 def plain_name(name: str) -> str:
     """Return a name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buffer: bool = False) -> Role:

@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from espalier.init.report import LayerReport
 
 # What DDP, torch.compile, Fabric, FSDP1, activation checkpointing and peft put into the names of modules.
-_WRAPPERS = {
+WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_forward_module",
     "_fsdp_wrapped_module",
     "_orig_mod",
     "_original_module",
-    "base_layer",
-    "base_model",
     "module",
 }
+_ADAPTED = {"base_layer", "base_model"}
 Name = tuple[str, ...]
 
 
@@ -69,7 +68,7 @@ def match_rows(
 
 
 def _plain(name: str) -> Name:
-    return tuple(part for part in name.split(".") if part and part not in _WRAPPERS)
+    return tuple(part for part in name.split(".") if part and part not in WRAPPERS | _ADAPTED)
 
 
 def _holds(one: Name, other: Name) -> bool:
