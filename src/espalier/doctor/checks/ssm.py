@@ -8,49 +8,40 @@ mimetic one; D of one (Mamba) or standard normal (S4, H3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
 
 from espalier.doctor.patient import Patient, Record
-from espalier.doctor.registry import Finding, Verdict, register_check
+from espalier.doctor.registry import Verdict, judges
 from espalier.doctor.stats import TensorStats
 
+_PARTS = re.compile(r"(.*\.)?(A_log|dt_bias|dt_proj\.bias|D|conv1d\.weight)")
 _MIMETIC_BIAS = math.log(math.expm1(1.0))
 _DECAY = "A_log from log 1 to log 16, different from head to head"
 _SKIP = "D of one, or standard normal"
 _STEP = "softplus⁻¹ of steps between 1e-3 and 0.1: −6.9 to −2.3"
 
 
-@register_check("state-space")
-def state_space(patient: Patient) -> Iterator[Finding]:
+@judges("state-space")
+def state_space(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     """A_log, dt_bias (or the bias of ``dt_proj``), D and the convolution of every layer that has an A_log."""
-    for record, stats in patient.measured():
-        if record.leaf != "A_log":
-            continue
-        steps = _beside(record, patient, "dt_bias", "dt_proj.bias")
+    match = _PARTS.fullmatch(record.name)
+    if match is None:
+        return None
+    layer, part = match[1] or "", match[2]
+    decay, skip, *steps = (patient.find(layer + name) for name in ("A_log", "D", "dt_bias", "dt_proj.bias"))
+    if decay is None or decay.stats is None:
+        return None
+    if part == "A_log":
+        drawn = any(step.stats is not None and not step.stats.constant for step in steps if step is not None)
         # Gated delta nets, which have no skip D, publish a dt_bias of one; Mamba-2 draws both.
-        skips = patient.find(f"{record.layer}.D") is not None
-        drawn = any(not numbers.constant for _, numbers in steps)
-        judged: list[tuple[Record, Verdict]] = []
-        if not (drawn and _bounded(record, patient)):
-            judged.append((record, _decay(stats, trained=patient.trained, gated=drawn and not skips)))
-        for step, numbers in steps:
-            judged.append((step, _step(numbers, fresh=skips and not patient.trained)))
-        for skip, numbers in _beside(record, patient, "D"):
-            judged.append((skip, _skip(numbers, trained=patient.trained)))
-        for convolution, numbers in _beside(record, patient, "conv1d.weight"):
-            remedy = "initialise the convolution: nothing reaches the state"
-            closed: Verdict = "error", "all zero", "noise, or the identity", remedy
-            judged.append((convolution, closed if numbers.magnitude == 0 else None))
-        for tensor, verdict in judged:
-            if verdict is not None:
-                severity, measured, usual, remedy = verdict
-                yield Finding(severity, tensor.name, "state-space", measured, usual, remedy)
-
-
-def _beside(record: Record, patient: Patient, *names: str) -> list[tuple[Record, TensorStats]]:
-    """Return those of a layer's other tensors that are there and hold numbers."""
-    found = [patient.find(f"{record.layer}.{name}") for name in names]
-    return [(other, other.stats) for other in found if other is not None and other.stats is not None]
+        bounded = drawn and _bounded(record, patient)
+        return None if bounded else _decay(stats, trained=patient.trained, gated=drawn and skip is None)
+    if part == "D":
+        return _skip(stats, trained=patient.trained)
+    if part == "conv1d.weight":
+        remedy = "initialise the convolution: nothing reaches the state"
+        return ("error", "all zero", "noise, or the identity", remedy) if stats.magnitude == 0 else None
+    return _step(stats, fresh=skip is not None and not patient.trained)
 
 
 def _bounded(record: Record, patient: Patient) -> bool:
