@@ -124,8 +124,8 @@ def equal_pieces(values: Tensor, heads: int | None) -> int:
     for number in sorted((part for part in parts if 1 < part <= count and count % part == 0), reverse=True):
         pieces = values.reshape(number, -1)
         # Rows of few levels, as of identities and averages, repeat on purpose.
-        length = pieces.shape[1]
-        if length >= 4 and _all_equal(pieces) and int(pieces[0].unique().numel()) >= min(length // 2, 64):
+        length, equal = pieces.shape[1], torch.equal(pieces[1:], pieces[:-1])  # which stops at the first difference
+        if equal and length >= 4 and int(pieces[0].unique().numel()) >= min(length // 2, 64):
             return number
     return 0
 
@@ -204,11 +204,6 @@ def zero_rows(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     measured = f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on"
     remedy = "draw them: heads or units that start at zero here get no gradient, or leave their partners without one"
     return "error" if reads(record) else "warning", measured, "rows drawn alike", remedy
-
-
-def _all_equal(pieces: Tensor) -> bool:
-    head = pieces[:, :256]
-    return bool((head == head[:1]).all()) and bool(torch.equal(pieces[1:], pieces[:1].expand_as(pieces[1:])))
 
 
 @register_check("closed-twice")
