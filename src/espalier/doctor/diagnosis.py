@@ -49,7 +49,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        return {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
+        return asdict(self)
 
     def to_json(self) -> str:
         """Return the diagnosis as JSON text."""
@@ -62,11 +62,6 @@ class Diagnosis:
             return f"healthy: {read}; nothing found"
         counts = [f"{n} {s}{'s' * (n != 1)}" for s in SEVERITIES if (n := sum(f.severity == s for f in self.findings))]
         return "\n".join([f"{', '.join(counts)} ({read})", *_table(_merged(self.findings))])
-
-
-def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Return findings most severe first, keeping their order otherwise."""
-    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def _merged(findings: Sequence[Finding]) -> list[Finding]:

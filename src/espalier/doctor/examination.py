@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.diagnosis import Diagnosis, sort_findings
+from espalier.doctor.diagnosis import Diagnosis
 from espalier.doctor.patient import Patient
 from espalier.doctor.probe import probe
-from espalier.doctor.registry import CHECKS, Check, Finding
+from espalier.doctor.registry import CHECKS, SEVERITIES, Check, Finding
 from espalier.doctor.sources import Source, open_module, open_weights
 from espalier.errors import EspalierError
 from espalier.init import StructureReport
@@ -70,17 +70,18 @@ def diagnose(
     for record in map(source.record, source):
         if record.values is not None:
             numbers += record.values.numel()
-            found += [(c, f) for c in _checks("tensor") for f in c.function(record, patient)]
+            found += [(c, f) for c in CHECKS.values() if c.scope == "tensor" for f in c.function(record, patient)]
         # Only the numbers are kept: a whole model need not fit into memory.
         patient.records.append(replace(record, values=None))
-    found += [(c, f) for c in _checks("model") for f in c.function(patient)]
+    found += [(c, f) for c in CHECKS.values() if c.scope == "model" for f in c.function(patient)]
     kept = [finding for check, finding in found if not (check.fresh_only and patient.trained)]
     if example is not None:
         if patient.model is None:
             raise EspalierError("example: a bare checkpoint has no code to run: pass a module to probe it")
         kept = probe(patient, example, kept)
     kept = [f if f.page else replace(f, page=f"{GUIDE}#{f.check}") for f in kept]
-    return Diagnosis(sort_findings(kept), len(patient.records), numbers, patient.trained)
+    kept.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return Diagnosis(tuple(kept), len(patient.records), numbers, patient.trained)
 
 
 def _admit(model: nn.Module | str | Path, heads: int | None) -> tuple[Patient, Source]:
@@ -98,7 +99,3 @@ def _admit(model: nn.Module | str | Path, heads: int | None) -> tuple[Patient, S
     heads = heads or (known if isinstance(known, int) else None)
     names = frozenset(source.names)
     return Patient(module, source.config, source.__getitem__, heads=heads, aliases=source.aliases, names=names), source
-
-
-def _checks(scope: str) -> list[Check]:
-    return [check for check in CHECKS.values() if check.scope == scope]
