@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound, register_lipschitz
-from espalier.certify import bound as bound_module
+from espalier.certify.layers import RULES
 from espalier.errors import EspalierError
 from espalier.models.convmixer import Residual
 from espalier.nn.lipschitz.activations import MaxMin
@@ -256,8 +257,8 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         lipschitz_bound(nn.Sequential(layer))
 
 
-def test_registration_opens_the_bound_to_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bound_module, "_RULES", dict(bound_module._RULES))
+@patch.dict(RULES)
+def test_registration_opens_the_bound_to_users() -> None:
     net = nn.Sequential(Sine(), Residual(nn.Linear(3, 3)))
     with pytest.raises(UncertifiableError, match="Sine"):
         lipschitz_bound(net)
@@ -289,6 +290,13 @@ def test_registration_opens_the_bound_to_users(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(UncertifiableError, match=r"0 \(Sine\): it cannot be said today"):
         lipschitz_bound(net)
+
+
+@patch.dict(RULES)
+def test_a_registration_replaces_a_rule_of_ours() -> None:
+    net = nn.Sequential(MaxMin())
+    register_lipschitz(MaxMin)(lambda module: 3.0)
+    assert lipschitz_bound(net) == 3.0
 
 
 class Catches(nn.Module):

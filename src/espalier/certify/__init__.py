@@ -2,8 +2,9 @@
 
 from espalier.certify.attack import autoattack_l2, pgd_l2
 from espalier.certify.attack_report import AttackReport, CertificateBrokenError, challenge
-from espalier.certify.bound import lipschitz_bound, register_lipschitz
+from espalier.certify.bound import lipschitz_bound
 from espalier.certify.certificate import Certificate
+from espalier.certify.layers import register_lipschitz
 from espalier.certify.radius import certify
 from espalier.certify.refusal import UncertifiableError
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from espalier.certify import code, elementwise, linear, orthogonium, shapes
 from espalier.certify.arithmetic import unit, up
 from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
-from espalier.certify.layers import DECLARED, LAYERS
+from espalier.certify.layers import RULES, Layer, Rounding, Statement
 from espalier.certify.operations import Call
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference
@@ -38,50 +38,6 @@ from espalier.nn.lipschitz.normalisation import Normalize, NormalizedLinear
 from espalier.nn.lipschitz.pooling import InvertibleDownsampling
 from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 
-Rule = Callable[[Any], float | None]
-
-Rounding = Callable[[Any, float], tuple[float, float]]
-
-
-class _Statement(NamedTuple):
-    constant: Rule
-    rounding: Rounding | None
-
-
-_RULES: dict[type[nn.Module], _Statement] = {}
-
-
-def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = None) -> Callable[[Rule], Rule]:
-    """Make a function known as the ℓ2 Lipschitz constant of modules of ``classes`` (decorator).
-
-        @register_lipschitz(MyLayer)
-        def my_layer(module: MyLayer) -> float:
-            return spectral_norm(module.weight)
-
-    The rule is asked with the module at every call, so it sees the present weights and mode; it may raise
-    ``UncertifiableError`` with the reason alone, the path is added. It is about the code that the class has now: it
-    holds for subclasses that override nothing, and for no class or module that was changed since. It must be about a
-    forward pass that leaves its input alone. Your own modules can state their constant themselves instead: see
-    ``espalier.nn.lipschitz``. A constant says nothing about rounding: for ``certify``, the operations inside need
-    rules, too, or ``rounding`` is stated.
-
-    Args:
-        classes: the module classes; a second registration replaces the first.
-        rounding: returns (α, β) for a module and the unit roundoff: the forward pass as it runs on x, without
-            overflow, is off by at most α·‖x‖ + β. The forward pass is then not looked into.
-    """
-
-    def register(rule: Rule) -> Rule:
-        for cls in classes:
-            code.record(cls)
-            _RULES[cls] = _Statement(rule, rounding)
-        return rule
-
-    return register
-
-
-for _rule, _classes in DECLARED:
-    register_lipschitz(*_classes)(_rule)
 # They state their own.
 for _cls in (Abs, ConvexSum, GroupSort, InvertibleDownsampling, LinearResidual, Normalize, NormalizedLinear):
     code.record(_cls)
@@ -290,20 +246,20 @@ class _Watched:
 
     def _by_rule(self, x: Bounded) -> Any:
         module, analysis, reason = self.module, self.analysis, None
-        known = next((cls for cls in type(module).__mro__ if cls in LAYERS or cls in _RULES), None)
+        known = next((cls for cls in type(module).__mro__ if cls in RULES), None)
         if known is not None:
-            reason = code.change(module, known, self.forward, analysis.verified)
-            if reason is None and known in LAYERS:
+            rule, reason = RULES[known], code.change(module, known, self.forward, analysis.verified)
+            if reason is None and isinstance(rule, Statement):
+                return self._declared(x, partial(rule.constant, module), rule.rounding)
+            if reason is None and isinstance(rule, Layer):
                 given = analysis.read(x, "it")
                 analysis.trail.add(analysis.named(given))
                 analysis.trail.add_module(module)
                 if odd := interference((), "cpu", analysis.modes, layer=True):
                     raise UncertifiableError(f"it {odd}")
                 with analysis.watch.aside():
-                    made = analysis.number(LAYERS[known].function(analysis, module, given, self.forward))
-                return self._as_one(x, Bounded(made, analysis, x.memory if LAYERS[known].alias else None))
-            if reason is None:
-                return self._declared(x, partial(_RULES[known].constant, module), _RULES[known].rounding)
+                    made = analysis.number(rule.function(analysis, module, given, self.forward))
+                return self._as_one(x, Bounded(made, analysis, x.memory if rule.alias else None))
         statement, why = self._own_statement()
         if statement is not None:
             return self._declared(x, statement)

@@ -34,10 +34,10 @@ from espalier.certify.arithmetic import (
     windows,
 )
 from espalier.certify.bounded import Analysis
-from espalier.certify.linear import affine, batch_norm_scale, finite
+from espalier.certify.linear import affine, batch_norm_scale, finite, linear
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.shapes import padding_factor
-from espalier.certify.value import Bound, Rows, Term
+from espalier.certify.value import Bound, Term
 from espalier.nn.lipschitz.activations import Householder, MaxMin
 from espalier.nn.lipschitz.constant import kernel_norm
 from espalier.nn.lipschitz.normalisation import BatchCentering
@@ -46,6 +46,10 @@ from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d
 from espalier.nn.orthogonal.linear import CayleyLinear, orthogonal_matrix
 
 Forward = Callable[[Tensor], Tensor]
+
+Rule = Callable[[Any], float | None]
+
+Rounding = Callable[[Any, float], tuple[float, float]]
 
 
 class Layer(NamedTuple):
@@ -56,7 +60,14 @@ class Layer(NamedTuple):
     """Whether the result may share its numbers with the input."""
 
 
-LAYERS: dict[type[nn.Module], Layer] = {}
+class Statement(NamedTuple):
+    """The constant of a layer class, and what its rounding adds; see ``register_lipschitz``."""
+
+    constant: Rule
+    rounding: Rounding | None
+
+
+RULES: dict[type[nn.Module], Layer | Statement] = {}
 
 
 def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[..., Bound]], Callable[..., Bound]]:
@@ -65,10 +76,39 @@ def layer(*classes: type[nn.Module], alias: bool = False) -> Callable[[Callable[
     def enter(function: Callable[..., Bound]) -> Callable[..., Bound]:
         for cls in classes:
             code.record(cls)
-            LAYERS[cls] = Layer(function, alias)
+            RULES[cls] = Layer(function, alias)
         return function
 
     return enter
+
+
+def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = None) -> Callable[[Rule], Rule]:
+    """Make a function known as the ℓ2 Lipschitz constant of modules of ``classes`` (decorator).
+
+        @register_lipschitz(MyLayer)
+        def my_layer(module: MyLayer) -> float:
+            return spectral_norm(module.weight)
+
+    The rule is asked with the module at every call, so it sees the present weights and mode; it may raise
+    ``UncertifiableError`` with the reason alone, the path is added. It is about the code that the class has now: it
+    holds for subclasses that override nothing, and for no class or module that was changed since. It must be about a
+    forward pass that leaves its input alone. Your own modules can state their constant themselves instead: see
+    ``espalier.nn.lipschitz``. A constant says nothing about rounding: for ``certify``, the operations inside need
+    rules, too, or ``rounding`` is stated.
+
+    Args:
+        classes: the module classes; a second registration replaces the first.
+        rounding: returns (α, β) for a module and the unit roundoff: the forward pass as it runs on x, without
+            overflow, is off by at most α·‖x‖ + β. The forward pass is then not looked into.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for cls in classes:
+            code.record(cls)
+            RULES[cls] = Statement(rule, rounding)
+        return rule
+
+    return register
 
 
 @layer(MaxMin)
@@ -121,20 +161,11 @@ def scaled_pooling(analysis: Analysis, module: ScaledAvgPool2d, x: Bound, forwar
 
 @layer(CayleyLinear)
 def orthogonal_linear(analysis: Analysis, module: CayleyLinear, x: Bound, forward: Forward) -> Bound:
-    """√(1 + ‖QᵀQ − I‖) of the matrix that runs."""
+    """That of a linear map, by the matrix that runs."""
     if x.value is None:
         return _unmeasured(x, module)
     _expect_evaluation(module, x.value)
-    q = orthogonal_matrix(module, 1, x.value.dtype)[0]
-    if x.value.ndim < 2:
-        raise UncertifiableError("it maps the batch: give one row per image")
-    value = forward(x.value)
-    bias = None if module.bias is None else module.bias.detach().clone()
-    rows = Rows(x, q.detach().clone(), bias) if value.ndim == 2 else None
-    return affine(
-        analysis, x, value, norm=analysis.norms.of(orthogonal_norm, q[None]), size=analysis.norms.of(tensor_norm, q),
-        terms=q.shape[1], bias=module.bias, rows=rows,
-    )  # fmt: skip
+    return linear(analysis, x, orthogonal_matrix(module, 1, x.value.dtype)[0], module.bias)
 
 
 @layer(CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d)
@@ -215,6 +246,7 @@ def _expect(x: Bound, ndim: int) -> None:
 # -- constants of torch's layers that are smaller than what their operations would give one by one, or need no size
 
 
+@register_lipschitz(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: nn.Conv2d) -> float | None:
     """Return a bound for every image size; see ``kernel_norm``. None with zeros around: its operations tell as much.
 
@@ -240,12 +272,14 @@ def _padding_of_convolution(module: nn.Conv2d) -> float:
     return 1.0
 
 
+@register_lipschitz(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(module: nn.BatchNorm2d) -> float:
     """Return max |γ| / √(var + ε) of the running statistics."""
     scale = batch_norm_scale(module.running_var, module.weight, module.eps, module.training)
     return scale.abs().max().item() * (1 + 1e-14)
 
 
+@register_lipschitz(BatchCentering)
 def centring(module: BatchCentering) -> float:
     """Return 1 in evaluation mode, in which it subtracts a constant."""
     if module.training:
@@ -255,14 +289,7 @@ def centring(module: BatchCentering) -> float:
     return 1.0
 
 
+@register_lipschitz(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
 def circular_padding(module: Any) -> float:
     """Return √Π(1 + sides that are padded): a pixel can appear once more for every padded side of an axis."""
     return padding_factor(module.padding, "circular")
-
-
-DECLARED: tuple[tuple[Callable[[Any], float | None], tuple[type[nn.Module], ...]], ...] = (
-    (convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    (batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
-    (centring, (BatchCentering,)),
-    (circular_padding, (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)),
-)

@@ -26,7 +26,7 @@ from torch import nn
 
 from espalier.certify.arithmetic import unit
 from espalier.certify.bounded import Analysis
-from espalier.certify.layers import LAYERS, Forward, layer, permutation
+from espalier.certify.layers import RULES, Forward, layer, permutation
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.value import Bound, Term
 
@@ -97,7 +97,7 @@ def enter_rules() -> None:
     module = sys.modules.get("orthogonium.layers.custom_activations")
     for name, (rule, known) in _RULES.items():
         cls = getattr(module, name, None)
-        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls not in LAYERS and _source(cls) == known:
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls not in RULES and _source(cls) == known:
             layer(cls)(rule)
 
 
