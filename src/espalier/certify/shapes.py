@@ -71,15 +71,17 @@ def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, images:
 _PROPERTIES = ("ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_mkldnn",
                "is_nested", "is_mps", "is_xpu", "itemsize")  # fmt: skip
 _METHODS = ("dim", "is_floating_point", "is_complex", "get_device", "element_size")
+_GRADIENT = ("is_leaf", "requires_grad", "grad_fn", "grad")
+_KINDS = ("is_inference", "is_conj", "is_neg")
 _SIZELESS = ("dtype", "device", "layout", "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized")
 
 
-@operation(*(f"torch.Tensor.{name}.__get__" for name in _PROPERTIES), *_METHODS)
+@operation(*(f"torch.Tensor.{name}.__get__" for name in (*_PROPERTIES, *_GRADIENT)), *_METHODS, *_KINDS)
 def ask(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
-    """What the numbers answer."""
-    known = input.value is not None or name not in _SIZELESS
-    found = getattr(input.numbers if known else torch.empty(0, dtype=analysis.dtype), name)
-    return found(*args, **kwargs) if name in _METHODS else found
+    """What the numbers answer, or every tensor without a gradient."""
+    any_tensor = name in (*_GRADIENT, *_KINDS) or (input.value is None and name in _SIZELESS)
+    found = getattr(torch.empty(0, dtype=analysis.dtype) if any_tensor else input.numbers, name)
+    return found(*args, **kwargs) if name in (*_METHODS, *_KINDS) else found
 
 
 @operation("torch.Tensor.shape.__get__", "size")
@@ -104,19 +106,6 @@ def layout(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: An
     if len(x) > 1 and 0 < x.stride(0) < span:  # the images lie side by side: other strides count them
         raise analysis.count.refused(name)
     return getattr(x, name)(*args, **kwargs)
-
-
-_WITHOUT_GRADIENT = {
-    "is_leaf": True, "requires_grad": False, "is_inference": False, "is_conj": False, "is_neg": False, "grad_fn": None,
-    "grad": None,
-}  # fmt: skip
-
-
-@operation(*(f"torch.Tensor.{name}.__get__" for name in ("is_leaf", "requires_grad", "grad_fn", "grad")),
-           "is_inference", "is_conj", "is_neg")  # fmt: skip
-def answer(analysis: Analysis, name: str, input: Bound) -> bool | None:
-    """The same as of every tensor without a gradient."""
-    return _WITHOUT_GRADIENT[name]
 
 
 @operation("torch.zeros_like", "torch.ones_like", "torch.full_like")
