@@ -98,6 +98,11 @@ def tensor_norm(value: Tensor) -> float:
     return image_norms(value.detach().reshape(1, -1)).item()
 
 
+def spread_norm(constant: Tensor, value: Tensor) -> float:
+    """Return an upper bound on the ℓ2 norm of a constant that is broadcast over one image of a value (N, …)."""
+    return up(tensor_norm(constant), math.sqrt(value[0].numel() / max(1, constant.numel())) * (1 + 1e-15))
+
+
 def root_up(value: float) -> float:
     """Return the square root, rounded up unless it is a whole number."""
     root = math.sqrt(value)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espalier.certify.arithmetic import tensor_norm, unit, up
+from espalier.certify.arithmetic import spread_norm, unit, up
 from espalier.certify.bounded import Analysis
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
@@ -54,13 +54,6 @@ def _constant(x: Bound, other: Any) -> Any:
     return other
 
 
-def _norm_of(other: Any, result: Tensor) -> float:
-    """Return the norm of a constant spread over one image of the result."""
-    if isinstance(other, Tensor):
-        return up(tensor_norm(other), math.sqrt(result[0].numel() / max(1, other.numel())) * (1 + 1e-15))
-    return abs(other) * math.sqrt(result[0].numel()) * (1 + 1e-15)
-
-
 @operation("add", "torch.Tensor.__add__", "torch.Tensor.__radd__", "sub", "subtract", "torch.Tensor.__sub__", "rsub",
            "torch.Tensor.__rsub__", values=2)  # fmt: skip
 def add(analysis: Analysis, name: str, input: Any, other: Any, *, alpha: float = 1) -> Bound:
@@ -83,7 +76,7 @@ def add(analysis: Analysis, name: str, input: Any, other: Any, *, alpha: float =
             factor = up(weight, math.sqrt(_spread(value, operand.numbers)))
             terms.append(Term(operand, factor, u * factor))
         else:
-            added += weight * _norm_of(operand, value)
+            added += weight * spread_norm(torch.as_tensor(operand, dtype=torch.float64), value)
     return analysis.combine(value, terms, constant=added, absolute=u * added)
 
 

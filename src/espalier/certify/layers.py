@@ -28,6 +28,7 @@ from espalier.certify.arithmetic import (
     orthogonal_norm,
     orthogonality_excess,
     root_up,
+    spread_norm,
     tensor_norm,
     unit,
     up,
@@ -189,8 +190,7 @@ def orthogonal_convolution(analysis: Analysis, module: CayleyConv2d, x: Bound, f
     product = math.sqrt(2) * gamma(2 * planes.shape[-2] + 2, dtype) * largest
     # Forward transform, product, inverse transform: the relative errors of three factors, one after the other.
     relative = ((1 + ways) ** 2 * (1 + product / norm) - 1) * norm * (1 + 1e-12)
-    bias = module.bias
-    added = 0.0 if bias is None else tensor_norm(bias) * math.sqrt(value[0].numel() / len(bias)) * (1 + 1e-12)
+    added = 0.0 if module.bias is None else spread_norm(module.bias, value)
     rounding = relative + 4 * unit(dtype) * norm
     peak = norm * math.prod(side) * max(1.0, largest)
     flushed = torch.finfo(dtype).tiny * math.prod(side) * 8 * planes.shape[-1] * math.sqrt(x.value[0].numel())

@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espalier.certify.arithmetic import gamma, orthogonal_norm, per_axis, root_up, tensor_norm, unit, up, windows
+from espalier.certify.arithmetic import (
+    gamma,
+    orthogonal_norm,
+    per_axis,
+    root_up,
+    spread_norm,
+    tensor_norm,
+    unit,
+    up,
+    windows,
+)
 from espalier.certify.bounded import Analysis
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
@@ -62,9 +72,7 @@ def affine(
     finite(norm)
     if value is None:
         return Bound(None, up(norm, x.lipschitz))
-    rounding, added = gamma(terms + 1, value.dtype), 0.0
-    if bias is not None:
-        added = up(tensor_norm(bias), math.sqrt(value[0].numel() / max(1, bias.numel())) * (1 + 1e-15))
+    rounding, added = gamma(terms + 1, value.dtype), 0.0 if bias is None else spread_norm(bias, value)
     flushed = torch.finfo(value.dtype).tiny * terms * math.sqrt(value[0].numel())
     term = Term(x, norm, up(rounding, max(norm, size)), max(norm, size, peak))
     return analysis.combine(value, [term], constant=added, absolute=rounding * added + flushed, rows=rows)
@@ -279,6 +287,5 @@ def batch_norm(
     value = F.batch_norm(input.value, running_mean, running_var, weight, bias, False, momentum, eps)
     moved = torch.zeros_like(scale) if running_mean is None else running_mean.detach().double().abs() * scale.abs()
     moved = moved if bias is None else moved + bias.detach().double().abs()
-    pixels = value[0].numel() / max(1, len(scale))
-    added, u = tensor_norm(moved) * math.sqrt(pixels), 16 * unit(value.dtype)
+    added, u = spread_norm(moved, value), 16 * unit(value.dtype)
     return analysis.combine(value, [Term(input, norm, u * norm)], constant=added, absolute=u * added)
