@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from espalier.certify import Certificate, UncertifiableError, certify
 from espalier.certify.arithmetic import gamma, image_norms, orthogonality_excess
-from espalier.certify.bound import prepare, run
+from espalier.certify.bound import prepare
 from espalier.certify.bounded import Analysis
 from espalier.errors import EspalierError
 from espalier.models.lipschitz import KWLarge, OrthogonalConvNet
@@ -150,7 +150,7 @@ def error_bound(net: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     analysis = Analysis()
     twin = prepare(net, dtype, analysis)
     with torch.no_grad():
-        bound = run(twin, analysis, analysis.start(x.to(dtype)))
+        bound = analysis.run(twin, analysis.start(x.to(dtype))).bound
     assert analysis.room is not None
     return bound.numbers, torch.where(analysis.room > 0, bound.error, float("inf")), bound.growth
 

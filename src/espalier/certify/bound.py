@@ -28,7 +28,7 @@ from espalier.certify.layers import RULES, Layer, Rounding, Statement
 from espalier.certify.operations import Call
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference
-from espalier.certify.trail import Watch, digest_of
+from espalier.certify.trail import digest_of
 from espalier.certify.value import Bound, Term
 from espalier.certify.witness import compare_plain_passes
 from espalier.errors import EspalierError, told
@@ -63,8 +63,8 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     analysis = Analysis(rounding=False)
     with prepared(net, None if example is None else torch.float64, analysis) as twin:
         images = None if example is None else example.detach().to(device_of(twin), torch.float64)
-        result = run(twin, analysis, analysis.start(images))
-        run(twin, analysis, analysis.start(images))  # is it the same map again?
+        result = analysis.run(twin, analysis.start(images)).bound
+        analysis.run(twin, analysis.start(images))  # is it the same map again?
         if images is not None:
             compare_plain_passes(twin, analysis, images)
     if not math.isfinite(result.lipschitz):
@@ -158,22 +158,6 @@ def _check_copy(net: nn.Module, twin: nn.Module) -> None:
         raise UncertifiableError("a copy of it shares modules or tensors with it: remove its own __deepcopy__", kind)
     if digest_of(net, functions=False) != digest_of(twin, functions=False):
         raise UncertifiableError("a copy of it has other attributes than it: remove its own __getstate__", kind)
-
-
-def run(net: nn.Module, analysis: Analysis, x: Bounded, watch: Watch | None = None) -> Bound:
-    """Run a prepared network on one value; ``watch`` follows what it does.
-
-    Raises:
-        UncertifiableError: see ``lipschitz_bound``.
-    """
-    result = analysis.run(net, x, watch)
-    if not isinstance(result, Bounded):
-        what = "scores that do not depend on the images" if isinstance(result, Tensor) else type(result).__name__
-        raise UncertifiableError(f"it returns {what}: one tensor is needed", type(net).__name__)
-    if result.version != result.memory.version:
-        raise UncertifiableError("it returns numbers that were changed in place through another tensor",
-                                 type(net).__name__)  # fmt: skip
-    return result.bound
 
 
 _INSIDE = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",

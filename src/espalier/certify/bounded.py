@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from espalier.certify.arithmetic import Norms, add_up, image_norms, up
 from espalier.certify.counts import ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
-from espalier.certify.operations import OPERATIONS, Call, full_name, leaves, tensors_in, unknown
+from espalier.certify.operations import OPERATIONS, Call, full_name, leaves, mapped, tensors_in, unknown
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Trail, Watch
@@ -91,12 +91,12 @@ class Analysis:
         """The number of images, which cannot be read."""
         return ImageCount(self.refuse)
 
-    def run(self, net: Callable[[Bounded], Any], x: Bounded, watch: Watch | None = None) -> Any:
-        """Run a network on one value, while something may follow what it does.
+    def run(self, net: nn.Module, x: Bounded, watch: Watch | None = None) -> Bounded:
+        """Run a prepared network on one value, while something may follow what it does.
 
         Raises:
-            UncertifiableError: it went on after an operation that failed, or did or kept other things than in the first
-                pass.
+            UncertifiableError: it went on after an operation that failed, did or kept other things than in the first
+                pass, or does not return one value with a bound.
         """
         self.failed, self.trail, self.numbers, self.watch = None, Trail(Bounded), {}, watch or Watch()
         self.watch.counted = self.counted
@@ -108,14 +108,17 @@ class Analysis:
             raise self.refuse(f"it goes on after an operation that failed, in a way that nobody watches ({line})")
         if isinstance(result, Bounded):
             self.trail.add(self.named(result.bound))
-        if isinstance(net, nn.Module):
-            self.trail.add_module(net)
+        self.trail.add_module(net)
         self.done = self.done or self.trail.digest()
         if self.trail.digest() != self.done:
             raise self.refuse(
                 "run again, it does other operations, or has or keeps other constants: is it random, or does it keep "
                 "count or change its own weights (remove_parametrizations fixes them)?"
             )
+        if not isinstance(result, Bounded):
+            what = "scores that do not depend on the images" if isinstance(result, Tensor) else type(result).__name__
+            raise UncertifiableError(f"it returns {what}: one tensor is needed", type(net).__name__)
+        self.read(result, "its result")
         return result
 
     def start(self, images: Tensor | None, shift: float = 0.0) -> Bounded:
@@ -270,7 +273,7 @@ class Analysis:
         if reason := interference(constants, device, self.modes):
             raise self.refuse(f"{full} {reason}")
         try:
-            given = rule.bind(self, call.short, map(_opened, args), kwargs)
+            given = rule.bind(self, call.short, mapped(_opened, args), kwargs)
         except TypeError as error:
             raise self.refuse(f"{full} has no rule for these arguments ({error})") from error
         if any(isinstance(item, float) and math.isnan(item) for item in (*given.args, *given.kwargs.values())):
@@ -279,11 +282,11 @@ class Analysis:
             result = rule.function(*given.args, **given.kwargs)
         except UncertifiableError as error:
             raise error if error.module else self.refuse(f"{full}: {error}") from None
-        if any(isinstance(part, Bound) for part in (result if isinstance(result, tuple) else (result,))):
+        if made := [part for part in leaves([result]) if isinstance(part, Bound)]:
             # What is asked about a value changes nothing, and may be asked once. Values are told by their numbers: what
             # goes where counts, too.
             self.trail.add(full, self.named(given.args[1:]), self.named(given.kwargs))
-            for part in result if isinstance(result, tuple) else (result,):
+            for part in made:
                 self.number(part)
         if call.writes or given.arguments.get("inplace"):
             if any(other is not args[0] and other.memory is args[0].memory for other in allowed):
@@ -292,19 +295,14 @@ class Analysis:
         memory = allowed[0].memory if rule.alias else None
         return _closed(result, self, memory)
 
-    def number(self, value: Any) -> Any:
+    def number(self, value: Bound) -> Bound:
         """Give a bound the next number of this pass, unless it has one, and return it."""
-        if isinstance(value, Bound):
-            self.numbers.setdefault(id(value), (len(self.numbers), value))
-        return value
+        return self.numbers.setdefault(id(value), (len(self.numbers), value))[1]
 
     def named(self, item: Any) -> Any:
         """Return arguments with the numbers of bounds in their places."""
-        if isinstance(item, Bound):
-            return "bound", self.numbers.get(id(item), (-1,))[0]
-        if isinstance(item, dict):
-            return {name: self.named(part) for name, part in item.items()}
-        return type(item)(map(self.named, item)) if type(item) in (list, tuple) else item
+        known = self.numbers
+        return mapped(lambda part: ("bound", known.get(id(part), (-1,))[0]) if isinstance(part, Bound) else part, item)
 
     def _assign(self, name: str, target: Any, result: Any) -> Any:
         """Change a value in place; other tensors that share its numbers are not to be read any more."""
@@ -375,9 +373,7 @@ def bounded_in(*items: Any) -> Iterator[Bounded]:
 
 
 def _opened(item: Any) -> Any:
-    if isinstance(item, Bounded):
-        return item.bound
-    return type(item)(_opened(part) for part in item) if type(item) in (list, tuple) else item
+    return item.bound if isinstance(item, Bounded) else item
 
 
 def _closed(result: Any, analysis: Analysis, memory: _Memory | None) -> Any:

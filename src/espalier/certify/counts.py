@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.certify.operations import Call, leaves
+from espalier.certify.operations import Call, leaves, mapped
 
 _SHOWN = {
     "__new__", "__init__", "__repr__", "__hash__", "__getattribute__", "__eq__", "__ne__", "__format__", "__doc__",
@@ -102,11 +102,7 @@ def has_count(*items: Any) -> bool:
 
 def with_count(item: Any, count: int) -> Any:
     """Return an argument with a number in place of the number of images."""
-    if isinstance(item, Count):
-        return count
-    if isinstance(item, list | tuple):
-        return tuple(with_count(part, count) for part in item)
-    return {name: with_count(part, count) for name, part in item.items()} if isinstance(item, dict) else item
+    return mapped(lambda part: count if isinstance(part, Count) else part, item)
 
 
 def at_count(call: Call, count: int) -> Call:

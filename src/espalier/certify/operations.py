@@ -142,6 +142,16 @@ def leaves(items: Iterable[Any]) -> Iterator[Any]:
             yield item
 
 
+def mapped(change: Callable[[Any], Any], item: Any) -> Any:
+    """Return an argument with what it consists of changed, however deep in lists, tuples and dictionaries."""
+    if isinstance(item, dict):
+        return {name: mapped(change, part) for name, part in item.items()}
+    if isinstance(item, list | tuple):
+        parts = [mapped(change, part) for part in item]
+        return parts if isinstance(item, list) else tuple(parts)
+    return change(item)
+
+
 def tensors_in(*items: Any) -> Iterator[Tensor]:
     """Yield the tensors among arguments, however deep."""
     return (item for item in leaves(items) if isinstance(item, Tensor))

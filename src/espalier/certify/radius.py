@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.arithmetic import gamma, image_norms
-from espalier.certify.bound import check_numbers, device_of, plain_arithmetic, prepared, run
+from espalier.certify.bound import check_numbers, device_of, plain_arithmetic, prepared
 from espalier.certify.bounded import Analysis
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
@@ -223,9 +223,9 @@ def _bounded_scores(
     # An image in more digits is rounded first: a shift of at most u times its norm.
     shift = torch.finfo(dtype).eps / 2 * (1 + 1e-6) if dtype == torch.float32 else 0.0
     if first:  # the next passes, and those of other batches, must do the same
-        run(twin, analysis, analysis.start(batch[:1], shift))
+        analysis.run(twin, analysis.start(batch[:1], shift))
         compare_plain_passes(twin, analysis, batch)
-    traced = run(twin, analysis, analysis.start(batch, shift))
+    traced = analysis.run(twin, analysis.start(batch, shift)).bound
     if traced.numbers.ndim != 2 or len(traced.numbers) != len(batch):
         raise EspalierError(f"the network returns {tuple(traced.numbers.shape)} for a batch: scores (B, C) are needed")
     # The same without bounds, as a user runs it, and in batches of other lengths. A network that is random, that keeps
