@@ -121,6 +121,11 @@ def test_the_report_counts_wrong_predictions_and_saves_itself(tmp_path: Path) ->
     values = json.loads(path.read_text())
     assert values["broken"] == []
     assert values["clean_accuracy"] == 0.75
+    del values["digest"]  # as in the oldest reports
+    for changes in ({"eps": "0.1"}, {"accuracy": [-1.0]}, {"attacked": 1.5}, {"distances": [True]}, {"broken": None}):
+        path.write_text(json.dumps({**values, **changes}))
+        with pytest.raises(EspalierError, match="is not an attack report"):
+            AttackReport.load(path)
     assert "75.00 %" in str(report)
 
 

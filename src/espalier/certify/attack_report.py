@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.certify.attack import autoattack_l2, bisect_to_boundary, distance, fooled, pgd_l2
-from espalier.certify.certificate import EPSILONS, Certificate, in_255, is_distance, read_result, write_result
+from espalier.certify.certificate import EPSILONS, Certificate, in_255, read_result, write_result
 from espalier.certify.radius import ARITHMETIC, check_pixels
 from espalier.errors import EspalierError
 from espalier.tables import plain_table
@@ -94,12 +94,8 @@ class AttackReport:
         Raises:
             EspalierError: missing file, damaged, or not an attack report.
         """
-        values = read_result(cls, path, "an attack report")
-        distances = values["distances"]
-        sound = isinstance(distances, tuple) and isinstance(values.get("weights", ""), str)
-        if not sound or not all(d is None or is_distance(d) for d in distances):
-            raise EspalierError(f"attack report {path} holds distances that no report can have: make it again")
-        return cls(**values)
+        report: Self = read_result(cls, path, "an attack report")
+        return report
 
 
 def challenge(

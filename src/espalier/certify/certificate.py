@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from espalier.errors import EspalierError
 from espalier.files import read_sealed, write_sealed
@@ -94,35 +94,10 @@ class Certificate:
         Raises:
             EspalierError: missing file, damaged, or not a certificate.
         """
-        values = read_result(cls, path, "a certificate")
-        # An infinite radius, for which JSON has no number, is kept as None.
-        radii = values["radii"]
-        if isinstance(radii, tuple):
-            values["radii"] = tuple(math.inf if radius is None else radius for radius in radii)
-        found = cls(**values)
-        if not found._is_sound():
-            raise EspalierError(f"certificate {path} holds values that no certificate can have: make it again")
+        found: Self = read_result(cls, path, "a certificate")
+        if not len(found.radii) == len(found.labels) == len(found.predictions) > 0:
+            raise EspalierError(f"{path} is not a certificate: it lacks values of its images: make it again")
         return found
-
-    def _is_sound(self) -> bool:
-        try:
-            return (
-                len(self.radii) == len(self.labels) == len(self.predictions) > 0
-                and all(map(is_distance, (*self.radii, self.lipschitz, self.rounding)))
-                and all(type(label) is int for label in (*self.labels, *self.predictions))
-                and all(isinstance(text, str) for text in (*self.assumptions, self.arithmetic, self.weights))
-                and all(
-                    isinstance(path, str) and is_distance(constant) and is_distance(added)
-                    for path, constant, added in self.slack
-                )
-            )
-        except (TypeError, ValueError):  # one number where there should be many, or the other way round
-            return False
-
-
-def is_distance(value: Any) -> bool:
-    """Return whether a value from a file is a number from 0, infinity included."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def in_255(eps: float) -> str:
@@ -140,19 +115,41 @@ def write_result(path: Path | str, values: dict[str, Any]) -> Path:
     return path
 
 
-def read_result(cls: Any, path: Path | str, what: str) -> dict[str, Any]:
-    """Return the fields of a result that ``write_result`` wrote, with tuples for lists.
+def read_result(cls: Any, path: Path | str, what: str) -> Any:
+    """Return a result that ``write_result`` wrote.
+
+    Args:
+        cls: a dataclass.
+        path: the file.
+        what: it is, with its article.
 
     Raises:
-        EspalierError: missing file, damaged, or other fields than those of the dataclass ``cls``.
+        EspalierError: missing file, damaged, or with other fields or values than the dataclass can have.
     """
-    values = read_sealed(Path(path), what.partition(" ")[2])
-    names = {each.name for each in fields(cls)}
+    values, kinds = read_sealed(Path(path), what.partition(" ")[2]), get_type_hints(cls)
     needed = {each.name for each in fields(cls) if each.default is MISSING}
-    if not needed <= values.keys() <= names:
-        raise EspalierError(f"{path} is not {what}: its fields must be {', '.join(sorted(names))}")
-    return {name: _frozen(value) for name, value in values.items()}
+    if not needed <= values.keys() <= kinds.keys():
+        raise EspalierError(f"{path} is not {what}: its fields must be {', '.join(sorted(kinds))}")
+    try:
+        return cls(**{name: _as_kind(value, kinds[name]) for name, value in values.items()})
+    except ValueError as error:
+        raise EspalierError(f"{path} is not {what}: it holds {error}, which none can: make it again") from None
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+def _as_kind(value: Any, kind: Any) -> Any:
+    """Return a value of JSON as one of an annotated kind: tuples for lists, numbers from 0, infinity for None.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    if get_origin(kind) is tuple and isinstance(value, list):
+        inside = get_args(kind)
+        each = inside[:1] * len(value) if Ellipsis in inside else inside
+        if len(each) == len(value):
+            return tuple(map(_as_kind, value, each))
+    distance = kind in (float, float | None)
+    if distance and value is None:
+        return math.inf if kind is float else None
+    if type(value) not in ((int, float) if distance else (kind,)) or ((distance or kind is int) and not value >= 0):
+        raise ValueError(f"{value!r}"[:60])
+    return value
