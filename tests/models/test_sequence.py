@@ -239,8 +239,8 @@ def test_patterns_that_do_not_parse(pattern: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_heads": 3}, "num_heads 3 does not divide dim 16"),
-        ({"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
+        ({"num_heads": 3}, "dim 16 is not divisible by num_heads 3"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not divisible by num_kv_heads 3"),
         ({"num_heads": 16, "num_kv_heads": None}, "heads of width 1 cannot be rotated"),
         ({"head_dim": 5}, "head_dim 5 does not divide"),
         ({"state_size": 0}, "state_size is 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +39,20 @@ def draw_uniform(weight: Tensor, bias: Tensor | None = None, generator: torch.Ge
     for parameter in (weight, bias):
         if parameter is not None:
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+def new_head(net: nn.Module, kind: Callable[..., nn.Module], width: int, classes: int) -> nn.Module:
+    """Return a fresh head on the device, in the dtype and in the mode of a network; without classes an identity."""
+    like = next(net.parameters(), None)
+    place = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    head = kind(width, classes, **place) if classes else nn.Identity()
+    return head.train(net.training)  # an orthogonal head in training mode has no certificate
+
+
+def check_divisor(name: str, divisor: int, of: str, size: int) -> None:
+    """Raise ``EspalierError`` if an argument does not divide another one."""
+    if divisor < 1 or size % divisor:
+        raise EspalierError(f"{of} {size} is not divisible by {name} {divisor}: choose a divisor")
 
 
 def check_sizes(least: int = 1, **sizes: float) -> None:

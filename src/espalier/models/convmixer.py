@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract, check_sizes, draw_uniform
+from espalier.models.contract import TimmContract, check_sizes, draw_uniform, new_head
 from espalier.models.hub import HubModel
 from espalier.nn.depthwise import mixing_block, pointwise_block
 from espalier.nn.plain import is_watched
@@ -214,12 +214,7 @@ class ConvMixer(TimmContract, HubModel):
                 raise unknown_name("global_pool", global_pool, POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        like = self.stem[0].weight
-        assert isinstance(like, Tensor)
-        self.head = nn.Identity()
-        if num_classes:  # with a device: the default one may be another
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-        self.head.train(self.training)
+        self.head = new_head(self, nn.Linear, self.num_features, num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require
-from espalier.models.contract import check_sizes
+from espalier.models.contract import check_divisor, check_sizes
 from espalier.models.hub import HubModel
 from espalier.models.vit import sincos_positions
 
@@ -44,10 +44,8 @@ class TransformersViT(HubModel):
         super().__init__()
         check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         check_sizes(num_heads=num_heads)
-        if img_size % patch_size:
-            raise EspalierError(f"img_size {img_size} is not divisible by patch_size {patch_size}: choose a divisor")
-        if embed_dim % num_heads:
-            raise EspalierError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}: choose a divisor")
+        check_divisor("patch_size", patch_size, "img_size", img_size)
+        check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
         grid = img_size // patch_size
         positions_LD = sincos_positions(grid, grid, embed_dim)
         transformers = require("transformers", "transformers")

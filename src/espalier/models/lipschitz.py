@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract
+from espalier.models.contract import TimmContract, new_head
 from espalier.models.hub import HubModel
 from espalier.models.orthogonal_layers import orthogonal_conv
 from espalier.nn.lipschitz.activations import Abs, Householder, MaxMin
@@ -105,11 +105,7 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes
-        like = next(self.parameters(), None)
-        kind = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        head = HEADS[self.head_kind]
-        self.head = head(self.num_features, num_classes, **kind) if num_classes else nn.Identity()
-        self.head.train(self.training)  # an orthogonal head in training mode has no certificate
+        self.head = new_head(self, HEADS[self.head_kind], self.num_features, num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract, check_sizes, draw_uniform
+from espalier.models.contract import TimmContract, check_divisor, check_sizes, draw_uniform
 from espalier.models.hub import HubModel
 from espalier.nn import Mamba1, Mamba2, MambaState
 
@@ -86,10 +86,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int | None = None, rope: bool = True) -> None:
         super().__init__()
         groups = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or dim % num_heads:
-            raise EspalierError(f"num_heads {num_heads} does not divide dim {dim}: choose a divisor")
-        if groups < 1 or num_heads % groups:
-            raise EspalierError(f"num_kv_heads {groups} does not divide num_heads {num_heads}: choose a divisor")
+        check_divisor("num_heads", num_heads, "dim", dim)
+        check_divisor("num_kv_heads", groups, "num_heads", num_heads)
         width = dim // num_heads
         if rope and width % 2:
             raise EspalierError(f"heads of width {width} cannot be rotated in pairs: change num_heads or set rope off")

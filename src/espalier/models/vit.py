@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.models.contract import TimmContract, check_sizes, draw_uniform
+from espalier.models.contract import TimmContract, check_divisor, check_sizes, draw_uniform, new_head
 from espalier.models.hub import HubModel
 
 
@@ -54,8 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise EspalierError(f"embed_dim {dim} is not divisible by num_heads {num_heads}: choose a divisor")
+        check_divisor("num_heads", num_heads, "embed_dim", dim)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -137,8 +136,7 @@ class VisionTransformer(TimmContract, HubModel):
         check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         check_sizes(num_heads=num_heads)
         check_sizes(0, num_classes=num_classes, depth=depth, mlp_ratio=mlp_ratio)
-        if img_size % patch_size:
-            raise EspalierError(f"img_size {img_size} is not divisible by patch_size {patch_size}: choose a divisor")
+        check_divisor("patch_size", patch_size, "img_size", img_size)
         for name, value, known in (("positions", positions, ("sincos", "learned")), ("pool", pool, ("avg", "cls"))):
             if value not in known:
                 raise EspalierError(f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
@@ -237,10 +235,8 @@ class VisionTransformer(TimmContract, HubModel):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
         self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes:
-            like = self.pos_embed
-            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+        self.head = new_head(self, nn.Linear, self.embed_dim, num_classes)
+        if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
