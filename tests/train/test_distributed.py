@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from espalier.errors import EspalierError
 from espalier.train import Run, load_run, train
-from espalier.train.checkpoint import Checkpoint, Counters, load_checkpoint, save_checkpoint
+from espalier.train.checkpoint import Counters, load_checkpoint, save_checkpoint
 
 SCRIPT = str(Path(__file__).parent / "distributed_runs.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -137,8 +137,8 @@ def test_swa_utils_cannot_average_what_we_average() -> None:
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
-    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), None, Checkpoint(Counters(), []))
+    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), {}, Counters(), [])
     other = torch.nn.Linear(3, 4)
     with pytest.raises(EspalierError, match=r"model/bias is \(2,\) there and \(4,\) here") as caught:
-        load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters()), None, 5)
+        load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters()), {}, 5)
     assert "\n" not in str(caught.value)

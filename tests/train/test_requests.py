@@ -147,7 +147,7 @@ def test_signals_that_somebody_else_handles_are_theirs() -> None:
 def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     save = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: (saved.append(args[4].counters.step), save(*args)))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: (saved.append(args[4].step), save(*args)))
     run = train(recipe(checkpoint_every=4), tmp_path / "often", checkpoint_every_minutes=1e-9)
     assert saved == [*range(1, 21), 20]
     rare = train(recipe(checkpoint_every=4), tmp_path / "rare", checkpoint_every_minutes=60)

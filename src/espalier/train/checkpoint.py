@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from espalier.errors import EspalierError
 from espalier.files import lock_of, read_object, write_json
 from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
-from espalier.train.parallel import first_of_any, gather_objects
+from espalier.train.parallel import first_of_any, gather_objects, rank_and_world
 
-Averages = Mapping[str, Tensor] | None
-"""The averaged weights by name, where any are kept."""
+Rows = list[dict[str, Any]]
+"""The rows of metrics.jsonl."""
 
 _CURRENT, _OLD, _PARTIAL, _STATE = "checkpoint", "checkpoint.old", "checkpoint.partial", "state.json"
 _NUMBERS = {"step", "mu_product"}
@@ -55,23 +55,13 @@ class Counters:
     """Number of those steps."""
 
 
-@dataclass
-class Checkpoint:
-    """What a checkpoint says besides its tensors."""
-
-    counters: Counters = field(default_factory=Counters)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """The rows of metrics.jsonl that belong to this state."""
-
-
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
     optimizer: Optimizer,
-    averages: Averages,
-    checkpoint: Checkpoint,
-    rank: int = 0,
-    world: int = 1,
+    averages: Mapping[str, Tensor],
+    counters: Counters,
+    rows: Rows,
 ) -> None:
     """Make the present state the run's checkpoint and keep the one before (Note [Two checkpoints]).
 
@@ -81,15 +71,14 @@ def save_checkpoint(
         folder: the run folder.
         model: the bare model, sharded or whole.
         optimizer: its optimiser.
-        averages: the averaged weights, if any are kept.
-        checkpoint: where the run stands.
-        rank: this process among ``world``.
-        world: number of processes.
+        averages: the averaged weights by name; empty where none are kept.
+        counters: where the run stands.
+        rows: that belong to this state.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    partial = folder / _PARTIAL
+    partial, (rank, world) = folder / _PARTIAL, rank_and_world()
     if rank == 0:
         _remove(partial)
         partial.mkdir()
@@ -103,7 +92,8 @@ def save_checkpoint(
         if rank == 0:
             names = {id(p): name for name, p in model.named_parameters()}
             states = {names[id(p)]: sorted(state) for p, state in optimizer.state.items()}
-            write_json(partial / _STATE, {**asdict(checkpoint), "optimizer": states, "averages": averages is not None})
+            content = {"counters": asdict(counters), "rows": rows, "optimizer": states, "averages": bool(averages)}
+            write_json(partial / _STATE, content)
         first_of_any(None)
         files = sorted(path.name for path in partial.iterdir())[rank::world]
         digests = gather_objects({name: [file_digest(partial / name)] for name in files})
@@ -124,28 +114,25 @@ def load_checkpoint(
     folder: Path,
     model: nn.Module,
     optimizer: Optimizer,
-    averages: Averages,
+    averages: Mapping[str, Tensor],
     steps_per_epoch: int,
-    rank: int = 0,
-    world: int = 1,
-) -> Checkpoint | None:
+) -> tuple[Counters, Rows]:
     """Load the run's newest undamaged checkpoint, in place, once ``recover`` has cleared up; every process calls it.
 
     Args:
         folder: the run folder.
         model: the bare model, on its devices.
         optimizer: its optimiser.
-        averages: tensors for the averaged weights, if any are kept.
+        averages: tensors for the averaged weights by name; empty where none are kept.
         steps_per_epoch: of the run.
-        rank: this process among ``world``.
-        world: number of processes.
 
     Returns:
-        Where the run stood, or None where there is no checkpoint yet.
+        Where the run stood, and its rows: at its start where there is no checkpoint yet.
 
     Raises:
         EspalierError: every checkpoint is damaged, or this one is not of this model.
     """
+    rank, _ = rank_and_world()
     if rank == 0:
         recover(folder)
     first_of_any(None)
@@ -153,23 +140,23 @@ def load_checkpoint(
     for name in (_CURRENT, _OLD):
         if not (folder / name).exists():
             continue
-        if (reason := first_of_any(_damage(folder / name, rank, world))) is None:
+        if (reason := first_of_any(_damage(folder / name))) is None:
             if rank == 0 and name == _OLD:
                 # The damaged one must not become the one that is kept beside the next.
                 _remove(folder / _CURRENT)
                 recover(folder)
             first_of_any(None)
-            found = _load(folder / _CURRENT, model, optimizer, averages, steps_per_epoch, world)
+            counters, rows = _load(folder / _CURRENT, model, optimizer, averages, steps_per_epoch)
             if reasons and rank == 0:
                 warnings.warn(
-                    f"{reasons[0]}: the run goes on from the checkpoint before it, at step {found.counters.step}",
+                    f"{reasons[0]}: the run goes on from the checkpoint before it, at step {counters.step}",
                     stacklevel=2,
                 )
-            return found
+            return counters, rows
         reasons.append(reason)
     if reasons:
         raise EspalierError(f"{' and '.join(reasons)}: delete both to start over, or restore them from a copy")
-    return None
+    return Counters(), []
 
 
 def drop_checkpoint(folder: Path) -> None:
@@ -204,8 +191,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _damage(path: Path, rank: int, world: int) -> str | None:
+def _damage(path: Path) -> str | None:
     """Return what is wrong with this process's share of a checkpoint's files, None if nothing is."""
+    rank, world = rank_and_world()
     try:
         files, _ = read_manifest(path)
         name = damaged(path, sorted({_STATE, *files})[rank::world])
@@ -215,8 +203,8 @@ def _damage(path: Path, rank: int, world: int) -> str | None:
 
 
 def _load(
-    path: Path, model: nn.Module, optimizer: Optimizer, averages: Averages, steps_per_epoch: int, world: int
-) -> Checkpoint:
+    path: Path, model: nn.Module, optimizer: Optimizer, averages: Mapping[str, Tensor], steps_per_epoch: int
+) -> tuple[Counters, Rows]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -235,7 +223,7 @@ def _load(
             like = model.get_parameter(name)
             number = torch.zeros((), dtype=torch.float32, device=like.device)
             optimizer.state[like] = {key: number.clone() if key in _NUMBERS else torch.zeros_like(like) for key in keys}
-        if content["averages"] != (averages is not None):
+        if content["averages"] != bool(averages):
             raise ValueError("averaged weights are in one of the two")
         tensors = _tensors(model, optimizer, averages)
         entries: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
@@ -245,14 +233,14 @@ def _load(
             name, _ = min(differing)
             raise ValueError(f"{name} is {stored.get(name)} there and {wanted.get(name)} here")
         with _plain_errors():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world == 1)
-        return Checkpoint(counters, content["rows"])
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=rank_and_world()[1] == 1)
+        return counters, content["rows"]
     except Exception as error:  # a dozen kinds: the digests are right, so somebody made this checkpoint by hand
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer, averages: Averages) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: Optimizer, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return every tensor of a checkpoint by name; a tied weight stands once, under its first name."""
     stored = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -261,7 +249,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer, averages: Averages) -> dict
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"optimizer/{name}/{key}"] = value
-    return found | {f"averages/{name}": tensor for name, tensor in (averages or {}).items()}
+    return found | {f"averages/{name}": tensor for name, tensor in averages.items()}
 
 
 @contextmanager

@@ -20,13 +20,13 @@ class AveragedWeights:
 
     Args:
         model: the model whose weights are averaged; the average starts from them.
-        decay: decay per step, in (0, 1).
+        decay: decay per step, in [0, 1); with 0 the averages are the weights themselves, and nothing is kept.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        live = {name: tensor.detach() for name, tensor in _state(model).items() if tensor.is_floating_point()}
+        live = {name: tensor.detach() for name, tensor in _state(model).items() if decay and tensor.is_floating_point()}
         self.tensors = {name: tensor.clone() for name, tensor in live.items()}
         """The averages by name; checkpoints read and write them in place (``updates`` is the run's step count)."""
         self._live = [local_part(tensor) for tensor in live.values()]
@@ -37,11 +37,15 @@ class AveragedWeights:
         """Take the model's present weights into the average."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._averages, self._live, 1.0 - decay)
+        if self.tensors:
+            torch._foreach_lerp_(self._averages, self._live, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the averaged weights for the length of a ``with`` block."""
+        if not self.tensors:
+            yield
+            return
         kept = [tensor.clone() for tensor in self._live]
         torch._foreach_copy_(self._live, self._averages)
         try:

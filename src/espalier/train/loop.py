@@ -17,7 +17,7 @@ from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
-from espalier.train.checkpoint import Checkpoint, clear_finished, drop_checkpoint, load_checkpoint, save_checkpoint
+from espalier.train.checkpoint import clear_finished, drop_checkpoint, load_checkpoint, save_checkpoint
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
 from espalier.train.loggers import RowLogger, check_logger
@@ -124,20 +124,18 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     module = fabric.setup_module(torch.compile(model) if recipe.compile else model)
     optimizer = build_optimizer(model, recipe)
     stepper = fabric.setup_optimizers(optimizer)
-    averages = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay else None
-    averaged = None if averages is None else averages.tensors
-    steps, ranks = source.steps_per_epoch(recipe.batch_size), (fabric.global_rank, fabric.world_size)
-    found = load_checkpoint(out, model, optimizer, averaged, steps, *ranks) or Checkpoint()
-    if averages is not None:
-        averages.updates = found.counters.step
+    averages = AveragedWeights(model, recipe.ema_decay)
+    steps = source.steps_per_epoch(recipe.batch_size)
+    counters, rows = load_checkpoint(out, model, optimizer, averages.tensors, steps)
+    averages.updates = counters.step
     if fabric.is_global_zero:
-        write_rows(out, found.rows)
+        write_rows(out, rows)
     fabric.barrier()
     source = source.to(fabric.device)
-    logger = RowLogger(recipe, out, found.rows) if recipe.logger and fabric.is_global_zero else None
+    logger = RowLogger(recipe, out, rows) if recipe.logger and fabric.is_global_zero else None
     return Session(
-        recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, found.counters, requests,
-        logger, found.rows,
+        recipe, out, fabric, source, model, module, optimizer, stepper, averages, loss, counters, requests, logger,
+        rows,
     )  # fmt: skip
 
 
@@ -222,8 +220,7 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
         s.fabric.clip_gradients(s.module, s.stepper, max_norm=recipe.clip_norm, error_if_nonfinite=False)
     s.stepper.step()
     s.optimizer.zero_grad(set_to_none=True)
-    if s.averages is not None:
-        s.averages.update()
+    s.averages.update()
     return total
 
 
@@ -237,7 +234,7 @@ def _add_row(s: Session, advance: Advance) -> bool:
             raise _StopEvaluation
 
     try:
-        with s.averages.applied() if s.averages is not None else nullcontext():
+        with s.averages.applied():
             scores = evaluate(
                 s.module, s.source, build_loss(recipe, smoothing=False), recipe.eval_batch_size, mine=s.mine,
                 reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"), after_batch=stop_if_asked,
@@ -274,8 +271,7 @@ def _save(s: Session) -> bool:
     s.counters.loss_sum = s.loss_sum.item()
     if not math.isfinite(s.counters.loss_sum):
         return False
-    state, ranks = Checkpoint(s.counters, s.rows), (s.fabric.global_rank, s.fabric.world_size)
-    save_checkpoint(s.out, s.model, s.optimizer, None if s.averages is None else s.averages.tensors, state, *ranks)
+    save_checkpoint(s.out, s.model, s.optimizer, s.averages.tensors, s.counters, s.rows)
     s.requests.saved()
     s.request = torch.zeros_like(s.request)
     return True
@@ -287,7 +283,7 @@ def _finish(s: Session, *, diverged: bool) -> None:
     if diverged:
         result["diverged_at"] = _locate(s)
     else:
-        with s.averages.applied() if s.averages is not None else nullcontext():
+        with s.averages.applied():
             state = full_state(s.model)
             if s.fabric.is_global_zero:
                 write_tensors(s.out / FINAL, state)

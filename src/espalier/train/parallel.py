@@ -121,12 +121,18 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Return which of the processes of a run this one is, and how many there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def gather_objects(mine: T) -> list[T]:
     """Return what every process holds, in their order; ``[mine]`` where there is but one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    found: list[T] = [mine] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
+    found: list[T] = [mine] * rank_and_world()[1]
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, mine)
     return found
 
 

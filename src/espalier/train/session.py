@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ class Session:
     optimizer: torch.optim.Optimizer
     stepper: Any
     """The optimiser as the loop calls it."""
-    averages: AveragedWeights | None
+    averages: AveragedWeights
     loss: Loss
     counters: Counters
     requests: Requests
     logger: RowLogger | None
     """On the first process, if the recipe names one."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
         self.resumed_at = self.counters.step
