@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError
-from espalier.files import open_regular, read_object, write_sealed
+from espalier.files import open_regular, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 
@@ -45,24 +44,19 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Return the digests by file and the notes of a folder's manifest.
 
     Raises:
-        EspalierError: it is missing or damaged.
-        OSError: it cannot be read.
+        EspalierError: it is missing, unreadable or damaged.
     """
     path = folder / MANIFEST
     if not path.exists():
         raise EspalierError(
             f"{folder} has no {MANIFEST}: it is damaged, or an earlier version made it; train into another folder"
         )
-    try:
-        content = read_object(path) if path.is_file() else {}
-        if content.pop("digest") != digest(json.dumps(content, sort_keys=True).encode()):
-            raise ValueError("not as it was written")
-        files, notes = content["files"], content["notes"]
-        if not (isinstance(notes, dict) and all(isinstance(digests, list) for digests in files.values())):
-            raise ValueError("no digests by file")
-        return files, notes
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder") from None
+    content = read_sealed(path, "manifest")
+    files, notes = content.get("files"), content.get("notes")
+    whole = len(content) == 2 and isinstance(files, dict) and isinstance(notes, dict)
+    if not (whole and all(isinstance(digests, list) for digests in files.values())):
+        raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder")
+    return files, notes
 
 
 def damaged(folder: Path, names: Iterable[str] | None = None) -> str | None:
@@ -73,7 +67,7 @@ def damaged(folder: Path, names: Iterable[str] | None = None) -> str | None:
         names: which files; all that the manifest names by default.
 
     Raises:
-        EspalierError: the manifest is missing or damaged.
+        EspalierError: as ``read_manifest``.
         OSError: a file that is there cannot be read.
     """
     files, _ = read_manifest(folder)
