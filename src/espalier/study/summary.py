@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from espalier.errors import unknown_name
 from espalier.randomness import derive_generator
@@ -68,7 +67,6 @@ class ArmSummary:
     """What the study says of one arm; None and NaN stand where there are too few runs to say it."""
 
     arm: str
-    changes: Mapping[str, Any]
     rates: tuple[RatePoint, ...]
     best_lr: float | None
     window: Window | None
@@ -186,7 +184,6 @@ def _summarise_arm(
     values = [point.score.mean for point in curve]
     return ArmSummary(
         arm=arm,
-        changes=study.arms[arm],
         rates=rates,
         best_lr=best,
         window=rate_window(means, study.lrs, tolerance),
