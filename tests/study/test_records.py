@@ -19,7 +19,7 @@ from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
 from espalier.study import Trial, launch, load_study, plan_study, summarise, text_table
 from espalier.study.record import MACHINE_FIELDS, MAX_BYTES, Record, recipe_digest, record_from_line, record_run
-from espalier.study.records import add_records, combine, read_records
+from espalier.study.records import add_records, by_trial, combine, read_records
 from espalier.train import load_run
 from fabricated_runs import fabricate, fabricate_trial, fabricate_usual
 
@@ -213,6 +213,13 @@ def test_another_score_is_reported_and_nothing_is_written(tmp_path: Path) -> Non
         assert (tmp_path / "all.jsonl").read_bytes() == before
     add_records([a_record(1, 0.2500005)], tmp_path / "all.jsonl")  # within rounding
     assert [record.score for record in read_records(tmp_path / "all.jsonl")] == [0.5, 0.25]
+
+
+def test_a_trial_under_two_names_of_its_study_counts_once_or_is_refused_with_both() -> None:
+    one, other = a_record(1, 0.25), replace(a_record(1, 0.25, extra={"x": 1.0}), study="other")
+    assert by_trial([one, other]) == by_trial([other, one]) == {(one.arm, one.digest): other}
+    with pytest.raises(EspalierError, match="contradict each other: other and s: default lr=0.001 seed=1: score"):
+        by_trial([one, replace(other, score=0.5)])
 
 
 def _write(path: str, first: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 from espalier.errors import EspalierError
@@ -45,17 +45,22 @@ def read_records(path: Path | str) -> list[Record]:
     return records
 
 
-def combine(records: Iterable[Record]) -> list[Record]:
+def combine(records: Iterable[Record], key: Callable[[Record], Hashable] = lambda record: record.key) -> list[Record]:
     """Return one record a trial, in a fixed order: idempotent and independent of the order (Note [Merging]).
+
+    Args:
+        records: of any number of trials.
+        key: what makes records those of one trial.
 
     Raises:
         EspalierError: records of one trial contradict each other; all of them are listed.
     """
-    groups: dict[tuple[str, str, str], list[Record]] = {}
+    groups: dict[Hashable, list[Record]] = {}
     for record in records:
-        groups.setdefault(record.key, []).append(record)
+        groups.setdefault(key(record), []).append(record)
     conflicts = [
-        f"{group[0].study}: {group[0].arm} lr={group[0].lr:g} seed={group[0].seed}: {found}"
+        f"{' and '.join(sorted({record.study for record in group}))}: {group[0].arm} lr={group[0].lr:g} "
+        f"seed={group[0].seed}: {found}"
         for group in groups.values()
         if (found := contradiction(group)) is not None
     ]
@@ -74,17 +79,10 @@ def by_trial(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     """Return records by arm and digest, whatever study they name.
 
     Raises:
-        EspalierError: two records of one trial contradict each other.
+        EspalierError: records of one trial contradict each other.
     """
-    found: dict[tuple[str, str], Record] = {}
-    for record in records:
-        before = found.setdefault((record.arm, record.digest), record)
-        if (conflict := contradiction([before, record])) is not None:
-            raise EspalierError(
-                f"records of {record.arm} lr={record.lr:g} seed={record.seed} in {before.study} and {record.study} "
-                f"contradict each other: {conflict}: delete the line that is not to stand"
-            )
-    return found
+    kept = combine(records, lambda record: (record.arm, record.digest))
+    return {(record.arm, record.digest): record for record in kept}
 
 
 def add_records(records: Iterable[Record], to: Path | str) -> list[Record]:
