@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +50,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> EspalierError:
     if close:
         return EspalierError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, close))}?")
     return EspalierError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}")
+
+
+def require_known(kind: str, name: str, known: Collection[str]) -> None:
+    """Raise ``unknown_name`` for a name that is not ``known``."""
+    if name not in known:
+        raise unknown_name(kind, str(name), known)
 
 
 def path_of(what: str, text: str) -> Path:

@@ -109,7 +109,7 @@ def test_slurm_tasks_form_one_run(tmp_path: Path) -> None:
 def test_what_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EspalierError, match=r"start them with torchrun"):
         train(standins.recipe(), tmp_path / "run", strategy="fsdp2")
-    with pytest.raises(EspalierError, match="choose one of ddp, fsdp2"):
+    with pytest.raises(EspalierError, match="unknown strategy 'fsdp': did you mean 'fsdp2'"):
         train(standins.recipe(), tmp_path / "run", strategy="fsdp")  # type: ignore[arg-type]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")

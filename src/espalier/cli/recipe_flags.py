@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from espalier.errors import EspalierError, path_of, unknown_name
+from espalier.errors import EspalierError, path_of, require_known
 from espalier.recipes import ARMS, Recipe
 
 KEYWORD_FIELDS = ("data_args", "init_args", "loss_args", "model_args")
@@ -39,8 +39,7 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
             rest.append(token)
             continue
         field = head[2:].replace("-", "_")
-        if field not in KEYWORD_FIELDS:
-            raise unknown_name("keyword field", field, KEYWORD_FIELDS)
+        require_known("keyword field", field, KEYWORD_FIELDS)
         key, equals, text = tail.partition("=")
         value: Any = text if equals else next(stream, None)
         if value is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from espalier.data.arguments import one_of
 from espalier.data.folder import folder_source, shards_source
 from espalier.data.images import ImageSource, cifar10_source, digits_source, fashion_mnist_source
 from espalier.data.loaders import LoaderSource, own_source
@@ -13,6 +12,7 @@ from espalier.data.sequences import GeneratedSource, copying_source, mqar_source
 from espalier.data.source import Source
 from espalier.data.stream import StreamSource
 from espalier.data.text import TextSource, text_source
+from espalier.errors import require_known
 from espalier.lookup import is_reference
 
 if TYPE_CHECKING:
@@ -55,5 +55,5 @@ def build_source(recipe: Recipe) -> Source:
     """
     if is_reference(recipe.dataset):
         return own_source(recipe)
-    one_of("dataset", recipe.dataset, SOURCES)
+    require_known("dataset", recipe.dataset, SOURCES)
     return SOURCES[recipe.dataset](recipe)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.errors import EspalierError, path_of, unknown_name
+from espalier.errors import EspalierError, path_of, require_known
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -31,8 +31,7 @@ def read_arguments(recipe: Recipe, defaults: Mapping[str, Any], *, reads_files: 
             "choose another, such as --dataset folder"
         )
     for name in recipe.data_args:
-        if name not in defaults:
-            raise unknown_name(f"argument of dataset {recipe.dataset!r}", name, defaults)
+        require_known(f"argument of dataset {recipe.dataset!r}", name, defaults)
     return {**defaults, **recipe.data_args}
 
 
@@ -56,16 +55,6 @@ def unit_share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise EspalierError(f"{name} is {value!r}: give a share between 0 and 1")
     return float(value)
-
-
-def one_of(kind: str, value: Any, known: Collection[str]) -> None:
-    """Refuse a ``value`` that is not ``known``.
-
-    Raises:
-        EspalierError: it is not; the message suggests the closest ones.
-    """
-    if value not in known:
-        raise unknown_name(kind, str(value), known)
 
 
 def find_data(recipe: Recipe, subfolder: str) -> Path:

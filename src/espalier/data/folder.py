@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.data.arguments import find_data, one_of, positive_int, read_arguments, unit_share
+from espalier.data.arguments import find_data, positive_int, read_arguments, unit_share
 from espalier.data.augmentation import Augmentation
 from espalier.data.decoded import MappedPixels, check_memory, decode_all, read_all
 from espalier.data.encoded import EncodedImages
@@ -15,7 +15,7 @@ from espalier.data.labelled import ImageData, LabelledImages
 from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
 from espalier.data.stream import Pixels, StreamedPixels, StreamSource
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, require_known
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -66,7 +66,7 @@ def read_folder(root: Path, *, size: int = 64, test_share: float = 0.2) -> Image
 
 def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[str, Any]) -> ImageSource | StreamSource:
     storage, size, workers = arguments["storage"], positive_int("size", arguments["size"]), arguments["workers"]
-    one_of("storage", storage, STORAGES)
+    require_known("storage", storage, STORAGES)
     if size > _MOST_PIXELS:
         raise EspalierError(f"size is {size}: give at most {_MOST_PIXELS} pixels, no picture has a longer side")
     if workers not in (None, 0) and positive_int("workers", workers) > _MOST_WORKERS:

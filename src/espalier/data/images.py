@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from espalier.data.arguments import find_data, one_of, positive_int, read_arguments
+from espalier.data.arguments import find_data, positive_int, read_arguments
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.generated import GENERATED, GeneratedImages, read_generated
@@ -17,7 +17,7 @@ from espalier.data.labelled import ImageData
 from espalier.data.normalizer import build_normalizer, value_counts
 from espalier.data.published import read_cifar10, read_digits, read_fashion_mnist
 from espalier.data.source import contents_digest, epoch_order, image_args, require_step
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, require_known
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ImageSource(ImageBatches):
         Raises:
             EspalierError: unknown split.
         """
-        one_of("split", split, self._splits)
+        require_known("split", split, self._splits)
         chosen = self._splits[split]
         batches = zip(chosen.images_NCHW.split(batch_size), chosen.labels_N.split(batch_size), strict=True)
         for pixels_BCHW, labels_B in batches:
@@ -134,7 +134,7 @@ class ImageSource(ImageBatches):
         Raises:
             EspalierError: unknown split, or a limit below 1.
         """
-        one_of("split", split, self._splits)
+        require_known("split", split, self._splits)
         chosen = self._splits[split]
         count = len(chosen) if limit is None else positive_int("limit", limit)
         return to_unit(chosen.images_NCHW[:count]), chosen.labels_N[:count]

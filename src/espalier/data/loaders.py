@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from espalier.data.arguments import one_of
 from espalier.data.augmentation import Augmentation
 from espalier.data.source import Source, epoch_order, image_args
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, require_known
 from espalier.lookup import errors_of, load, without_pin
 from espalier.randomness import derive_generator
 
@@ -139,7 +138,7 @@ class LoaderSource:
         Raises:
             EspalierError: unknown split, or items that are no pairs of tensors.
         """
-        one_of("split", split, self._splits)
+        require_known("split", split, self._splits)
         generator = derive_generator(0, "evaluation", split)
         return _read(self._name, self._device, self._loader(split, batch_size), generator)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from espalier.data.arguments import one_of
+from espalier.errors import require_known
 from espalier.nn.lipschitz.normalisation import Normalize
 
 NORMALIZATIONS = ("mean_std", "mean", "none")
@@ -39,7 +39,7 @@ def build_normalizer(counts_CV: Tensor, normalize: str) -> nn.Module:
     Raises:
         EspalierError: unknown ``normalize``.
     """
-    one_of("normalize", normalize, NORMALIZATIONS)
+    require_known("normalize", normalize, NORMALIZATIONS)
     if normalize == "none":
         return nn.Identity()
     mean_C, std_C = channel_statistics(counts_CV)

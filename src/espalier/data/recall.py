@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import one_of, positive_int
+from espalier.data.arguments import positive_int
 from espalier.data.source import IGNORED
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, require_known
 
 START, BAR, STOP = 0, 1, 2
 MARKS = 3
@@ -57,7 +57,7 @@ def copying(
     shortest = positive_int("length", length) if min_length is None else positive_int("min_length", min_length)
     if not shortest <= length:
         raise EspalierError(f"min_length {shortest} is above length {length}: lower it")
-    one_of("order", order, ORDERS)
+    require_known("order", order, ORDERS)
     _require_symbols(vocab_size)
     device = generator.device
     size_B1 = torch.randint(shortest, length + 1, (count, 1), generator=generator, device=device)
@@ -112,7 +112,7 @@ def ngram_lookup(
 
     Source: "Repeat After Me" (arXiv 2402.01032), section 3.
     """
-    one_of("side", side, SIDES)
+    require_known("side", side, SIDES)
     need = positive_int("ngram", ngram) + positive_int("answer_length", answer_length)
     if length < need:
         raise EspalierError(
@@ -175,7 +175,7 @@ def mqar(
     Source: Zoology (arXiv 2312.04927), section 4 and its published generator.
     """
     pairs = usual_pairs(length) if pairs is None else positive_int("pairs", pairs)
-    one_of("placement", placement, PLACEMENTS)
+    require_known("placement", placement, PLACEMENTS)
     if isinstance(power, bool) or not isinstance(power, int | float):
         raise EspalierError(f"power is {power!r}: give a number")
     if not isinstance(random_filler, bool):

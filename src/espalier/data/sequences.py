@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import one_of, positive_int, read_arguments
+from espalier.data.arguments import positive_int, read_arguments
 from espalier.data.recall import MARKS, copying, mqar, ngram_lookup, usual_pairs
 from espalier.data.source import require_step
+from espalier.errors import require_known
 from espalier.randomness import derive_generator
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TokenBatches:
         Raises:
             EspalierError: unknown split.
         """
-        one_of("split", split, self._splits)
+        require_known("split", split, self._splits)
         inputs_BL, targets_BL = self._splits[split]
         yield from zip(inputs_BL.split(batch_size), targets_BL.split(batch_size), strict=True)
 

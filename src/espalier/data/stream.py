@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from espalier.data.arguments import one_of
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.decode import central_square, random_area
@@ -25,7 +24,7 @@ from espalier.data.encoded import EncodedImages
 from espalier.data.images import ImageBatches
 from espalier.data.normalizer import build_normalizer, value_counts
 from espalier.data.source import contents_digest, epoch_order, require_step
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, require_known
 from espalier.files import cache_folder, read_sealed, write_sealed
 from espalier.randomness import derive_generator
 
@@ -158,7 +157,7 @@ class StreamSource(ImageBatches):
         Raises:
             EspalierError: unknown split, an image that cannot be decoded, or a worker process that was killed.
         """
-        one_of("split", split, self._splits)
+        require_known("split", split, self._splits)
         whole = torch.arange(len(self._splits[split].labels_N)).split(batch_size)
         for pixels_BCHW, labels_B in self._read(split, ((indices_B, ()) for indices_B in whole)):
             yield self.normalizer(to_unit(pixels_BCHW)), labels_B

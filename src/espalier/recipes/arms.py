@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from espalier.errors import unknown_name
+from espalier.errors import require_known
 from espalier.lookup import is_reference
 from espalier.recipes.base import Recipe
 
@@ -49,6 +49,5 @@ def apply_arm(recipe: Recipe, arm: str) -> Recipe:
     """
     if is_reference(arm):
         return replace(recipe, **_arm(arm))
-    if arm not in ARMS:
-        raise unknown_name("arm", arm, ARMS)
+    require_known("arm", arm, ARMS)
     return replace(recipe, **ARMS[arm])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, require_known
 from espalier.lookup import errors_of, is_reference, load
 
 
@@ -150,6 +150,5 @@ def get_recipe(name: str) -> Recipe:
         if not isinstance(recipe, Recipe):
             raise EspalierError(f"recipe {name} returned {type(recipe).__name__}: return an espalier.recipes.Recipe")
         return recipe
-    if name not in _RECIPES:
-        raise unknown_name("recipe", name, _RECIPES)
+    require_known("recipe", name, _RECIPES)
     return _RECIPES[name]()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.errors import unknown_name
+from espalier.errors import require_known
 from espalier.init import FilterCovariance, FilterStatistics, Mimetic, MimeticSSM, StructureReport, structure_
 from espalier.init.attention import baselines
 from espalier.lookup import errors_of, is_reference, load
@@ -66,8 +66,7 @@ def mimetic_ssm(model: nn.Module, generator: torch.Generator, **parts: Any) -> S
     """
     known = [field.name for field in fields(MimeticSSM)]
     for name in parts:
-        if name not in known:
-            raise unknown_name("argument of init 'mimetic_ssm'", name, known)
+        require_known("argument of init 'mimetic_ssm'", name, known)
     return structure_(model, attention=None, depthwise=None, ssm=MimeticSSM(**parts), generator=generator)
 
 
@@ -124,8 +123,7 @@ def get_init(name: str) -> Init:
         EspalierError: no initialisation has that name, or there is no such function.
     """
     if not is_reference(name):
-        if name not in INITS:
-            raise unknown_name("init", name, INITS)
+        require_known("init", name, INITS)
         return INITS[name]
     function = load("init", name)
 

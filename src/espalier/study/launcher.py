@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, require_known
 from espalier.recipes import Recipe
 from espalier.study.slurm import run_jobs
 from espalier.study.trial import FAILURE, Study, Trial
@@ -65,8 +65,7 @@ def launch(
         EspalierError: no such cluster, started by torchrun, or a worker died and left trials unfinished.
         RunInterrupted: stopped from the keyboard or by a signal; launching again goes on.
     """
-    if cluster not in ("local", "slurm"):
-        raise EspalierError(f"cluster {cluster!r}: choose 'local' or 'slurm'")
+    require_known("cluster", cluster, ("local", "slurm"))
     if workers < 0:
         raise EspalierError(f"workers {workers}: give a number from 0")
     if parameters and cluster != "slurm":

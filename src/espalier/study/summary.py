@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from espalier.errors import unknown_name
+from espalier.errors import require_known
 from espalier.randomness import derive_generator
 from espalier.recipes import Recipe
 from espalier.study.record import Record
@@ -120,8 +120,7 @@ class Summary:
         """
         known = {each.arm: each for each in self.arms}
         for name in (arm, baseline):
-            if name not in known:
-                raise unknown_name("arm of this study", name, known)
+            require_known("arm of this study", name, known)
         one = known[arm]
         return _paired(arm, _scores_at(one.rates, one.best_lr), known[baseline], self.metric, self.level)
 

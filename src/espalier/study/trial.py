@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, require_known
 from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
@@ -348,8 +348,7 @@ def _check_arm(arm: str) -> None:
 def _with_fields(recipe: Recipe, arm: str, values: Mapping[str, Any]) -> Recipe:
     known = [each.name for each in fields(Recipe)]
     for name in values:
-        if name not in known:
-            raise unknown_name(f"field of arm {arm!r}", name, known)
+        require_known(f"field of arm {arm!r}", name, known)
         if name in ("lr", "seed"):
             raise EspalierError(f"arm {arm!r} changes {name}: every arm gets the same rates and seeds")
     return replace(recipe, **values)

@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError, require, unknown_name
+from espalier.errors import EspalierError, require, require_known
 from espalier.files import target_of, write_bytes, write_tensors
 from espalier.nn.kernels.backend import use_backend
 from espalier.nn.orthogonal.spectrum.cache import constant_operators
@@ -54,8 +54,7 @@ def export_run(run: Run, to: Format, out: Path | None = None) -> Path:
             that does not give the same logits.
         MissingExtraError: ONNX or its runtime is not installed.
     """
-    if to not in _SUFFIXES:
-        raise unknown_name("format", to, get_args(Format))
+    require_known("format", to, _SUFFIXES)
     expected = ImageInput.load(run.path)
     folder = run.path.resolve()
     out = folder.with_name(folder.name + _SUFFIXES[to]) if out is None else Path(out)

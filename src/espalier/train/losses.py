@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.data.source import IGNORED
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, require_known
 from espalier.recipes.base import Recipe
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -125,14 +125,13 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
     Raises:
         EspalierError: unknown loss or loss argument, or label smoothing with a loss that has none.
     """
-    if recipe.loss not in LOSSES:
-        raise unknown_name("loss", recipe.loss, LOSSES)
+    require_known("loss", recipe.loss, LOSSES)
     function = LOSSES[recipe.loss]
     arguments: dict[str, Any] = dict(recipe.loss_args)
     taken = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     known = taken - {"label_smoothing"}
-    if (unknown := next((name for name in arguments if name not in known), None)) is not None:
-        raise unknown_name(f"argument of loss {recipe.loss!r}:", unknown, known or {"none"})
+    for name in arguments:
+        require_known(f"argument of loss {recipe.loss!r}:", name, known or {"none"})
     if recipe.label_smoothing:
         if taken == known:
             raise EspalierError(f"label_smoothing {recipe.label_smoothing} has no meaning for {recipe.loss!r}: set 0")

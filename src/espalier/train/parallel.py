@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError, require
+from espalier.errors import EspalierError, require, require_known
 from espalier.recipes.base import Recipe
 
 Strategy = Literal["ddp", "fsdp2"]
@@ -27,8 +27,7 @@ def make_fabric(recipe: Recipe, strategy: Strategy) -> Any:
     Raises:
         EspalierError: an unknown strategy, shards in one process, or a batch that the processes cannot share evenly.
     """
-    if strategy not in get_args(Strategy):
-        raise EspalierError(f"strategy {strategy!r}: choose one of {', '.join(get_args(Strategy))}")
+    require_known("strategy", strategy, get_args(Strategy))
     environments = require("lightning_fabric.plugins.environments", "train")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         processes, devices = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])

@@ -17,7 +17,7 @@ from torch import nn
 
 from espalier import data
 from espalier.data.source import Source
-from espalier.errors import EspalierError, told
+from espalier.errors import EspalierError, require_known, told
 from espalier.files import load_weights, read_object, read_regular, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import check_sizes, first_difference, load_recipe, recipe_to_dict
@@ -54,8 +54,7 @@ class Run:
         Raises:
             EspalierError: the run has no such weights (unfinished, diverged), or they are damaged.
         """
-        if which not in ("final", "start"):
-            raise EspalierError(f"weights {which!r} of a run: choose 'final' or 'start'")
+        require_known("weights of a run", which, ("final", "start"))
         weights = self.path / (FINAL if which == "final" else START)
         if not weights.exists():
             state = "is not finished" if self.result is None else "has lost a file"
@@ -148,8 +147,7 @@ def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfi
     Raises:
         EspalierError: the folder belongs to something else, or holds an unfinished run and ``resume`` is "never".
     """
-    if resume not in ("auto", "never"):
-        raise EspalierError(f"resume {resume!r}: choose 'auto' or 'never'")
+    require_known("resume", resume, ("auto", "never"))
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return "new"
     if not (out / RECIPE).is_file():
