@@ -205,6 +205,7 @@ def test_a_script_without_a_guard_has_workers_and_resumes(tmp_path: Path) -> Non
         ({"arms": ["a\udcff"]}, "choose a name that a folder can bear"),
         ({"arms": ["a" * 240]}, "choose a name that a folder can bear"),
         ({"metric": 3}, "metric 3: give its name"),
+        ({"metric": "a\0b"}, r"metric 'a\\x00b': give its name"),
         ({"workers": 1.5}, "workers 1.5: give a whole number from 0"),
     ],
 )

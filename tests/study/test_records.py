@@ -28,7 +28,7 @@ ARMS, LRS, SEEDS = ["default", "mimetic"], [1e-4, 1e-3], [0, 1, 2]
 
 finite = st.floats(-1e6, 1e6).map(lambda value: round(value, 6))
 times = st.floats(0, 1e6).map(lambda value: round(value, 6))
-words = st.text(min_size=1, max_size=12)
+words = st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=12)
 made_records = st.builds(
     Record,
     study=words,
@@ -107,10 +107,13 @@ def test_what_is_no_record_is_named_with_its_line(text: str) -> None:
         ({"score": "0.5"}, "field 'score' is '0.5'"),
         ({"seed": True}, "field 'seed' is True"),
         ({"lr": 0}, "field 'lr' is 0"),
-        ({"colour": 1}, "unknown fields ['colour']"),
+        ({"colour": 1}, "unknown field 'colour'"),
         ({"diverged": True}, "diverged is True and score is 0.5"),
         ({"curve": [[1, 2, 3]]}, "field 'curve'"),
         ({"extra": {"a": None}}, "field 'extra'"),
+        ({"date": "2026\0"}, "field 'date' is '2026\\x00'"),
+        ({"extra": {"a": True}}, "field 'extra'"),
+        ({"curve": [[1, True, 3.0, 0.5]]}, "field 'curve'"),
         # What no trial can leave.
         ({"score": 10**400}, "field 'score' is 1000"),
         ({"lr": 10**400}, "field 'lr' is 1000"),
@@ -133,7 +136,7 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, object], said: str
         record_from_line(json.dumps({**values, **change}))
     assert said in str(error.value)
     del values["arm"]
-    with pytest.raises(ValueError, match="no \\['arm'\\]"):
+    with pytest.raises(ValueError, match="field 'arm' is missing"):
         record_from_line(json.dumps(values))
     with pytest.raises(ValueError, match="NaN is not a finite number"):
         record_from_line(json.dumps({**values, "arm": "a", "score": float("nan")}))
@@ -218,7 +221,7 @@ def test_another_score_is_reported_and_nothing_is_written(tmp_path: Path) -> Non
 def test_a_trial_under_two_names_of_its_study_counts_once_or_is_refused_with_both() -> None:
     one, other = a_record(1, 0.25), replace(a_record(1, 0.25, extra={"x": 1.0}), study="other")
     assert by_trial([one, other]) == by_trial([other, one]) == {(one.arm, one.digest): other}
-    with pytest.raises(EspalierError, match="contradict each other: other and s: default lr=0.001 seed=1: score"):
+    with pytest.raises(EspalierError, match=r"contradict each other: other and s: default lr=0\.001 seed=1: score"):
         by_trial([one, replace(other, score=0.5)])
 
 

@@ -6,16 +6,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from espalier.errors import EspalierError, path_of, require, unknown_name
 from espalier.files import read_regular, write_json
 from espalier.lookup import is_pinned, is_reference, pin
 from espalier.recipes.base import Recipe
 
-_TYPES: dict[str, Any] = get_type_hints(Recipe)
+Kind = TypeVar("Kind")
 
 _MOST = " is too large: give at most"
 _DEEPEST = 10_000
@@ -85,26 +86,39 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Build a recipe from plain values; lists become tuples, missing fields keep their defaults.
+    """Build a recipe from plain values, as ``from_values`` does."""
+    return from_values(Recipe, values, where)
+
+
+def from_values(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+    """Build a dataclass from plain values, each held to the type of its field.
+
+    Lists become tuples, missing fields keep their defaults.
 
     Args:
+        kind: the dataclass.
         values: values by field name.
         where: what the message of an error begins with.
 
     Raises:
-        EspalierError: unknown field, wrong type, or no name.
+        EspalierError: a field that is unknown or missing, or a value of the wrong type.
         MissingExtraError: tyro, which brings typeguard, is not installed.
     """
-    checked = {}
+    types, found = _types(kind), {}  # type: ignore[arg-type]  # a type has a hash
     for name, value in values.items():
-        if name not in _TYPES:
-            raise EspalierError(f"{where}: {unknown_name('field', name, _TYPES)}")
-        checked[name] = value = _tuples(value)
-        if problem := _misfit(value, _TYPES[name]):
+        if name not in types:
+            raise EspalierError(f"{where}: {unknown_name('field', name, types)}")
+        value = _tuples(value)
+        if problem := _misfit(value, types[name]):
             raise EspalierError(f"{where}: field {name!r} is {value!r}: {problem}")
-    if "name" not in values:
-        raise EspalierError(f"{where}: field 'name' is missing")
-    return Recipe(**{name: _convert(value, _TYPES[name]) for name, value in checked.items()})
+        found[name] = _convert(value, types[name])
+    for each in fields(kind):  # type: ignore[arg-type]  # there is no type of dataclasses
+        if each.name not in found and each.default is each.default_factory is MISSING:
+            raise EspalierError(f"{where}: field {each.name!r} is missing")
+    return kind(**found)
+
+
+_types = cache(get_type_hints)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -254,4 +268,7 @@ def _convert(value: Any, kind: Any) -> Any:
     # 1 and 1.0 must make the same run folder: a whole number in a float field becomes a float.
     if kind is float:
         return float(value)
-    return tuple(map(_convert, value, get_args(kind))) if get_origin(kind) is tuple else value
+    if get_origin(kind) is not tuple:
+        return value
+    parts = get_args(kind)
+    return tuple(map(_convert, value, parts[:1] * len(value) if parts[-1] is ... else parts))

@@ -55,7 +55,7 @@ class OwnTraining:
             raise EspalierError(f"train {name} must take (arm, lr, seed, folder): {error}") from error
         if not (isinstance(lr, int | float) and 0 < lr <= sys.float_info.max):
             raise EspalierError(f"lr {lr!r}: give a positive number, the centre of the grid of rates")
-        if not (isinstance(metric, str) and metric):
+        if not (isinstance(metric, str) and metric and metric.isprintable()):
             raise EspalierError(f"metric {metric!r}: give its name")
         try:
             source = inspect.getsource(inner if hasattr(inner, "__qualname__") else type(inner))

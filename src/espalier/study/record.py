@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import PurePath
@@ -13,7 +13,7 @@ from typing import Any
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
-from espalier.recipes.validation import recipe_to_dict
+from espalier.recipes.validation import from_values, recipe_to_dict
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import score_limits, spread
 from espalier.train import Run, environment
@@ -217,19 +217,14 @@ def record_from_line(line: str) -> Record:
         raise ValueError("nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError("not an object of fields")
-    known = {each.name for each in fields(Record)}
-    needed = {"study", "arm", "lr", "seed", "digest", "metric", "score", "diverged", "epochs", "steps", "curve"}
-    for words, names in (("unknown fields", values.keys() - known), ("no", needed - values.keys())):
-        if names:
-            raise ValueError(f"{words} {sorted(names)}")
-    for name, kind in _KINDS.items():
-        if name in values and not kind(values[name]):
-            raise ValueError(f"field {name!r} is {shortened(values[name])}")
-    _refuse_impossible(values)
-    if values["diverged"] != (values["score"] is None):
-        raise ValueError(f"diverged is {values['diverged']} and score is {values['score']}")
-    curve = tuple((row[0], row[1], row[2], row[3]) for row in values.pop("curve"))
-    return Record(**{"seconds": 0.0, "step_seconds": None, **values, "curve": curve})
+    record = from_values(Record, {"seconds": 0.0, "step_seconds": None, **values}, "record")
+    for name, holds in _RULES.items():
+        if not holds(value := getattr(record, name)):
+            raise ValueError(f"field {name!r} is {shortened(value)}")
+    _refuse_impossible(record)
+    if record.diverged != (record.score is None):
+        raise ValueError(f"diverged is {record.diverged} and score is {record.score}")
+    return record
 
 
 def _check(text: str) -> str:
@@ -280,47 +275,26 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a finite number")
 
 
-def _refuse_impossible(values: Mapping[str, Any]) -> None:
+def _refuse_impossible(record: Record) -> None:
     """Refuse scores that the metrics of a record cannot have; which are shares, their names say."""
-    metric = values["metric"]
-    figures = [("score", metric, values["score"])]
-    figures += [("a score of its curve", metric, row[3]) for row in values["curve"]]
-    figures += [(name, name, value) for name, value in values.get("extra", {}).items()]
+    figures = [("score", record.metric, record.score)]
+    figures += [("a score of its curve", record.metric, row[3]) for row in record.curve]
+    figures += [(name, name, value) for name, value in record.extra.items()]
     for what, name, value in figures:
         low, high = score_limits(name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{what} is {value:g}, and {shortened(name)} lies in [{low:g}, {high:g}]")
-    steps = [row[1] for row in values["curve"]]
+    steps = [row[1] for row in record.curve]
     if steps != sorted(set(steps)):
         raise ValueError("the steps of its curve do not increase")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and is_number(value) and value >= 0
-
-
-def _is_curve(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(row, list) and len(row) == 4 and all(map(is_number, row)) and _is_count(row[1])
-        and row[0] >= 0 and row[2] >= 0
-        for row in value
-    )  # fmt: skip
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_KINDS = {
-    **dict.fromkeys(("study", "arm", "digest", "metric"), lambda value: _is_text(value) and bool(value)),
-    **dict.fromkeys(("commit", "processor", "date"), _is_text),
-    **dict.fromkeys(("seed", "epochs", "steps"), _is_count),
-    "lr": lambda value: is_number(value) and value > 0,
-    "score": lambda value: value is None or is_number(value),
-    "step_seconds": lambda value: value is None or (is_number(value) and value > 0),
-    "seconds": lambda value: is_number(value) and value >= 0,
-    "diverged": lambda value: isinstance(value, bool),
-    "curve": _is_curve,
-    "extra": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
-    "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+# What must hold of fields beyond their types.
+_RULES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("study", "arm", "digest", "metric"), bool),
+    **dict.fromkeys(("seed", "epochs", "steps", "seconds"), lambda value: value >= 0),
+    "lr": lambda value: value > 0,
+    "step_seconds": lambda value: value is None or value > 0,
+    "curve": lambda rows: all(all(map(is_number, row)) and min(row[:3]) >= 0 for row in rows),
+    "extra": lambda figures: all(map(is_number, figures.values())),
 }

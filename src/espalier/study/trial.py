@@ -12,7 +12,7 @@ from espalier.errors import EspalierError, require_known
 from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
-from espalier.recipes.validation import recipe_from_dict, recipe_to_dict, refuse_unpinned, resolve_recipe
+from espalier.recipes.validation import from_values, recipe_from_dict, recipe_to_dict, refuse_unpinned, resolve_recipe
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
@@ -246,8 +246,8 @@ def load_study(path: Path | str) -> Study:
         if "recipe" in plan:
             recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
         else:
-            recipe = OwnTraining(**plan["train"])
-            if not (all(isinstance(text, str) for text in (recipe.name, recipe.code, recipe.metric)) and recipe.lr > 0):
+            recipe = from_values(OwnTraining, plan["train"], where=f"{file}: train")
+            if not recipe.lr > 0:
                 raise TypeError("a training that no study has")
             if any(changes != {} for changes in plan["arms"].values()):
                 raise KeyError("arms that change fields of a recipe")

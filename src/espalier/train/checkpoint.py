@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 
 from espalier.errors import EspalierError
 from espalier.files import lock_of, read_object, write_json
+from espalier.recipes.validation import from_values
 from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
 from espalier.train.parallel import first_of_any, gather_objects, rank_and_world
 
@@ -210,13 +210,10 @@ def _load(
 
     try:
         content = read_object(path / _STATE)
-        counters = Counters(**content["counters"])
-        whole = (counters.epoch, counters.step, counters.loss_steps)
+        counters = from_values(Counters, content["counters"], "its counters")
         done = counters.step - counters.epoch * steps_per_epoch
-        if not (all(type(number) is int for number in whole) and min(whole) >= 0 and 0 <= done <= steps_per_epoch):
+        if min(counters.epoch, counters.step, counters.loss_steps) < 0 or not 0 <= done <= steps_per_epoch:
             raise ValueError(f"it stands at step {counters.step} after {counters.epoch} epochs")
-        if not (math.isfinite(counters.loss_sum) and math.isfinite(counters.seconds)):
-            raise ValueError("its loss is not finite")
         if not all(isinstance(row, dict) for row in content["rows"]):
             raise ValueError("its rows are none")
         for name, keys in content["optimizer"].items():

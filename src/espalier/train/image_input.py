@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from espalier.data.decode import upright_rgb
 from espalier.errors import EspalierError, require
 from espalier.files import read_object, read_regular
 from espalier.nn.lipschitz.normalisation import Normalize
+from espalier.recipes.validation import from_values
 
 IMAGES = "images.json"
 # Files whose names the message about unreadable ones lists.
@@ -57,27 +57,16 @@ class ImageInput:
             EspalierError: the run was not trained on images, or its file is damaged.
         """
         try:
-            values = read_object(folder / IMAGES)
-            given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-            loaded = cls(**given)
-            loaded._check()
-            return loaded
+            found = from_values(cls, read_object(folder / IMAGES), IMAGES)
+            if not all(0 < size < 2**20 for size in (found.channels, found.height, found.width)):
+                raise ValueError("channels, height and width are no sizes of an image")
+            if not {len(found.mean), len(found.std)} <= {0, 1, found.channels} or not all(s > 0 for s in found.std):
+                raise ValueError("mean and std hold no positive deviation a channel")
+            return found
         except FileNotFoundError:
             raise EspalierError(f"run {folder} has no {IMAGES}: only runs on data sets of images have one") from None
-        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        except (OSError, ValueError) as error:
             raise EspalierError(f"{folder / IMAGES} is damaged ({error}): train into another folder") from None
-
-    def _check(self) -> None:
-        """Raise ``ValueError`` for values that no run writes."""
-        numbers = *self.mean, *self.std
-        if type(self.class_names) is not tuple or not all(isinstance(name, str) for name in self.class_names):
-            raise ValueError("class_names holds no list of names")
-        if not all(type(size) is int and 0 < size < 2**20 for size in (self.channels, self.height, self.width)):
-            raise ValueError("channels, height and width are no sizes of an image")
-        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise ValueError("mean and std hold no finite numbers")
-        if not {len(self.mean), len(self.std)} <= {0, 1, self.channels} or not all(s > 0 for s in self.std):
-            raise ValueError("mean and std hold no positive deviation a channel")
 
     def normalizer(self) -> nn.Module:
         """Return the module that normalises pixels in [0, 1]."""

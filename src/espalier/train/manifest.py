@@ -52,7 +52,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
             f"{folder} has no {MANIFEST}: it is damaged, or an earlier version made it; train into another folder"
         )
     content = read_sealed(path, "manifest")
-    files, notes = content.get("files"), content.get("notes")
+    files: Any = content.get("files")
+    notes: Any = content.get("notes")
     whole = len(content) == 2 and isinstance(files, dict) and isinstance(notes, dict)
     if not (whole and all(isinstance(digests, list) for digests in files.values())):
         raise EspalierError(f"{path} is damaged: restore it from a copy, or train into another folder")
