@@ -7,6 +7,11 @@ import math
 from pathlib import Path
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Return whether an error says that there is too little memory, on whatever device."""
+    return isinstance(error, MemoryError) or any(t in str(error) for t in ("out of memory", "allocate memory"))
+
+
 def free_memory() -> float:
     """Return how many bytes of memory are free; infinity where the system does not say."""
     free = math.inf  # where nothing says how much there is, nothing is refused

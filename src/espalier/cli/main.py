@@ -16,6 +16,7 @@ from espalier.cli.messages import say
 from espalier.errors import EspalierError, told, unknown_name
 from espalier.heap import keep_freed_memory
 from espalier.lookup import own_place
+from espalier.memory import is_exhausted
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or name another path",
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(_os_error(error), 2)
     except Exception as error:
         _show_traceback()
-        if _out_of_memory(error):
+        if is_exhausted(error):
             return _complain("out of memory: choose a smaller model or batch", 2)
         text = told(error)
         if place := own_place(error):  # in training, where the checks before it cannot see
@@ -122,10 +123,6 @@ def _show_traceback() -> None:
 def _os_error(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}: {_REMEDIES.get(error.errno or 0, 'name another path')}"
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(t in str(error) for t in ("out of memory", "can't allocate memory"))
 
 
 def leave_process_group() -> None:

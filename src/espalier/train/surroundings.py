@@ -12,6 +12,7 @@ import torch
 
 from espalier.errors import EspalierError
 from espalier.files import locked
+from espalier.memory import is_exhausted
 from espalier.recipes.base import Recipe
 from espalier.train.parallel import first_of_any
 from espalier.train.requests import Requests, RunInterrupted
@@ -80,7 +81,7 @@ def one_line_errors(recipe: Recipe, out: Path, requests: Requests) -> Iterator[N
             raise EspalierError(message) from error
         raise EspalierError(f"{error.strerror}: {error.filename or out}: choose another folder for the run") from error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_exhausted(error):
             raise
         raise EspalierError(_out_of_memory(recipe, out)) from error
 
