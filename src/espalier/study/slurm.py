@@ -18,6 +18,7 @@ import torch
 
 from espalier.errors import EspalierError
 from espalier.files import write_bytes
+from espalier.train.requests import RESUMABLE
 
 # Note [Jobs]
 # The queue itself says what is left to wait for: jobs are found by their name, which derives from the study's folder.
@@ -30,7 +31,6 @@ from espalier.files import write_bytes
 _POLL_SECONDS = 5.0
 _STOP_SECONDS = 60.0
 _WARNING_SECONDS = 120
-_RESUMABLE = 75
 
 
 def run_jobs(
@@ -116,7 +116,7 @@ def main() -> None:
         # A limit so short that the warning comes at once would be met again and again.
         if time.monotonic() - started > _WARNING_SECONDS / 2 and _time_is_up():
             _slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
-        sys.exit(_RESUMABLE)
+        sys.exit(RESUMABLE)
 
 
 def _time_is_up() -> bool:

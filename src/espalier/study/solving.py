@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from espalier.errors import EspalierError, require
 from espalier.randomness import derive_generator
 from espalier.study.statistics import Interval, PairedDifference, paired_difference, sign_flip_p, t_interval
@@ -85,11 +87,9 @@ def log_rate_area(scores: Mapping[float, float]) -> float:
     rates = sorted(scores)
     if len(rates) < 2:
         return math.nan
-    logs = [math.log(rate) for rate in rates]
-    area = math.fsum(
-        (logs[i + 1] - logs[i]) * (scores[rates[i]] + scores[rates[i + 1]]) / 2 for i in range(len(rates) - 1)
-    )
-    return area / (logs[-1] - logs[0])
+    logs = torch.tensor(rates, dtype=torch.float64).log()
+    area = torch.trapezoid(torch.tensor([scores[rate] for rate in rates], dtype=torch.float64), logs)
+    return float(area / (logs[-1] - logs[0]))
 
 
 def measure_solving(summary: Summary, threshold: float = THRESHOLD) -> list[Solving]:

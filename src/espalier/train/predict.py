@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from espalier.data.arguments import positive_int
 from espalier.data.layout import image_names
 from espalier.errors import EspalierError
 from espalier.train.image_input import ImageInput
@@ -40,8 +41,7 @@ def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tu
             of the user's own with another number of logits than the data have classes.
     """
     expected = ImageInput.load(run.path)
-    if top < 1:
-        raise EspalierError(f"top is {top}: give a whole number from 1")
+    positive_int("top", top)
     files = [
         file
         for path in paths
