@@ -369,12 +369,16 @@ class Callable_:
         return 1.0
 
 
+CONVMIXER = {"model": "convmixer", "model_args": {"dim": 8, "depth": 1, "kernel_size": 3, "patch_size": 1}}
+
+
 def test_an_arm_that_cannot_be_trained_is_told_before_anything_is_written(tmp_path: Path) -> None:
     recipe = get_recipe("digits_vit")
     for arms, message in (
         (["default", "covariance"], "arm 'covariance': "),
         (["default", "default-frozen"], "arm 'default-frozen': freeze 'depthwise'"),
         ({"one": {"model_args": {"depht": 1}}}, "arm 'one': unknown argument of model 'vit' 'depht'"),
+        ({"one": {**CONVMIXER, "optimizer": "muon"}}, "arm 'one': optimizer 'muon': model 'convmixer' has no linear"),
         ({"one": {"batch_size": 10**6}}, "arm 'one': batch_size 1000000 is larger than the training set"),
     ):
         with pytest.raises(EspalierError, match=message) as caught:

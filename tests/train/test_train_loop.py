@@ -200,6 +200,13 @@ def test_muon_refuses_a_model_without_matrices_before_anything_is_written(
     assert not list(tmp_path.glob("run/*"))
 
 
+def test_a_model_with_nothing_to_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("espalier.models.build_model", lambda *_, **__: nn.Flatten())
+    with pytest.raises(EspalierError, match="has no parameter that is trained: choose another"):
+        train(recipe(), tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
+
+
 def test_frozen_filters_stay_and_leave_the_optimiser(tmp_path: Path) -> None:
     run = train(recipe(freeze="depthwise", weight_decay=1.0), tmp_path / "run")
     start, final = (load_file(run.path / f"{name}.safetensors") for name in ("start", "final"))

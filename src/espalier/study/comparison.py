@@ -21,9 +21,8 @@ from espalier.study.record import record_scores
 from espalier.study.summary import Summary, summarise
 from espalier.study.trial import FILES, RECORD, Arms, Study, Trial, draft_study, save_study
 from espalier.study.worker import RunTrial
-from espalier.train.build import build_run_model, build_run_source, freeze_
+from espalier.train.build import build_run_model, build_run_source
 from espalier.train.loggers import check_logger
-from espalier.train.losses import build_loss
 
 
 def compare(
@@ -101,7 +100,6 @@ def applicable_arms(recipe: Recipe) -> list[str]:
     for arm in ARMS:
         try:
             model, _ = build_run_model(apply_arm(recipe, arm), source)
-            freeze_(model, apply_arm(recipe, arm))
         except EspalierError:
             continue
         state = [(parameter.detach(), parameter.requires_grad) for parameter in model.parameters()]
@@ -139,10 +137,8 @@ def _check_arms(study: Study) -> None:
             key = repr([value for name, value in recipe_to_dict(recipe).items() if name not in shared])
             if key not in sources:
                 sources[key] = build_run_source(recipe)
-            build_loss(recipe)
             check_logger(recipe)
-            model, _ = build_run_model(recipe, sources[key])
-            freeze_(model, recipe)
+            build_run_model(recipe, sources[key])
         except EspalierError as error:
             raise EspalierError(f"arm {trial.arm!r}: {error}") from error
 

@@ -44,7 +44,7 @@ def build_run_source(recipe: Recipe) -> Source:
 
 
 def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, StructureReport | None]:
-    """Build the model of a run, on the CPU, with its structure written into it.
+    """Build the model of a run, on the CPU, with its structure written into it and its frozen parameters frozen.
 
     The weights come from the stream (seed, "weights") and the structure from (seed, "structure"), so that the arms of
     one seed share every weight that their structure does not touch.
@@ -57,8 +57,8 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         The model, and the report of what was written (None for the default initialisation).
 
     Raises:
-        EspalierError: unknown model, initialisation or argument; or a model that does not fit its data, tried on one
-            example.
+        EspalierError: unknown model, initialisation or argument; a model that does not fit its data, tried on one
+            example; or one that has nothing to freeze, or that the optimiser refuses.
     """
     initialise = recipes.get_init(recipe.init)
     model = build_bare_model(recipe, resolved_model_args(recipe, source))
@@ -72,6 +72,8 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         with errors_of("init", f"{recipe.init}{given}"):
             report = initialise(model, generator=structure, **recipe.init_args)
         _try_on_one_example(model, source, recipe)
+    freeze_(model, recipe)
+    build_optimizer(model, recipe)  # it may refuse the model, and nothing is written or trained yet
     return model, report
 
 
@@ -168,11 +170,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     exempts in ``no_weight_decay()``. Frozen parameters are left out, so that decay cannot shrink them.
 
     Raises:
-        EspalierError: Muon for a model without matrices.
+        EspalierError: a model with nothing to train, or Muon for one without matrices.
     """
     no_weight_decay = getattr(model, "no_weight_decay", None)
     exempt = set(no_weight_decay()) if no_weight_decay is not None else set()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise EspalierError(f"model {recipe.model!r} has no parameter that is trained: choose another")
     matrices = hidden_matrices(model) & trained.keys() - exempt if recipe.optimizer == "muon" else set()
     if recipe.optimizer == "muon" and not matrices:
         raise EspalierError(f"optimizer 'muon': model {recipe.model!r} has no linear layer inside: choose 'adamw'")

@@ -16,7 +16,7 @@ from espalier.files import load_weights, named, write_tensors
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
-from espalier.train.build import build_optimizer, build_run_model, build_run_source, freeze_
+from espalier.train.build import build_optimizer, build_run_model, build_run_source
 from espalier.train.checkpoint import clear_finished, drop_checkpoint, load_checkpoint, save_checkpoint
 from espalier.train.ema import AveragedWeights
 from espalier.train.evaluate import evaluate
@@ -109,8 +109,6 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     loss = build_loss(recipe)
     source = build_run_source(recipe)
     model, report = build_run_model(recipe, source)
-    freeze_(model, recipe)
-    build_optimizer(model, recipe)  # it may refuse the model, and nothing is written yet
     fabric.barrier()
     if fabric.is_global_zero and not (out / RECIPE).exists():
         create_folder(out, recipe, source, model, report)
