@@ -87,27 +87,20 @@ def random_resized_crop(
     return F.grid_sample(images_BCHW, grid_BHW2.to(images_BCHW.dtype), padding_mode="border", align_corners=False)
 
 
-def random_erasing(
-    images_BCHW: Tensor,
-    probability: float,
-    *,
-    scale: tuple[float, float] = (0.02, 1 / 3),
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),
-    generator: torch.Generator,
-) -> Tensor:
+def random_erasing(images_BCHW: Tensor, probability: float, *, generator: torch.Generator) -> Tensor:
     """Overwrite a random rectangle of an image with uniform noise in [0, 1], pixel by pixel (Zhong et al. 2017).
+
+    Its area is 2 % to a third of the image's, its height over width log-uniform from 0.3 to 1/0.3.
 
     Args:
         images_BCHW: floating-point images in [0, 1].
         probability: share of the images that lose a rectangle.
-        scale: smallest and largest share of the area.
-        ratio: smallest and largest height over width, log-uniform.
         generator: source of the rectangles and the noise.
     """
     batch, _, height, width = images_BCHW.shape
     device = images_BCHW.device
     draws_5B = torch.rand(5, batch, generator=generator, device=device)
-    height_B, width_B = _sides(draws_5B[1:3], scale, ratio, height * width)
+    height_B, width_B = _sides(draws_5B[1:3], (0.02, 1 / 3), (0.3, 1 / 0.3), height * width)
     height_B, width_B = height_B.round().clamp(1, height), width_B.round().clamp(1, width)
     top_B = (draws_5B[3] * (height - height_B + 1)).floor()
     left_B = (draws_5B[4] * (width - width_B + 1)).floor()

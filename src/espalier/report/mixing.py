@@ -39,8 +39,8 @@ def attention_maps(views: Sequence[View]) -> Section | None:
     table = layer_pictures(
         "Attention of every head", found, partial(_panels, "of a patch's look is at itself"),
         "Row i of a panel shows where patch i of the image looks, and sums to one: a diagonal is a patch that looks at "
-        "itself, lines beside it are its neighbours.",
-        left_out(_most_heads(found), HEADS, "heads"), scale="sequential", shared=True,
+        f"itself, lines beside it are its neighbours.{left_out(_most_heads(found), HEADS, 'heads')}",
+        scale="sequential", shared=True,
     )  # fmt: skip
     return Section("Attention maps", (*notes, *_photographs(pairs), table))
 
@@ -89,17 +89,17 @@ def mixing_matrices(views: Sequence[View]) -> Section | None:
         "Mixing matrix of every head", found, partial(_panels, "of its weight is on the token itself"),
         "Row t of a panel shows with what weight every token s ≤ t enters the output at t, step size and decay "
         "included: what attention's map is to attention. A fading diagonal forgets, a full lower triangle keeps. "
-        f"For Mamba-1 the mean over its channels. {words}", left_out(_most_heads(found), HEADS, "heads"),
+        f"For Mamba-1 the mean over its channels. {words}{left_out(_most_heads(found), HEADS, 'heads')}",
     )  # fmt: skip
     return Section("Mixing matrices", (*notes, table))
 
 
-def repeated_inputs(net: nn.Module, length: int = _REPEATED) -> Inputs:
-    """Return for every Mamba mixer the same ``length`` normal vectors twice, (1, 2·length, D): something to recall."""
+def repeated_inputs(net: nn.Module) -> Inputs:
+    """Return for every Mamba mixer the same few normal vectors twice, (1, 2·n, D): something to recall."""
     inputs = {}
     for name, mixer in _mixers(net).items():
         weight = mixer.out_proj.weight
-        tokens_1LD = torch.randn(1, length, mixer.dim, generator=torch.Generator().manual_seed(0))
+        tokens_1LD = torch.randn(1, _REPEATED, mixer.dim, generator=torch.Generator().manual_seed(0))
         inputs[name] = tokens_1LD.repeat(1, 2, 1).to(weight.device, weight.dtype)
     return inputs
 

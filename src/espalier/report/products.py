@@ -80,9 +80,9 @@ def attention_products(views: Sequence[View]) -> Section | None:
 
     pixels = _pixel_words(dim, side)
     words = f"A red diagonal says that tokens look at tokens like themselves.{left_out(heads, shown_heads, 'heads')}"
-    qk = layer_pictures("W_Q W_Kᵀ of every head", found, query_key, words, pixels, shared=True)
+    qk = layer_pictures("W_Q W_Kᵀ of every head", found, query_key, words + pixels, shared=True)
     words = "A blue diagonal says that a layer takes away part of what it looks at."
-    vo = layer_pictures("W_V W_proj of every layer", found, value_output, words, pixels, shared=True)
+    vo = layer_pictures("W_V W_proj of every layer", found, value_output, words + pixels, shared=True)
     return Section("Products of attention weights", (qk, vo))
 
 
@@ -103,8 +103,8 @@ def state_space_products(views: Sequence[View]) -> Section | None:
     table = layer_pictures(
         "W_Cᵀ W_B of every layer", found, panels,
         "A red diagonal says that a token reads from the state what tokens like itself wrote there; without one, what "
-        "is written and what is read have nothing to do with each other.",
-        left_out(groups, HEADS, "groups") + _pixel_words(width, SIDE),
+        "is written and what is read have nothing to do with each other."
+        + left_out(groups, HEADS, "groups") + _pixel_words(width, SIDE),
     )  # fmt: skip
     return Section("Products of state-space weights", (table,))
 

@@ -102,7 +102,6 @@ def layer_pictures(
     found: Found[W],
     draw: Callable[[str, W], Sequence[Panel]],
     caption: str,
-    more: str = "",
     *,
     scale: Scale = "diverging",
     shared: bool = False,
@@ -113,8 +112,7 @@ def layer_pictures(
         title: of the table.
         found: every network with its layers, as ``layers_of`` gives them.
         draw: name and weights of a layer to its panels.
-        caption: what the pictures say.
-        more: what stands between the words on layers that are left out and those on the runs behind the pictures.
+        caption: what the pictures say; words on the layers that are left out and on the runs behind them follow.
         scale: as ``picture_table`` takes it.
         shared: likewise.
     """
@@ -130,7 +128,7 @@ def layer_pictures(
             for view, layers in found
         ]
         caption += left_out(len(longest), LAYERS, "layers")
-    return picture_table(title, columns, rows, scale=scale, shared=shared, caption=caption + more + runs_behind(found))
+    return picture_table(title, columns, rows, scale=scale, shared=shared, caption=caption + runs_behind(found))
 
 
 def left_out(count: int, shown: int, things: str) -> str:

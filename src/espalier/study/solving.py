@@ -92,18 +92,13 @@ def log_rate_area(scores: Mapping[float, float]) -> float:
     return float(area / (logs[-1] - logs[0]))
 
 
-def measure_solving(summary: Summary, threshold: float = THRESHOLD) -> list[Solving]:
-    """Return what every arm of a study solves.
-
-    Args:
-        summary: the study; its scores are shares of one.
-        threshold: score from which a run has solved the task.
-    """
+def measure_solving(summary: Summary) -> list[Solving]:
+    """Return what every arm of a study, whose scores are shares of one, solves."""
     rows: list[Solving] = []
     for arm in summary.arms:
         by_rate = tuple(
             exact_share(
-                sum(score >= threshold for score in point.scores.values()),
+                sum(score >= THRESHOLD for score in point.scores.values()),
                 len(point.scores) + len(point.diverged),
                 summary.level,
             )
@@ -112,7 +107,7 @@ def measure_solving(summary: Summary, threshold: float = THRESHOLD) -> list[Solv
         solved = exact_share(sum(s.solved for s in by_rate), sum(s.runs for s in by_rate), summary.level)
         ended = _ended(arm)
         areas = {seed: log_rate_area(scores) for seed, scores in ended.items()} if len(arm.rates) > 1 else {}
-        shares = {seed: sum(s >= threshold for s in scores.values()) / len(scores) for seed, scores in ended.items()}
+        shares = {seed: sum(s >= THRESHOLD for s in scores.values()) / len(scores) for seed, scores in ended.items()}
         area = t_interval(list(areas.values()), summary.level, (0.0, 1.0)) if areas else None
         if not rows:
             base_areas, base_shares = areas, shares
