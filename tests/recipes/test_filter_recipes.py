@@ -119,7 +119,7 @@ def test_a_file_as_init_means_transferred(tokens: list[str], tmp_path: Path, mon
     others = ["--init", "covariance", "--out", "x.safetensors", "y.safetensors"]
     assert split_keyword_fields(others) == (others, {})
     # The arms that transfer keep the recipe's statistics, the others drop them.
-    recipe = merge_keyword_fields(get_recipe("convmixer_filters"), found)
+    recipe = merge_keyword_fields(get_recipe("convmixer_filters"), rest, found)
     assert apply_arm(recipe, "transferred-frozen").init_args == found["init_args"]
     assert apply_arm(recipe, "covariance").init_args == {}
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from espalier.cli.recipe_flags import (
     KEYWORD_FIELDS,
-    drop_replaced_arguments,
     merge_keyword_fields,
     refuse_unused_fields,
     split_keyword_fields,
@@ -72,7 +71,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             )
         base = named_recipe = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
         tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
-        base = merge_keyword_fields(drop_replaced_arguments(base, tokens), keywords)
+        base = merge_keyword_fields(base, tokens, keywords)
     typed = typed_arguments(command, base)
     import tyro
 

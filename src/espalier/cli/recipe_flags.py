@@ -50,15 +50,19 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
     return rest, found
 
 
-def drop_replaced_arguments(recipe: Recipe, tokens: Sequence[str]) -> Recipe:
-    """Return ``recipe`` without the arguments of what ``tokens`` replace: a ViT's mean nothing to another net."""
+def merge_keyword_fields(recipe: Recipe, tokens: Sequence[str], found: dict[str, dict[str, Any]]) -> Recipe:
+    """Return ``recipe`` with the keyword fields of ``found`` laid over its own.
+
+    What ``tokens`` replace by another has lost its arguments before: a ViT's mean nothing to another net.
+    """
+    changes: dict[str, Any] = {}
     for arguments in KEYWORD_FIELDS:
         field = arguments.removesuffix("_args").replace("data", "dataset")
         typed = [after for token, after in pairwise(tokens) if token == f"--{field}"]
         typed += [token.partition("=")[2] for token in tokens if token.startswith(f"--{field}=")]
-        if typed and typed[-1] != getattr(recipe, field):
-            recipe = replace(recipe, **{arguments: {}})  # type: ignore[arg-type]
-    return recipe
+        replaced = typed and typed[-1] != getattr(recipe, field)
+        changes[arguments] = {**({} if replaced else getattr(recipe, arguments)), **found.get(arguments, {})}
+    return replace(recipe, **changes)
 
 
 def refuse_unused_fields(base: Recipe, recipe: Recipe, arms: Sequence[str], lrs: Sequence[str]) -> None:
@@ -86,12 +90,6 @@ def refuse_unused_fields(base: Recipe, recipe: Recipe, arms: Sequence[str], lrs:
         if (value := getattr(recipe, field)) != getattr(base, field):
             shown = value if isinstance(value, str | int | float) else ""
             raise EspalierError(f"--{field.replace('_', '-')} {shown}".rstrip() + f" is not used by compare: {reason}")
-
-
-def merge_keyword_fields(recipe: Recipe, found: dict[str, dict[str, Any]]) -> Recipe:
-    """Return ``recipe`` with the keyword fields of ``found`` laid over its own."""
-    changes: dict[str, Any] = {field: {**getattr(recipe, field), **values} for field, values in found.items()}
-    return replace(recipe, **changes)
 
 
 def _named_statistics(tokens: Sequence[str]) -> list[str]:
