@@ -196,7 +196,7 @@ def test_a_script_without_a_guard_has_workers_and_resumes(tmp_path: Path) -> Non
         ({"lrs": 0.1}, "lrs 0.1: give learning rates"),
         ({"lrs": iter(())}, "lrs is empty"),
         ({"lrs": [True]}, "lrs: True is no learning rate"),
-        ({"seeds": 2.0}, "seeds 2.0: give at least one"),
+        ({"seeds": 2.0}, "seeds 2.0: give how many"),
         ({"seeds": [10**18]}, "is no seed"),
         ({"seeds": [10**400]}, "is no seed"),
         ({"arms": {"low", "high"}}, "arms .*: give a list of names, the baseline first"),  # which has no first

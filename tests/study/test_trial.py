@@ -96,7 +96,7 @@ def test_values_that_no_plan_has_are_refused_without_a_digest_too(tmp_path: Path
         (["default"], [10**400], [0], "is no learning rate"),
         (["default"], [float("nan")], [0], "no learning rate"),
         (["default"], "all", [0], "'auto'"),
-        (["default"], [1e-3], [], "seeds is empty: give at least one"),
+        (["default"], [1e-3], [], "seeds is empty: give how many"),
         (["default"], [1e-3], [-1], "seeds: -1 is no seed"),
         (["default"], [1e-3], [True], "seeds: True is no seed"),
         ("default", [1e-3], [0], "arms 'default': give a list of names"),

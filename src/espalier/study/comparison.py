@@ -77,7 +77,7 @@ def compare(
     else:
         training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
         run = partial(_run_function, train)
-    study = draft_study(training, arms, lrs, _numbered(seeds), out)
+    study = draft_study(training, arms, lrs, seeds, out)
     _check_arms(study)
     save_study(study)
     launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
@@ -107,16 +107,6 @@ def applicable_arms(recipe: Recipe) -> list[str]:
             names.append(arm)
             states.append(state)
     return names
-
-
-def _numbered(seeds: int | Sequence[int]) -> Sequence[int]:
-    """Return the seeds that a number of them stands for, which may be NumPy's or torch's; several stay as they are."""
-    count = seeds.tolist() if hasattr(seeds, "tolist") else seeds
-    if not isinstance(count, int):
-        return count
-    if count < 1 or isinstance(count, bool):
-        raise EspalierError(f"seeds {count}: give how many, from 1")
-    return range(count)
 
 
 def _check_arms(study: Study) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from espalier.errors import EspalierError, require_known
+from espalier.errors import EspalierError
 from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
@@ -185,7 +185,7 @@ def plan_study(
     recipe: Recipe | OwnTraining,
     arms: Arms,
     lrs: Sequence[float] | Literal["auto"],
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     out: Path | str,
 ) -> Study:
     """Write the plan of a study into ``out``, or extend the one that is there by new arms, rates and seeds.
@@ -198,7 +198,7 @@ def plan_study(
         arms: names of ``espalier.recipes.ARMS``, or the recipe fields that each of your own arms changes, by its name;
             the baseline first.
         lrs: peak learning rates, or ``"auto"`` (see ``learning_rates``).
-        seeds: seeds that every arm shares, so that differences are paired.
+        seeds: how many, from 0, or the seeds themselves: every arm shares them, so that differences are paired.
         out: the study folder; made when missing.
 
     Raises:
@@ -209,7 +209,9 @@ def plan_study(
     return study
 
 
-def draft_study(recipe: Recipe | OwnTraining, arms: Arms, lrs: Rates, seeds: Sequence[int], out: Path | str) -> Study:
+def draft_study(
+    recipe: Recipe | OwnTraining, arms: Arms, lrs: Rates, seeds: int | Sequence[int], out: Path | str
+) -> Study:
     """Return what ``plan_study`` would write, writing nothing."""
     out, recipe = Path(out), resolve_recipe(recipe) if isinstance(recipe, Recipe) else recipe
     rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
@@ -283,8 +285,10 @@ def learning_rates(centre: float, lrs: Rates) -> set[float]:
     return {float(f"{lr:g}") for lr in rates}
 
 
-def _seeds(seeds: Sequence[int]) -> set[int]:
-    numbers = listed("seeds", seeds, "at least one, such as [0, 1, 2]")
+def _seeds(seeds: int | Sequence[int]) -> set[int]:
+    count = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # NumPy's or torch's
+    numbers = range(count) if type(count) is int else count
+    numbers = listed("seeds", numbers or seeds, "how many, from 1, or which, such as [0, 1, 2]")
     for seed in numbers:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < _NO_SEED:
             raise EspalierError(f"seeds: {seed!r} is no seed: give whole numbers from 0, of at most 18 digits")
@@ -346,12 +350,9 @@ def _check_arm(arm: str) -> None:
 
 
 def _with_fields(recipe: Recipe, arm: str, values: Mapping[str, Any]) -> Recipe:
-    known = [each.name for each in fields(Recipe)]
-    for name in values:
-        require_known(f"field of arm {arm!r}", name, known)
-        if name in ("lr", "seed"):
-            raise EspalierError(f"arm {arm!r} changes {name}: every arm gets the same rates and seeds")
-    return replace(recipe, **values)
+    for name in values.keys() & {"lr", "seed"}:
+        raise EspalierError(f"arm {arm!r} changes {name}: every arm gets the same rates and seeds")
+    return recipe_from_dict({**recipe_to_dict(recipe), **values}, where=f"arm {arm!r}")
 
 
 def _records(path: Path) -> Mapping[tuple[str, str], Record]:
