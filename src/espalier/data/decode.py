@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.errors import require
+from espalier.errors import require, told
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -52,8 +52,8 @@ def upright_rgb(content: bytes) -> PIL.Image.Image:
     except ValueError:
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
-        raise ValueError("no image that Pillow reads" if isinstance(error, images.UnidentifiedImageError)
-                         else " ".join(str(error).split()) or type(error).__name__) from error  # fmt: skip
+        unknown = isinstance(error, images.UnidentifiedImageError)
+        raise ValueError("no image that Pillow reads" if unknown else told(error)) from error
 
 
 def central_square(image: PIL.Image.Image, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from espalier.errors import EspalierError, require
+from espalier.errors import EspalierError, require, told
 from espalier.files import read_regular
 from espalier.recipes.base import Recipe, get_recipe
 from espalier.recipes.validation import read_json, recipe_from_dict, recipe_to_dict, refuse_repeated
@@ -73,4 +73,4 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)  # a SafeLoader: it builds plain values alone
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise EspalierError(f"recipe file {where!r} is no YAML: {' '.join(str(error).split())[:200]}") from None
+        raise EspalierError(f"recipe file {where!r} is no YAML: {told(error)}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from espalier.errors import EspalierError, require
+from espalier.errors import EspalierError, require, told
 from espalier.files import lock_at, write_bytes
 from espalier.heap import keep_freed_memory
 from espalier.study.trial import FAILURE, Study, Trial
@@ -74,10 +74,9 @@ def _attempt(trial: Trial, run: RunTrial) -> None:
         run(trial)
     except Exception as error:
         # The study outlives any trial; the first line is what the table shows.
-        text = str(error) if isinstance(error, EspalierError) else f"{type(error).__name__}: {error}"
-        details = "" if isinstance(error, EspalierError) else f"\n\n{traceback.format_exc()}"
+        text = str(error) if isinstance(error, EspalierError) else f"{told(error)}\n\n{traceback.format_exc()}"
         trial.path.mkdir(parents=True, exist_ok=True)
-        write_bytes(trial.path / FAILURE, f"{' '.join(text.split())}{details}\n".encode())
+        write_bytes(trial.path / FAILURE, f"{text}\n".encode())
 
 
 @dataclass(frozen=True)

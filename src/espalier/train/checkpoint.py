@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, told
 from espalier.files import lock_of, read_object, write_json
 from espalier.recipes.validation import from_values
 from espalier.train.manifest import damaged, file_digest, read_manifest, write_manifest
@@ -233,8 +233,9 @@ def _load(
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=rank_and_world()[1] == 1)
         return counters, content["rows"]
     except Exception as error:  # a dozen kinds: the digests are right, so somebody made this checkpoint by hand
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise EspalierError(f"checkpoint {path} is not one of this run ({reason}): delete it to start over") from error
+        raise EspalierError(
+            f"checkpoint {path} is not one of this run ({told(error)}): delete it to start over"
+        ) from error
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from espalier.errors import EspalierError, require
+from espalier.errors import EspalierError, require, told
 from espalier.recipes.base import Recipe
 from espalier.train.run import START
 
@@ -75,7 +75,7 @@ class RowLogger:
         except OSError:
             raise
         except Exception as error:  # wandb raises kinds of its own
-            raise EspalierError(f"logger {self._kind!r}: {' '.join(str(error).split())[:300]}") from error
+            raise EspalierError(f"logger {self._kind!r}: {told(error)}") from error
 
     def close(self) -> None:
         """Write what is still held back, and end the run at Weights & Biases."""
