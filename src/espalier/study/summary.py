@@ -58,7 +58,6 @@ class CurvePoint:
 
     epoch: float
     step: int
-    seconds: float
     score: Interval
 
 
@@ -221,17 +220,16 @@ def _scores_at(rates: Sequence[RatePoint], lr: float | None) -> Mapping[int, flo
 
 def _curve(records: Sequence[Record], limits: tuple[float, float], level: float) -> tuple[CurvePoint, ...]:
     """Return the mean curve over the steps at which every run was evaluated."""
-    tables = [{step: (epoch, seconds, score) for epoch, step, seconds, score in record.curve} for record in records]
+    tables = [{step: (epoch, score) for epoch, step, _, score in record.curve} for record in records]
     for record, table in zip(records, tables, strict=True):
         # A curve keeps fewer digits than its score: an arm would end below its own mean, and never reach it.
         if record.curve and record.score is not None:
-            epoch, step, seconds, _ = record.curve[-1]
-            table[step] = (epoch, seconds, record.score)
+            epoch, step, _, _ = record.curve[-1]
+            table[step] = (epoch, record.score)
     if not tables:
         return ()
     points = []
     for step in sorted(set.intersection(*(set(table) for table in tables))):
-        rows = [table[step] for table in tables]
-        score = t_interval([score for _, _, score in rows], level, limits)
-        points.append(CurvePoint(rows[0][0], step, mean_of([seconds for _, seconds, _ in rows]), score))
+        score = t_interval([table[step][1] for table in tables], level, limits)
+        points.append(CurvePoint(tables[0][step][0], step, score))
     return tuple(points)
