@@ -11,7 +11,7 @@ from typing import Any
 from espalier.errors import EspalierError, require, told
 from espalier.files import read_regular
 from espalier.recipes.base import Recipe, get_recipe
-from espalier.recipes.validation import read_json, recipe_from_dict, recipe_to_dict, refuse_repeated
+from espalier.recipes.validation import from_values, read_json, recipe_to_dict, refuse_repeated
 
 _YAML = (".yaml", ".yml")
 
@@ -42,7 +42,7 @@ def open_recipe(spec: str) -> Recipe:
     base = values.pop("base", None)
     if base is not None:
         values = {**recipe_to_dict(get_recipe(str(base))), "name": path.stem, **values}
-    return recipe_from_dict({"name": path.stem, **values}, where=f"recipe file {spec!r}")
+    return from_values(Recipe, {"name": path.stem, **values}, where=f"recipe file {spec!r}")
 
 
 def show_recipe(recipe: Recipe) -> str:

@@ -37,7 +37,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     Raises:
         EspalierError: a field of the wrong type, a value that no run can have, or code that is not there.
     """
-    resolved = recipe_from_dict(recipe_to_dict(recipe))
+    resolved = from_values(Recipe, recipe_to_dict(recipe))
     _check_values(resolved)
     if resolved.data_path is not None:
         if not resolved.data_path:
@@ -85,12 +85,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Build a recipe from plain values, as ``from_values`` does."""
-    return from_values(Recipe, values, where)
-
-
-def from_values(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+def from_values(kind: type[Kind], values: Mapping[str, Any], where: str = "recipe") -> Kind:
     """Build a dataclass from plain values, each held to the type of its field.
 
     Lists become tuples, missing fields keep their defaults.
@@ -110,7 +105,7 @@ def from_values(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind
             raise EspalierError(f"{where}: {unknown_name('field', name, types)}")
         value = _tuples(value)
         if problem := _misfit(value, types[name]):
-            raise EspalierError(f"{where}: field {name!r} is {value!r}: {problem}")
+            raise EspalierError(f"{where}: field {name!r} is {value!r:.300}: {problem}")
         found[name] = _convert(value, types[name])
     for each in fields(kind):  # type: ignore[arg-type]  # there is no type of dataclasses
         if each.name not in found and each.default is each.default_factory is MISSING:
@@ -138,7 +133,7 @@ def load_recipe(path: Path) -> Recipe:
         raise EspalierError(f"recipe file {path} cannot be read ({error.strerror}): name a file of JSON") from error
     if not isinstance(values, dict):
         raise EspalierError(f"recipe file {path} does not hold an object of fields")
-    recipe = recipe_from_dict(values, where=f"recipe file {path}")
+    recipe = from_values(Recipe, values, where=f"recipe file {path}")
     refuse_unpinned(recipe, f"recipe file {path}")
     return recipe
 

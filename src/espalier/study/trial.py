@@ -12,7 +12,7 @@ from espalier.errors import EspalierError
 from espalier.files import read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
-from espalier.recipes.validation import from_values, recipe_from_dict, recipe_to_dict, refuse_unpinned, resolve_recipe
+from espalier.recipes.validation import from_values, recipe_to_dict, refuse_unpinned, resolve_recipe
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
@@ -149,7 +149,7 @@ class Study:
         """Return one trial."""
         recipe = self.recipe
         if isinstance(recipe, Recipe):
-            recipe = recipe_from_dict({**recipe_to_dict(recipe), **self.arms[arm], "lr": lr, "seed": seed})
+            recipe = from_values(Recipe, {**recipe_to_dict(recipe), **self.arms[arm], "lr": lr, "seed": seed})
         record = None
         if self.records:
             digest = recipe_digest(recipe) if isinstance(recipe, Recipe) else recipe.digest(lr, seed)
@@ -246,7 +246,7 @@ def load_study(path: Path | str) -> Study:
             raise KeyError("fields that no study has")
         recipe: Recipe | OwnTraining
         if "recipe" in plan:
-            recipe = recipe_from_dict(plan["recipe"], where=f"{file}: recipe")
+            recipe = from_values(Recipe, plan["recipe"], where=f"{file}: recipe")
         else:
             recipe = from_values(OwnTraining, plan["train"], where=f"{file}: train")
             if not recipe.lr > 0:
@@ -352,7 +352,7 @@ def _check_arm(arm: str) -> None:
 def _with_fields(recipe: Recipe, arm: str, values: Mapping[str, Any]) -> Recipe:
     for name in values.keys() & {"lr", "seed"}:
         raise EspalierError(f"arm {arm!r} changes {name}: every arm gets the same rates and seeds")
-    return recipe_from_dict({**recipe_to_dict(recipe), **values}, where=f"arm {arm!r}")
+    return from_values(Recipe, {**recipe_to_dict(recipe), **values}, where=f"arm {arm!r}")
 
 
 def _records(path: Path) -> Mapping[tuple[str, str], Record]:
