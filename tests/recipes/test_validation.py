@@ -9,6 +9,7 @@ import pytest
 from espalier.errors import EspalierError
 from espalier.recipes.files import open_recipe
 from espalier.recipes.validation import first_difference, load_recipe, resolve_recipe, save_recipe
+from espalier.study.record import record_from_line
 from train.standins import recipe
 
 FULL = recipe(
@@ -19,6 +20,18 @@ FULL = recipe(
     data_path="somewhere",
     lr=1,
 )
+
+
+@pytest.mark.parametrize("depth", [300, 500, 700, 900])
+def test_deeply_nested_fields_are_refused_by_name(tmp_path: Path, depth: int) -> None:
+    """Python's own reader stops later than what checks and shows a value."""
+    deep = "[" * depth + "]" * depth
+    (tmp_path / "r.json").write_text(f'{{"name": "r", "data_args": {{"a": {deep}}}, "lr": {deep}}}')
+    with pytest.raises(EspalierError, match=r"r\.json.*: field '(lr|data_args)' is ") as caught:
+        open_recipe(str(tmp_path / "r.json"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="field 'study' is "):
+        record_from_line(f'{{"study": {deep}}}')
 
 
 def test_a_recipe_comes_back_equal_with_its_tuples(tmp_path: Path) -> None:

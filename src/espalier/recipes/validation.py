@@ -103,9 +103,12 @@ def from_values(kind: type[Kind], values: Mapping[str, Any], where: str = "recip
     for name, value in values.items():
         if name not in types:
             raise EspalierError(f"{where}: {unknown_name('field', name, types)}")
-        value = _tuples(value)
-        if problem := _misfit(value, types[name]):
-            raise EspalierError(f"{where}: field {name!r} is {value!r:.300}: {problem}")
+        try:
+            value = _tuples(value)
+            if problem := _misfit(value, types[name]):
+                raise EspalierError(f"{where}: field {name!r} is {value!r:.300}: {problem}")
+        except RecursionError:
+            raise EspalierError(f"{where}: field {name!r} is nested too deeply") from None
         found[name] = _convert(value, types[name])
     for each in fields(kind):  # type: ignore[arg-type]  # there is no type of dataclasses
         if each.name not in found and each.default is each.default_factory is MISSING:
