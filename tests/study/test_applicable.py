@@ -19,7 +19,7 @@ def test_attention_models_get_the_attention_arms_and_convolutions_theirs() -> No
     # structured writes what mimetic writes on a model without another family, and nothing depthwise applies.
     assert not {"structured", "covariance", "covariance-frozen", "default-frozen"} & set(attention)
     convolution = applicable_arms(get_recipe("digits_convmixer"))
-    assert convolution == ["default", "covariance", "default-frozen", "covariance-frozen"]
+    assert convolution == ["default", "default-frozen", "covariance", "covariance-frozen"]
     assert set(attention) | set(convolution) <= set(ARMS)
 
 

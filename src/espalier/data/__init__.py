@@ -29,12 +29,19 @@ __all__ = [
     "build_source",
 ]
 
-_SOURCES: tuple[Callable[[Recipe], Source], ...] = (
-    cifar10_source, copying_source, digits_source, fashion_mnist_source, folder_source, mqar_source,
-    ngram_lookup_source, shards_source, sorting_source, text_source,
-)  # fmt: skip
-SOURCES = {function.__name__.removesuffix("_source"): function for function in _SOURCES}
-SOURCES["tinyshakespeare"] = text_source
+SOURCES: dict[str, Callable[[Recipe], Source]] = {
+    "cifar10": cifar10_source,
+    "copying": copying_source,
+    "digits": digits_source,
+    "fashion_mnist": fashion_mnist_source,
+    "folder": folder_source,
+    "mqar": mqar_source,
+    "ngram_lookup": ngram_lookup_source,
+    "shards": shards_source,
+    "sorting": sorting_source,
+    "text": text_source,
+    "tinyshakespeare": text_source,
+}
 """Factories by the name that a recipe's ``data`` gives; add your own."""
 
 

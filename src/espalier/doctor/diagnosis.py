@@ -49,7 +49,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
 
     def to_json(self) -> str:
         """Return the diagnosis as JSON text."""

@@ -9,24 +9,32 @@ from typing import Any
 from espalier.errors import require_known
 from espalier.lookup import is_reference
 from espalier.recipes.base import Recipe
-from espalier.recipes.inits import INITS
 
 
 def _arm(init: str, freeze: str = "", **init_args: Any) -> dict[str, Any]:
     return {"init": init, "init_args": init_args, "freeze": freeze}
 
 
-# Every initialisation is an arm, and these are more.
 ARMS: dict[str, Mapping[str, Any]] = {
-    **{name.replace("_", "-"): _arm(name) for name in INITS},
+    "default": _arm("default"),
     "default-frozen": _arm("default", freeze="depthwise"),
+    "mimetic": _arm("mimetic"),
+    "covariance": _arm("covariance"),
     "covariance-frozen": _arm("covariance", freeze="depthwise"),
+    "mimetic-ssm": _arm("mimetic_ssm"),
     "mimetic-ssm-scaled": _arm("mimetic_ssm", decay_rule="scaled"),
     "mimetic-ssm-gain": _arm("mimetic_ssm", gain=1.0),
     "mimetic-ssm-one": _arm("mimetic_ssm", layers=0),
-    "mimetic-ssm-last": _arm("mimetic_ssm", layers=-1),
     "ssm-covariance": _arm("mimetic_ssm", decay=None, delta=None, correlate=None, convolution="covariance"),
+    "mimetic-ssm-last": _arm("mimetic_ssm", layers=-1),
+    "structured": _arm("structured"),
+    "truncated-normal": _arm("truncated_normal"),
+    "uniform-values": _arm("uniform_values"),
+    "zero-output": _arm("zero_output"),
     "identity-vo": _arm("mimetic", preset="language"),
+    "semi-orthogonal": _arm("semi_orthogonal"),
+    "impulse": _arm("impulse"),
+    "mlp-mean-shift": _arm("mlp_mean_shift"),
     # The statistics stay those of the recipe: --init STATISTICS.safetensors.
     "transferred": {"init": "transferred", "freeze": ""},
     "transferred-frozen": {"init": "transferred", "freeze": "depthwise"},

@@ -97,12 +97,20 @@ def structured(model: nn.Module, generator: torch.Generator) -> StructureReport 
     return structure_(model, generator=generator)
 
 
-_INITS: tuple[Init, ...] = (
-    default, mimetic, mimetic_ssm, covariance, transferred, structured, baselines.truncated_normal_,
-    baselines.uniform_values_, baselines.zero_output_, baselines.semi_orthogonal_, baselines.impulse_,
-    baselines.mlp_mean_shift_,
-)  # fmt: skip
-INITS = {function.__name__.removesuffix("_"): function for function in _INITS}
+INITS: dict[str, Init] = {
+    "default": default,
+    "mimetic": mimetic,
+    "mimetic_ssm": mimetic_ssm,
+    "covariance": covariance,
+    "transferred": transferred,
+    "structured": structured,
+    "truncated_normal": baselines.truncated_normal_,
+    "uniform_values": baselines.uniform_values_,
+    "zero_output": baselines.zero_output_,
+    "semi_orthogonal": baselines.semi_orthogonal_,
+    "impulse": baselines.impulse_,
+    "mlp_mean_shift": baselines.mlp_mean_shift_,
+}
 
 
 def get_init(name: str) -> Init:

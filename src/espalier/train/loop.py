@@ -256,7 +256,7 @@ def _add_row(s: Session, advance: Advance) -> bool:
     s.loss_sum.zero_()
     s.rows.append(finite(row))
     if fabric.is_global_zero:
-        write_rows(s.out, s.rows)
+        write_rows(s.out, s.rows, keep=len(s.rows) - 1)
     if s.logger is not None:
         s.logger.log(s.rows[-1])
     split = s.source.eval_splits[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -107,8 +107,12 @@ def _expect_indices(targets: Tensor, loss: str) -> None:
         raise EspalierError(f"loss {loss!r} needs class indices: turn mixup and cutmix off or use 'cross_entropy'")
 
 
-_LOSSES: tuple[Callable[..., Tensor], ...] = (cross_entropy, logit_annealing, multi_margin, tempered_cross_entropy)
-LOSSES = {function.__name__: function for function in _LOSSES}
+LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "logit_annealing": logit_annealing,
+    "multi_margin": multi_margin,
+    "tempered_cross_entropy": tempered_cross_entropy,
+}
 
 
 def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:

@@ -93,7 +93,7 @@ def load_run(path: Path | str) -> Run:
         raise EspalierError(f"{path} is not a run folder: it has no {RECIPE}")
     refuse_damage(path, {RECIPE, *lasting_files(path)} - {START})
     for _ in range(_LOOKS):
-        lines = _rows_of(path)
+        lines = _whole_lines(path)
         if digest(lines) in read_manifest(path)[0].get(METRICS, ()):
             break  # else a process that trains here may have written a row in between
     else:
@@ -209,10 +209,10 @@ def seal(path: Path, notes: Mapping[str, Any] | None = None) -> None:
 
 
 def parse_rows(lines: bytes, path: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl.
+    """Return the rows that whole lines of metrics.jsonl hold.
 
     Args:
-        lines: its content.
+        lines: the lines.
         path: their file, for messages.
 
     Raises:
@@ -239,13 +239,22 @@ def _are_figures(values: Mapping[str, Any], *needed: str) -> bool:
     return all(value is None or is_number(value) for value in values.values())
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Make ``rows`` the content of metrics.jsonl; the manifest knows it before it is there (Note [Manifest first])."""
-    content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], keep: int = 0) -> None:
+    """Make ``rows`` the content of metrics.jsonl; where it holds the first ``keep`` of them, the others are appended.
+
+    The manifest knows both contents before the file changes (Note [Manifest first]).
+    """
+    lines = [(json.dumps(row, allow_nan=False) + "\n").encode() for row in rows]
     files, notes = read_manifest(path)
-    known = {digest(_rows_of(path))} & {*files.get(METRICS, ())}
-    write_manifest(path, {**files, METRICS: [*known, digest(content)]}, notes)
-    write_bytes(path / METRICS, content)
+    whole = b"".join(lines)
+    before = digest(b"".join(lines[:keep])) if keep else digest(_whole_lines(path))
+    known = [before] if before in files.get(METRICS, ()) else []
+    write_manifest(path, {**files, METRICS: [*known, digest(whole)]}, notes)
+    if keep:
+        with (path / METRICS).open("ab") as file:
+            file.write(b"".join(lines[keep:]))
+    else:
+        write_bytes(path / METRICS, whole)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
@@ -276,9 +285,11 @@ def refuse_damage(path: Path, names: Collection[str]) -> None:
         raise EspalierError(f"{path / name} is damaged: restore it from a copy, or train into another folder")
 
 
-def _rows_of(path: Path) -> bytes:
-    """Return the content of metrics.jsonl, nothing where it is gone, or a pipe or a device took its place."""
-    return read_regular(path / METRICS) if (path / METRICS).is_file() else b""
+def _whole_lines(path: Path) -> bytes:
+    """Return metrics.jsonl up to its last end of line; a line that a kill cut short is no row."""
+    file = path / METRICS
+    content = read_regular(file) if file.is_file() else b""  # gone, or a pipe or a device took its place
+    return content[: content.rfind(b"\n") + 1]
 
 
 def finite(value: Any) -> Any:
