@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,9 +145,19 @@ def check_memory(needed: int) -> None:
 
 def progress(steps: Any, total: int, what: str) -> Iterator[Any]:
     """Yield what ``steps`` yields, with a bar of ``total`` steps on standard error where that is a terminal."""
-    console = require("rich.console", "train").Console(stderr=True)
-    track = require("rich.progress", "train").track
-    yield from track(steps, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
+    bar = require("rich.progress", "train").Progress(
+        console=require("rich.console", "train").Console(stderr=True),
+        # Without a thread of its own, which could not end where an error of the caller leaves this generator behind.
+        auto_refresh=False, transient=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        task, shown = bar.add_task(what, total=total), 0.0
+        for step in steps:
+            yield step
+            bar.advance(task)
+            if time.monotonic() > shown + 0.1:
+                shown = time.monotonic()
+                bar.refresh()
 
 
 def _open(path: Path, mapped: Literal["r", "c"] | None = None) -> tuple[np.ndarray, np.ndarray] | None:
