@@ -87,14 +87,18 @@ def test_what_cannot_be_run_is_read_from_its_padding_or_skipped() -> None:
 def test_images_stay_centred_and_their_notes_say_what_is_special() -> None:
     for options, words in (
         ({"kernel_size": 7}, ""),
-        ({"kernel_size": 3}, "three taps"),
+        ({"kernel_size": 3}, "3 taps"),
         ({"kernel_size": 7, "stride": 2}, "strided"),
     ):
         layer = nn.Conv2d(DIM, DIM, padding=options["kernel_size"] // 2, groups=DIM, **options)
-        found = found_in(nn.Sequential(layer))
+        model = nn.Sequential(layer)
+        found = found_in(model)
         assert isinstance(found, DepthwiseWeights)
         assert found.centre == "middle"
-        assert words in found.note
+        note = espalier.audit(model).layers[0].note
+        assert words in note
+        assert bool(note) == bool(words)
+        assert ";" not in note  # said once
 
 
 class SamePadded(nn.Conv2d):

@@ -54,12 +54,7 @@ def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *,
                 return Skipped("depthwise", f"{_UNKNOWN}: {error}")
     if centre == "other":
         return Skipped("depthwise", f"{_UNKNOWN}: it is neither the middle one nor the last")
-    notes = [
-        "causal: the newest tap is its centre" if centre == "last" else "",
-        "strided: its filters act on every other position" if max(module.stride) > 1 else "",
-        "three taps an axis: hardly wider than one" if max(module.kernel_size) == 3 else "",
-    ]
-    return replace(found, centre=centre, note="; ".join(filter(None, notes)))
+    return replace(found, centre=centre, note="causal: the newest tap is its centre" if centre == "last" else "")
 
 
 def _centre_by_padding(module: Convolution) -> Centre:
