@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import espalier
-from espalier.init.attention.mimetic import expected_diagonal
+from espalier.init.attention.mimetic import truncated
 from timings import add_option, record, summary
 
 ALL_LAYERS = 32
@@ -85,7 +85,7 @@ def main() -> None:
         rows[f"{name}, {ALL_LAYERS} layers of each kind, multiplied up"] = summary([60 * clock], peak_mib())
     record(options.record, "structure_7b", f"width {dim}, {heads} heads", rows, threads=options.threads)
     row = espalier.audit(last).layers[0]
-    asked = expected_diagonal(0.7, 0.7, 1 / heads), -0.4
+    asked = truncated(0.7, 0.7, 1 / heads)[1], -0.4
     for name, wanted in zip(("qk", "vo"), asked, strict=True):
         found = row.measured[f"{name}_diagonal"]
         print(f"{name} diagonal: {found:.4f}, expected {wanted:.4f}, off by {abs(found / wanted - 1):.1%}")

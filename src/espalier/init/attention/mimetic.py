@@ -311,16 +311,6 @@ class Entries(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def expected_diagonal(alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0) -> float:
-    """Return the diagonal mean that the best approximation of ``αZ + βI`` in a share of its rank has.
-
-    Args:
-        alpha, beta: the strengths.
-        rank, rows, columns: shares of the width, see ``truncated``.
-    """
-    return truncated(alpha, beta, rank, rows, columns)[1]
-
-
 @full_precision()
 def truncated(alpha: float, beta: float, rank: float, rows: float = 1.0, columns: float = 1.0) -> Strength:
     """Return the strengths that the best approximation of ``αZ + βI`` in a share of its rank has.

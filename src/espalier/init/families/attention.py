@@ -18,7 +18,6 @@ from espalier.init.attention.mimetic import (
     Entries,
     Mimetic,
     Strength,
-    expected_diagonal,
     measure_attention,
     mimetic_attention_,
     truncated,
@@ -30,7 +29,7 @@ from espalier.init.layouts import AttentionWeights, LatentAttentionWeights
 # weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
 _Z = 8.0
 # How far a verified diagonal may be from the one asked for. Over a thousand kinds of layer with three seeds each what
-# ``expected_diagonal`` finds on one matrix was up to a fifth off at a low rank, and none was four standard errors off.
+# ``truncated`` finds on one matrix was up to a fifth off at a low rank, and none was four standard errors off.
 _TOLERANCE = 0.25
 _SCATTER = 8.0
 _ANGLES = 25
@@ -118,7 +117,7 @@ class AttentionFamily(Family):
         for name, pair, shares in zip(("qk", "vo"), (spec.qk, spec.vo), _shares(weights), strict=True):
             if pair is None:
                 continue
-            asked = expected_diagonal(*pair, *shares)
+            asked = truncated(*pair, *shares)[1]
             if name == "qk":
                 # One query head a group has the best approximation; the others' targets meet a key head drawn without
                 # them, which keeps the share of I that its rank is of the width.
