@@ -20,6 +20,7 @@ from espalier.init.layouts.linears import HEADS
 from espalier.lookup import is_reference
 from espalier.models import MODELS, build_model
 from espalier.models.hub import open_hub_model
+from espalier.randomness import seeded_globally
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
 
     | spec | weights |
     |---|---|
-    | ``espalier:vit`` | initial, from ``generator`` |
+    | ``espalier:vit`` | initial |
     | ``espalier:ORG/NAME`` | pre-trained, from the hub (``push_to_hub``) |
     | ``timm:vit_tiny_patch16_224`` | timm's initial ones |
     | ``timm:vit_tiny_patch16_224.augreg_in21k``, ``timm:hf-hub:ORG/NAME`` | pre-trained: the tag says which |
@@ -41,13 +42,16 @@ def open_host_model(spec: str, generator: torch.Generator | None = None) -> nn.M
 
     Args:
         spec: see the table.
-        generator: source of our own models' initial weights; other libraries draw from torch's global state.
+        generator: source of all initial weights; torch's global state if none is given.
 
     Raises:
         EspalierError: an unknown host or name, a file that does not exist, a folder without a readable
             ``config.json``, or weights that neither the hub nor its cache gives.
         MissingExtraError: the host library is not installed.
     """
+    if generator is not None:  # no constructor takes one: what the libraries draw from is the global state
+        with seeded_globally(generator):
+            return open_host_model(spec)
     host, _, name = spec.partition(":")
     if host == "espalier":
         if "/" in name:

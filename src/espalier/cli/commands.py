@@ -321,7 +321,7 @@ def _open_model(spec: str, heads: int | None = None, seed: int = 0) -> nn.Module
     What has no weights yet draws them from ``seed``.
     """
     from espalier.checkpoints.loading import open_checkpoint, open_host_model
-    from espalier.randomness import derive_generator, seeded_globally
+    from espalier.randomness import derive_generator
     from espalier.train import load_run
 
     path = Path(spec)
@@ -331,8 +331,7 @@ def _open_model(spec: str, heads: int | None = None, seed: int = 0) -> nn.Module
         return open_checkpoint(path, heads)
     if path.is_dir() and not (path / "config.json").is_file():
         return load_run(path).model()
-    with seeded_globally(derive_generator(seed, "weights")):
-        return open_host_model(f"transformers:{spec}" if path.is_dir() else spec)
+    return open_host_model(f"transformers:{spec}" if path.is_dir() else spec, derive_generator(seed, "weights"))
 
 
 def _read_fit(path: Path) -> StructureFit:
