@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DIM = 24
 # Maps in each storage: separate ones, or fused rows as (which, how they are laid out).
 STORAGE = ("separate", "blocks", "by_head", "shuffled_blocks", "shuffled_heads", "rolled", "kv_blocks", "kv_by_head")
+# What a layer does with rotary angles that it can do without: nothing, or it wants them in a form of its own.
+ANGLES = ("ignored", "function", "logarithm")
 KEYS = ("self", "context", "channels", "pooled", "shifted", "learned")
 
 
@@ -29,6 +33,8 @@ class Form:
     tiled: bool = False
     swapped_heads: bool = False
     bias: bool = False
+    fused: bool = False
+    angles: str = "ignored"
 
 
 class RandomAttention(nn.Module):
@@ -84,7 +90,7 @@ class RandomAttention(nn.Module):
                 )
         return q.unflatten(-1, (-1, k)), key.unflatten(-1, (-1, k)), value.unflatten(-1, (-1, k))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, rope: Any = None) -> Tensor:
         """Return the layer's output for (B, L, d)."""
         form = self.form
         other = x if context is None else context
@@ -101,6 +107,10 @@ class RandomAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if form.rotary:
             q, k = _turn(q), _turn(k)
+        if rope is not None and form.angles == "function":
+            q, k = rope(q), rope(k)
+        elif rope is not None and form.angles == "logarithm":
+            q = q * rope[1].log()
         share = form.heads // form.groups
         k, v = (p.repeat(1, share, 1, 1) if form.tiled else p.repeat_interleave(share, 1) for p in (k, v))
         if form.keys == "channels":
@@ -109,9 +119,13 @@ class RandomAttention(nn.Module):
         else:
             self.scores = q @ k.mT
             logits = self.scores / self.head_dim**0.5
-            if form.causal:
-                logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), float("-inf"))
-            out = logits.softmax(-1) @ v
+            if form.fused:
+                with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+                    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=form.causal)
+            else:
+                if form.causal:
+                    logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), float("-inf"))
+                out = logits.softmax(-1) @ v
         if form.swapped_heads:
             out = out.flip(1)
         out = out.transpose(1, 2).flatten(2)

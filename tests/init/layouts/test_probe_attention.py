@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 import espalier
 from espalier.errors import EspalierError
 from espalier.init.layouts import AttentionWeights, Skipped, find_layers
-from reference.random_attention import DIM, KEYS, STORAGE, Form, RandomAttention, true_diagonals
+from reference.random_attention import ANGLES, DIM, KEYS, STORAGE, Form, RandomAttention, true_diagonals
 
 SPEC = espalier.Mimetic(qk=(0.0, 0.7), vo=(0.0, -0.4))
 
@@ -44,6 +44,8 @@ forms = st.builds(
     tiled=st.booleans(),
     swapped_heads=st.booleans(),
     bias=st.booleans(),
+    fused=st.booleans(),
+    angles=st.sampled_from(ANGLES),
 )
 
 
@@ -67,6 +69,9 @@ def is_plain(form: Form) -> bool:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(form=forms)
 @example(form=Form(storage="by_head", heads=2, groups=2, causal=True, gate=True))  # looks at its own token alone
+@example(form=Form(fused=True))
+@example(form=Form(angles="function"))
+@example(form=Form(angles="logarithm"))
 def test_whatever_is_written_is_right_by_a_forward_pass(form: Form) -> None:
     form = repaired(form)
     torch.random.default_generator.manual_seed(0)

@@ -163,6 +163,8 @@ class _Trial:
 
 def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
     """Tests 1, 2 and 6 of the note; return what was found to stand between the product and the score."""
+    if base.scores_HLL.isnan().any():
+        raise Misfit("its scores are no numbers on these inputs")
     bias = trial.look(q=0 * trial.q, k=0 * trial.k).scores_HLL
     shown = base.scores_HLL - bias
     if not _clear(shown[_open(base.scores_HLL)]):

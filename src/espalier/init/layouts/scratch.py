@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from espalier.init.layouts.registry import LAZY, BareCheckpoint, holds_lazy
 
@@ -142,11 +143,20 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     return signs
 
 
+class _ProductByProduct(TorchFunctionMode):
+    """Keeps attention from fused kernels, also within code that chooses its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        fused = func is nn.functional.scaled_dot_product_attention
+        with sdpa_kernel(SDPBackend.MATH) if fused else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def untraced() -> Iterator[None]:
     """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in torch's generators."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     with (
         warnings.catch_warnings(action="ignore"),
@@ -156,7 +166,7 @@ def untraced() -> Iterator[None]:
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         uncompiled(),
-        sdpa_kernel(SDPBackend.MATH),
+        _ProductByProduct(),
     ):
         torch.backends.mha.set_fastpath_enabled(False)
         torch.set_default_dtype(torch.float64)
@@ -198,24 +208,24 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
         return
     generator = torch.Generator().manual_seed(1)
     first, rest = named[0], named[1:]
-    needs = [
-        p for p in rest
-        if p.default is p.empty or p.name in given or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")
-    ]  # fmt: skip
+    needed = [p for p in rest if p.default is p.empty or p.name in given]
+    turned = [p for p in rest if p in needed or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")]
     share = width // heads if heads and width % heads == 0 else 8
-    widths = _rotary_widths(module, share) if any(_ROTARY.search(p.name) for p in needs) else [0]
-    masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
-    for length, turn, zero_masks in itertools.product(_lengths(module, width, share), widths, masks):
-        for shape in ((1, length, width), (length, 1, width), (length, width)):
-            # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
-            x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
-            values = {p.name: _argument(p, x, length, turn, heads, zero_masks, generator) for p in needs}
-            positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
-            if first.kind is first.KEYWORD_ONLY:
-                yield Call((), {first.name: x, **values}, length)
-            else:
-                yield Call((x, *positional), values, length)
+    # Rotary angles are given where they can be; a layer may want them in a form of its own, and do without.
+    for needs in [turned, needed] if turned != needed else [needed]:
+        widths = _rotary_widths(module, share) if any(_ROTARY.search(p.name) for p in needs) else [0]
+        masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
+        for length, turn, zero_masks in itertools.product(_lengths(module, width, share), widths, masks):
+            for shape in ((1, length, width), (length, 1, width), (length, width)):
+                # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
+                x = torch.randn(shape, generator=generator, dtype=torch.float64)
+                x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
+                values = {p.name: _argument(p, x, length, turn, heads, zero_masks, generator) for p in needs}
+                positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
+                if first.kind is first.KEYWORD_ONLY:
+                    yield Call((), {first.name: x, **values}, length)
+                else:
+                    yield Call((x, *positional), values, length)
 
 
 def arguments(module: nn.Module) -> list[inspect.Parameter]:
