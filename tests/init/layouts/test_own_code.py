@@ -375,9 +375,14 @@ def test_a_known_class_is_known_only_while_its_library_s_code_runs(how: str, mon
     assert espalier.structure_(model, generator=seeded()).layers[0].status == "written"
 
 
-def test_a_state_space_layer_with_a_map_of_the_user_s_own_is_left_alone() -> None:
-    model = espalier.models.SequenceModel(vocab_size=8, dim=16, pattern="mamba1*2", state_size=4)
-    model.layers[1].mixer.x_proj = Rolled(32, 9, bias=False)
-    report = espalier.structure_(model, generator=seeded())
-    assert [row.status for row in report.layers] == ["written", "skipped"]
-    assert "x_proj (Rolled) runs code that is not its library's" in report.layers[1].note
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_a_state_space_layer_with_a_map_of_the_user_s_own_is_written_if_a_run_proves_it(kind: str) -> None:
+    for own, status in ((Rolled, "skipped"), (Same, "written")):
+        model = espalier.models.SequenceModel(vocab_size=8, dim=64, pattern=f"{kind}*2", state_size=4)
+        name = "x_proj" if kind == "mamba1" else "in_proj"
+        mixer = model.layers[1].mixer
+        mapped = mixer.get_submodule(name)
+        setattr(mixer, name, own(mapped.in_features, mapped.out_features, bias=False))
+        report = espalier.structure_(model, generator=seeded())
+        assert [row.status for row in report.layers] == ["written", status]
+        assert ("not proven by a run of it" if own is Rolled else "proven by a run") in report.layers[1].note

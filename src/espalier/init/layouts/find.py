@@ -25,6 +25,7 @@ from espalier.init.layouts.registry import (
     Layout,
     Refused,
     Skipped,
+    SSMWeights,
     class_path,
     holds_lazy,
     refuse_computed,
@@ -146,7 +147,7 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
     elif own_code:
         found = prove(names, name, found, layout)
     elif foreign := _foreign_part(module, host, layout, found):
-        found = prove(names, name, found, layout) if isinstance(found, AttentionWeights) else foreign
+        found = prove(names, name, found, layout) if isinstance(found, AttentionWeights | SSMWeights) else foreign
     elif isinstance(found, AttentionWeights):
         if host is nn.MultiheadAttention:
             found = prove_use(names, name, found)

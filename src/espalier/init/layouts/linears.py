@@ -94,7 +94,9 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         raise Refused("attention", f"{name} is quantised: write the full-precision model, then quantise it")
     if weight.ndim != 2:
-        raise Refused("attention", f"{name} holds no matrix but shape {tuple(weight.shape)}: write before wrapping")
+        # A flat one was made of many by a wrapper; one of more axes is a convolution's.
+        remedy = "write before wrapping" if weight.ndim < 2 else "register a layout for its class"
+        raise Refused("attention", f"{name} holds no matrix but shape {tuple(weight.shape)}: {remedy}")
     # GPT-2's Conv1D stores (in, out); it is known by its number of features, nf.
     return weight.detach().mT if hasattr(layer, "nf") else weight.detach()
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import Misfit, Unproven, prove_alike, prove_attention
-from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped
+from espalier.init.layouts.probe_ssm import prove_ssm
+from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped, SSMWeights
 from espalier.init.layouts.scratch import (
     Call,
     CannotRunError,
@@ -50,6 +51,8 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
     if isinstance(names[""], BareCheckpoint) and found.kind != "depthwise":
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
+    if isinstance(found, SSMWeights):
+        return _proven_mixer(module, replace(found, note=f"{guessed}; proven by a run"), reading)
     if not isinstance(found, AttentionWeights):
         return Skipped(found.kind, "its class is not registered: register a layout for it")
     if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
@@ -71,6 +74,32 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
+
+
+def _proven_mixer(module: nn.Module, found: SSMWeights, reading: Layout) -> Found:
+    """Return the weights of a state-space mixer if a run of it proves them; else why not."""
+
+    @untraced()
+    def compute() -> str:
+        why = CannotRunError("it takes no tokens")
+        twin = copy_for_probe(module)
+        views = reading(twin)
+        assert isinstance(views, SSMWeights)
+        for call in calls(twin, twin.get_submodule("in_proj").get_parameter("weight").shape[1]):
+            try:
+                prove_ssm(twin, views, call)
+                return ""
+            except CannotRunError as error:
+                why = error
+        raise why
+
+    try:
+        cached((module_key(module, signs=True), reading), compute)
+    except Unproven as error:
+        return Skipped("ssm", f"not proven by a run of it: {error}")
+    except CannotRunError as error:
+        return Skipped("ssm", f"it cannot be run to prove its rows: {error}")
+    return found
 
 
 def prove_use(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Found:
@@ -159,10 +188,12 @@ def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeigh
 def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Module]]:
     """Return the modules that decide what a layer is given, innermost first.
 
-    One that may be handed a second sequence may hand it on, so that whoever calls it decides, too.
+    One that is handed a second sequence, or may be, may hand it on, so that whoever calls it decides, too.
     """
     owners: list[tuple[str, nn.Module]] = []
-    while (owner := owner_of(names, name)) is not None and (not owners or sequences(owners[-1][1])):
+    while (owner := owner_of(names, name)) is not None and (
+        not owners or sequences(owners[-1][1]) or sequences(owners[-1][1], needed=True)
+    ):
         owners.append(owner)
         name = owner[0]
     return owners

@@ -29,7 +29,7 @@ _SEQUENCE = re.compile(
     r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states)$|key_value|cross|latent"
 )
 _NO_SEQUENCE = re.compile(r"mask|past|cache|pos|bias|len|ids|idx|index|output|use_|return|scale|gate|num|size|shape")
-_ROTARY = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$")
+_ROTARY = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$|^(cos|sin)$")
 _ZEROS = re.compile(r"residual|alibi|bias")
 
 
@@ -350,7 +350,8 @@ def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
 def _rotary_widths(module: nn.Module, share: int) -> list[int]:
     stated = [getattr(module, name, None) for name in ("head_dim", "rotary_ndims", "rotary_dim", "qk_rope_head_dim")]
     known = [width for width in stated if isinstance(width, int) and width > 1]
-    return list(dict.fromkeys([*known, share, share // 2, *(width // 2 for width in known)]))
+    # Often half of a head is turned, or a quarter.
+    return list(dict.fromkeys([*known, share, share // 2, *(width // 2 for width in known), max(2, share // 4)]))
 
 
 def _argument(
@@ -363,7 +364,8 @@ def _argument(
         angles = (torch.arange(length)[:, None] * torch.full((turn,), 0.3, dtype=torch.float64))[None]
         if stated == "torch.Tensor" or "freqs" in name:
             return torch.polar(torch.ones_like(angles), angles)
-        return angles.cos(), angles.sin()
+        both = {"cos": angles.cos(), "sin": angles.sin()}
+        return both.get(name, (both["cos"], both["sin"]))
     made = (
         ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None),
         (name == "alibi", torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)),

@@ -1,0 +1,107 @@
+"""What a reading of a state-space mixer must survive before it is written: its own output, against the recurrence.
+
+With u = SiLU(conv(x)), Δ = softplus(...), A = −exp(A_log): h ← exp(Δ A) h + Δ B u and y = C h + D u, step by step in
+float64, from the rows that were read and weights drawn at random. Mamba-1 (arXiv 2312.00752) gates y with SiLU(z);
+Mamba-2 (2405.21060) also normalises it, in one of a few orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.init.layouts.probe_attention import Unproven
+from espalier.init.layouts.registry import SSMWeights
+from espalier.init.layouts.scratch import Call, arguments, run
+
+# Several libraries compute the recurrence in float32, whatever the type.
+_RELATIVE = 1e-4
+
+
+def prove_ssm(module: nn.Module, weights: SSMWeights, call: Call) -> None:
+    """Prove that a mixer computes a Mamba's recurrence with the rows that were read.
+
+    Args:
+        module: a scratch copy of the layer (``copy_for_probe``), inside ``untraced``.
+        weights: views into that copy.
+        call: inputs that it runs on; the first are the tokens.
+
+    Raises:
+        Unproven: it computes something else.
+        CannotRunError: it does not run on these inputs.
+    """
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        if parameter.ndim < 2:  # where a copy has 0 and ±1: a bias in another place would not be seen
+            parameter.uniform_(-1.0, 1.0, generator=generator)
+    found = run(module, call)[0].double()
+    tokens = next(iter((*call.args, *call.kwargs.values()))).reshape(call.length, -1)
+    outputs = (_first if weights.family == "mamba1" else _second)(module, weights, tokens)
+    for wanted in outputs:
+        if found.numel() == wanted.numel():
+            off = float((found.reshape(wanted.shape) - wanted).abs().max())
+            if off <= _RELATIVE * float(wanted.abs().max()):
+                return
+    kind = weights.family.replace("mamba", "Mamba-")
+    raise Unproven(f"its output is not that of {kind} with the rows that were read")
+
+
+def _first(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Tensor]:
+    """Yield the output of a Mamba-1."""
+    inner_LE, z_LE = module.get_submodule("in_proj")(x_LD).chunk(2, -1)
+    u_LE = _convolved(weights, inner_LE)
+    rank = weights.w_delta.shape[1]
+    low_LR = u_LE @ module.get_submodule("x_proj").get_parameter("weight")[:rank].mT
+    delta_LE = F.softplus(low_LR @ weights.w_delta.mT + weights.delta_bias)
+    b_LEN, c_LEN = (part[:, None].expand(*u_LE.shape, -1) for part in _maps(weights, u_LE))
+    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LEN, c_LEN) + module.get_parameter("D") * u_LE
+    yield module.get_submodule("out_proj")(y_LE * F.silu(z_LE))
+
+
+def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Tensor]:
+    """Yield the outputs of a Mamba-2 that gates before its norm, after it, or within."""
+    out_proj, norm = module.get_submodule("out_proj"), getattr(module, "norm", None)
+    heads, groups, inner = len(weights.a_log), weights.groups, out_proj.get_parameter("weight").shape[1]
+    share, states = inner // heads, len(weights.w_b) // groups
+    projected = module.get_submodule("in_proj")(x_LD)
+    z_LE, mixed_LE = projected[:, :inner], projected[:, inner : 2 * inner]
+    mixed_LC = torch.cat([mixed_LE, *_maps(weights, x_LD)], -1)
+    u_LE, *both = _convolved(weights, mixed_LC).split([inner, groups * states, groups * states], -1)
+    delta_LH = F.softplus(sum(weights.delta_shifts, x_LD @ weights.w_delta.mT + weights.delta_bias))
+    b_LEN, c_LEN = (part.unflatten(-1, (groups, states)).repeat_interleave(inner // groups, 1) for part in both)
+    by_head = (delta_LH, weights.a_log, module.get_parameter("D"))
+    delta_LE, a_log_E, d_E = (part.repeat_interleave(share, -1) for part in by_head)
+    y_LE = _recurrence(u_LE, delta_LE, a_log_E[:, None], b_LEN, c_LEN) + d_E * u_LE
+    if norm is None:
+        yield out_proj(y_LE * F.silu(z_LE))
+        return
+    yield out_proj(norm(y_LE * F.silu(z_LE)))
+    yield out_proj(norm(y_LE) * F.silu(z_LE))
+    if len(arguments(norm)) > 1:
+        yield out_proj(norm(y_LE, z_LE))
+
+
+def _maps(weights: SSMWeights, inputs: Tensor) -> list[Tensor]:
+    """Return B and C."""
+    both = [inputs @ weights.w_b.mT, inputs @ weights.w_c.mT]
+    biases = torch.cat(weights.map_biases).chunk(2) if weights.map_biases else (0, 0)
+    return [part + bias for part, bias in zip(both, biases, strict=True)]
+
+
+def _convolved(weights: SSMWeights, inner_LC: Tensor) -> Tensor:
+    """Return SiLU of the causal convolution."""
+    taps = weights.conv_weight
+    padded_CL = F.pad(inner_LC.mT, (taps.shape[-1] - 1, 0))
+    return F.silu(F.conv1d(padded_CL[None], taps, weights.conv_bias, groups=len(taps))[0].mT)
+
+
+def _recurrence(u_LE: Tensor, delta_LE: Tensor, a_log: Tensor, b_LEN: Tensor, c_LEN: Tensor) -> Tensor:
+    state_EN, rows = torch.zeros_like(b_LEN[0]), []
+    for u_E, delta_E, b_EN, c_EN in zip(u_LE, delta_LE, b_LEN, c_LEN, strict=True):
+        decay_EN = (-a_log.exp() * delta_E[:, None]).exp()
+        state_EN = decay_EN * state_EN + (delta_E * u_E)[:, None] * b_EN
+        rows.append((state_EN * c_EN).sum(-1))
+    return torch.stack(rows)

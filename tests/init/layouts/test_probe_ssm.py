@@ -1,0 +1,145 @@
+"""The probe of state-space mixers: code of anybody's that computes a Mamba is written, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import espalier
+from espalier.errors import EspalierError
+from espalier.init.layouts import Skipped, find_layers
+from espalier.nn import Mamba1, Mamba2
+
+DIM, INNER, STATE, RANK, TAPS, HEADS = 12, 24, 4, 3, 4, 6
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+class OwnMamba1(nn.Module):
+    """A Mamba-1 of a user's own, written as the paper's formula, or something else in one place."""
+
+    def __init__(self, twist: str = "") -> None:
+        super().__init__()
+        self.twist = twist
+        self.in_proj, self.out_proj = nn.Linear(DIM, 2 * INNER, bias=False), nn.Linear(INNER, DIM, bias=False)
+        self.conv1d = nn.Conv1d(INNER, INNER, TAPS, groups=INNER, padding=TAPS - 1)
+        self.x_proj, self.dt_proj = nn.Linear(INNER, RANK + 2 * STATE, bias=False), nn.Linear(RANK, INNER)
+        self.A_log = nn.Parameter(torch.arange(1.0, STATE + 1).log().repeat(INNER, 1))
+        self.D = nn.Parameter(torch.ones(INNER))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, twist = x.shape[1], self.twist
+        x = x.flip(1) if twist == "backwards" else x
+        u, z = self.in_proj(x).chunk(2, -1)
+        if twist == "exchanged":
+            u, z = z, u
+        mixed = self.conv1d(u.mT)[..., TAPS - 1 :] if twist == "ahead" else self.conv1d(u.mT)[..., :length]
+        u = F.relu(mixed.mT) if twist == "relu" else F.silu(mixed.mT)
+        maps = self.x_proj(u)
+        sizes = [STATE, STATE, RANK] if twist == "step last" else [RANK, STATE, STATE]
+        step, b, c = sorted(maps.split(sizes, -1), key=lambda part: part.shape[-1] != RANK)
+        if twist == "b for c":
+            b, c = c, b
+        step = self.dt_proj(step)
+        step = step.exp() if twist == "exponential" else F.softplus(step)
+        rates = self.A_log.exp() if twist == "growing" else -self.A_log.exp()
+        state, rows = u.new_zeros(len(x), INNER, STATE), []
+        for t in range(length):
+            state = (step[:, t, :, None] * rates).exp() * state + (step[:, t] * u[:, t])[..., None] * b[:, t, None]
+            rows.append((state * c[:, t, None]).sum(-1))
+        y = torch.stack(rows, 1) + self.D * u
+        y = self.out_proj(y * (z.sigmoid() if twist == "sigmoid" else F.silu(z)))
+        return y.flip(1) if twist == "backwards" else y
+
+
+class OwnMamba2(nn.Module):
+    """A Mamba-2 of a user's own."""
+
+    def __init__(self, twist: str = "") -> None:
+        super().__init__()
+        self.twist, mixed = twist, INNER + 2 * STATE
+        self.in_proj = nn.Linear(DIM, INNER + mixed + HEADS, bias=False)
+        self.conv1d = nn.Conv1d(mixed, mixed, TAPS, groups=mixed, padding=TAPS - 1)
+        self.dt_bias, self.A_log = nn.Parameter(torch.zeros(HEADS)), nn.Parameter(torch.zeros(HEADS))
+        self.D, self.norm = nn.Parameter(torch.ones(HEADS)), nn.RMSNorm(INNER, eps=1e-5)
+        self.out_proj = nn.Linear(INNER, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [INNER, INNER + 2 * STATE, HEADS]
+        z, mixed, step = self.in_proj(x).split(sizes, -1)
+        mixed = F.silu(self.conv1d(mixed.mT)[..., : x.shape[1]].mT)
+        u, b, c = mixed.split([INNER, STATE, STATE], -1)
+        if self.twist == "b for c":
+            b, c = c, b
+        step = F.softplus(step if self.twist == "no bias" else step + self.dt_bias)
+        u = u.unflatten(-1, (HEADS, -1))
+        if self.twist == "interleaved":
+            u = u.reshape(*u.shape[:2], -1, HEADS).mT
+        state, rows = u.new_zeros(len(x), *u.shape[2:], STATE), []
+        for t in range(x.shape[1]):
+            decay = (-step[:, t] * self.A_log.exp()).exp()[..., None, None]
+            state = decay * state + (step[:, t, :, None] * u[:, t])[..., None] * b[:, t, None, None]
+            rows.append((state * c[:, t, None, None]).sum(-1))
+        y = (torch.stack(rows, 1) + self.D[:, None] * u).flatten(2)
+        return self.out_proj(self.norm(y) if self.twist == "no gate" else self.norm(y * F.silu(z)))
+
+
+def ours(own: nn.Module) -> nn.Module:
+    if isinstance(own, OwnMamba1):
+        mixer: nn.Module = Mamba1(DIM, STATE, conv_size=TAPS, dt_rank=RANK)
+    else:
+        mixer = Mamba2(DIM, STATE, head_dim=INNER // HEADS, conv_size=TAPS)
+    mixer.load_state_dict(own.state_dict())
+    return mixer.to(torch.float64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [OwnMamba1, OwnMamba2])
+def test_a_mixer_of_a_user_s_own_is_written_as_ours_is(kind: type[nn.Module]) -> None:
+    own = kind().double()
+    twin, x = ours(own), torch.randn(2, 7, DIM, dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(own(x), twin(x), rtol=1e-4, atol=1e-5)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    [row] = espalier.structure_(own, generator=seeded()).layers
+    assert (row.kind, row.status) == ("ssm", "written")
+    assert "proven by a run" in row.note
+    espalier.structure_(twin, generator=seeded())
+    torch.testing.assert_close(own.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(before[name], value) for name, value in own.state_dict().items())
+
+
+def test_rows_that_are_exchanged_within_a_map_of_the_user_s_own_are_seen() -> None:
+    own = OwnMamba2()
+
+    class Exchanged(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            z, b, c, step = super().forward(input).split([2 * INNER, STATE, STATE, HEADS], -1)
+            return torch.cat([z, c, b, step], -1)
+
+    own.in_proj = Exchanged(DIM, 2 * INNER + 2 * STATE + HEADS, bias=False)
+    [(_, _, found)] = list(find_layers(own))
+    assert isinstance(found, Skipped)
+
+
+@pytest.mark.parametrize(
+    ("kind", "twist"),
+    [
+        *((OwnMamba1, twist) for twist in (
+            "backwards", "exchanged", "ahead", "relu", "step last", "b for c", "exponential", "growing", "sigmoid"
+        )),
+        *((OwnMamba2, twist) for twist in ("b for c", "no bias", "interleaved", "no gate")),
+    ],
+)  # fmt: skip
+def test_what_computes_something_else_is_left_alone(kind: type[nn.Module], twist: str) -> None:
+    own = kind(twist)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    [(_, _, found)] = list(find_layers(own))
+    assert isinstance(found, Skipped)
+    assert "its output is not that of Mamba-" in found.reason
+    with pytest.raises(EspalierError, match="no ssm layer to structure"):
+        espalier.structure_(own, ssm=espalier.MimeticSSM(), attention=None, depthwise=None, generator=seeded())
+    assert all(torch.equal(before[name], value) for name, value in own.state_dict().items())
