@@ -267,7 +267,11 @@ def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
         (lambda: LinearResidual(0), "channels is 0"),
         (lambda: NormalizedLinear(0, 2), "in_features 0"),
         (lambda: spectral_norm(torch.ones(2, 2, dtype=torch.complex64)), "complex64"),
+        (lambda: spectral_norm(torch.ones(1, 1, 3, 3)), "kernel_norm bounds a convolution"),
         (lambda: kernel_norm(torch.ones(2, 2, 3, 3, dtype=torch.complex128)), "complex128"),
+        (lambda: kernel_norm(torch.ones(2, 2)), "taps"),
+        (lambda: kernel_norm(torch.ones(4, 3, 3, 3), groups=3), "no 3 groups"),
+        (lambda: kernel_norm(torch.ones(4, 3, 3, 3), cover=0), "cover is 0"),
     ],
 )
 def test_bad_input_is_named(call: object, words: str) -> None:

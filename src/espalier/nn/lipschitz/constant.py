@@ -57,7 +57,13 @@ def spectral_norms(matrices: Tensor) -> Tensor:
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """Return an upper bound on the largest singular value of one matrix (m, n); see ``spectral_norms``."""
+    """Return an upper bound on the largest singular value of one matrix (m, n); see ``spectral_norms``.
+
+    Raises:
+        EspalierError: no matrix (``kernel_norm`` is for convolutions), or a complex one.
+    """
+    if matrix.ndim != 2:
+        raise EspalierError(f"matrix is {tuple(matrix.shape)}: give one (m, n); kernel_norm bounds a convolution")
     return spectral_norms(matrix).item()
 
 
@@ -76,9 +82,13 @@ def kernel_norm(weight: Tensor, groups: int = 1, cover: int | None = None) -> fl
         cover: how many patches one pixel can lie in; all taps if None.
 
     Raises:
-        EspalierError: a complex kernel.
+        EspalierError: a complex kernel, one without taps, groups that do not divide the outputs, or a cover below 1.
     """
     exact = _double(weight)
+    if exact.ndim < 3 or groups < 1 or len(exact) % groups:
+        raise EspalierError(f"weight {tuple(weight.shape)} has no {groups} groups of (outputs, inputs, *taps)")
+    if cover is not None and cover < 1:  # the bound would be 0
+        raise EspalierError(f"cover is {cover}: a pixel lies in 1 patch at least")
     # Divided by powers of two near its largest number, for the squares below neither to overflow nor to vanish. By two
     # of them: one alone can be out of range.
     exponent = math.frexp(exact.abs().max().item() if torch.isfinite(exact).all() and exact.numel() else 0.0)[1]
