@@ -354,6 +354,10 @@ def test_parametrization_refuses_what_is_no_matrix() -> None:
     assert isinstance(layer.weight, nn.Parameter)
     layer = parametrize_cayley(nn.Linear(3, 3))
     before = layer.weight.detach().clone()
-    with pytest.raises(EspalierError, match="give finite numbers"):
-        layer.weight = lost
-    assert torch.equal(layer.weight, before)
+    for bad, message in ((lost, "give finite numbers"), (torch.ones(3, 2), "3, 2"), (1j * before, "complex64")):
+        with pytest.raises(EspalierError, match=message):
+            layer.weight = bad
+        assert torch.equal(layer.weight, before)
+    layer.weight = -before.double()  # of another dtype: the layer keeps its own
+    assert layer.weight.dtype == torch.float32
+    assert torch.allclose(layer.weight, -before, atol=1e-6)

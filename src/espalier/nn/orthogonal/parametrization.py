@@ -26,7 +26,8 @@ def parametrize_cayley(module: nn.Module, name: str = "weight") -> nn.Module:
         The module. ``parametrize.remove_parametrizations(module, name)`` makes the matrix a plain parameter again.
 
     Raises:
-        EspalierError: there is no such parameter, or it is no matrix of finite real floating-point numbers.
+        EspalierError: there is no such parameter, or it is no matrix of finite real floating-point numbers; on an
+            assigned matrix, another shape, or numbers that are not finite and real.
 
     Source: arXiv 2104.07167, section 4; the fixed rotation as in arXiv 1909.09501.
     """
@@ -48,7 +49,7 @@ class _Cayley(nn.Module):
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        side = max(matrix.shape)
+        self.shape, side = matrix.shape, max(matrix.shape)
         self.register_buffer("base", torch.eye(side, dtype=matrix.dtype, device=matrix.device))
 
     def forward(self, w: Tensor) -> Tensor:
@@ -60,10 +61,12 @@ class _Cayley(nn.Module):
     @torch.no_grad()
     def right_inverse(self, matrix: Tensor) -> Tensor:
         """Turn the base to the orthogonal matrix nearest to the one given, and return W = 0."""
+        if matrix.shape != self.shape or matrix.is_complex():
+            raise EspalierError(f"matrix is {matrix.dtype} {tuple(matrix.shape)}: assign a real {tuple(self.shape)} one")
         if not matrix.is_meta and not matrix.isfinite().all():
             raise EspalierError("no orthogonal matrix is nearest to one with NaN or infinity: give finite numbers")
         tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
         left, _, right = torch.linalg.svd(tall.double())
         width = tall.shape[1]
         self.base.copy_(torch.cat((left[:, :width] @ right, left[:, width:]), 1))
-        return torch.zeros_like(matrix)
+        return torch.zeros_like(matrix, dtype=self.base.dtype, device=self.base.device)
