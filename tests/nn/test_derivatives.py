@@ -269,6 +269,7 @@ def test_shapes_that_do_not_fit_are_refused_before_memory_is_read() -> None:
             "one",
         ),
         (lambda: causal_conv_silu(one(1, 2, 8, dtype=torch.int64), one(8, 4)), "int64"),
+        (lambda: causal_conv_silu(one(1, 2, 8), one(8, 4), history=one(1, 3, 8, dtype=torch.complex64)), "complex64"),
     ]
     for call, words in refused:
         with pytest.raises(EspalierError, match=words):

@@ -33,9 +33,9 @@ def causal_conv_silu(
     """
     _check(x_BLC, weight_CK, bias_C, history)
     dtype = x_BLC.dtype
-    x, weight, bias = upcast(x_BLC, weight_CK, bias_C)
+    x, weight, bias, history = upcast(x_BLC, weight_CK, bias_C, history)
     if history is not None:
-        x = torch.cat([history.to(x.dtype), x], dim=1)
+        x = torch.cat([history, x], dim=1)
     if is_transformed():
         y = formulas.causal_conv_silu(x, weight, bias)
     elif choose("causal_conv", x.device.type) == "compiled":

@@ -92,7 +92,7 @@ class _GatedNorm(torch.autograd.Function):
             return (*found, None, None)
         gated, scale = _gate(y, z, ctx.groups, ctx.eps)
         grad = dout.unflatten(-1, (ctx.groups, -1))
-        dweight = (grad * gated).mul_(scale).flatten(-2).flatten(0, -2).sum(0)
+        dweight = (grad * gated).mul_(scale).reshape(-1, len(weight)).sum(0)  # of one row, too
         grad = grad * weight.view(ctx.groups, -1)
         shift = (grad * gated).mean(-1, keepdim=True) * scale.pow(3)
         dgated = grad.mul_(scale).addcmul_(shift, gated, value=-1).flatten(-2)

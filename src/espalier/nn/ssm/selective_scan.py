@@ -59,7 +59,7 @@ def selective_scan(
         y of the shape and dtype of ``x_BLE``, and with ``return_state`` the state (B, E, N).
 
     Raises:
-        EspalierError: shapes that do not fit together.
+        EspalierError: an empty x, or shapes that do not fit together.
 
     Source: arXiv 2312.00752, section 3.
     """

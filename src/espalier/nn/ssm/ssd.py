@@ -66,7 +66,7 @@ def ssd(
         y of the shape and dtype of ``x_BLHP``, and with ``return_state`` the state (B, H, N, P).
 
     Raises:
-        EspalierError: shapes that do not fit together, or a chunk size below 1.
+        EspalierError: an empty x, shapes that do not fit together, or a chunk size below 1.
 
     Source: arXiv 2405.21060, sections 6 and 7.
     """
