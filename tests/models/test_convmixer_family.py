@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from espalier.errors import EspalierError, MissingExtraError
-from espalier.models import ConvMixer, build_model, register_with_timm
+from espalier.models import ConvMixer, KWLarge, VisionTransformer, build_model, register_with_timm
 from espalier.models.convmixer_family import CONVMIXERS
 
 # The published numbers of parameters.
@@ -101,10 +101,20 @@ def test_pooling_and_dropout_are_timm_s() -> None:
     assert 0.3 < float((net.forward_head(torch.ones(1, 8, 32, 32)) == 0).float().mean()) < 0.7
     with pytest.raises(EspalierError, match="unknown global_pool 'max'"):
         net.reset_classifier(3, "max")
+    with pytest.raises(EspalierError, match="num_classes is -1"):
+        net.reset_classifier(-1, "avg")
+    assert (net.num_classes, net.global_pool, net.head.out_features) == (3, "", 3)  # left as it was
     with pytest.raises(EspalierError, match="unknown global_pool 'max'"):
         small(global_pool="max")
     with pytest.raises(EspalierError, match="unknown output_fmt"):
         net.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("net", [VisionTransformer(8, 4, embed_dim=8, depth=1, num_heads=2), KWLarge(2, img_size=8)])
+def test_a_refused_head_leaves_the_old_one(net: VisionTransformer | KWLarge) -> None:
+    with pytest.raises(EspalierError, match="num_classes is -1"):
+        net.reset_classifier(-1)
+    assert net.num_classes == 10 == net.head.out_features
 
 
 def test_every_parameter_belongs_to_a_group_of_timm_s_matcher() -> None:

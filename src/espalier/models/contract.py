@@ -42,7 +42,12 @@ def draw_uniform(weight: Tensor, bias: Tensor | None = None, generator: torch.Ge
 
 
 def new_head(net: nn.Module, kind: Callable[..., nn.Module], width: int, classes: int) -> nn.Module:
-    """Return a fresh head on the device, in the dtype and in the mode of a network; without classes an identity."""
+    """Return a fresh head on the device, in the dtype and in the mode of a network; without classes an identity.
+
+    Raises:
+        EspalierError: fewer than no classes.
+    """
+    check_sizes(0, num_classes=classes)
     like = next(net.parameters(), None)
     place = {} if like is None else {"device": like.device, "dtype": like.dtype}
     head = kind(width, classes, **place) if classes else nn.Identity()
@@ -58,5 +63,5 @@ def check_divisor(name: str, divisor: int, of: str, size: int) -> None:
 def check_sizes(least: int = 1, **sizes: float) -> None:
     """Raise ``EspalierError`` for the first of the arguments, by their names, that is below ``least``."""
     for name, size in sizes.items():
-        if size < least:
+        if not size >= least:  # NaN is neither
             raise EspalierError(f"{name} is {size}: give at least {least}")

@@ -207,14 +207,14 @@ class ConvMixer(TimmContract, HubModel):
         """Replace the head by a fresh one for ``num_classes`` classes (0 removes it), and the pooling if given.
 
         Raises:
-            EspalierError: unknown pooling.
+            EspalierError: unknown pooling, or fewer than no classes.
         """
-        if global_pool is not None:
-            if global_pool not in POOLS:
-                raise unknown_name("global_pool", global_pool, POOLS)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool
+        elif global_pool not in POOLS:
+            raise unknown_name("global_pool", global_pool, POOLS)
         self.head = new_head(self, nn.Linear, self.num_features, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

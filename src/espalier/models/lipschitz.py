@@ -104,8 +104,8 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
-        self.num_classes = num_classes
         self.head = new_head(self, HEADS[self.head_kind], self.num_features, num_classes)
+        self.num_classes = num_classes
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

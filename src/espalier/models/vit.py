@@ -234,8 +234,8 @@ class VisionTransformer(TimmContract, HubModel):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one for ``num_classes`` classes; 0 removes it."""
-        self.num_classes = num_classes
         self.head = new_head(self, nn.Linear, self.embed_dim, num_classes)
+        self.num_classes = num_classes
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
