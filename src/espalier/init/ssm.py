@@ -41,7 +41,8 @@ class MimeticSSM:
     """What to write into state-space layers: four parts, each on its own; ``None`` or ``False`` leaves a part alone.
 
     Attributes:
-        decay: c; the rates become ``−A = exp(−c)``, so that a state keeps almost all of itself at every step.
+        decay: c; the rates become ``−A = exp(−c)``, at least exp(−20), so that a state keeps almost all of itself at
+            every step.
         delta: the step size at zero input, written into the step's bias.
         correlate: ρ between the rows of W_C and W_B.
         convolution: whether the short convolution starts as the identity; ``"covariance"`` instead draws its filters
@@ -136,13 +137,13 @@ def mimetic_ssm_(
     With ``h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t``, ``y_t = C_t·h_t`` and ``Δ_t = softplus(W_Δ u_t + b_Δ)``:
 
     ============== =======================================================================================
-    decay          ``a_log = −c``, so Ā = exp(Δ A) is near 1; see Note [Two readings of the decay]
+    decay          ``a_log = −c``, at least −20: Ā = exp(Δ A) is near 1; see Note [Two readings of the decay]
     delta          ``b_Δ = softplus⁻¹(Δ)``
     correlate      ``W_C = ρ W_B + √(1 − ρ²) W′``, W′ normal with the mean square of W_B
     gain           first draws W_B from the normal of variance gain/N, so that ``W_Cᵀ W_B`` is ``gain·ρ·I``
                    plus noise of deviation gain/√N
     convolution    the newest tap 1, the others and the bias 0; or filters of a covariance, the bias left alone
-    delta_weight   W_Δ uniform on ±f/√fan-in, the default's law times f
+    delta_weight   W_Δ uniform on ±f/√fan-in, the default's distribution times f
     ============== =======================================================================================
 
     Then ``y_t = Σ_{s≤t} (C_t·B_s) x_s``: causal linear attention with queries C and keys B.

@@ -148,6 +148,12 @@ def test_bad_input_is_one_line() -> None:
         mimetic_attention_(q, k, v, out, 4)
     with pytest.raises(EspalierError, match="num_kv_heads 2 does not divide num_heads 3"):
         mimetic_attention_(q, k, v, out, 3, num_kv_heads=2)
+    with pytest.raises(EspalierError, match="num_kv_heads 0 does not divide"):
+        mimetic_attention_(q, k, v, out, 3, num_kv_heads=0)
+    with pytest.raises(EspalierError, match="torch.int64"):
+        mimetic_attention_(q, k.long(), v, out, 3)
+    with pytest.raises(EspalierError, match="out has shape"):
+        measure_attention(q, k, v, out[:7], 3)
     with pytest.raises(EspalierError, match=r"out has shape \(7, 30\)"):
         mimetic_attention_(q, k, v, torch.empty(7, 30), 3)
     with pytest.raises(EspalierError, match="did you mean 'vision'"):

@@ -113,6 +113,8 @@ def test_generator_decides_and_the_global_state_is_left_alone() -> None:
 
 
 def test_bad_input_is_one_line() -> None:
+    with pytest.raises(EspalierError, match="dim is 0"):
+        near_identity(0, 1.0, 1.0)
     with pytest.raises(EspalierError, match="rank 9 is outside 1…8"):
         near_identity_factors(8, 9, 0.7, 0.7)
     with pytest.raises(EspalierError, match="did you mean 'normal'"):

@@ -204,10 +204,12 @@ def test_meta_and_empty_weights_are_left_alone() -> None:
     assert torch.equal(generator.get_state(), state)
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 5, 5), (4, 1), (25,)])
-def test_other_weights_are_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4, 2, 5, 5), torch.zeros(4, 1), torch.zeros(25), torch.zeros(4, 1, 5, 5, dtype=torch.int8)]
+)
+def test_other_weights_are_refused(weight: torch.Tensor) -> None:
     with pytest.raises(EspalierError, match="not depthwise"):
-        depthwise_covariance_(torch.zeros(shape), 1.0)
+        depthwise_covariance_(weight, 1.0)
 
 
 @pytest.mark.parametrize(

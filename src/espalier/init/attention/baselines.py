@@ -19,7 +19,7 @@ _MLP_PAIRS = (("fc1", "fc2"), ("c_fc", "c_proj"), ("linear1", "linear2"), ("up_p
 
 @torch.no_grad()
 def truncated_normal_(model: nn.Module, *, std: float = 0.02, generator: torch.Generator | None = None) -> None:
-    """Draw all four attention weights from a normal law cut at ±2 deviations, biases zero.
+    """Draw all four attention weights from a normal distribution cut at ±2 deviations, biases zero.
 
     Source: the usual default of vision transformers (timm's ``trunc_normal_(std=0.02)``).
     """

@@ -159,13 +159,13 @@ def mimetic_attention_(
         generator: source of Z.
 
     Raises:
-        EspalierError: shapes that do not fit together, strengths that are no two finite numbers, or an unknown noise
-            or method.
+        EspalierError: shapes that do not fit together, weights that are not floating-point, strengths that are no two
+            finite numbers, or an unknown noise or method.
 
     Source: arXiv 2305.09828, section 3; the treatment of grouped queries is ours.
     """
     check_choices(qk, vo, noise, method)
-    groups = num_kv_heads or num_heads
+    groups = num_heads if num_kv_heads is None else num_kv_heads
     _check_shapes(q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), out, num_heads, groups)
     if q.is_meta or q.numel() == 0:
         return
@@ -229,6 +229,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, 
         raise EspalierError(f"num_heads {num_heads} does not divide the query width {q.shape[0]}: choose a divisor")
     if groups < 1 or num_heads % groups:
         raise EspalierError(f"num_kv_heads {groups} does not divide num_heads {num_heads}: choose a divisor")
+    if not all(weight.is_floating_point() for weight in (q, k, v, out)):
+        raise EspalierError(f"the weights are {q.dtype}, {k.dtype}, {v.dtype}, {out.dtype}: pass real floating-point ones")
     dim, width = q.shape[1], q.shape[0] // num_heads
     value_width = v.shape[0] // groups
     expected = {"k": (groups * width, dim), "v": (groups * value_width, dim), "out": (dim, num_heads * value_width)}
@@ -253,8 +255,12 @@ def measure_attention(
         from the other entries, in standard errors, as independent entries would scatter; ``qk_least_z`` is that of the
         head where it is least (negative in a head of the other sign). Least squares of a product on βI gives its
         diagonal mean, so these are also the fitted β, and ``off · √d`` the fitted α.
+
+    Raises:
+        EspalierError: as ``mimetic_attention_`` does of the weights.
     """
-    groups, dim = num_kv_heads or num_heads, q.shape[-1]
+    groups, dim = num_heads if num_kv_heads is None else num_kv_heads, q.shape[-1]
+    _check_shapes(q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), out, num_heads, groups)
     v_GKD = v.float().reshape(groups, -1, dim)
     out_DGHK = out.float().reshape(dim, groups, num_heads // groups, -1)
     vo = out_DGHK.sum(2).reshape(dim, -1) @ v_GKD.reshape(-1, dim)

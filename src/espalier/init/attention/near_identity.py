@@ -88,10 +88,12 @@ def near_identity(
         A, shape (d, d), float32.
 
     Raises:
-        EspalierError: an unknown noise.
+        EspalierError: a dim below 1, or an unknown noise.
 
     Source: arXiv 2305.09828, section 3.
     """
+    if dim < 1:
+        raise EspalierError(f"dim is {dim}: give at least 1")
     return near_identity_corner(dim, dim, dim, alpha, beta, noise=noise, generator=generator).float().to(device)
 
 

@@ -242,10 +242,12 @@ def depthwise_kernel(weight: Tensor) -> tuple[int, ...]:
     """Return the kernel's sizes of a depthwise weight (h, 1, *k).
 
     Raises:
-        EspalierError: the weight has another shape.
+        EspalierError: the weight has another shape, or holds no real floating-point numbers.
     """
-    if weight.ndim < 3 or weight.shape[1] != 1:
-        raise EspalierError(f"weight of shape {tuple(weight.shape)} is not depthwise: pass (channels, 1, *kernel)")
+    if weight.ndim < 3 or weight.shape[1] != 1 or not weight.is_floating_point():
+        raise EspalierError(
+            f"weight of shape {tuple(weight.shape)} and {weight.dtype} is not depthwise: pass real (channels, 1, *kernel)"
+        )
     return tuple(weight.shape[2:])
 
 
