@@ -91,7 +91,7 @@ def test_a_model_without_structured_layers_is_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [{"sigma": None}, {"error": {}}, {"error": float("nan")}, {"sigma": "x"}, {"white_error": [1.0]}, {"sigma": True},
-     {"more": 1.0}],
+     {"more": 1.0}, {"sigma": 10**400}],
 )  # fmt: skip
 def test_values_that_no_fit_has_are_refused(change: dict[str, object]) -> None:
     row = {"layer": "mixer", "sigma": 2.0, "error": 0.1, "white_error": 0.4}

@@ -224,6 +224,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(options: dict[str,
     assert all(torch.equal(weights[name], before[name]) for name in weights)
 
 
+@pytest.mark.parametrize("layers", [[1.5], 1.0, [float("nan")], ["0"], "first"])
+def test_layers_that_are_no_indices_are_refused(layers: object) -> None:
+    with pytest.raises(EspalierError, match="layers is .*: give 'all', an index"):
+        MimeticSSM(layers=layers)  # type: ignore[arg-type]
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     weights = layer(16, 8)
     with pytest.raises(EspalierError, match="groups 3 does not divide the 16 rows of w_b"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class StructureFit:
 
         Raises:
             KeyError: a family that is not known.
-            TypeError, ValueError: rows with other fields, or with values that no fit has.
+            AttributeError, TypeError, ValueError: rows with other fields, or with values that no fit has.
         """
         rows: dict[str, tuple[LayerFit, ...]] = {}
         for kind, given in data.items():
@@ -63,7 +63,7 @@ class StructureFit:
 def _is_fitted(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_fitted, value))
-    return isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value))
+    return isinstance(value, str) or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 @torch.no_grad()

@@ -80,11 +80,12 @@ class MimeticSSM:
         for name, value in (("delta", self.delta), ("gain", self.gain)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise EspalierError(f"{name} is {value}: give a positive, finite number")
-        if isinstance(self.layers, str) and self.layers != "all":
-            raise EspalierError(f"layers is {self.layers!r}: give 'all', an index, or a list of indices")
-        if not isinstance(self.layers, str | int):
+        if isinstance(self.layers, Sequence) and not isinstance(self.layers, str):
             # A tuple, so that a value that came from JSON equals the one that went in.
             object.__setattr__(self, "layers", tuple(self.layers))
+        wanted = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        if self.layers != "all" and not all(isinstance(layer, int) for layer in wanted):
+            raise EspalierError(f"layers is {self.layers!r}: give 'all', an index, or a list of indices")
 
     @property
     def parts(self) -> SSMParts:
