@@ -314,6 +314,24 @@ def test_users_add_checks_of_their_own() -> None:
         del CHECKS["no-sevens"]
 
 
+def test_a_check_of_single_tensors_that_asks_for_the_whole_changes_no_answer() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.LayerNorm(16))
+    for norm in model[1::2]:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.1, 0.1)
+    assert espalier.diagnose(model).trained
+
+    @register_check("asks", scope="tensor")
+    def asks(record: Record, patient: Patient) -> Iterator[Finding]:
+        if patient.trained or patient.kin:  # nothing was read yet when it asks first
+            yield Finding("note", record.name, "asks", "", "", "")
+
+    try:
+        assert espalier.diagnose(model).trained
+    finally:
+        del CHECKS["asks"]
+
+
 def test_prints_one_line_when_healthy_and_the_worst_first_when_not() -> None:
     model = build(24, 4, "normal", "layer", 0, 0)
     assert "\n" not in str(espalier.diagnose(model))

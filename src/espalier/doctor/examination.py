@@ -73,6 +73,7 @@ def diagnose(
             found += [(c, f) for c in CHECKS.values() if c.scope == "tensor" for f in c.function(record, patient)]
         # Only the numbers are kept: a whole model need not fit into memory.
         patient.records.append(replace(record, values=None))
+    patient = replace(patient)  # what a check of single tensors asked it was answered from those read until then
     found += [(c, f) for c in CHECKS.values() if c.scope == "model" for f in c.function(patient)]
     kept = [finding for check, finding in found if not (check.fresh_only and patient.trained)]
     if example is not None:
