@@ -134,6 +134,8 @@ def test_a_certificate_of_other_images_is_refused() -> None:
     other = Certificate((0.1,), (0,), (0,), 1.0, True, 0.0, ())
     with pytest.raises(EspalierError, match="1 other images"):
         challenge(net, images, labels, other)
+    with pytest.raises(EspalierError, match="wrong before any attack"):  # of images that have these labels by chance
+        challenge(net, 1 - images, labels, certify(net, images, labels))
     with pytest.raises(EspalierError, match="steps 0"):
         pgd_l2(net, images, labels, 0.1, steps=0)
 

@@ -129,7 +129,8 @@ def challenge(
         generator: source of PGD's starts, on the images' device.
 
     Raises:
-        EspalierError: a certificate of other images, or AutoAttack without torchattacks.
+        EspalierError: a certificate of other labels, or of images or a network that are not these (a certified image is
+            wrong before any attack); or AutoAttack without torchattacks.
     """
     labels = check_pixels(images, labels)
     if tuple(labels.tolist()) != certificate.labels:
@@ -138,6 +139,12 @@ def challenge(
     clean_N = torch.isinf(state.distances_N)
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
+    if (certified_N & ~clean_N).any():  # nothing moved, so that it says nothing of the certificate
+        index = int((certified_N & ~clean_N).nonzero()[0])
+        raise EspalierError(
+            f"images: number {index}, certified as class {certificate.labels[index]}, is wrong before any attack: give the "
+            "images and the network that the certificate was made for"
+        )
     attempts = [(radii_N * growth, certified_N) for growth in _GROWTH]
     for radius_N, chosen_N in [*attempts, *((torch.full_like(radii_N, value), clean_N) for value in eps)]:
         state.pgd(radius_N, chosen_N, steps, restarts, generator)
