@@ -44,6 +44,13 @@ def test_both_ways_is_the_identity_and_logits_are_equal(depth: int) -> None:
     assert equal(convert_state(ours.state_dict(), "timm"), ours.state_dict())
 
 
+@pytest.mark.parametrize("to", ["espalier", "timm", "original"])
+@pytest.mark.parametrize("state", [{}, {"fc.weight": torch.ones(1)}, {"0.weight": torch.ones(1)}])
+def test_other_models_are_refused_whatever_the_layout(state: dict[str, torch.Tensor], to: str) -> None:
+    with pytest.raises(EspalierError, match="it is no ConvMixer's: it has no block"):
+        convert_state(state, to)
+
+
 def test_original_takes_our_weights() -> None:
     ours = ConvMixer(8, 2, kernel_size=3, patch_size=1, num_classes=5).eval()
     original = original_convmixer(8, 2, 3, 1, 5).eval()

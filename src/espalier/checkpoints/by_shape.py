@@ -29,7 +29,7 @@ def skeleton(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> nn.
             from the shapes.
 
     Raises:
-        EspalierError: a name of more than a hundred parts.
+        EspalierError: a name of more than a hundred dots.
     """
     root = BareCheckpoint()
     for name, tensor in tensors.items():

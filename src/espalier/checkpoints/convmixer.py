@@ -92,9 +92,9 @@ def convert_state(state: Mapping[str, Tensor], to: str) -> State:
     if to not in LAYOUTS:
         raise unknown_name("layout", to, LAYOUTS)
     original = any(re.match(r"\d+\.", name) for name in state)
+    depth = _depth(state, original)
     if original == (to == "original"):
         return dict(state)
-    depth = _depth(state, original)
     numbers = {f"stem.{index}": str(index) for index in range(_STEM_MODULES)}
     numbers |= {f"blocks.{index}": str(_STEM_MODULES + index) for index in range(depth)}
     numbers["head"] = str(_STEM_MODULES + depth + _MODULES_BEFORE_HEAD)
