@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
+from espalier.errors import EspalierError
 from espalier.recipes import Recipe
 from espalier.study import Summary, Trial, launch, markdown_table, plan_study, summarise, text_table
 from espalier.study.table import rate_rows
@@ -57,6 +58,9 @@ def test_baseline_that_ends_at_its_best_reaches_its_own_score_whatever_the_digit
 def test_wider_tolerance_opens_the_window(usual: Summary) -> None:
     wide = summarise(usual.study.path, tolerance=0.05).arms[0].window
     assert (wide.low, wide.high, wide.open_low, wide.open_high) == (1e-4, 1e-2, True, True)
+    for tolerance in (-0.1, math.nan):
+        with pytest.raises(EspalierError, match=f"tolerance is {tolerance}: give a number from 0"):
+            summarise(usual.study.path, tolerance=tolerance)
 
 
 def test_difference_pairs_seeds_at_each_arms_own_rate(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from espalier.errors import require_known
+from espalier.errors import EspalierError, require_known
 from espalier.randomness import derive_generator
 from espalier.recipes import Recipe
 from espalier.study.record import Record
@@ -144,8 +144,10 @@ def summarise(study: Study | Path | str, *, level: float = LEVEL, tolerance: flo
         tolerance: how far below the best mean score a rate may lie to count for the window, in units of the score.
 
     Raises:
-        EspalierError: not a study folder, or a damaged run in it.
+        EspalierError: not a study folder, a damaged run in it, a level outside (0, 1) or a tolerance below 0.
     """
+    if not tolerance >= 0:
+        raise EspalierError(f"tolerance is {tolerance}: give a number from 0, in units of the score")
     study = study if isinstance(study, Study) else load_study(study)
     trials = study.trials()
     records = study.outcomes()
