@@ -43,7 +43,7 @@ class TransformersViT(HubModel):
     ) -> None:
         super().__init__()
         check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
-        check_sizes(num_heads=num_heads)
+        check_sizes(num_heads=num_heads, depth=depth, num_classes=num_classes)
         check_divisor("patch_size", patch_size, "img_size", img_size)
         check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
         grid = img_size // patch_size
@@ -86,7 +86,7 @@ class TransformersConvNext(HubModel):
         layer_scale: initial scale of every residual branch; the class's own of 1e-6 needs long training.
 
     Raises:
-        EspalierError: not as many depths as widths.
+        EspalierError: not as many depths as widths, or sizes below 1.
         MissingExtraError: transformers is not installed.
     """
 
@@ -102,6 +102,8 @@ class TransformersConvNext(HubModel):
         super().__init__()
         if len(depths) != len(dims):
             raise EspalierError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in number: give one a stage")
+        check_sizes(in_chans=in_chans, num_classes=num_classes, patch_size=patch_size, stages=len(dims))
+        check_sizes(**{f"depths[{i}]": n for i, n in enumerate(depths)}, **{f"dims[{i}]": n for i, n in enumerate(dims)})
         transformers = require("transformers", "transformers")
         config = transformers.ConvNextConfig(
             num_channels=in_chans,
