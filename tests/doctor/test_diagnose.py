@@ -16,6 +16,7 @@ from torch import nn
 import espalier
 from doctor.corpus.case import garbage
 from doctor.corpus.training import LanguageModel
+from espalier.checkpoints import skeleton
 from espalier.doctor import Finding, Patient, Record, register_check
 from espalier.doctor.registry import CHECKS
 from espalier.doctor.stats import measure
@@ -362,6 +363,7 @@ def test_every_check_has_its_heading_in_the_guide() -> None:
         ({"model": nn.Linear(2, 2), "example": 3}, "example int: pass a tensor"),
         ({"model": nn.Module(), "example": "synthetic"}, "Module does not say what it takes: pass a batch"),
         ({"model": nn.Linear(2, 2), "example": torch.ones(0, 2)}, "pass a batch that is not empty"),
+        ({"model": skeleton({"a.weight": torch.ones(2, 2)}), "example": "synthetic"}, "a bare checkpoint has no code"),
         ({"model": nn.Linear(2, 2), "against": 3}, "against int: pass a StructureReport"),
         ({"model": nn.Linear(2, 2), "against": {"model": nn.Linear(2, 2).state_dict()}}, "holds no tensors by name"),
         ({"model": nn.Linear(2, 2), "optimizer": "adam"}, "optimizer str: pass the optimiser"),

@@ -117,7 +117,7 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
         elif default is None:
             # What its default means stands in its description.
             alone = len(parameters) == 1
-            told = tyro.conf.arg(help_behavior_hint="", metavar=each.name.upper() if alone else None)
+            told = tyro.conf.arg(help_behavior_hint="", metavar=f"[{each.name.upper()}]" if alone else None)
             hint = Annotated[hint, told]
             hint = positional[hint] if alone else hint
         parameters[index] = each.replace(annotation=hint, default=default)

@@ -17,6 +17,7 @@ from espalier.doctor.registry import CHECKS, SEVERITIES, Check, Finding
 from espalier.doctor.sources import Source, open_module, open_weights
 from espalier.errors import EspalierError
 from espalier.init import StructureReport
+from espalier.init.layouts.registry import BareCheckpoint
 from espalier.init.sharded import reshard
 
 # Where the checks are explained; the anchor is the check's name.
@@ -77,8 +78,8 @@ def diagnose(
     found += [(c, f) for c in CHECKS.values() if c.scope == "model" for f in c.function(patient)]
     kept = [finding for check, finding in found if not (check.fresh_only and patient.trained)]
     if example is not None:
-        if patient.model is None:
-            raise EspalierError("example: a bare checkpoint has no code to run: pass a module to probe it")
+        if patient.model is None or isinstance(patient.model, BareCheckpoint):
+            raise EspalierError("example: a bare checkpoint has no code to run: give the model itself to probe it")
         kept = probe(patient, example, kept)
     kept = [f if f.page else replace(f, page=f"{GUIDE}#{f.check}") for f in kept]
     kept.sort(key=lambda finding: SEVERITIES.index(finding.severity))
