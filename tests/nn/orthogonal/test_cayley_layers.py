@@ -285,6 +285,8 @@ def test_loads_the_original_net_as_the_same_function() -> None:
     assert (ours(x) - theirs(x)).abs().max() < 1e-10
     with pytest.raises(EspalierError, match=r"no '0.alpha'"):
         load_original_state_dict(ours, {"0.weight": theirs[0].weight}, x)
+    with pytest.raises(EspalierError, match=r"0.alpha is \(3,\) there"):
+        load_original_state_dict(ours, {**theirs.state_dict(), "0.alpha": torch.ones(3)}, x)
     ours[2] = CayleyConv2d(8, 12, 3, 2).double()
     with pytest.raises(EspalierError, match=r"2.weight is .* halves"):
         load_original_state_dict(ours, theirs.state_dict(), x)

@@ -26,8 +26,9 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor],
         images: (B, C, H, W) of the size that the net was trained at; they go through the model once, in evaluation.
 
     Raises:
-        EspalierError: a layer that the images do not reach, or an α or a weight that is missing or of another shape;
-            images of an odd size or smaller than a kernel at some layer, where the original computes something else.
+        EspalierError: a convolution that the images do not reach, or an α or a weight that is missing or of another
+            shape; images of an odd size or smaller than a kernel at some layer, where the original computes something
+            else.
 
     Source: github.com/locuslab/orthogonal-convolutions.
     """
@@ -50,6 +51,8 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor],
                 f"{prefix}weight is {tuple(weight.shape)} there and {tuple(layer.weight.shape)} here: give the layer "
                 "its channels and kernel (the original halves the kernel of stride-2 layers)"
             )
+        if alpha.numel() != 1:
+            raise EspalierError(f"{prefix}alpha is {tuple(alpha.shape)} there: the original has one number a layer")
         _refuse_other_functions(name or "model", layer, size)
         converted[prefix + "alpha"] = (alpha.double() / _half_norm_ratio(weight, layer.dilation, size)).reshape(())
     try:
