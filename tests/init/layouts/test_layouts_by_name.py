@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import espalier
+from espalier.errors import EspalierError
 from espalier.init.layouts import Skipped, find_layers
 from reference.attention_probe import check_attention, views_of
 
@@ -151,6 +152,31 @@ def test_cross_attention_is_told_by_name_and_by_width() -> None:
     module = Plain(FOUR)
     module.k_proj, module.v_proj = nn.Linear(16, DIM), nn.Linear(16, DIM)
     assert "cross-attention" in reason(module)
+
+
+class OfContext(Plain):
+    """Attention that may be handed another sequence, by a short name."""
+
+    def forward(self, x: Tensor, ctx: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        keys = x if ctx is None else ctx
+        inputs = (self.q_proj(x), self.k_proj(keys), self.v_proj(keys))
+        q, k, v = (part.unflatten(-1, (self.h, -1)).transpose(1, 2) for part in inputs)
+        return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Caller(nn.Module):
+    def __init__(self, crossed: bool) -> None:
+        super().__init__()
+        self.attn, self.other, self.crossed = OfContext(FOUR), nn.Linear(DIM, DIM), crossed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, self.other(x)) if self.crossed else self.attn(x)
+
+
+def test_a_second_sequence_by_a_short_name_is_seen() -> None:
+    assert [row.status for row in espalier.structure_(Caller(crossed=False)).layers] == ["written"]
+    with pytest.raises(EspalierError, match="other tokens than its queries"):
+        espalier.structure_(Caller(crossed=True))
 
 
 def test_what_cannot_be_known_is_not_guessed() -> None:

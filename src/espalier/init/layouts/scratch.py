@@ -26,7 +26,8 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # Arguments by how their names read. An optional sequence decides which keys are seen.
 _SEQUENCE = re.compile(
-    r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states)$|key_value|cross|latent"
+    r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states|ctx|mem|enc|enc_outputs?)$|"
+    r"key_value|cross|latent"
 )
 _NO_SEQUENCE = re.compile(r"mask|past|cache|pos|bias|len|ids|idx|index|output|use_|return|scale|gate|num|size|shape")
 _ROTARY = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$|^(cos|sin)$")
