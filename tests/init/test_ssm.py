@@ -226,7 +226,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(options: dict[str,
 
 @pytest.mark.parametrize("layers", [[1.5], 1.0, [float("nan")], ["0"], "first"])
 def test_layers_that_are_no_indices_are_refused(layers: object) -> None:
-    with pytest.raises(EspalierError, match="layers is .*: give 'all', an index"):
+    with pytest.raises(EspalierError, match=r"layers is .*: give 'all', an index"):
         MimeticSSM(layers=layers)  # type: ignore[arg-type]
 
 

@@ -142,8 +142,8 @@ def challenge(
     if (certified_N & ~clean_N).any():  # nothing moved, so that it says nothing of the certificate
         index = int((certified_N & ~clean_N).nonzero()[0])
         raise EspalierError(
-            f"images: number {index}, certified as class {certificate.labels[index]}, is wrong before any attack: give the "
-            "images and the network that the certificate was made for"
+            f"images: number {index}, certified as class {certificate.labels[index]}, is wrong before any attack: give "
+            "the images and the network that the certificate was made for"
         )
     attempts = [(radii_N * growth, certified_N) for growth in _GROWTH]
     for radius_N, chosen_N in [*attempts, *((torch.full_like(radii_N, value), clean_N) for value in eps)]:

@@ -209,12 +209,12 @@ class ConvMixer(TimmContract, HubModel):
         Raises:
             EspalierError: unknown pooling, or fewer than no classes.
         """
-        if global_pool is None:
-            global_pool = self.global_pool
-        elif global_pool not in POOLS:
-            raise unknown_name("global_pool", global_pool, POOLS)
+        if global_pool not in (None, *POOLS):
+            raise unknown_name("global_pool", str(global_pool), POOLS)
         self.head = new_head(self, nn.Linear, self.num_features, num_classes)
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns that group parameters by layer."""

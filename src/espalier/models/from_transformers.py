@@ -103,7 +103,8 @@ class TransformersConvNext(HubModel):
         if len(depths) != len(dims):
             raise EspalierError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in number: give one a stage")
         check_sizes(in_chans=in_chans, num_classes=num_classes, patch_size=patch_size, stages=len(dims))
-        check_sizes(**{f"depths[{i}]": n for i, n in enumerate(depths)}, **{f"dims[{i}]": n for i, n in enumerate(dims)})
+        for name, sizes in (("depths", depths), ("dims", dims)):
+            check_sizes(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
         transformers = require("transformers", "transformers")
         config = transformers.ConvNextConfig(
             num_channels=in_chans,

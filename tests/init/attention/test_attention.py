@@ -150,7 +150,7 @@ def test_bad_input_is_one_line() -> None:
         mimetic_attention_(q, k, v, out, 3, num_kv_heads=2)
     with pytest.raises(EspalierError, match="num_kv_heads 0 does not divide"):
         mimetic_attention_(q, k, v, out, 3, num_kv_heads=0)
-    with pytest.raises(EspalierError, match="torch.int64"):
+    with pytest.raises(EspalierError, match=r"torch\.int64"):
         mimetic_attention_(q, k.long(), v, out, 3)
     with pytest.raises(EspalierError, match="out has shape"):
         measure_attention(q, k, v, out[:7], 3)

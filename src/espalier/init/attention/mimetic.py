@@ -230,7 +230,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int, 
     if groups < 1 or num_heads % groups:
         raise EspalierError(f"num_kv_heads {groups} does not divide num_heads {num_heads}: choose a divisor")
     if not all(weight.is_floating_point() for weight in (q, k, v, out)):
-        raise EspalierError(f"the weights are {q.dtype}, {k.dtype}, {v.dtype}, {out.dtype}: pass real floating-point ones")
+        raise EspalierError(f"the weights are {q.dtype}, {k.dtype}, {v.dtype}, {out.dtype}: pass floating-point ones")
     dim, width = q.shape[1], q.shape[0] // num_heads
     value_width = v.shape[0] // groups
     expected = {"k": (groups * width, dim), "v": (groups * value_width, dim), "out": (dim, num_heads * value_width)}

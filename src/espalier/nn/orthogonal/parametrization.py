@@ -62,7 +62,7 @@ class _Cayley(nn.Module):
     def right_inverse(self, matrix: Tensor) -> Tensor:
         """Turn the base to the orthogonal matrix nearest to the one given, and return W = 0."""
         if matrix.shape != self.shape or matrix.is_complex():
-            raise EspalierError(f"matrix is {matrix.dtype} {tuple(matrix.shape)}: assign a real {tuple(self.shape)} one")
+            raise EspalierError(f"matrix is {matrix.dtype} {tuple(matrix.shape)}: give a real one, {tuple(self.shape)}")
         if not matrix.is_meta and not matrix.isfinite().all():
             raise EspalierError("no orthogonal matrix is nearest to one with NaN or infinity: give finite numbers")
         tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
