@@ -129,8 +129,7 @@ def challenge(
         generator: source of PGD's starts, on the images' device.
 
     Raises:
-        EspalierError: a certificate of other labels, or of images or a network that are not these (a certified image is
-            wrong before any attack); or AutoAttack without torchattacks.
+        EspalierError: a certificate of other images or of another network, or AutoAttack without torchattacks.
     """
     labels = check_pixels(images, labels)
     if tuple(labels.tolist()) != certificate.labels:
@@ -139,12 +138,6 @@ def challenge(
     clean_N = torch.isinf(state.distances_N)
     radii_N = torch.tensor(certificate.radii, dtype=torch.float64, device=images.device)
     certified_N = (radii_N > 0) & torch.isfinite(radii_N)
-    if (certified_N & ~clean_N).any():  # nothing moved, so that it says nothing of the certificate
-        index = int((certified_N & ~clean_N).nonzero()[0])
-        raise EspalierError(
-            f"images: number {index}, certified as class {certificate.labels[index]}, is wrong before any attack: give "
-            "the images and the network that the certificate was made for"
-        )
     attempts = [(radii_N * growth, certified_N) for growth in _GROWTH]
     for radius_N, chosen_N in [*attempts, *((torch.full_like(radii_N, value), clean_N) for value in eps)]:
         state.pgd(radius_N, chosen_N, steps, restarts, generator)
@@ -184,6 +177,12 @@ class _AttackState:
         self.dtype = next(self.certified_net.parameters(), images).dtype
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         wrong_N = torch.cat([fooled(self.certified_net, some.to(self.dtype), theirs) for some, theirs in batches])
+        for index in wrong_N.nonzero()[:, 0].tolist():
+            if certificate.radii[index] > 0:  # nothing was moved: it says nothing of the certificate
+                raise EspalierError(
+                    f"images: number {index}, certified as class {certificate.labels[index]}, is wrong before any "
+                    "attack: give the images and the network that the certificate was made for"
+                )
         self.distances_N = torch.where(wrong_N, 0.0, math.inf).double()
         self.robust_radius_N = torch.zeros_like(self.distances_N)
         """Up to which radius AutoAttack found nothing."""

@@ -246,7 +246,7 @@ def depthwise_kernel(weight: Tensor) -> tuple[int, ...]:
     """
     if weight.ndim < 3 or weight.shape[1] != 1 or not weight.is_floating_point():
         raise EspalierError(
-            f"weight {tuple(weight.shape)}, {weight.dtype}, is not depthwise: pass floating-point (channels, 1, *kernel)"
+            f"weight {tuple(weight.shape)}, {weight.dtype}, is not depthwise: pass (channels, 1, *kernel), floating"
         )
     return tuple(weight.shape[2:])
 
