@@ -24,6 +24,7 @@ from espalier.init.attention.mimetic import (
 )
 from espalier.init.families.base import Family, Place
 from espalier.init.layouts import AttentionWeights, LatentAttentionWeights
+from espalier.init.layouts.registry import ROTARY
 
 # A product counts as structured when its diagonal is this many standard errors from its other entries: with independent
 # weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
@@ -192,7 +193,7 @@ def _between(module: nn.Module, said: str) -> Iterator[str]:
         getattr(arguments.get("position_embeddings"), "annotation", "")
     )
     if turned and "rotary" not in said:
-        yield "rotary positions: the QK product holds at distance zero"
+        yield ROTARY
     if any(map(_QK_NORM.fullmatch, names)) and "are normalised" not in said:
         yield "queries and keys are normalised: their product holds up to scale"
     # A norm that is registered before the projections acts on the input.

@@ -11,7 +11,6 @@ from espalier.init.layouts.registry import AttentionWeights, Refused
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
 _UNFIT = "its weights' shapes do not fit together: register a layout for its class"
-ROTARY = "rotary positions: the QK product holds at distance zero"
 
 
 def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> AttentionWeights:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.init.layouts.registry import AttentionWeights
+from espalier.init.layouts.registry import ROTARY, AttentionWeights
 from espalier.init.layouts.scratch import Call, run
 
 # Several libraries take scores or softmax in float32, whatever the type.
@@ -35,7 +35,6 @@ _RELATIVE = 1e-4
 _PUSH = 1e-3
 _PUSHED = 0.05
 _MASKED = -1e20
-_ROTARY = "rotary positions: the QK product holds at distance zero"
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
 _OPPOSED = 0.9
@@ -113,7 +112,7 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
     if not _near(trial.look(v=v, o=o).out, base.out) or _near(trial.look(v=v).out, base.out):
         raise Unproven("its output is not made of the rows that were read as values and output projection")
     rotary = not _close(scores, base.scores_HLL, base.scores_HLL)
-    return "; ".join([_ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", _ROTARY)])
+    return "; ".join([ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", ROTARY)])
 
 
 class _Trial:
@@ -190,7 +189,7 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     notes = []
     moved = [scores for scores, same in zip(paired, kept, strict=True) if same]
     if not all(_close(scores, base.scores_HLL, base.scores_HLL) for scores in moved):
-        notes.append(_ROTARY)
+        notes.append(ROTARY)
     doubled = trial.look(q=2 * trial.q).scores_HLL - bias
     if _close(doubled, shown, base.scores_HLL):
         notes.append("queries and keys are normalised: their product holds up to scale")

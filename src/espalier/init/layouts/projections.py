@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from espalier.init.layouts.linears import ROTARY, fused, separate
-from espalier.init.layouts.registry import AttentionWeights, register_layout
+from espalier.init.layouts.linears import fused, separate
+from espalier.init.layouts.registry import ROTARY, AttentionWeights, register_layout
 
 
 @register_layout("espalier.models.vit.Attention")

@@ -146,6 +146,7 @@ class BareCheckpoint(nn.Module):
 
 LAZY = "its weights have no shape before its first call: run a batch, then write"
 CROSS = "cross-attention compares two sequences: left alone"
+ROTARY = "rotary positions: the QK product holds at distance zero"
 COMPUTED = "its weights are computed by a hook before each call: remove the hook, write, put it back"
 
 # By the class's dotted path.

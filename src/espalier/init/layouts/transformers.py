@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from espalier.init.layouts.linears import ROTARY, fused, separate
-from espalier.init.layouts.registry import CROSS, AttentionWeights, Refused, register_layout, transformers_path
+from espalier.init.layouts.linears import fused, separate
+from espalier.init.layouts.registry import CROSS, ROTARY, AttentionWeights, Refused, register_layout, transformers_path
 
 _Q_K_V_O = ("q_proj", "k_proj", "v_proj", "o_proj")
 _Q_K_V_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
