@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
-from espalier.init.layouts.prove import prove, prove_keys, prove_use
+from espalier.init.layouts.prove import prove, prove_use, refuse_other_keys
 from espalier.init.layouts.registry import (
     COMPUTED,
     CROSS,
@@ -152,7 +152,7 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
         if host is nn.MultiheadAttention:
             found = prove_use(names, name, found)
         elif (owner := owner_of(names, name)) is not None and not _is_at_home(owner[1], host):
-            found = prove_keys(names, name, found)
+            found = refuse_other_keys(names, name, found) or found
     return {"": found}
 
 

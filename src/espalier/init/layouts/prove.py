@@ -70,7 +70,7 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
     except CannotRunError as error:
         return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
     # What was run with its owner was seen with the owner's keys.
-    if why is None and (refused := _other_keys(names, name, found)):
+    if why is None and (refused := refuse_other_keys(names, name, found)):
         return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
@@ -116,11 +116,6 @@ def prove_use(names: Mapping[str, nn.Module], name: str, found: AttentionWeights
         return Skipped("attention", f"whose keys it gets cannot be proven: {error}")
 
 
-def prove_keys(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Found:
-    """Return the weights of a layer unless whoever calls it may hand it another sequence's keys; then why not."""
-    return _other_keys(names, name, found) or found
-
-
 @untraced()
 def _prove_alone(module: nn.Module, reading: Layout) -> str:
     """Prove a layer on inputs made from its own signature."""
@@ -161,7 +156,7 @@ def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWei
     return twin, views
 
 
-def _other_keys(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Skipped | None:
+def refuse_other_keys(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Skipped | None:
     """Return why a layer that may be handed another sequence's keys must be taken to be, or ``None``."""
     others = sequences(names[name])
     if not others or denies_cross(names[name]) or owner_of(names, name) is None:
