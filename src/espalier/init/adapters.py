@@ -7,6 +7,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
+ADAPTED = "carries an adapter (LoRA): write the base model, then add adapters"
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """Return whether a layer is an adapter over another, known by the names that peft gives its parts."""
+    return hasattr(layer, "base_layer") or hasattr(layer, "lora_A")
+
 
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[bool]:

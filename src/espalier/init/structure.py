@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.init.adapters import without_adapters
+from espalier.init.adapters import ADAPTED, without_adapters
 from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, Family, Specs, family_of
 from espalier.init.families.base import Place, on_meta, tensors
@@ -23,7 +23,6 @@ from espalier.init.ties import Span, memory_of, others_of, overlap
 from espalier.init.trained import warn_if_trained
 from espalier.randomness import cpu_generator
 
-_ADAPTED = "it carries an adapter (LoRA): write the base model, then add adapters"
 _INFERENCE = "its weights were made under inference_mode, and nothing outside of it may write them: clone them first"
 _FROZEN = "frozen (requires_grad=False) in a model that trains: write first and freeze then, or unfreeze it"
 # Statuses of layers that carried structure when their report was made.
@@ -213,7 +212,7 @@ def _unless_refused(site: _Site, model: nn.Module) -> _Site:
     if trained == [True, False]:
         refused = Skipped(site.family.kind, _FROZEN)
     elif "base_layer" in site.layer.name.split("."):
-        refused = Skipped(site.family.kind, _ADAPTED)
+        refused = Skipped(site.family.kind, f"it {ADAPTED}")
     elif any(view.is_inference() for view in weights) and not torch.is_inference_mode_enabled():
         refused = Skipped(site.family.kind, _INFERENCE)
     elif reason := site.family.set_by_hand(site.layer.found):
@@ -307,26 +306,20 @@ def _verify(site: _Site, row: LayerReport, spec: object, sums: Mapping[str, floa
 
 def _measure(site: _Site, earlier: LayerReport | None) -> LayerReport:
     """Return the row of a layer as it is now; below adapters where it has some."""
-    found = site.layer.found
-    if not isinstance(found, Skipped):
-        with site.layer.open() as weights:
-            return _judge(site, weights, earlier)
     with without_adapters(site.layer.module) as adapted:
-        if adapted:
-            with site.layer.open() as weights:
-                if not isinstance(weights, Skipped):
-                    row = _judge(site, weights, earlier)
-                    return replace(row, note="; ".join(filter(None, (row.note, "measured below its adapter"))))
-    return site.row("skipped", found.reason)
+        if isinstance(site.layer.found, Skipped) and not adapted:
+            return site.row("skipped", site.layer.found.reason)
+        with site.layer.open() as weights:
+            return _judge(site, weights, earlier, adapted=adapted)
 
 
-def _judge(site: _Site, weights: Any, earlier: LayerReport | None) -> LayerReport:
+def _judge(site: _Site, weights: Any, earlier: LayerReport | None, *, adapted: bool) -> LayerReport:
     """Measure a layer's open weights and hold them against an earlier row."""
     family = site.family
     if isinstance(weights, Skipped) or on_meta(weights):
         return site.row("skipped", weights.reason if isinstance(weights, Skipped) else "on the meta device")
     earlier = earlier or site.row("absent")
-    below = "measured below its adapter" if "base_layer" in site.layer.name.split(".") else ""
+    below = "measured below its adapter" if adapted or "base_layer" in site.layer.name.split(".") else ""
     note = "; ".join(filter(None, (family.note(weights, site.layer.part), below)))
     row = replace(site.row("present", note), asked=earlier.asked, mark=earlier.mark)
     if damage := family.damage(weights, family.sums(weights)):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from espalier.init.adapters import ADAPTED, is_adapted
 from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
@@ -82,8 +83,8 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
     layer = module.get_submodule(name)
     if isinstance(layer, nn.Identity):
         raise Refused("attention", f"{name} is missing (an identity): there is no product to set")
-    if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
-        raise Refused("attention", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
+    if is_adapted(layer):
+        raise Refused("attention", f"{name} {ADAPTED}")
     weight = getattr(layer, "weight", None)
     if weight is None and not any(
         "quant" in part.lower() or part == "qweight" for part in (type(layer).__name__, *vars(layer), *layer._buffers)

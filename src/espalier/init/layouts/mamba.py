@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from espalier.init.adapters import ADAPTED, is_adapted
 from espalier.init.layouts.registry import Found, Refused, Skipped, SSMWeights, register_guess, register_layout
 
 _TRANSFORMERS = "transformers.models."
@@ -91,8 +92,8 @@ def _common(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     layer = module.get_submodule(name)
-    if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
-        raise Refused("ssm", f"{name} carries an adapter (LoRA): write the base model, then add adapters")
+    if is_adapted(layer):
+        raise Refused("ssm", f"{name} {ADAPTED}")
     if not isinstance(layer, nn.Linear):
         raise Refused("ssm", f"{name} is a {type(layer).__name__} and no linear layer: write before it is replaced")
     return layer
