@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -242,11 +243,9 @@ def strength_behind(fitted: Strength, rank: float, rows: float = 1.0, columns: f
     alpha, beta = fitted
     norm, angle = math.hypot(alpha, beta), math.atan2(abs(beta), alpha)
     angles, kept = _truncation(round(rank, 4), rows, columns)
-    place = min(max(sum(a <= angle for a in angles) - 1, 0), _ANGLES - 2)
-    step = angles[place + 1] - angles[place]
-    share = min(max((angle - angles[place]) / step if step > 0 else 1.0, 0.0), 1.0)
-    asked = (place + share) / (_ANGLES - 1) * math.pi / 2
-    size = norm / (kept[place] + share * (kept[place + 1] - kept[place]))
+    place = float(np.interp(angle, angles, range(_ANGLES)))
+    asked = place / (_ANGLES - 1) * math.pi / 2
+    size = norm / float(np.interp(place, range(_ANGLES), kept))
     return size * math.cos(asked), math.copysign(size * math.sin(asked), beta)
 
 
