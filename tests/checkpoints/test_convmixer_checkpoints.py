@@ -59,7 +59,7 @@ def test_original_takes_our_weights() -> None:
     torch.testing.assert_close(original(x), ours(x))
 
 
-@pytest.mark.parametrize("wrapped", ["", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrapped", ["", "module.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module."])
 @pytest.mark.parametrize("nested", [None, "state_dict", "model", "state_dict_ema"])
 def test_files_of_every_origin(tmp_path: Path, wrapped: str, nested: str | None) -> None:
     net = trained_original()

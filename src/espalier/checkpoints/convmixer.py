@@ -21,6 +21,7 @@ from torch import Tensor
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.files import read_tensors
+from espalier.init.matching import plain_name
 from espalier.models.convmixer import ConvMixer
 
 LAYOUTS = ("espalier", "timm", "original")
@@ -30,8 +31,6 @@ _STEM_MODULES = 3
 # Between the last block and the head of the original stand the pooling and the flattening.
 _MODULES_BEFORE_HEAD = 2
 _PLACE = re.compile(r"((?:stem\.|blocks\.)?\d+|head)(?:\.|$)")
-# What wrappers of the whole model put before every name.
-_WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN = 3
 
 
@@ -39,8 +38,8 @@ def load_checkpoint_file(path: str | Path) -> State:
     """Read a ConvMixer checkpoint and return its weights under our names, checked against the model they belong to.
 
     Files that end in ``.safetensors`` are read as such, all others by ``torch.load(weights_only=True)``: code in them
-    is not run. Weights may lie under ``state_dict``, ``model`` or their averaged counterparts, and behind the prefixes
-    of DDP (``module.``) and torch.compile.
+    is not run. Weights may lie under ``state_dict``, ``model`` or their averaged counterparts, and under the names
+    that DDP (``module.``), torch.compile and other wrappers give them.
 
     Args:
         path: the file.
@@ -50,9 +49,8 @@ def load_checkpoint_file(path: str | Path) -> State:
     """
     path = Path(path)
     state = read_tensors(path)
-    for prefix in _WRAPPERS * 2:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    plain = {plain_name(name): tensor for name, tensor in state.items()}
+    state = plain if len(plain) == len(state) else state
     try:
         state = convert_state(state, "espalier")
         with torch.device("meta"):

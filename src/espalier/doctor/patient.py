@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from espalier.doctor.stats import TensorStats
-from espalier.init.matching import WRAPPERS
 from espalier.init.trained import drawn_around_zero
 
 Role = Literal["weight", "bias", "norm", "embedding", "position", "gain", "ssm", "adapter", "statistics", "other"]
@@ -260,11 +259,6 @@ def whole(tensor: Tensor) -> Tensor:
 def pattern_of(name: str) -> str:
     """Return a name with a star for every part that is a number."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def plain_name(name: str) -> str:
-    """Return a name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buffer: bool = False) -> Role:

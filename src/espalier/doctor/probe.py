@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
 from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradients, judge_loss
-from espalier.doctor.patient import Patient, plain_name
+from espalier.doctor.patient import Patient
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.registry import Finding, Severity
 from espalier.doctor.sources import attribute
@@ -23,6 +23,7 @@ from espalier.doctor.stats import dense, root_mean_square
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
 from espalier.init.layouts.scratch import uncompiled
+from espalier.init.matching import plain_name
 
 # Of torch's own wrappers: what a pass leaves in them belongs to a state that is not theirs alone.
 _WRAPPERS = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.patient import Record, fans, plain_name, role_of, whole
+from espalier.doctor.patient import Record, fans, role_of, whole
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError, told
 from espalier.files import read_object, read_tensors, refuse_odd_names, require_regular
+from espalier.init.matching import plain_name
 
 
 @dataclass(frozen=True)

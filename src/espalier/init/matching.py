@@ -20,6 +20,11 @@ _ADAPTED = {"base_layer", "base_model"}
 Name = tuple[str, ...]
 
 
+def plain_name(name: str) -> str:
+    """Return a dotted name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def match_rows(
     rows: Sequence[LayerReport], layers: Sequence[tuple[str, str]], bits: Callable[[int], str]
 ) -> dict[int, LayerReport]:
@@ -68,7 +73,7 @@ def match_rows(
 
 
 def _plain(name: str) -> Name:
-    return tuple(part for part in name.split(".") if part and part not in WRAPPERS | _ADAPTED)
+    return tuple(part for part in plain_name(name).split(".") if part and part not in _ADAPTED)
 
 
 def _holds(one: Name, other: Name) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.patient import Patient, Record, pattern_of, plain_name, whole
+from espalier.doctor.patient import Patient, Record, pattern_of, whole
 from espalier.doctor.registry import Finding, Severity, register_check
 from espalier.doctor.stats import dense, measure
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, audit
+from espalier.init.matching import plain_name
 from espalier.init.sharded import is_distributed
 
 # Averaged copies of a network start equal on purpose.

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from espalier.doctor.patient import Patient, Record, plain_name
+from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
 from espalier.doctor.stats import TensorStats, root_mean_square
+from espalier.init.matching import plain_name
 
 
 @judges("padding-row", scope="tensor", fresh_only=True)
