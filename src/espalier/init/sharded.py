@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def whole(module: nn.Module, *, shapes: bool = False) -> Iterator[bool]:
+def whole(module: nn.Module, *, shapes: bool = False) -> Iterator[None]:
     """Give a module whole parameters in place of its shards for the length of a ``with`` block.
 
     Every rank must enter: gathering and writing back are collective. Parameters that were written to inside the block
@@ -25,9 +25,6 @@ def whole(module: nn.Module, *, shapes: bool = False) -> Iterator[bool]:
     Args:
         module: any module; without shards in it nothing happens.
         shapes: gather nothing, give parameters without storage (on the meta device).
-
-    Yields:
-        Whether anything in the module is sharded.
 
     Raises:
         EspalierError: a placement other than ``Shard`` and ``Replicate`` (parameters written before it was applied
@@ -40,14 +37,14 @@ def whole(module: nn.Module, *, shapes: bool = False) -> Iterator[bool]:
         if _is_sharded(parameter)
     ]
     if not shards:
-        yield False
+        yield
         return
     full = {id(shard): _gather(shard, shapes) for _, _, shard in shards}
     before = {key: parameter._version for key, parameter in full.items()}
     try:
         for owner, name, shard in shards:
             owner._parameters[name] = full[id(shard)]
-        yield True
+        yield
     finally:
         for owner, name, shard in shards:
             owner._parameters[name] = shard  # type: ignore[assignment]
