@@ -17,9 +17,7 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.files import require_regular, write_tensors
 from espalier.init.filters.closed_form import (
     covariance_spectrum,
-    depthwise_kernel,
     depthwise_layers,
-    fill_filters_,
     filter_covariance,
     kernel_sizes,
 )
@@ -217,13 +215,6 @@ class FilterStatistics:
         target = None if isinstance(toward, str) else toward.detach().double().cpu()
         share = None if isinstance(strength, str) else float(strength)
         return FilterStatistics(tuple(layer.shrink(target, share) for layer in self.layers))
-
-    def sample_(self, weight: Tensor, depth: float, *, generator: torch.Generator | None = None) -> Tensor:
-        """Fill the filters (h, 1, *k) of the layer at a fractional depth in place; kernels are resized as needed.
-
-        Left alone on the meta device and if empty. Returns the weight.
-        """
-        return fill_filters_(weight, self.covariance_at(depth, depthwise_kernel(weight)), generator)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, complete or not at all, and return its path.
