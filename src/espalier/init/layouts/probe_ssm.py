@@ -78,17 +78,20 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     if norm is None:
         yield out_proj(y_LE * F.silu(z_LE))
         return
-    yield out_proj(norm(y_LE * F.silu(z_LE)))
-    yield out_proj(norm(y_LE) * F.silu(z_LE))
-    if len(arguments(norm)) > 1:
+    takes_gate = arguments(norm)[1:]
+    if takes_gate:
         yield out_proj(norm(y_LE, z_LE))
+    if all(each.default is not each.empty for each in takes_gate):
+        yield out_proj(norm(y_LE * F.silu(z_LE)))
+        yield out_proj(norm(y_LE) * F.silu(z_LE))
 
 
 def _maps(weights: SSMWeights, inputs: Tensor) -> list[Tensor]:
     """Return B and C."""
     both = [inputs @ weights.w_b.mT, inputs @ weights.w_c.mT]
-    biases = torch.cat(weights.map_biases).chunk(2) if weights.map_biases else (0, 0)
-    return [part + bias for part, bias in zip(both, biases, strict=True)]
+    if not weights.map_biases:
+        return both
+    return [part + bias for part, bias in zip(both, torch.cat(weights.map_biases).chunk(2), strict=True)]
 
 
 def _convolved(weights: SSMWeights, inner_LC: Tensor) -> Tensor:
