@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import espalier
-from espalier.errors import EspalierError
 from espalier.init.layouts import Skipped, find_layers
 from reference.attention_probe import check_attention, views_of
 
@@ -154,29 +155,63 @@ def test_cross_attention_is_told_by_name_and_by_width() -> None:
     assert "cross-attention" in reason(module)
 
 
-class OfContext(Plain):
-    """Attention that may be handed another sequence, by a short name."""
+class OfTwo(Plain):
+    """Attention that may be handed another sequence."""
 
-    def forward(self, x: Tensor, ctx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        keys = x if ctx is None else ctx
+    def attend(self, x: Tensor, other: Tensor | None) -> Tensor:
+        keys = x if other is None else other
         inputs = (self.q_proj(x), self.k_proj(keys), self.v_proj(keys))
         q, k, v = (part.unflatten(-1, (self.h, -1)).transpose(1, 2) for part in inputs)
         return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Caller(nn.Module):
-    def __init__(self, crossed: bool) -> None:
+class Shifted(OfTwo):
+    """Attention with an optional argument that has nothing to do with its keys."""
+
+    def attend(self, x: Tensor, other: Tensor | None) -> Tensor:
+        return super().attend(x, None) + (0 if other is None else other)
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.attn, self.other, self.crossed = OfContext(FOUR), nn.Linear(DIM, DIM), crossed
+        self.attn = attention
+
+    def attend(self, x: Tensor, other: Tensor | None) -> Tensor:
+        return x + self.attn(x, other)
+
+
+class Caller(nn.Module):
+    def __init__(self, block: nn.Module, crossed: bool) -> None:
+        super().__init__()
+        self.block, self.other, self.crossed = block, nn.Linear(DIM, DIM), crossed
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attn(x, self.other(x)) if self.crossed else self.attn(x)
+        return self.block(x, self.other(x)) if self.crossed else self.block(x)
 
 
-def test_a_second_sequence_by_a_short_name_is_seen() -> None:
-    assert [row.status for row in espalier.structure_(Caller(crossed=False)).layers] == ["written"]
-    with pytest.raises(EspalierError, match="other tokens than its queries"):
-        espalier.structure_(Caller(crossed=True))
+def taking(name: str, base: type[nn.Module]) -> type[nn.Module]:
+    """Return a class whose second argument has a name."""
+    made: dict[str, Any] = {}
+    exec(f"def forward(self, x, {name}=None): return self.attend(x, {name})", made)
+    return type(base.__name__, (base,), {"forward": made["forward"]})
+
+
+@pytest.mark.parametrize("name", ["context", "ctx", "enc_output", "c", "z", "text", "prompt", "audio_features"])
+def test_a_second_sequence_is_seen_whatever_it_is_called(name: str) -> None:
+    for base, crossed, status in (
+        (OfTwo, False, "written"),
+        (OfTwo, True, "skipped"),
+        (Shifted, True, "written"),
+    ):
+        if base is Shifted and name in ("context", "ctx", "enc_output"):
+            continue  # what is called so is taken at its word
+        block = taking(name, Block)(taking(name, base)(FOUR))
+        model = nn.ModuleDict({"one": Caller(block, crossed), "two": Plain(FOUR)})
+        rows = {row.layer: row for row in espalier.structure_(model, generator=torch.Generator().manual_seed(0)).layers}
+        assert rows["one.block.attn"].status == status
+        if status == "skipped":
+            assert "other tokens than its queries" in rows["one.block.attn"].note
 
 
 def test_what_cannot_be_known_is_not_guessed() -> None:

@@ -152,7 +152,7 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
         if host is nn.MultiheadAttention:
             found = prove_use(names, name, found)
         elif (owner := owner_of(names, name)) is not None and not _is_at_home(owner[1], host):
-            found = refuse_other_keys(names, name, found) or found
+            found = refuse_other_keys(names, name, found, layout) or found
     return {"": found}
 
 

@@ -115,6 +115,21 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
     return "; ".join([ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", ROTARY)])
 
 
+def meets_own_tokens(module: nn.Module, weights: AttentionWeights, call: Call) -> bool:
+    """Return whether a copy's keys come from its queries' own tokens on these inputs: test 3 of the note.
+
+    Raises:
+        Misfit, CannotRunError: its scores are not those expected, or it does not run.
+    """
+    trial = _Trial(module, weights, call)
+    base = trial.look()
+    try:
+        _prove_tokens(trial, base, torch.Generator().manual_seed(2))
+    except Unproven:
+        return False
+    return True
+
+
 class _Trial:
     """Runs of a copy with changed weights, seen as (heads or groups, channels, d): q, k, v and the transpose of out."""
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.prove import cached, token_widths
 from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped
-from espalier.init.layouts.scratch import Call, CannotRunError, arguments, copy_for_probe, owner_of, run, untraced
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced
 
 _UNKNOWN = "which of its taps meets the present is unknown"
 _CACHE = re.compile(r"cache|past|state|stream|inference_params")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.probe_attention import Unproven
 from espalier.init.layouts.registry import SSMWeights
-from espalier.init.layouts.scratch import Call, arguments, run
+from espalier.init.layouts.scratch import Call, run
 
 # Several libraries compute the recurrence in float32, whatever the type.
 _RELATIVE = 1e-4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.init.layouts.arguments import sequences
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
-from espalier.init.layouts.probe_attention import Misfit, Unproven, prove_alike, prove_attention
+from espalier.init.layouts.probe_attention import (
+    Misfit,
+    Unproven,
+    meets_own_tokens,
+    prove_alike,
+    prove_attention,
+)
 from espalier.init.layouts.probe_ssm import prove_ssm
 from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped, SSMWeights
 from espalier.init.layouts.scratch import (
@@ -24,7 +31,6 @@ from espalier.init.layouts.scratch import (
     calls_of_part,
     copy_for_probe,
     owner_of,
-    sequences,
     untraced,
 )
 
@@ -70,7 +76,7 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
     except CannotRunError as error:
         return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
     # What was run with its owner was seen with the owner's keys.
-    if why is None and (refused := refuse_other_keys(names, name, found)):
+    if why is None and (refused := refuse_other_keys(names, name, found, reading)):
         return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
@@ -156,10 +162,16 @@ def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWei
     return twin, views
 
 
-def refuse_other_keys(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> Skipped | None:
+def refuse_other_keys(
+    names: Mapping[str, nn.Module], name: str, found: AttentionWeights, reading: Layout
+) -> Skipped | None:
     """Return why a layer that may be handed another sequence's keys must be taken to be, or ``None``."""
-    others = sequences(names[name])
-    if not others or denies_cross(names[name]) or owner_of(names, name) is None:
+    module = names[name]
+    others = sequences(module)
+    if unread := [each for each in sequences(module, any_name=True) if each not in others]:
+        key = ("keys", module_key(module), reading)
+        others += cached(key, partial(_key_arguments, module, reading, unread))
+    if not others or denies_cross(module) or owner_of(names, name) is None:
         return None
     try:
         return Skipped("attention", _OTHERS) if _is_crossed(names, name, found, others) else None
@@ -167,6 +179,24 @@ def refuse_other_keys(names: Mapping[str, nn.Module], name: str, found: Attentio
         if reads_self(name):
             return None
         return Skipped("attention", f"it may be given other keys ({', '.join(others)}), and {error}")
+
+
+@untraced()
+def _key_arguments(module: nn.Module, reading: Layout, names: Sequence[str]) -> list[str]:
+    """Return which of these optional arguments, whatever they are called, a layer takes its keys from."""
+    try:
+        twin, views = _copied(module, reading)
+    except CannotRunError:
+        return []
+    found = []
+    for name in names:
+        for call in calls(twin, views.q.shape[-1], views.num_heads, (name,)):
+            if not isinstance(bound(twin, call).get(name), Tensor):
+                break
+            with suppress(Misfit, CannotRunError):
+                found += [] if meets_own_tokens(twin, views, call) else [name]
+                break
+    return found
 
 
 def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeights, others: Collection[str]) -> bool:
@@ -187,7 +217,7 @@ def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Mod
     """
     owners: list[tuple[str, nn.Module]] = []
     while (owner := owner_of(names, name)) is not None and (
-        not owners or sequences(owners[-1][1]) or sequences(owners[-1][1], needed=True)
+        not owners or sequences(owners[-1][1], any_name=True) or sequences(owners[-1][1], needed=True)
     ):
         owners.append(owner)
         name = owner[0]
@@ -202,8 +232,8 @@ def _calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: 
     """
     why = "nothing in the model calls it"
     for place, owner in reversed(_owners(names, name)):
-        path, others = name[len(place) :].lstrip("."), tuple(sequences(owner))
-        for given in dict.fromkeys((others, ())):
+        path, any_name, read = name[len(place) :].lstrip("."), sequences(owner, any_name=True), sequences(owner)
+        for given in dict.fromkeys((tuple(any_name), tuple(read), ())):
             made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:
                 return cached((module_key(owner), path, width, heads, given, "calls"), made)

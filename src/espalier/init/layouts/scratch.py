@@ -17,20 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
 from espalier.init.layouts.registry import LAZY, BareCheckpoint, holds_lazy
 
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-# Arguments by how their names read. An optional sequence decides which keys are seen.
-_SEQUENCE = re.compile(
-    r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states|ctx|mem|enc|enc_outputs?)$|"
-    r"key_value|cross|latent"
-)
-_NO_SEQUENCE = re.compile(r"mask|past|cache|pos|bias|len|ids|idx|index|output|use_|return|scale|gate|num|size|shape")
-_ROTARY = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$|^(cos|sin)$")
 _ZEROS = re.compile(r"residual|alibi|bias")
 
 
@@ -204,17 +197,17 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
         heads: query heads, if known: rotary tables are as wide as one.
         given: names of optional arguments that are given, too.
     """
-    named = [p for p in arguments(module) if p.kind not in _VARIADIC]
+    named = [p for p in arguments(module) if p.kind not in VARIADIC]
     if not named:
         return
     generator = torch.Generator().manual_seed(1)
     first, rest = named[0], named[1:]
     needed = [p for p in rest if p.default is p.empty or p.name in given]
-    turned = [p for p in rest if p in needed or (_ROTARY.search(p.name) and p.name != "rotary_pos_emb_dim")]
+    turned = [p for p in rest if p in needed or (ROTARY_NAME.search(p.name) and p.name != "rotary_pos_emb_dim")]
     share = width // heads if heads and width % heads == 0 else 8
     # Rotary angles are given where they can be; a layer may want them in a form of its own, and do without.
     for needs in [turned, needed] if turned != needed else [needed]:
-        widths = _rotary_widths(module, share) if any(_ROTARY.search(p.name) for p in needs) else [0]
+        widths = _rotary_widths(module, share) if any(ROTARY_NAME.search(p.name) for p in needs) else [0]
         masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
         for length, turn, zero_masks in itertools.product(_lengths(module, width, share), widths, masks):
             for shape in ((1, length, width), (length, 1, width), (length, width)):
@@ -227,20 +220,6 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
                     yield Call((), {first.name: x, **values}, length)
                 else:
                     yield Call((x, *positional), values, length)
-
-
-def arguments(module: nn.Module) -> list[inspect.Parameter]:
-    """Return what a module's forward takes, as far as that can be told."""
-    try:
-        return list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return []
-
-
-def sequences(module: nn.Module, *, needed: bool = False) -> list[str]:
-    """Return the names of optional arguments, or of needed ones, that read as if they held another sequence's keys."""
-    named = [p for p in arguments(module)[1:] if p.kind not in _VARIADIC]
-    return [p.name for p in named if (p.default is p.empty) == needed and _is_sequence(p)]
 
 
 def bound(module: nn.Module, call: Call) -> dict[str, Any]:
@@ -262,7 +241,7 @@ def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module]
             continue
         # A wrapper that hands on whatever it gets knows no more than the module itself.
         kinds = [p.kind for p in arguments(module)]
-        if _VARIADIC[0] not in kinds and not (_VARIADIC[1] in kinds and len(kinds) <= 2):
+        if VARIADIC[0] not in kinds and not (VARIADIC[1] in kinds and len(kinds) <= 2):
             return name, module
     return None
 
@@ -332,10 +311,6 @@ def _below_fsdp(cls: type) -> type[nn.Module] | None:
     return cls.__bases__[-1] if "__deepcopy__" in vars(cls) and cls.__bases__[0].__name__ == "FSDPModule" else None
 
 
-def _is_sequence(parameter: inspect.Parameter) -> bool:
-    return bool(_SEQUENCE.search(parameter.name)) and not _NO_SEQUENCE.search(parameter.name)
-
-
 def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
     """Return numbers of tokens to try: one that is no width, and those that a windowed module states."""
     lengths = [length for length in (6, 10) if length not in (width, share)][:1]
@@ -360,7 +335,7 @@ def _argument(
 ) -> Any:
     """Return what a required argument may be, by its name."""
     name, stated = parameter.name, str(parameter.annotation)
-    if _ROTARY.search(name):
+    if ROTARY_NAME.search(name):
         # The same angle for all channels fits every way to pair them.
         angles = (torch.arange(length)[:, None] * torch.full((turn,), 0.3, dtype=torch.float64))[None]
         if stated == "torch.Tensor" or "freqs" in name:
@@ -382,7 +357,7 @@ def _argument(
     for holds, value in made:
         if holds:
             return value
-    if _is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
+    if is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64)
     return None
 

@@ -1,0 +1,46 @@
+"""What a forward pass takes, and how the names of its arguments read."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from torch import nn
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+# Arguments by how their names read. An optional sequence decides which keys are seen.
+_SEQUENCE = re.compile(
+    r"context|memory|encoder|^(kv|keys?|values?|k|v|y|x_kv|x2|cond|src|source|other|states|ctx|mem|enc|enc_outputs?)$|"
+    r"key_value|cross|latent"
+)
+_NO_SEQUENCE = re.compile(r"mask|past|cache|pos|bias|len|ids|idx|index|^output|use_|return|scale|gate|num|size|shape")
+ROTARY_NAME = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$|^(cos|sin)$")
+
+
+def arguments(module: nn.Module) -> list[inspect.Parameter]:
+    """Return what a module's forward takes, as far as that can be told."""
+    try:
+        return list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def sequences(module: nn.Module, *, needed: bool = False, any_name: bool = False) -> list[str]:
+    """Return the names of optional arguments, or of needed ones, that read as if they held another sequence's keys.
+
+    With ``any_name`` also those of optional ones that may be a tensor and do not read as something else.
+    """
+    named = [p for p in arguments(module)[1:] if p.kind not in VARIADIC]
+    read = [p for p in named if (p.default is p.empty) == needed and is_sequence(p)]
+    return [p.name for p in named if p in read or (any_name and _may_be_tokens(p))]
+
+
+def is_sequence(parameter: inspect.Parameter) -> bool:
+    """Return whether an argument reads as if it held another sequence's keys."""
+    return bool(_SEQUENCE.search(parameter.name)) and not _NO_SEQUENCE.search(parameter.name)
+
+
+def _may_be_tokens(parameter: inspect.Parameter) -> bool:
+    stated = parameter.annotation is parameter.empty or "Tensor" in str(parameter.annotation)
+    others = _NO_SEQUENCE.search(parameter.name) or ROTARY_NAME.search(parameter.name)
+    return parameter.default is None and stated and not others
