@@ -248,7 +248,7 @@ def one_sequence(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     except TypeError:
         return args, kwargs
     named = bound.arguments
-    queries = next((named[k] for k in named if k.split("_")[0] in ("query", "q", "hidden")), None)
+    queries = next((named[k] for k in named if k.split("_")[0] in ("query", "queries", "q", "hidden")), None)
     for name, value in named.items():
         is_key = name.split("_")[0].rstrip("s") in ("key", "value", "k", "v")
         if is_key and queries is not None and isinstance(value, Tensor) and value.is_floating_point():
