@@ -191,10 +191,9 @@ def _key_arguments(module: nn.Module, reading: Layout, names: Sequence[str]) -> 
     found = []
     for name in names:
         for call in calls(twin, views.q.shape[-1], views.num_heads, (name,)):
-            if not isinstance(bound(twin, call).get(name), Tensor):
-                break
             with suppress(Misfit, CannotRunError):
-                found += [] if meets_own_tokens(twin, views, call) else [name]
+                given = isinstance(bound(twin, call).get(name), Tensor)
+                found += [name] if given and not meets_own_tokens(twin, views, call) else []
                 break
     return found
 
