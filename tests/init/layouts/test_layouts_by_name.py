@@ -214,6 +214,30 @@ def test_a_second_sequence_is_seen_whatever_it_is_called(name: str) -> None:
             assert "other tokens than its queries" in rows["one.block.attn"].note
 
 
+class Hidden(OfTwo):
+    """Attention that finds another sequence among its keyword arguments."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        return self.attend(x, options.get("seen"))
+
+
+class Hider(nn.Module):
+    def __init__(self, crossed: bool) -> None:
+        super().__init__()
+        self.attn, self.other, self.crossed = Hidden(FOUR), nn.Linear(DIM, DIM), crossed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, **({"seen": self.other(x)} if self.crossed else {"unused": self.other(x)}))
+
+
+def test_a_second_sequence_among_keyword_arguments_is_seen() -> None:
+    for crossed, status in ((False, "written"), (True, "skipped")):
+        model = nn.ModuleDict({"one": Hider(crossed), "two": Plain(FOUR)})
+        rows = {row.layer: row for row in espalier.structure_(model, generator=torch.Generator().manual_seed(0)).layers}
+        assert rows["one.attn"].status == status
+        assert rows["two"].status == "written"
+
+
 def test_what_cannot_be_known_is_not_guessed() -> None:
     module = Plain(FOUR)
     del module.num_heads

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import sequences
+from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import (
@@ -30,6 +30,7 @@ from espalier.init.layouts.scratch import (
     calls,
     calls_of_part,
     copy_for_probe,
+    leaves,
     owner_of,
     untraced,
 )
@@ -171,12 +172,14 @@ def refuse_other_keys(
     if unread := [each for each in sequences(module, any_name=True) if each not in others]:
         key = ("keys", module_key(module), reading)
         others += cached(key, partial(_key_arguments, module, reading, unread))
-    if not others or denies_cross(module) or owner_of(names, name) is None:
+    variadic = [p.name for p in arguments(module) if p.kind in VARIADIC]
+    if not (others or variadic) or denies_cross(module) or owner_of(names, name) is None:
         return None
     try:
-        return Skipped("attention", _OTHERS) if _is_crossed(names, name, found, others) else None
+        crossed = _is_crossed(names, name, found, others) or _meets_hidden(names, name, found, reading, variadic)
+        return Skipped("attention", _OTHERS) if crossed else None
     except CannotRunError as error:
-        if reads_self(name):
+        if not others or reads_self(name):
             return None
         return Skipped("attention", f"it may be given other keys ({', '.join(others)}), and {error}")
 
@@ -196,6 +199,26 @@ def _key_arguments(module: nn.Module, reading: Layout, names: Sequence[str]) -> 
                 found += [name] if given and not meets_own_tokens(twin, views, call) else []
                 break
     return found
+
+
+@untraced()
+def _meets_hidden(
+    names: Mapping[str, nn.Module], name: str, found: AttentionWeights, reading: Layout, variadic: Sequence[str]
+) -> bool:
+    """Return whether a layer takes its keys from tokens that its model hands it in ``*args`` or ``**kwargs``."""
+    width = found.q.shape[-1]
+    for call in _calls_in_use(names, name, width, found.num_heads) if variadic else ():
+        given = bound(names[name], call)
+        first = next(leaves(tuple(given.values())))
+        hidden = [t for t in leaves([given.get(each, ()) for each in variadic]) if t is not first]
+        tokens = [t for t in hidden if t.is_floating_point() and t.shape[-1:] == (width,)]
+        if any(t.shape != first.shape or not torch.equal(t, first) for t in tokens):
+            twin, views = _copied(names[name], reading)
+            try:
+                return not meets_own_tokens(twin, views, call)
+            except Misfit:  # fewer keys than queries, say
+                return True
+    return False
 
 
 def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeights, others: Collection[str]) -> bool:
