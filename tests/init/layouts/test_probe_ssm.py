@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,3 +145,43 @@ def test_what_computes_something_else_is_left_alone(kind: type[nn.Module], twist
     with pytest.raises(EspalierError, match="no ssm layer to structure"):
         espalier.structure_(own, ssm=espalier.MimeticSSM(), attention=None, depthwise=None, generator=seeded())
     assert all(torch.equal(before[name], value) for name, value in own.state_dict().items())
+
+
+class Held(nn.Module):
+    """A linear map whose weight lies deeper, as an adapter's or a quantised one's does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+def wrapped(own: nn.Module, name: str) -> None:
+    setattr(own, name, Held(own.get_submodule(name)))
+
+
+@pytest.mark.parametrize("kind", [OwnMamba1, OwnMamba2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own: wrapped(own, "in_proj"),
+        lambda own: wrapped(own, "out_proj"),
+        lambda own: wrapped(own, "conv1d"),
+        lambda own: delattr(own, "D"),
+        lambda own: setattr(own, "D", nn.Parameter(torch.ones(5, 1, 7))),
+        lambda own: setattr(own, "A_log", nn.Parameter(torch.ones(2))),
+        lambda own: setattr(own, "norm", nn.Bilinear(INNER, INNER, INNER)),
+        lambda own: setattr(own, "in_proj", nn.Linear(DIM, 3, bias=False)),
+        lambda own: setattr(own, "in_proj", nn.Conv1d(DIM, 2 * INNER, 1)),
+    ],
+)
+def test_mixers_with_parts_of_another_kind_never_end_in_an_error(
+    kind: type[nn.Module], change: Callable[[nn.Module], None]
+) -> None:
+    own = kind()
+    change(own)
+    [found] = [found for _, _, found in find_layers(own) if found.kind == "ssm"]
+    assert isinstance(found, Skipped) or isinstance(own, OwnMamba1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.probe_attention import Unproven
 from espalier.init.layouts.registry import SSMWeights
-from espalier.init.layouts.scratch import Call, run
+from espalier.init.layouts.scratch import Call, first_line, run
 
 # Several libraries compute the recurrence in float32, whatever the type.
 _RELATIVE = 1e-4
@@ -40,13 +40,16 @@ def prove_ssm(module: nn.Module, weights: SSMWeights, call: Call) -> None:
             parameter.uniform_(-1.0, 1.0, generator=generator)
     found = run(module, call)[0].double()
     tokens = next(iter((*call.args, *call.kwargs.values()))).reshape(call.length, -1)
-    outputs = (_first if weights.family == "mamba1" else _second)(module, weights, tokens)
+    kind = weights.family.replace("mamba", "Mamba-")
+    try:
+        outputs = list((_first if weights.family == "mamba1" else _second)(module, weights, tokens))
+    except Exception as error:  # the parts are anybody's: missing, of other shapes, called in another way
+        raise Unproven(f"its parts do not fit together as those of {kind} do ({first_line(error)})") from error
     for wanted in outputs:
         if found.numel() == wanted.numel():
             off = float((found.reshape(wanted.shape) - wanted).abs().max())
             if off <= _RELATIVE * float(wanted.abs().max()):
                 return
-    kind = weights.family.replace("mamba", "Mamba-")
     raise Unproven(f"its output is not that of {kind} with the rows that were read")
 
 

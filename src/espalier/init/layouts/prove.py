@@ -90,9 +90,11 @@ def _proven_mixer(module: nn.Module, found: SSMWeights, reading: Layout) -> Foun
     def compute() -> str:
         why = CannotRunError("it takes no tokens")
         twin = copy_for_probe(module)
+        if not isinstance(weight := getattr(twin.get_submodule("in_proj"), "weight", None), Tensor):
+            raise CannotRunError("in_proj holds no weight of its own")
         views = reading(twin)
         assert isinstance(views, SSMWeights)
-        for call in calls(twin, twin.get_submodule("in_proj").get_parameter("weight").shape[1]):
+        for call in calls(twin, weight.shape[-1]):
             try:
                 prove_ssm(twin, views, call)
                 return ""
@@ -209,10 +211,10 @@ def _meets_hidden(
     width = found.q.shape[-1]
     for call in _calls_in_use(names, name, width, found.num_heads) if variadic else ():
         given = bound(names[name], call)
-        first = next(leaves(tuple(given.values())))
+        first = next(leaves(tuple(given.values())), None)
         hidden = [t for t in leaves([given.get(each, ()) for each in variadic]) if t is not first]
         tokens = [t for t in hidden if t.is_floating_point() and t.shape[-1:] == (width,)]
-        if any(t.shape != first.shape or not torch.equal(t, first) for t in tokens):
+        if first is not None and any(t.shape != first.shape or not torch.equal(t, first) for t in tokens):
             twin, views = _copied(names[name], reading)
             try:
                 return not meets_own_tokens(twin, views, call)
