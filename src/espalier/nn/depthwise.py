@@ -64,7 +64,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of torch's, called one by one else."""
-    if not (_takes_norm(x, conv, act, norm) and _is_convolution(conv) and conv.padding_mode == "zeros"):
+    if not (_is_convolution(conv) and conv.padding_mode == "zeros" and _takes_norm(x, conv, act, norm)):
         return norm(act(conv(x)))
     x = x.contiguous(memory_format=torch.channels_last)
     # The bias is added where GELU is computed.
@@ -74,8 +74,7 @@ def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module)
 
 def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``x + norm(act(conv(x)))`` for a depthwise convolution that keeps the size, fused if it can be."""
-    fused = _takes_norm(x, conv, act, norm) and _takes_convolution(conv, x) and _keeps_size(conv)
-    fused = fused and not _lacks_values(norm, x)
+    fused = _fits(conv, x) and _keeps_size(conv) and _takes_norm(x, conv, act, norm) and not _lacks_values(norm, x)
     # What autocast narrows for the convolution is added whole: the kernel reads it once, in one precision.
     if not fused or _autocast(x).dtype != x.dtype:
         return x + norm(act(conv(x)))
@@ -106,7 +105,8 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _summed(parameter: Tensor | None, x: Tensor) -> Any:
     """Return a parameter in the precision of sums over maps like x."""
-    return None if parameter is None else parameter.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return parameter if parameter is None or parameter.dtype is dtype else parameter.to(dtype)
 
 
 def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Norm:
@@ -126,17 +126,17 @@ def _lacks_values(norm: nn.Module, u: Tensor) -> bool:
     return not _is_fixed(norm) and u.numel() == u.shape[1]
 
 
-@torch.no_grad()
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, x: Tensor) -> None:
     """Move the running statistics as ``nn.BatchNorm2d`` does: unbiased variance; momentum None averages all."""
     if not norm.training or not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
     count = x.numel() // x.shape[1]
     assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
 
 
 def _padding(conv: nn.Conv2d) -> Padding:
@@ -156,9 +156,14 @@ def _keeps_size(conv: nn.Module) -> bool:
     return (top + bottom, left + right) == tuple(k - 1 for k in conv.kernel_size)
 
 
-def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
+def _takes_convolution(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Return whether the compiled convolution computes what ``conv`` would on x."""
-    if not (_is_convolution(conv) and conv.groups == conv.in_channels == conv.out_channels and _compiled(x)):
+    return _fits(conv, x) and _compiled(x, conv.weight, conv.bias)
+
+
+def _fits(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Return whether this is a convolution of the kind that is compiled, and x of the size that it takes."""
+    if not (_is_convolution(conv) and conv.groups == conv.in_channels == conv.out_channels and isinstance(x, Tensor)):
         return False
     if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
         return False
@@ -167,35 +172,28 @@ def _takes_convolution(conv: nn.Module, x: Tensor) -> bool:
     top, bottom, left, right = _padding(conv)
     (rows, columns), (height, width) = conv.kernel_size, x.shape[2:]
     inside = max(top, bottom) < rows and max(left, right) < columns
-    return (
-        inside
-        and height + top + bottom >= rows
-        and width + left + right >= columns
-        and usable(conv.weight, conv.bias, dtypes=_MAPS)
-        and _same_kind(x, conv.weight, conv.bias)
-    )
+    return inside and height + top + bottom >= rows and width + left + right >= columns
 
 
-def _takes_norm(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> bool:
+def _takes_norm(x: Tensor, conv: nn.Conv2d, act: nn.Module, norm: nn.Module) -> bool:
     """Return whether GELU and batch norm may be fused: the modules are torch's own, and nothing watches them."""
     if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d:
         return False
     if not (computes_as(act, nn.GELU) and computes_as(norm, nn.BatchNorm2d)):
         return False
-    if not isinstance(x, Tensor) or x.ndim != 4:  # torch.fx traces with what is no tensor
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.numel():  # torch.fx traces with what is no tensor
         return False
-    if norm.weight is None or norm.bias is None or not (_compiled(x) and x.numel()):
+    weight, shift = norm.weight, norm.bias
+    if weight is None or shift is None or is_watched(conv) or is_watched(act) or is_watched(norm):
         return False
-    tensors = (*conv.parameters(), norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return (
-        not any(is_watched(part) for part in (conv, act, norm))
-        and usable(*tensors, dtypes=_MAPS)
-        and _same_kind(x, *tensors)
-    )
+    return _compiled(x, conv.weight, conv.bias, weight, shift, norm.running_mean, norm.running_var)
 
 
-def _compiled(x: Tensor) -> bool:
-    return not is_tracing() and usable(x, dtypes=_MAPS) and choose("depthwise", "cpu") == "compiled"
+def _compiled(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Return whether kernels may read these, and run."""
+    if is_tracing() or not usable(x, *parameters, dtypes=_MAPS) or not _same_kind(x, *parameters):
+        return False
+    return choose("depthwise", "cpu") == "compiled"
 
 
 def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:

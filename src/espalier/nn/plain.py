@@ -39,7 +39,7 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or hasattr(module, "parametrizations")
+        or "parametrizations" in module._modules
         or module_hooks._global_forward_hooks
         or module_hooks._global_forward_pre_hooks
         or module_hooks._global_backward_hooks
@@ -49,13 +49,13 @@ def is_watched(module: nn.Module) -> bool:
 
 def computes_as(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Return whether the forward pass is that of ``kind``, on ``weight`` as it is: a subclass may quantise it, say."""
-    own, original = type(module), _ORIGINAL[kind]
-    return (
-        isinstance(module, kind)
-        and all(getattr(own, name, None) is method for name, method in original.items())
-        and not any(name in vars(module) for name in original)
-        and not _modes()
-    )
+    if not isinstance(module, kind) or _modes():
+        return False
+    own, instance = type(module), vars(module)
+    for name, method in _ORIGINAL[kind].items():  # a loop, as small networks ask this at every layer of every pass
+        if name in instance or getattr(own, name, None) is not method:
+            return False
+    return True
 
 
 def _modes() -> bool:

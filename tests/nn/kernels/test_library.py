@@ -293,6 +293,9 @@ def test_only_plain_tensors_are_usable() -> None:
         "functional": torch._to_functional_tensor(plain),
         "meta": plain.to("meta"),
         "sparse": plain.to_sparse(),
+        "zeros without memory": torch._efficientzerotensor((3,)),
+        "in blocks of oneDNN": plain.to_mkldnn(),
+        "nested": torch.nested.as_nested_tensor([plain, plain], layout=torch.jagged),
         "half": plain.half(),
         "no memory": _emptied(),
     }

@@ -218,14 +218,16 @@ def _depthwise(s: Any) -> dict[str, int]:
         "x dx add": s.batch * s.height * s.width * s.channels,
         "y dy": s.batch * s.out_height * s.out_width * s.channels,
         "taps": taps,
-        "bias scale shift": s.channels,
+        "bias weight shift mean variance": s.channels,
         "dtaps": shares * taps,
         "dbias": shares * s.channels,
     }
 
 
 _DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
-DEPTHWISE_FORWARD = _arguments("depthwise_forward", "x taps bias scale shift y", _DEPTHWISE, _depthwise, maps="x y")
+DEPTHWISE_FORWARD = _arguments(
+    "depthwise_forward", "x taps bias weight shift mean variance y", _DEPTHWISE, _depthwise, "eps", maps="x y"
+)
 DEPTHWISE_BACKWARD = _arguments(
     "depthwise_backward", "x dy add taps dx dtaps dbias", f"{_DEPTHWISE} shares", _depthwise, maps="x dy add dx"
 )

@@ -63,11 +63,12 @@ inline void row_sums(Frame<T>& frame, int64_t y, int64_t x, const T* taps, int64
   }
 }
 
-// What becomes of a sum: add + sum, or with `norm` add + scale·GELU(sum) + shift, a batch norm in evaluation.
+// What becomes of a sum: add + sum, or with `norm` add + batch norm of GELU(sum), in evaluation.
 template <class T> struct Finish {
-  Vec<T> start{}, scale{}, shift{};
+  Vec<T> start{};
+  Affine<T> to;
   bool norm = false;
-  Vec<T> operator()(Vec<T> sum) const { return norm ? sum * normal_cdf(sum) * scale + shift : sum; }
+  Vec<T> operator()(Vec<T> sum) const { return norm ? sum * normal_cdf(sum) * to.scale + to.shift : sum; }
 };
 
 template <class S, int N>
@@ -158,14 +159,15 @@ void block_taps(T* to, const T* taps, const DepthwiseShape& s, int64_t channel, 
     store(to + (turned ? all - 1 - i : i) * kLanes<T>, read(taps + i * s.channels + channel, count));
 }
 
-// y = bias + the correlation of x with the taps; with a scale, y = x + scale·GELU(that) + shift, for maps that keep
+// y = bias + the correlation of x with the taps; with a variance, y = x + batch norm of GELU(that), for maps that keep
 // their size. Taps and what is given by channel are in the precision of sums.
 template <class S> struct DepthwiseForward {
   int64_t size, threads;
   const S* x;
-  const Sum<S> *taps, *bias, *scale, *shift;
+  const Sum<S> *taps, *bias, *weight, *shift, *mean, *variance;
   S* y;
   DepthwiseShape shape;
+  double eps;
 };
 template <class S> void run(const DepthwiseForward<S>& a) {
   using T = Sum<S>;
@@ -183,9 +185,9 @@ template <class S> void run(const DepthwiseForward<S>& a) {
              count);
         Finish<T> finish;
         if (a.bias) finish.start = read(a.bias + c, count);
-        if ((finish.norm = a.scale)) finish.scale = read(a.scale + c, count), finish.shift = read(a.shift + c, count);
+        if ((finish.norm = a.variance)) finish.to = affine(a, c, count);
         correlate<S>(frame, taps, s.rows, s.columns, finish,
-                     a.scale ? a.x + image * s.height * s.width * s.channels + c : nullptr,
+                     a.variance ? a.x + image * s.height * s.width * s.channels + c : nullptr,
                      a.y + image * s.out_height * s.out_width * s.channels + c, s.out_height, s.out_width, s.channels,
                      count);
       }

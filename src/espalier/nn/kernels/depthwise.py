@@ -47,7 +47,7 @@ def _empty(like: Tensor, *size: int) -> Tensor:
 
 def _taps(weight_C1RS: Tensor) -> Tensor:
     """Return the taps (R·S, C)."""
-    return weight_C1RS.flatten(1).T.contiguous()
+    return weight_C1RS.flatten(1).t().contiguous()
 
 
 def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
@@ -67,12 +67,15 @@ def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
     }
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, **affine: Tensor) -> Tensor:
-    """Return the convolution c, or with ``scale`` and ``shift`` ``x + scale·GELU(c) + shift``."""
+_NO_NORM = {"weight": None, "shift": None, "eps": 0.0, "mean": None, "variance": None}
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, norm: Norm | None = None) -> Tensor:
+    """Return the convolution c, or with a norm of given statistics ``x + norm(GELU(c))``."""
     sizes = _sizes(x, weight, padding)
     y = _empty(x, *x.shape[:2], sizes["out_height"], sizes["out_width"])
-    per_channel = {"bias": bias, "scale": affine.get("scale"), "shift": affine.get("shift")}
-    call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), **per_channel, y=y, **sizes)
+    given = _NO_NORM if norm is None else norm._asdict()
+    call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), bias=bias, **given, y=y, **sizes)
     return y
 
 
@@ -132,10 +135,7 @@ def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Paddi
     x = _channels_last(x)
     if norm.mean is None or norm.variance is None:
         return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
-    scale = norm.weight.double() / (norm.variance.double() + norm.eps).sqrt()
-    shift = norm.shift.double() - scale * norm.mean.double()
-    y = _convolve(x, taps, bias, padding, scale=scale.to(taps.dtype), shift=shift.to(taps.dtype))
-    return y, norm.mean, norm.variance
+    return _convolve(x, taps, bias, padding, norm), norm.mean, norm.variance
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:

@@ -59,17 +59,6 @@ template <class S> struct GeluNormForward {
   NormSizes shape;
   double eps;
 };
-template <class T> struct Affine { Vec<T> scale, shift; };
-template <class S> Affine<Sum<S>> affine(const GeluNormForward<S>& a, int64_t c, int64_t count) {
-  Affine<Sum<S>> to;
-  for (int64_t v = 0; v < kLanes<Sum<S>>; v++) {
-    const int64_t at = c + std::min(v, count - 1);
-    const double scale = double(a.weight[at]) / std::sqrt(double(a.variance[at]) + a.eps);
-    to.scale[v] = Sum<S>(scale);
-    to.shift[v] = Sum<S>(double(a.shift[at]) - scale * double(a.mean[at]));
-  }
-  return to;
-}
 
 // With given statistics one pass does, along the rows as they lie.
 template <class S> void run_fixed(const GeluNormForward<S>& a) {

@@ -19,6 +19,7 @@ from espalier.nn.kernels.arguments import KINDS, Arguments, counts
 FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 PRECISE = (torch.float32, torch.float64)
+_CLASSES = (Tensor, torch.nn.Parameter)
 _X86_LEVELS = (4, 3, 2)
 
 
@@ -123,14 +124,20 @@ def usable(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = PRECISE) -
 
 def _is_plain(tensor: Tensor) -> bool:
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and not torch._is_functional_tensor(tensor)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and (tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0)
+        type(tensor) in _CLASSES
+        and torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys()
+        and (tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0)
     )
+
+
+@cache
+def _plain_keys() -> frozenset[int]:
+    """Return the sets of dispatch keys of tensors that are their memory: every other kind bears a key of its own."""
+    with torch.inference_mode():
+        of_inference = torch.empty(0, device="cpu")
+    with torch.inference_mode(False):
+        plain = torch.empty(0, device="cpu")
+    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (plain, of_inference))
 
 
 def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:
