@@ -1,7 +1,6 @@
 // Mamba-2's gated norm, forward and backward, for CPUs.
 
-#include "parallel.hpp"
-#include "vectors.hpp"
+#include "channels.hpp"
 
 namespace {
 
@@ -13,43 +12,45 @@ struct NormShape {
   int64_t first(int64_t item) const { return rows * item / items; }
 };
 
-// One group of one row, padded with zeros to whole vectors.
-template <class T> struct NormRow {
-  int64_t width, padded;
-  std::vector<T> y, z, w, g, s, v;
-  explicit NormRow(int64_t n)
-      : width(n), padded((n + kLanes<T> - 1) / kLanes<T> * kLanes<T>), y(padded), z(padded), w(padded), g(padded),
-        s(padded), v(padded) {}
-  void fill(std::vector<T>& to, const T* from) { std::memcpy(to.data(), from, size_t(width) * sizeof(T)); }
-  // Fill s = sigmoid(z) and v = y z s, and return 1/√(mean(v²) + eps).
-  T gate(T eps) {
-    Vec<T> sum{};
-    for (int64_t i = 0; i < padded; i += kLanes<T>) {
-      const Vec<T> zi = load(&z[i]), si = T(1) / (T(1) + exp2v(zi * T(-kLog2E))), vi = load(&y[i]) * zi * si;
-      store(&s[i], si);
-      store(&v[i], vi);
-      sum += vi * vi;
+template <class T> inline T total(Vec<T> v) {
+  T sum = 0;
+  for (int64_t i = 0; i < kLanes<T>; i++) sum += v[i];
+  return sum;
+}
+
+// Call body(where it begins, numbers ≤ a vector) along a group of a row.
+template <class T, class Body> inline void along(int64_t width, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= width; i += kLanes<T>) body(i, kLanes<T>);
+  if (i < width) body(i, width - i);
+}
+
+// Call body(y, z, weight's group, offset in y) for every group of every row of a piece of work.
+template <class T, class Body> void for_each_group(const NormShape& s, int64_t item, const T* y, const T* z, Body body) {
+  for (int64_t r = s.first(item); r < s.first(item + 1); r++)
+    for (int64_t group = 0; group < s.groups; group++) {
+      const int64_t at = (r * s.groups + group) * s.width;
+      body(y + at, z + r * s.stride + group * s.width, group * s.width, at);
     }
-    T total = 0;
-    for (int64_t i = 0; i < kLanes<T>; i++) total += sum[i];
-    return T(1) / std::sqrt(total / T(width) + eps);
-  }
-};
+}
 
 template <class T>
 void norm_forward(const T* y, const T* z, const T* weight, T eps, T* out, const NormShape& s, int64_t threads) {
   parallel(s.items, threads, [&](Items items) {
-    for (int64_t item; items.next(item);) {
-      NormRow<T> row(s.width);
-      for (int64_t r = s.first(item); r < s.first(item + 1); r++)
-        for (int64_t group = 0; group < s.groups; group++) {
-          const int64_t at = (r * s.groups + group) * s.width;
-          row.fill(row.y, y + at);
-          row.fill(row.z, z + r * s.stride + group * s.width);
-          const T scale = row.gate(eps);
-          for (int64_t i = 0; i < s.width; i++) out[at + i] = row.v[i] * scale * weight[group * s.width + i];
-        }
-    }
+    Room<T> gated(s.width + kLanes<T>);
+    for (int64_t item; items.next(item);)
+      for_each_group(s, item, y, z, [&](const T* yr, const T* zr, int64_t group, int64_t at) {
+        Vec<T> squares{};
+        along<T>(s.width, [&](int64_t i, int64_t n) {
+          const Vec<T> zi = read(zr + i, n), v = read(yr + i, n) * zi / (T(1) + exp2v(zi * T(-kLog2E)));
+          store(gated + i, v);
+          squares += v * v;
+        });
+        const T scale = T(1) / std::sqrt(total<T>(squares) / T(s.width) + eps);
+        along<T>(s.width, [&](int64_t i, int64_t n) {
+          write(out + at + i, load(gated + i) * read(weight + group + i, n) * scale, n);
+        });
+      });
   });
 }
 
@@ -57,29 +58,27 @@ template <class T>
 void norm_backward(const T* y, const T* z, const T* weight, T eps, const T* dout, T* dy, T* dz, T* dweight,
                    const NormShape& s, int64_t threads) {
   parallel(s.items, threads, [&](Items items) {
+    Room<T> sigmoids(s.width + kLanes<T>);
     for (int64_t item; items.next(item);) {
-      NormRow<T> row(s.width);
       T* dw = dweight + item * s.groups * s.width;
-      for (int64_t r = s.first(item); r < s.first(item + 1); r++)
-        for (int64_t group = 0; group < s.groups; group++) {
-          const int64_t at = (r * s.groups + group) * s.width;
-          row.fill(row.y, y + at);
-          row.fill(row.z, z + r * s.stride + group * s.width);
-          row.fill(row.w, weight + group * s.width);
-          row.fill(row.g, dout + at);
-          const T scale = row.gate(eps);
-          Vec<T> sum{};
-          for (int64_t i = 0; i < row.padded; i += kLanes<T>) sum += load(&row.g[i]) * load(&row.w[i]) * load(&row.v[i]);
-          T total = 0;
-          for (int64_t i = 0; i < kLanes<T>; i++) total += sum[i];
-          const T shift = scale * scale * scale * total / T(s.width);
-          for (int64_t i = 0; i < s.width; i++) {
-            const T g = row.g[i], silu = row.z[i] * row.s[i], dv = g * row.w[i] * scale - shift * row.v[i];
-            dw[group * s.width + i] += g * row.v[i] * scale;
-            dy[at + i] = dv * silu;
-            dz[at + i] = dv * row.y[i] * (row.s[i] + silu * (T(1) - row.s[i]));
-          }
-        }
+      for_each_group(s, item, y, z, [&](const T* yr, const T* zr, int64_t group, int64_t at) {
+        Vec<T> squares{}, along_v{};
+        along<T>(s.width, [&](int64_t i, int64_t n) {
+          const Vec<T> zi = read(zr + i, n), si = T(1) / (T(1) + exp2v(zi * T(-kLog2E))), v = read(yr + i, n) * zi * si;
+          store(sigmoids + i, si);
+          squares += v * v;
+          along_v += read(dout + at + i, n) * read(weight + group + i, n) * v;
+        });
+        const T scale = T(1) / std::sqrt(total<T>(squares) / T(s.width) + eps);
+        const T shift = scale * scale * scale * total<T>(along_v) / T(s.width);
+        along<T>(s.width, [&](int64_t i, int64_t n) {
+          const Vec<T> yi = read(yr + i, n), zi = read(zr + i, n), si = load(sigmoids + i), silu = zi * si, v = yi * silu;
+          const Vec<T> g = read(dout + at + i, n), dv = g * read(weight + group + i, n) * scale - shift * v;
+          write(dw + group + i, read(dw + group + i, n) + g * v * scale, n);
+          write(dy + at + i, dv * silu, n);
+          write(dz + at + i, dv * yi * (si + silu * (T(1) - si)), n);
+        });
+      });
     }
   });
 }
