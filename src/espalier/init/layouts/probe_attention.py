@@ -32,12 +32,11 @@ from espalier.init.layouts.scratch import Call, run
 
 # Several libraries take scores or softmax in float32, whatever the type.
 _RELATIVE = 1e-4
-_PUSH = 1e-3
+PUSH = 1e-3
 _PUSHED = 0.05
 _MASKED = -1e20
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
-_OPPOSED = 0.9
 _FACTORS = (0.4, 2.5)
 
 
@@ -57,7 +56,7 @@ class Seen(NamedTuple):
     tokens_LX: Tensor | None
 
 
-class _Softmaxes(TorchDispatchMode):
+class Softmaxes(TorchDispatchMode):
     """Keeps what reaches every softmax, and along which axis it is taken."""
 
     def __init__(self) -> None:
@@ -88,12 +87,14 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
     base = trial.look()
     notes = _prove_scores(trial, base, generator)
     _prove_tokens(trial, base, generator)
+    if (least_H := trial.squares().amin(1)).min() < 0:
+        raise Unproven(f"the scores of head {int(least_H.argmin())} follow its QK product with the other sign")
     notes.append(_prove_values(trial, base, generator))
     return "; ".join(dict.fromkeys(filter(None, notes)))
 
 
 def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: str) -> str:
-    """Return the note on a layer of which another was proven that differs in its number alone, after tests 2 and 4.
+    """Return the note on a layer of which another was proven that differs in its number alone: tests 2, 4 and the sign.
 
     Raises:
         Unproven, CannotRunError: see ``prove_attention``.
@@ -105,11 +106,10 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
     keys, values = (_signs(generator, trial.groups, size)[..., None] for size in (trial.width, trial.values))
     q = trial.q * trial.to_heads(keys)
     scores = trial.look(q=q, k=trial.k * keys).scores_HLL
-    kept = _close(scores.diagonal(0, 1, 2), own, own)
-    if not kept or _close(trial.look(q=q).scores_HLL, base.scores_HLL, base.scores_HLL):
+    if not _close(scores.diagonal(0, 1, 2), own, own) or not bool((trial.squares() > 0).all()):
         raise Unproven("its scores are not made of the rows that were read as queries and keys")
     v, o = trial.v * values, trial.o * trial.to_heads(values)
-    if not _near(trial.look(v=v, o=o).out, base.out) or _near(trial.look(v=v).out, base.out):
+    if not is_near(trial.look(v=v, o=o).out, base.out) or is_near(trial.look(v=v).out, base.out):
         raise Unproven("its output is not made of the rows that were read as values and output projection")
     rotary = not _close(scores, base.scores_HLL, base.scores_HLL)
     return "; ".join([ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", ROTARY)])
@@ -149,7 +149,7 @@ class _Trial:
         try:
             for name, value in changed.items():
                 getattr(self, name).copy_(value)
-            with _Softmaxes() as seen:
+            with Softmaxes() as seen:
                 tensors = run(self.module, self.call)
         finally:
             for name, value in kept.items():
@@ -158,10 +158,19 @@ class _Trial:
         tokens = None if axis is None else tensors[0].movedim(axis, 0).flatten(1).double()
         return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
 
+    def squares(self) -> Tensor:
+        """Return what stands for q·k at (i, i), twice, where rows of queries are those of keys: (H, L).
+
+        A token then meets itself, whatever stands before the rows: the sign is that of the product in the scores.
+        """
+        k_HKD = self.to_heads(self.k).clone()
+        scores, opposed = (self.look(q=q_HKD).scores_HLL.diagonal(0, 1, 2) for q_HKD in (k_HKD, -k_HKD))
+        return scores - opposed
+
     def _scores(self, inputs: list[Tensor]) -> Tensor:
         length = self.call.length
         # One column more is a sink that takes what no token does.
-        inputs = [s[..., :length] if s.shape[-2:] == (length, length + 1) else s for s in inputs]
+        inputs = [s[..., :length] if s.shape[-2:] == (length, length + 1) else s for s in map(by_query, inputs)]
         fits = [s for s in inputs if s.shape[-2:] == (length, length) and s.numel() == self.heads * length**2]
         if len(fits) == 1:
             return fits[0].reshape(self.heads, length, length).double()
@@ -181,7 +190,7 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
         raise Misfit("its scores are no numbers on these inputs")
     bias = trial.look(q=0 * trial.q, k=0 * trial.k).scores_HLL
     shown = base.scores_HLL - bias
-    if not _clear(shown[_open(base.scores_HLL)]):
+    if not _clear(shown[is_open(base.scores_HLL)]):
         raise Unproven("its scores do not depend on these queries and keys")
     for _ in range(3):
         heads, groups = (_signs(generator, count)[:, None, None] for count in (trial.heads, trial.groups))
@@ -214,12 +223,7 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     if tokens_LD is not None:
         q_HKL, k_HKL = trial.q @ tokens_LD.mT, trial.to_heads(trial.k @ tokens_LD.mT)
         product_HL = (q_HKL * k_HKL).sum(1) / trial.width**0.5
-        own_HL = shown.diagonal(0, 1, 2)
-        # Over all heads together, those of either sign would cancel.
-        alike_H = nn.functional.cosine_similarity(own_HL, product_HL, dim=1)
-        if bool((alike_H < -_OPPOSED).any()):
-            raise Unproven(f"the scores of head {int(alike_H.argmin())} follow its QK product with the other sign")
-        remark = _followed(own_HL, product_HL, "its scores", "the QK product over √k")
+        remark = _followed(shown.diagonal(0, 1, 2), product_HL, "its scores", "the QK product over √k")
         notes += [remark] if remark and not (notes and "times" in remark) else []
     return notes
 
@@ -229,17 +233,17 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
     ways = torch.randn(2, trial.q.shape[-1], generator=generator, dtype=torch.float64)
     moved = []
     for name, part in (("q", trial.q), ("k", trial.k)):
-        push = torch.randn(len(part), trial.width, 1, generator=generator, dtype=torch.float64) * _PUSH
+        push = torch.randn(len(part), trial.width, 1, generator=generator, dtype=torch.float64) * PUSH
         pushed = [trial.look(**{name: part + push * way_D}).scores_HLL for way_D in ways]
         moved.append(torch.stack(pushed) - base.scores_HLL)
     by_q, by_k = moved
     own_q, own_k = by_q.diagonal(0, 2, 3), by_k.diagonal(0, 2, 3)
-    seen = _open(base.scores_HLL)
-    if not _same_direction(by_q, own_q[..., :, None], seen):
+    seen = is_open(base.scores_HLL)
+    if not same_direction(by_q, own_q[..., :, None], seen):
         raise Unproven("what was read as queries is not: a score does not follow its row's token through it")
-    if not _same_direction(by_k, own_k[..., None, :], seen):
+    if not same_direction(by_k, own_k[..., None, :], seen):
         raise Unproven("what was read as keys is not: a score does not follow its column's token through it")
-    if not _same_direction(own_q, own_k, seen.diagonal(0, 1, 2)):
+    if not same_direction(own_q, own_k, seen.diagonal(0, 1, 2)):
         raise Unproven("its keys come from other tokens than its queries: cross-attention")
 
 
@@ -255,24 +259,24 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
             else:
                 orders = _orders(generator, trial.groups, trial.values)
                 changes.append((_taken(trial.v, orders), _taken(trial.o, trial.to_heads(orders))))
-        if all(_near(trial.look(v=v, o=o).out, base.out) for v, o in changes):
+        if all(is_near(trial.look(v=v, o=o).out, base.out) for v, o in changes):
             v, o = changes[0]
             break
     else:
         raise Unproven("columns of its output projection do not meet the values that were read as theirs")
-    if trial.values > 1 and (_near(trial.look(v=v).out, base.out) or _near(trial.look(o=o).out, base.out)):
+    if trial.values > 1 and (is_near(trial.look(v=v).out, base.out) or is_near(trial.look(o=o).out, base.out)):
         raise Unproven("its output does not depend on what was read as values and output projection")
     # Were it a gate, an output would follow its own token through these rows, as its queries do. With queries of zero
     # attention is spread over tokens: one that happens to look at its own token alone would pass for a gate.
     spread = trial.look(q=0 * trial.q)
-    if _near(spread.out, base.out):
+    if is_near(spread.out, base.out):
         raise Unproven("its output does not depend on its scores")
     ways = torch.randn(2, trial.v.shape[-1], generator=generator, dtype=torch.float64)
     pushes = torch.zeros(trial.groups, trial.values, 1, dtype=torch.float64)
-    pushes[:, 0] = _PUSH
+    pushes[:, 0] = PUSH
     # Every channel by another amount: a layer norm of the queries takes away what all have in common.
     queries = torch.zeros(trial.heads, trial.width, 1, dtype=torch.float64)
-    queries[0] = _PUSH * torch.randn(trial.width, 1, generator=generator, dtype=torch.float64)
+    queries[0] = PUSH * torch.randn(trial.width, 1, generator=generator, dtype=torch.float64)
     moves, own = [], []
     for way_D in ways:
         tokens_LX = trial.look(q=0 * trial.q, v=trial.v + pushes * way_D).tokens_LX
@@ -288,16 +292,19 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
         raise Unproven("its scores at a token's own place do not move with what was read as its query")
     if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
-    return _follow_values(trial, spread, torch.stack(moves), ways)
+    return _follow_values(trial, base, pushes, ways)
 
 
-def _follow_values(trial: _Trial, spread: Seen, moves: Tensor, ways: Tensor) -> str:
-    """Test 6 of the note for values: the moves of a push of first channels along two ways, with queries of zero."""
-    tokens_LD = _tokens(trial.call, ways.shape[-1])
-    if tokens_LD is None or moves[0].shape != (len(tokens_LD), trial.o.shape[-1]):
+def _follow_values(trial: _Trial, base: Seen, pushes: Tensor, ways: Tensor) -> str:
+    """Test 6 of the note for values: the moves of a push of first channels along two ways."""
+    tokens_LD, width = _tokens(trial.call, ways.shape[-1]), trial.o.shape[-1]
+    if tokens_LD is None or base.tokens_LX is None or base.tokens_LX.shape != (len(tokens_LD), width):
         return ""
-    shares_HLL, columns_HD = spread.scores_HLL.softmax(-1), trial.o[:, 0]
-    each = [_PUSH * torch.einsum("hij,j,hd->hid", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
+    seen = [trial.look(v=trial.v + pushes * way).tokens_LX for way in ways]
+    moves = torch.stack([tokens for tokens in seen if tokens is not None]) - base.tokens_LX
+    # As it attends, not spread evenly: a mean over all tokens would not tell in which order they are.
+    shares_HLL, columns_HD = base.scores_HLL.softmax(-1), trial.o[:, 0]
+    each = [PUSH * torch.einsum("hij,j,hd->hid", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
     by_head = torch.stack(each, 1)
     if trial.heads <= columns_HD.shape[1]:
         # The factor of every head, where that is all that stands between: over all heads, signs would cancel.
@@ -329,6 +336,12 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
 
 
+def by_query(scores: Tensor) -> Tensor:
+    """Return scores with queries before keys, where another axis (the heads, as in bqhk) stands between them."""
+    *axes, keys = scores.shape
+    return scores.movedim(axes.index(keys), -2) if axes and axes[-1] != keys and axes.count(keys) == 1 else scores
+
+
 def _by_head(part: Tensor, count: int) -> Tensor:
     """Return a view of (count·K, d) or (count, K, d) weights as (count, K, d)."""
     return part if part.ndim == 3 else part.unflatten(0, (count, -1))
@@ -350,18 +363,18 @@ def _taken(part: Tensor, orders: Tensor) -> Tensor:
     return part.take_along_dim(orders[..., None], 1)
 
 
-def _open(scores: Tensor) -> Tensor:
+def is_open(scores: Tensor) -> Tensor:
     """Return which scores are not masked."""
     return scores.isfinite() & (scores > _MASKED)
 
 
 def _close(a: Tensor, b: Tensor, scores: Tensor) -> bool:
     """Return whether two sets of scores agree where they are not masked."""
-    seen = _open(scores)
-    return bool(seen.any()) and _near(a[seen], b[seen])
+    seen = is_open(scores)
+    return bool(seen.any()) and is_near(a[seen], b[seen])
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def is_near(a: Tensor, b: Tensor) -> bool:
     return bool(a.isfinite().all()) and float((a - b).abs().max()) <= _RELATIVE * float(b.abs().max())
 
 
@@ -374,7 +387,7 @@ def _cross(pair: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return pair[0] * other[1] - pair[1] * other[0], pair.norm(dim=0) * other.norm(dim=0)
 
 
-def _same_direction(pair: Tensor, other: Tensor, seen: Tensor) -> bool:
+def same_direction(pair: Tensor, other: Tensor, seen: Tensor) -> bool:
     """Return whether moves are a multiple of others where scores are not masked: up to the push's own size."""
     cross, size = (part.expand(seen.shape)[seen] for part in _cross(pair, other))
-    return _clear(size / _PUSH**2) and float(cross.norm()) <= _PUSHED * float(size.norm())
+    return _clear(size / PUSH**2) and float(cross.norm()) <= _PUSHED * float(size.norm())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
+from espalier.init.layouts.arguments import sequences
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import (
@@ -22,6 +22,7 @@ from espalier.init.layouts.probe_attention import (
     prove_attention,
 )
 from espalier.init.layouts.probe_ssm import prove_ssm
+from espalier.init.layouts.probe_use import meets_others
 from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped, SSMWeights
 from espalier.init.layouts.scratch import (
     Call,
@@ -30,7 +31,7 @@ from espalier.init.layouts.scratch import (
     calls,
     calls_of_part,
     copy_for_probe,
-    leaves,
+    first_line,
     owner_of,
     untraced,
 )
@@ -76,8 +77,7 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
         return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
-    # What was run with its owner was seen with the owner's keys.
-    if why is None and (refused := refuse_other_keys(names, name, found, reading)):
+    if refused := refuse_other_keys(names, name, found, reading):
         return refused
     parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
@@ -168,22 +168,52 @@ def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWei
 def refuse_other_keys(
     names: Mapping[str, nn.Module], name: str, found: AttentionWeights, reading: Layout
 ) -> Skipped | None:
-    """Return why a layer that may be handed another sequence's keys must be taken to be, or ``None``."""
+    """Return why a layer that is handed another sequence's keys, or may be, must be taken to be, or ``None``."""
     module = names[name]
-    others = sequences(module)
-    if unread := [each for each in sequences(module, any_name=True) if each not in others]:
-        key = ("keys", module_key(module), reading)
-        others += cached(key, partial(_key_arguments, module, reading, unread))
-    variadic = [p.name for p in arguments(module) if p.kind in VARIADIC]
-    if not (others or variadic) or denies_cross(module) or owner_of(names, name) is None:
+    if denies_cross(module) or owner_of(names, name) is None:
         return None
     try:
-        crossed = _is_crossed(names, name, found, others) or _meets_hidden(names, name, found, reading, variadic)
-        return Skipped("attention", _OTHERS) if crossed else None
+        return Skipped("attention", _OTHERS) if _meets_others(names, name, found, reading) else None
+    except Unproven as error:
+        return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
+        others = sequences(module)
+        if unread := [each for each in sequences(module, any_name=True) if each not in others]:
+            key = ("keys", module_key(module), reading)
+            others += cached(key, partial(_key_arguments, module, reading, unread))
         if not others or reads_self(name):
             return None
         return Skipped("attention", f"it may be given other keys ({', '.join(others)}), and {error}")
+
+
+def _meets_others(names: Mapping[str, nn.Module], name: str, found: AttentionWeights, reading: Layout) -> bool:
+    """Return whether whoever calls a layer, under any of its names, lets it take keys or values from other tokens.
+
+    The outermost module that decides is run; where it does not run, the next inside. One that could be handed second
+    sequences is handed them all, or each alone.
+    """
+    module, width, heads = names[name], found.q.shape[-1], found.num_heads
+    same = [place for place, part in names[""].named_modules(remove_duplicate=False) if part is module]
+    why: CannotRunError | None = CannotRunError("nothing in the model calls it")
+    for alias in same:
+        for place, owner in reversed(_owners(names, alias)):
+            path, ran = alias[len(place) :].lstrip("."), False
+            any_name = tuple(sequences(owner, any_name=True))
+            for given in dict.fromkeys((any_name, *((each,) for each in any_name), ())):
+                made = partial(meets_others, owner, path, reading, [width, *token_widths(owner)], heads, given)
+                try:
+                    if cached((module_key(owner), path, reading, width, heads, given, "others"), made):
+                        return True
+                    ran, why = True, None
+                except CannotRunError as error:
+                    why = why and error
+                if ran and given == any_name:
+                    break
+            if ran:
+                break
+    if why is not None:
+        raise why
+    return False
 
 
 @untraced()
@@ -201,26 +231,6 @@ def _key_arguments(module: nn.Module, reading: Layout, names: Sequence[str]) -> 
                 found += [name] if given and not meets_own_tokens(twin, views, call) else []
                 break
     return found
-
-
-@untraced()
-def _meets_hidden(
-    names: Mapping[str, nn.Module], name: str, found: AttentionWeights, reading: Layout, variadic: Sequence[str]
-) -> bool:
-    """Return whether a layer takes its keys from tokens that its model hands it in ``*args`` or ``**kwargs``."""
-    width = found.q.shape[-1]
-    for call in _calls_in_use(names, name, width, found.num_heads) if variadic else ():
-        given = bound(names[name], call)
-        first = next(leaves(tuple(given.values())), None)
-        hidden = [t for t in leaves([given.get(each, ()) for each in variadic]) if t is not first]
-        tokens = [t for t in hidden if t.is_floating_point() and t.shape[-1:] == (width,)]
-        if first is not None and any(t.shape != first.shape or not torch.equal(t, first) for t in tokens):
-            twin, views = _copied(names[name], reading)
-            try:
-                return not meets_own_tokens(twin, views, call)
-            except Misfit:  # fewer keys than queries, say
-                return True
-    return False
 
 
 def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeights, others: Collection[str]) -> bool:
@@ -284,6 +294,8 @@ def cached(key: Any, compute: Callable[[], Any]) -> Any:
         except (Unproven, CannotRunError) as error:
             # Made anew: what was raised holds the frames of the run, and with them the module and its copy.
             _KNOWN[key] = type(error)(*error.args)
+        except Exception as error:  # of anybody's code, in whatever shape: one layer must not stop the others
+            _KNOWN[key] = CannotRunError(first_line(error))
     verdict = _KNOWN[key]
     if isinstance(verdict, Exception):
         raise type(verdict)(*verdict.args)

@@ -61,11 +61,11 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     memo = memo_of_copy(module)
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
-        if parameter.ndim >= 2 and parameter.numel():
+        place, _, leaf = name.rpartition(".")
+        if not _is_vector(leaf, parameter) and parameter.numel():
             bound = (3 / parameter[0].numel()) ** 0.5
             value.uniform_(-bound, bound, generator=generator)
         else:
-            place, _, leaf = name.rpartition(".")
             value.fill_(0.5 if parameter.ndim == 0 else 0.0 if "bias" in leaf else 1.0)
             if (signs := signs_of(module.get_submodule(place), leaf, parameter)) is not None:
                 value.mul_(signs)
@@ -127,14 +127,19 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         name: of the parameter in there.
         parameter: the parameter; there is nothing to keep of one that is nowhere, or in pieces.
     """
-    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or parameter.ndim > 1 or "bias" in name:
+    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or "bias" in name:
         return None
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
+    if not _is_vector(name, parameter) or not parameter.is_floating_point() or parameter.element_size() < 2:
         return None
     signs = torch.where(parameter.detach().cpu() < 0, -1.0, 1.0)
     if "norm" in type(owner).__name__.lower() and signs.numel():
         return torch.full_like(signs, -1.0 if float(signs.sum()) < 0 else 1.0)
     return signs
+
+
+def _is_vector(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is a number or a vector, whatever its axes of one: (H, 1, 1) is a factor a head."""
+    return sum(size > 1 for size in parameter.shape) < 2 and (parameter.ndim != 2 or name != "weight")
 
 
 class _ProductByProduct(TorchFunctionMode):
@@ -188,7 +193,9 @@ def run(module: nn.Module, call: Call) -> list[Tensor]:
     return tensors
 
 
-def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] = ()) -> Iterator[Call]:
+def calls(
+    module: nn.Module, width: int, heads: int = 0, given: Collection[str] = (), others: Sequence[int] = ()
+) -> Iterator[Call]:
     """Yield inputs that a module may run on, the most usual first: made from its signature alone.
 
     Args:
@@ -196,6 +203,7 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
         width: of a token.
         heads: query heads, if known: rotary tables are as wide as one.
         given: names of optional arguments that are given, too.
+        others: widths of another sequence's tokens, tried after ``width``.
     """
     named = [p for p in arguments(module) if p.kind not in VARIADIC]
     if not named:
@@ -209,12 +217,13 @@ def calls(module: nn.Module, width: int, heads: int = 0, given: Collection[str] 
     for needs in [turned, needed] if turned != needed else [needed]:
         widths = _rotary_widths(module, share) if any(ROTARY_NAME.search(p.name) for p in needs) else [0]
         masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
-        for length, turn, zero_masks in itertools.product(_lengths(module, width, share), widths, masks):
+        wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
+        for other, length, turn, zero_masks in itertools.product(wide, _lengths(module, width, share), widths, masks):
             for shape in ((1, length, width), (length, 1, width), (length, width)):
                 # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
                 x = torch.randn(shape, generator=generator, dtype=torch.float64)
                 x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
-                values = {p.name: _argument(p, x, length, turn, heads, zero_masks, generator) for p in needs}
+                values = {p.name: _argument(p, x, (length, other, turn), heads, zero_masks, generator) for p in needs}
                 positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
                 if first.kind is first.KEYWORD_ONLY:
                     yield Call((), {first.name: x, **values}, length)
@@ -331,10 +340,15 @@ def _rotary_widths(module: nn.Module, share: int) -> list[int]:
 
 
 def _argument(
-    parameter: inspect.Parameter, x: Tensor, length: int, turn: int, heads: int, zeros: bool, generator: torch.Generator
+    parameter: inspect.Parameter,
+    x: Tensor,
+    sizes: tuple[int, int, int],
+    heads: int,
+    zeros: bool,
+    generator: torch.Generator,
 ) -> Any:
-    """Return what a required argument may be, by its name."""
-    name, stated = parameter.name, str(parameter.annotation)
+    """Return what a required argument may be, by its name; sizes are tokens, another sequence's width, and angles."""
+    name, stated, (length, other, turn) = parameter.name, str(parameter.annotation), sizes
     if ROTARY_NAME.search(name):
         # The same angle for all channels fits every way to pair them.
         angles = (torch.arange(length)[:, None] * torch.full((turn,), 0.3, dtype=torch.float64))[None]
@@ -358,7 +372,7 @@ def _argument(
         if holds:
             return value
     if is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*x.shape[:-1], other, generator=generator, dtype=torch.float64)
     return None
 
 

@@ -1,0 +1,162 @@
+"""Whose tokens a layer's keys and values are where its model calls it: the caller is run, and the layer watched in it.
+
+However they reach the layer (an argument of any name, a list, an attribute set before, a closure), keys and values of
+other tokens than the queries' show in two ways. Rows that are pushed along a direction that no token of the queries has
+move what the layer returns; and a score at (i, i) follows another token through W_K than through W_Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import starmap
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.layouts.probe_attention import PUSH, Softmaxes, Unproven, by_query, is_near, is_open, same_direction
+from espalier.init.layouts.registry import AttentionWeights, Layout
+from espalier.init.layouts.scratch import Call, CannotRunError, calls, copy_for_probe, leaves, run, untraced
+
+
+class _Seen(NamedTuple):
+    """One run: what reached the softmaxes of the part's first call, and all that its calls returned."""
+
+    scores: list[Tensor]
+    out: Tensor
+
+
+@untraced()
+def meets_others(
+    owner: nn.Module, path: str, reading: Layout, widths: Sequence[int], heads: int, given: Collection[str]
+) -> bool:
+    """Return whether a part's keys or values come from other tokens than its queries when a copy of its owner runs.
+
+    Args:
+        owner: the module that calls it.
+        path: of the part.
+        reading: the layout that reads the part's weights.
+        widths: of a token, to try.
+        heads: see ``calls``.
+        given: names of optional arguments of the owner that are given.
+
+    Raises:
+        Unproven: the owner takes parts of it without calling it.
+        CannotRunError: the owner runs on no made-up inputs, or never calls the part.
+    """
+    watch = _Watch(copy_for_probe(owner), path, reading)
+    base = watch.start(widths, heads, given)
+    generator = torch.Generator().manual_seed(5)
+    way_D = watch.unseen(generator)
+    parts = {name: getattr(watch.views, name) for name in ("q", "k", "v")}
+    # By how much each row is pushed along a way: the same for every way.
+    rows = {
+        name: torch.randn(*part.shape[:-1], 1, generator=generator, dtype=torch.float64) for name, part in parts.items()
+    }
+    # Where the queries have it all the same (a map stands before them), this says nothing.
+    if way_D is not None:
+        moved_q, *moved = (not is_near(watch.look(**{name: rows[name] * way_D}).out, base.out) for name in rows)
+        if any(moved) and not moved_q:
+            return True
+    ways = torch.randn(2, watch.views.q.shape[-1], generator=generator, dtype=torch.float64)
+    by_q, by_k = ([watch.look(**{name: PUSH * rows[name] * way}).scores for way in ways] for name in ("q", "k"))
+    runs = zip(base.scores, zip(*by_q, strict=True), zip(*by_k, strict=True), strict=True)
+    return any(starmap(_other_tokens, runs))
+
+
+def _other_tokens(base: Tensor, by_q: Sequence[Tensor], by_k: Sequence[Tensor]) -> bool:
+    """Return whether scores that follow these queries are of other tokens' keys: test 3 of ``probe_attention``."""
+    if all(torch.equal(scores, base) for scores in by_q):
+        return False
+    length = base.shape[-2]
+    if base.shape[-1] not in (length, length + 1):  # one column more is a sink
+        return True
+    own_q, own_k = (
+        torch.stack([(scores - base)[..., :length].diagonal(0, -2, -1) for scores in pushed]) for pushed in (by_q, by_k)
+    )
+    return not same_direction(own_q, own_k, is_open(base[..., :length].diagonal(0, -2, -1)))
+
+
+class _Watch:
+    """Runs of a copy of an owner, with changed weights of one of its parts, which is watched."""
+
+    def __init__(self, twin: nn.Module, path: str, reading: Layout) -> None:
+        self.twin, self.part = twin, twin.get_submodule(path)
+        views = reading(self.part)
+        if not isinstance(views, AttentionWeights):
+            raise CannotRunError("its copy reads otherwise")
+        self.views = views
+        self.call: Call | None = None
+        self.inside, self.begun, self.softmaxes = 0, 0, Softmaxes()
+        self.tokens: list[Tensor] = []
+        self.outs: list[Tensor] = []
+        self.scores: list[Tensor] | None = None
+        self.taken = False
+        self.part.register_forward_pre_hook(self._enter, with_kwargs=True)
+        held = {view.untyped_storage()._cdata for view in (views.q, views.k, views.v)}
+        for holder in self.part.modules():
+            if any(own.untyped_storage()._cdata in held for own in holder.parameters(recurse=False)):
+                holder.register_forward_pre_hook(self._take)
+        self.part.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.inside, self.begun = self.inside + 1, len(self.softmaxes.inputs)
+        first = next(leaves((*args, *kwargs.values())), None)
+        self.tokens += [] if first is None else [first.detach().clone()]
+
+    def _leave(self, _: nn.Module, __: Any, out: Any) -> None:
+        self.inside -= 1
+        self.outs += [part.flatten().double() for part in leaves(out) if part.is_floating_point()]
+        # What a second call sees may follow from the first.
+        self.scores = self.softmaxes.inputs[self.begun :] if self.scores is None else self.scores
+
+    def _take(self, *_: Any) -> None:
+        self.taken |= not self.inside
+
+    def start(self, widths: Sequence[int], heads: int, given: Collection[str]) -> _Seen:
+        """Return the first run in which the part is called."""
+        why = ""
+        for width in dict.fromkeys(widths):
+            for call in calls(self.twin, width, heads, given, others=widths):
+                self.call = call
+                try:
+                    return self.look()
+                except CannotRunError as error:
+                    why = why or str(error)
+        owner = type(self.twin).__name__
+        raise CannotRunError(f"{owner}, which calls it, does not run on made-up inputs ({why})")
+
+    def look(self, **pushes: Tensor) -> _Seen:
+        """Run with pushes added to some of q, k and v."""
+        assert self.call is not None
+        self.tokens, self.outs, self.scores, self.inside, self.softmaxes = [], [], None, 0, Softmaxes()
+        kept = {name: getattr(self.views, name).clone() for name in pushes}
+        try:
+            for name, push in pushes.items():
+                getattr(self.views, name).add_(push)
+            with self.softmaxes:
+                run(self.twin, self.call)
+        except CannotRunError:
+            if not self.outs:  # what fails after the part does not matter
+                raise
+        finally:
+            for name, value in kept.items():
+                getattr(self.views, name).copy_(value)
+        if self.taken:
+            raise Unproven(f"{type(self.twin).__name__} takes parts of it without calling it")
+        if not self.outs:
+            raise CannotRunError("it does not call it")
+        return _Seen(list(map(by_query, self.scores or [])), torch.cat(self.outs))
+
+    def unseen(self, generator: torch.Generator) -> Tensor | None:
+        """Return a unit vector that no token has that the part was given first, if there is one."""
+        width = self.views.q.shape[-1]
+        if any(part.shape[-1:] != (width,) or not part.is_floating_point() for part in self.tokens):
+            return None
+        tokens_ND = torch.cat([part.reshape(-1, width).double() for part in self.tokens])
+        if len(tokens_ND) >= width:
+            return None
+        basis_DR = torch.linalg.qr(tokens_ND.mT).Q
+        way_D = torch.randn(width, generator=generator, dtype=torch.float64)
+        way_D = way_D - basis_DR @ (basis_DR.mT @ way_D)
+        return way_D / way_D.norm()
