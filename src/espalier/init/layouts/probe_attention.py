@@ -154,8 +154,7 @@ class _Trial:
         finally:
             for name, value in kept.items():
                 getattr(self, name).copy_(value)
-        axis = next((i for i, size in enumerate(tensors[0].shape) if size == self.call.length), None)
-        tokens = None if axis is None else tensors[0].movedim(axis, 0).flatten(1).double()
+        tokens = _by_token(tensors[0], self.call.length)
         return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
 
     def _scores(self, inputs: list[Tensor]) -> Tensor:
@@ -327,6 +326,15 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
         return "something stands before its projections or after its output: its products are not those of its tokens"
     factor = dot / float(product.square().sum())
     return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
+
+
+def _by_token(out: Tensor, length: int) -> Tensor | None:
+    """Return an output as (L, X), also of an image's pixels, channels last or first; ``None`` if it has no tokens."""
+    if out.ndim == 4 and length in (pixels := [out.shape[1:3].numel(), out.shape[2:].numel()]):
+        out = out.movedim(1, -1) if pixels[0] != length else out
+        return out.flatten(1, 2).movedim(1, 0).flatten(1).double()
+    axis = next((i for i, size in enumerate(out.shape) if size == length), None)
+    return None if axis is None else out.movedim(axis, 0).flatten(1).double()
 
 
 def _by_head(part: Tensor, count: int) -> Tensor:
