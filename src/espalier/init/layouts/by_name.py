@@ -34,7 +34,7 @@ OUTPUTS = (
 def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None:
     """Return the self-attention that a module's linear layers look like, or ``None``.
 
-    Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), the four in one list
+    Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), all in one list
     (The Annotated Transformer's), the first three in a child and the last in another (BERT's), one fused layer whose
     rows are all queries, all keys, all values (nanoGPT's ``c_attn``, ``to_qkv``) or, ``by_head``, those of each head
     together, and ``to_q`` beside a fused ``to_kv``.
