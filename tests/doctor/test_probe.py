@@ -240,6 +240,33 @@ def test_attributes_are_put_back() -> None:
     assert [set(vars(model)), model.calls, id(model.first.weight)] == before
 
 
+class Caches(nn.Module):
+    """Writes keys into a cache in place, as Llama's published code does, and keeps what every block made in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.made = nn.Linear(16, 16), [torch.zeros(2)]
+        self.caches = {"keys": torch.arange(512.0).view(32, 16)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, 16)."""
+        keys = self.caches["keys"].to(x)  # the cache itself
+        keys[: len(x)] = self.first(x)
+        self.made.append(keys[: len(x)])
+        return keys[: len(x)] * 2
+
+
+def test_caches_that_a_pass_writes_in_place_are_put_back() -> None:
+    model = Caches()
+    for _ in range(2):  # what belonged to the first pass's graph would stop the second
+        espalier.diagnose(model, noise(20, 16))
+        cache = model.caches["keys"]
+        assert torch.equal(cache, torch.arange(512.0).view(32, 16))
+        assert cache.is_leaf
+        assert not cache.requires_grad
+        assert [part.shape for part in model.made] == [(2,)]
+
+
 @pytest.mark.parametrize("model", [
     ConvMixer(8, 2, kernel_size=3, patch_size=2, num_classes=4),
     SequenceModel(vocab_size=9, pattern="mamba2 mamba1", dim=32),

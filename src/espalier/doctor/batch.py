@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from espalier.doctor.sources import attribute
 from espalier.doctor.stats import dense
 from espalier.errors import EspalierError
+from espalier.init.layouts.whole_model import first_inputs
 
 _BATCH = 4
 
@@ -106,7 +107,7 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
         return None
 
     found = _from_timm(model, generator) or _from_settings(model, setting, generator)
-    found = found or _from_first_layer(model, generator)
+    found = found or list(first_inputs(model, _BATCH, generator))
     if not found:
         raise EspalierError(f"example: {type(model).__name__} does not say what it takes: pass a batch")
     return found
@@ -136,16 +137,4 @@ def _from_settings(model: nn.Module, setting: Callable[..., int | None], generat
         return [{"pixel_values": images} if main else images]
     if type(model).__module__.startswith("torchvision.models"):
         return [torch.randn(_BATCH, 3, 224, 224, generator=generator)]
-    return []
-
-
-def _from_first_layer(model: nn.Module, generator: torch.Generator) -> list[Any]:
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            return [torch.randint(module.num_embeddings, (_BATCH, 16), generator=generator)]
-        if isinstance(module, nn.Linear):
-            return [torch.randn(32, module.in_features, generator=generator)]
-        if isinstance(module, nn.Conv2d):
-            channels = module.in_channels
-            return [torch.randn(_BATCH, channels, s, s, generator=generator) for s in (32, 64, 224, 28, 16, 8)]
     return []

@@ -33,6 +33,8 @@ _EMBEDDING = re.compile(
     r"(^|\.)(wte|tok\w*emb\w*|embed_tokens|word_embeddings|embeddings?|embed|shared)$", re.IGNORECASE
 )
 _ADAPTER = re.compile(r"lora_|adapter", re.IGNORECASE)
+# A selective layer's rates, steps and skips, of one direction or of several at once (Vim's, VMamba's).
+_SSM = re.compile(r"(^|\.)(A(_b)?_logs?|dt_bias|Ds?|D_b|dt_projs?(_b)?[._]bias)$")
 # Gates, detectors and step sizes start at constants of up to 14 (a step of 1e-6).
 LARGEST_BIAS = 20.0
 
@@ -267,14 +269,17 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
     kind = type(module).__name__ if module is not None else ""
     if leaf in ("running_mean", "running_var"):
         return "statistics"
-    if leaf in ("A_log", "A_b_log", "dt_bias", "D"):
+    if _SSM.search(name) and not isinstance(module, nn.Embedding):
         return "ssm"
     if leaf in ("weight_g", "original0"):
         return "gain"
     if _ADAPTER.search(name):
         return "adapter"
     flat = len(shape) < 2
-    named_norm = _NORM.search(layer) if module is None else _NORM.search(kind) or "Norm" in kind
+    # A class that is not called so may stand under the name of one: of what it may hold there, gains are vectors.
+    own = module is not None and flat and not type(module).__module__.startswith("torch.")
+    named = layer if module is None else layer.rpartition(".")[2] if own else ""
+    named_norm = _NORM.search(named) or _NORM.search(kind) or "Norm" in kind
     # Spectral norm keeps noise in its buffers; frozen batch norm its gains.
     kept = not buffer or leaf in ("weight", "gamma", "scale", "bias", "beta")
     if named_norm and kept and (flat or isinstance(module, nn.LayerNorm)):
@@ -284,13 +289,13 @@ def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buff
     # A layer that multiplies is one, whatever it is named after.
     if leaf == "weight" and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
         return "weight"
-    # What is broadcast over the batch is added to the inputs or stands beside them.
-    broadcast = len(shape) >= 3 and shape[0] == 1 and not re.search("weight|kernel", leaf)
+    # What is learnt and broadcast over the batch is added to the inputs or stands beside them; a buffer may be a mask.
+    broadcast = not buffer and len(shape) >= 3 and shape[0] == 1 and not re.search("weight|kernel", leaf)
     if _POSITION.search(name) or _TOKEN.search(leaf) or broadcast:
         return "position"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (module is None and _EMBEDDING.search(layer)):
         return "embedding"
-    if "bias" in leaf and flat:
+    if "bias" in leaf and (flat or not re.search("weight|kernel", leaf)):  # one a head, an expert or a direction
         return "bias"
     return "weight" if not buffer and not flat else "other"
 

@@ -25,6 +25,7 @@ from espalier.errors import EspalierError
 from espalier.init.layouts.scratch import uncompiled
 from espalier.init.matching import plain_name
 
+_MODULE_FIELDS = frozenset(vars(nn.Module()))
 # Of torch's own wrappers: what a pass leaves in them belongs to a state that is not theirs alone.
 _WRAPPERS = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 
@@ -101,6 +102,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if started else []
     numpy, own_state = sys.modules.get("numpy"), random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
+    _lend_copies(model)
     try:
         with torch.random.fork_rng(devices=devices):
             torch.default_generator.manual_seed(0)
@@ -130,6 +132,34 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _lend_copies(model: nn.Module) -> None:
+    """Put copies in place of tensors, lists and dictionaries in plain attributes.
+
+    A pass may write into them: a cache of keys and values, a list of every block's output.
+    """
+    copies: dict[int, Any] = {}  # what several modules share, they share still
+
+    def copied(value: Any) -> Any:
+        if id(value) in copies:
+            return copies[id(value)]
+        if type(value) is Tensor:
+            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+        elif type(value) is list:
+            copies[id(value)] = []
+            copies[id(value)] += map(copied, value)
+        elif type(value) is dict:
+            copies[id(value)] = {}
+            copies[id(value)].update((key, copied(part)) for key, part in value.items())
+        else:
+            return value
+        return copies[id(value)]
+
+    for part in model.modules():
+        if not isinstance(part, torch.jit.ScriptModule) and not type(part).__module__.startswith(_WRAPPERS):
+            own = [(name, value) for name, value in vars(part).items() if name not in _MODULE_FIELDS]
+            vars(part).update((name, copied(value)) for name, value in own)
 
 
 def _expanded(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ class Plain(nn.Module):
 
     def __init__(self, names: tuple[str, ...], heads: int = 3, groups: int | None = None, stated: str = "num_heads"):
         super().__init__()
-        self.names, self.h, self.g = names, heads, groups or heads
+        self.names, self.count, self.g = names, heads, groups or heads
         setattr(self, stated, heads if "head" in stated and "dim" not in stated else DIM // heads)
         rows = [DIM, DIM // heads * self.g, DIM // heads * self.g]
         widths = {4: rows, 3: [rows[0], 2 * rows[1]], 2: [sum(rows)]}[len(names)]
@@ -29,7 +29,7 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         joined = torch.cat([self.get_submodule(name)(x) for name in self.names[:-1]], -1)
-        width, shared = DIM // self.h, self.h // self.g
+        width, shared = DIM // self.count, self.count // self.g
         q, k, v = joined.split([DIM, width * self.g, width * self.g], -1)
         q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in (q, k, v))
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
@@ -49,6 +49,13 @@ class Plain(nn.Module):
         (("c_attn", "c_proj"), "n_head"),
         (("to_qkv", "to_out"), "heads"),
         (("Wqkv", "Wo"), "num_heads"),
+        (("c_q", "c_k", "c_v", "c_proj"), "n_head"),
+        (("queries", "keys", "values", "fc_out"), "heads"),
+        (("query_projection", "key_projection", "value_projection", "out_projection"), "n_heads"),
+        (("fc_q", "fc_k", "fc_v", "fc_o"), "d_k"),
+        (("w_qs", "w_ks", "w_vs", "fc"), "n_head"),
+        (("q", "kv", "proj"), "num_heads"),
+        (("W_Q", "W_K", "W_V", "to_out"), "n_heads"),
     ],
 )
 @pytest.mark.parametrize("groups", [6, 2])
@@ -161,7 +168,7 @@ class OfTwo(Plain):
     def attend(self, x: Tensor, other: Tensor | None) -> Tensor:
         keys = x if other is None else other
         inputs = (self.q_proj(x), self.k_proj(keys), self.v_proj(keys))
-        q, k, v = (part.unflatten(-1, (self.h, -1)).transpose(1, 2) for part in inputs)
+        q, k, v = (part.unflatten(-1, (self.count, -1)).transpose(1, 2) for part in inputs)
         return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

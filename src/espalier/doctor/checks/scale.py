@@ -12,6 +12,7 @@ from torch import nn
 from espalier.doctor.asked import multiplier
 from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, register_check
+from espalier.doctor.stats import TensorStats
 from espalier.init import StructureReport
 
 # Gain = rms·√fan, of the smaller fan, as starts by fan-in and by fan-out are both usual: 1 keeps the variance, √2 does
@@ -58,7 +59,15 @@ def gain_of(record: Record, patient: Patient) -> float:
         return 0.0
     gain = stats.rms * math.sqrt(min(record.fans))
     drawn = stats.noise and patient.learns(record)
-    return gain if drawn or gain < _SMALLEST else 0.0
+    if gain < _SMALLEST:
+        # Beside a constant bias a layer starts as that constant on purpose (gMLP's gates, open by a bias of one).
+        bias = patient.find(f"{record.layer}.bias")
+        return 0.0 if bias is not None and bias.stats is not None and _states(bias.stats) else gain
+    return gain if drawn else 0.0
+
+
+def _states(bias: TensorStats) -> bool:
+    return bias.constant and bias.magnitude > 0
 
 
 def largest_gain(record: Record) -> float:

@@ -7,14 +7,26 @@ from torch import nn
 from espalier.init.layouts.linears import fused, paired, separate
 from espalier.init.layouts.registry import Found, Skipped, register_guess
 
-# Names of queries, keys and values that belong together, and of the output projection beside them.
-_FORMS = ("{}_proj", "w{}", "W{}", "w_{}", "W_{}", "to_{}", "{}_lin", "linear_{}", "{}_linear", "{}")
-TRIPLES = [(form.format("q"), form.format("k"), form.format("v")) for form in _FORMS]
-TRIPLES += [("query", "key", "value"), ("query_proj", "key_proj", "value_proj")]
+# Names of queries, keys and values that belong together, of both of the latter in one, and of the output projection.
+_FORMS = (
+    "{}_proj", "w{}", "W{}", "w_{}", "W_{}", "to_{}", "{}_lin", "linear_{}", "{}_linear", "{}",
+    "c_{}", "proj_{}", "{}_projection", "fc_{}", "lin_{}", "{}_layer",
+)  # fmt: skip
+_WORDS = [
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+    ("queries", "keys", "values"),
+    ("qs", "ks", "vs"),
+    ("Q", "K", "V"),
+]
+TRIPLES = [(form.format(q), form.format(k), form.format(v)) for q, k, v in _WORDS for form in _FORMS]
+PAIRS = [(form.format("q"), form.format("kv")) for form in _FORMS]
+LISTS = ("linears", "linear_layers")
 FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
 OUTPUTS = (
     "o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out",
-    "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o",
+    "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o", "fc_out", "out_projection", "output_projection", "proj_o",
+    "fc_o", "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output",
 )  # fmt: skip
 
 
@@ -22,19 +34,24 @@ OUTPUTS = (
 def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None:
     """Return the self-attention that a module's linear layers look like, or ``None``.
 
-    Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), the first three in
-    a child and the last in another (BERT's), one fused layer whose rows are all queries, all keys, all values
-    (nanoGPT's ``c_attn``, ``to_qkv``) or, ``by_head``, those of each head together, and ``to_q`` beside a fused
-    ``to_kv``.
+    Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), all in one list
+    (The Annotated Transformer's), the first three in a child and the last in another (BERT's), one fused layer whose
+    rows are all queries, all keys, all values (nanoGPT's ``c_attn``, ``to_qkv``) or, ``by_head``, those of each head
+    together, and ``to_q`` beside a fused ``to_kv``.
     """
     children = dict(module.named_children())
     out = next((_linear_in(children[name], name) for name in OUTPUTS if name in children), None)
     triple = next((names for names in TRIPLES if children.keys() >= set(names)), None)
     single = next((name for name in FUSED if name in children), None)
+    pair = next((names for names in PAIRS if children.keys() >= set(names)), None)
     inner = next((name for name in ("self", "attention") if name in children), None)
+    listed = next((name for name in LISTS if isinstance(children.get(name), nn.ModuleList)), None)
     if inner and hasattr(children.get("output"), "dense") and hasattr(children[inner], "query"):
         return separate(module, f"{inner}.query", f"{inner}.key", f"{inner}.value", "output.dense")
-    if triple is None and single is None and not children.keys() >= {"to_q", "to_kv"}:
+    if triple is None and single is None and pair is None and listed is not None:
+        names = [*(f"{listed}.{place}" for place, _ in children[listed].named_children()), *filter(None, [out])]
+        return separate(module, names[0], names[1], names[2], names[3]) if len(names) == 4 else None
+    if triple is None and single is None and pair is None:
         return None
     if out is None:
         return Skipped("attention", "it has queries, keys and values but no output projection: left alone")
@@ -42,7 +59,8 @@ def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None
         return separate(module, *triple, out)
     if single is not None:
         return fused(module, single, out, by_head=by_head)
-    return paired(module, "to_q", "to_kv", out)
+    assert pair is not None
+    return paired(module, *pair, out)
 
 
 @register_guess

@@ -10,6 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
 from espalier.init.layouts.prove import prove, prove_use, refuse_other_keys
@@ -98,10 +99,10 @@ def locate_layers(model: nn.Module) -> list[Layer]:
     attention = registered | {name for name, module in names.items() if looks_like_attention(module)}
     # What has attention inside it is named for that: the innermost is the layer.
     attention -= {".".join(name.split(".")[:end]) for name in attention if name for end in range(name.count(".") + 1)}
-    inside: list[str] = []
+    inside, refused = list[str](), list[str]()
     located = []
     for name, module in names.items():
-        if any(name.startswith(prefix) for prefix in inside):
+        if name.startswith(tuple(inside)) and not (name.startswith(tuple(refused)) and isinstance(module, Convolution)):
             continue
         host = type(module).__name__
         with whole(module, shapes=True):
@@ -112,6 +113,9 @@ def locate_layers(model: nn.Module) -> list[Layer]:
             continue
         prefix = f"{name}." if name else ""
         inside.append(prefix)
+        # The filters in attention that is left alone are still filters; those of a state-space layer are its own.
+        alone = all(isinstance(weights, Skipped) and weights.kind == "attention" for weights in found.values())
+        refused += [prefix] * alone
         for child, weights in found.items():
             located.append(Layer(prefix + child if child else name, host, module, child, names, weights))
     return located

@@ -10,7 +10,9 @@ from espalier.init.adapters import ADAPTED, is_adapted
 from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim")
+# Names that a configuration may mean otherwise: of a module alone.
+_OWN_HEADS = (*HEADS, "num_head", "nheads", "n_local_heads", "h")
+WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_k", "d_head")
 _UNFIT = "its weights' shapes do not fit together: register a layout for its class"
 
 
@@ -93,9 +95,12 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
         raise Refused("attention", f"{name} ({kind}) holds no weight of its own: register a layout for its class")
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         raise Refused("attention", f"{name} is quantised: write the full-precision model, then quantise it")
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == 1 and weight[0, 0].numel() == 1:
+        weight = weight.flatten(1)  # a convolution of one tap is a linear map of every pixel
     if weight.ndim != 2:
-        # A flat one was made of many by a wrapper; one of more axes is a convolution's.
-        remedy = "write before wrapping" if weight.ndim < 2 else "register a layout for its class"
+        # A linear layer's flat one was made of many by a wrapper; one of more axes is a convolution's.
+        wrapped = weight.ndim < 2 and isinstance(layer, nn.Linear)
+        remedy = "write before wrapping" if wrapped else "register a layout for its class"
         raise Refused("attention", f"{name} holds no matrix but shape {tuple(weight.shape)}: {remedy}")
     # GPT-2's Conv1D stores (in, out); it is known by its number of features, nf.
     return weight.detach().mT if hasattr(layer, "nf") else weight.detach()
@@ -104,7 +109,7 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
 def _count_heads(module: nn.Module, rows: int) -> int:
     """Return the number of query heads that the module states, or raise that it divides no rows or is not stated."""
     for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
-        heads, width = _stated(owner, HEADS), _stated(owner, WIDTHS)
+        heads, width = _stated(owner, _OWN_HEADS), _stated(owner, WIDTHS)
         if heads or width:
             break
     else:

@@ -21,11 +21,15 @@ _SELF = frozenset({"self", "selfattn", "selfattention", "sattn", "intra"})
 _SAYS = frozenset({"cross", "xattn", "encdec", "crossattn", "crossattention"})
 _SAYS_LESS = frozenset({"add", "has", "use", "supports", "with", "allow", "can", "no", "not", "skip", "disable"})
 # Names of maps to queries, keys and values; two kinds of them in one module make attention.
-_MAPS = (
-    re.compile(r"^(to_?q|w_?q|q|query|queries|q_?(proj|lin)\w*|query_\w+|q_(a|b|down|up|layer)\w*|linear_q)$", re.I),
-    re.compile(r"^(to_?kv?|w_?kv?|k|key|keys|k_?(proj|lin)\w*|key_\w+|k_(a|b|down|up|layer)\w*|linear_k|kv\w*)$", re.I),
-    re.compile(r"^(to_?k?v|w_?k?v|v|value|values|v_?(proj|lin)\w*|value_\w+|v_layer\w*|linear_v|kv\w*)$", re.I),
-)  # fmt: skip
+_BEFORE = r"(linear|c|proj|fc|lin)_"
+_MAPS = tuple(
+    re.compile(rf"^({names}|{_BEFORE}{letter})$", re.IGNORECASE)
+    for letter, names in (
+        ("q", r"to_?q|w_?qs?|q|query|queries|q_?(proj|lin)\w*|query_\w+|q_(a|b|down|up|layer)\w*"),
+        ("k", r"to_?kv?|w_?kv?s?|k|key|keys|k_?(proj|lin)\w*|key_\w+|k_(a|b|down|up|layer)\w*|kv\w*"),
+        ("v", r"to_?k?v|w_?k?vs?|v|value|values|v_?(proj|lin)\w*|value_\w+|v_layer\w*|kv\w*"),
+    )
+)
 # The last: a dropout on attention weights, whatever the maps are called.
 _FUSED = re.compile(
     r"^(\w*qkv\w*|(to_?)?qk(_?(proj|lin)\w*)?|attn_drop\w*|c_attn|query_key_value|in_proj_weight)$", re.I

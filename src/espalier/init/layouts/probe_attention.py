@@ -154,8 +154,7 @@ class _Trial:
         finally:
             for name, value in kept.items():
                 getattr(self, name).copy_(value)
-        axis = next((i for i, size in enumerate(tensors[0].shape) if size == self.call.length), None)
-        tokens = None if axis is None else tensors[0].movedim(axis, 0).flatten(1).double()
+        tokens = _by_token(tensors[0], self.call.length)
         return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
 
     def squares(self) -> Tensor:
@@ -340,6 +339,14 @@ def by_query(scores: Tensor) -> Tensor:
     """Return scores with queries before keys, where another axis (the heads, as in bqhk) stands between them."""
     *axes, keys = scores.shape
     return scores.movedim(axes.index(keys), -2) if axes and axes[-1] != keys and axes.count(keys) == 1 else scores
+
+
+def _by_token(out: Tensor, length: int) -> Tensor | None:
+    """Return an output as (L, X), also of an image's pixels, channels last or first; ``None`` if it has no tokens."""
+    if out.ndim == 4 and length in (pixels := [out.shape[1:3].numel(), out.shape[2:].numel()]):
+        out = out.movedim(1, -1) if pixels[0] != length else out
+        return out.flatten(1, 2).movedim(1, 0).flatten(1).double()
+    return out.movedim(out.shape.index(length), 0).flatten(1).double() if length in out.shape else None
 
 
 def _by_head(part: Tensor, count: int) -> Tensor:

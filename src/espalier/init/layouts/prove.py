@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,12 @@ from espalier.init.layouts.scratch import (
     first_line,
     owner_of,
     untraced,
+)
+from espalier.init.layouts.whole_model import (
+    calls_in_model,
+    one_sequence,
+    refuse_second_sequence,
+    sequence_first,
 )
 
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
@@ -72,7 +78,11 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         except CannotRunError as alone:
             why = str(alone)
             above = tuple((module_key(part), name[len(place) :]) for place, part in _owners(names, name))
-            remarks = cached((key, reading, above), partial(_prove_in_use, names, name, reading))
+            try:
+                remarks = cached((key, reading, above), partial(_prove_in_use, names, name, reading))
+            except CannotRunError:
+                root = module_key(names[""])
+                remarks = cached((key, reading, root, name), partial(_prove_in_model, names, name, reading, root))
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
@@ -155,7 +165,22 @@ def _prove_in_use(names: Mapping[str, nn.Module], name: str, reading: Layout) ->
     """Prove a layer on the inputs that its owner gives it."""
     twin, views = _copied(names[name], reading)
     made = _calls_in_use(names, name, views.q.shape[-1], views.num_heads)
-    return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
+    try:
+        return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
+    except Misfit:  # an owner of sequences first takes others, too, and sees a batch where there are tokens
+        return [prove_attention(twin, views, sequence_first(call)) for call in made][0]  # noqa: RUF015
+
+
+@untraced()
+def _prove_in_model(names: Mapping[str, nn.Module], name: str, reading: Layout, root: Hashable) -> str:
+    """Prove a layer on the inputs that it is given where its whole model is run."""
+    module = names[name]
+    refuse_second_sequence(names, name)
+    seen = cached((root, type(module), "in model"), partial(calls_in_model, names[""], type(module)))
+    if name not in seen:
+        raise CannotRunError(f"nothing in {type(names['']).__name__} calls it")
+    twin, views = _copied(module, reading)
+    return prove_attention(twin, views, one_sequence(module, seen[name], views.q.shape[-1]))
 
 
 def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:

@@ -215,15 +215,20 @@ def calls(
     share = width // heads if heads and width % heads == 0 else 8
     # Rotary angles are given where they can be; a layer may want them in a form of its own, and do without.
     for needs in [turned, needed] if turned != needed else [needed]:
-        widths = _rotary_widths(module, share) if any(ROTARY_NAME.search(p.name) for p in needs) else [0]
+        rotary = any(ROTARY_NAME.search(p.name) for p in needs)
+        widths = _rotary_shapes(module, share) if rotary else [()]
         masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
         for other, length, turn, zero_masks in itertools.product(wide, _lengths(module, width, share), widths, masks):
-            for shape in ((1, length, width), (length, 1, width), (length, width)):
+            rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
+            grid = (1, rows, length // rows, width)
+            for shape in ((1, length, width), (length, 1, width), (length, width), grid, ()):
                 # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
-                x = torch.randn(shape, generator=generator, dtype=torch.float64)
+                x = torch.randn(shape or grid, generator=generator, dtype=torch.float64)
                 x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
-                values = {p.name: _argument(p, x, (length, other, turn), heads, zero_masks, generator) for p in needs}
+                x = x if shape else x.movedim(-1, 1).contiguous()  # an image, channels first
+                second = x.shape if other == width else (*x.shape[:-1], other)
+                values = {p.name: _argument(p, x, second, length, turn, heads, zero_masks, generator) for p in needs}
                 positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
                 if first.kind is first.KEYWORD_ONLY:
                     yield Call((), {first.name: x, **values}, length)
@@ -286,14 +291,17 @@ def calls_of_part(
             except CannotRunError as error:
                 why = why or str(error)
             if seen:
-                return [replace(one, length=_length(part, one) or call.length) for one in seen]
+                return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in seen]
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
 
 
-def _length(part: nn.Module, call: Call) -> int:
-    """Return the number of tokens in the first input, 0 if it has none."""
+def count_tokens(part: nn.Module, call: Call, width: int) -> int:
+    """Return the number of tokens of a width in the first input, 0 if it has none."""
     first = next(iter(bound(part, call).values()), None)
-    return first.numel() // first.shape[-1] if isinstance(first, Tensor) and first.ndim else 0
+    if not isinstance(first, Tensor) or not first.ndim:
+        return 0
+    image = first.ndim == 4 and first.shape[1] == width != first.shape[-1]
+    return first.numel() // (width if image else first.shape[-1])
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
@@ -332,30 +340,35 @@ def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
     return [length for length in dict.fromkeys(lengths) if length <= 400]
 
 
-def _rotary_widths(module: nn.Module, share: int) -> list[int]:
+def _rotary_shapes(module: nn.Module, share: int) -> list[tuple[int, ...]]:
+    """Return shapes of a rotary table, −1 where it has its positions."""
     stated = [getattr(module, name, None) for name in ("head_dim", "rotary_ndims", "rotary_dim", "qk_rope_head_dim")]
     known = [width for width in stated if isinstance(width, int) and width > 1]
     # Often half of a head is turned, or a quarter.
-    return list(dict.fromkeys([*known, share, share // 2, *(width // 2 for width in known), max(2, share // 4)]))
+    widths = dict.fromkeys([*known, share, share // 2, *(width // 2 for width in known), max(2, share // 4)])
+    return [shape for width in widths for shape in ((1, -1, width), (-1, width), (1, -1, 1, width))]
 
 
 def _argument(
     parameter: inspect.Parameter,
     x: Tensor,
-    sizes: tuple[int, int, int],
+    second: Sequence[int],
+    length: int,
+    turn: tuple[int, ...],
     heads: int,
     zeros: bool,
     generator: torch.Generator,
 ) -> Any:
-    """Return what a required argument may be, by its name; sizes are tokens, another sequence's width, and angles."""
-    name, stated, (length, other, turn) = parameter.name, str(parameter.annotation), sizes
+    """Return what a required argument may be, by its name; ``second`` and ``turn`` are shapes of tokens and angles."""
+    name, stated = parameter.name, str(parameter.annotation)
     if ROTARY_NAME.search(name):
         # The same angle for all channels fits every way to pair them.
-        angles = (torch.arange(length)[:, None] * torch.full((turn,), 0.3, dtype=torch.float64))[None]
-        if stated == "torch.Tensor" or "freqs" in name:
-            return torch.polar(torch.ones_like(angles), angles)
+        angles = (torch.arange(length)[:, None] * torch.full(turn[-1:], 0.3, dtype=torch.float64)).reshape(turn)
         both = {"cos": angles.cos(), "sin": angles.sin()}
-        return both.get(name, (both["cos"], both["sin"]))
+        told = [wave for word, wave in both.items() if word in name.split("_")]
+        if not told and (stated == "torch.Tensor" or "freqs" in name):
+            return torch.polar(torch.ones_like(angles), angles)
+        return told[0] if len(told) == 1 else tuple(both.values())
     made = (
         ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None),
         (name == "alibi", torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)),
@@ -372,7 +385,7 @@ def _argument(
         if holds:
             return value
     if is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
-        return torch.randn(*x.shape[:-1], other, generator=generator, dtype=torch.float64)
+        return torch.randn(second, generator=generator, dtype=torch.float64)
     return None
 
 
