@@ -264,6 +264,8 @@ def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], fl
     order = torch.randperm(dim, generator=torch.Generator().manual_seed(4))[:PROBES].tolist()
     qk, vo, scales = 0.0, 0.0, {1.0}
     zero = one_run(module, args, kwargs, keys, torch.zeros(dim, dtype=torch.float64))
+    if 0 < heads_of(module, 0) * (first.numel() // dim) < zero[0].numel() // zero[0].shape[-1]:
+        raise ValueError("windows are filled up with tokens that are none, which dilute what is seen")
     for index in order:
         unit = torch.zeros(dim, dtype=torch.float64)
         unit[index] = 1.0
@@ -317,7 +319,7 @@ def width_of(module: nn.Module) -> int:
     return next(p.shape[-1] for p in module.parameters() if p.ndim == 2)
 
 
-def heads_of(module: nn.Module) -> int:
+def heads_of(module: nn.Module, unknown: int = 4) -> int:
     """Return the number of heads that a layer states."""
     names = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
-    return next((n for name in names if isinstance(n := getattr(module, name, None), int)), 4)
+    return next((n for name in names if isinstance(n := getattr(module, name, None), int)), unknown)
