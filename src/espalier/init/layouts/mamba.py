@@ -8,6 +8,8 @@ from espalier.init.adapters import ADAPTED, is_adapted
 from espalier.init.layouts.registry import Found, Refused, Skipped, SSMWeights, register_guess, register_layout
 
 _TRANSFORMERS = "transformers.models."
+# What libraries call the number of groups of B and C.
+_GROUPS = ("groups", "n_groups", "ngroups")
 
 
 @register_layout("espalier.nn.ssm.mamba.Mamba1")
@@ -39,7 +41,7 @@ def mamba1(module: nn.Module) -> Found:
 @register_layout(_TRANSFORMERS + "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
 def mamba2(module: nn.Module) -> Found:
     """Return views into ``in_proj``, whose last rows are B, C and Δ, and ``dt_bias``, ``A_log`` and ``conv1d``."""
-    groups = _first_of(module, "groups", "n_groups", "ngroups")
+    groups = _first_of(module, *_GROUPS)
     return _mamba2(module, groups, groups * _first_of(module, "state_size", "ssm_state_size", "d_state"))
 
 
@@ -47,7 +49,7 @@ def mamba2(module: nn.Module) -> Found:
 def guess_mamba(module: nn.Module) -> Found | None:
     """Return the mixer that a module's names look like, saying that it is a guess, or ``None``.
 
-    Mamba-2's B and C are what its convolution sees beside the value path; they are read as one group.
+    Mamba-2's B and C are what its convolution sees beside the value path, in one group unless the module states more.
     """
     names = {name for name, _ in module.named_children()}
     bare = {name for name, _ in module.named_parameters(recurse=False)}
@@ -57,7 +59,8 @@ def guess_mamba(module: nn.Module) -> Found | None:
         return mamba1(module)
     if "dt_bias" not in bare:
         return None
-    return _mamba2(module, 1, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
+    groups = next((n for name in _GROUPS if isinstance(n := getattr(module, name, None), int) and n > 0), 1)
+    return _mamba2(module, groups, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
 
 
 def _mamba2(module: nn.Module, groups: int, share: int) -> Found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import random
 import re
 import sys
 import warnings
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -148,15 +150,17 @@ class _ProductByProduct(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        fused = func is nn.functional.scaled_dot_product_attention
+        # What torch calls within its own function is not seen here.
+        fused = func in (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward)
         with sdpa_kernel(SDPBackend.MATH) if fused else nullcontext():
             return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in torch's generators."""
+    """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in any generator."""
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what others draw from)
     with (
         warnings.catch_warnings(action="ignore"),
         torch.random.fork_rng(devices=[]),
@@ -174,6 +178,8 @@ def untraced() -> Iterator[None]:
         finally:
             torch.set_default_dtype(default)
             torch.backends.mha.set_fastpath_enabled(fast)
+            random.setstate(drawn)
+            np.random.set_state(drawn_by_numpy)  # noqa: NPY002
 
 
 def run(module: nn.Module, call: Call) -> list[Tensor]:
@@ -182,7 +188,10 @@ def run(module: nn.Module, call: Call) -> list[Tensor]:
     Raises:
         CannotRunError: it raises, or returns no tensor.
     """
-    torch.default_generator.manual_seed(0)  # of the fork that ``untraced`` made: repeated calls draw the same numbers
+    # All three are put back by ``untraced``: repeated calls draw the same numbers.
+    torch.default_generator.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     try:
         out = module(*fresh(call.args), **fresh(call.kwargs))
     except Exception as error:
@@ -380,6 +389,8 @@ def _argument(
         (re.search(r"past|cache", name), None),
         (re.search(r"^output|^use_|^return", name) or stated == "bool", False),
         (stated == "int", 0),
+        # What is added to tokens, and often not to those of values, is left out.
+        (re.search(r"(^|_)pos(_|e|i|$)", name), torch.zeros_like(x)),
     )
     for holds, value in made:
         if holds:
