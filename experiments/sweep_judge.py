@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import espalier
 from espalier.errors import EspalierError
-from espalier.init.layouts.scratch import calls, fresh, leaves, untraced
+from espalier.init.layouts.made_up import calls
+from espalier.init.layouts.scratch import fresh, leaves, untraced
 
 # Notes after which the report's figures are not the forward pass's.
 RESCALED = re.compile(r"up to scale|gate|norm|softmax|up to their scale|fixed factors|sink")

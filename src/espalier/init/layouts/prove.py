@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import sequences
 from espalier.init.layouts.keys import module_key
+from espalier.init.layouts.made_up import calls, calls_of_part
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.probe_attention import (
     Misfit,
@@ -24,17 +25,7 @@ from espalier.init.layouts.probe_attention import (
 from espalier.init.layouts.probe_ssm import prove_ssm
 from espalier.init.layouts.probe_use import meets_others
 from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped, SSMWeights
-from espalier.init.layouts.scratch import (
-    Call,
-    CannotRunError,
-    bound,
-    calls,
-    calls_of_part,
-    copy_for_probe,
-    first_line,
-    owner_of,
-    untraced,
-)
+from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, first_line, owner_of, untraced
 from espalier.init.layouts.whole_model import (
     calls_in_model,
     one_sequence,

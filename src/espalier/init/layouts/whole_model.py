@@ -11,17 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
-from espalier.init.layouts.scratch import (
-    Call,
-    CannotRunError,
-    copy_for_probe,
-    count_tokens,
-    fresh,
-    leaves,
-    owner_of,
-    run,
-    untraced,
-)
+from espalier.init.layouts.made_up import count_tokens
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, owner_of, run, untraced
 
 # Parameters of a model that is run: its copy takes eight bytes of each.
 _LARGEST = 2**27

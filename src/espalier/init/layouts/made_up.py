@@ -1,0 +1,168 @@
+"""Inputs that a module may run on, made up from its signature and attributes; or what its owner hands it on such."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
+from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, fresh, run, untraced
+
+_ZEROS = re.compile(r"residual|alibi|bias")
+
+
+def calls(
+    module: nn.Module, width: int, heads: int = 0, given: Collection[str] = (), others: Sequence[int] = ()
+) -> Iterator[Call]:
+    """Yield inputs that a module may run on, the most usual first: made from its signature alone.
+
+    Args:
+        module: the module.
+        width: of a token.
+        heads: query heads, if known: rotary tables are as wide as one.
+        given: names of optional arguments that are given, too.
+        others: widths of another sequence's tokens, tried after ``width``.
+    """
+    named = [p for p in arguments(module) if p.kind not in VARIADIC]
+    if not named:
+        return
+    generator = torch.Generator().manual_seed(1)
+    first, rest = named[0], named[1:]
+    needed = [p for p in rest if p.default is p.empty or p.name in given]
+    turned = [p for p in rest if p in needed or (ROTARY_NAME.search(p.name) and p.name != "rotary_pos_emb_dim")]
+    share = width // heads if heads and width % heads == 0 else 8
+    # Rotary angles are given where they can be; a layer may want them in a form of its own, and do without.
+    for needs in [turned, needed] if turned != needed else [needed]:
+        rotary = any(ROTARY_NAME.search(p.name) for p in needs)
+        widths = _rotary_shapes(module, share) if rotary else [()]
+        masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
+        wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
+        for other, length, turn, zero_masks in itertools.product(wide, _lengths(module, width, share), widths, masks):
+            rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
+            grid = (1, rows, length // rows, width)
+            for shape in ((1, length, width), (length, 1, width), (length, width), grid, ()):
+                # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
+                x = torch.randn(shape or grid, generator=generator, dtype=torch.float64)
+                x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
+                x = x if shape else x.movedim(-1, 1).contiguous()  # an image, channels first
+                second = x.shape if other == width else (*x.shape[:-1], other)
+                values = {p.name: _argument(p, x, second, length, turn, heads, zero_masks, generator) for p in needs}
+                positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
+                if first.kind is first.KEYWORD_ONLY:
+                    yield Call((), {first.name: x, **values}, length)
+                else:
+                    yield Call((x, *positional), values, length)
+
+
+@untraced()
+def calls_of_part(
+    owner: nn.Module, path: str, widths: Sequence[int], heads: int, given: Collection[str] = ()
+) -> list[Call]:
+    """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
+
+    Args:
+        owner: the module.
+        path: of the part.
+        widths: of a token, to try.
+        heads: see ``calls``.
+        given: see ``calls``.
+
+    Raises:
+        CannotRunError: it runs on none of them, or never calls the part.
+    """
+    twin = copy_for_probe(owner)
+    why, part = "", twin.get_submodule(path)
+    seen: list[Call] = []
+
+    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(Call(fresh(args), fresh(kwargs), 0))
+
+    part.register_forward_pre_hook(record, with_kwargs=True)
+    for width in dict.fromkeys(widths):
+        for call in calls(twin, width, heads, given):
+            try:
+                run(twin, call)
+            except CannotRunError as error:
+                why = why or str(error)
+            if seen:
+                return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in seen]
+    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
+
+
+def count_tokens(part: nn.Module, call: Call, width: int) -> int:
+    """Return the number of tokens of a width in the first input, 0 if it has none."""
+    first = next(iter(bound(part, call).values()), None)
+    if not isinstance(first, Tensor) or not first.ndim:
+        return 0
+    image = first.ndim == 4 and first.shape[1] == width != first.shape[-1]
+    return first.numel() // (width if image else first.shape[-1])
+
+
+def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
+    """Return numbers of tokens to try: one that is no width, and those that a windowed module states."""
+    lengths = [length for length in (6, 10) if length not in (width, share)][:1]
+    for name in ("window_area", "num_patches", "seq_len", "window_size"):
+        stated = getattr(module, name, None)
+        if isinstance(stated, int) and 1 < stated <= 400:
+            lengths += [stated, stated * stated] if name == "window_size" else [stated]
+        elif isinstance(stated, tuple | list) and all(isinstance(size, int) for size in stated):
+            lengths.append(torch.Size(stated).numel())
+    return [length for length in dict.fromkeys(lengths) if length <= 400]
+
+
+def _rotary_shapes(module: nn.Module, share: int) -> list[tuple[int, ...]]:
+    """Return shapes of a rotary table, −1 where it has its positions."""
+    stated = [getattr(module, name, None) for name in ("head_dim", "rotary_ndims", "rotary_dim", "qk_rope_head_dim")]
+    known = [width for width in stated if isinstance(width, int) and width > 1]
+    # Often half of a head is turned, or a quarter.
+    widths = dict.fromkeys([*known, share, share // 2, *(width // 2 for width in known), max(2, share // 4)])
+    return [shape for width in widths for shape in ((1, -1, width), (-1, width), (1, -1, 1, width))]
+
+
+def _argument(
+    parameter: inspect.Parameter,
+    x: Tensor,
+    second: Sequence[int],
+    length: int,
+    turn: tuple[int, ...],
+    heads: int,
+    zeros: bool,
+    generator: torch.Generator,
+) -> Any:
+    """Return what a required argument may be, by its name; ``second`` and ``turn`` are shapes of tokens and angles."""
+    name, stated = parameter.name, str(parameter.annotation)
+    if ROTARY_NAME.search(name):
+        # The same angle for all channels fits every way to pair them.
+        angles = (torch.arange(length)[:, None] * torch.full(turn[-1:], 0.3, dtype=torch.float64)).reshape(turn)
+        both = {"cos": angles.cos(), "sin": angles.sin()}
+        told = [wave for word, wave in both.items() if word in name.split("_")]
+        if not told and (stated == "torch.Tensor" or "freqs" in name):
+            return torch.polar(torch.ones_like(angles), angles)
+        return told[0] if len(told) == 1 else tuple(both.values())
+    made = (
+        ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None),
+        (name == "alibi", torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)),
+        (_ZEROS.search(name), torch.zeros_like(x)),
+        ("cu_seqlens" in name, torch.tensor([0, length], dtype=torch.int32)),
+        (re.search(r"position_ids|positions|^pos$", name), torch.arange(length)[None]),
+        (name.lower() in ("h", "height"), 2),
+        (name.lower() in ("w", "width"), length // 2),
+        (re.search(r"past|cache", name), None),
+        (re.search(r"^output|^use_|^return", name) or stated == "bool", False),
+        (stated == "int", 0),
+        # What is added to tokens, and often not to those of values, is left out.
+        (re.search(r"(^|_)pos(_|e|i|$)", name), torch.zeros_like(x)),
+    )
+    for holds, value in made:
+        if holds:
+            return value
+    if is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
+        return torch.randn(second, generator=generator, dtype=torch.float64)
+    return None
