@@ -227,7 +227,9 @@ def calls(
         widths = _rotary_widths(module, share) if any(ROTARY_NAME.search(p.name) for p in needs) else [0]
         masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
-        for other, length, turn, zero_masks in itertools.product(wide, _lengths(module, width, share), widths, masks):
+        for other, length, turn, zero_masks in itertools.product(
+            wide, _lengths(module, (width, share, heads)), widths, masks
+        ):
             for shape in ((1, length, width), (length, 1, width), (length, width)):
                 # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
                 x = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -329,9 +331,9 @@ def _below_fsdp(cls: type) -> type[nn.Module] | None:
     return cls.__bases__[-1] if "__deepcopy__" in vars(cls) and cls.__bases__[0].__name__ == "FSDPModule" else None
 
 
-def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
-    """Return numbers of tokens to try: one that is no width, and those that a windowed module states."""
-    lengths = [length for length in (6, 10) if length not in (width, share)][:1]
+def _lengths(module: nn.Module, sizes: Collection[int]) -> list[int]:
+    """Return numbers of tokens to try: one that is none of its sizes, and those that a windowed module states."""
+    lengths = [length for length in (6, 10, 14, 18) if length not in sizes][:1]
     for name in ("window_area", "num_patches", "seq_len", "window_size"):
         stated = getattr(module, name, None)
         if isinstance(stated, int) and 1 < stated <= 400:
