@@ -44,7 +44,9 @@ def calls(
         widths = _rotary_shapes(module, share) if rotary else [()]
         masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
-        for other, length, turn, zero_masks in itertools.product(wide, _lengths(module, width, share), widths, masks):
+        for other, length, turn, zero_masks in itertools.product(
+            wide, _lengths(module, (width, share, heads)), widths, masks
+        ):
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
             grid = (1, rows, length // rows, width)
             for shape in ((1, length, width), (length, 1, width), (length, width), grid, ()):
@@ -105,9 +107,9 @@ def count_tokens(part: nn.Module, call: Call, width: int) -> int:
     return first.numel() // (width if image else first.shape[-1])
 
 
-def _lengths(module: nn.Module, width: int, share: int) -> list[int]:
-    """Return numbers of tokens to try: one that is no width, and those that a windowed module states."""
-    lengths = [length for length in (6, 10) if length not in (width, share)][:1]
+def _lengths(module: nn.Module, sizes: Collection[int]) -> list[int]:
+    """Return numbers of tokens to try: one that is none of its sizes, and those that a windowed module states."""
+    lengths = [length for length in (6, 10, 14, 18) if length not in sizes][:1]
     for name in ("window_area", "num_patches", "seq_len", "window_size"):
         stated = getattr(module, name, None)
         if isinstance(stated, int) and 1 < stated <= 400:

@@ -37,6 +37,8 @@ _PUSHED = 0.05
 _MASKED = -1e20
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
+_LIKE = 0.5
+_BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
 _FACTORS = (0.4, 2.5)
 
 
@@ -106,12 +108,12 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
     keys, values = (_signs(generator, trial.groups, size)[..., None] for size in (trial.width, trial.values))
     q = trial.q * trial.to_heads(keys)
     scores = trial.look(q=q, k=trial.k * keys).scores_HLL
-    if not _close(scores.diagonal(0, 1, 2), own, own) or not bool((trial.squares() > 0).all()):
+    if not is_close(scores.diagonal(0, 1, 2), own, own) or not bool((trial.squares() > 0).all()):
         raise Unproven("its scores are not made of the rows that were read as queries and keys")
     v, o = trial.v * values, trial.o * trial.to_heads(values)
     if not is_near(trial.look(v=v, o=o).out, base.out) or is_near(trial.look(v=v).out, base.out):
         raise Unproven("its output is not made of the rows that were read as values and output projection")
-    rotary = not _close(scores, base.scores_HLL, base.scores_HLL)
+    rotary = not is_close(scores, base.scores_HLL, base.scores_HLL)
     return "; ".join([ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", ROTARY)])
 
 
@@ -194,7 +196,7 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     for _ in range(3):
         heads, groups = (_signs(generator, count)[:, None, None] for count in (trial.heads, trial.groups))
         turned = trial.look(q=trial.q * heads, k=trial.k * groups).scores_HLL - bias
-        if not _close(turned, heads * trial.to_heads(groups) * shown, base.scores_HLL):
+        if not is_close(turned, heads * trial.to_heads(groups) * shown, base.scores_HLL):
             raise Unproven("a head's scores are not made of the rows that were read as its queries and keys")
     orders = _orders(generator, trial.groups, trial.width)
     changes = [{"q": _taken(trial.q, trial.to_heads(orders)), "k": _taken(trial.k, orders)}]
@@ -203,20 +205,20 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
         changes.append({"q": trial.q * trial.to_heads(signs), "k": trial.k * signs})
     paired = [trial.look(**change).scores_HLL for change in changes]
     own = base.scores_HLL.diagonal(0, 1, 2)
-    kept = [_close(scores.diagonal(0, 1, 2), own, own) for scores in paired]
+    kept = [is_close(scores.diagonal(0, 1, 2), own, own) for scores in paired]
     if not kept[0] and not (kept[1] and kept[2]):
         raise Unproven("channels of its queries and keys do not meet in the order that was read")
     alone = trial.look(q=changes[kept.index(True)]["q"]).scores_HLL
-    if trial.width > 1 and _close(alone, base.scores_HLL, base.scores_HLL):
+    if trial.width > 1 and is_close(alone, base.scores_HLL, base.scores_HLL):
         raise Unproven("its scores do not depend on the order of channels")
     notes = []
     moved = [scores for scores, same in zip(paired, kept, strict=True) if same]
-    if not all(_close(scores, base.scores_HLL, base.scores_HLL) for scores in moved):
+    if not all(is_close(scores, base.scores_HLL, base.scores_HLL) for scores in moved):
         notes.append(ROTARY)
     doubled = trial.look(q=2 * trial.q).scores_HLL - bias
-    if _close(doubled, shown, base.scores_HLL):
+    if is_close(doubled, shown, base.scores_HLL):
         notes.append("queries and keys are normalised: their product holds up to scale")
-    elif not _close(doubled, 2 * shown, base.scores_HLL):
+    elif not is_close(doubled, 2 * shown, base.scores_HLL):
         notes.append("scores are no linear function of the QK product: it holds up to their scale")
     tokens_LD = _tokens(trial.call, trial.q.shape[-1])
     if tokens_LD is not None:
@@ -291,28 +293,32 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
         raise Unproven("its scores at a token's own place do not move with what was read as its query")
     if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
-    return _follow_values(trial, base, pushes, ways)
+    return _follow_values(trial, (base, spread), generator)
 
 
-def _follow_values(trial: _Trial, base: Seen, pushes: Tensor, ways: Tensor) -> str:
-    """Test 6 of the note for values: the moves of a push of first channels along two ways."""
-    tokens_LD, width = _tokens(trial.call, ways.shape[-1]), trial.o.shape[-1]
-    if tokens_LD is None or base.tokens_LX is None or base.tokens_LX.shape != (len(tokens_LD), width):
+def _follow_values(trial: _Trial, looks: tuple[Seen, Seen], generator: torch.Generator) -> str:
+    """Test 6 of the note for values: the moves of a push of all of them, as it attends and with queries of zero."""
+    tokens_LD, width = _tokens(trial.call, trial.v.shape[-1]), trial.o.shape[-1]
+    before = [seen.tokens_LX for seen in looks if seen.tokens_LX is not None and seen.tokens_LX.shape[1] == width]
+    if tokens_LD is None or len(before) < len(looks):
         return ""
-    seen = [trial.look(v=trial.v + pushes * way).tokens_LX for way in ways]
-    moves = torch.stack([tokens for tokens in seen if tokens is not None]) - base.tokens_LX
-    # As it attends, not spread evenly: a mean over all tokens would not tell in which order they are.
-    shares_HLL, columns_HD = base.scores_HLL.softmax(-1), trial.o[:, 0]
-    each = [PUSH * torch.einsum("hij,j,hd->hid", shares_HLL, tokens_LD @ way, columns_HD) for way in ways]
-    by_head = torch.stack(each, 1)
-    if trial.heads <= columns_HD.shape[1]:
+    push = PUSH * torch.randn(trial.v.shape, generator=generator, dtype=torch.float64)
+    values_HLK = tokens_LD @ trial.to_heads(push).mT
+    by_head, evenly = (seen.scores_HLL.softmax(-1) @ values_HLK @ trial.o for seen in looks)
+    pushed = (trial.look(v=trial.v + push).tokens_LX, trial.look(v=trial.v + push, q=0 * trial.q).tokens_LX)
+    moves, even = (after - each for after, each in zip(pushed, before, strict=True) if after is not None)
+    if trial.heads <= width:
         # The factor of every head, where that is all that stands between: over all heads, signs would cancel.
         parts, whole = by_head.flatten(1).mT, moves.flatten()[:, None]
         factors = torch.linalg.lstsq(parts, whole).solution
         if float((parts @ factors - whole).norm()) < _PUSHED * float(whole.norm()) and bool((factors < 0).any()):
             head = int(factors.argmin())
             raise Unproven(f"the output of head {head} follows its value-output product with the other sign")
-    return _followed(moves, by_head.sum(0), "its output", "the value-output product")
+    remark = _followed(moves, by_head.sum(0), "its output", "the value-output product")
+    # What is mean over all tokens does not tell in which order they are; what is not, does.
+    apart, wanted = moves - even, (by_head - evenly).sum(0)
+    unlike = float((apart * wanted).sum()) < _LIKE * float(apart.norm() * wanted.norm())
+    return _BESIDE if unlike and float(wanted.norm()) > _PUSHED * float(evenly.norm()) else remark
 
 
 def _tokens(call: Call, width: int) -> Tensor | None:
@@ -330,7 +336,7 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     if dot < -_FOLLOWED * size:
         raise Unproven(f"{what} follows {name} with the other sign")
     if dot < _FOLLOWED * size:
-        return "something stands before its projections or after its output: its products are not those of its tokens"
+        return _BESIDE
     factor = dot / float(product.square().sum())
     return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
 
@@ -375,7 +381,7 @@ def is_open(scores: Tensor) -> Tensor:
     return scores.isfinite() & (scores > _MASKED)
 
 
-def _close(a: Tensor, b: Tensor, scores: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor, scores: Tensor) -> bool:
     """Return whether two sets of scores agree where they are not masked."""
     seen = is_open(scores)
     return bool(seen.any()) and is_near(a[seen], b[seen])

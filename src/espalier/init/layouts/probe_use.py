@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.made_up import calls
-from espalier.init.layouts.probe_attention import PUSH, Softmaxes, Unproven, by_query, is_near, is_open, same_direction
+from espalier.init.layouts.probe_attention import (
+    PUSH,
+    Softmaxes,
+    Unproven,
+    by_query,
+    is_close,
+    is_near,
+    is_open,
+    same_direction,
+)
 from espalier.init.layouts.registry import AttentionWeights, Layout
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, leaves, run, untraced
 
@@ -56,12 +65,15 @@ def meets_others(
     }
     # Where the queries have it all the same (a map stands before them), this says nothing.
     if way_D is not None:
-        moved_q, *moved = (not is_near(watch.look(**{name: rows[name] * way_D}).out, base.out) for name in rows)
-        if any(moved) and not moved_q:
+        by_q, *others = (watch.look(**{name: rows[name] * way_D}) for name in rows)
+        kept = is_near(by_q.out, base.out) and all(
+            is_close(a, b, b) for a, b in zip(by_q.scores, base.scores, strict=True)
+        )
+        if kept and not all(is_near(pushed.out, base.out) for pushed in others):
             return True
     ways = torch.randn(2, watch.views.q.shape[-1], generator=generator, dtype=torch.float64)
-    by_q, by_k = ([watch.look(**{name: PUSH * rows[name] * way}).scores for way in ways] for name in ("q", "k"))
-    runs = zip(base.scores, zip(*by_q, strict=True), zip(*by_k, strict=True), strict=True)
+    along_q, along_k = ([watch.look(**{name: PUSH * rows[name] * way}).scores for way in ways] for name in ("q", "k"))
+    runs = zip(base.scores, zip(*along_q, strict=True), zip(*along_k, strict=True), strict=True)
     return any(starmap(_other_tokens, runs))
 
 
