@@ -24,9 +24,9 @@ PAIRS = [(form.format("q"), form.format("kv")) for form in _FORMS]
 LISTS = ("linears", "linear_layers")
 FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
 OUTPUTS = (
-    "o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out",
-    "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o", "fc_out", "out_projection", "output_projection", "proj_o",
-    "fc_o", "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output",
+    "o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out", "wo", "Wo", "w_o",
+    "W_o", "proj", "dense", "out", "o", "fc_out", "out_projection", "output_projection", "proj_o", "W_out", "fc_o",
+    "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output",
 )  # fmt: skip
 
 
