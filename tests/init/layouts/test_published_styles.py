@@ -257,6 +257,21 @@ def test_layers_of_one_class_are_judged_by_what_each_of_them_is_handed() -> None
     assert isinstance(found["layers.1"], Skipped)
 
 
+class Twice(Model):
+    """Its first layer attends to other tokens, and then to its own."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        assert image.shape[2] >= 8
+        x = self.stem(F.interpolate(image, (16, 16))).flatten(2).mT
+        x = x + self.layers[0](x, {"stream": x.flip(1)})
+        return x + self.layers[0](x, {"stream": x})
+
+
+def test_every_call_of_a_layer_in_a_run_of_its_model_counts() -> None:
+    found = {name: weights for name, _, weights in find_layers(Twice(crossed=False))}
+    assert isinstance(found["layers.0"], Skipped)
+
+
 def test_a_model_that_may_be_handed_another_sequence_is_not_run_to_prove_its_layers() -> None:
     model = MayTakeAnother(crossed=False)
     found = {name: weights for name, _, weights in find_layers(model)}
