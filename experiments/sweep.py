@@ -2,6 +2,7 @@
 
     python experiments/sweep.py --out docs/guides            # all of transformers, timm, torchvision and fla
     python experiments/sweep.py --short --out runs/sweep     # thirty types of transformers, about two minutes
+    python experiments/sweep.py --library vit_pytorch,esm    # other installed packages: their classes, by signature
 
 Each model is built in a process of its own with a time limit. What is written is read out from outside, never through
 our views: every token is the i-th unit vector, so a score at distance zero is (W_Q W_Kᵀ)ᵢᵢ times the layer's scale and
@@ -17,20 +18,24 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import multiprocessing
+import pkgutil
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from espalier.init.layouts.arguments import VARIADIC
 from sweep_judge import judge
 
 LIMIT_S = 60.0
@@ -61,6 +66,14 @@ SIZES = {
 # And of what has one size a stage.
 LISTS = {"num_heads": 2, "num_attention_heads": 2, "depths": 1}
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+# What classes of other packages ask for besides.
+ASKED = SMALL | {
+    **dict.fromkeys(("channels", "in_channels", "in_chans", "input_channels"), 3),
+    **dict.fromkeys(("heads", "nhead", "num_classes", "out_channels"), 4),
+    **dict.fromkeys(("dim_head", "seq_len", "max_seq_len", "n_ctx"), 16),
+    **dict.fromkeys(("in_features", "embedding_dim", "input_dim", "latent_dim", "n_feat"), 32),
+    **dict.fromkeys(("num_tokens", "dim_feedforward"), 64),
+}
 
 
 def main() -> int:
@@ -70,11 +83,13 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="thirty model types, for continuous integration")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--only", default="", help="model types, separated by commas")
-    parser.add_argument("--library", default="transformers,timm,torchvision,fla")
+    parser.add_argument(
+        "--library", default="transformers,timm,torchvision,fla", help="of these, or any installed package"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if importlib.util.find_spec("torchvision"):
+    if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
         # Before torchvision, which does not import beside a CPU build of torch without it.
         importlib.import_module("reference.torchvision_operators")
     libraries = ["transformers"] if options.short else options.library.split(",")
@@ -82,7 +97,8 @@ def main() -> int:
     for library in libraries:
         # Imported once, before the forks: it takes longer than most models.
         importlib.import_module(modules.get(library, library))
-    builds = [(library, *found) for library in libraries for found in BUILDERS[library]()]
+    builders = [(library, BUILDERS.get(library, partial(package_models, library))) for library in libraries]
+    builds = [(library, *found) for library, models in builders for found in models()]
     wanted = SHORT if options.short else options.only.split(",") if options.only else None
     builds = [build for build in builds if wanted is None or build[1] in wanted]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -246,6 +262,25 @@ def fla_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
     for name in fla.layers.__all__:
         yield name, lambda name=name: getattr(fla.layers, name)(hidden_size=64, num_heads=4)
+
+
+def package_models(package: str) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield every module class of a package that needs no more than sizes, as small as those make it."""
+    root = importlib.import_module(package)
+    places = [package]
+    if hasattr(root, "__path__"):
+        places += [found.name for found in pkgutil.walk_packages(root.__path__, f"{package}.", onerror=lambda _: None)]
+    for place in places:
+        try:
+            classes = list(vars(importlib.import_module(place)).items())
+        except (Exception, SystemExit):
+            continue  # it needs what is not installed, or is a command
+        for name, cls in classes:
+            if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == place:
+                asked = [p for p in inspect.signature(cls).parameters.values() if p.kind not in VARIADIC]
+                if all(p.name in ASKED or p.default is not p.empty for p in asked):
+                    sizes = {p.name: ASKED[p.name] for p in asked if p.name in ASKED and type(p.default) in (int, type)}
+                    yield f"{place}.{name}", partial(checked_size, partial(cls, **sizes))
 
 
 BUILDERS: dict[str, Callable[[], Iterator[tuple[str, Callable[[], nn.Module]]]]] = {

@@ -261,7 +261,7 @@ def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], fl
     """Return the mean diagonals of W_Q W_Kᵀ, under each scale that a layer may use, and of W_V W_out."""
     keys = [key for key, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
     first = args[0] if args else kwargs[keys[0]]
-    dim = first.shape[-1]
+    dim = first.shape[channels(module)]
     order = torch.randperm(dim, generator=torch.Generator().manual_seed(4))[:PROBES].tolist()
     qk, vo, scales = 0.0, 0.0, {1.0}
     zero = one_run(module, args, kwargs, keys, torch.zeros(dim, dtype=torch.float64))
@@ -289,11 +289,12 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
     handles = [
         part.register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
         for part in module.modules()
-        if not list(part.children()) and any(p.ndim == 2 for p in part.parameters())
+        if not list(part.children()) and any(p.ndim >= 2 for p in part.parameters())
     ]
+    axis = channels(module)
     args, kwargs = fresh(args), fresh(kwargs)
     same = args[0] if args else kwargs[keys[0]]
-    filled = token.to(same.dtype).expand(same.shape).clone()
+    filled = token.to(same.dtype).expand_as(same.movedim(axis, -1)).movedim(-1, axis).clone()
     # Whatever has the same values as the tokens (query, key, value) stays equal to them.
     args = tuple(
         filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a for a in args
@@ -310,14 +311,20 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
         for handle in handles:
             handle.remove()
     scores = [s for _, s in watch.seen if s.ndim >= 3 and s.shape[-1] - s.shape[-2] in (0, 1)]
-    mapped = [part for part in last if isinstance(part, Tensor) and part.shape[-1] == len(token)]
+    mapped = [part for part in last if isinstance(part, Tensor) and part.shape[axis] == len(token)]
     final = mapped[-1] if mapped and not isinstance(module, nn.MultiheadAttention) else next(leaves(out))
-    return scores[0][..., : scores[0].shape[-2]], final
+    return scores[0][..., : scores[0].shape[-2]], final.movedim(axis, -1)
 
 
 def width_of(module: nn.Module) -> int:
-    """Return the input width of a layer's first matrix."""
-    return next(p.shape[-1] for p in module.parameters() if p.ndim == 2)
+    """Return the input width of a layer's first matrix, or of its first convolution."""
+    return next(p.shape[1] for ndim in (2, 3, 4, 5) for p in module.parameters() if p.ndim == ndim)
+
+
+def channels(module: nn.Module) -> int:
+    """Return the axis of a layer's channels: 1 where its maps are convolutions."""
+    convolved = any(isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d) for part in module.modules())
+    return 1 if convolved and all(p.ndim != 2 for p in module.parameters()) else -1
 
 
 def heads_of(module: nn.Module, unknown: int = 4) -> int:

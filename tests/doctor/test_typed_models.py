@@ -110,3 +110,83 @@ def test_a_gate_that_its_bias_opens_may_have_a_weight_of_next_to_nothing() -> No
     assert complaints(gate) == {}
     nn.init.zeros_(gate.bias)
     assert complaints(gate) == {"weight": "scale"}
+
+
+class Normalised(nn.Module):
+    """EDM2's layer: in training a pass first puts its weight back on the sphere, in place, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.passes = nn.Parameter(torch.randn(32, 24)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(self.weight / self.weight.norm(dim=1, keepdim=True))
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("example", [None, torch.ones(16, 24)])
+def test_a_layer_that_writes_its_weight_in_a_pass_is_left_as_it_was(example: Tensor | None) -> None:
+    model = nn.Sequential(Normalised())
+    before = model[0].weight.detach().clone()
+    espalier.diagnose(model, example)
+    assert torch.equal(model[0].weight, before)
+    assert model[0].passes == 0
+
+
+class Memory(nn.Module):
+    """Titans': a small network whose loss is differentiated sample by sample, within vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = dict(self.net.named_parameters())
+
+        def loss(own: dict[str, Tensor], token: Tensor) -> Tensor:
+            return torch.func.functional_call(self.net, own, (token,)).square().mean()
+
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+        return self.net(x) + found["2.bias"]
+
+
+def test_what_happens_within_vmap_is_not_watched() -> None:
+    torch.manual_seed(0)
+    assert espalier.diagnose(Memory(), torch.randn(16, 24)).ok
+
+
+class Upscaler(nn.Module):
+    """A convolution before a pixel shuffle, every filter four times, so that an enlarged image starts smooth (ICNR)."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.conv, self.shuffle = nn.Conv2d(16, 32, 1), nn.PixelShuffle(factor)
+        self.conv.weight.data = torch.randn(8, 16, 1, 1).repeat_interleave(4, 0) * 0.2
+
+
+def test_filters_may_repeat_for_the_pixels_of_a_shuffle() -> None:
+    torch.manual_seed(0)
+    assert complaints(Upscaler(2)) == {}
+    assert complaints(Upscaler(4)) == {"conv.weight": "equal-units"}
+
+
+def test_learned_memories_stand_among_keys_and_are_no_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    model.mem_k = nn.Parameter(torch.randn(20, 32))
+    assert complaints(model) == {}
+    model.mem_k.data *= 10.0
+    assert complaints(model) == {"mem_k": "scale-of-inputs"}
+
+
+def test_the_taps_of_a_filter_written_as_a_matrix_are_not_pinned() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    layer.weight.data = 0.02 * torch.randn(64, 64) + torch.diag(torch.full((63,), 0.7), 1)
+    layer.weight.data[torch.arange(63), torch.arange(1, 64)] = 0.7
+    assert complaints(layer) == {}
+    layer.weight.data[torch.arange(63), torch.randperm(63)] = 0.7
+    assert complaints(layer) == {"weight": "pinned"}

@@ -56,11 +56,15 @@ def _ask(question: Callable[[Record, nn.Module, Tensor], Answer], record: Record
     sharded = any(hasattr(part, "to_local") for part in module._parameters.values())
     if weight is None or module._modules or module._buffers or record.meta or sharded:
         return None
+    before = dict(vars(module))
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         try:
             return question(record, module, weight)
         except Exception:  # whatever a class of its own raises at an input that it does not take
             return None
+        finally:
+            vars(module).clear()
+            vars(module).update(before)
 
 
 def _share(record: Record, module: nn.Module, weight: Tensor) -> float | None:
@@ -69,8 +73,11 @@ def _share(record: Record, module: nn.Module, weight: Tensor) -> float | None:
     shape = 4, weight.shape[1] * groups, *(3 * size for size in weight.shape[2:])
     generator = torch.Generator(device="cpu").manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
+    # Of copies: a pass may write into its weights, as one that keeps them normalised does.
+    copies = {name: own.clone() for name, own in module._parameters.items() if own is not None}
     full, none = (
-        torch.func.functional_call(module, {record.leaf: own}, (x,)) for own in (weight, torch.zeros_like(weight))
+        torch.func.functional_call(module, copies | {record.leaf: own}, (x,))
+        for own in (weight.clone(), torch.zeros_like(weight))
     )
     measured = root_mean_square(full - none) / root_mean_square(x)
     expected = root_mean_square(weight) * math.sqrt(record.fans[0])

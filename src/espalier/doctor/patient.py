@@ -27,7 +27,8 @@ _POSITION = re.compile(
 )
 # Learned vectors that stand among the inputs, as a class token or a prompt: nothing is summed over their rows.
 _TOKEN = re.compile(
-    r"(^|_)(tokens?|prompts?|probes?|latents?|registers?|class_embedding|cls)(_\d\w?)?$|_(query|queries)$"
+    r"(^|_)(tokens?|prompts?|probes?|latents?|registers?|class_embedding|cls)(_\d\w?)?$|_(query|queries)$|"
+    r"(^|_)(mem|memory|null|persistent)_?(kv?|v|keys?|values?)$"
 )
 _EMBEDDING = re.compile(
     r"(^|\.)(wte|tok\w*emb\w*|embed_tokens|word_embeddings|embeddings?|embed|shared)$", re.IGNORECASE

@@ -77,8 +77,9 @@ class TensorStats:
 
 
 def dense(tensor: Tensor) -> bool:
-    """Return whether a tensor has a norm and can be reshaped: sparse ones and nested ones, of any layout, cannot."""
-    return tensor.layout == torch.strided and not tensor.is_nested
+    """Return whether a tensor has a norm and can be reshaped: sparse and nested ones cannot, nor those inside vmap."""
+    inside = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided and not tensor.is_nested and not inside
 
 
 def root_mean_square(tensor: Tensor) -> float:

@@ -181,6 +181,30 @@ def test_convolutions_of_one_tap_are_projections_of_pixels(fused: bool) -> None:
     check_attention(module, run, DIM, HEADS)
 
 
+class Signal(nn.Module):
+    """Attention of a signal, channels first (VITS); ``h`` is no number of heads, but the width of one is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d_k, self.h = WIDTH, 8
+        self.conv_q, self.conv_k, self.conv_v, self.conv_o = (nn.Conv1d(DIM, DIM, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.shape[1] == DIM
+        mixed, maps = attend(*(layer(x).mT for layer in (self.conv_q, self.conv_k, self.conv_v)))
+        return self.conv_o(mixed.mT), maps
+
+
+def test_a_signal_with_its_channels_first() -> None:
+    module = Signal().double()
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        out, maps = module(x.mT)
+        return out.mT, maps
+
+    check_attention(module, run, DIM, HEADS)
+
+
 class Biased(nn.Module):
     """Attention with a bias of its sixteen positions, which takes no other number of tokens, and says so nowhere."""
 
@@ -231,6 +255,21 @@ def test_layers_of_one_class_are_judged_by_what_each_of_them_is_handed() -> None
     found = {name: weights for name, _, weights in find_layers(Model(crossed=True))}
     assert not isinstance(found["layers.0"], Skipped)
     assert isinstance(found["layers.1"], Skipped)
+
+
+class Twice(Model):
+    """Its first layer attends to other tokens, and then to its own."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        assert image.shape[2] >= 8
+        x = self.stem(F.interpolate(image, (16, 16))).flatten(2).mT
+        x = x + self.layers[0](x, {"stream": x.flip(1)})
+        return x + self.layers[0](x, {"stream": x})
+
+
+def test_every_call_of_a_layer_in_a_run_of_its_model_counts() -> None:
+    found = {name: weights for name, _, weights in find_layers(Twice(crossed=False))}
+    assert isinstance(found["layers.0"], Skipped)
 
 
 def test_a_model_that_may_be_handed_another_sequence_is_not_run_to_prove_its_layers() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
@@ -114,7 +114,7 @@ def equal_units(record: Record, patient: Patient) -> Iterator[Finding]:
         return
     if stats.noise and not record.filters:
         mixer = record.layer.rpartition(".")[0]
-        yield from _repeated_rows(record, f"{mixer}.A_log".lstrip(".") in patient.names)
+        yield from _repeated_rows(record, patient, f"{mixer}.A_log".lstrip(".") in patient.names)
 
 
 def equal_pieces(values: Tensor, heads: int | None) -> int:
@@ -155,7 +155,7 @@ def _turns_like_noise(row: Tensor) -> bool:
     return turns > 0 and abs(turns - 2 * (length - 2) / 3) < 4 * math.sqrt((16 * length - 29) / 90)
 
 
-def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
+def _repeated_rows(record: Record, patient: Patient, state_space: bool) -> Iterator[Finding]:
     """Rows that occur more than once among others that do not: a note in a table of tokens, where rows that are added
     later often start at the mean of the others."""
     rows = record.units
@@ -176,7 +176,7 @@ def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
     offsets = {other - one for one, other in repeats}
     if state_space and len(offsets) == 1 and min(offsets) >= len(repeats):
         return
-    if repeats:
+    if repeats and not _shuffled(record, rows, count - len(repeats), patient):
         severity: Severity = "error" if len(repeats) >= count / 4 else "warning"
         if record.role == "embedding":
             severity = "note"
@@ -184,6 +184,16 @@ def _repeated_rows(record: Record, state_space: bool) -> Iterator[Finding]:
         measured = f"{len(repeats)} of {count} rows repeat others: row {other} is row {one}"
         remedy = "draw each row on its own: units with equal weights in and out stay equal"
         yield Finding(severity, record.name, "equal-units", measured, "rows that differ", remedy)
+
+
+def _shuffled(record: Record, rows: Tensor, kept: int, patient: Patient) -> bool:
+    """Return whether rows repeat as many times as each pixel becomes pixels of its own (ICNR, arXiv 1707.02937)."""
+    if len(record.shape) < 3 or patient.model is None or not kept or len(rows) % kept:
+        return False
+    each = len(rows) // kept
+    shuffles = [part for part in patient.model.modules() if isinstance(part, nn.PixelShuffle)]
+    groups = rows.unflatten(0, (kept, each))
+    return any(part.upscale_factor**2 == each for part in shuffles) and bool((groups == groups[:, :1]).all())
 
 
 @judges("zero-rows", scope="tensor", fresh_only=True)

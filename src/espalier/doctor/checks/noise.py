@@ -89,6 +89,9 @@ def pinned(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     if not (count >= 3 and share >= 1e-4 and value != 0 and abs(value) > 6 * rest):
         return None
     rows = patient.load(record.name).flatten(1)
+    places = (rows == value).nonzero()
+    if bool((places[:, 1] - places[:, 0] == places[0, 1] - places[0, 0]).all()):
+        return None  # one diagonal: the taps of a filter, written as a matrix
     rows = rows[(rows == value).any(1)]
     if bool(((rows == value).sum(1) == 1).all()) and int(rows.count_nonzero()) == len(rows):
         return None  # an identity beside what was drawn, as values in a fused projection

@@ -10,7 +10,7 @@ from espalier.init.layouts.registry import Found, Skipped, register_guess
 # Names of queries, keys and values that belong together, of both of the latter in one, and of the output projection.
 _FORMS = (
     "{}_proj", "w{}", "W{}", "w_{}", "W_{}", "to_{}", "{}_lin", "linear_{}", "{}_linear", "{}",
-    "c_{}", "proj_{}", "{}_projection", "fc_{}", "lin_{}", "{}_layer",
+    "c_{}", "proj_{}", "{}_projection", "fc_{}", "lin_{}", "{}_layer", "conv_{}",
 )  # fmt: skip
 _WORDS = [
     ("q", "k", "v"),
@@ -24,9 +24,9 @@ PAIRS = [(form.format("q"), form.format("kv")) for form in _FORMS]
 LISTS = ("linears", "linear_layers")
 FUSED = ("qkv", "c_attn", "to_qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value")
 OUTPUTS = (
-    "o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out",
-    "wo", "Wo", "w_o", "W_o", "proj", "dense", "out", "o", "fc_out", "out_projection", "output_projection", "proj_o",
-    "fc_o", "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output",
+    "o_proj", "out_proj", "c_proj", "to_out", "out_lin", "linear_out", "out_linear", "proj_out", "wo", "Wo", "w_o",
+    "W_o", "proj", "dense", "out", "o", "fc_out", "out_projection", "output_projection", "proj_o", "W_out", "fc_o",
+    "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output", "conv_o",
 )  # fmt: skip
 
 

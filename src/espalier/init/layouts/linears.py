@@ -10,8 +10,8 @@ from espalier.init.adapters import ADAPTED, is_adapted
 from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-# Names that a configuration may mean otherwise: of a module alone.
-_OWN_HEADS = (*HEADS, "num_head", "nheads", "n_local_heads", "h")
+# Names that a configuration may mean otherwise, and a module that states a head's width: h is a height, too.
+_OWN_HEADS = ("num_head", "nheads", "n_local_heads", "h")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_k", "d_head")
 _UNFIT = "its weights' shapes do not fit together: register a layout for its class"
 
@@ -109,7 +109,8 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
 def _count_heads(module: nn.Module, rows: int) -> int:
     """Return the number of query heads that the module states, or raise that it divides no rows or is not stated."""
     for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
-        heads, width = _stated(owner, _OWN_HEADS), _stated(owner, WIDTHS)
+        heads, width = _stated(owner, HEADS), _stated(owner, WIDTHS)
+        heads = heads if heads or width else _stated(owner, _OWN_HEADS)
         if heads or width:
             break
     else:

@@ -48,12 +48,13 @@ def calls(
             wide, _lengths(module, (width, share, heads)), widths, masks
         ):
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
-            grid = (1, rows, length // rows, width)
-            for shape in ((1, length, width), (length, 1, width), (length, width), grid, ()):
+            shapes = [(1, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]
+            # At last with channels first: an image, and a signal.
+            for place, shape in enumerate([*shapes, shapes[3], shapes[0]]):
                 # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
-                x = torch.randn(shape or grid, generator=generator, dtype=torch.float64)
+                x = torch.randn(shape, generator=generator, dtype=torch.float64)
                 x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
-                x = x if shape else x.movedim(-1, 1).contiguous()  # an image, channels first
+                x = x if place < len(shapes) else x.movedim(-1, 1).contiguous()
                 second = x.shape if other == width else (*x.shape[:-1], other)
                 values = {p.name: _argument(p, x, second, length, turn, heads, zero_masks, generator) for p in needs}
                 positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
@@ -103,8 +104,8 @@ def count_tokens(part: nn.Module, call: Call, width: int) -> int:
     first = next(iter(bound(part, call).values()), None)
     if not isinstance(first, Tensor) or not first.ndim:
         return 0
-    image = first.ndim == 4 and first.shape[1] == width != first.shape[-1]
-    return first.numel() // (width if image else first.shape[-1])
+    channels_first = first.ndim in (3, 4) and first.shape[1] == width != first.shape[-1]
+    return first.numel() // (width if channels_first else first.shape[-1])
 
 
 def _lengths(module: nn.Module, sizes: Collection[int]) -> list[int]:

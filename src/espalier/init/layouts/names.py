@@ -21,7 +21,7 @@ _SELF = frozenset({"self", "selfattn", "selfattention", "sattn", "intra"})
 _SAYS = frozenset({"cross", "xattn", "encdec", "crossattn", "crossattention"})
 _SAYS_LESS = frozenset({"add", "has", "use", "supports", "with", "allow", "can", "no", "not", "skip", "disable"})
 # Names of maps to queries, keys and values; two kinds of them in one module make attention.
-_BEFORE = r"(linear|c|proj|fc|lin)_"
+_BEFORE = r"(linear|c|proj|fc|lin|conv)_"
 _MAPS = tuple(
     re.compile(rf"^({names}|{_BEFORE}{letter})$", re.IGNORECASE)
     for letter, names in (

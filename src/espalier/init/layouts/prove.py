@@ -171,7 +171,8 @@ def _prove_in_model(names: Mapping[str, nn.Module], name: str, reading: Layout, 
     if name not in seen:
         raise CannotRunError(f"nothing in {type(names['']).__name__} calls it")
     twin, views = _copied(module, reading)
-    return prove_attention(twin, views, one_sequence(module, seen[name], views.q.shape[-1]))
+    made = [one_sequence(module, call, views.q.shape[-1]) for call in seen[name]]
+    return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
 
 
 def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:

@@ -49,8 +49,8 @@ def refuse_second_sequence(names: Mapping[str, nn.Module], name: str) -> None:
 
 
 @untraced()
-def calls_in_model(model: nn.Module, kind: type[nn.Module]) -> dict[str, Call]:
-    """Return the last call to every module of a class in a run of a copy of a model, by the module's name.
+def calls_in_model(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[Call]]:
+    """Return the calls to every module of a class in a run of a copy of a model, by the module's name.
 
     Raises:
         CannotRunError: the model is too large, or takes none of ``first_inputs``.
@@ -58,12 +58,12 @@ def calls_in_model(model: nn.Module, kind: type[nn.Module]) -> dict[str, Call]:
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGEST:
         raise CannotRunError("the model is too large to be run")
     twin, why = copy_for_probe(model), "it does not say what it takes"
-    seen: dict[str, Call] = {}
+    seen: dict[str, list[Call]] = {}
     for name, part in twin.named_modules():
         if type(part) is kind:
 
             def record(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                seen[name] = Call(fresh(args), fresh(kwargs), 0)
+                seen.setdefault(name, []).append(Call(fresh(args), fresh(kwargs), 0))
 
             part.register_forward_pre_hook(record, with_kwargs=True)
     for inputs in first_inputs(twin, 1, torch.Generator().manual_seed(5)):
