@@ -27,14 +27,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espalier.init.layouts.compare import (
+    PUSH,
+    PUSHED,
+    by_query,
+    by_token,
+    is_clear,
+    is_close,
+    is_near,
+    is_open,
+    off_multiple,
+    same_direction,
+)
 from espalier.init.layouts.registry import ROTARY, AttentionWeights
 from espalier.init.layouts.scratch import Call, run
 
-# Several libraries take scores or softmax in float32, whatever the type.
-_RELATIVE = 1e-4
-PUSH = 1e-3
-_PUSHED = 0.05
-_MASKED = -1e20
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
 _LIKE = 0.5
@@ -156,7 +163,7 @@ class _Trial:
         finally:
             for name, value in kept.items():
                 getattr(self, name).copy_(value)
-        tokens = _by_token(tensors[0], self.call.length)
+        tokens = by_token(tensors[0], self.call.length)
         return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
 
     def squares(self) -> Tensor:
@@ -191,7 +198,7 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
         raise Misfit("its scores are no numbers on these inputs")
     bias = trial.look(q=0 * trial.q, k=0 * trial.k).scores_HLL
     shown = base.scores_HLL - bias
-    if not _clear(shown[is_open(base.scores_HLL)]):
+    if not is_clear(shown[is_open(base.scores_HLL)]):
         raise Unproven("its scores do not depend on these queries and keys")
     for _ in range(3):
         heads, groups = (_signs(generator, count)[:, None, None] for count in (trial.heads, trial.groups))
@@ -287,11 +294,11 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
         pushed = trial.look(q=trial.q + queries * way_D).scores_HLL - base.scores_HLL
         own.append(pushed[0].diagonal()[:, None])
     # Token by token: the first of a causal layer has none but itself to look at.
-    cross_L, size_L = (part.norm(dim=1) for part in _cross(torch.stack(moves), torch.stack(own)))
+    cross_L, size_L = (part.norm(dim=1) for part in off_multiple(torch.stack(moves), torch.stack(own)))
     clear_L = size_L > 1e-3 * size_L.max()
     if not clear_L.any():
         raise Unproven("its scores at a token's own place do not move with what was read as its query")
-    if bool((cross_L <= _PUSHED * size_L)[clear_L].all()):
+    if bool((cross_L <= PUSHED * size_L)[clear_L].all()):
         raise Unproven("what was read as values moves no other token's output: a gate")
     return _follow_values(trial, (base, spread), generator)
 
@@ -311,14 +318,14 @@ def _follow_values(trial: _Trial, looks: tuple[Seen, Seen], generator: torch.Gen
         # The factor of every head, where that is all that stands between: over all heads, signs would cancel.
         parts, whole = by_head.flatten(1).mT, moves.flatten()[:, None]
         factors = torch.linalg.lstsq(parts, whole).solution
-        if float((parts @ factors - whole).norm()) < _PUSHED * float(whole.norm()) and bool((factors < 0).any()):
+        if float((parts @ factors - whole).norm()) < PUSHED * float(whole.norm()) and bool((factors < 0).any()):
             head = int(factors.argmin())
             raise Unproven(f"the output of head {head} follows its value-output product with the other sign")
     remark = _followed(moves, by_head.sum(0), "its output", "the value-output product")
     # What is mean over all tokens does not tell in which order they are; what is not, does.
     apart, wanted = moves - even, (by_head - evenly).sum(0)
     unlike = float((apart * wanted).sum()) < _LIKE * float(apart.norm() * wanted.norm())
-    return _BESIDE if unlike and float(wanted.norm()) > _PUSHED * float(evenly.norm()) else remark
+    return _BESIDE if unlike and float(wanted.norm()) > PUSHED * float(evenly.norm()) else remark
 
 
 def _tokens(call: Call, width: int) -> Tensor | None:
@@ -341,20 +348,6 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
 
 
-def by_query(scores: Tensor) -> Tensor:
-    """Return scores with queries before keys, where another axis (the heads, as in bqhk) stands between them."""
-    *axes, keys = scores.shape
-    return scores.movedim(axes.index(keys), -2) if axes and axes[-1] != keys and axes.count(keys) == 1 else scores
-
-
-def _by_token(out: Tensor, length: int) -> Tensor | None:
-    """Return an output as (L, X), also of an image's pixels, channels last or first; ``None`` if it has no tokens."""
-    if out.ndim == 4 and length in (pixels := [out.shape[1:3].numel(), out.shape[2:].numel()]):
-        out = out.movedim(1, -1) if pixels[0] != length else out
-        return out.flatten(1, 2).movedim(1, 0).flatten(1).double()
-    return out.movedim(out.shape.index(length), 0).flatten(1).double() if length in out.shape else None
-
-
 def _by_head(part: Tensor, count: int) -> Tensor:
     """Return a view of (count·K, d) or (count, K, d) weights as (count, K, d)."""
     return part if part.ndim == 3 else part.unflatten(0, (count, -1))
@@ -374,33 +367,3 @@ def _orders(generator: torch.Generator, count: int, size: int) -> Tensor:
 
 def _taken(part: Tensor, orders: Tensor) -> Tensor:
     return part.take_along_dim(orders[..., None], 1)
-
-
-def is_open(scores: Tensor) -> Tensor:
-    """Return which scores are not masked."""
-    return scores.isfinite() & (scores > _MASKED)
-
-
-def is_close(a: Tensor, b: Tensor, scores: Tensor) -> bool:
-    """Return whether two sets of scores agree where they are not masked."""
-    seen = is_open(scores)
-    return bool(seen.any()) and is_near(a[seen], b[seen])
-
-
-def is_near(a: Tensor, b: Tensor) -> bool:
-    return bool(a.isfinite().all()) and float((a - b).abs().max()) <= _RELATIVE * float(b.abs().max())
-
-
-def _clear(values: Tensor) -> bool:
-    return values.numel() > 0 and float(values.abs().max()) > 1e-6
-
-
-def _cross(pair: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how far (a₁, a₂), the moves along the two ways, is from a multiple of (b₁, b₂), and both their size."""
-    return pair[0] * other[1] - pair[1] * other[0], pair.norm(dim=0) * other.norm(dim=0)
-
-
-def same_direction(pair: Tensor, other: Tensor, seen: Tensor) -> bool:
-    """Return whether moves are a multiple of others where scores are not masked: up to the push's own size."""
-    cross, size = (part.expand(seen.shape)[seen] for part in _cross(pair, other))
-    return _clear(size / PUSH**2) and float(cross.norm()) <= _PUSHED * float(size.norm())

@@ -14,17 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from espalier.init.layouts.compare import PUSH, by_query, is_close, is_near, is_open, same_direction
 from espalier.init.layouts.made_up import calls
-from espalier.init.layouts.probe_attention import (
-    PUSH,
-    Softmaxes,
-    Unproven,
-    by_query,
-    is_close,
-    is_near,
-    is_open,
-    same_direction,
-)
+from espalier.init.layouts.probe_attention import Softmaxes, Unproven
 from espalier.init.layouts.registry import AttentionWeights, Layout
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, leaves, run, untraced
 
