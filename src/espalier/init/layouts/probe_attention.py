@@ -13,8 +13,9 @@ rows, and only those, show the following, which is tested on random weights and 
 4. signs (or a permutation) on value rows and the output columns that meet them leave the output as it is, and on either
    alone do not: values and outputs;
 5. a push of W_V moves an output through other tokens' values than its own: it is a value and not a gate;
-6. S(i, i) and the move of an output are the products themselves, of the module's own tokens, up to a positive factor:
-   the other sign is refused. What stands before the projections or after the output (a linear map, a factor) is noted.
+6. with the rows of the keys in the place of the queries', S(i, i) is positive in every head: the sign of the product;
+   S(i, i) and the move of an output are the products themselves, of the module's own tokens, up to a positive factor.
+   What stands before the projections or after the output (a linear map, a factor, another order) is noted.
 
 Scores are what reaches the softmax; fused kernels are told to take the products one by one, so that it is called.
 """
