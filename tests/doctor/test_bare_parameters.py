@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -102,7 +102,9 @@ def test_gradients_decide_of_a_computed_table(
     model, x = Table(ROWS[row](states), channels, name, apart=apart), torch.randn(32, states)
     assert severities(model, name, "equal-units") == ["note"]
     rows = gradient_of(model, name, x)
-    stay = torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-4, atol=1e-6)
+    spread = float((rows - rows[:1]).norm() / rows.norm())
+    assume(not 1e-5 < spread < 1e-2)  # two rows that happen to move nearly alike may be called either
+    stay = spread <= 1e-5
     assert stay != apart
     assert severities(model, name, "equal-units", x) == ["error" if stay else "note"]
 
