@@ -24,8 +24,9 @@ class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d(channels, channels, kernel_size, groups=channels)``, faster on a CPU.
 
     It has that layer's parameters, options, formula and gradients. The compiled kernel runs for stride and dilation 1,
-    zero padding and sides up to 15, in float32, in bfloat16 (also under autocast) with float32 sums, and in float64;
-    what it cannot take, ``nn.Conv2d`` computes. Its outputs are channels-last; frozen taps get no gradient computed.
+    zero padding and sides up to 15, in float32, in float64, and in bfloat16 (also under autocast) with taps of
+    bfloat16 and float32 sums; what it cannot take, ``nn.Conv2d`` computes. Its outputs are channels-last; frozen taps
+    get no gradient computed.
 
     Args:
         channels: of the input and the output.

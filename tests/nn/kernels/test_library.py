@@ -185,19 +185,28 @@ def test_a_call_names_every_argument() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "damaged", "chosen"), [(4, (), 4), (3, (), 3), (2, (), 2), (4, (4,), 3), (3, (3,), 2)]
+    ("level", "damaged", "chosen"),
+    [
+        (5, (), "v4_bf16"),
+        (4, (), "v4"),
+        (3, (), "v3"),
+        (2, (), "v2"),
+        (5, ("v4_bf16",), "v4"),
+        (4, ("v4",), "v3"),
+        (3, ("v3",), "v2"),
+    ],
 )
 def test_the_best_library_for_the_processor_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, level: int, damaged: tuple[int, ...], chosen: int
+    monkeypatch: pytest.MonkeyPatch, level: int, damaged: tuple[str, ...], chosen: str
 ) -> None:
     def pretend(path: Path) -> SimpleNamespace:
-        if path.stem in {f"x86_64_v{n}" for n in damaged}:
+        if path.stem in {f"x86_64_{name}" for name in damaged}:
             raise KernelError("damaged")
         return SimpleNamespace(espalier_processor_level=lambda: level)
 
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(library, "open_library", pretend)
-    assert library._library.__wrapped__()[0].stem == f"x86_64_v{chosen}"
+    assert library._library.__wrapped__()[0].stem == f"x86_64_{chosen}"
 
 
 def test_an_old_or_unknown_processor_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +226,7 @@ def _levels() -> list[str]:
         level = open_library(paths[-1]).espalier_processor_level()
     except (KernelError, IndexError):
         return []
-    return [path.stem for path in paths if path.exists() and (len(paths) == 1 or int(path.stem[-1]) <= level)]
+    return [path.stem for path in paths if path.exists() and library._X86_LEVELS.get(path.stem, 0) <= level]
 
 
 @pytest.fixture(params=_levels())
@@ -276,6 +285,43 @@ def test_every_level_computes_what_torch_does(level: str, name: str, threads: in
         torch.set_num_threads(before)
     scale = 1e-4 if dtype == torch.float32 else 1e-11
     torch.testing.assert_close(results["auto"], results["torch"], rtol=scale, atol=scale)
+
+
+@pytest.mark.parametrize("kernel", [(5, 5), (3, 4), (2, 7), (3, 1), (1, 1)])
+@pytest.mark.parametrize("side", [(9, 16), (6, 5)])
+def test_bfloat16_maps_are_summed_in_float32_on_every_level(
+    level: str, kernel: tuple[int, int], side: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    layer = DepthwiseConv2d(20, kernel, padding=padding)
+    twin = nn.Conv2d(20, 20, kernel, padding=padding, groups=20, dtype=torch.float64)
+    twin.load_state_dict({**layer.state_dict(), "weight": layer.weight.bfloat16()})  # as autocast rounds it
+    x = _draw(2, 20, *side, dtype=torch.float32, seed=1).bfloat16().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    up = _draw(*y.shape, dtype=torch.float32, seed=2).bfloat16()
+    y.backward(up)
+    reference = twin(exact)
+    reference.backward(up.double())
+    for found, wanted, rounding in (
+        (y.detach(), reference.detach(), 2**-8),
+        (x.grad, exact.grad, 2**-8),
+        (layer.weight.grad, twin.weight.grad, 2**-20),
+        (layer.bias.grad, twin.bias.grad, 2**-20),
+    ):
+        assert found is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=rounding, atol=rounding * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("columns", [2, 3, 5])
+def test_what_is_infinite_stays_within_its_windows_on_every_level(level: str, columns: int) -> None:
+    layer = DepthwiseConv2d(8, (1, columns), padding=(0, 1), dtype=torch.bfloat16)
+    x = torch.zeros(1, 8, 3, 12, dtype=torch.bfloat16)
+    x[0, :, 1, 6] = float("inf")
+    sees = nn.functional.conv2d(x.isinf().float(), torch.ones(8, 1, 1, columns), padding=(0, 1), groups=8) > 0
+    assert torch.equal(layer(x).isfinite(), ~sees)
 
 
 class _Subclass(Tensor):

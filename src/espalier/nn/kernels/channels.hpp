@@ -29,12 +29,23 @@ inline Vec<float> read(const bfloat16* from) {
   std::memcpy(&h, from, sizeof h);
   return (Vec<float>)(__builtin_convertvector(h, words) << 16);
 }
-// To the nearest, ties to even; a NaN stays one.
-inline void write(bfloat16* to, Vec<float> v) {
+// The bits of bfloat16 numbers: to the nearest, ties to even; a NaN stays one.
+inline words narrowed(Vec<float> v) {
   const words bits = (words)v;
-  const words rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-  const halves h = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40u), halves);
+  return v == v ? (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16 : (bits >> 16 | 0x40u);
+}
+inline void write(bfloat16* to, Vec<float> v) {
+#ifdef __AVX512BF16__
+  const halves h = (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const halves h = __builtin_convertvector(narrowed(v), halves);
+#endif
   std::memcpy(to, &h, sizeof h);
+}
+// v as S would keep it.
+template <class S> inline Vec<Sum<S>> rounded(Vec<Sum<S>> v) {
+  if constexpr (std::is_same_v<S, bfloat16>) return (Vec<float>)(narrowed(v) << 16);
+  return v;
 }
 
 // The first `count` lanes; the others read as zero and are not written.

@@ -2,7 +2,8 @@
 //
 // x is (B, H, W, C), y (B, P, Q, C) with P = H + top + bottom − R + 1; taps are (R·S, C), row by row. A block of channels
 // of one image is copied into rows that lie close together with their padding: at the maps' own stride all its pixels
-// would compete for a few places of the first cache. There each tap is one multiplication a pixel.
+// would compete for a few places of the first cache. There each tap is one multiplication a pixel. Where the processor
+// multiplies pairs of bfloat16 (AVX512-BF16), each pixel stands beside its right neighbour, and two taps are one.
 
 #include "channels.hpp"
 #include "gelu.hpp"
@@ -18,6 +19,11 @@ constexpr int kTile = 16, kTileStep = 4;  // pixels of a row whose sums stay in 
 #else
 constexpr int kTile = 8, kTileStep = 2;
 #endif
+#ifdef __AVX512BF16__
+template <class S> constexpr bool kPairs = std::is_same_v<S, bfloat16>;
+#else
+template <class S> constexpr bool kPairs = false;
+#endif
 constexpr int64_t kTogether = 64;  // channels that a piece of work takes: whole cache lines of every precision
 constexpr int64_t kShares = 8;     // of the images, whose weight gradients are added up at the end
 
@@ -29,7 +35,18 @@ template <class T> struct Frame {
   T* at(int64_t y, int64_t x) { return pixels + (y * step + x) * kLanes<T>; }
 };
 
-// Fill a map's place in its frame; what lies outside was zero and stays so. Returns the sum over the pixels.
+// sum + a·b; of pairs, sum + a₀·b₀ + a₁·b₁, where bfloat16 numbers fill the low and the high half of each lane.
+template <class S> inline Vec<Sum<S>> add_product(Vec<Sum<S>> sum, Vec<Sum<S>> a, Vec<Sum<S>> b) {
+#ifdef __AVX512BF16__
+  if constexpr (kPairs<S>) return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return sum + a * b;
+}
+// The pair of two bfloat16 numbers that are widened to float.
+inline Vec<float> pair(Vec<float> low, Vec<float> high) { return (Vec<float>)((words)low >> 16 | (words)high); }
+
+// Fill a map's place in its frame, a pixel or a pair of it and its right neighbour a place; what lies outside was zero
+// and stays so. Returns the sum over the pixels.
 template <class S>
 Vec<Sum<S>> fill(Frame<Sum<S>>& frame, int64_t top, int64_t left, const S* map, int64_t h, int64_t w, int64_t channels,
                  int64_t count) {
@@ -38,27 +55,36 @@ Vec<Sum<S>> fill(Frame<Sum<S>>& frame, int64_t top, int64_t left, const S* map, 
   for (int64_t y = 0; y < h; y++) {
     T* to = frame.at(top + y, left);
     const S* from = map + y * w * channels;
+    [[maybe_unused]] Vec<T> before{};
     for (int64_t x = 0; x < w; x++, from += channels, to += kLanes<T>) {
       __builtin_prefetch(from + 16 * channels);
       const Vec<T> v = read(from, count);
       sum += v;
-      store(to, v);
+      if constexpr (!kPairs<S>) {
+        store(to, v);
+      } else if (x + left > 0) {
+        store(to - kLanes<T>, pair(before, v));
+      }
+      before = v;
     }
+    if constexpr (kPairs<S>) store(to - kLanes<T>, pair(before, Vec<T>{}));
   }
   return sum;
 }
 
 // sums[t] = Σ over taps of tap · pixel, for N neighbouring pixels of a row.
-template <class T, int N>
+template <class S, int N, class T = Sum<S>>
 inline void row_sums(Frame<T>& frame, int64_t y, int64_t x, const T* taps, int64_t rows, int64_t columns, Vec<T> start,
                      Vec<T> (&sums)[N]) {
+  constexpr int64_t step = kPairs<S> ? 2 : 1;
   for (int t = 0; t < N; t++) sums[t] = start;
   for (int64_t r = 0; r < rows; r++) {
-    const T* pixel = frame.at(y + r, x);
-    for (int64_t s = 0; s < columns; s++, pixel += kLanes<T>, taps += kLanes<T>) {
+    const T* row = frame.at(y + r, x);
+    for (int64_t s = 0; s < columns; s += step, taps += kLanes<T>) {
+      const T* pixel = row + std::min(s, std::max<int64_t>(columns - step, 0)) * kLanes<T>;
       const Vec<T> tap = load(taps);
 #pragma GCC unroll 16
-      for (int t = 0; t < N; t++) sums[t] += tap * load(pixel + t * kLanes<T>);
+      for (int t = 0; t < N; t++) sums[t] = add_product<S>(sums[t], tap, load(pixel + t * kLanes<T>));
     }
   }
 }
@@ -82,7 +108,7 @@ inline void tile(Frame<Sum<S>>& frame, int64_t y, int64_t x, const Sum<S>* taps,
     if (add) __builtin_prefetch(add + (below + t) * channels);
   }
   Vec<T> sums[N];
-  row_sums<T, N>(frame, y, x, taps, rows, columns, finish.start, sums);
+  row_sums<S, N>(frame, y, x, taps, rows, columns, finish.start, sums);
 #pragma GCC unroll 16
   for (int t = 0; t < N; t++) {
     if (t >= wanted) break;
@@ -114,31 +140,35 @@ void correlate(Frame<Sum<S>>& frame, const Sum<S>* taps, int64_t rows, int64_t c
 }
 
 // sums[r·columns + s] += Σ over pixels of dy(y, x) · frame(y + r, x + s), for M neighbouring columns s of one row r.
-template <class T, int M>
+template <class S, int M, class T = Sum<S>>
 void tap_sums(Frame<T>& frame, Frame<T>& dy, int64_t top, int64_t left, int64_t r, int64_t s, int64_t h, int64_t w,
               T* sums) {
-  constexpr int kPixels = 4;  // that share what they load; those past the row's end are zeros of dy's frame
+  constexpr int kStep = kPairs<S> ? 2 : 1;
+  constexpr int kPixels = 4 * kStep;  // that share what they load; those past the row's end are zeros of dy's frame
   Vec<T> total[2][M] = {};
   for (int64_t y = 0; y < h; y++) {
     const T *up = dy.at(top + y, left), *pixel = frame.at(y + r, s);
     for (int64_t x = 0; x < w; x += kPixels, up += kPixels * kLanes<T>, pixel += kPixels * kLanes<T>) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kPixels; p++) {
+      for (int p = 0; p < kPixels; p += kStep) {
         const Vec<T> g = load(up + p * kLanes<T>);
+        Vec<T>(&half)[M] = total[p / kStep & 1];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) total[p & 1][m] += g * load(pixel + (p + m) * kLanes<T>);
+        for (int m = 0; m < M; m++) half[m] = add_product<S>(half[m], g, load(pixel + (p + m) * kLanes<T>));
       }
     }
   }
   for (int m = 0; m < M; m++) store(sums + m * kLanes<T>, load(sums + m * kLanes<T>) + total[0][m] + total[1][m]);
 }
-template <class T>
-void all_tap_sums(Frame<T>& frame, Frame<T>& dy, int64_t top, int64_t left, const DepthwiseShape& s, T* sums) {
+template <class S>
+void all_tap_sums(Frame<Sum<S>>& frame, Frame<Sum<S>>& dy, int64_t top, int64_t left, const DepthwiseShape& s,
+                  Sum<S>* sums) {
+  using T = Sum<S>;
   for (int64_t r = 0; r < s.rows; r++)
     for (int64_t c = 0; c < s.columns;) {
       T* to = sums + (r * s.columns + c) * kLanes<T>;
       const auto run = [&](auto m) {
-        tap_sums<T, decltype(m)::value>(frame, dy, top, left, r, c, s.out_height, s.out_width, to);
+        tap_sums<S, decltype(m)::value>(frame, dy, top, left, r, c, s.out_height, s.out_width, to);
         c += m;
       };
       switch (s.columns - c) {
@@ -151,12 +181,27 @@ void all_tap_sums(Frame<T>& frame, Frame<T>& dy, int64_t top, int64_t left, cons
     }
 }
 
-// One block's taps (rows · columns, lanes), turned by half a turn for the input's gradient.
-template <class T>
-void block_taps(T* to, const T* taps, const DepthwiseShape& s, int64_t channel, int64_t count, bool turned) {
+// One block's taps (rows · columns, lanes), turned by half a turn for the input's gradient. Those of bfloat16 maps are
+// rounded to it, as autocast does. Of pairs, the last tap of an odd row stands behind a zero for the pixel before it, so
+// that no pixel outside the window is read, which may be infinite; the only tap of a row stands before one.
+template <class S>
+void block_taps(Sum<S>* to, const Sum<S>* taps, const DepthwiseShape& s, int64_t channel, int64_t count, bool turned) {
+  using T = Sum<S>;
   const int64_t all = s.rows * s.columns;
-  for (int64_t i = 0; i < all; i++)
-    store(to + (turned ? all - 1 - i : i) * kLanes<T>, read(taps + i * s.channels + channel, count));
+  const auto tap = [&](int64_t i) {
+    return rounded<S>(read(taps + (turned ? all - 1 - i : i) * s.channels + channel, count));
+  };
+  for (int64_t r = 0; r < s.rows; r++)
+    for (int64_t c = 0; c < s.columns; c++, to += kLanes<T>) {
+      const int64_t at = r * s.columns + c;
+      if constexpr (kPairs<S>) {
+        const bool last = c + 1 == s.columns && c > 0;
+        store(to, pair(last ? Vec<T>{} : tap(at), last ? tap(at) : c + 1 < s.columns ? tap(at + 1) : Vec<T>{}));
+        c++;
+      } else {
+        store(to, tap(at));
+      }
+    }
 }
 
 // y = bias + the correlation of x with the taps; with a variance, y = x + batch norm of GELU(that), for maps that keep
@@ -180,7 +225,7 @@ template <class S> void run(const DepthwiseForward<S>& a) {
       const int64_t image = item % s.batch, first = item / s.batch * kTogether;
       for (int64_t c = first; c < std::min(first + kTogether, s.channels); c += kLanes<T>) {
         const int64_t count = std::min<int64_t>(kLanes<T>, s.channels - c);
-        block_taps<T>(taps, a.taps, s, c, count, false);
+        block_taps<S>(taps, a.taps, s, c, count, false);
         fill(frame, s.top, s.left, a.x + image * s.height * s.width * s.channels + c, s.height, s.width, s.channels,
              count);
         Finish<T> finish;
@@ -220,7 +265,7 @@ template <class S> void run(const DepthwiseBackward<S>& a) {
       const int64_t share = item % a.shares, first = item / a.shares * kTogether;
       for (int64_t c = first; c < std::min(first + kTogether, s.channels); c += kLanes<T>) {
         const int64_t count = std::min<int64_t>(kLanes<T>, s.channels - c);
-        if (a.dx) block_taps<T>(taps, a.taps, s, c, count, true);
+        if (a.dx) block_taps<S>(taps, a.taps, s, c, count, true);
         std::memset(sums, 0, size_t(all * kLanes<T>) * sizeof(T));
         Vec<T> bias{};
         for (int64_t image = share; image < s.batch; image += a.shares) {
@@ -230,7 +275,7 @@ template <class S> void run(const DepthwiseBackward<S>& a) {
                          a.dx + image * in + c, s.height, s.width, s.channels, count);
           if (!a.dtaps) continue;
           fill(frame, s.top, s.left, a.x + image * in + c, s.height, s.width, s.channels, count);
-          all_tap_sums<T>(frame, up, top, left, s, sums);
+          all_tap_sums<S>(frame, up, top, left, s, sums);
         }
         for (int64_t i = 0; a.dtaps && i < all; i++)
           write(a.dtaps + (share * all + i) * s.channels + c, load(sums + i * kLanes<T>), count);

@@ -10,8 +10,9 @@ Team espalier_team = nullptr;
 
 ESPALIER_API void espalier_set_team(Team team) { espalier_team = team; }
 
-// The highest level n of x86-64-vn that processor and operating system support, 0 below the second and elsewhere. It
-// is asked of the library of the lowest level, which is safe to run before the answer is known.
+// The highest level n of x86-64-vn that processor and operating system support, 5 for the fourth with AVX512-BF16, 0
+// below the second and elsewhere. It is asked of the library of the lowest level, which is safe to run before the answer
+// is known.
 ESPALIER_API int espalier_processor_level() {
 #if defined(__x86_64__)
   unsigned a, b, c, d, extended_b = 0, far_c = 0;
@@ -29,7 +30,8 @@ ESPALIER_API int espalier_processor_level() {
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if (!all(low, 0x06)) return 2;
   if (!all(extended_b, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL)) return 3;
-  return all(low, 0xe6) ? 4 : 3;
+  if (!all(low, 0xe6)) return 3;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && all(a, 1u << 5) ? 5 : 4;
 #else
   return 0;
 #endif

@@ -20,7 +20,8 @@ FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 PRECISE = (torch.float32, torch.float64)
 _CLASSES = (Tensor, torch.nn.Parameter)
-_X86_LEVELS = (4, 3, 2)
+# What espalier_processor_level() answers at least where a library can run; the fifth is the fourth with AVX512-BF16.
+_X86_LEVELS = {"x86_64_v4_bf16": 5, "x86_64_v4": 4, "x86_64_v3": 3, "x86_64_v2": 2}
 
 
 class KernelError(RuntimeError):
@@ -40,7 +41,7 @@ def candidates() -> list[Path]:
     """Return the libraries for this machine, the fastest first, whether or not they were built."""
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        return [FOLDER / f"x86_64_v{level}.so" for level in _X86_LEVELS]
+        return [FOLDER / f"{name}.so" for name in _X86_LEVELS]
     return [FOLDER / "arm64.so"] if machine in ("arm64", "aarch64") else []
 
 
@@ -83,8 +84,8 @@ def _library() -> tuple[Path, ctypes.CDLL]:
         return paths[0], lowest
     level = lowest.espalier_processor_level()
     complaint = f"this processor is below {paths[-1].stem}"
-    for path, needs in zip(paths, _X86_LEVELS, strict=True):
-        if needs <= level:
+    for path in paths:
+        if _X86_LEVELS[path.stem] <= level:
             try:
                 return path, open_library(path)
             except KernelError as error:
