@@ -25,7 +25,6 @@ template <class S> constexpr bool kPairs = std::is_same_v<S, bfloat16>;
 template <class S> constexpr bool kPairs = false;
 #endif
 constexpr int64_t kTogether = 64;  // channels that a piece of work takes: whole cache lines of every precision
-constexpr int64_t kShares = 8;     // of the images, whose weight gradients are added up at the end
 
 // A block of channels of one map inside a frame of zeros, `kTile` pixels longer than needed at its end.
 template <class T> struct Frame {
@@ -43,7 +42,9 @@ template <class S> inline Vec<Sum<S>> add_product(Vec<Sum<S>> sum, Vec<Sum<S>> a
   return sum + a * b;
 }
 // The pair of two bfloat16 numbers that are widened to float.
-inline Vec<float> pair(Vec<float> low, Vec<float> high) { return (Vec<float>)((words)low >> 16 | (words)high); }
+[[maybe_unused]] inline Vec<float> pair(Vec<float> low, Vec<float> high) {
+  return (Vec<float>)((words)low >> 16 | (words)high);
+}
 
 // Fill a map's place in its frame, a pixel or a pair of it and its right neighbour a place; what lies outside was zero
 // and stays so. Returns the sum over the pixels.
