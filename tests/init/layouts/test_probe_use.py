@@ -194,3 +194,43 @@ def test_positions_that_are_added_to_queries_and_keys_alone_make_no_other_tokens
             return x + out
 
     assert not isinstance(found_in(nn.ModuleList([Detr(Three(), or_own, "own")])), Skipped)
+
+
+class Placed(nn.Module):
+    """Hands a layer three sequences; ``how`` says what of x, learned positions p and other tokens they are made."""
+
+    HOW: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+        "positions for queries and keys": lambda x, p, _: (x + p, x + p, x),
+        "positions for keys": lambda x, p, _: (x, x + p, x),
+        "positions of each": lambda x, p, _: (x + p, x + 2 * p, x),
+        "learned keys": lambda x, p, _: (x, p, x),
+        "learned keys and values": lambda x, p, _: (x + p, p, p),
+        "the token before": lambda x, p, _: (x + p, x.roll(1, 1) + p, x),
+        "other values": lambda x, p, other: (x + p, x + p, other + p),
+        "other tokens besides": lambda x, p, other: (x + p, x + other, x),
+        "a multiple": lambda x, p, _: (x + p, 2 * x + p, x),
+    }
+    OWN = 3  # so many of them attend to their own tokens
+
+    def __init__(self, layer: nn.Module, how: str, of_ids: bool) -> None:
+        super().__init__()
+        self.attn, self.how, self.table = layer, how, nn.Embedding(50, DIM) if of_ids else None
+        self.positions, self.made = nn.Parameter(torch.randn(1, 512, DIM)), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.table is None else self.table(x)
+        given = self.HOW[self.how](x, self.positions[:, : x.shape[1]].expand_as(x), self.made(x))
+        out = self.attn(*given)
+        return x + (out[0] if isinstance(out, tuple) else out)
+
+
+@pytest.mark.parametrize("of_ids", [False, True])
+@pytest.mark.parametrize("make", [Three, lambda: nn.MultiheadAttention(DIM, HEADS, batch_first=True)])
+@pytest.mark.parametrize("how", Placed.HOW)
+def test_positions_added_within_the_block_make_no_other_tokens(
+    how: str, make: Callable[[], nn.Module], of_ids: bool
+) -> None:
+    own = list(Placed.HOW).index(how) < Placed.OWN
+    found = found_in(nn.Sequential(Placed(make(), how, of_ids)))
+    if not (of_ids and own):  # a block on token ids is run only as a model
+        assert isinstance(found, Skipped) != own

@@ -40,7 +40,11 @@ def is_sequence(parameter: inspect.Parameter) -> bool:
     return bool(_SEQUENCE.search(parameter.name)) and not _NO_SEQUENCE.search(parameter.name)
 
 
+def may_be_moved(name: str) -> bool:
+    """Return whether an argument's name does not say that it holds positions, masks or settings."""
+    return not _NO_SEQUENCE.search(name) and not ROTARY_NAME.search(name)
+
+
 def _may_be_tokens(parameter: inspect.Parameter) -> bool:
     stated = parameter.annotation is parameter.empty or "Tensor" in str(parameter.annotation)
-    others = _NO_SEQUENCE.search(parameter.name) or ROTARY_NAME.search(parameter.name)
-    return parameter.default is None and stated and not others
+    return parameter.default is None and stated and may_be_moved(parameter.name)

@@ -7,12 +7,14 @@ import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
+from espalier.init.layouts.positions import moved, one_sequence_each
 from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, fresh, run, untraced
 
 _ZEROS = re.compile(r"residual|alibi|bias")
@@ -95,7 +97,8 @@ def calls_of_part(
             except CannotRunError as error:
                 why = why or str(error)
             if seen:
-                return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in seen]
+                made = one_sequence_each(seen, partial(run, twin, moved(call)))
+                return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.compare import PUSH, by_query, is_close, is_near, is_open, same_direction
 from espalier.init.layouts.made_up import calls
+from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
 from espalier.init.layouts.probe_attention import Softmaxes, Unproven
 from espalier.init.layouts.registry import AttentionWeights, Layout
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, leaves, run, untraced
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced
 
 
 class _Seen(NamedTuple):
@@ -92,6 +93,8 @@ class _Watch:
             raise CannotRunError("its copy reads otherwise")
         self.views = views
         self.call: Call | None = None
+        self.given: list[Call] = []
+        self.positions: list[set[int | str]] = []
         self.inside, self.begun, self.softmaxes = 0, 0, Softmaxes()
         self.tokens: list[Tensor] = []
         self.outs: list[Tensor] = []
@@ -104,10 +107,15 @@ class _Watch:
                 holder.register_forward_pre_hook(self._take)
         self.part.register_forward_hook(self._leave, always_call=True)
 
-    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self.inside, self.begun = self.inside + 1, len(self.softmaxes.inputs)
+        call, place = Call(args, kwargs, 0), len(self.given)
+        self.given.append(Call(fresh(args), fresh(kwargs), 0))
+        if place < len(self.positions):
+            call = without_positions(call, self.positions[place])
         first = next(leaves((*args, *kwargs.values())), None)
         self.tokens += [] if first is None else [first.detach().clone()]
+        return call.args, call.kwargs
 
     def _leave(self, _: nn.Module, __: Any, out: Any) -> None:
         self.inside -= 1
@@ -125,7 +133,13 @@ class _Watch:
             for call in calls(self.twin, width, heads, given, others=widths):
                 self.call = call
                 try:
-                    return self.look()
+                    seen = self.look()
+                    if any(map(differing, self.given)):
+                        self.call = moved(call)
+                        self.positions = tokens_alike([*self.given], self.given, self.look)
+                        self.call = call
+                        seen = self.look()
+                    return seen
                 except CannotRunError as error:
                     why = why or str(error)
         owner = type(self.twin).__name__
@@ -135,6 +149,7 @@ class _Watch:
         """Run with pushes added to some of q, k and v."""
         assert self.call is not None
         self.tokens, self.outs, self.scores, self.inside, self.softmaxes = [], [], None, 0, Softmaxes()
+        self.given.clear()
         kept = {name: getattr(self.views, name).clone() for name in pushes}
         try:
             for name, push in pushes.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
 from espalier.init.layouts.made_up import count_tokens
+from espalier.init.layouts.positions import moved, one_sequence_each
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, owner_of, run, untraced
 
 # Parameters of a model that is run: its copy takes eight bytes of each.
@@ -58,21 +60,28 @@ def calls_in_model(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[Ca
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGEST:
         raise CannotRunError("the model is too large to be run")
     twin, why = copy_for_probe(model), "it does not say what it takes"
-    seen: dict[str, list[Call]] = {}
+    seen, by = list[Call](), list[str]()
     for name, part in twin.named_modules():
         if type(part) is kind:
 
             def record(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                seen.setdefault(name, []).append(Call(fresh(args), fresh(kwargs), 0))
+                seen.append(Call(fresh(args), fresh(kwargs), 0))
+                by.append(name)
 
             part.register_forward_pre_hook(record, with_kwargs=True)
     for inputs in first_inputs(twin, 1, torch.Generator().manual_seed(5)):
         seen.clear()
+        by.clear()
+        call = Call((inputs,), {}, 0)
         try:
-            run(twin, Call((inputs,), {}, 0))
-            return seen
+            run(twin, call)
         except CannotRunError as error:
             why = str(error)
+            continue
+        found: dict[str, list[Call]] = {}
+        for name, made in zip([*by], one_sequence_each(seen, partial(run, twin, moved(call))), strict=True):
+            found.setdefault(name, []).append(made)
+        return found
     raise CannotRunError(f"{type(model).__name__} does not run on made-up inputs ({why})")
 
 
