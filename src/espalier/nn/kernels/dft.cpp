@@ -40,8 +40,13 @@ template <class T> inline void load_pair(const T* from, Vec<T> (&to)[2], int64_t
   to[1] = count == 2 * L ? load(from + L) : Vec<T>{};
   for (int64_t i = count / L * L; i < count; i++) to[i / L][i % L] = from[i];
 }
-template <class T> inline void store_pair(T* to, Vec<T> low, Vec<T> high, int64_t count) {
+template <class T> inline void store_pair(T* to, Vec<T> low, Vec<T> high, int64_t count, bool past = false) {
   constexpr int L = kLanes<T>;
+  if (past && count % L == 0) {
+    stream(to, low);
+    if (count == 2 * L) stream(to + L, high);
+    return;
+  }
   if (count >= L) store(to, low);
   if (count == 2 * L) store(to + L, high);
   for (int64_t i = count / L * L; i < count; i++) to[i] = i < L ? low[i] : high[i - L];
@@ -201,7 +206,7 @@ template <class T> void read_columns(const T* from, int64_t pixels, int64_t coun
   for (; done < pixels; done++)
     for (int64_t i = 0; i < W; i++) to[done * W + i] = i < count ? from[i * pixels + done] : T(0);
 }
-template <class T> void write_columns(const T* from, int64_t pixels, int64_t count, T* to) {
+template <class T> void write_columns(const T* from, int64_t pixels, int64_t count, T* to, bool past) {
   constexpr int W = kWidth<T>, L = kLanes<T>;
   int64_t done = 0;
   for (; count % L == 0 && done + L <= pixels; done += L)
@@ -211,7 +216,10 @@ template <class T> void write_columns(const T* from, int64_t pixels, int64_t cou
       for (int i = 0; i < L; i++) v[i] = load(from + (done + i) * W + half);
       transpose<T>(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i++) store(to + (half + i) * pixels + done, v[i]);
+      for (int i = 0; i < L; i++) {
+        T* line = to + (half + i) * pixels + done;
+        past ? stream(line, v[i]) : store(line, v[i]);
+      }
     }
   for (; done < pixels; done++)
     for (int64_t i = 0; i < count; i++) to[i * pixels + done] = from[done * W + i];
@@ -233,14 +241,14 @@ template <class T> void read_rows(const Shape& s, const T* from, int64_t count, 
     }
   }
 }
-template <class T> void write_rows(const Shape& s, const T* from, int64_t apart, int64_t count, T* to) {
+template <class T> void write_rows(const Shape& s, const T* from, int64_t apart, int64_t count, T* to, bool past) {
   constexpr int64_t W = kWidth<T>, L = kLanes<T>;
   const int64_t lanes = s.lanes<T>();
   for (int64_t row = 0; row < s.rows * s.width; row++, from += W, to += s.columns) {
     const T* block = from;
     for (int64_t i = 0; i < count; i += lanes, block += apart) {
-      __builtin_prefetch(to + kAhead * s.columns + i, 1);
-      store_pair(to + i, load(block), load(block + L), std::min(lanes, count - i));
+      if (!past) __builtin_prefetch(to + kAhead * s.columns + i, 1);
+      store_pair(to + i, load(block), load(block + L), std::min(lanes, count - i), past);
     }
   }
 }
@@ -259,17 +267,21 @@ template <class T, class Visit> inline void each_frequency(const Shape& s, const
 template <class T>
 void separate(const Shape& s, const T* weights, const T* blocks, int64_t apart, int64_t count, T* out_re, T* out_im) {
   constexpr int64_t W = kWidth<T>, L = kLanes<T>;
+  const int64_t step = s.columns * int64_t(sizeof(T)), bytes = s.rows * (s.width / 2 + 1) * step;
+  const bool past = streams(out_re, bytes, step) && streams(out_im, bytes, step);
   const int64_t lanes = s.lanes<T>();
   each_frequency(s, weights, [&](int64_t kept, int64_t pixel, int64_t mirror, T weight) {
     T *to_re = out_re + kept * s.columns, *to_im = out_im + kept * s.columns;
     const T *here = blocks + pixel * W, *there = blocks + mirror * W;
     for (int64_t i = 0; i < count; i += lanes, here += apart, there += apart) {
-      __builtin_prefetch(to_re + kAhead * s.columns + i, 1);
-      __builtin_prefetch(to_im + kAhead * s.columns + i, 1);
+      if (!past) {
+        __builtin_prefetch(to_re + kAhead * s.columns + i, 1);
+        __builtin_prefetch(to_im + kAhead * s.columns + i, 1);
+      }
       const Vec<T> re = load(here), im = load(here + L), mirror_re = load(there), mirror_im = load(there + L);
       const T half = weight / 2;
-      store_pair(to_re + i, half * (re + mirror_re), half * (im + mirror_im), std::min(lanes, count - i));
-      store_pair(to_im + i, half * (im - mirror_im), half * (mirror_re - re), std::min(lanes, count - i));
+      store_pair(to_re + i, half * (re + mirror_re), half * (im + mirror_im), std::min(lanes, count - i), past);
+      store_pair(to_im + i, half * (im - mirror_im), half * (mirror_re - re), std::min(lanes, count - i), past);
     }
   });
 }
@@ -346,6 +358,7 @@ template <class T> void analyse(const T* x, const T* tables, T* out_re, T* out_i
       }
       separate(s, weights, group.blocks, group.block, count, out_re + column, out_im + column);
     }
+    end_streams();
   });
 }
 
@@ -356,6 +369,8 @@ void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, 
   const int64_t step = Group<T>(s, threads).columns();
   parallel((s.columns + step - 1) / step, threads, [&](Items items) {
     Group<T> group(s, threads);
+    const int64_t line = (s.columns_first ? group.pixels : s.columns) * int64_t(sizeof(T));
+    const bool past = streams(x, s.columns * group.pixels * int64_t(sizeof(T)), line);
     for (int64_t item; items.next(item);) {
       const int64_t column = item * step;
       const int64_t count = std::min(group.columns(), s.columns - column);
@@ -365,10 +380,11 @@ void synthesise(const T* in_re, const T* in_im, const T* tables, const T* bias, 
         const int64_t here = std::min(group.lanes, count - i);
         for (int64_t lane = 0; bias && lane < here; lane++) block[lane] += bias[(column + i + lane) % s.channels];
         transform(s, axis, block, group.work);
-        if (s.columns_first) write_columns(block, group.pixels, here, x + (column + i) * group.pixels);
+        if (s.columns_first) write_columns(block, group.pixels, here, x + (column + i) * group.pixels, past);
       }
-      if (!s.columns_first) write_rows(s, group.blocks, group.block, count, x + column);
+      if (!s.columns_first) write_rows(s, group.blocks, group.block, count, x + column, past);
     }
+    end_streams();
   });
 }
 

@@ -1,12 +1,26 @@
 // What the loader asks a library before it calls a kernel.
 
 #include "parallel.hpp"
+#include "vectors.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 Team espalier_team = nullptr;
+
+namespace {
+int64_t last_cache() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  for (const unsigned leaf : {0x8000001du, 4u})  // AMD's and Intel's, which describe the third cache alike
+    if (__get_cpuid_count(leaf, 3, &a, &b, &c, &d) && (a >> 5 & 7) == 3)
+      return int64_t((b >> 22) + 1) * ((b >> 12 & 0x3ff) + 1) * ((b & 0xfff) + 1) * (int64_t(c) + 1);
+#endif
+  return 0;
+}
+}  // namespace
+const int64_t espalier_last_cache = last_cache();
 
 ESPALIER_API void espalier_set_team(Team team) { espalier_team = team; }
 

@@ -79,6 +79,9 @@ struct Signs {
   bool conj_b;
 };
 
+// What becomes of what stood in a result's place; `past` it is stored past the caches.
+enum class Into { place, sum, past };
+
 // What to fetch while a tile is multiplied: one line a step.
 template <class T> struct Ahead {
   const T* line;
@@ -92,13 +95,14 @@ template <class T> __attribute__((noinline)) void store_part(T* to, Vec<T> v, in
 
 // Rows of a lie `row` apart with neighbouring columns, or are packed if `row` is 0.
 template <class T, int M, bool Same, bool Packed>
-void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, bool add,
+void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T alpha, T alpha_im, Into into,
           Ahead<T> ahead) {
   constexpr int L = kLanes<T>;
   Vec<T> re[M], im[M];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
     re[i] = im[i] = Vec<T>{};
+    if (into == Into::past) continue;
     __builtin_prefetch(c.re + i * c.row, 1);
     __builtin_prefetch(c.im + i * c.row, 1);
   }
@@ -121,12 +125,15 @@ void tile(View<const T> a, const T* b, int64_t k, View<T> c, int64_t width, T al
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
     T *to_re = c.re + i * c.row, *to_im = c.im + i * c.row;
-    if (width == L) {
-      store(to_re, (add ? load(to_re) : Vec<T>{}) + alpha * re[i]);
-      store(to_im, (add ? load(to_im) : Vec<T>{}) + alpha_im * im[i]);
+    if (into == Into::past) {
+      stream(to_re, alpha * re[i]);
+      stream(to_im, alpha_im * im[i]);
+    } else if (width == L) {
+      store(to_re, (into == Into::sum ? load(to_re) : Vec<T>{}) + alpha * re[i]);
+      store(to_im, (into == Into::sum ? load(to_im) : Vec<T>{}) + alpha_im * im[i]);
     } else {
-      store_part<T>(to_re, alpha * re[i], width, add);
-      store_part<T>(to_im, alpha_im * im[i], width, add);
+      store_part<T>(to_re, alpha * re[i], width, into == Into::sum);
+      store_part<T>(to_im, alpha_im * im[i], width, into == Into::sum);
     }
   }
 }
@@ -141,16 +148,16 @@ template <class T> constexpr int64_t scratch_size() {
 }
 
 // c = alpha·a·b, or c += alpha·a·b; a (m, k), b (k, n), c with columns one apart. The next product of this shape, if
-// any, starts `a_next` and `b_next` further.
+// any, starts `a_next` and `b_next` further. It is stored past the caches only if k takes one pass.
 template <class T, bool Same, bool Packed>
 void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, T alpha, T alpha_im,
-                   bool add, T* scratch, int64_t a_next, int64_t b_next) {
+                   Into into, T* scratch, int64_t a_next, int64_t b_next) {
   constexpr int L = kLanes<T>, together = kPanels * L;
   T *rows = scratch, *panels = scratch + kDepth * (kTall / kRows * 2 * kPad);
   constexpr auto by_rows = tiles<T, Same, Packed>(std::make_integer_sequence<int, kRows>{});
   const int64_t tall = Packed ? kTall : m;
   const int64_t step = b.column == 1 ? b.row : together;
-  for (int64_t p = 0; p < k; p += kDepth, add = true) {
+  for (int64_t p = 0; p < k; p += kDepth, into = Into::sum) {
     const int64_t depth = std::min(kDepth, k - p);
     for (int64_t i0 = 0; i0 < m; i0 += tall) {
       const int64_t i1 = std::min(m, i0 + tall), count = (i1 - i0 + kRows - 1) / kRows;
@@ -185,7 +192,7 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
             const int64_t i = start(t);
             const View<const T> from = Packed ? View<const T>{packed(t), packed(t) + kPad, 0, 0} : a.block(i, p);
             by_rows[size_t(start(t + 1) - i - 1)](from, panel(j), depth, c.block(i, j), std::min<int64_t>(L, j1 - j),
-                                                  alpha, alpha_im, add, fetched(turn));
+                                                  alpha, alpha_im, into, fetched(turn));
           }
       }
     }
@@ -194,13 +201,13 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
 
 template <class T>
 void multiply(View<const T> a, View<const T> b, View<T> c, int64_t m, int64_t k, int64_t n, Signs signs, T alpha,
-              bool add, T* scratch, int64_t a_next = 0, int64_t b_next = 0) {
+              Into into, T* scratch, int64_t a_next = 0, int64_t b_next = 0) {
   // conj(a)·conj(b) is the conjugate of a·b: a common conjugation is a sign of the result's imaginary part.
   const T alpha_im = signs.conj_b ? -alpha : alpha;
   const bool rows = a.column == 1;
   const auto with = signs.same ? (rows ? multiply_with<T, true, false> : multiply_with<T, true, true>)
                                : (rows ? multiply_with<T, false, false> : multiply_with<T, false, true>);
-  with(a, b, c, m, k, n, alpha, alpha_im, add, scratch, a_next, b_next);
+  with(a, b, c, m, k, n, alpha, alpha_im, into, scratch, a_next, b_next);
 }
 
 struct Product {
@@ -266,13 +273,13 @@ template <class T> void invert(View<T> a, int64_t n, T* temporary, T* scratch) {
   const View<T> y{temporary + 2 * half * rest, temporary + 3 * half * rest, half, 1};
   T* below = temporary + 4 * half * rest;
   invert(a, half, below, scratch);
-  multiply<T>(constant(a), constant(b), x, half, half, rest, plain, T(1), false, scratch);
-  multiply<T>(constant(c), constant(x), d, rest, half, rest, plain, T(-1), true, scratch);
-  multiply<T>(constant(c), constant(a), y, rest, half, half, plain, T(1), false, scratch);
+  multiply<T>(constant(a), constant(b), x, half, half, rest, plain, T(1), Into::place, scratch);
+  multiply<T>(constant(c), constant(x), d, rest, half, rest, plain, T(-1), Into::sum, scratch);
+  multiply<T>(constant(c), constant(a), y, rest, half, half, plain, T(1), Into::place, scratch);
   invert(d, rest, below, scratch);
-  multiply<T>(constant(d), constant(y), c, rest, rest, half, plain, T(-1), false, scratch);
-  multiply<T>(constant(x), constant(d), b, half, rest, rest, plain, T(-1), false, scratch);
-  multiply<T>(constant(x), constant(c), a, half, rest, half, plain, T(-1), true, scratch);
+  multiply<T>(constant(d), constant(y), c, rest, rest, half, plain, T(-1), Into::place, scratch);
+  multiply<T>(constant(x), constant(d), b, half, rest, rest, plain, T(-1), Into::place, scratch);
+  multiply<T>(constant(x), constant(c), a, half, rest, half, plain, T(-1), Into::sum, scratch);
 }
 
 template <class T> View<T> dense(T* memory, int64_t rows, int64_t columns) {
@@ -293,11 +300,11 @@ template <class T> void factor(View<T> a, int64_t n, int64_t width, T* temporary
     const int64_t here = std::min(width, n - start), stop = start + here, rest = n - stop;
     const View<T> diagonal = a.block(start, start), below = a.block(stop, start), right = a.block(start, stop);
     const View<const T> left = constant(a.block(start, 0)), above = constant(a.block(0, start));
-    multiply<T>(left, above, diagonal, n - start, start, here, plain, T(-1), true, scratch);
-    multiply<T>(left, constant(a.block(0, stop)), right, here, start, rest, plain, T(-1), true, scratch);
+    multiply<T>(left, above, diagonal, n - start, start, here, plain, T(-1), Into::sum, scratch);
+    multiply<T>(left, constant(a.block(0, stop)), right, here, start, rest, plain, T(-1), Into::sum, scratch);
     invert(diagonal, here, temporary, scratch);
     const View<T> scaled = dense(temporary, rest, here);
-    multiply<T>(constant(below), constant(diagonal), scaled, rest, here, here, plain, T(1), false, scratch);
+    multiply<T>(constant(below), constant(diagonal), scaled, rest, here, here, plain, T(1), Into::place, scratch);
     copy(constant(scaled), below, rest, here);
   }
 }
@@ -312,7 +319,7 @@ void solve(View<const T> x, View<const T> f, View<T> z, int64_t rows, int64_t n,
     return transposed ? View<const T>{v.re, v.im, 1, v.row} : v;
   };
   if (width >= n)
-    return multiply<T>(x, block(0, 0), z, rows, n, n, signs, T(1), false, scratch, x_next, f_next);
+    return multiply<T>(x, block(0, 0), z, rows, n, n, signs, T(1), Into::place, scratch, x_next, f_next);
   for (const bool second : {false, true})
     for (int64_t i = 0, count = (n + width - 1) / width; i < count; i++) {
       const int64_t start = (second ? count - 1 - i : i) * width, stop = std::min(start + width, n);
@@ -321,9 +328,9 @@ void solve(View<const T> x, View<const T> f, View<T> z, int64_t rows, int64_t n,
       const bool scale = second == transposed;
       const View<T> sum = scale ? dense(temporary, rows, here) : part;
       if (scale || !second) copy(second ? constant(part) : x.block(0, start), sum, rows, here);
-      multiply<T>(constant(z.block(0, from)), block(from, start), sum, rows, known, here, signs, T(-1), true, scratch);
+      multiply<T>(constant(z.block(0, from)), block(from, start), sum, rows, known, here, signs, T(-1), Into::sum, scratch);
       if (scale)
-        multiply<T>(constant(sum), block(start, start), part, rows, here, here, signs, T(1), false, scratch);
+        multiply<T>(constant(sum), block(start, start), part, rows, here, here, signs, T(1), Into::place, scratch);
     }
 }
 
@@ -350,12 +357,20 @@ template <class T> void run(const PlanesSolve<T>& a) {
       if (!a.y_re) continue;
       const View<const T> less = at(a.less_re, a.less_im, a.less, i);
       const View<T> y = at(a.y_re, a.y_im, a.y, i);
+      const int64_t step = y.row * int64_t(sizeof(T)), bytes = a.count * a.rows * step;
+      const bool past = a.n % kLanes<T> == 0 && streams(y.re, bytes, step) && streams(y.im, bytes, step);
       for (int64_t r = 0; r < a.rows; r++)
-        for (int64_t j = 0; j < a.n; j++) {
-          y.re[r * y.row + j] = 2 * z.re[r * z.row + j] - less.re[r * less.row + j];
-          y.im[r * y.row + j] = 2 * z.im[r * z.row + j] - less.im[r * less.row + j];
+        for (const bool imaginary : {false, true}) {
+          const T* from = (imaginary ? z.im : z.re) + r * z.row;
+          const T* minus = (imaginary ? less.im : less.re) + r * less.row;
+          T* to = (imaginary ? y.im : y.re) + r * y.row;
+          if (past)
+            for (int64_t j = 0; j < a.n; j += kLanes<T>) stream(to + j, T(2) * load(from + j) - load(minus + j));
+          else
+            for (int64_t j = 0; j < a.n; j++) to[j] = 2 * from[j] - minus[j];
         }
     }
+    end_streams();
   });
 }
 
@@ -370,11 +385,15 @@ template <class T> void run(const PlanesProduct<T>& a) {
   const Signs signs{s.conj_a == s.conj_b, s.conj_b != 0};
   parallel(s.count, a.threads, [&](Items items) {
     Scratch<T> scratch(scratch_size<T>());
+    const int64_t step = s.c[1] * int64_t(sizeof(T)), bytes = s.count * s.m * step;
+    const bool whole = s.n % kLanes<T> == 0 && s.c[0] * int64_t(sizeof(T)) % 64 == 0 && s.k <= kDepth && s.k > 0;
+    const bool past = whole && !s.add && streams(a.c_re, bytes, step) && streams(a.c_im, bytes, step);
     for (int64_t i; items.next(i);)
       multiply<T>({a.a_re + i * s.a[0], a.a_im + i * s.a[0], s.a[1], s.a[2]},
                   {a.b_re + i * s.b[0], a.b_im + i * s.b[0], s.b[1], s.b[2]},
-                  {a.c_re + i * s.c[0], a.c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha), s.add != 0,
-                  scratch.data(), s.a[0], s.b[0]);
+                  {a.c_re + i * s.c[0], a.c_im + i * s.c[0], s.c[1], 1}, s.m, s.k, s.n, signs, T(s.alpha),
+                  past ? Into::past : s.add ? Into::sum : Into::place, scratch.data(), s.a[0], s.b[0]);
+    end_streams();
   });
 }
 

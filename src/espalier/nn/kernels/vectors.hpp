@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// Bytes of the last cache that this processor's cores share; 0 if they are unknown.
+extern const int64_t espalier_last_cache;
+
 namespace {
 
 #ifndef ESPALIER_VECTOR_BYTES
@@ -71,6 +74,27 @@ inline Vec<double> exp2v(Vec<double> v) {
 
 template <class T> inline Vec<T> load(const T* p) { Vec<T> v; std::memcpy(&v, p, kBytes); return v; }
 template <class T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, kBytes); }
+
+// Whether a result of `bytes` at p is stored past the caches: where it and what else is under way do not fit the last
+// one, it would be gone before it is read, and drive out what is needed; and a line that is written whole need not be
+// read first. Only where vectors are cache lines, and rows `step` bytes apart start on one.
+inline bool streams(const void* p, int64_t bytes, int64_t step) {
+  const int64_t last = espalier_last_cache;
+  return kBytes == 64 && last && 8 * bytes > last && reinterpret_cast<uintptr_t>(p) % 64 == 0 && step % 64 == 0;
+}
+template <class T> inline void stream(T* p, Vec<T> v) {
+#if ESPALIER_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#else
+  store(p, v);
+#endif
+}
+// Other threads see what this one has streamed.
+inline void end_streams() {
+#if ESPALIER_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
 
 // Room for n numbers, zeros at first, from the start of a cache line: a vector across two lines is slow to load, and to
 // load again after it was stored.
