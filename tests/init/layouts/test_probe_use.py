@@ -196,21 +196,23 @@ def test_positions_that_are_added_to_queries_and_keys_alone_make_no_other_tokens
     assert not isinstance(found_in(nn.ModuleList([Detr(Three(), or_own, "own")])), Skipped)
 
 
-class Placed(nn.Module):
-    """Hands a layer three sequences; ``how`` says what of x, learned positions p and other tokens they are made."""
+# What of x, learned positions p and other tokens queries, keys and values are made; a layer given the first three attends
+# to its own tokens.
+GIVEN: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "positions for queries and keys": lambda x, p, _: (x + p, x + p, x),
+    "positions for keys": lambda x, p, _: (x, x + p, x),
+    "positions of each": lambda x, p, _: (x + p, x + 2 * p, x),
+    "learned keys": lambda x, p, _: (x, p, x),
+    "learned keys and values": lambda x, p, _: (x + p, p, p),
+    "the token before": lambda x, p, _: (x + p, x.roll(1, 1) + p, x),
+    "other values": lambda x, p, other: (x + p, x + p, other + p),
+    "other tokens besides": lambda x, p, other: (x + p, x + other, x),
+    "a multiple": lambda x, p, _: (x + p, 2 * x + p, x),
+}
 
-    HOW: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-        "positions for queries and keys": lambda x, p, _: (x + p, x + p, x),
-        "positions for keys": lambda x, p, _: (x, x + p, x),
-        "positions of each": lambda x, p, _: (x + p, x + 2 * p, x),
-        "learned keys": lambda x, p, _: (x, p, x),
-        "learned keys and values": lambda x, p, _: (x + p, p, p),
-        "the token before": lambda x, p, _: (x + p, x.roll(1, 1) + p, x),
-        "other values": lambda x, p, other: (x + p, x + p, other + p),
-        "other tokens besides": lambda x, p, other: (x + p, x + other, x),
-        "a multiple": lambda x, p, _: (x + p, 2 * x + p, x),
-    }
-    OWN = 3  # so many of them attend to their own tokens
+
+class Placed(nn.Module):
+    """Hands a layer what ``GIVEN`` says of ``how``."""
 
     def __init__(self, layer: nn.Module, how: str, of_ids: bool) -> None:
         super().__init__()
@@ -219,18 +221,18 @@ class Placed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.table is None else self.table(x)
-        given = self.HOW[self.how](x, self.positions[:, : x.shape[1]].expand_as(x), self.made(x))
+        given = GIVEN[self.how](x, self.positions[:, : x.shape[1]].expand_as(x), self.made(x))
         out = self.attn(*given)
         return x + (out[0] if isinstance(out, tuple) else out)
 
 
 @pytest.mark.parametrize("of_ids", [False, True])
 @pytest.mark.parametrize("make", [Three, lambda: nn.MultiheadAttention(DIM, HEADS, batch_first=True)])
-@pytest.mark.parametrize("how", Placed.HOW)
+@pytest.mark.parametrize("how", GIVEN)
 def test_positions_added_within_the_block_make_no_other_tokens(
     how: str, make: Callable[[], nn.Module], of_ids: bool
 ) -> None:
-    own = list(Placed.HOW).index(how) < Placed.OWN
+    own = list(GIVEN).index(how) < Placed.OWN
     found = found_in(nn.Sequential(Placed(make(), how, of_ids)))
     if not (of_ids and own):  # a block on token ids is run only as a model
         assert isinstance(found, Skipped) != own
