@@ -27,6 +27,7 @@ ORDERS = {
 NORMS = ("", "after", "before", "gated")
 STARTS = ("reference", "torch", "zeros", "ones")
 LIMITS = {"clamped": (1e-3, 0.1), "clamped high": (0, 2.5), "floored": (1e-4, None), "floored high": (1e-2, None)}
+LIMITS["stated limits"] = (0.01, 2.5)  # under the name that libraries give them
 STEPS = (*LIMITS, "exponential", "scaled", "unbiased", "shifted", "relu")
 RATES = ("growing", "clamped rate", "floored rate", "softplus rate", "complex", "constant rate", "published rate")
 RECURRENCES = (
@@ -127,6 +128,8 @@ class RandomMixer(nn.Module):
             cls = _GatedNorm if form.norm == "gated" else nn.RMSNorm
             self.add_module(name["norm"], cls(INNER, eps=1e-5))
         self.add_module(name["out_proj"], nn.Linear(INNER, DIM, form.bias))
+        if form.twist == "stated limits":
+            self.dt_limit = LIMITS[form.twist]
         if form.twist == "initial state":
             self.start = nn.Parameter(torch.randn(INNER, self.n))
         if form.twist == "complex":

@@ -100,8 +100,8 @@ def test_whatever_is_written_is_right_by_a_forward_pass(
 # Twists of which a forward pass shows nothing where W_C = W_B, steps are constant and the convolution is the identity.
 HARMLESS = {
     "sigmoid gate", "no gate", "gate before", "residual", "prenorm", "sequence first", "channels first", "interleaved",
-    "no activation", "relu activation", "clamped high", "floored", "floored high", "softplus rate", "exact", "bilinear",
-    "b for c", "tied", "normalised", "maps activated", "maps of input", "dilated",
+    "no activation", "relu activation", "clamped high", "floored", "floored high", "stated limits", "softplus rate",
+    "exact", "bilinear", "b for c", "tied", "normalised", "maps activated", "maps of input", "dilated",
 }  # fmt: skip
 
 
@@ -113,3 +113,16 @@ def test_the_oracle_sees_twists_that_are_put_in_after_writing(family: str, twist
     turned = RandomMixer(Form(family, twist=twist))
     turned.load_state_dict(plain.state_dict(), strict=False)
     assert bool(faults(turned.double(), 3.0, 0.3, 1.0)) == (twist not in HARMLESS)
+
+
+def test_steps_outside_of_a_layer_s_limits_are_refused_and_those_within_are_measured() -> None:
+    mixer = RandomMixer(Form("mamba2", twist="stated limits"))
+    before = copy.deepcopy(mixer.state_dict())
+    row, refusal = structured(mixer, delta=4.0)
+    assert row is None
+    assert "delta is 4, and its steps are held within 0.01…2.5" in refusal
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), mixer.state_dict().values(), strict=True))
+    assert structured(mixer, delta=0.3)[0] is not None
+    assert not faults(copy.deepcopy(mixer).double(), 8.0, 0.3, 1.0)
+    mixer.dt_bias.data.fill_(50.0)
+    assert espalier.audit(mixer).layers[0].measured["delta"] == pytest.approx(2.5)

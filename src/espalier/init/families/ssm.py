@@ -9,6 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from espalier.errors import EspalierError
 from espalier.init.families.base import Family, Place
 from espalier.init.layouts import SSMWeights
 from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_
@@ -65,6 +66,11 @@ class SSMFamily(Family):
 
     def write(self, weights: SSMWeights, spec: MimeticSSM, place: Place, generator: torch.Generator) -> str:
         """Write the spec's parts, and zero what else would shift them."""
+        low, high = weights.step_limits
+        if spec.delta is not None and not low <= spec.delta <= high:
+            raise EspalierError(
+                f"delta is {spec.delta:g}, and its steps are held within {low:g}…{high:g}: give one of those"
+            )
         mimetic_ssm_(
             weights.w_b, weights.w_c, weights.a_log, weights.delta_bias, w_delta=weights.w_delta,
             conv_weight=weights.conv_weight, conv_bias=weights.conv_bias, groups=weights.groups,
@@ -150,4 +156,6 @@ class SSMFamily(Family):
 
 
 def _steps(weights: SSMWeights) -> Tensor:
-    return sum(weights.delta_shifts, weights.delta_bias)
+    """Return softplus⁻¹ of the steps at zero input, within the layer's limits."""
+    low, high = torch.tensor(weights.step_limits, dtype=torch.float64, device="cpu").expm1().log().tolist()
+    return sum(weights.delta_shifts, weights.delta_bias).double().clamp(low, high)

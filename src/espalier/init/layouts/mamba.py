@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from torch import Tensor, nn
 
 from espalier.init.adapters import ADAPTED, is_adapted
@@ -75,6 +77,7 @@ def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
         "mamba2", w_b, w_c, w_delta, module.get_parameter("dt_bias").detach(), rates, taps, conv_bias, groups,
         map_biases=tuple(biases[1:3]), delta_shifts=tuple(biases[3:]),
         note="B, C and the step are multiplied by fixed factors" if hasattr(module, "mup_vector") else "",
+        step_limits=tuple(getattr(module, "time_step_limit", None) or getattr(module, "dt_limit", None) or (0.0, inf)),
     )  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     mixed_LC = torch.cat([mixed_LE, *_maps(weights, x_LD)], -1)
     u_LE, *both = _convolved(weights, mixed_LC).split([inner, groups * states, groups * states], -1)
     delta_LH = F.softplus(sum(weights.delta_shifts, x_LD @ weights.w_delta.mT + weights.delta_bias))
+    delta_LH = delta_LH.clamp(*weights.step_limits)
     b_LEN, c_LEN = (part.unflatten(-1, (groups, states)).repeat_interleave(inner // groups, 1) for part in both)
     by_head = (delta_LH, weights.a_log, module.get_parameter("D"))
     delta_LE, a_log_E, d_E = (part.repeat_interleave(share, -1) for part in by_head)
