@@ -70,11 +70,11 @@ class Form:
         return orders[self.order % len(orders)]
 
     def is_reference(self) -> bool:
-        """Return whether this is a published mixer under its published names: it must be written."""
+        """Return whether this is a published mixer under its published names, with or without D: it must be written."""
         usual = self.names == "reference" and self.storage == "fused" and self.order == 0 and not self.twist
-        first = not self.norm and self.step_bias == "layer" and not self.map_bias
+        first = not self.norm and not self.map_bias
         second = self.conv_on == "all" and (self.groups == 1 or self.stated != "other")
-        return usual and self.skip and (first if self.family == "mamba1" else second)
+        return usual and (first if self.family == "mamba1" else second)
 
 
 class _GatedNorm(nn.RMSNorm):

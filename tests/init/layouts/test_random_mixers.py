@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import espalier
 from espalier.errors import EspalierError
 from espalier.init import LayerReport
+from espalier.init.layouts import Skipped, find_layers
 from reference.random_mixers import NAMES, NORMS, ORDERS, STARTS, TWISTS, Form, RandomMixer, faults
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -86,6 +88,8 @@ def test_whatever_is_written_is_right_by_a_forward_pass(
         assert not form.is_reference(), refusal
         assert "\n" not in refusal
         assert all(torch.equal(a, b) for a, b in zip(before.values(), mixer.state_dict().values(), strict=True))
+        if hasattr(mixer, "A_log"):  # it has a row, and its convolution is no layer of its own
+            assert [(name, type(found), found.kind) for name, _, found in find_layers(mixer)] == [("", Skipped, "ssm")]
         return
     assert row.status == "written"
     assert not faults(copy.deepcopy(mixer).double(), decay, delta, rho), form
@@ -126,3 +130,20 @@ def test_steps_outside_of_a_layer_s_limits_are_refused_and_those_within_are_meas
     assert not faults(copy.deepcopy(mixer).double(), 8.0, 0.3, 1.0)
     mixer.dt_bias.data.fill_(50.0)
     assert espalier.audit(mixer).layers[0].measured["delta"] == pytest.approx(2.5)
+
+
+def test_attention_in_a_module_with_an_a_log_of_another_form_keeps_its_row() -> None:
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A_log, self.attn = nn.Parameter(torch.zeros(4)), nn.MultiheadAttention(24, 4)
+
+    assert [(name, found.kind) for name, _, found in find_layers(Hybrid())] == [("attn", "attention")]
+
+
+def test_reasons_name_what_is_missing() -> None:
+    for form, words in (
+        (Form(names="half"), "it has an A_log, in a form of state-space layer that no layout knows"),
+        (Form("mamba2", conv_on="x"), "its convolution sees no B and no C"),
+    ):
+        assert words in structured(RandomMixer(form))[1]

@@ -70,7 +70,7 @@ def _first(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Ten
     low_LR = u_LE @ module.get_submodule("x_proj").get_parameter("weight")[:rank].mT
     delta_LE = F.softplus(low_LR @ weights.w_delta.mT + weights.delta_bias)
     b_LEN, c_LEN = (part[:, None].expand(*u_LE.shape, -1) for part in _maps(weights, u_LE))
-    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LEN, c_LEN) + module.get_parameter("D") * u_LE
+    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LEN, c_LEN) + _skip(module, weights) * u_LE
     yield module.get_submodule("out_proj")(y_LE * F.silu(z_LE))
 
 
@@ -86,7 +86,7 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     delta_LH = F.softplus(sum(weights.delta_shifts, x_LD @ weights.w_delta.mT + weights.delta_bias))
     delta_LH = delta_LH.clamp(*weights.step_limits)
     b_LEN, c_LEN = (part.unflatten(-1, (groups, states)).repeat_interleave(inner // groups, 1) for part in both)
-    by_head = (delta_LH, weights.a_log, module.get_parameter("D"))
+    by_head = (delta_LH, weights.a_log, _skip(module, weights))
     delta_LE, a_log_E, d_E = (part.repeat_interleave(share, -1) for part in by_head)
     y_LE = _recurrence(u_LE, delta_LE, a_log_E[:, None], b_LEN, c_LEN) + d_E * u_LE
     if norm is None:
@@ -98,6 +98,12 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     if all(each.default is not each.empty for each in takes_gate):
         yield out_proj(norm(y_LE * F.silu(z_LE)))
         yield out_proj(norm(y_LE) * F.silu(z_LE))
+
+
+def _skip(module: nn.Module, weights: SSMWeights) -> Tensor:
+    """Return D, 0 in a mixer without."""
+    skip: Tensor | None = getattr(module, "D", None)
+    return torch.zeros_like(weights.delta_bias) if skip is None else skip
 
 
 def _maps(weights: SSMWeights, inputs: Tensor) -> list[Tensor]:
