@@ -59,6 +59,8 @@ class SSMFamily(Family):
     kind = "ssm"
     default = MimeticSSM()
     row = SSMFit
+    # Libraries leave the step's bias at 0 (a step of 0.69), at 1 (1.31), or as torch draws that of a linear map.
+    unspecific = frozenset({"delta"})
 
     def selects(self, spec: MimeticSSM, place: Place) -> bool:
         """Return whether the spec's ``layers`` name this one."""
