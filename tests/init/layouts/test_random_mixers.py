@@ -15,7 +15,7 @@ import espalier
 from espalier.errors import EspalierError
 from espalier.init import LayerReport
 from espalier.init.layouts import Skipped, find_layers
-from reference.random_mixers import NAMES, NORMS, ORDERS, STARTS, TWISTS, Form, RandomMixer, faults
+from reference.random_mixers import INNER, NAMES, NORMS, ORDERS, STARTS, TWISTS, Form, RandomMixer, faults
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -71,7 +71,7 @@ def structured(
     form=forms(),
     dtype=st.sampled_from(DTYPES),
     decay=st.sampled_from([3.0, 8.0, 12.0]),
-    delta=st.sampled_from([1.0, 1.0, 0.3, 4.0, 1e-3]),
+    delta=st.sampled_from([1.0, 1.0, 0.3, 4.0, 1e-3, 1e-4]),
     rho=st.sampled_from([1.0, 1.0, -1.0]),
 )
 @example(form=Form("mamba2", heads=1, twist="clamped rate"), dtype=DTYPES[0], decay=8.0, delta=1.0, rho=1.0)
@@ -97,7 +97,7 @@ def test_whatever_is_written_is_right_by_a_forward_pass(
     assert not faults(copy.deepcopy(mixer).double(), decay, delta, rho), form
     [now] = espalier.audit(mixer).layers
     assert now.status == "present"
-    assert now.measured["delta"] == pytest.approx(delta, rel=0.02)
+    assert now.measured["delta"] == pytest.approx(delta, rel=0.04)  # a bias of −9 in bfloat16
     assert now.measured["decay"] == pytest.approx(math.exp(-delta * math.exp(-decay)), abs=2e-3)
     assert now.measured["correlation"] == pytest.approx(rho, abs=1e-3)
     assert now.measured["convolution"] == 0
@@ -144,8 +144,11 @@ def test_attention_in_a_module_with_an_a_log_of_another_form_keeps_its_row() -> 
 
 
 def test_reasons_name_what_is_missing() -> None:
-    for form, words in (
-        (Form(names="half"), "it has an A_log, in a form of state-space layer that no layout knows"),
-        (Form("mamba2", conv_on="x"), "its convolution sees no B and no C"),
+    turning = RandomMixer(Form())
+    turning.A_log = nn.Parameter(torch.zeros(INNER, 4, dtype=torch.complex64))
+    for mixer, words in (
+        (RandomMixer(Form(names="half")), "it has an A_log, in a form of state-space layer that no layout knows"),
+        (RandomMixer(Form("mamba2", conv_on="x")), "its convolution sees no B and no C"),
+        (turning, "its weights are complex numbers"),
     ):
-        assert words in structured(RandomMixer(form))[1]
+        assert words in structured(mixer)[1]
