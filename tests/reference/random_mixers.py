@@ -35,7 +35,8 @@ RECURRENCES = (
 )  # fmt: skip
 MAPS = ("b for c", "tied", "normalised", "maps of input", "scaled maps", "maps activated")
 WAYS = (
-    "backwards", "both ways", "summed ways", "ahead", "dilated", "conv residual", "no activation", "relu activation"
+    "backwards", "both ways", "summed ways", "ahead", "dilated", "conv residual", "no activation", "relu activation",
+    "whole chunks",
 )  # fmt: skip
 OUTER = ("sigmoid gate", "no gate", "gate before", "residual", "prenorm", "sequence first", "channels first")
 TWISTS = (*STEPS, *RATES, *RECURRENCES, *MAPS, *WAYS, *OUTER)
@@ -71,7 +72,12 @@ class Form:
 
     def is_reference(self) -> bool:
         """Return whether this is a published mixer under its published names, with or without D: it must be written."""
-        usual = self.names == "reference" and self.storage == "fused" and self.order == 0 and not self.twist
+        usual = (
+            self.names == "reference"
+            and self.storage == "fused"
+            and self.order == 0
+            and self.twist in ("", "whole chunks")
+        )
         first = not self.norm and not self.map_bias
         second = self.conv_on == "all" and (self.groups == 1 or self.stated != "other")
         return usual and (first if self.family == "mamba1" else second)
@@ -136,6 +142,7 @@ class RandomMixer(nn.Module):
             self.A_imag = nn.Parameter(torch.arange(1.0, self.n + 1).repeat(INNER, 1))
         if form.twist == "scaled":
             self.register_buffer("factor", torch.tensor(0.5))
+        self.chunk = 8 if form.twist == "whole chunks" else 1
         self.seen: list[dict[str, Tensor]] = []
         self.reset()
 
@@ -181,6 +188,8 @@ class RandomMixer(nn.Module):
     def mix(self, x: Tensor) -> Tensor:
         """Return the layer's output of a sequence (B, L, d) in the order in which it is given."""
         form, twist = self.form, self.form.twist
+        if x.shape[1] % self.chunk:
+            raise ValueError(f"{x.shape[1]} tokens are no whole chunks")
         parts = self.rows("in_proj", x)
         z = parts["z"]
         if twist == "gate before":
@@ -251,7 +260,7 @@ class RandomMixer(nn.Module):
         if twist == "clamped rate":
             return -a_log.clamp(-2.0, 2.0).exp()
         if twist == "floored rate":
-            return -a_log.exp() - 0.05
+            return -a_log.exp() - 0.2
         if twist == "softplus rate":
             return -F.softplus(a_log)
         if twist == "complex":
@@ -304,7 +313,7 @@ class RandomMixer(nn.Module):
 
 
 @torch.no_grad()
-def faults(module: RandomMixer, decay: float, delta: float, rho: float, length: int = 20) -> list[str]:
+def faults(module: RandomMixer, decay: float, delta: float, rho: float, length: int = 24) -> list[str]:
     """Return which parts of what was asked the forward pass of a float64 module does not show.
 
     Steps are asked to be independent of the input (``delta_weight=0``), the convolution to be the identity, ρ to be ±1.

@@ -76,6 +76,7 @@ def structured(
 )
 @example(form=Form("mamba2", heads=1, twist="clamped rate"), dtype=DTYPES[0], decay=8.0, delta=1.0, rho=1.0)
 @example(form=Form("mamba2", twist="clamped high"), dtype=DTYPES[0], decay=8.0, delta=4.0, rho=1.0)
+@example(form=Form("mamba2", twist="whole chunks"), dtype=DTYPES[0], decay=8.0, delta=1.0, rho=1.0)
 @example(form=Form(twist="floored high"), dtype=DTYPES[0], decay=8.0, delta=1e-3, rho=1.0)
 def test_whatever_is_written_is_right_by_a_forward_pass(
     form: Form, dtype: torch.dtype, decay: float, delta: float, rho: float
@@ -107,13 +108,14 @@ def test_whatever_is_written_is_right_by_a_forward_pass(
 HARMLESS = {
     "sigmoid gate", "no gate", "gate before", "residual", "prenorm", "sequence first", "channels first", "interleaved",
     "no activation", "relu activation", "clamped high", "floored", "floored high", "stated limits", "softplus rate",
-    "exact", "bilinear", "b for c", "tied", "normalised", "maps activated", "maps of input", "dilated",
+    "exact", "bilinear", "b for c", "tied", "normalised", "maps activated", "maps of input", "dilated", "whole chunks",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("twist", TWISTS)
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 def test_the_oracle_sees_twists_that_are_put_in_after_writing(family: str, twist: str) -> None:
+    torch.random.default_generator.manual_seed(0)
     plain = RandomMixer(Form(family))
     assert structured(plain, 3.0, 0.3)[0] is not None
     turned = RandomMixer(Form(family, twist=twist))
@@ -146,9 +148,12 @@ def test_attention_in_a_module_with_an_a_log_of_another_form_keeps_its_row() -> 
 def test_reasons_name_what_is_missing() -> None:
     turning = RandomMixer(Form())
     turning.A_log = nn.Parameter(torch.zeros(INNER, 4, dtype=torch.complex64))
+    odd = RandomMixer(Form())
+    odd.chunk = 7
     for mixer, words in (
         (RandomMixer(Form(names="half")), "it has an A_log, in a form of state-space layer that no layout knows"),
         (RandomMixer(Form("mamba2", conv_on="x")), "its convolution sees no B and no C"),
         (turning, "its weights are complex numbers"),
+        (odd, "it cannot be run to prove its rows: ValueError: 6 tokens are no whole chunks"),
     ):
         assert words in structured(mixer)[1]
