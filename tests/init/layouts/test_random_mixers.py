@@ -15,7 +15,7 @@ import espalier
 from espalier.errors import EspalierError
 from espalier.init import LayerReport
 from espalier.init.layouts import Skipped, find_layers
-from reference.random_mixers import INNER, NAMES, NORMS, ORDERS, STARTS, TWISTS, Form, RandomMixer, faults
+from reference.random_mixers import DIM, INNER, NAMES, NORMS, ORDERS, STARTS, TWISTS, Form, RandomMixer, faults
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -96,6 +96,9 @@ def test_whatever_is_written_is_right_by_a_forward_pass(
         return
     assert row.status == "written"
     assert not faults(copy.deepcopy(mixer).double(), decay, delta, rho), form
+    for name, value in mixer.state_dict().items():  # the value path, the gate, D and the output stay
+        kept = {"in_proj.weight": 2 * INNER, "out_proj.weight": DIM, "D": None}.get(name, 0)
+        assert torch.equal(value[:kept], before[name][:kept])
     [now] = espalier.audit(mixer).layers
     assert now.status == "present"
     assert now.measured["delta"] == pytest.approx(delta, rel=0.04)  # a bias of −9 in bfloat16
