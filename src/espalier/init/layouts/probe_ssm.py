@@ -69,8 +69,8 @@ def _first(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Ten
     rank = weights.w_delta.shape[1]
     low_LR = u_LE @ module.get_submodule("x_proj").get_parameter("weight")[:rank].mT
     delta_LE = F.softplus(low_LR @ weights.w_delta.mT + weights.delta_bias)
-    b_LEN, c_LEN = (part[:, None].expand(*u_LE.shape, -1) for part in _maps(weights, u_LE))
-    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LEN, c_LEN) + _skip(module, weights) * u_LE
+    b_LGN, c_LGN = (part[:, None] for part in _maps(weights, u_LE))
+    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LGN, c_LGN) + _skip(module, weights) * u_LE
     yield module.get_submodule("out_proj")(y_LE * F.silu(z_LE))
 
 
@@ -85,10 +85,10 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     u_LE, *both = _convolved(weights, mixed_LC).split([inner, groups * states, groups * states], -1)
     delta_LH = F.softplus(sum(weights.delta_shifts, x_LD @ weights.w_delta.mT + weights.delta_bias))
     delta_LH = delta_LH.clamp(*weights.step_limits)
-    b_LEN, c_LEN = (part.unflatten(-1, (groups, states)).repeat_interleave(inner // groups, 1) for part in both)
+    b_LGN, c_LGN = (part.unflatten(-1, (groups, states)) for part in both)
     by_head = (delta_LH, weights.a_log, _skip(module, weights))
     delta_LE, a_log_E, d_E = (part.repeat_interleave(share, -1) for part in by_head)
-    y_LE = _recurrence(u_LE, delta_LE, a_log_E[:, None], b_LEN, c_LEN) + d_E * u_LE
+    y_LE = _recurrence(u_LE, delta_LE, a_log_E[:, None], b_LGN, c_LGN) + d_E * u_LE
     if norm is None:
         yield out_proj(y_LE * F.silu(z_LE))
         return
@@ -121,9 +121,12 @@ def _convolved(weights: SSMWeights, inner_LC: Tensor) -> Tensor:
     return F.silu(F.conv1d(padded_CL[None], taps, weights.conv_bias, groups=len(taps))[0].mT)
 
 
-def _recurrence(u_LE: Tensor, delta_LE: Tensor, a_log: Tensor, b_LEN: Tensor, c_LEN: Tensor) -> Tensor:
-    state_EN, rows = torch.zeros_like(b_LEN[0]), []
-    for u_E, delta_E, b_EN, c_EN in zip(u_LE, delta_LE, b_LEN, c_LEN, strict=True):
+def _recurrence(u_LE: Tensor, delta_LE: Tensor, a_log: Tensor, b_LGN: Tensor, c_LGN: Tensor) -> Tensor:
+    share, rows = u_LE.shape[1] // b_LGN.shape[1], []
+    state_EN = u_LE.new_zeros(u_LE.shape[1], b_LGN.shape[2])
+    for u_E, delta_E, b_GN, c_GN in zip(u_LE, delta_LE, b_LGN, c_LGN, strict=True):
+        # One token's at a time: those of 256 tokens would take gigabytes in a large mixer.
+        b_EN, c_EN = b_GN.repeat_interleave(share, 0), c_GN.repeat_interleave(share, 0)
         decay_EN = (-a_log.exp() * delta_E[:, None]).exp()
         state_EN = decay_EN * state_EN + (delta_E * u_E)[:, None] * b_EN
         rows.append((state_EN * c_EN).sum(-1))
