@@ -46,7 +46,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> EspalierError:
         An ``EspalierError`` to raise, e.g. ``unknown recipe 'digit_vit': did you mean 'digits_vit'?``
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     if close:
         return EspalierError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, close))}?")
     return EspalierError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}")

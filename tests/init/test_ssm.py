@@ -207,7 +207,13 @@ def test_figures_equal_their_definitions() -> None:
     [
         ({"correlate": 1.5}, "correlate is 1.5: give a correlation in −1…1"),
         ({"decay": -1.0}, "decay is -1.0: give a finite number of at least 0"),
-        ({"delta": 0.0}, "delta is 0.0: give a positive, finite number"),
+        ({"delta": 0.0}, "delta is 0.0: give a step from 4.3e-18 to 100"),
+        ({"delta": 150.0}, "delta is 150.0"),
+        ({"delta": "1"}, "delta is '1'"),
+        ({"decay": True}, "decay is True"),
+        ({"decay": [8.0]}, r"decay is \[8.0\]"),
+        ({"correlate": "high"}, "correlate is 'high'"),
+        ({"decay_rule": None}, "unknown decay_rule None: choose one of constant, scaled"),
         ({"delta": float("nan")}, "delta is nan"),
         ({"gain": 0.0}, "gain is 0.0"),
         ({"delta_weight": float("inf")}, "delta_weight is inf"),
@@ -224,7 +230,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(options: dict[str,
     assert all(torch.equal(weights[name], before[name]) for name in weights)
 
 
-@pytest.mark.parametrize("layers", [[1.5], 1.0, [float("nan")], ["0"], "first"])
+@pytest.mark.parametrize("layers", [[1.5], 1.0, True, [float("nan")], ["0"], "first"])
 def test_layers_that_are_no_indices_are_refused(layers: object) -> None:
     with pytest.raises(EspalierError, match=r"layers is .*: give 'all', an index"):
         MimeticSSM(layers=layers)  # type: ignore[arg-type]

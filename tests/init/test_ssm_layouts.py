@@ -105,6 +105,17 @@ def test_every_host_is_written_verified_and_found_again(host: str) -> None:
         assert torch.equal(mixer.get_parameter(name), before[name])
 
 
+@pytest.mark.parametrize("host", ["mamba2", "bamba", "falcon-h1", "granite"])
+def test_steps_that_a_host_holds_within_limits_are_not_written_outside_of_them(host: str) -> None:
+    mixer = transformers_mixer(host, time_step_limit=(0.001, 0.1))
+    before = mixer.dt_bias.clone()
+    with pytest.raises(EspalierError, match=r"delta is 1, and its steps are held within 0.001…0.1"):
+        espalier.structure_(mixer, generator=seeded())
+    assert torch.equal(mixer.dt_bias, before)
+    [row] = espalier.structure_(mixer, ssm=espalier.MimeticSSM(delta=0.1), generator=seeded()).layers
+    assert row.measured["delta"] == pytest.approx(0.1)
+
+
 class FirstArgument(nn.Module):
     """Mamba-2's gated norm without gate and norm."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
@@ -22,6 +24,15 @@ Convolution = bool | Literal["covariance"]
 _LOWEST_LOG_RATE = -20.0
 # The reference implementations draw the rates of Mamba-2's heads from here; Mamba-1's are 1, …, N in every channel.
 _REFERENCE_RATES = (1.0, 16.0)
+_LARGEST = sys.float_info.max
+# What each number may be, both ends included. A step outside of these has a bias below −40 or above 100, which is dead.
+_NUMBERS = {
+    "decay": (0.0, _LARGEST, "a finite number of at least 0"),
+    "delta": (math.log1p(math.exp(-40)), 100.0, "a step from 4.3e-18 to 100"),
+    "correlate": (-1.0, 1.0, "a correlation in −1…1"),
+    "gain": (sys.float_info.min, _LARGEST, "a positive, finite number"),
+    "delta_weight": (0.0, _LARGEST, "a finite number of at least 0"),
+}
 
 
 class SSMParts(TypedDict, total=False):
@@ -72,19 +83,16 @@ class MimeticSSM:
             raise unknown_name("decay_rule", self.decay_rule, get_args(DecayRule))
         if not (isinstance(self.convolution, bool) or self.convolution == "covariance"):
             raise EspalierError(f"convolution is {self.convolution!r}: give False, True or 'covariance'")
-        if self.correlate is not None and not -1 <= self.correlate <= 1:
-            raise EspalierError(f"correlate is {self.correlate}: give a correlation in −1…1")
-        for name, value in (("decay", self.decay), ("delta_weight", self.delta_weight)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise EspalierError(f"{name} is {value}: give a finite number of at least 0")
-        for name, value in (("delta", self.delta), ("gain", self.gain)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise EspalierError(f"{name} is {value}: give a positive, finite number")
+        for name, (low, high, words) in _NUMBERS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)  # decay=True would be c = 1
+            if value is not None and not (is_number and low <= value <= high):
+                raise EspalierError(f"{name} is {value!r}: give {words}")
         if isinstance(self.layers, Sequence) and not isinstance(self.layers, str):
             # A tuple, so that a value that came from JSON equals the one that went in.
             object.__setattr__(self, "layers", tuple(self.layers))
         wanted = self.layers if isinstance(self.layers, tuple) else (self.layers,)
-        if self.layers != "all" and not all(isinstance(layer, int) for layer in wanted):
+        if self.layers != "all" and not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in wanted):
             raise EspalierError(f"layers is {self.layers!r}: give 'all', an index, or a list of indices")
 
     @property

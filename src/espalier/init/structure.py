@@ -335,7 +335,8 @@ def _judge(site: _Site, weights: Any, earlier: LayerReport | None, *, adapted: b
     # A product that is lost altogether needs no word on its heads.
     if lost := [loss for part, loss in losses.items() if part.partition(" of ")[0] not in losses.keys() - {part}]:
         return replace(row, status="lost", note="; ".join(filter(None, (row.note, f"lost: {', '.join(lost)}"))))
-    if not any(abs(score) >= 1 for score in scores.values()):
+    telling = [score for part, score in scores.items() if part in before or part not in family.unspecific]
+    if not any(abs(score) >= 1 for score in telling):
         return replace(row, status="absent")
     changed = before and earlier.mark and earlier.mark != family.bits(weights)
     return replace(row, status="changed" if changed else "present")

@@ -34,11 +34,13 @@ class Family(ABC):
         kind: the keyword of ``structure_``, the word in reports and the ``kind`` of the views that its layouts return.
         default: the spec that ``structure_`` writes when none is given.
         row: the class of its fits.
+        unspecific: parts of which ordinary starts show as much: they count where an earlier report had them.
     """
 
     kind: ClassVar[str]
     default: ClassVar[Any]
     row: ClassVar[type]
+    unspecific: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def write(self, weights: Any, spec: Any, place: Place, generator: torch.Generator) -> str:

@@ -8,10 +8,12 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from espalier.errors import EspalierError
 from espalier.init.families.base import Family, Place
 from espalier.init.layouts import SSMWeights
-from espalier.init.ssm import MimeticSSM, measure_ssm, mimetic_ssm_
+from espalier.init.ssm import MimeticSSM, inverse_softplus, measure_ssm, mimetic_ssm_
 
 # Scores reach 1 at these figures. The reference's random start is far from each: its rates are at least 1, its steps at
 # most 0.1, its taps 1.15 from a delta; W_B and W_C are independent, and then the standard score has deviation 1.
@@ -58,6 +60,8 @@ class SSMFamily(Family):
     kind = "ssm"
     default = MimeticSSM()
     row = SSMFit
+    # Libraries leave the step's bias at 0 (a step of 0.69), at 1 (1.31), or as torch draws that of a linear map.
+    unspecific = frozenset({"delta"})
 
     def selects(self, spec: MimeticSSM, place: Place) -> bool:
         """Return whether the spec's ``layers`` name this one."""
@@ -65,6 +69,11 @@ class SSMFamily(Family):
 
     def write(self, weights: SSMWeights, spec: MimeticSSM, place: Place, generator: torch.Generator) -> str:
         """Write the spec's parts, and zero what else would shift them."""
+        low, high = weights.step_limits
+        if spec.delta is not None and not low <= spec.delta <= high:
+            raise EspalierError(
+                f"delta is {spec.delta:g}, and its steps are held within {low:g}…{high:g}: give one of those"
+            )
         mimetic_ssm_(
             weights.w_b, weights.w_c, weights.a_log, weights.delta_bias, w_delta=weights.w_delta,
             conv_weight=weights.conv_weight, conv_bias=weights.conv_bias, groups=weights.groups,
@@ -85,9 +94,12 @@ class SSMFamily(Family):
     def verify(self, weights: SSMWeights, spec: MimeticSSM, place: Place, measured: Mapping[str, float]) -> str:
         """Hold Δ, the correlation and the identity convolution against what was asked."""
         rho = 0.0 if spec.correlate is None else spec.correlate
+        bias = 0.0 if spec.delta is None else inverse_softplus(spec.delta)
+        # A small step's bias, rounded to bfloat16, is that of another step.
+        delta = float(F.softplus(torch.tensor(bias, dtype=weights.delta_bias.dtype, device="cpu").double()))
         for name, asked, slack in (
-            # Slack: rounding of the bias to bfloat16; the scatter of a sum of N·D independent products.
-            ("delta", spec.delta, 0.02 * (spec.delta or 0.0)),
+            # Slack: rounding; the scatter of a sum of N·D independent products.
+            ("delta", None if spec.delta is None else delta, 1e-3 * delta),
             ("correlation", spec.correlate, 0.01 + 6 * (1 - rho**2) / weights.w_b.numel() ** 0.5),
             ("convolution", 0.0 if spec.convolution is True else None, 0.0),
         ):
@@ -150,4 +162,6 @@ class SSMFamily(Family):
 
 
 def _steps(weights: SSMWeights) -> Tensor:
-    return sum(weights.delta_shifts, weights.delta_bias)
+    """Return softplus⁻¹ of the steps at zero input, within the layer's limits."""
+    low, high = torch.tensor(weights.step_limits, dtype=torch.float64, device="cpu").expm1().log().tolist()
+    return sum(weights.delta_shifts, weights.delta_bias).double().clamp(low, high)

@@ -242,6 +242,8 @@ def _unusable(values: Sequence[Tensor]) -> str:
     """Return why views cannot be written that do not hold numbers of at least two bytes, each of its own; else ""."""
     if any(value.numel() == 0 for value in values):
         return _EMPTY
+    if any(value.is_complex() for value in values):
+        return "its weights are complex numbers, of which no structure is published"
     if any(not value.is_floating_point() or value.element_size() < 2 for value in values):
         return _QUANTISED
     if any(size > 1 and step == 0 for value in values for size, step in zip(value.shape, value.stride(), strict=True)):

@@ -21,7 +21,12 @@ _ZEROS = re.compile(r"residual|alibi|bias")
 
 
 def calls(
-    module: nn.Module, width: int, heads: int = 0, given: Collection[str] = (), others: Sequence[int] = ()
+    module: nn.Module,
+    width: int,
+    heads: int = 0,
+    given: Collection[str] = (),
+    others: Sequence[int] = (),
+    lengths: Sequence[int] = (),
 ) -> Iterator[Call]:
     """Yield inputs that a module may run on, the most usual first: made from its signature alone.
 
@@ -31,6 +36,7 @@ def calls(
         heads: query heads, if known: rotary tables are as wide as one.
         given: names of optional arguments that are given, too.
         others: widths of another sequence's tokens, tried after ``width``.
+        lengths: numbers of tokens, tried after the usual ones.
     """
     named = [p for p in arguments(module) if p.kind not in VARIADIC]
     if not named:
@@ -47,7 +53,7 @@ def calls(
         masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
         for other, length, turn, zero_masks in itertools.product(
-            wide, _lengths(module, (width, share, heads)), widths, masks
+            wide, [*_lengths(module, (width, share, heads)), *lengths], widths, masks
         ):
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
             shapes = [(1, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]

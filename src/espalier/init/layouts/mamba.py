@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from torch import Tensor, nn
 
 from espalier.init.adapters import ADAPTED, is_adapted
+from espalier.init.layouts.names import looks_like_attention
 from espalier.init.layouts.registry import Found, Refused, Skipped, SSMWeights, register_guess, register_layout
 
 _TRANSFORMERS = "transformers.models."
@@ -21,10 +24,11 @@ def mamba1(module: nn.Module) -> Found:
     """Return views into ``x_proj`` (rows Δ-rank, B, C), ``dt_proj``, ``A_log`` and ``conv1d``."""
     rates, taps, conv_bias = _common(module)
     maps, steps = _linear(module, "x_proj"), _linear(module, "dt_proj")
+    bias = module.get_parameter("dt_bias") if steps.bias is None else steps.bias
     size, rank = rates.shape[1], steps.in_features
     _, w_b, w_c = maps.weight.detach().split([rank, size, size])
     return SSMWeights(
-        "mamba1", w_b, w_c, steps.weight.detach(), steps.bias.detach(), rates, taps, conv_bias,
+        "mamba1", w_b, w_c, steps.weight.detach(), bias.detach(), rates, taps, conv_bias,
         map_biases=() if maps.bias is None else (maps.bias.detach()[rank:],),
         note="B, C and the step are normalised after their maps" if hasattr(module, "b_layernorm") else "",
     )  # fmt: skip
@@ -50,17 +54,24 @@ def guess_mamba(module: nn.Module) -> Found | None:
     """Return the mixer that a module's names look like, saying that it is a guess, or ``None``.
 
     Mamba-2's B and C are what its convolution sees beside the value path, in one group unless the module states more.
+    A module with an ``A_log`` in another form keeps its row, and its convolution, unless there is attention in it.
     """
     names = {name for name, _ in module.named_children()}
     bare = {name for name, _ in module.named_parameters(recurse=False)}
-    if "A_log" not in bare or not {"conv1d", "in_proj", "out_proj"} <= names:
+    if "A_log" not in bare:
         return None
-    if {"x_proj", "dt_proj"} <= names:
+    usual = {"conv1d", "in_proj", "out_proj"} <= names
+    if usual and {"x_proj", "dt_proj"} <= names:
         return mamba1(module)
-    if "dt_bias" not in bare:
+    if usual and "dt_bias" in bare:
+        groups = next((n for name in _GROUPS if isinstance(n := getattr(module, name, None), int) and n > 0), 1)
+        share = (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2
+        if share < 1:
+            raise Refused("ssm", "its convolution sees no B and no C: register a layout for its class")
+        return _mamba2(module, groups, share)
+    if any(map(looks_like_attention, module.modules())):
         return None
-    groups = next((n for name in _GROUPS if isinstance(n := getattr(module, name, None), int) and n > 0), 1)
-    return _mamba2(module, groups, (len(_common(module)[1]) - _linear(module, "out_proj").in_features) // 2)
+    raise Refused("ssm", "it has an A_log, in a form of state-space layer that no layout knows: register one")
 
 
 def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
@@ -75,6 +86,7 @@ def _mamba2(module: nn.Module, groups: int, share: int) -> Found:
         "mamba2", w_b, w_c, w_delta, module.get_parameter("dt_bias").detach(), rates, taps, conv_bias, groups,
         map_biases=tuple(biases[1:3]), delta_shifts=tuple(biases[3:]),
         note="B, C and the step are multiplied by fixed factors" if hasattr(module, "mup_vector") else "",
+        step_limits=tuple(getattr(module, "time_step_limit", None) or getattr(module, "dt_limit", None) or (0.0, inf)),
     )  # fmt: skip
 
 

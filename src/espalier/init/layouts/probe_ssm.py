@@ -20,6 +20,9 @@ from espalier.init.layouts.scratch import Call, first_line, run
 
 # Several libraries compute the recurrence in float32, whatever the type.
 _RELATIVE = 1e-4
+# Logarithms of rates, and biases of steps, that it is run with: those of a usual size show what is made of them; slow
+# rates with large steps, as they are written, and small steps show limits that nothing else reaches.
+_RANGES = (((-1.0, 1.0), (-1.0, 1.0)), ((-8.0, -4.0), (2.0, 4.0)), ((-1.0, 3.0), (-6.0, -4.0)))
 
 
 def prove_ssm(module: nn.Module, weights: SSMWeights, call: Call) -> None:
@@ -38,19 +41,25 @@ def prove_ssm(module: nn.Module, weights: SSMWeights, call: Call) -> None:
     for parameter in module.parameters():
         if parameter.ndim < 2:  # where a copy has 0 and ±1: a bias in another place would not be seen
             parameter.uniform_(-1.0, 1.0, generator=generator)
-    found = run(module, call)[0].double()
     tokens = next(iter((*call.args, *call.kwargs.values()))).reshape(call.length, -1)
     kind = weights.family.replace("mamba", "Mamba-")
-    try:
-        outputs = list((_first if weights.family == "mamba1" else _second)(module, weights, tokens))
-    except Exception as error:  # the parts are anybody's: missing, of other shapes, called in another way
-        raise Unproven(f"its parts do not fit together as those of {kind} do ({first_line(error)})") from error
-    for wanted in outputs:
-        if found.numel() == wanted.numel():
-            off = float((found.reshape(wanted.shape) - wanted).abs().max())
-            if off <= _RELATIVE * float(wanted.abs().max()):
-                return
-    raise Unproven(f"its output is not that of {kind} with the rows that were read")
+    for rates, steps in _RANGES:
+        weights.a_log.uniform_(*rates, generator=generator)
+        weights.delta_bias.uniform_(*steps, generator=generator)
+        found = run(module, call)[0].double()
+        try:
+            outputs = list((_first if weights.family == "mamba1" else _second)(module, weights, tokens))
+        except Exception as error:  # the parts are anybody's: missing, of other shapes, called in another way
+            raise Unproven(f"its parts do not fit together as those of {kind} do ({first_line(error)})") from error
+        if not any(_agrees(found, wanted) for wanted in outputs):
+            raise Unproven(f"its output is not that of {kind} with the rows that were read")
+
+
+def _agrees(found: Tensor, wanted: Tensor) -> bool:
+    if found.numel() != wanted.numel():
+        return False
+    off = float((found.reshape(wanted.shape) - wanted).abs().max())
+    return off <= _RELATIVE * float(wanted.abs().max())
 
 
 def _first(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Tensor]:
@@ -60,8 +69,8 @@ def _first(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Ten
     rank = weights.w_delta.shape[1]
     low_LR = u_LE @ module.get_submodule("x_proj").get_parameter("weight")[:rank].mT
     delta_LE = F.softplus(low_LR @ weights.w_delta.mT + weights.delta_bias)
-    b_LEN, c_LEN = (part[:, None].expand(*u_LE.shape, -1) for part in _maps(weights, u_LE))
-    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LEN, c_LEN) + module.get_parameter("D") * u_LE
+    b_LGN, c_LGN = (part[:, None] for part in _maps(weights, u_LE))
+    y_LE = _recurrence(u_LE, delta_LE, weights.a_log, b_LGN, c_LGN) + _skip(module, weights) * u_LE
     yield module.get_submodule("out_proj")(y_LE * F.silu(z_LE))
 
 
@@ -75,10 +84,11 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     mixed_LC = torch.cat([mixed_LE, *_maps(weights, x_LD)], -1)
     u_LE, *both = _convolved(weights, mixed_LC).split([inner, groups * states, groups * states], -1)
     delta_LH = F.softplus(sum(weights.delta_shifts, x_LD @ weights.w_delta.mT + weights.delta_bias))
-    b_LEN, c_LEN = (part.unflatten(-1, (groups, states)).repeat_interleave(inner // groups, 1) for part in both)
-    by_head = (delta_LH, weights.a_log, module.get_parameter("D"))
+    delta_LH = delta_LH.clamp(*weights.step_limits)
+    b_LGN, c_LGN = (part.unflatten(-1, (groups, states)) for part in both)
+    by_head = (delta_LH, weights.a_log, _skip(module, weights))
     delta_LE, a_log_E, d_E = (part.repeat_interleave(share, -1) for part in by_head)
-    y_LE = _recurrence(u_LE, delta_LE, a_log_E[:, None], b_LEN, c_LEN) + d_E * u_LE
+    y_LE = _recurrence(u_LE, delta_LE, a_log_E[:, None], b_LGN, c_LGN) + d_E * u_LE
     if norm is None:
         yield out_proj(y_LE * F.silu(z_LE))
         return
@@ -88,6 +98,12 @@ def _second(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Te
     if all(each.default is not each.empty for each in takes_gate):
         yield out_proj(norm(y_LE * F.silu(z_LE)))
         yield out_proj(norm(y_LE) * F.silu(z_LE))
+
+
+def _skip(module: nn.Module, weights: SSMWeights) -> Tensor:
+    """Return D, 0 in a mixer without."""
+    skip: Tensor | None = getattr(module, "D", None)
+    return torch.zeros_like(weights.delta_bias) if skip is None else skip
 
 
 def _maps(weights: SSMWeights, inputs: Tensor) -> list[Tensor]:
@@ -105,9 +121,12 @@ def _convolved(weights: SSMWeights, inner_LC: Tensor) -> Tensor:
     return F.silu(F.conv1d(padded_CL[None], taps, weights.conv_bias, groups=len(taps))[0].mT)
 
 
-def _recurrence(u_LE: Tensor, delta_LE: Tensor, a_log: Tensor, b_LEN: Tensor, c_LEN: Tensor) -> Tensor:
-    state_EN, rows = torch.zeros_like(b_LEN[0]), []
-    for u_E, delta_E, b_EN, c_EN in zip(u_LE, delta_LE, b_LEN, c_LEN, strict=True):
+def _recurrence(u_LE: Tensor, delta_LE: Tensor, a_log: Tensor, b_LGN: Tensor, c_LGN: Tensor) -> Tensor:
+    share, rows = u_LE.shape[1] // b_LGN.shape[1], []
+    state_EN = u_LE.new_zeros(u_LE.shape[1], b_LGN.shape[2])
+    for u_E, delta_E, b_GN, c_GN in zip(u_LE, delta_LE, b_LGN, c_LGN, strict=True):
+        # One token's at a time: those of 256 tokens would take gigabytes in a large mixer.
+        b_EN, c_EN = b_GN.repeat_interleave(share, 0), c_GN.repeat_interleave(share, 0)
         decay_EN = (-a_log.exp() * delta_E[:, None]).exp()
         state_EN = decay_EN * state_EN + (delta_E * u_E)[:, None] * b_EN
         rows.append((state_EN * c_EN).sum(-1))

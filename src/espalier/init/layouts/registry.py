@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
@@ -109,6 +110,7 @@ class SSMWeights:
     is (channels or heads, its fan-in); ``a_log`` is (channels, N) in Mamba-1 and (heads,) in Mamba-2; ``conv_weight``
     is (channels, 1, K) with the newest tap last. ``map_biases`` are biases of W_B and W_C, ``delta_shifts`` what is
     added to Δ beside ``delta_bias``: both libraries that have them and those that do not start at zero there.
+    ``step_limits`` are what Δ is held within, whatever its bias says.
     """
 
     kind: ClassVar[str] = "ssm"
@@ -124,6 +126,7 @@ class SSMWeights:
     map_biases: tuple[Tensor, ...] = ()
     delta_shifts: tuple[Tensor, ...] = ()
     note: str = ""
+    step_limits: tuple[float, float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
