@@ -15,6 +15,7 @@ from espalier.doctor.patient import Record, fans, role_of, whole
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError, told
 from espalier.files import read_object, read_tensors, refuse_odd_names, require_regular
+from espalier.init.layouts.registry import attribute
 from espalier.init.matching import plain_name
 
 
@@ -123,14 +124,6 @@ def open_weights(path: Path) -> Source:
     except (OSError, ValueError):
         config = {}
     return Source(tuple(readers), lambda name: readers[name](name), config)
-
-
-def attribute(model: Any, name: str) -> Any:
-    """Return an attribute that a model may have; ``None`` where it has none, or its property raises."""
-    try:
-        return getattr(model, name, None)
-    except Exception:  # whatever a property of the user's own raises while nothing is attached
-        return None
 
 
 def _config_of(model: nn.Module) -> Mapping[str, Any]:
