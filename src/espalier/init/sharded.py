@@ -94,7 +94,8 @@ def _gather(shard: DTensor, shapes: bool) -> nn.Parameter:
     if shapes or shard.device.type == "meta":
         tensor = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
     else:
-        tensor = shard.full_tensor().detach()
+        with torch.inference_mode(False):  # whose tensors count no versions, by which a write is known
+            tensor = shard.full_tensor().detach()
     return nn.Parameter(tensor, requires_grad=False)
 
 
