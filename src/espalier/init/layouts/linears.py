@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from espalier.init.adapters import ADAPTED, is_adapted
-from espalier.init.layouts.registry import AttentionWeights, Refused, attribute
+from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 # Names that a configuration may mean otherwise, and a module that states a head's width: h is a height, too.
@@ -71,7 +71,7 @@ def _assemble(module: nn.Module, weights: Sequence[Tensor], names: Sequence[str]
     if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
         raise Refused("attention", _UNFIT)
     biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
-    biases += [attribute(module, name) for name in ("q_bias", "k_bias", "v_bias")]
+    biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
     return AttentionWeights(q, k, v, out, heads, groups, found, note)
 
@@ -108,13 +108,13 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
 
 def _count_heads(module: nn.Module, rows: int) -> int:
     """Return the number of query heads that the module states, or raise that it divides no rows or is not stated."""
-    for owner in (module, attribute(module, "self"), attribute(module, "attention")):
+    for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
         heads, width = _stated(owner, HEADS), _stated(owner, WIDTHS)
         heads = heads if heads or width else _stated(owner, _OWN_HEADS)
         if heads or width:
             break
     else:
-        heads, width = _stated(attribute(module, "config"), HEADS), 0
+        heads, width = _stated(getattr(module, "config", None), HEADS), 0
     if not heads and width and rows % width == 0:
         heads = rows // width
     if not heads or rows % heads:
@@ -128,5 +128,5 @@ def _count_heads(module: nn.Module, rows: int) -> int:
 
 
 def _stated(owner: object, names: Sequence[str]) -> int:
-    values = (attribute(owner, name) for name in names)
+    values = (getattr(owner, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), 0)
