@@ -104,6 +104,56 @@ def test_a_scripted_part_is_no_layer_and_changes_no_other(part: str) -> None:
     assert torch.equal(*drawn)
 
 
+class Crossed(nn.Module):
+    """A block whose keys are another sequence's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(DIM, 2, batch_first=True), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(self.attention(x, y, y)[0])
+
+
+class Nameless(Crossed):
+    """The same with arguments that have no names."""
+
+    def forward(self, *sequences: Tensor) -> Tensor:
+        return super().forward(*sequences)
+
+
+def handed_on(block: nn.Module) -> nn.Module:
+    """Put a forward in place of a block's that takes whatever it is given, as wrappers of a call do."""
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # type: ignore[method-assign]
+    return block
+
+
+class Wrapper(nn.Module):
+    """A module that hands on whatever it gets."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("block", [Crossed(), Nameless(), handed_on(Crossed()), Wrapper(Crossed()),
+                                   Wrapper(Nameless()), nn.Sequential(handed_on(Crossed()))])  # fmt: skip
+def test_whoever_calls_attention_is_asked_whose_keys_it_gets_whatever_its_arguments(block: nn.Module) -> None:
+    before = copies(block)
+    with pytest.raises(EspalierError, match=r"cross-attention|cannot be proven"):
+        espalier.structure_(block, generator=seeded())
+    assert unchanged(block, before)
+
+
+def test_a_mere_wrapper_knows_no_more_than_its_layer() -> None:
+    model = Wrapper(Wrapper(nn.MultiheadAttention(DIM, 2)))
+    assert [row.status for row in espalier.structure_(model, generator=seeded()).layers] == ["written"]
+
+
 class Causal(nn.Module):
     """A causal depthwise convolution, as state-space models and speech encoders have it."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
+from espalier.init.layouts.arguments import NAMELESS, ROTARY_NAME, VARIADIC, arguments, is_sequence
 from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, fresh, run, untraced
 
 _ZEROS = re.compile(r"residual|alibi|bias")
@@ -96,7 +96,7 @@ def calls_of_part(
                 why = why or str(error)
             if seen:
                 return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in seen]
-    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
+    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 
 
 def count_tokens(part: nn.Module, call: Call, width: int) -> int:

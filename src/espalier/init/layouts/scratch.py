@@ -206,7 +206,12 @@ def bound(module: nn.Module, call: Call) -> dict[str, Any]:
 
 
 def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module] | None:
-    """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``."""
+    """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``.
+
+    One whose forward names no arguments is asked only where none above does: with several parts, or a forward of
+    another's, it may hand on to each what it likes.
+    """
+    nameless: tuple[str, nn.Module] | None = None
     if isinstance(names[""], BareCheckpoint):
         return None
     while name:
@@ -218,7 +223,9 @@ def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module]
         kinds = [p.kind for p in arguments(module)]
         if VARIADIC[0] not in kinds and not (VARIADIC[1] in kinds and len(kinds) <= 2):
             return name, module
-    return None
+        if nameless is None and (len(list(module.children())) > 1 or has_own_forward(module)):
+            nameless = name, module
+    return nameless
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
