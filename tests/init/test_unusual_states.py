@@ -70,6 +70,19 @@ def test_a_bias_that_is_one_number_many_times_leaves_its_layer_alone() -> None:
     assert unchanged(model[0], {name[2:]: value for name, value in before.items() if name[0] == "0"})
 
 
+@pytest.mark.parametrize("part", ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"])
+def test_a_layer_of_which_a_part_is_frozen_is_left_alone(part: str) -> None:
+    model = layers()
+    model[0].get_parameter(part).requires_grad_(False)
+    before = copies(model)
+    rows = espalier.structure_(model, generator=seeded()).layers
+    assert [row.status for row in rows] == ["skipped", "written"]
+    assert "frozen" in rows[0].note
+    assert unchanged(model[0], {name[2:]: value for name, value in before.items() if name[0] == "0"})
+    # A model that is frozen as a whole says nothing of its parts.
+    assert espalier.structure_(model.requires_grad_(False), generator=seeded()).layers[0].status == "written"
+
+
 @pytest.mark.parametrize("steps", [(1, 1), (DIM // 2, 1), (1, DIM - 1), (0, 1)])
 def test_a_weight_whose_rows_share_numbers_is_left_alone(steps: tuple[int, int]) -> None:
     model = nn.ModuleList([nn.MultiheadAttention(DIM, 2)])

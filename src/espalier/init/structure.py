@@ -20,12 +20,12 @@ from espalier.init.layouts.hooks import refuse_hooked
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
-from espalier.init.ties import Span, memory_of, others_of, overlap
+from espalier.init.ties import Span, memory_of, others_of, overlap, spans_of
 from espalier.init.trained import warn_if_trained
 from espalier.randomness import cpu_generator
 
 _INFERENCE = "its weights were made under inference_mode, and nothing outside of it may write them: clone them first"
-_FROZEN = "frozen (requires_grad=False) in a model that trains: write first and freeze then, or unfreeze it"
+_FROZEN = "some or all of it is frozen (requires_grad=False) in a model that trains: write first, then freeze"
 # Statuses of layers that carried structure when their report was made.
 _CARRIED = ("written", "present", "changed")
 # A part that stood out (a score of 1) is lost when less than this is left of the score.
@@ -209,8 +209,8 @@ def _unless_refused(site: _Site, model: nn.Module) -> _Site:
     refused = refuse_hooked(site.layer.part, site.family.kind)
     weights = [view for _, view in tensors(site.layer.found)]
     # Where all of a model is frozen, that says nothing of a layer.
-    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.part)]
-    if trained == [True, False]:
+    frozen = spans_of(parameter for parameter in site.layer.part.parameters() if not parameter.requires_grad)
+    if overlap(site.spans, frozen) and any(parameter.requires_grad for parameter in model.parameters()):
         refused = Skipped(site.family.kind, _FROZEN)
     elif "base_layer" in site.layer.name.split("."):
         refused = Skipped(site.family.kind, f"it {ADAPTED}")
