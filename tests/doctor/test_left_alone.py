@@ -128,3 +128,20 @@ def test_properties_that_raise_end_nothing(example: Any) -> None:
     assert espalier.audit(own).layers[0].status == "present"
     for a, b in zip(plain.parameters(), own.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("example", [None, "synthetic"])
+def test_a_compiled_module_inside_a_wrapper_is_no_traceback(example: Any) -> None:
+    model = nn.DataParallel(torch.compile(nn.TransformerEncoderLayer(DIM, 3, 48, batch_first=True), backend="eager"))
+    assert espalier.diagnose(model, example=example).ok
+
+
+def test_a_lazy_parameter_is_in_no_group_of_an_optimiser() -> None:
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.LazyLinear(3))
+    for held, where in ((model[0], ["1.bias", "1.weight"]), (model, [])):
+        optimizer = torch.optim.SGD(held.parameters(), 0.1)
+        found = [f.layer for f in espalier.diagnose(model, optimizer=optimizer).findings if f.check == "optimizer"]
+        assert sorted(found) == where
+    other = torch.optim.SGD([*nn.LazyLinear(3).parameters(), *model.parameters()], 0.1)
+    found = [f.measured for f in espalier.diagnose(model, optimizer=other).findings if f.check == "optimizer"]
+    assert found == ["2 of its 6 parameters are not the model's"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.doctor.sources import inside
 from espalier.doctor.stats import dense
 from espalier.errors import EspalierError
 from espalier.init.layouts.registry import attribute
@@ -90,9 +91,7 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
     Raises:
         EspalierError: the model says nothing of its inputs.
     """
-    while isinstance(inner := attribute(model, "module") or attribute(model, "_orig_mod"), nn.Module):
-        if inner is model:
-            break
+    while (inner := inside(model)) is not None:
         model = inner
     config = attribute(model, "config")
 

@@ -126,9 +126,16 @@ def open_weights(path: Path) -> Source:
     return Source(tuple(readers), lambda name: readers[name](name), config)
 
 
+def inside(model: nn.Module) -> nn.Module | None:
+    """Return the module inside a wrapper (DDP, ``torch.compile``), or ``None`` where there is none."""
+    parts = (attribute(model, name) for name in ("module", "_orig_mod"))
+    # Not by its truth: a compiled module asks what it holds for its length.
+    return next((part for part in parts if isinstance(part, nn.Module) and part is not model), None)
+
+
 def _config_of(model: nn.Module) -> Mapping[str, Any]:
-    inner = attribute(model, "module") or attribute(model, "_orig_mod")
-    if isinstance(inner, nn.Module) and inner is not model and attribute(model, "config") is None:
+    inner = inside(model)
+    if inner is not None and attribute(model, "config") is None:
         return _config_of(inner)
     config = attribute(model, "config")
     to_dict = getattr(config, "to_dict", None)
