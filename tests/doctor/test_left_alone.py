@@ -145,3 +145,24 @@ def test_a_lazy_parameter_is_in_no_group_of_an_optimiser() -> None:
     other = torch.optim.SGD([*nn.LazyLinear(3).parameters(), *model.parameters()], 0.1)
     found = [f.measured for f in espalier.diagnose(model, optimizer=other).findings if f.check == "optimizer"]
     assert found == ["2 of its 6 parameters are not the model's"]
+
+
+class InPlace(nn.Module):
+    """A model that normalises what it is given in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mul_(2).add_(1))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_batch_that_the_model_writes_into_is_as_before(learns: bool) -> None:
+    x = torch.randn(32, DIM).requires_grad_(learns)
+    before, model = x.detach().clone(), InPlace()
+    for example in (x, {"x": x}, (x, torch.zeros(32, dtype=torch.long))):
+        assert espalier.diagnose(model, example=example).ok
+    assert torch.equal(x.detach(), before)
+    assert x.grad is None

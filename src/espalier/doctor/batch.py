@@ -28,8 +28,13 @@ class Batch:
     targets: Tensor | None = None
 
     def run(self, model: nn.Module) -> Any:
-        """Return the model's output."""
-        return model(*self.arguments, **self.keywords)
+        """Return the model's output on copies: a first layer that works in place would change the user's batch."""
+        keywords = {name: _copied(value) for name, value in self.keywords.items()}
+        return model(*map(_copied, self.arguments), **keywords)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def as_batch(model: nn.Module, example: Any) -> Batch:
