@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from espalier.errors import EspalierError
@@ -52,8 +53,6 @@ def generators_kept(devices: Sequence[int | torch.device] = ()) -> Iterator[None
     Args:
         devices: CUDA devices whose generators are put back, too.
     """
-    import numpy as np  # not before it is needed: importing espalier pulls torch alone
-
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what others draw from)
     try:
         with torch.random.fork_rng(devices=devices):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 _MODULE_FIELDS = frozenset(vars(nn.Module()))
 _TABLES = (dict, OrderedDict, defaultdict, Counter)
 _FLAT = (deque, set, bytearray, np.ndarray)
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 # Of torch's own wrappers: what a pass leaves in them belongs to a state that is not theirs alone.
 WRAPPERS = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 
@@ -25,6 +24,8 @@ def lend_copies(modules: Iterable[nn.Module]) -> None:
 
     A pass may write into them: a cache of keys and values, a list of every block's output, a generator it draws from.
     """
+    # Not at the top: numpy loads its generators when they are first named.
+    generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
     copies: dict[int, Any] = {}  # what several modules share, they share still
 
     def copied(value: Any) -> Any:
@@ -41,7 +42,7 @@ def lend_copies(modules: Iterable[nn.Module]) -> None:
                 copies[id(value)][key] = copied(part)
         elif type(value) in _FLAT:
             copies[id(value)] = copy.copy(value)
-        elif isinstance(value, _GENERATORS):
+        elif isinstance(value, generators):
             copies[id(value)] = copy.deepcopy(value)
         else:
             return value
