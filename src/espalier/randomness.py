@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from espalier.errors import EspalierError
@@ -42,6 +44,22 @@ def cpu_generator(generator: torch.Generator | None) -> torch.Generator | None:
         return generator
     seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=generator.device)
     return torch.Generator(device="cpu").manual_seed(int(seed))
+
+
+@contextmanager
+def generators_kept(devices: Sequence[int | torch.device] = ()) -> Iterator[None]:
+    """Put back torch's, Python's and numpy's global generators after a ``with`` block, which may run anyone's code.
+
+    Args:
+        devices: CUDA devices whose generators are put back, too.
+    """
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what others draw from)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)  # noqa: NPY002
 
 
 @contextmanager

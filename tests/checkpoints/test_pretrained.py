@@ -66,3 +66,13 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(path: str, hub:
     with pytest.raises(EspalierError, match="name a folder"):
         open_host_model(path)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model_type": "no-such"}', '{"model_type": "vit", "hidden_size": -24}',
+                                  '{"model_type": "vit", "hidden_size": "wide"}', '{"model_type": 3}'])  # fmt: skip
+def test_a_configuration_that_builds_no_model_is_one_line(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(EspalierError, match="cannot be had from its folder") as caught:
+        open_host_model(f"transformers:{tmp_path}")
+    assert "\n" not in str(caught.value)

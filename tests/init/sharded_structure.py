@@ -53,7 +53,8 @@ def main(folder: Path) -> None:
     assert dict(model.named_parameters()).keys() == shards.keys()
     if many:
         assert all(hasattr(p, "full_tensor") for p in model.parameters())
-    after = espalier.audit(model, against=report)
+    with torch.inference_mode():  # as in an evaluation loop
+        after = espalier.audit(model, against=report)
     results = whole(model)
     table = f"{report}\n{after}\n{[row.mark for row in report.layers]}"
 

@@ -115,18 +115,24 @@ def _open_transformers(name: str) -> nn.Module:
         except OSError as error:
             said = f"cannot read {error.filename} ({error.strerror})"
             raise EspalierError(f"model {name}: {said}: name a folder with whole weights") from None
-        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    return cls(config) if known else transformers.AutoModel.from_config(config)
+        return _fetched(
+            name, lambda: cls.from_pretrained(folder, use_safetensors=True, local_files_only=True), "its folder"
+        )
+
+    def build() -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return cls(config) if known else transformers.AutoModel.from_config(config)
+
+    return _fetched(name, build, "its folder")
 
 
-def _fetched(name: str, fetch: Callable[[], T]) -> T:
-    """Return what ``fetch`` brings from the hub or its cache; whatever stops it becomes one line."""
+def _fetched(name: str, fetch: Callable[[], T], place: str = "the hub or its cache") -> T:
+    """Return what ``fetch`` brings from a place; whatever stops it becomes one line."""
     try:
         return fetch()
     except Exception as error:  # the hub's own errors, its HTTP client's, and those of files that are not what they say
         said = " ".join(str(error).split()) or type(error).__name__
-        raise EspalierError(f"model {name!r} cannot be had from the hub or its cache: {said}") from error
+        raise EspalierError(f"model {name!r} cannot be had from {place}: {said}") from error
 
 
 def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from espalier.doctor.lent import lend_copies
 from espalier.doctor.patient import Record
 from espalier.doctor.stats import root_mean_square
 from espalier.init.sharded import is_distributed
+from espalier.randomness import generators_kept
 
 # What these hold is turned into a weight first: divided by its norm, masked, scaled.
 _COMPUTED = ("original", "weight_v", "weight_orig")
@@ -57,8 +59,11 @@ def _ask(question: Callable[[Record, nn.Module, Tensor], Answer], record: Record
     if weight is None or module._modules or module._buffers or record.meta or sharded:
         return None
     before = dict(vars(module))
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+    with generators_kept([weight.device] if weight.is_cuda else []):
         try:
+            lend_copies([module])
+            # Hooks are no business of a made-up input: they may count or log it.
+            vars(module).update((name, type(hooks)()) for name, hooks in before.items() if "_hooks" in name)
             return question(record, module, weight)
         except Exception:  # whatever a class of its own raises at an input that it does not take
             return None

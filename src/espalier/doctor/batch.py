@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.sources import attribute
+from espalier.doctor.sources import inside
 from espalier.doctor.stats import dense
 from espalier.errors import EspalierError
+from espalier.init.layouts.registry import attribute
 from espalier.init.layouts.whole_model import first_inputs
 
 _BATCH = 4
@@ -27,8 +28,13 @@ class Batch:
     targets: Tensor | None = None
 
     def run(self, model: nn.Module) -> Any:
-        """Return the model's output."""
-        return model(*self.arguments, **self.keywords)
+        """Return the model's output on copies: a first layer that works in place would change the user's batch."""
+        keywords = {name: _copied(value) for name, value in self.keywords.items()}
+        return model(*map(_copied, self.arguments), **keywords)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def as_batch(model: nn.Module, example: Any) -> Batch:
@@ -90,16 +96,14 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
     Raises:
         EspalierError: the model says nothing of its inputs.
     """
-    while isinstance(inner := attribute(model, "module") or attribute(model, "_orig_mod"), nn.Module):
-        if inner is model:
-            break
+    while (inner := inside(model)) is not None:
         model = inner
     config = attribute(model, "config")
 
     def setting(*names: str) -> int | None:
-        for source in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None), model):
+        for source in (config, attribute(config, "text_config"), attribute(config, "vision_config"), model):
             for name in names:
-                value = getattr(source, name, None)
+                value = attribute(source, name)
                 if isinstance(value, tuple | list) and value:
                     value = value[0]
                 if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -114,22 +118,22 @@ def synthetic(model: nn.Module, generator: torch.Generator) -> list[Any]:
 
 
 def _from_timm(model: nn.Module, generator: torch.Generator) -> list[Any]:
-    described = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    described = attribute(model, "pretrained_cfg") or attribute(model, "default_cfg") or {}
     size = described.get("input_size") if isinstance(described, Mapping) else None
-    size = getattr(model, "input_size", None) or size
+    size = attribute(model, "input_size") or size
     if isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(part, int) for part in size):
         return [torch.randn(_BATCH, *size, generator=generator)]
     return []
 
 
 def _from_settings(model: nn.Module, setting: Callable[..., int | None], generator: torch.Generator) -> list[Any]:
-    main = getattr(model, "main_input_name", "")
+    main = attribute(model, "main_input_name", "")
     vocabulary, side = setting("vocab_size"), setting("image_size", "img_size")
     if vocabulary and main in ("", "input_ids"):
         length = min(32, setting("max_position_embeddings", "n_positions", "max_len") or 32)
         ids = torch.randint(vocabulary, (_BATCH, length), generator=generator)
         batch = {"input_ids": ids}
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if attribute(attribute(model, "config"), "is_encoder_decoder"):
             batch["decoder_input_ids"] = ids[:, : max(2, length // 2)]
         return [batch if main else ids]
     if side and main in ("", "pixel_values"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.doctor.stats import TensorStats
+from espalier.init.layouts.registry import attribute
 from espalier.init.trained import drawn_around_zero
 
 Role = Literal["weight", "bias", "norm", "embedding", "position", "gain", "ssm", "adapter", "statistics", "other"]
@@ -248,7 +249,7 @@ def _left_its_start(bias: TensorStats) -> bool:
 
 def _inputs(weight: Record) -> int:
     """Return how many inputs a layer takes; a depthwise convolution as many as it has filters."""
-    channels = getattr(weight.module, "in_channels", None)
+    channels = attribute(weight.module, "in_channels")
     if isinstance(channels, int):
         return channels
     return weight.shape[0] if weight.filters or type(weight.module).__name__ == "Conv1D" else weight.shape[1]

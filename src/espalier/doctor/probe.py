@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,19 +13,17 @@ from torch.utils.checkpoint import CheckpointError
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
 from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradients, judge_loss
+from espalier.doctor.lent import WRAPPERS, lend_copies
 from espalier.doctor.patient import Patient
 from espalier.doctor.reconsider import judge_weights, reconsider
 from espalier.doctor.registry import Finding, Severity
-from espalier.doctor.sources import attribute
 from espalier.doctor.stats import dense, root_mean_square
 from espalier.doctor.watch import Activity, first_floating, watch
 from espalier.errors import EspalierError
+from espalier.init.layouts.registry import attribute
 from espalier.init.layouts.scratch import uncompiled
 from espalier.init.matching import plain_name
-
-_MODULE_FIELDS = frozenset(vars(nn.Module()))
-# Of torch's own wrappers: what a pass leaves in them belongs to a state that is not theirs alone.
-_WRAPPERS = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
+from espalier.randomness import generators_kept
 
 
 def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding]:
@@ -54,7 +50,7 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
     if any(tensor.is_inference() for tensor in (*patient.model.parameters(), *patient.model.buffers())):
         raise EspalierError("example: weights made under inference_mode cannot be trained: load them outside of it")
     generator = torch.Generator().manual_seed(0)
-    model = getattr(patient.model, "_orig_mod", patient.model)
+    model = attribute(patient.model, "_orig_mod", patient.model)
     with _as_before(model), uncompiled(), torch.enable_grad():
         model.train()
         batch = _working_batch(model, example, generator)
@@ -100,11 +96,9 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     # Not manual_seed, which seeds all devices, also those that are not in use yet, and for good.
     started = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = list(range(torch.cuda.device_count())) if started else []
-    numpy, own_state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    _lend_copies(model)
+    lend_copies(model.modules())
     try:
-        with torch.random.fork_rng(devices=devices):
+        with generators_kept(devices):
             torch.default_generator.manual_seed(0)
             for device in devices:
                 torch.cuda.default_generators[device].manual_seed(0)
@@ -116,7 +110,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 continue
             module._buffers.clear()
             module._buffers.update(own)
-            if not type(module).__module__.startswith(_WRAPPERS):
+            if not type(module).__module__.startswith(WRAPPERS):
                 vars(module).clear()
                 vars(module).update(attributes)
                 # An adapter may put what it merged in their place; shards are FSDP's to swap.
@@ -127,39 +121,8 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             for tensor, values in held:
                 # A graph of the user's own that holds the tensor stays usable.
                 tensor.data.copy_(values)
-        random.setstate(own_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-def _lend_copies(model: nn.Module) -> None:
-    """Put copies in place of tensors, lists and dictionaries in plain attributes.
-
-    A pass may write into them: a cache of keys and values, a list of every block's output.
-    """
-    copies: dict[int, Any] = {}  # what several modules share, they share still
-
-    def copied(value: Any) -> Any:
-        if id(value) in copies:
-            return copies[id(value)]
-        if type(value) is Tensor:
-            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-        elif type(value) is list:
-            copies[id(value)] = []
-            copies[id(value)] += map(copied, value)
-        elif type(value) is dict:
-            copies[id(value)] = {}
-            copies[id(value)].update((key, copied(part)) for key, part in value.items())
-        else:
-            return value
-        return copies[id(value)]
-
-    for part in model.modules():
-        if not isinstance(part, torch.jit.ScriptModule) and not type(part).__module__.startswith(_WRAPPERS):
-            own = [(name, value) for name, value in vars(part).items() if name not in _MODULE_FIELDS]
-            vars(part).update((name, copied(value)) for name, value in own)
 
 
 def _expanded(tensor: Tensor) -> bool:
@@ -259,7 +222,7 @@ def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
         return logits.shape[-1] > 1
     config = attribute(model, "config")
     named = [attribute(s, n) for s in (config, model) for n in ("vocab_size", "num_labels", "num_classes")]
-    named += [getattr(getattr(config, "text_config", None), "vocab_size", None)]
+    named += [attribute(attribute(config, "text_config"), "vocab_size")]
     return logits.shape[-1] > 1 and logits.shape[-1] in [size for size in named if isinstance(size, int)]
 
 

@@ -15,6 +15,7 @@ from espalier.doctor.patient import Record, fans, role_of, whole
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError, told
 from espalier.files import read_object, read_tensors, refuse_odd_names, require_regular
+from espalier.init.layouts.registry import attribute
 from espalier.init.matching import plain_name
 
 
@@ -125,17 +126,16 @@ def open_weights(path: Path) -> Source:
     return Source(tuple(readers), lambda name: readers[name](name), config)
 
 
-def attribute(model: Any, name: str) -> Any:
-    """Return an attribute that a model may have; ``None`` where it has none, or its property raises."""
-    try:
-        return getattr(model, name, None)
-    except Exception:  # whatever a property of the user's own raises while nothing is attached
-        return None
+def inside(model: nn.Module) -> nn.Module | None:
+    """Return the module inside a wrapper (DDP, ``torch.compile``), or ``None`` where there is none."""
+    parts = (attribute(model, name) for name in ("module", "_orig_mod"))
+    # Not by its truth: a compiled module asks what it holds for its length.
+    return next((part for part in parts if isinstance(part, nn.Module) and part is not model), None)
 
 
 def _config_of(model: nn.Module) -> Mapping[str, Any]:
-    inner = attribute(model, "module") or attribute(model, "_orig_mod")
-    if isinstance(inner, nn.Module) and inner is not model and attribute(model, "config") is None:
+    inner = inside(model)
+    if inner is not None and attribute(model, "config") is None:
         return _config_of(inner)
     config = attribute(model, "config")
     to_dict = getattr(config, "to_dict", None)

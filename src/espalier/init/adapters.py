@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from espalier.init.layouts.registry import attribute
+
 ADAPTED = "carries an adapter (LoRA): write the base model, then add adapters"
 
 
 def is_adapted(layer: nn.Module) -> bool:
     """Return whether a layer is an adapter over another, known by the names that peft gives its parts."""
-    return hasattr(layer, "base_layer") or hasattr(layer, "lora_A")
+    return any(attribute(layer, name) is not None for name in ("base_layer", "lora_A"))
 
 
 @contextmanager
@@ -29,12 +31,12 @@ def without_adapters(module: nn.Module) -> Iterator[bool]:
         (owner, name, child)
         for owner in module.modules()
         for name, child in owner.named_children()
-        if isinstance(getattr(child, "base_layer", None), nn.Module)
+        if isinstance(attribute(child, "base_layer"), nn.Module)
     ]
     try:
         for owner, name, child in over:
             base = child
-            while isinstance(below := getattr(base, "base_layer", None), nn.Module):
+            while isinstance(below := attribute(base, "base_layer"), nn.Module):
                 base = below
             owner._modules[name] = base
         yield bool(over)

@@ -91,11 +91,12 @@ def _is_sharded(parameter: Tensor | None) -> TypeGuard[DTensor]:
 
 
 def _gather(shard: DTensor, shapes: bool) -> nn.Parameter:
-    if shapes or shard.device.type == "meta":
-        tensor = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
-    else:
-        tensor = shard.full_tensor().detach()
-    return nn.Parameter(tensor, requires_grad=False)
+    with torch.inference_mode(False):  # whose tensors count no versions, by which a write is known
+        if shapes or shard.device.type == "meta":
+            tensor = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
+        else:
+            tensor = shard.full_tensor().detach()
+        return nn.Parameter(tensor, requires_grad=False)
 
 
 @torch.no_grad()

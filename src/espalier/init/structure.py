@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -19,12 +20,12 @@ from espalier.init.layouts.hooks import refuse_hooked
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
-from espalier.init.ties import Span, memory_of, others_of, overlap
+from espalier.init.ties import Span, memory_of, others_of, overlap, spans_of
 from espalier.init.trained import warn_if_trained
 from espalier.randomness import cpu_generator
 
 _INFERENCE = "its weights were made under inference_mode, and nothing outside of it may write them: clone them first"
-_FROZEN = "frozen (requires_grad=False) in a model that trains: write first and freeze then, or unfreeze it"
+_FROZEN = "some or all of it is frozen (requires_grad=False) in a model that trains: write first, then freeze"
 # Statuses of layers that carried structure when their report was made.
 _CARRIED = ("written", "present", "changed")
 # A part that stood out (a score of 1) is lost when less than this is left of the score.
@@ -97,7 +98,8 @@ def structure_(
 
     Raises:
         EspalierError: the model holds nothing that was asked for, no layer could be written, or a spec does not fit.
-        VerificationError: a layer does not show what was written into it.
+        VerificationError: a layer does not show what was written into it. It has its own weights again; the layers
+            before it keep what they were given.
     """
     for name in specs.keys() - FAMILIES.keys():
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
@@ -122,8 +124,7 @@ def structure_(
         raise _nothing_written(model, asked, rows)
     for index, site in enumerate(sites):
         if rows[index].status == "written":
-            spec = asked[site.family.kind]
-            rows[index] = _attempt(_verify, site, rows[index], spec, sums[index], guard, fatal=_FATAL)
+            rows[index] = _attempt(_confirm, site, rows[index], sums[index], guard, fatal=_FATAL)
     return StructureReport(tuple(rows), tuple(filter(None, remarks)))
 
 
@@ -208,8 +209,8 @@ def _unless_refused(site: _Site, model: nn.Module) -> _Site:
     refused = refuse_hooked(site.layer.part, site.family.kind)
     weights = [view for _, view in tensors(site.layer.found)]
     # Where all of a model is frozen, that says nothing of a layer.
-    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in (model, site.layer.part)]
-    if trained == [True, False]:
+    frozen = spans_of(parameter for parameter in site.layer.part.parameters() if not parameter.requires_grad)
+    if overlap(site.spans, frozen) and any(parameter.requires_grad for parameter in model.parameters()):
         refused = Skipped(site.family.kind, _FROZEN)
     elif "base_layer" in site.layer.name.split("."):
         refused = Skipped(site.family.kind, f"it {ADAPTED}")
@@ -281,14 +282,32 @@ def _write(
             return site.row("skipped", weights.reason)
         if on_meta(weights):
             return site.row("skipped", "on the meta device: run again later")
-        text = family.write(weights, spec, site.place, stream)
-        sums.update(family.sums(weights))
+        with _kept_on_error(weights):
+            text = family.write(weights, spec, site.place, stream)
+            sums.update(family.sums(weights))
+            damaged = bool(family.damage(weights, sums))  # which ``_confirm`` tells
+            measured = {} if damaged else family.measure(weights)
+            if not damaged and (wrong := family.verify(weights, spec, site.place, measured)):
+                raise VerificationError(wrong)
         note = "; ".join(filter(None, (family.note(weights, site.layer.part), others_of(site.layer, site.spans))))
-    return replace(site.row("written", note), asked=text)
+    return replace(site.row("written", note), asked=text, measured=measured)
 
 
-def _verify(site: _Site, row: LayerReport, spec: object, sums: Mapping[str, float], guard: bool) -> LayerReport:
-    """Measure a written layer through fresh views, and raise if it shows something else."""
+@contextmanager
+def _kept_on_error(weights: Any) -> Iterator[None]:
+    """Put a layer's weights back if the ``with`` block raises, Ctrl-C included; no more than one layer is copied."""
+    kept = [(view, view.clone()) for _, view in tensors(weights)]
+    try:
+        yield
+    except BaseException:
+        for view, values in kept:
+            with suppress(RuntimeError):  # what cannot be written was not
+                view.copy_(values)
+        raise
+
+
+def _confirm(site: _Site, row: LayerReport, sums: Mapping[str, float], guard: bool) -> LayerReport:
+    """Look at a written layer through fresh views, and raise if it shows something else than after it was written."""
     family = site.family
     with site.layer.open() as weights:
         if isinstance(weights, Skipped):
@@ -298,10 +317,7 @@ def _verify(site: _Site, row: LayerReport, spec: object, sums: Mapping[str, floa
             return replace(row, status="failed", note=damage)
         if now != sums:
             raise VerificationError("it changed after it was written: it shares its weight with another")
-        measured = family.measure(weights)
-        if wrong := family.verify(weights, spec, site.place, measured):
-            raise VerificationError(wrong)
-        return replace(row, measured=measured, mark=family.bits(weights) if guard else "")
+        return replace(row, mark=family.bits(weights) if guard else "")
 
 
 def _measure(site: _Site, earlier: LayerReport | None) -> LayerReport:

@@ -14,6 +14,7 @@ from espalier.doctor.registry import Finding, Severity, register_check
 from espalier.doctor.stats import dense, measure
 from espalier.errors import EspalierError
 from espalier.init import StructureReport, audit
+from espalier.init.layouts.registry import attribute
 from espalier.init.matching import plain_name
 from espalier.init.sharded import is_distributed
 
@@ -187,7 +188,7 @@ def _in_memory(patient: Patient, model: nn.Module, asked: bool) -> Iterator[Find
         measured, usual = "the head shares the embedding's memory", "weights of its own (configuration)"
         remedy = "set tie_word_embeddings to true, or give the head its own weight"
         yield Finding("warning", name, "tied", measured, usual, remedy)
-    elif asked and not shared and getattr(model, "_tied_weights_keys", True):
+    elif asked and not shared and attribute(model, "_tied_weights_keys", True):
         yield _untied(name, "the head has weights of its own")
     elif asked and not shared:  # a class of transformers that lists nothing: calling tie_weights() would change nothing
         measured = "its class ties nothing, whatever the configuration says"
@@ -218,9 +219,12 @@ def _untied(name: str, measured: str) -> Finding:
 def _end(model: nn.Module, ask: str) -> Tensor | None:
     """Return the weight of the token embedding or of the output head, where the model names it."""
     try:
-        weight = getattr(getattr(model, ask)(), "weight", None)
-    except (AttributeError, NotImplementedError, TypeError):
+        layer = getattr(model, ask)()
+    except Exception:  # a class without one raises what it likes
         return None
+    # A parametrised weight is computed whenever it is asked for: what is tied is what it is computed from.
+    kept = attribute(attribute(layer, "parametrizations"), "weight")
+    weight = attribute(layer, "weight") if kept is None else attribute(kept, "original")
     return weight if isinstance(weight, Tensor) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
@@ -55,11 +55,11 @@ def optimizer(patient: Patient) -> Iterator[Finding]:
     held = {id(p): p for group in patient.optimizer.param_groups for p in group["params"]}
     own = {id(p): (name, p) for name, p in patient.model.named_parameters()}
     strangers = [p for key, p in held.items() if key not in own]
-    shapes = Counter(tuple(p.shape) for p in strangers)
+    shapes = Counter(map(_shape_of, strangers))
     for key, (name, parameter) in own.items():
         if key in held or not parameter.requires_grad:
             continue
-        shape = tuple(parameter.shape)
+        shape = _shape_of(parameter)
         replaced = shapes[shape] > 0
         shapes[shape] -= replaced
         measured = "replaced after the optimiser was made" if replaced else "in no group of the optimiser"
@@ -69,3 +69,7 @@ def optimizer(patient: Patient) -> Iterator[Finding]:
         measured = f"{len(strangers)} of its {len(held)} parameters are not the model's"
         remedy = "make the optimiser after to(), sharding, resizing and wrapping"
         yield Finding("error", "", "optimizer", measured, "none", remedy)
+
+
+def _shape_of(parameter: Tensor) -> tuple[int, ...]:
+    return () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)  # which has no shape to ask for

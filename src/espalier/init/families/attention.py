@@ -25,7 +25,7 @@ from espalier.init.attention.mimetic import (
 )
 from espalier.init.families.base import Family, Place
 from espalier.init.layouts import AttentionWeights, LatentAttentionWeights
-from espalier.init.layouts.registry import ROTARY
+from espalier.init.layouts.registry import ROTARY, attribute
 
 # A product counts as structured when its diagonal is this many standard errors from its other entries: with independent
 # weights the figure is normal with deviation 1, and a structured layer of width 48 already shows more than 20.
@@ -219,11 +219,11 @@ def _is_causal(weights: AnyAttention, module: nn.Module, model: nn.Module) -> bo
     """Return whether a token sees only earlier ones: as the views say, else the module, its class, or the model."""
     if weights.causal is not None:
         return weights.causal
-    stated = [part.is_causal for part in module.modules() if isinstance(getattr(part, "is_causal", None), bool)]
+    stated = [part.is_causal for part in module.modules() if isinstance(attribute(part, "is_causal"), bool)]
     if stated:
         return any(stated)
     names = "".join(type(part).__name__ for part in (module, model))
-    decoder = getattr(getattr(model, "config", None), "is_decoder", False) is True
+    decoder = attribute(attribute(model, "config"), "is_decoder") is True
     return decoder or "Causal" in names or type(model).__name__.endswith("LMHeadModel")
 
 

@@ -14,6 +14,7 @@ from espalier.init.families.base import LARGEST, Family, Place
 from espalier.init.filters.fit import FilterFit, covariance_fit
 from espalier.init.filters.spec import FilterCovariance
 from espalier.init.layouts import DepthwiseWeights
+from espalier.init.layouts.registry import attribute
 
 # σ(d) has three coefficients, and a layer's own σ says nothing of the others': fewer layers fit a line or a constant.
 _COEFFICIENTS = 3
@@ -65,7 +66,7 @@ class DepthwiseFamily(Family):
 
     def measure(self, weights: DepthwiseWeights) -> dict[str, float]:
         """Return the fields of ``FilterFit``."""
-        return covariance_fit(weights.weight)._asdict()
+        return covariance_fit(weights.weight, centre=weights.centre)._asdict()
 
     def verify(
         self, weights: DepthwiseWeights, spec: FilterCovariance, place: Place, measured: Mapping[str, float]
@@ -92,8 +93,8 @@ class DepthwiseFamily(Family):
         return f"weight reaches {most:.3g}: values of this size cannot train" if most > LARGEST else ""
 
     def fit(self, name: str, weights: DepthwiseWeights) -> DepthwiseFit:
-        """Return the fit to the closed form with its default switches."""
-        found = covariance_fit(weights.weight)
+        """Return the fit to the closed form with its default switches, about the layer's own centre."""
+        found = covariance_fit(weights.weight, centre=weights.centre)
         return DepthwiseFit(name, found.sigma, found.error, found.white_error)
 
     def spec(self, rows: Sequence[DepthwiseFit]) -> FilterCovariance | None:
@@ -124,7 +125,7 @@ class DepthwiseFamily(Family):
 
     def note(self, weights: DepthwiseWeights, module: nn.Module) -> str:
         """Say where the closed form was not made for the layer: strides, and kernels of 3 taps at most."""
-        stride = getattr(module, "stride", 1)
+        stride = attribute(module, "stride", 1)
         notes = [weights.note]
         if max(stride if isinstance(stride, tuple) else (stride,)) > 1:
             notes.append("strided: the closed form is of filters that keep the resolution")

@@ -7,6 +7,8 @@ import re
 
 from torch import nn
 
+# Why nothing is made up for a forward that takes whatever it is given.
+NAMELESS = "its forward names no arguments"
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # Arguments by how their names read. An optional sequence decides which keys are seen.
 _SEQUENCE = re.compile(

@@ -66,7 +66,7 @@ def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None
 @register_guess
 def guess_rows_by_head(module: nn.Module) -> Found | None:
     """Return the other reading of a fused layer: queries, keys and values of each head together (GPT-NeoX's)."""
-    return guess_attention(module, by_head=True) if set(FUSED) & set(module._modules) else None
+    return guess_attention(module, by_head=True) if set(FUSED) & set(module._modules.keys()) else None
 
 
 def _linear_in(layer: nn.Module, name: str) -> str:

@@ -27,6 +27,7 @@ from espalier.init.layouts.registry import (
     Refused,
     Skipped,
     SSMWeights,
+    attribute,
     class_path,
     holds_lazy,
     refuse_computed,
@@ -35,7 +36,7 @@ from espalier.init.layouts.scratch import first_line, owner_of
 from espalier.init.sharded import whole
 
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
-_EXPANDED = "its weights are fewer numbers seen many times (expanded): clone them, then write"
+_EXPANDED = "its weights are fewer numbers seen many times (expanded, overlapping): clone them, then write"
 _OVERLAPPING = "two of its projections are tied, or share memory: their products cannot both be set"
 _QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
 # What a class has besides what it redefines.
@@ -246,7 +247,7 @@ def _unusable(values: Sequence[Tensor]) -> str:
         return "its weights are complex numbers, of which no structure is published"
     if any(not value.is_floating_point() or value.element_size() < 2 for value in values):
         return _QUANTISED
-    if any(size > 1 and step == 0 for value in values for size, step in zip(value.shape, value.stride(), strict=True)):
+    if any(map(_repeats, values)):
         return _EXPANDED
     # Views of one head's rows are not dense: they lie between each other's rows, apart by construction.
     dense = [v for v in values if v.is_contiguous() or (v.ndim > 1 and v.mT.is_contiguous())]
@@ -255,9 +256,19 @@ def _unusable(values: Sequence[Tensor]) -> str:
     return _OVERLAPPING if overlap else ""
 
 
+def _repeats(value: Tensor) -> bool:
+    """Return whether some entries of a view may be the same number: an axis that steps no farther than others reach."""
+    reach = 0
+    for step, size in sorted((step, size) for step, size in zip(value.stride(), value.shape, strict=True) if size > 1):
+        if step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
+
+
 def _kind_of(module: nn.Module) -> str:
     """Return the family of a layer whose layout failed, by what only that family has."""
-    if hasattr(module, "A_log"):
+    if attribute(module, "A_log") is not None:
         return "ssm"
     return "depthwise" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "attention"
 
@@ -269,15 +280,16 @@ def _vet(name: str, module: nn.Module, found: Found) -> Found:
     if refused := refuse_computed(module, found.kind):
         return refused
     views = [view for view in vars(found).values() if isinstance(view, Tensor)]
-    if reason := _unusable(views):
+    biases = [bias for part in vars(found).values() if isinstance(part, tuple) for bias in part]
+    biases = [bias for bias in biases if isinstance(bias, Tensor)]
+    if reason := _unusable(views) or (any(map(_repeats, biases)) and _EXPANDED):
         return Skipped(found.kind, reason)
     if found.kind == "attention" and (reads_cross(name) or says_cross(module)):
         return Skipped("attention", CROSS)
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     # A bias that stays zero is a buffer in some classes (BEiT's, EVA's keys).
     kept = own | {buffer.untyped_storage()._cdata for buffer in module.buffers()}
-    biases = [bias for part in vars(found).values() if isinstance(part, tuple) for bias in part]
-    held = [(view, own) for view in views] + [(bias, kept) for bias in biases if isinstance(bias, Tensor)]
+    held = [(view, own) for view in views] + [(bias, kept) for bias in biases]
     computed = any(part.untyped_storage()._cdata not in known for part, known in held)
     return Skipped(found.kind, COMPUTED) if computed else found
 

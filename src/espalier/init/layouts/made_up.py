@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
+from espalier.init.layouts.arguments import NAMELESS, ROTARY_NAME, VARIADIC, arguments, is_sequence
 from espalier.init.layouts.positions import moved, one_sequence_each
 from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, fresh, run, untraced
 
@@ -105,7 +105,7 @@ def calls_of_part(
             if seen:
                 made = one_sequence_each(seen, partial(run, twin, moved(call)))
                 return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
-    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
+    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 
 
 def count_tokens(part: nn.Module, call: Call, width: int) -> int:

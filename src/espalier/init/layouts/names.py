@@ -8,6 +8,8 @@ from contextlib import suppress
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from espalier.init.layouts.registry import attribute
+
 _ATTENTION = frozenset({"attention", "attentions", "attn", "att", "attend", "mha", "mhsa", "msa", "sdpa", "mqa", "gqa"})
 # Words that make an attention module compare two sequences.
 _CROSS = frozenset(
@@ -85,7 +87,7 @@ def _is_cross(value: str) -> bool:
 def denies_cross(module: nn.Module) -> bool:
     """Return whether a module says of itself that it is not cross-attention."""
     names = ("is_cross_attention", "is_cross_attn", "is_cross")
-    return any(getattr(owner, name, None) is False for owner in (module, *module.children()) for name in names)
+    return any(attribute(owner, name) is False for owner in (module, *module.children()) for name in names)
 
 
 def looks_like_attention(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from espalier.init.layouts.arguments import NAMELESS
 from espalier.init.layouts.compare import PUSH, by_query, is_close, is_near, is_open, same_direction
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
@@ -143,7 +144,7 @@ class _Watch:
                 except CannotRunError as error:
                     why = why or str(error)
         owner = type(self.twin).__name__
-        raise CannotRunError(f"{owner}, which calls it, does not run on made-up inputs ({why})")
+        raise CannotRunError(f"{owner}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 
     def look(self, **pushes: Tensor) -> _Seen:
         """Run with pushes added to some of q, k and v."""

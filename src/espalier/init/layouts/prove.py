@@ -24,7 +24,15 @@ from espalier.init.layouts.probe_attention import (
 )
 from espalier.init.layouts.probe_ssm import prove_ssm
 from espalier.init.layouts.probe_use import meets_others
-from espalier.init.layouts.registry import AttentionWeights, BareCheckpoint, Found, Layout, Skipped, SSMWeights
+from espalier.init.layouts.registry import (
+    AttentionWeights,
+    BareCheckpoint,
+    Found,
+    Layout,
+    Skipped,
+    SSMWeights,
+    attribute,
+)
 from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, first_line, owner_of, untraced
 from espalier.init.layouts.whole_model import (
     calls_in_model,
@@ -297,7 +305,7 @@ def _calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: 
 def token_widths(owner: nn.Module) -> list[int]:
     """Return the widths of token that the first layers of a module take."""
     names = ("in_features", "in_channels", "embed_dim", "normalized_shape")
-    stated = [getattr(part, name, None) for part in owner.modules() for name in names]
+    stated = [attribute(part, name) for part in owner.modules() for name in names]
     sizes = [size[-1] if isinstance(size, tuple) and size else size for size in stated]
     return list(dict.fromkeys(size for size in sizes if isinstance(size, int)))[:3]
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +215,14 @@ def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
 def holds_lazy(module: nn.Module) -> bool:
     """Return whether a module holds parameters or buffers that its first call will make."""
     return any(map(is_lazy, itertools.chain(module.parameters(), module.buffers())))
+
+
+def attribute(owner: Any, name: str, default: Any = None) -> Any:
+    """Return an attribute that an object of anyone's may have, or ``default`` where it has none or asking raises."""
+    try:
+        return getattr(owner, name, default)
+    except Exception:  # whatever a property of the user's own raises while nothing is attached
+        return default
 
 
 def class_path(cls: type) -> str:

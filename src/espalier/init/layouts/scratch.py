@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from espalier.init.layouts.arguments import VARIADIC, arguments
 from espalier.init.layouts.registry import LAZY, BareCheckpoint, holds_lazy
+from espalier.randomness import generators_kept
 
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
@@ -157,10 +158,9 @@ class _ProductByProduct(TorchFunctionMode):
 def untraced() -> Iterator[None]:
     """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in any generator."""
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
-    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what others draw from)
     with (
         warnings.catch_warnings(action="ignore"),
-        torch.random.fork_rng(devices=[]),
+        generators_kept(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.device("cpu"),
@@ -175,8 +175,6 @@ def untraced() -> Iterator[None]:
         finally:
             torch.set_default_dtype(default)
             torch.backends.mha.set_fastpath_enabled(fast)
-            random.setstate(drawn)
-            np.random.set_state(drawn_by_numpy)  # noqa: NPY002
 
 
 def run(module: nn.Module, call: Call) -> list[Tensor]:
@@ -208,7 +206,12 @@ def bound(module: nn.Module, call: Call) -> dict[str, Any]:
 
 
 def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module] | None:
-    """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``."""
+    """Return the nearest module around ``name`` that has code of its own, and its name, or ``None``.
+
+    One whose forward names no arguments is asked only where none above does: with several parts, or a forward of
+    another's, it may hand on to each what it likes.
+    """
+    nameless: tuple[str, nn.Module] | None = None
     if isinstance(names[""], BareCheckpoint):
         return None
     while name:
@@ -220,7 +223,9 @@ def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module]
         kinds = [p.kind for p in arguments(module)]
         if VARIADIC[0] not in kinds and not (VARIADIC[1] in kinds and len(kinds) <= 2):
             return name, module
-    return None
+        if nameless is None and (len(list(module.children())) > 1 or has_own_forward(module)):
+            nameless = name, module
+    return nameless
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
