@@ -131,8 +131,8 @@ _PLAIN = {f"a.{name}_proj.weight": (8, 8) for name in "qkvo"}
     [
         ({"num_heads.weight": (4, 4), **_PLAIN}, ["a"]),
         ({**_PLAIN, "a.num_heads.weight": (4, 4)}, ["a"]),
-        ({"x.A_log.weight": (8, 1, 5, 5), "x.A_log": (8, 4)}, ["x.A_log"]),
-        ({"x.A_log": (8, 4), "x.A_log.weight": (8, 1, 5, 5)}, ["x.A_log"]),
+        ({"x.D.weight": (8, 1, 5, 5), "x.D": (8,)}, ["x.D"]),
+        ({"x.D": (8,), "x.D.weight": (8, 1, 5, 5)}, ["x.D"]),
         ({"x.dt_bias.weight": (8, 1, 5, 5), "x.dt_bias": (8,)}, ["x.dt_bias"]),
     ],
 )
