@@ -287,6 +287,34 @@ def test_every_level_computes_what_torch_does(level: str, name: str, threads: in
     torch.testing.assert_close(results["auto"], results["torch"], rtol=scale, atol=scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("channels", [32, 20])  # rows of whole cache lines, and others
+def test_results_stored_past_the_caches_are_the_same(
+    level: str, channels: int, threads: int, dtype: torch.dtype
+) -> None:
+    cache = ctypes.c_int64.in_dll(library._library()[1], "espalier_last_cache")
+    kept, before = cache.value, torch.get_num_threads()
+    layer = CayleyConv2d(channels, channels, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = []
+    try:
+        torch.set_num_threads(threads)
+        for choice, size in (("torch", kept), ("auto", 1)):  # nothing fits a cache of one byte
+            cache.value = size
+            x = _draw(8, channels, 6, 8, dtype=dtype, seed=0).requires_grad_()
+            with use_backend(choice):
+                y = layer.train()(x)
+                y.backward(_draw(*y.shape, dtype=dtype, seed=1))
+                evaluated = layer.eval()(x.detach().contiguous(memory_format=torch.channels_last))
+            results.append((y.detach(), x.grad, layer.weight.grad, evaluated.detach()))
+            layer.zero_grad()
+    finally:
+        cache.value = kept
+        torch.set_num_threads(before)
+    scale = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(results[1], results[0], rtol=scale, atol=scale)
+
+
 @pytest.mark.parametrize("kernel", [(5, 5), (3, 4), (2, 7), (3, 1), (1, 1)])
 @pytest.mark.parametrize("side", [(9, 16), (6, 5)])
 def test_bfloat16_maps_are_summed_in_float32_on_every_level(

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.init.layouts.arguments import arguments
+from espalier.init.layouts.compare import is_near
 from espalier.init.layouts.probe_attention import Unproven
 from espalier.init.layouts.registry import SSMWeights
 from espalier.init.layouts.scratch import Call, first_line, run
 
-# Several libraries compute the recurrence in float32, whatever the type.
-_RELATIVE = 1e-4
 # Logarithms of rates, and biases of steps, that it is run with: those of a usual size show what is made of them; slow
 # rates with large steps, as they are written, and small steps show limits that nothing else reaches.
 _RANGES = (((-1.0, 1.0), (-1.0, 1.0)), ((-8.0, -4.0), (2.0, 4.0)), ((-1.0, 3.0), (-6.0, -4.0)))
@@ -51,15 +50,9 @@ def prove_ssm(module: nn.Module, weights: SSMWeights, call: Call) -> None:
             outputs = list((_first if weights.family == "mamba1" else _second)(module, weights, tokens))
         except Exception as error:  # the parts are anybody's: missing, of other shapes, called in another way
             raise Unproven(f"its parts do not fit together as those of {kind} do ({first_line(error)})") from error
-        if not any(_agrees(found, wanted) for wanted in outputs):
+        same = (wanted for wanted in outputs if found.numel() == wanted.numel())
+        if not any(is_near(found.reshape(wanted.shape), wanted) for wanted in same):
             raise Unproven(f"its output is not that of {kind} with the rows that were read")
-
-
-def _agrees(found: Tensor, wanted: Tensor) -> bool:
-    if found.numel() != wanted.numel():
-        return False
-    off = float((found.reshape(wanted.shape) - wanted).abs().max())
-    return off <= _RELATIVE * float(wanted.abs().max())
 
 
 def _first(module: nn.Module, weights: SSMWeights, x_LD: Tensor) -> Iterator[Tensor]:

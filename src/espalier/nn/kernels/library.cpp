@@ -20,7 +20,7 @@ int64_t last_cache() {
   return 0;
 }
 }  // namespace
-const int64_t espalier_last_cache = last_cache();
+int64_t espalier_last_cache = last_cache();
 
 ESPALIER_API void espalier_set_team(Team team) { espalier_team = team; }
 
