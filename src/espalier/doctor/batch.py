@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from espalier.doctor.sources import inside
 from espalier.doctor.stats import dense
 from espalier.errors import EspalierError
+from espalier.init.layouts.owners import first_inputs
 from espalier.init.layouts.registry import attribute
-from espalier.init.layouts.whole_model import first_inputs
 
 _BATCH = 4
 

@@ -245,9 +245,18 @@ def test_a_second_sequence_among_keyword_arguments_is_seen() -> None:
         assert rows["two"].status == "written"
 
 
+@pytest.mark.parametrize("names", [FOUR, ("c_attn", "c_proj"), ("to_q", "to_kv", "to_out")])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_number_of_heads_that_no_known_name_states_is_proven_by_a_run(names: tuple[str, ...], heads: int) -> None:
+    module = Plain(names, heads).double()
+    del module.num_heads  # it goes by its ``count``, or needs none
+    check_attention(module, module, DIM, heads)
+
+
 def test_what_cannot_be_known_is_not_guessed() -> None:
-    module = Plain(FOUR)
+    module = Plain(FOUR, 6, 2)
     del module.num_heads
+    module.count = torch.tensor(6)  # not a number that is looked at
     assert "number of heads is not stated" in reason(module)
     module = Plain(FOUR)
     module.num_heads = 5

@@ -235,8 +235,22 @@ class Model(nn.Module):
 
 
 class MayTakeAnother(Model):
+    """One that takes a second image, or tokens, for the keys of its second layer; or only says that it does."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__(crossed=False)
+        self.use = use
+
     def forward(self, image: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(image)
+        assert image.shape[2] >= 8
+        x = self.stem(F.interpolate(image, (16, 16))).flatten(2).mT
+        x = x + self.layers[0](x, {"stream": x})
+        other = x
+        if context is not None and self.use == "image":
+            other = self.stem(F.interpolate(context, (16, 16))).flatten(2).mT
+        elif context is not None and self.use == "tokens":
+            other = context + torch.zeros_like(x)  # which fails on anything but tokens
+        return x + self.layers[1](x, {"stream": other})
 
 
 def test_a_layer_that_only_its_model_can_call_is_proven_in_a_run_of_the_model() -> None:
@@ -272,10 +286,10 @@ def test_every_call_of_a_layer_in_a_run_of_its_model_counts() -> None:
     assert isinstance(found["layers.0"], Skipped)
 
 
-def test_a_model_that_may_be_handed_another_sequence_is_not_run_to_prove_its_layers() -> None:
-    model = MayTakeAnother(crossed=False)
-    found = {name: weights for name, _, weights in find_layers(model)}
-    assert all(isinstance(weights, Skipped) for weights in found.values())
+@pytest.mark.parametrize("use", ["image", "tokens", "nothing"])
+def test_a_model_that_may_be_handed_another_sequence_is_run_with_one(use: str) -> None:
+    found = {name: weights for name, _, weights in find_layers(MayTakeAnother(use))}
+    assert isinstance(found["layers.1"], Skipped) == (use != "nothing")
 
 
 class Convolved(nn.Module):

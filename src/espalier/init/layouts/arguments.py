@@ -16,6 +16,7 @@ _SEQUENCE = re.compile(
     r"key_value|cross|latent"
 )
 _NO_SEQUENCE = re.compile(r"mask|past|cache|pos|bias|len|ids|idx|index|^output|use_|return|scale|gate|num|size|shape")
+_OTHER_IDS = re.compile(r"^(?!.*(pos|type|segment|seq|head|layer)).*ids$")
 ROTARY_NAME = re.compile(r"position_embed|rotary|rope|freqs|cos_sin|pos_emb$|^(cos|sin)$")
 
 
@@ -49,4 +50,5 @@ def may_be_moved(name: str) -> bool:
 
 def _may_be_tokens(parameter: inspect.Parameter) -> bool:
     stated = parameter.annotation is parameter.empty or "Tensor" in str(parameter.annotation)
-    return parameter.default is None and stated and may_be_moved(parameter.name)
+    may_be = may_be_moved(parameter.name) or _OTHER_IDS.search(parameter.name)
+    return parameter.default is None and stated and bool(may_be)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.linears import NO_HEADS
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
-from espalier.init.layouts.prove import prove, prove_use, refuse_other_keys
+from espalier.init.layouts.prove import PROVEN, prove, prove_use, refuse_other_keys
 from espalier.init.layouts.registry import (
     COMPUTED,
     CROSS,
@@ -35,6 +37,8 @@ from espalier.init.layouts.registry import (
 from espalier.init.layouts.scratch import first_line, owner_of
 from espalier.init.sharded import whole
 
+# An attribute above this is a width.
+_MOST_HEADS = 128
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
 _EXPANDED = "its weights are fewer numbers seen many times (expanded, overlapping): clone them, then write"
 _OVERLAPPING = "two of its projections are tied, or share memory: their products cannot both be set"
@@ -100,14 +104,17 @@ def locate_layers(model: nn.Module) -> list[Layer]:
     attention = registered | {name for name, module in names.items() if looks_like_attention(module)}
     # What has attention inside it is named for that: the innermost is the layer.
     attention -= {".".join(name.split(".")[:end]) for name in attention if name for end in range(name.count(".") + 1)}
-    inside, refused = list[str](), list[str]()
+    inside, refused, apart = list[str](), list[str](), set[str]()
     located = []
     for name, module in names.items():
-        if name.startswith(tuple(inside)) and not (name.startswith(tuple(refused)) and isinstance(module, Convolution)):
+        filters = name.startswith(tuple(refused)) and isinstance(module, Convolution)
+        if name.startswith(tuple(inside)) and not filters and name not in apart:
             continue
         host = type(module).__name__
         with whole(module, shapes=True):
             found = _read(names, name)
+            if found is not None:
+                apart |= {f"{name}.{part}".lstrip(".") for part in _not_its_own(module)} & attention
         if found is None:
             if name in attention:
                 located.append(Layer(name, host, module, "", names, _not_understood(module)))
@@ -198,15 +205,49 @@ def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
     """Return the first guess that a run of the module proves, else why the first is not proven."""
     refused: Found | None = None
     for guess in GUESSES:
-        found = _apply(guess, names[name])
-        assert not isinstance(found, Mapping)
-        if found is None:
-            continue
-        found = prove(names, name, _vet(name, names[name], found), guess)
-        if not isinstance(found, Skipped):
+        found = _proven(names, name, guess)
+        if isinstance(found, Skipped) and found.reason.startswith(NO_HEADS):
+            # A number that a run proves need not be stated.
+            tried = (_proven(names, name, _supposing(guess, heads)) for heads in _numbers_of(names[name]))
+            found = next((each for each in tried if isinstance(each, AttentionWeights) and PROVEN in each.note), found)
+        if found is not None and not isinstance(found, Skipped):
             return found
         refused = refused or found
     return refused
+
+
+def _proven(names: Mapping[str, nn.Module], name: str, guess: Layout) -> Found | None:
+    found = _apply(guess, names[name])
+    assert not isinstance(found, Mapping)
+    return None if found is None else prove(names, name, _vet(name, names[name], found), guess)
+
+
+def _not_its_own(module: nn.Module) -> set[str]:
+    """Return the parts of a module of an unregistered class that hold none of the weights that a guess reads there."""
+    if any(class_path(cls) in LAYOUTS for cls in type(module).__mro__):
+        return set()
+    found = (_apply(reading, module) for guess in GUESSES for reading in (guess, _supposing(guess, 1)))
+    read = next((each for each in found if isinstance(each, AttentionWeights)), None)
+    if read is None:
+        return set()
+    held = {view.untyped_storage()._cdata for view in (read.q, read.k, read.v, read.out)}
+    return {
+        name
+        for name, part in module.named_modules()
+        if name and not any(parameter.untyped_storage()._cdata in held for parameter in part.parameters())
+    }
+
+
+@functools.cache  # verdicts are kept by the reading
+def _supposing(guess: Layout, heads: int) -> Layout:
+    """Return a guess with a number of heads for modules that state none."""
+    return functools.partial(guess, heads=heads)  # type: ignore[call-arg]  # those of ours take it
+
+
+def _numbers_of(module: nn.Module) -> list[int]:
+    """Return how many heads a module may have that calls their number something else: one, or what it holds."""
+    held = [value for value in vars(module).values() if type(value) is int and 1 < value <= _MOST_HEADS]
+    return [1, *dict.fromkeys(held)]
 
 
 def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | None:

@@ -13,30 +13,36 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 # Names that a configuration may mean otherwise, and a module that states a head's width: h is a height, too.
 _OWN_HEADS = ("num_head", "nheads", "n_local_heads", "h")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_k", "d_head")
+NO_HEADS = "its number of heads is not stated"
 _UNFIT = "its weights' shapes do not fit together: register a layout for its class"
 
 
-def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> AttentionWeights:
+def separate(
+    module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "", heads: int = 0
+) -> AttentionWeights:
     """Return the weights of self-attention with four linear layers.
 
     Args:
         module: the attention module.
         q, k, v, out: dotted names of the linear layers inside it.
         note: what a reader of the report should know of this host.
+        heads: query heads, where the module does not state them.
 
     Raises:
         Refused: adapted (LoRA), quantised, missing or cross-attention.
     """
-    return _assemble(module, matrices(module, (q, k, v, out)), (q, k, v, out), note)
+    return _assemble(module, matrices(module, (q, k, v, out)), (q, k, v, out), note, heads)
 
 
-def paired(module: nn.Module, q: str, kv: str, out: str) -> AttentionWeights:
+def paired(module: nn.Module, q: str, kv: str, out: str, *, heads: int = 0) -> AttentionWeights:
     """Return the weights of self-attention whose keys and values come from one linear layer, keys first."""
     q_RD, kv_RD, out_DR = matrices(module, (q, kv, out))
-    return _assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], (q, kv, out))
+    return _assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], (q, kv, out), heads=heads)
 
 
-def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "") -> AttentionWeights:
+def fused(
+    module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "", heads: int = 0
+) -> AttentionWeights:
     """Return the weights of self-attention whose queries, keys and values come from one linear layer.
 
     Args:
@@ -45,6 +51,7 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
         by_head: rows go (q, k, v) within each head, as in GPT-NeoX and BLOOM; otherwise all queries, all keys, all
             values, the latter two fewer with grouped queries.
         note: what a reader of the report should know of this host.
+        heads: query heads, where the module does not state them.
     """
     rows_RD, out_DR = matrices(module, (qkv, out))
     shared, odd = divmod(len(rows_RD) - out_DR.shape[1], 2)
@@ -54,16 +61,18 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
         q, k, v = rows_RD.split([out_DR.shape[1], shared, shared])
     elif shared == out_DR.shape[1]:
         # Rows of one head are not evenly spaced over heads, so these views are three-dimensional.
-        q, k, v = rows_RD.unflatten(0, (_count_heads(module, shared), 3, -1)).unbind(1)
+        q, k, v = rows_RD.unflatten(0, (_count_heads(module, shared, heads), 3, -1)).unbind(1)
     else:
         raise Refused("attention", "its fused rows are not three a head: register a layout for its class")
-    return _assemble(module, [q, k, v, out_DR], (qkv, out), note)
+    return _assemble(module, [q, k, v, out_DR], (qkv, out), note, heads)
 
 
-def _assemble(module: nn.Module, weights: Sequence[Tensor], names: Sequence[str], note: str = "") -> AttentionWeights:
+def _assemble(
+    module: nn.Module, weights: Sequence[Tensor], names: Sequence[str], note: str = "", heads: int = 0
+) -> AttentionWeights:
     q, k, v, out = weights
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
-    heads = _count_heads(module, rows)
+    heads = _count_heads(module, rows, heads)
     if k.shape[-1] != dim or v.shape[-1] != dim or len(out) != dim:
         raise Refused("attention", "queries, keys and outputs have different widths: this is cross-attention")
     groups, rest = divmod(k.numel() // dim, rows // heads)
@@ -106,8 +115,12 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
     return weight.detach().mT if hasattr(layer, "nf") else weight.detach()
 
 
-def _count_heads(module: nn.Module, rows: int) -> int:
-    """Return the number of query heads that the module states, or raise that it divides no rows or is not stated."""
+def _count_heads(module: nn.Module, rows: int, supposed: int) -> int:
+    """Return the number of query heads that the module states, or what is supposed where it states none.
+
+    Raises:
+        Refused: neither is there, or it divides no rows.
+    """
     for owner in (module, getattr(module, "self", None), getattr(module, "attention", None)):
         heads, width = _stated(owner, HEADS), _stated(owner, WIDTHS)
         heads = heads if heads or width else _stated(owner, _OWN_HEADS)
@@ -117,8 +130,9 @@ def _count_heads(module: nn.Module, rows: int) -> int:
         heads, width = _stated(getattr(module, "config", None), HEADS), 0
     if not heads and width and rows % width == 0:
         heads = rows // width
+    heads = heads or supposed
     if not heads or rows % heads:
-        stated = f"{heads} heads do not divide its rows" if heads else "its number of heads is not stated"
+        stated = f"{heads} heads do not divide its rows" if heads else NO_HEADS
         # A module without a class of its own holds a part of a checkpoint.
         remedy = (
             "give the right one (heads, --heads)" if type(module) is nn.Module else "register a layout for its class"

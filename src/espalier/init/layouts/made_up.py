@@ -1,23 +1,26 @@
-"""Inputs that a module may run on, made up from its signature and attributes; or what its owner hands it on such."""
+"""Inputs that a module may run on, made up from its signature and attributes."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import NAMELESS, ROTARY_NAME, VARIADIC, arguments, is_sequence
-from espalier.init.layouts.positions import moved, one_sequence_each
-from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, fresh, run, untraced
+from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
+from espalier.init.layouts.scratch import Call, bound
 
 _ZEROS = re.compile(r"residual|alibi|bias")
+_UNTOLD = object()
+
+Form = Literal["usual", "zero masks", "pairs", "numbers", "ids"]
+"""What is given where a name leaves it open: masks of zeros rather than none; and for names that say nothing, rather
+than tokens, what lies between every two tokens (an adjacency), a number an example (a time), or token ids."""
 
 
 def calls(
@@ -50,10 +53,9 @@ def calls(
     for needs in [turned, needed] if turned != needed else [needed]:
         rotary = any(ROTARY_NAME.search(p.name) for p in needs)
         widths = _rotary_shapes(module, share) if rotary else [()]
-        masks = (False, True) if any("mask" in p.name for p in needs) else (False,)
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
-        for other, length, turn, zero_masks in itertools.product(
-            wide, [*_lengths(module, (width, share, heads)), *lengths], widths, masks
+        for form, other, length, turn in itertools.product(
+            forms(needs), wide, [*_lengths(module, (width, share, heads)), *lengths], widths
         ):
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
             shapes = [(1, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]
@@ -64,48 +66,30 @@ def calls(
                 x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
                 x = x if place < len(shapes) else x.movedim(-1, 1).contiguous()
                 second = x.shape if other == width else (*x.shape[:-1], other)
-                values = {p.name: _argument(p, x, second, length, turn, heads, zero_masks, generator) for p in needs}
-                positional = [values.pop(p.name) for p in needs if p.kind is p.POSITIONAL_ONLY]
-                if first.kind is first.KEYWORD_ONLY:
-                    yield Call((), {first.name: x, **values}, length)
-                else:
-                    yield Call((x, *positional), values, length)
+                another = partial(torch.randn, second, generator=generator, dtype=torch.float64)
+                yield call_with(
+                    first, x, {p: argument(p, x, another, length, turn, heads, form) for p in needs}, length
+                )
 
 
-@untraced()
-def calls_of_part(
-    owner: nn.Module, path: str, widths: Sequence[int], heads: int, given: Collection[str] = ()
-) -> list[Call]:
-    """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
+def call_with(first: inspect.Parameter, x: Tensor, values: Mapping[inspect.Parameter, Any], length: int) -> Call:
+    """Return a call with a first argument and values of others."""
+    positional = [value for p, value in values.items() if p.kind is p.POSITIONAL_ONLY]
+    named = {p.name: value for p, value in values.items() if p.kind is not p.POSITIONAL_ONLY}
+    if first.kind is first.KEYWORD_ONLY:
+        return Call((), {first.name: x, **named}, length)
+    return Call((x, *positional), named, length)
 
-    Args:
-        owner: the module.
-        path: of the part.
-        widths: of a token, to try.
-        heads: see ``calls``.
-        given: see ``calls``.
 
-    Raises:
-        CannotRunError: it runs on none of them, or never calls the part.
-    """
-    twin = copy_for_probe(owner)
-    why, part = "", twin.get_submodule(path)
-    seen: list[Call] = []
-
-    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(Call(fresh(args), fresh(kwargs), 0))
-
-    part.register_forward_pre_hook(record, with_kwargs=True)
-    for width in dict.fromkeys(widths):
-        for call in calls(twin, width, heads, given):
-            try:
-                run(twin, call)
-            except CannotRunError as error:
-                why = why or str(error)
-            if seen:
-                made = one_sequence_each(seen, partial(run, twin, moved(call)))
-                return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
-    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
+def forms(needs: Collection[inspect.Parameter]) -> list[Form]:
+    """Return the forms that matter for these arguments, the most usual first."""
+    x, found = torch.zeros(1, 1, 1), list[Form](["usual"])
+    if any("mask" in p.name for p in needs):
+        found.append("zero masks")
+    open_names = [p for p in needs if p.default is p.empty and not is_sequence(p)]
+    if any(_told(p, x, 1, (), 0, "usual") is _UNTOLD for p in open_names if not ROTARY_NAME.search(p.name)):
+        found += ["pairs", "numbers", "ids"]
+    return found
 
 
 def count_tokens(part: nn.Module, call: Call, width: int) -> int:
@@ -113,6 +97,8 @@ def count_tokens(part: nn.Module, call: Call, width: int) -> int:
     first = next(iter(bound(part, call).values()), None)
     if not isinstance(first, Tensor) or not first.ndim:
         return 0
+    if not first.is_floating_point():  # token ids
+        return first.numel()
     channels_first = first.ndim in (3, 4) and first.shape[1] == width != first.shape[-1]
     return first.numel() // (width if channels_first else first.shape[-1])
 
@@ -138,17 +124,44 @@ def _rotary_shapes(module: nn.Module, share: int) -> list[tuple[int, ...]]:
     return [shape for width in widths for shape in ((1, -1, width), (-1, width), (1, -1, 1, width))]
 
 
-def _argument(
+def argument(
     parameter: inspect.Parameter,
     x: Tensor,
-    second: Sequence[int],
+    another: Callable[[], Tensor],
     length: int,
     turn: tuple[int, ...],
     heads: int,
-    zeros: bool,
-    generator: torch.Generator,
+    form: Form,
 ) -> Any:
-    """Return what a required argument may be, by its name; ``second`` and ``turn`` are shapes of tokens and angles."""
+    """Return what an argument may be, by its name.
+
+    Args:
+        parameter: the argument.
+        x: the first one.
+        another: makes another sequence's tokens.
+        length: tokens of the first one.
+        turn: shape of angles, see ``_rotary_shapes``.
+        heads: query heads.
+        form: what is given where the name leaves it open.
+    """
+    value = _told(parameter, x, length, turn, heads, form)
+    if value is not _UNTOLD:
+        return value
+    if not is_sequence(parameter) and parameter.default is parameter.empty:
+        if form == "pairs":
+            return torch.ones(length, length, dtype=torch.bool)
+        if form == "numbers":
+            return torch.ones(len(x), dtype=torch.float64)
+        if form == "ids":
+            return torch.zeros(len(x), length, dtype=torch.long)
+    stated = str(parameter.annotation)
+    if is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
+        return another()
+    return None
+
+
+def _told(parameter: inspect.Parameter, x: Tensor, length: int, turn: tuple[int, ...], heads: int, form: Form) -> Any:
+    """Return what an argument's name says that it is, or ``_UNTOLD``."""
     name, stated = parameter.name, str(parameter.annotation)
     if ROTARY_NAME.search(name):
         # The same angle for all channels fits every way to pair them.
@@ -159,7 +172,7 @@ def _argument(
             return torch.polar(torch.ones_like(angles), angles)
         return told[0] if len(told) == 1 else tuple(both.values())
     made = (
-        ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if zeros else None),
+        ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if form == "zero masks" else None),
         (name == "alibi", torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)),
         (_ZEROS.search(name), torch.zeros_like(x)),
         ("cu_seqlens" in name, torch.tensor([0, length], dtype=torch.int32)),
@@ -172,9 +185,4 @@ def _argument(
         # What is added to tokens, and often not to those of values, is left out.
         (re.search(r"(^|_)pos(_|e|i|$)", name), torch.zeros_like(x)),
     )
-    for holds, value in made:
-        if holds:
-            return value
-    if is_sequence(parameter) or "Tensor" in stated or parameter.annotation is parameter.empty:
-        return torch.randn(second, generator=generator, dtype=torch.float64)
-    return None
+    return next((value for holds, value in made if holds), _UNTOLD)

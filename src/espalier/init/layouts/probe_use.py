@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import NAMELESS
 from espalier.init.layouts.compare import PUSH, by_query, is_close, is_near, is_open, same_direction
-from espalier.init.layouts.made_up import calls
+from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
 from espalier.init.layouts.probe_attention import Softmaxes, Unproven
 from espalier.init.layouts.registry import AttentionWeights, Layout
@@ -130,19 +130,20 @@ class _Watch:
     def start(self, widths: Sequence[int], heads: int, given: Collection[str]) -> _Seen:
         """Return the first run in which the part is called."""
         why = ""
-        for width in dict.fromkeys(widths):
-            for call in calls(self.twin, width, heads, given, others=widths):
-                self.call = call
-                try:
+        for call in calls_of_owner(self.twin, widths, heads, given):
+            self.call = call
+            try:
+                seen = self.look()
+                if any(map(differing, self.given)):
+                    self.call = moved(call)
+                    self.positions = tokens_alike([*self.given], self.given, self.look)
+                    self.call = call
                     seen = self.look()
-                    if any(map(differing, self.given)):
-                        self.call = moved(call)
-                        self.positions = tokens_alike([*self.given], self.given, self.look)
-                        self.call = call
-                        seen = self.look()
+                if not seen.scores or any(scores.shape[-1] > 1 for scores in seen.scores):
                     return seen
-                except CannotRunError as error:
-                    why = why or str(error)
+                why = why or "it attends over one token"
+            except CannotRunError as error:
+                why = why or str(error)
         owner = type(self.twin).__name__
         raise CannotRunError(f"{owner}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 

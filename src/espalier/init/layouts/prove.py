@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import sequences
 from espalier.init.layouts.keys import module_key
-from espalier.init.layouts.made_up import calls, calls_of_part
+from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import denies_cross, reads_self
+from espalier.init.layouts.owners import calls_of_part
 from espalier.init.layouts.probe_attention import (
     Misfit,
     Unproven,
@@ -41,6 +42,7 @@ from espalier.init.layouts.whole_model import (
     sequence_first,
 )
 
+PROVEN = "proven by a run"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
 # Attributes that number a layer, and seldom change what its rows mean: layers that differ in them are tested less.
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
@@ -65,7 +67,7 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
     if isinstance(found, SSMWeights):
-        return _proven_mixer(module, replace(found, note=f"{guessed}; proven by a run"), reading)
+        return _proven_mixer(module, replace(found, note=f"{guessed}; {PROVEN}"), reading)
     if not isinstance(found, AttentionWeights):
         return Skipped(found.kind, "its class is not registered: register a layout for it")
     if found.q.is_meta and any(buffer.is_meta for buffer in module.buffers()):
@@ -88,7 +90,7 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
     if refused := refuse_other_keys(names, name, found, reading):
         return refused
-    parts = [part for part in f"{guessed}; proven by a run; {remarks}".split("; ") if part]
+    parts = [part for part in f"{guessed}; {PROVEN}; {remarks}".split("; ") if part]
     return replace(found, note="; ".join(dict.fromkeys(parts)))
 
 
@@ -293,7 +295,7 @@ def _calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: 
     why = "nothing in the model calls it"
     for place, owner in reversed(_owners(names, name)):
         path, any_name, read = name[len(place) :].lstrip("."), sequences(owner, any_name=True), sequences(owner)
-        for given in dict.fromkeys((tuple(any_name), tuple(read), ())):
+        for given in dict.fromkeys((tuple(any_name), *((each,) for each in any_name), tuple(read), ())):
             made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:
                 return cached((module_key(owner), path, width, heads, given, "calls"), made)

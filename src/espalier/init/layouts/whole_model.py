@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,25 +12,12 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
 from espalier.init.layouts.made_up import count_tokens
+from espalier.init.layouts.owners import first_inputs, hidden_sequences
 from espalier.init.layouts.positions import moved, one_sequence_each
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, owner_of, run, untraced
 
 # Parameters of a model that is run: its copy takes eight bytes of each.
 _LARGEST = 2**27
-_LABELS = re.compile(r"^(targets?|labels?)$|mask|past|cache|ids|^return|^use|^output")
-
-
-def first_inputs(model: nn.Module, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield what the first layer of a model takes: token ids, rows of features, or images of several sizes."""
-    kinds = nn.Embedding | nn.Linear | nn.Conv2d
-    first = next((module for module in model.modules() if isinstance(module, kinds)), None)
-    if isinstance(first, nn.Embedding):
-        yield torch.randint(first.num_embeddings, (batch, 16), generator=generator)
-    elif isinstance(first, nn.Linear):
-        yield torch.randn(32, first.in_features, generator=generator)
-    elif isinstance(first, nn.Conv2d):
-        for size in (32, 64, 224, 28, 16, 8):
-            yield torch.randn(batch, first.in_channels, size, size, generator=generator)
 
 
 def refuse_second_sequence(names: Mapping[str, nn.Module], name: str) -> None:
@@ -43,7 +29,7 @@ def refuse_second_sequence(names: Mapping[str, nn.Module], name: str) -> None:
     place = name
     while (owner := owner_of(names, place)) is not None:
         place, module = owner
-        hidden = [each for each in sequences(module, any_name=not place) if not _LABELS.search(each)]
+        hidden = sequences(module) if place else hidden_sequences(module)
         if hidden or sequences(module, needed=True):
             raise CannotRunError(f"{type(module).__name__}, above it, may be given another sequence")
         if not place and any(p.kind in VARIADIC for p in arguments(module)):

@@ -1,0 +1,130 @@
+"""Inputs that whoever calls a layer may run on: tokens, token ids, images; and what it hands the layer on such."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.layouts.arguments import NAMELESS, VARIADIC, arguments, sequences
+from espalier.init.layouts.made_up import argument, call_with, calls, count_tokens, forms
+from espalier.init.layouts.positions import moved, one_sequence_each
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced
+
+# Sides of images, the most usual first.
+_SIDES = (32, 64, 224, 28, 16, 8)
+# A longer sequence or a larger vocabulary of positions is not made up.
+_LONGEST = 400
+_LABELS = re.compile(r"^(targets?|labels?)$|mask|past|cache|^return|^use|^output")
+
+
+def first_inputs(model: nn.Module, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield what the first layer of a model takes: token ids, rows of features, or images of several sizes."""
+    kinds = nn.Embedding | nn.Linear | nn.Conv2d
+    first = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    if isinstance(first, nn.Embedding):
+        yield torch.randint(first.num_embeddings, (batch, 16), generator=generator)
+    elif isinstance(first, nn.Linear):
+        yield torch.randn(32, first.in_features, generator=generator)
+    elif isinstance(first, nn.Conv2d):
+        for size in _SIDES:
+            yield torch.randn(batch, first.in_channels, size, size, generator=generator)
+
+
+def calls_of_owner(owner: nn.Module, widths: Sequence[int], heads: int, given: Collection[str]) -> Iterator[Call]:
+    """Yield inputs that a module may run on: tokens of these widths, else what its first layers take.
+
+    Args:
+        owner: the module.
+        widths: of a token, to try.
+        heads: query heads of the layer that it calls.
+        given: names of optional arguments that are given, too; a model is run whole only with all that may be another
+            sequence, since a run without says nothing of them.
+    """
+    for width in dict.fromkeys(widths):
+        yield from calls(owner, width, heads, given, others=widths)
+    if hidden_sequences(owner, given):
+        return
+    named = [p for p in arguments(owner) if p.kind not in VARIADIC]
+    needs = [p for p in named[1:] if p.default is p.empty or p.name in given]
+    generator = torch.Generator().manual_seed(1)
+    for x in _raw_inputs(owner, generator) if named else ():
+        ids, length = not x.is_floating_point(), x.shape[1] if x.is_floating_point() else x.numel()
+        like = partial(torch.randint, int(x.max()) + 1 if ids else 0, x.shape) if ids else partial(torch.randn, x.shape)
+        tokens = [partial(torch.randn, (1, length, width)) for width in dict.fromkeys(widths)] if needs else []
+        for another, form in itertools.product([like, *tokens], forms(needs)):
+            values = {
+                p: argument(p, x, partial(another, generator=generator), length, (1,), heads, form) for p in needs
+            }
+            yield call_with(named[0], x, values, length)
+
+
+def hidden_sequences(owner: nn.Module, given: Collection[str] = ()) -> list[str]:
+    """Return the optional arguments, of those not given, that may hold another sequence's tokens."""
+    return [name for name in sequences(owner, any_name=True) if name not in given and not _LABELS.search(name)]
+
+
+def _raw_inputs(module: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield token ids where a module has embeddings, and images where it has convolutions."""
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    if embeddings:
+        # Where positions are added whole, only their number of tokens fits.
+        placed = [p.shape[-2] for name, p in module.named_parameters() if "pos" in name and p.ndim > 1]
+        counts = [part.num_embeddings for part in embeddings]
+        for vocabulary in dict.fromkeys([counts[0], min(counts)]):
+            for length in dict.fromkeys([6, 16, *(count for count in placed if 1 < count <= _LONGEST)]):
+                ids = torch.randint(vocabulary, (1, length), generator=generator)
+                yield from (ids, ids.T)
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    for side in _SIDES if first is not None else ():
+        yield torch.randn(1, first.in_channels, side, side, generator=generator)  # type: ignore[union-attr]
+
+
+@untraced()
+def calls_of_part(
+    owner: nn.Module, path: str, widths: Sequence[int], heads: int, given: Collection[str] = ()
+) -> list[Call]:
+    """Return the calls that a copy of an owner makes to one of its parts, from the first made-up input that it takes.
+
+    Args:
+        owner: the module.
+        path: of the part.
+        widths: of a token, to try.
+        heads: see ``calls``.
+        given: see ``calls``.
+
+    Raises:
+        CannotRunError: it runs on none of them, or never calls the part.
+    """
+    twin = copy_for_probe(owner)
+    why, part = "", twin.get_submodule(path)
+    seen: list[Call] = []
+
+    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(Call(fresh(args), fresh(kwargs), 0))
+
+    part.register_forward_pre_hook(record, with_kwargs=True)
+    for call in calls_of_owner(twin, widths, heads, given):
+        seen.clear()
+        try:
+            run(twin, call)
+        except CannotRunError as error:
+            why = why or str(error)
+        if seen and all(_sees_several(part, one) for one in seen):
+            made = one_sequence_each(seen, partial(run, twin, moved(call)))
+            return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
+    raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
+
+
+def _sees_several(part: nn.Module, call: Call) -> bool:
+    """Return whether torch's layer attends over several tokens: over one, any keys seem to be its own."""
+    first = next(leaves((call.args, call.kwargs)), None)
+    if not isinstance(part, nn.MultiheadAttention) or first is None or first.ndim < 2:
+        return True
+    return first.shape[int(part.batch_first and first.ndim == 3)] > 1

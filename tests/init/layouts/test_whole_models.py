@@ -1,0 +1,180 @@
+"""Attention that a model calls itself, on token ids, images or features: proven where its own, left alone where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import espalier
+from espalier.init.layouts import Skipped, find_layers
+
+DIM, HEADS, WORDS = 32, 4, 50
+
+
+class Tokens(nn.Module):
+    """Token ids in, logits out, with one layer of torch's that it calls itself; ``keys`` says whose keys it gets."""
+
+    def __init__(self, keys: Callable[[Tensor], Tensor] = lambda x: x, *, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(WORDS, DIM), nn.Embedding(64, DIM)
+        self.attn = nn.MultiheadAttention(DIM, HEADS, batch_first=batch_first)
+        self.head, self.keys, self.axis = nn.Linear(DIM, WORDS), keys, int(batch_first)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        place = self.places(torch.arange(ids.shape[self.axis]))
+        x = x + (place if self.axis else place[:, None])
+        y = self.keys(x)
+        return self.head(x + self.attn(x, y, y, need_weights=False)[0])
+
+
+class Context(Tokens):
+    """Its keys are those of another text where there is one."""
+
+    def forward(self, ids: Tensor, context_ids: Tensor | None = None) -> Tensor:
+        x = self.embed(ids)
+        y = x if context_ids is None else self.embed(context_ids)
+        return self.head(x + self.attn(x, y, y)[0])
+
+
+class TwoTexts(Tokens):
+    def forward(self, ids: Tensor, other_ids: Tensor) -> Tensor:
+        x, y = self.embed(ids), self.embed(other_ids)
+        return self.head(x + self.attn(x, y, y)[0])
+
+
+class Whole(Tokens):
+    """Its table of positions is added whole, so that texts of one length fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, 24, DIM))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.pos_embed
+        return self.head(self.attn(x, x, x)[0])
+
+
+class Image(nn.Module):
+    def __init__(self, others: str = "") -> None:
+        super().__init__()
+        self.stem, self.others = nn.Conv2d(3, DIM, 8, 8), others
+        self.attn, self.head = nn.MultiheadAttention(DIM, HEADS, batch_first=True), nn.Linear(DIM, 10)
+
+    def forward(self, image: Tensor, reference: Tensor | None = None) -> Tensor:
+        x = self.stem(image).flatten(2).mT
+        y = x if reference is None or not self.others else self.stem(reference).flatten(2).mT
+        return self.head(self.attn(x, y, y)[0].mean(1))
+
+
+class Graph(nn.Module):
+    """Features of nodes, and which of them are neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.attn = nn.Linear(7, DIM), nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+
+    def forward(self, nodes: Tensor, adjacency: Tensor) -> Tensor:
+        x = self.inputs(nodes)
+        return x + self.attn(x, x, x, attn_mask=~adjacency)[0]
+
+
+class Diffusion(nn.Module):
+    """One head over the pixels of a map, as in many a U-Net, and a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.time, self.last = nn.Conv2d(3, DIM, 3, padding=1), nn.Linear(1, DIM), nn.Conv2d(DIM, 3, 3)
+        self.attend = Pixels()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) + self.time(t[:, None])[..., None, None]
+        return self.last(self.attend(x))
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, DIM)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(DIM, DIM, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))
+        maps = (q.mT @ k / DIM**0.5).softmax(-1)
+        return x + self.proj_out((v @ maps.mT).view_as(x))
+
+
+class Own(nn.Module):
+    """One head without a name for their number, in the model itself."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.embed, self.change = nn.Embedding(WORDS, DIM), change
+        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.change(x)
+        return self.o((self.q(x) @ self.k(y).mT / DIM**0.5).softmax(-1) @ self.v(y))
+
+
+@pytest.mark.parametrize(
+    "make", [Tokens, lambda: Tokens(batch_first=False), Whole, Image, lambda: Image(""), Graph, Diffusion, Own]
+)
+def test_attention_that_a_model_calls_itself_is_written(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    report = espalier.structure_(model, generator=torch.Generator().manual_seed(0), depthwise=None)
+    assert [row.status for row in report.layers] == ["written"]
+    assert espalier.audit(model, against=report).ok
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of all tokens of a text, in every place; over one token it is that token."""
+    return x.mean(0, keepdim=True).expand_as(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Tokens(lambda x: x.flip(1)),
+        lambda: Tokens(lambda x: x.roll(1, 1)),
+        lambda: Tokens(lambda x: x.mean(1, keepdim=True).expand_as(x)),
+        lambda: Tokens(lambda x: x[:, ::2]),
+        lambda: Tokens(mean, batch_first=False),
+        Context,
+        TwoTexts,
+        lambda: Image("taken"),
+        lambda: Own(lambda x: x.flip(1)),
+        lambda: Own(lambda x: x.cumsum(1)),
+    ],
+)
+def test_other_keys_are_seen_in_a_model_that_calls_attention_itself(make: Callable[[], nn.Module]) -> None:
+    [(_, _, found)] = find_layers(make())
+    assert isinstance(found, Skipped), found
+
+
+class Pooled(nn.Module):
+    """An encoder, and four maps of the model's own that pool what comes of it."""
+
+    def __init__(self, heads: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, batch_first=True)
+        self.inputs, self.encoder = nn.Linear(5, DIM), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.query, self.key, self.value, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
+        if heads:
+            self.num_heads = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(self.inputs(x))
+        maps = (self.query(x[:, :1]) @ self.key(x).mT / DIM**0.5).softmax(-1)
+        return self.out(maps @ self.value(x))
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_attention_inside_a_module_that_reads_as_attention_has_rows_of_its_own(heads: bool) -> None:
+    rows = {row.layer: row.status for row in espalier.structure_(Pooled(heads)).layers}
+    assert rows == {"": "skipped", "encoder.layers.0.self_attn": "written", "encoder.layers.1.self_attn": "written"}
