@@ -29,15 +29,17 @@ OUTPUTS = (
     "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output", "conv_o",
 )  # fmt: skip
 
+NO_OUTPUT = "it has queries, keys and values but no output projection: left alone"
+
 
 @register_guess
-def guess_attention(module: nn.Module, *, by_head: bool = False, heads: int = 0) -> Found | None:
+def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None:
     """Return the self-attention that a module's linear layers look like, or ``None``.
 
     Known forms are four layers (``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and their synonyms), all in one list
     (The Annotated Transformer's), the first three in a child and the last in another (BERT's), one fused layer whose
     rows are all queries, all keys, all values (nanoGPT's ``c_attn``, ``to_qkv``) or, ``by_head``, those of each head
-    together, and ``to_q`` beside a fused ``to_kv``. A module that states no number of heads has ``heads``.
+    together, and ``to_q`` beside a fused ``to_kv``.
     """
     children = dict(module.named_children())
     out = next((_linear_in(children[name], name) for name in OUTPUTS if name in children), None)
@@ -47,26 +49,26 @@ def guess_attention(module: nn.Module, *, by_head: bool = False, heads: int = 0)
     inner = next((name for name in ("self", "attention") if name in children), None)
     listed = next((name for name in LISTS if isinstance(children.get(name), nn.ModuleList)), None)
     if inner and hasattr(children.get("output"), "dense") and hasattr(children[inner], "query"):
-        return separate(module, f"{inner}.query", f"{inner}.key", f"{inner}.value", "output.dense", heads=heads)
+        return separate(module, f"{inner}.query", f"{inner}.key", f"{inner}.value", "output.dense")
     if triple is None and single is None and pair is None and listed is not None:
         names = [*(f"{listed}.{place}" for place, _ in children[listed].named_children()), *filter(None, [out])]
-        return separate(module, names[0], names[1], names[2], names[3], heads=heads) if len(names) == 4 else None
+        return separate(module, names[0], names[1], names[2], names[3]) if len(names) == 4 else None
     if triple is None and single is None and pair is None:
         return None
     if out is None:
-        return Skipped("attention", "it has queries, keys and values but no output projection: left alone")
+        return Skipped("attention", NO_OUTPUT)
     if triple is not None:
-        return separate(module, *triple, out, heads=heads)
+        return separate(module, *triple, out)
     if single is not None:
-        return fused(module, single, out, by_head=by_head, heads=heads)
+        return fused(module, single, out, by_head=by_head)
     assert pair is not None
-    return paired(module, *pair, out, heads=heads)
+    return paired(module, *pair, out)
 
 
 @register_guess
-def guess_rows_by_head(module: nn.Module, *, heads: int = 0) -> Found | None:
+def guess_rows_by_head(module: nn.Module) -> Found | None:
     """Return the other reading of a fused layer: queries, keys and values of each head together (GPT-NeoX's)."""
-    return guess_attention(module, by_head=True, heads=heads) if set(FUSED) & set(module._modules.keys()) else None
+    return guess_attention(module, by_head=True) if set(FUSED) & set(module._modules.keys()) else None
 
 
 def _linear_in(layer: nn.Module, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.by_name import NO_OUTPUT
+from espalier.init.layouts.by_run import readings
 from espalier.init.layouts.linears import NO_HEADS
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
@@ -37,8 +38,6 @@ from espalier.init.layouts.registry import (
 from espalier.init.layouts.scratch import first_line, owner_of
 from espalier.init.sharded import whole
 
-# An attribute above this is a width.
-_MOST_HEADS = 128
 _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather them, or write before sharding"
 _EXPANDED = "its weights are fewer numbers seen many times (expanded, overlapping): clone them, then write"
 _OVERLAPPING = "two of its projections are tied, or share memory: their products cannot both be set"
@@ -94,7 +93,8 @@ class Layer:
 def locate_layers(model: nn.Module) -> list[Layer]:
     """Return every layer that a layout knows, in module order, each module once, without gathering any weights.
 
-    Modules inside a recognised one are not looked at again. A class that nobody registered gives weights only where a
+    Modules inside a recognised one are not looked at again, but for whole attention inside a class that nobody
+    registered. A class that nobody registered gives weights only where a
     run of the module proves them (see ``probe_attention``). A module that its layout cannot read, or that looks like
     attention and is not understood, becomes one ``Skipped`` layer with the reason, and the others go on: no attention
     goes without a row.
@@ -113,8 +113,9 @@ def locate_layers(model: nn.Module) -> list[Layer]:
         host = type(module).__name__
         with whole(module, shapes=True):
             found = _read(names, name)
-            if found is not None:
-                apart |= {f"{name}.{part}".lstrip(".") for part in _not_its_own(module)} & attention
+            if found is not None and not _is_registered(module):
+                within = (part for part in attention if part.startswith(f"{name}.".lstrip(".")))
+                apart |= {part for part in within if _stands_alone(names[part])}
         if found is None:
             if name in attention:
                 located.append(Layer(name, host, module, "", names, _not_understood(module)))
@@ -202,52 +203,24 @@ def _is_at_home(module: nn.Module, host: type) -> bool:
 
 
 def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
-    """Return the first guess that a run of the module proves, else why the first is not proven."""
+    """Return the first reading that a run of the module proves, else why the first is not proven."""
     refused: Found | None = None
     for guess in GUESSES:
         found = _proven(names, name, guess)
-        if isinstance(found, Skipped) and found.reason.startswith(NO_HEADS):
-            # A number that a run proves need not be stated.
-            tried = (_proven(names, name, _supposing(guess, heads)) for heads in _numbers_of(names[name]))
-            found = next((each for each in tried if isinstance(each, AttentionWeights) and PROVEN in each.note), found)
         if found is not None and not isinstance(found, Skipped):
             return found
         refused = refused or found
+    if refused is None or (isinstance(refused, Skipped) and refused.reason.startswith((NO_HEADS, NO_OUTPUT))):
+        tried = (_proven(names, name, reading, "found by what its maps move") for reading in readings(names, name))
+        # What is not run cannot be found in this way.
+        return next((each for each in tried if isinstance(each, AttentionWeights) and PROVEN in each.note), refused)
     return refused
 
 
-def _proven(names: Mapping[str, nn.Module], name: str, guess: Layout) -> Found | None:
-    found = _apply(guess, names[name])
+def _proven(names: Mapping[str, nn.Module], name: str, reading: Layout, *how: str) -> Found | None:
+    found = _apply(reading, names[name])
     assert not isinstance(found, Mapping)
-    return None if found is None else prove(names, name, _vet(name, names[name], found), guess)
-
-
-def _not_its_own(module: nn.Module) -> set[str]:
-    """Return the parts of a module of an unregistered class that hold none of the weights that a guess reads there."""
-    if any(class_path(cls) in LAYOUTS for cls in type(module).__mro__):
-        return set()
-    found = (_apply(reading, module) for guess in GUESSES for reading in (guess, _supposing(guess, 1)))
-    read = next((each for each in found if isinstance(each, AttentionWeights)), None)
-    if read is None:
-        return set()
-    held = {view.untyped_storage()._cdata for view in (read.q, read.k, read.v, read.out)}
-    return {
-        name
-        for name, part in module.named_modules()
-        if name and not any(parameter.untyped_storage()._cdata in held for parameter in part.parameters())
-    }
-
-
-@functools.cache  # verdicts are kept by the reading
-def _supposing(guess: Layout, heads: int) -> Layout:
-    """Return a guess with a number of heads for modules that state none."""
-    return functools.partial(guess, heads=heads)  # type: ignore[call-arg]  # those of ours take it
-
-
-def _numbers_of(module: nn.Module) -> list[int]:
-    """Return how many heads a module may have that calls their number something else: one, or what it holds."""
-    held = [value for value in vars(module).values() if type(value) is int and 1 < value <= _MOST_HEADS]
-    return [1, *dict.fromkeys(held)]
+    return None if found is None else prove(names, name, _vet(name, names[name], found), reading, *how)
 
 
 def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | None:
@@ -264,6 +237,15 @@ def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | N
             return Skipped(*error.args)
         reason = f"{class_path(type(module))} cannot be read ({first_line(error)}): register a layout for this class"
         return Skipped(_kind_of(module), reason)
+
+
+def _stands_alone(module: nn.Module) -> bool:
+    """Return whether a module within attention is attention of its own, and not the half of it that holds the keys."""
+    return _is_registered(module) or any(isinstance(_apply(guess, module), AttentionWeights) for guess in GUESSES)
+
+
+def _is_registered(module: nn.Module) -> bool:
+    return any(class_path(cls) in LAYOUTS for cls in type(module).__mro__)
 
 
 @contextmanager

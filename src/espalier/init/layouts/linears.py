@@ -17,32 +17,27 @@ NO_HEADS = "its number of heads is not stated"
 _UNFIT = "its weights' shapes do not fit together: register a layout for its class"
 
 
-def separate(
-    module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "", heads: int = 0
-) -> AttentionWeights:
+def separate(module: nn.Module, q: str, k: str, v: str, out: str, *, note: str = "") -> AttentionWeights:
     """Return the weights of self-attention with four linear layers.
 
     Args:
         module: the attention module.
         q, k, v, out: dotted names of the linear layers inside it.
         note: what a reader of the report should know of this host.
-        heads: query heads, where the module does not state them.
 
     Raises:
         Refused: adapted (LoRA), quantised, missing or cross-attention.
     """
-    return _assemble(module, matrices(module, (q, k, v, out)), (q, k, v, out), note, heads)
+    return assemble(module, matrices(module, (q, k, v, out)), (q, k, v, out), note)
 
 
-def paired(module: nn.Module, q: str, kv: str, out: str, *, heads: int = 0) -> AttentionWeights:
+def paired(module: nn.Module, q: str, kv: str, out: str) -> AttentionWeights:
     """Return the weights of self-attention whose keys and values come from one linear layer, keys first."""
     q_RD, kv_RD, out_DR = matrices(module, (q, kv, out))
-    return _assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], (q, kv, out), heads=heads)
+    return assemble(module, [q_RD, *kv_RD.chunk(2), out_DR], (q, kv, out))
 
 
-def fused(
-    module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "", heads: int = 0
-) -> AttentionWeights:
+def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note: str = "") -> AttentionWeights:
     """Return the weights of self-attention whose queries, keys and values come from one linear layer.
 
     Args:
@@ -51,7 +46,6 @@ def fused(
         by_head: rows go (q, k, v) within each head, as in GPT-NeoX and BLOOM; otherwise all queries, all keys, all
             values, the latter two fewer with grouped queries.
         note: what a reader of the report should know of this host.
-        heads: query heads, where the module does not state them.
     """
     rows_RD, out_DR = matrices(module, (qkv, out))
     shared, odd = divmod(len(rows_RD) - out_DR.shape[1], 2)
@@ -61,15 +55,27 @@ def fused(
         q, k, v = rows_RD.split([out_DR.shape[1], shared, shared])
     elif shared == out_DR.shape[1]:
         # Rows of one head are not evenly spaced over heads, so these views are three-dimensional.
-        q, k, v = rows_RD.unflatten(0, (_count_heads(module, shared, heads), 3, -1)).unbind(1)
+        q, k, v = rows_RD.unflatten(0, (_count_heads(module, shared, 0), 3, -1)).unbind(1)
     else:
         raise Refused("attention", "its fused rows are not three a head: register a layout for its class")
-    return _assemble(module, [q, k, v, out_DR], (qkv, out), note, heads)
+    return assemble(module, [q, k, v, out_DR], (qkv, out), note)
 
 
-def _assemble(
+def assemble(
     module: nn.Module, weights: Sequence[Tensor], names: Sequence[str], note: str = "", heads: int = 0
 ) -> AttentionWeights:
+    """Return weights in the order q, k, v, out as those of self-attention, with the biases of the maps of these names.
+
+    Args:
+        module: the attention module.
+        weights: of its maps.
+        names: of its maps.
+        note: what a reader of the report should know of this host.
+        heads: query heads, where the module does not state them.
+
+    Raises:
+        Refused: they do not fit together.
+    """
     q, k, v, out = weights
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
     heads = _count_heads(module, rows, heads)
@@ -79,18 +85,20 @@ def _assemble(
     fits = not rest and groups and not heads % groups and not v.numel() // dim % groups
     if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
         raise Refused("attention", _UNFIT)
-    biases = [getattr(module.get_submodule(name), "bias", None) for name in names]
+    biases = [getattr(module.get_submodule(name), "bias", None) for name in names if name not in module._parameters]
     biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
     return AttentionWeights(q, k, v, out, heads, groups, found, note)
 
 
 def matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """Return the weights of linear layers as (out, in), or raise why one of them cannot be written."""
+    """Return the weights of linear maps as (out, in), or raise why one of them cannot be written."""
     return [_matrix(module, name) for name in names]
 
 
 def _matrix(module: nn.Module, name: str) -> Tensor:
+    if (own := module._parameters.get(name)) is not None:
+        return own.detach().mT  # x @ W, or a matrix a head (H, in, out)
     layer = module.get_submodule(name)
     if isinstance(layer, nn.Identity):
         raise Refused("attention", f"{name} is missing (an identity): there is no product to set")

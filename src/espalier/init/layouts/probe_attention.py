@@ -362,8 +362,12 @@ def _signs(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _orders(generator: torch.Generator, count: int, size: int) -> Tensor:
-    """Return a permutation of the channels for each head or group, (count, size): its own, so that it tells heads."""
-    return torch.stack([torch.randperm(size, generator=generator) for _ in range(count)])
+    """Return a permutation of the channels for each head or group, (count, size): its own, so that it tells heads.
+
+    None of them leaves all in place.
+    """
+    orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(count)])
+    return torch.where((orders == torch.arange(size)).all(1, keepdim=True), orders.flip(1), orders)
 
 
 def _taken(part: Tensor, orders: Tensor) -> Tensor:

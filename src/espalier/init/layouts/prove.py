@@ -51,7 +51,13 @@ _KNOWN: dict[Any, str | Unproven | CannotRunError] = {}
 _KEPT = 4096
 
 
-def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layout) -> Found:
+def prove(
+    names: Mapping[str, nn.Module],
+    name: str,
+    found: Found,
+    reading: Layout,
+    how: str = "guessed from the names of its layers",
+) -> Found:
     """Return the weights, with a note on what was found, if a run of the module proves them; else why not.
 
     Args:
@@ -59,10 +65,11 @@ def prove(names: Mapping[str, nn.Module], name: str, found: Found, reading: Layo
         name: of the layer.
         found: what ``reading`` returned for it.
         reading: the layout, applied to a scratch copy too.
+        how: it came to be, for the note.
     """
     if isinstance(found, Skipped):
         return found
-    module, guessed = names[name], f"guessed from the names of its layers; {found.note}".rstrip("; ")
+    module, guessed = names[name], f"{how}; {found.note}".rstrip("; ")
     if isinstance(names[""], BareCheckpoint) and found.kind != "depthwise":
         # A checkpoint without code: there is nothing to run, and nothing that would run what is written.
         return replace(found, note=guessed)
@@ -166,7 +173,7 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
 def _prove_in_use(names: Mapping[str, nn.Module], name: str, reading: Layout) -> str:
     """Prove a layer on the inputs that its owner gives it."""
     twin, views = _copied(names[name], reading)
-    made = _calls_in_use(names, name, views.q.shape[-1], views.num_heads)
+    made = calls_in_use(names, name, views.q.shape[-1], views.num_heads)
     try:
         return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
     except Misfit:  # an owner of sequences first takes others, too, and sees a batch where there are tokens
@@ -263,7 +270,7 @@ def _key_arguments(module: nn.Module, reading: Layout, names: Sequence[str]) -> 
 
 def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeights, others: Collection[str]) -> bool:
     """Return whether its model hands a layer other tokens through any of these arguments than through the first."""
-    for call in _calls_in_use(names, name, found.q.shape[-1], found.num_heads):
+    for call in calls_in_use(names, name, found.q.shape[-1], found.num_heads):
         given = bound(names[name], call)
         first = next(iter(given.values()))
         tensors = [value for other in others if isinstance(value := given.get(other), Tensor)]
@@ -286,7 +293,7 @@ def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Mod
     return owners
 
 
-def _calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: int) -> list[Call]:
+def calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: int) -> list[Call]:
     """Return what a layer is handed in its model, or raise why that cannot be seen.
 
     The outermost module that decides is run; where it does not run, the next inside. One that could be handed a second

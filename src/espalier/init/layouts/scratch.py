@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from espalier.randomness import generators_kept
 
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
+# ``b_Q`` and ``bq`` are biases in code that has its matrices as ``W_Q`` and ``Wq``.
+_BIAS = re.compile(r"bias|^b(_[a-zA-Z]+|[qkvoQKVO])?$")
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -62,11 +65,14 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         place, _, leaf = name.rpartition(".")
-        if not _is_vector(leaf, parameter) and parameter.numel():
+        table = "bias" in leaf and not _is_vector(leaf, parameter)  # of positions
+        if is_bias(leaf) and not table:
+            value.zero_()
+        elif not _is_vector(leaf, parameter) and parameter.numel():
             bound = (3 / parameter[0].numel()) ** 0.5
             value.uniform_(-bound, bound, generator=generator)
         else:
-            value.fill_(0.5 if parameter.ndim == 0 else 0.0 if "bias" in leaf else 1.0)
+            value.fill_(0.5 if parameter.ndim == 0 else 1.0)
             if (signs := signs_of(module.get_submodule(place), leaf, parameter)) is not None:
                 value.mul_(signs)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
@@ -127,7 +133,7 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         name: of the parameter in there.
         parameter: the parameter; there is nothing to keep of one that is nowhere, or in pieces.
     """
-    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or "bias" in name:
+    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or is_bias(name):
         return None
     if not _is_vector(name, parameter) or not parameter.is_floating_point() or parameter.element_size() < 2:
         return None
@@ -135,6 +141,11 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     if "norm" in type(owner).__name__.lower() and signs.numel():
         return torch.full_like(signs, -1.0 if float(signs.sum()) < 0 else 1.0)
     return signs
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a parameter's name is a bias's."""
+    return bool(_BIAS.search(name))
 
 
 def _is_vector(name: str, parameter: Tensor) -> bool:

@@ -1,0 +1,249 @@
+"""Self-attention whose maps have any names: a run shows what each of them moves, and the probe must agree.
+
+A map that moves the scores makes queries, keys or both; one that moves the output alone makes values or the output. Of
+the readings that this leaves, the probe proves one, or none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice, permutations, product
+from types import FunctionType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.by_name import NO_OUTPUT, guess_attention
+from espalier.init.layouts.compare import by_query, is_close, is_near
+from espalier.init.layouts.keys import module_key
+from espalier.init.layouts.linears import assemble, matrices
+from espalier.init.layouts.made_up import calls
+from espalier.init.layouts.names import looks_like_attention
+from espalier.init.layouts.probe_attention import Softmaxes
+from espalier.init.layouts.prove import cached, calls_in_use
+from espalier.init.layouts.registry import (
+    LAYOUTS,
+    AttentionWeights,
+    BareCheckpoint,
+    Layout,
+    Refused,
+    Skipped,
+    class_path,
+)
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, is_bias, run, untraced
+from espalier.init.layouts.whole_model import calls_in_model, one_sequence
+
+# A module with more maps than that holds more than one layer.
+_MOST_MAPS = 8
+_MOST_READINGS = 24
+_SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
+
+
+class _Map(NamedTuple):
+    """How many features a map gives and takes; one that holds a matrix a head, also where it makes the output."""
+
+    gives: int
+    takes: int
+    out_gives: int
+    out_takes: int
+
+
+class _Roles(NamedTuple):
+    """Maps by what they move, and the number of heads."""
+
+    scores: list[str]
+    out: list[str]
+    heads: int
+
+
+def readings(names: Mapping[str, nn.Module], name: str) -> Iterator[Layout]:
+    """Yield readings of a module's maps as attention that agree with what each of them moves in a run of it.
+
+    Args:
+        names: all modules of the model.
+        name: of the module.
+    """
+    module = names[name]
+    if isinstance(names[""], BareCheckpoint) or not _may_attend(module) or any(map(_is_whole, [*module.modules()][1:])):
+        return
+    maps = _maps(module)
+    if not 2 <= len(maps) <= _MOST_MAPS:
+        return
+    above = module_key(names[""]) if name else None
+    try:
+        roles = cached(("roles", module_key(module), above, name), functools.partial(_roles, names, name, [*maps]))
+    except CannotRunError:
+        return
+    yield from islice(_fitting(module, maps, roles), _MOST_READINGS)
+
+
+def _may_attend(module: nn.Module) -> bool:
+    return looks_like_attention(module) or _takes_softmax(type(module))
+
+
+def _is_whole(part: nn.Module) -> bool:
+    """Return whether a part may be attention by itself, so that it, and not what holds it, is the layer."""
+    if any(class_path(cls) in LAYOUTS and not issubclass(cls, Convolution) for cls in type(part).__mro__):
+        return True
+    if not _may_attend(part) or len(_maps(part)) < 2:
+        return False
+    with suppress(Exception):  # of any kind: it is then a whole one that cannot be read
+        found = guess_attention(part)
+        return not (isinstance(found, Skipped) and found.reason == NO_OUTPUT)
+    return True
+
+
+def _takes_softmax(cls: type) -> bool:
+    """Return whether code of a class that is not torch's, or a function that it calls by name, names a softmax."""
+    methods = [value for base in cls.__mro__ if not _is_torch(base.__module__) for value in vars(base).values()]
+    queue, met = [each for each in methods if isinstance(each, FunctionType)], set[FunctionType]()
+    while queue:
+        function = queue.pop()
+        if _SOFTMAX & set(function.__code__.co_names):
+            return True
+        met.add(function)
+        called = (function.__globals__.get(name) for name in function.__code__.co_names)
+        queue += [
+            each
+            for each in called
+            if isinstance(each, FunctionType) and each not in met and not _is_torch(each.__module__)
+        ]
+    return False
+
+
+def _is_torch(module: str | None) -> bool:
+    return str(module).partition(".")[0] in ("torch", "builtins")
+
+
+def _maps(module: nn.Module) -> dict[str, _Map]:
+    """Return the linear maps of a module and its parts by name."""
+    found: dict[str, _Map] = {}
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    for name in [name for name, part in module.named_modules() if isinstance(part, kinds) or hasattr(part, "nf")]:
+        with suppress(Refused):
+            [matrix] = matrices(module, [name])
+            found[name] = _Map(len(matrix), matrix.shape[-1], len(matrix), matrix.shape[-1])
+    matrices_of_its_own = ((n, p) for n, p in module.named_parameters(recurse=False) if not is_bias(n))
+    for name, parameter in matrices_of_its_own:
+        if parameter.ndim == 2:
+            found[name] = _Map(parameter.shape[1], len(parameter), parameter.shape[1], len(parameter))
+        elif parameter.ndim == 3:
+            count, first, last = parameter.shape
+            found[name] = _Map(count * last, first, last, count * first)
+    return found
+
+
+@untraced()
+def _roles(names: Mapping[str, nn.Module], name: str, maps: list[str]) -> _Roles:
+    """Return what each map of a module moves.
+
+    Raises:
+        CannotRunError: it runs on no made-up inputs, or takes no softmax over its tokens, or several.
+    """
+    twin = copy_for_probe(names[name])
+    for call in _calls(names, name, twin, maps):
+        try:
+            scores, out = _look(twin, call)
+        except CannotRunError:
+            continue
+        moved: dict[str, tuple[bool, bool]] = {}
+        generator = torch.Generator().manual_seed(3)
+        for each in maps:
+            [matrix] = matrices(twin, [each])
+            kept = matrix.clone()
+            matrix.copy_(torch.randn(matrix.shape, generator=generator) * matrix.shape[-1] ** -0.5)
+            try:
+                then, after = _look(twin, call)
+            finally:
+                matrix.copy_(kept)
+            moved[each] = not is_close(then, scores, scores), not is_near(after, out)
+        by_scores = [each for each, (in_scores, _) in moved.items() if in_scores]
+        by_out = [each for each, (in_scores, in_out) in moved.items() if in_out and not in_scores]
+        return _Roles(by_scores, by_out, len(scores))
+    raise CannotRunError("it takes no softmax over its tokens on made-up inputs")
+
+
+def _calls(names: Mapping[str, nn.Module], name: str, twin: nn.Module, maps: list[str]) -> Iterator[Call]:
+    """Yield inputs: made up, those that its owner hands it, those that it is handed in a run of the whole model."""
+    widths = dict.fromkeys(matrix.shape[-1] for matrix in matrices(twin, maps))
+    for width in [*widths][:3]:
+        yield from calls(twin, width)
+    for width in [*widths][:3]:
+        with suppress(CannotRunError):
+            yield from calls_in_use(names, name, width, 0)
+    with suppress(CannotRunError):
+        for call in calls_in_model(names[""], type(names[name])).get(name, []):
+            yield from (one_sequence(twin, call, width) for width in widths)
+
+
+def _look(twin: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
+    """Return the scores (H, L, L) of the one softmax over the tokens, and all outputs."""
+    with Softmaxes() as seen:
+        outputs = run(twin, call)
+    length = call.length
+    square = [s for s in map(by_query, seen.inputs) if s.shape[-2:] == (length, length) and s.isfinite().any()]
+    if length < 2 or len(square) != 1:
+        raise CannotRunError("it takes no softmax over its tokens, or several")
+    return square[0].reshape(-1, length, length).double(), torch.cat([part.flatten().double() for part in outputs])
+
+
+def _fitting(module: nn.Module, maps: Mapping[str, _Map], roles: _Roles) -> Iterator[Layout]:
+    """Yield readings whose shapes fit, in the order of the maps."""
+    ends = [(each, maps[each].out_gives) for each in roles.out]
+    pairs = [(v, out) for (v, _), (out, width) in permutations(ends, 2) if maps[v].takes == width]
+    made: list[tuple[tuple[str, ...], str]] = []
+    for (q, k), (v, out) in product(permutations(roles.scores, 2), pairs):
+        if maps[q].takes == maps[k].takes == maps[v].takes:
+            made.append(((q, k, v, out), ""))
+    for fused, (out, width) in product(roles.scores, ends):
+        if maps[fused].takes == width and maps[fused].gives > maps[out].out_takes:
+            made += [((fused, out), order) for order in (*map("".join, permutations("qkv")), "heads")]
+    for (q, kv), (out, width) in product(permutations(roles.scores, 2), ends):
+        if maps[q].takes == maps[kv].takes == width and maps[kv].gives % 2 == 0:
+            made += [((q, kv, out), order) for order in ("kv", "vk")]
+    for qk, (v, out) in product(roles.scores, pairs):
+        if maps[qk].takes == maps[v].takes and maps[qk].gives % 2 == 0:
+            made.append(((qk, v, out), "qk"))
+    # A module's own square matrix may stand on either side of its tokens.
+    ways = (False, True) if module._parameters.keys() & maps.keys() else (False,)
+    yield from (reading(each, order, roles.heads, turned) for turned in ways for each, order in made)
+
+
+@functools.cache  # verdicts are kept by the reading
+def reading(names: tuple[str, ...], order: str, heads: int, turned: bool) -> Layout:
+    """Return the layout of these maps.
+
+    Args:
+        names: of queries, keys, values and output; or of fewer maps, of which one is cut.
+        order: what the rows of that one are, ``"heads"`` for (q, k, v) within each head.
+        heads: query heads.
+        turned: whether a module's own matrices are (out, in).
+    """
+
+    def read(module: nn.Module) -> AttentionWeights:
+        parts = matrices(module, names)
+        if turned:
+            parts = [part.mT if name in module._parameters else part for name, part in zip(names, parts, strict=True)]
+        out = parts[-1] if parts[-1].ndim == 2 else parts[-1].mT.flatten(0, 1).mT
+        if len(names) == 4:
+            q, k, v = parts[:3]
+        elif order == "heads":
+            q, k, v = parts[0].unflatten(0, (heads, 3, -1)).unbind(1)
+        elif len(names) == 2:
+            shared = (len(parts[0]) - out.shape[1]) // 2
+            cut = dict(
+                zip(order, parts[0].split([out.shape[1] if part == "q" else shared for part in order]), strict=True)
+            )
+            q, k, v = (cut[part] for part in "qkv")
+        elif order == "qk":
+            (q, k), v = parts[0].chunk(2), parts[1]
+        else:
+            cut = dict(zip(order, parts[1].chunk(2), strict=True))
+            q, k, v = parts[0], cut["k"], cut["v"]
+        return assemble(module, [q, k, v, out], names, heads=heads)
+
+    return read
