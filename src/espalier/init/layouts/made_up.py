@@ -30,6 +30,7 @@ def calls(
     given: Collection[str] = (),
     others: Sequence[int] = (),
     lengths: Sequence[int] = (),
+    batch: int = 1,
 ) -> Iterator[Call]:
     """Yield inputs that a module may run on, the most usual first: made from its signature alone.
 
@@ -40,6 +41,7 @@ def calls(
         given: names of optional arguments that are given, too.
         others: widths of another sequence's tokens, tried after ``width``.
         lengths: numbers of tokens, tried after the usual ones.
+        batch: sequences; of several no other form is made than one after the other.
     """
     named = [p for p in arguments(module) if p.kind not in VARIADIC]
     if not named:
@@ -58,9 +60,9 @@ def calls(
             forms(needs), wide, [*_lengths(module, (width, share, heads)), *lengths], widths
         ):
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
-            shapes = [(1, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]
+            shapes = [(batch, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]
             # At last with channels first: an image, and a signal.
-            for place, shape in enumerate([*shapes, shapes[3], shapes[0]]):
+            for place, shape in enumerate([*shapes, shapes[3], shapes[0]] if batch == 1 else shapes[:1]):
                 # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
                 x = torch.randn(shape, generator=generator, dtype=torch.float64)
                 x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x

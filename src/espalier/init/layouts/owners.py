@@ -37,7 +37,9 @@ def first_inputs(model: nn.Module, batch: int, generator: torch.Generator) -> It
             yield torch.randn(batch, first.in_channels, size, size, generator=generator)
 
 
-def calls_of_owner(owner: nn.Module, widths: Sequence[int], heads: int, given: Collection[str]) -> Iterator[Call]:
+def calls_of_owner(
+    owner: nn.Module, widths: Sequence[int], heads: int, given: Collection[str], *, pairs: bool = False
+) -> Iterator[Call]:
     """Yield inputs that a module may run on: tokens of these widths, else what its first layers take.
 
     Args:
@@ -46,9 +48,10 @@ def calls_of_owner(owner: nn.Module, widths: Sequence[int], heads: int, given: C
         heads: query heads of the layer that it calls.
         given: names of optional arguments that are given, too; a model is run whole only with all that may be another
             sequence, since a run without says nothing of them.
+        pairs: also sequences two by two, as what compares two of them takes.
     """
-    for width in dict.fromkeys(widths):
-        yield from calls(owner, width, heads, given, others=widths)
+    for batch, width in itertools.product((1, 2) if pairs else (1,), dict.fromkeys(widths)):
+        yield from calls(owner, width, heads, given, others=widths, batch=batch)
     if hidden_sequences(owner, given):
         return
     named = [p for p in arguments(owner) if p.kind not in VARIADIC]

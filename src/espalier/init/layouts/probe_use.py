@@ -130,7 +130,7 @@ class _Watch:
     def start(self, widths: Sequence[int], heads: int, given: Collection[str]) -> _Seen:
         """Return the first run in which the part is called."""
         why = ""
-        for call in calls_of_owner(self.twin, widths, heads, given):
+        for call in calls_of_owner(self.twin, widths, heads, given, pairs=True):
             self.call = call
             try:
                 seen = self.look()
