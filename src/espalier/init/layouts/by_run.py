@@ -7,8 +7,9 @@ the readings that this leaves, the probe proves one, or none.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import islice, permutations, product
 from types import FunctionType
 from typing import NamedTuple
@@ -23,8 +24,8 @@ from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.linears import assemble, matrices
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import looks_like_attention
-from espalier.init.layouts.probe_attention import Softmaxes
-from espalier.init.layouts.prove import cached, calls_in_use
+from espalier.init.layouts.probe_attention import Softmaxes, Unproven, prove_attention
+from espalier.init.layouts.prove import cached, cached_calls_in_model, calls_in_use
 from espalier.init.layouts.registry import (
     LAYOUTS,
     AttentionWeights,
@@ -35,11 +36,11 @@ from espalier.init.layouts.registry import (
     class_path,
 )
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, is_bias, run, untraced
-from espalier.init.layouts.whole_model import calls_in_model, one_sequence
+from espalier.init.layouts.whole_model import one_sequence
 
 # A module with more maps than that holds more than one layer.
 _MOST_MAPS = 8
-_MOST_READINGS = 24
+_MOST_READINGS, _MOST_WIDTHS = 24, 3
 _SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
 
 
@@ -60,25 +61,31 @@ class _Roles(NamedTuple):
     heads: int
 
 
-def readings(names: Mapping[str, nn.Module], name: str) -> Iterator[Layout]:
-    """Yield readings of a module's maps as attention that agree with what each of them moves in a run of it.
+def reading_by_run(names: Mapping[str, nn.Module], name: str, least: int) -> Layout | None:
+    """Return the reading of a module's maps as attention that a run of it proves, if there is one.
 
     Args:
         names: all modules of the model.
         name: of the module.
+        least: maps that it must have.
     """
     module = names[name]
     if isinstance(names[""], BareCheckpoint) or not _may_attend(module) or any(map(_is_whole, [*module.modules()][1:])):
-        return
+        return None
     maps = _maps(module)
-    if not 2 <= len(maps) <= _MOST_MAPS:
-        return
-    above = module_key(names[""]) if name else None
-    try:
-        roles = cached(("roles", module_key(module), above, name), functools.partial(_roles, names, name, [*maps]))
-    except CannotRunError:
-        return
-    yield from islice(_fitting(module, maps, roles), _MOST_READINGS)
+    if not least <= len(maps) <= _MOST_MAPS:
+        return None
+    key, widths = module_key(module), [*dict.fromkeys(each.takes for each in maps.values())][:_MOST_WIDTHS]
+    found: Layout | None = None
+    with suppress(CannotRunError):
+        try:
+            alone = (call for width in widths for call in calls(module, width))
+            found = cached(("reading", key), partial(_proven, module, maps, alone))
+        except CannotRunError:
+            root = module_key(names[""])
+            given = _calls_given(names, name, widths, root)
+            found = cached(("reading", key, root, name), partial(_proven, module, maps, given))
+    return found
 
 
 def _may_attend(module: nn.Module) -> bool:
@@ -138,46 +145,54 @@ def _maps(module: nn.Module) -> dict[str, _Map]:
 
 
 @untraced()
-def _roles(names: Mapping[str, nn.Module], name: str, maps: list[str]) -> _Roles:
-    """Return what each map of a module moves.
+def _proven(module: nn.Module, maps: Mapping[str, _Map], made: Iterator[Call]) -> Layout | None:
+    """Return the reading that a run on the first fitting of some inputs proves.
 
     Raises:
-        CannotRunError: it runs on no made-up inputs, or takes no softmax over its tokens, or several.
+        CannotRunError: it runs on none of them, or takes no softmax over their tokens, or several.
     """
-    twin = copy_for_probe(names[name])
-    for call in _calls(names, name, twin, maps):
-        try:
-            scores, out = _look(twin, call)
-        except CannotRunError:
-            continue
-        moved: dict[str, tuple[bool, bool]] = {}
-        generator = torch.Generator().manual_seed(3)
-        for each in maps:
-            [matrix] = matrices(twin, [each])
-            kept = matrix.clone()
-            matrix.copy_(torch.randn(matrix.shape, generator=generator) * matrix.shape[-1] ** -0.5)
-            try:
-                then, after = _look(twin, call)
-            finally:
-                matrix.copy_(kept)
-            moved[each] = not is_close(then, scores, scores), not is_near(after, out)
-        by_scores = [each for each, (in_scores, _) in moved.items() if in_scores]
-        by_out = [each for each, (in_scores, in_out) in moved.items() if in_out and not in_scores]
-        return _Roles(by_scores, by_out, len(scores))
-    raise CannotRunError("it takes no softmax over its tokens on made-up inputs")
+    twin = copy_for_probe(module)
+    for call in made:
+        with suppress(CannotRunError):
+            roles = _roles(twin, call, [*maps])
+            break
+    else:
+        raise CannotRunError("it takes no softmax over its tokens on made-up inputs")
+    for each in islice(_fitting(module, maps, roles), _MOST_READINGS):
+        # Most readings fail at once, some because their shapes do not even fit.
+        with suppress(Unproven, CannotRunError, Refused, RuntimeError, ValueError):
+            views = each(twin)
+            assert isinstance(views, AttentionWeights)
+            prove_attention(twin, views, call)
+            return each
+    return None
 
 
-def _calls(names: Mapping[str, nn.Module], name: str, twin: nn.Module, maps: list[str]) -> Iterator[Call]:
-    """Yield inputs: made up, those that its owner hands it, those that it is handed in a run of the whole model."""
-    widths = dict.fromkeys(matrix.shape[-1] for matrix in matrices(twin, maps))
-    for width in [*widths][:3]:
-        yield from calls(twin, width)
-    for width in [*widths][:3]:
+def _roles(twin: nn.Module, call: Call, maps: list[str]) -> _Roles:
+    """Return what each map of a copy moves."""
+    scores, out = _look(twin, call)
+    moved: dict[str, tuple[bool, bool]] = {}
+    generator = torch.Generator().manual_seed(3)
+    for each in maps:
+        [matrix] = matrices(twin, [each])
+        kept = matrix.clone()
+        matrix.copy_(torch.randn(matrix.shape, generator=generator) * matrix.shape[-1] ** -0.5)
+        then, after = _look(twin, call)
+        matrix.copy_(kept)
+        moved[each] = not is_close(then, scores, scores), not is_near(after, out)
+    by_scores = [each for each, (in_scores, _) in moved.items() if in_scores]
+    by_out = [each for each, (in_scores, in_out) in moved.items() if in_out and not in_scores]
+    return _Roles(by_scores, by_out, len(scores))
+
+
+def _calls_given(names: Mapping[str, nn.Module], name: str, widths: list[int], root: Hashable) -> Iterator[Call]:
+    """Yield what a module is handed by its owner, and in a run of the whole model."""
+    for width in widths:
         with suppress(CannotRunError):
             yield from calls_in_use(names, name, width, 0)
     with suppress(CannotRunError):
-        for call in calls_in_model(names[""], type(names[name])).get(name, []):
-            yield from (one_sequence(twin, call, width) for width in widths)
+        for call in cached_calls_in_model(names[""], type(names[name]), root).get(name, []):
+            yield from (one_sequence(names[name], call, width) for width in widths)
 
 
 def _look(twin: nn.Module, call: Call) -> tuple[Tensor, Tensor]:

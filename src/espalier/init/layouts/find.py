@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.by_name import NO_OUTPUT
-from espalier.init.layouts.by_run import readings
+from espalier.init.layouts.by_run import reading_by_run
 from espalier.init.layouts.linears import NO_HEADS
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_depthwise import align
@@ -211,9 +211,12 @@ def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
             return found
         refused = refused or found
     if refused is None or (isinstance(refused, Skipped) and refused.reason.startswith((NO_HEADS, NO_OUTPUT))):
-        tried = (_proven(names, name, reading, "found by what its maps move") for reading in readings(names, name))
-        # What is not run cannot be found in this way.
-        return next((each for each in tried if isinstance(each, AttentionWeights) and PROVEN in each.note), refused)
+        # Queries, keys and values of known names want a fourth map.
+        without = isinstance(refused, Skipped) and refused.reason == NO_OUTPUT
+        reading = reading_by_run(names, name, 4 if without else 2)
+        found = None if reading is None else _proven(names, name, reading, "found by what its maps move")
+        # Weights that no run of it, in its model, proves are not found in this way.
+        return found if isinstance(found, AttentionWeights) and PROVEN in found.note else refused or found
     return refused
 
 

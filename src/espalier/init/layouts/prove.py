@@ -185,7 +185,7 @@ def _prove_in_model(names: Mapping[str, nn.Module], name: str, reading: Layout, 
     """Prove a layer on the inputs that it is given where its whole model is run."""
     module = names[name]
     refuse_second_sequence(names, name)
-    seen = cached((root, type(module), "in model"), partial(calls_in_model, names[""], type(module)))
+    seen = cached_calls_in_model(names[""], type(module), root)
     if name not in seen:
         raise CannotRunError(f"nothing in {type(names['']).__name__} calls it")
     twin, views = _copied(module, reading)
@@ -317,6 +317,12 @@ def token_widths(owner: nn.Module) -> list[int]:
     stated = [attribute(part, name) for part in owner.modules() for name in names]
     sizes = [size[-1] if isinstance(size, tuple) and size else size for size in stated]
     return list(dict.fromkeys(size for size in sizes if isinstance(size, int)))[:3]
+
+
+def cached_calls_in_model(model: nn.Module, kind: type[nn.Module], root: Hashable) -> dict[str, list[Call]]:
+    """Return ``calls_in_model``, or raise its refusal again; ``root`` is the model's key."""
+    found: dict[str, list[Call]] = cached((root, kind, "in model"), partial(calls_in_model, model, kind))
+    return found
 
 
 def cached(key: Any, compute: Callable[[], Any]) -> Any:
