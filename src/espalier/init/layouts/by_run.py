@@ -33,7 +33,9 @@ from espalier.init.layouts.registry import (
     Layout,
     Refused,
     Skipped,
+    attribute,
     class_path,
+    holds_lazy,
 )
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, is_bias, run, untraced
 from espalier.init.layouts.whole_model import one_sequence
@@ -70,7 +72,9 @@ def reading_by_run(names: Mapping[str, nn.Module], name: str, least: int) -> Lay
         least: maps that it must have.
     """
     module = names[name]
-    if isinstance(names[""], BareCheckpoint) or not _may_attend(module) or any(map(_is_whole, [*module.modules()][1:])):
+    if isinstance(names[""], BareCheckpoint) or not _may_attend(module) or holds_lazy(module):
+        return None
+    if any(map(_is_whole, [*module.modules()][1:])):
         return None
     maps = _maps(module)
     if not least <= len(maps) <= _MOST_MAPS:
@@ -130,7 +134,7 @@ def _maps(module: nn.Module) -> dict[str, _Map]:
     """Return the linear maps of a module and its parts by name."""
     found: dict[str, _Map] = {}
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-    for name in [name for name, part in module.named_modules() if isinstance(part, kinds) or hasattr(part, "nf")]:
+    for name in [name for name, part in module.named_modules() if isinstance(part, kinds) or attribute(part, "nf")]:
         with suppress(Refused):
             [matrix] = matrices(module, [name])
             found[name] = _Map(len(matrix), matrix.shape[-1], len(matrix), matrix.shape[-1])
