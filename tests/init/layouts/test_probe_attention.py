@@ -318,14 +318,14 @@ def test_the_probe_leaves_no_trace() -> None:
 def test_the_probe_runs_once_for_layers_alike_and_less_for_those_with_another_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from espalier.init.layouts import probe_attention, prove
+    from espalier.init.layouts import probe_attention, prove, verdicts
 
     proofs, runs, run = [], [], probe_attention.run
     for name in ("prove_attention", "prove_alike"):
         tried = getattr(prove, name)
         monkeypatch.setattr(prove, name, lambda *a, tried=tried: proofs.append(len(runs)) or tried(*a))
     monkeypatch.setattr(probe_attention, "run", lambda *a: runs.append(1) or run(*a))
-    monkeypatch.setattr(prove, "_KNOWN", {})
+    verdicts.KNOWN.clear()
     model = nn.ModuleList([RandomAttention(Form(heads=3, groups=3)) for _ in range(6)])
     for index, module in enumerate(model):
         module.layer_idx = index // 2

@@ -25,7 +25,7 @@ from espalier.init.layouts.linears import assemble, matrices
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import looks_like_attention
 from espalier.init.layouts.probe_attention import Softmaxes, Unproven, prove_attention
-from espalier.init.layouts.prove import cached, cached_calls_in_model, calls_in_use
+from espalier.init.layouts.prove import cached_calls_in_model, calls_in_use
 from espalier.init.layouts.registry import (
     LAYOUTS,
     AttentionWeights,
@@ -38,6 +38,7 @@ from espalier.init.layouts.registry import (
     holds_lazy,
 )
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, is_bias, run, untraced
+from espalier.init.layouts.verdicts import cached
 from espalier.init.layouts.whole_model import one_sequence
 
 # A module with more maps than that holds more than one layer.
@@ -191,9 +192,8 @@ def _roles(twin: nn.Module, call: Call, maps: list[str]) -> _Roles:
 
 def _calls_given(names: Mapping[str, nn.Module], name: str, widths: list[int], root: Hashable) -> Iterator[Call]:
     """Yield what a module is handed by its owner, and in a run of the whole model."""
-    for width in widths:
-        with suppress(CannotRunError):
-            yield from calls_in_use(names, name, width, 0)
+    with suppress(CannotRunError):
+        yield from calls_in_use(names, name, widths[0], 0)
     with suppress(CannotRunError):
         for call in cached_calls_in_model(names[""], type(names[name]), root).get(name, []):
             yield from (one_sequence(names[name], call, width) for width in widths)

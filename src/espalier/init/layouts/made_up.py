@@ -21,6 +21,7 @@ _UNTOLD = object()
 Form = Literal["usual", "zero masks", "pairs", "numbers", "ids"]
 """What is given where a name leaves it open: masks of zeros rather than none; and for names that say nothing, rather
 than tokens, what lies between every two tokens (an adjacency), a number an example (a time), or token ids."""
+_OPEN: tuple[Form, ...] = ("pairs", "numbers", "ids")
 
 
 def calls(
@@ -56,13 +57,16 @@ def calls(
         rotary = any(ROTARY_NAME.search(p.name) for p in needs)
         widths = _rotary_shapes(module, share) if rotary else [()]
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
-        for form, other, length, turn in itertools.product(
-            forms(needs), wide, [*_lengths(module, (width, share, heads)), *lengths], widths
-        ):
+        counts = [*_lengths(module, (width, share, heads)), *lengths]
+        for form, other, length, turn in itertools.product(forms(needs), wide, counts, widths):
+            # Of the forms that an open name may have, only the first of all else is tried.
+            if form in _OPEN and (other, length, turn) != (width, counts[0], widths[0]):
+                continue
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
             shapes = [(batch, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]
             # At last with channels first: an image, and a signal.
-            for place, shape in enumerate([*shapes, shapes[3], shapes[0]] if batch == 1 else shapes[:1]):
+            tried = shapes[:1] if batch > 1 else shapes[:3] if form in _OPEN else [*shapes, shapes[3], shapes[0]]
+            for place, shape in enumerate(tried):
                 # With mean 0 and size 1, as a norm leaves a token: one inside the module does not change them.
                 x = torch.randn(shape, generator=generator, dtype=torch.float64)
                 x = nn.functional.layer_norm(x, (width,), eps=0.0) if width > 2 else x
@@ -90,7 +94,7 @@ def forms(needs: Collection[inspect.Parameter]) -> list[Form]:
         found.append("zero masks")
     open_names = [p for p in needs if p.default is p.empty and not is_sequence(p)]
     if any(_told(p, x, 1, (), 0, "usual") is _UNTOLD for p in open_names if not ROTARY_NAME.search(p.name)):
-        found += ["pairs", "numbers", "ids"]
+        found += _OPEN
     return found
 
 

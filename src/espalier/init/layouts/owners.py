@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import NAMELESS, VARIADIC, arguments, sequences
+from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.made_up import argument, call_with, calls, count_tokens, forms
 from espalier.init.layouts.positions import moved, one_sequence_each
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced
+from espalier.init.layouts.verdicts import cached
 
 # Sides of images, the most usual first.
 _SIDES = (32, 64, 224, 28, 16, 8)
+# Parameters of a model that is run whole, whose copy takes eight bytes of each, and how often that is tried.
+LARGEST, _MOST_CALLS = 2**27, 48
 # A longer sequence or a larger vocabulary of positions is not made up.
 _LONGEST = 400
 _LABELS = re.compile(r"^(targets?|labels?)$|mask|past|cache|^return|^use|^output")
@@ -48,23 +53,52 @@ def calls_of_owner(
         heads: query heads of the layer that it calls.
         given: names of optional arguments that are given, too; a model is run whole only with all that may be another
             sequence, since a run without says nothing of them.
-        pairs: also sequences two by two, as what compares two of them takes.
+        pairs: also sequences two by two, as what compares two of them takes, and a second one of another width.
     """
     for batch, width in itertools.product((1, 2) if pairs else (1,), dict.fromkeys(widths)):
-        yield from calls(owner, width, heads, given, others=widths, batch=batch)
-    if hidden_sequences(owner, given):
-        return
+        yield from calls(owner, width, heads, given, others=widths if pairs else (), batch=batch)
+    with suppress(CannotRunError):
+        if not hidden_sequences(owner, given):
+            yield from cached(("whole", module_key(owner), tuple(widths), given), partial(_whole, owner, widths, given))
+
+
+@untraced()
+def _whole(owner: nn.Module, widths: Sequence[int], given: Collection[str]) -> list[Call]:
+    """Return token ids, batch first and sequence first, or an image on which a module runs, with all that it needs.
+
+    Raises:
+        CannotRunError: it is too large, or runs on none of them.
+    """
+    if sum(parameter.numel() for parameter in owner.parameters()) > LARGEST:
+        raise CannotRunError("the model is too large to be run")
+    twin = copy_for_probe(owner)
+    for call in itertools.islice(_whole_calls(twin, widths, given), _MOST_CALLS):
+        with suppress(CannotRunError):
+            run(twin, call)
+            return [call, _turned(call)]
+    raise CannotRunError("it runs on no made-up inputs")
+
+
+def _turned(call: Call) -> Call:
+    """Return a call on (1, L) token ids as one on (L, 1)."""
+
+    def turned(value: Any) -> Any:
+        ids = isinstance(value, Tensor) and value.shape == (1, call.length) and not value.is_floating_point()
+        return value.T if ids else value
+
+    return replace(call, args=tuple(map(turned, call.args)), kwargs={k: turned(v) for k, v in call.kwargs.items()})
+
+
+def _whole_calls(owner: nn.Module, widths: Sequence[int], given: Collection[str]) -> Iterator[Call]:
     named = [p for p in arguments(owner) if p.kind not in VARIADIC]
     needs = [p for p in named[1:] if p.default is p.empty or p.name in given]
     generator = torch.Generator().manual_seed(1)
     for x in _raw_inputs(owner, generator) if named else ():
         ids, length = not x.is_floating_point(), x.shape[1] if x.is_floating_point() else x.numel()
-        like = partial(torch.randint, int(x.max()) + 1 if ids else 0, x.shape) if ids else partial(torch.randn, x.shape)
+        like = partial(torch.randint, int(x.max()) + 1, x.shape) if ids else partial(torch.randn, x.shape)
         tokens = [partial(torch.randn, (1, length, width)) for width in dict.fromkeys(widths)] if needs else []
         for another, form in itertools.product([like, *tokens], forms(needs)):
-            values = {
-                p: argument(p, x, partial(another, generator=generator), length, (1,), heads, form) for p in needs
-            }
+            values = {p: argument(p, x, partial(another, generator=generator), length, (1,), 0, form) for p in needs}
             yield call_with(named[0], x, values, length)
 
 
@@ -82,8 +116,7 @@ def _raw_inputs(module: nn.Module, generator: torch.Generator) -> Iterator[Tenso
         counts = [part.num_embeddings for part in embeddings]
         for vocabulary in dict.fromkeys([counts[0], min(counts)]):
             for length in dict.fromkeys([6, 16, *(count for count in placed if 1 < count <= _LONGEST)]):
-                ids = torch.randint(vocabulary, (1, length), generator=generator)
-                yield from (ids, ids.T)
+                yield torch.randint(vocabulary, (1, length), generator=generator)
     first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
     for side in _SIDES if first is not None else ():
         yield torch.randn(1, first.in_channels, side, side, generator=generator)  # type: ignore[union-attr]
@@ -113,7 +146,7 @@ def calls_of_part(
         seen.append(Call(fresh(args), fresh(kwargs), 0))
 
     part.register_forward_pre_hook(record, with_kwargs=True)
-    for call in calls_of_owner(twin, widths, heads, given):
+    for call in calls_of_owner(owner, widths, heads, given):
         seen.clear()
         try:
             run(twin, call)

@@ -7,7 +7,7 @@ move what the layer returns; and a score at (i, i) follows another token through
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ def meets_others(
         CannotRunError: the owner runs on no made-up inputs, or never calls the part.
     """
     watch = _Watch(copy_for_probe(owner), path, reading)
-    base = watch.start(widths, heads, given)
+    base = watch.start(calls_of_owner(owner, widths, heads, given, pairs=True))
     generator = torch.Generator().manual_seed(5)
     way_D = watch.unseen(generator)
     parts = {name: getattr(watch.views, name) for name in ("q", "k", "v")}
@@ -127,10 +127,10 @@ class _Watch:
     def _take(self, *_: Any) -> None:
         self.taken |= not self.inside
 
-    def start(self, widths: Sequence[int], heads: int, given: Collection[str]) -> _Seen:
+    def start(self, made: Iterable[Call]) -> _Seen:
         """Return the first run in which the part is called."""
         why = ""
-        for call in calls_of_owner(self.twin, widths, heads, given, pairs=True):
+        for call in made:
             self.call = call
             try:
                 seen = self.look()

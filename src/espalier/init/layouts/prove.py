@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,8 @@ from espalier.init.layouts.registry import (
     SSMWeights,
     attribute,
 )
-from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, first_line, owner_of, untraced
+from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, owner_of, untraced
+from espalier.init.layouts.verdicts import KNOWN, cached
 from espalier.init.layouts.whole_model import (
     calls_in_model,
     one_sequence,
@@ -46,9 +46,6 @@ PROVEN = "proven by a run"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
 # Attributes that number a layer, and seldom change what its rows mean: layers that differ in them are tested less.
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
-# Verdicts by what decides them: a note, or a refusal.
-_KNOWN: dict[Any, str | Unproven | CannotRunError] = {}
-_KEPT = 4096
 
 
 def prove(
@@ -154,11 +151,11 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
     why: CannotRunError | Unproven = CannotRunError("")
     for call in calls(twin, views.q.shape[-1], views.num_heads):
         try:
-            known = _KNOWN.get(group)
+            known = KNOWN.get(group)
             if isinstance(known, str):
                 with suppress(Unproven):  # or it is proven in full: a norm, say, takes no signs
                     return prove_alike(twin, views, call, known)
-            _KNOWN[group] = remarks = prove_attention(twin, views, call)
+            KNOWN[group] = remarks = prove_attention(twin, views, call)
             return remarks
         except Unproven as error:
             why = error
@@ -302,7 +299,7 @@ def calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: i
     why = "nothing in the model calls it"
     for place, owner in reversed(_owners(names, name)):
         path, any_name, read = name[len(place) :].lstrip("."), sequences(owner, any_name=True), sequences(owner)
-        for given in dict.fromkeys((tuple(any_name), *((each,) for each in any_name), tuple(read), ())):
+        for given in dict.fromkeys((tuple(any_name), tuple(read), ())):
             made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:
                 return cached((module_key(owner), path, width, heads, given, "calls"), made)
@@ -323,21 +320,3 @@ def cached_calls_in_model(model: nn.Module, kind: type[nn.Module], root: Hashabl
     """Return ``calls_in_model``, or raise its refusal again; ``root`` is the model's key."""
     found: dict[str, list[Call]] = cached((root, kind, "in model"), partial(calls_in_model, model, kind))
     return found
-
-
-def cached(key: Any, compute: Callable[[], Any]) -> Any:
-    """Return a verdict, or raise it again if it was a refusal."""
-    if key not in _KNOWN:
-        if len(_KNOWN) >= _KEPT:
-            _KNOWN.clear()
-        try:
-            _KNOWN[key] = compute()
-        except (Unproven, CannotRunError) as error:
-            # Made anew: what was raised holds the frames of the run, and with them the module and its copy.
-            _KNOWN[key] = type(error)(*error.args)
-        except Exception as error:  # of anybody's code, in whatever shape: one layer must not stop the others
-            _KNOWN[key] = CannotRunError(first_line(error))
-    verdict = _KNOWN[key]
-    if isinstance(verdict, Exception):
-        raise type(verdict)(*verdict.args)
-    return verdict

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
 from espalier.init.layouts.made_up import count_tokens
-from espalier.init.layouts.owners import first_inputs, hidden_sequences
+from espalier.init.layouts.owners import LARGEST, first_inputs, hidden_sequences
 from espalier.init.layouts.positions import moved, one_sequence_each
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, owner_of, run, untraced
-
-# Parameters of a model that is run: its copy takes eight bytes of each.
-_LARGEST = 2**27
 
 
 def refuse_second_sequence(names: Mapping[str, nn.Module], name: str) -> None:
@@ -43,7 +40,7 @@ def calls_in_model(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[Ca
     Raises:
         CannotRunError: the model is too large, or takes none of ``first_inputs``.
     """
-    if sum(parameter.numel() for parameter in model.parameters()) > _LARGEST:
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
         raise CannotRunError("the model is too large to be run")
     twin, why = copy_for_probe(model), "it does not say what it takes"
     seen, by = list[Call](), list[str]()
