@@ -139,7 +139,7 @@ def test_matrices_of_the_module_s_own_are_found(way: str) -> None:
 
 
 class Reweighted(nn.Module):
-    """Softmaxes that are no attention: over channels, over classes, a gate over tokens."""
+    """Softmaxes that are no attention of its tokens: over channels, over classes, a gate, shifted values."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -151,9 +151,11 @@ class Reweighted(nn.Module):
             return self.d((self.a(x).mT @ self.b(x)).softmax(-1) @ self.c(x).mT).mT
         if self.way == "classes":
             return self.d(self.a(x).relu()).softmax(-1)
+        if self.way == "shifted":
+            return self.d((self.a(x) @ self.b(x).mT).softmax(-1) @ self.c(x).roll(1, 1))
         return self.d(self.a(x).softmax(1) * self.c(x))
 
 
-@pytest.mark.parametrize("way", ["channels", "classes", "gate"])
+@pytest.mark.parametrize("way", ["channels", "classes", "gate", "shifted"])
 def test_other_softmaxes_are_no_attention(way: str) -> None:
     assert not [1 for _, _, found in find_layers(Reweighted(way)) if isinstance(found, AttentionWeights)]

@@ -24,7 +24,7 @@ from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.linears import assemble, matrices
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import looks_like_attention
-from espalier.init.layouts.probe_attention import Softmaxes, Unproven, prove_attention
+from espalier.init.layouts.probe_attention import BESIDE, Softmaxes, Unproven, prove_attention
 from espalier.init.layouts.prove import cached_calls_in_model, calls_in_use
 from espalier.init.layouts.registry import (
     LAYOUTS,
@@ -168,8 +168,9 @@ def _proven(module: nn.Module, maps: Mapping[str, _Map], made: Iterator[Call]) -
         with suppress(Unproven, CannotRunError, Refused, RuntimeError, ValueError):
             views = each(twin)
             assert isinstance(views, AttentionWeights)
-            prove_attention(twin, views, call)
-            return each
+            # Names may speak for a layer whose products something else stands beside; here nothing does.
+            if BESIDE not in prove_attention(twin, views, call):
+                return each
     return None
 
 

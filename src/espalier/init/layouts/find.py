@@ -15,6 +15,7 @@ from espalier.init.layouts.by_name import NO_OUTPUT
 from espalier.init.layouts.by_run import reading_by_run
 from espalier.init.layouts.linears import NO_HEADS
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
+from espalier.init.layouts.probe_attention import BESIDE
 from espalier.init.layouts.probe_depthwise import align
 from espalier.init.layouts.prove import PROVEN, prove, prove_use, refuse_other_keys
 from espalier.init.layouts.registry import (
@@ -216,7 +217,8 @@ def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
         reading = reading_by_run(names, name, 4 if without else 2)
         found = None if reading is None else _proven(names, name, reading, "found by what its maps move")
         # Weights that no run of it, in its model, proves are not found in this way.
-        return found if isinstance(found, AttentionWeights) and PROVEN in found.note else refused or found
+        sure = isinstance(found, AttentionWeights) and PROVEN in found.note and BESIDE not in found.note
+        return found if sure else refused or (found if isinstance(found, Skipped) else None)
     return refused
 
 

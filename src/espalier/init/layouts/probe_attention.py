@@ -46,7 +46,7 @@ from espalier.init.layouts.scratch import Call, run
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
 _LIKE = 0.5
-_BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
+BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
 _FACTORS = (0.4, 2.5)
 
 
@@ -326,7 +326,7 @@ def _follow_values(trial: _Trial, looks: tuple[Seen, Seen], generator: torch.Gen
     # What is mean over all tokens does not tell in which order they are; what is not, does.
     apart, wanted = moves - even, (by_head - evenly).sum(0)
     unlike = float((apart * wanted).sum()) < _LIKE * float(apart.norm() * wanted.norm())
-    return _BESIDE if unlike and float(wanted.norm()) > PUSHED * float(evenly.norm()) else remark
+    return BESIDE if unlike and float(wanted.norm()) > PUSHED * float(evenly.norm()) else remark
 
 
 def _tokens(call: Call, width: int) -> Tensor | None:
@@ -344,7 +344,7 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     if dot < -_FOLLOWED * size:
         raise Unproven(f"{what} follows {name} with the other sign")
     if dot < _FOLLOWED * size:
-        return _BESIDE
+        return BESIDE
     factor = dot / float(product.square().sum())
     return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
 
