@@ -241,6 +241,22 @@ def test_what_has_no_rule_is_refused_by_name(words: str, function: Callable[[Ten
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("example", [None, torch.rand(2, 3)], ids=["any size", "one size"])
+@pytest.mark.parametrize("convert", [
+    lambda x: x.type(torch.LongTensor), lambda x: x.to(torch.int64), lambda x: x.to(dtype=torch.uint8),
+    lambda x: x.type(dtype=torch.BoolTensor), lambda x: x.type(torch.int32),
+])  # fmt: skip
+def test_a_conversion_that_cuts_numbers_is_refused_however_it_is_written(
+    convert: Callable[[Tensor], Tensor], example: Tensor | None
+) -> None:
+    net = Runs(lambda x: convert(x).to(torch.float64))
+    near, far = torch.full((1, 3), 1 - 1e-9, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    if convert(far).dtype != torch.bool:
+        assert (net(far) - net(near)).norm() > 1e8 * (far - near).norm()
+    with pytest.raises(UncertifiableError, match=r"step function|is not known"):
+        lipschitz_bound(net, example)
+
+
 def test_random_and_stateful_networks_are_refused() -> None:
     class Noisy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

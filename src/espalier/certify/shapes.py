@@ -251,14 +251,20 @@ def sort(analysis: Analysis, input: Bound, dim: int = -1, descending: bool = Fal
 
 
 def _converted(analysis: Analysis, input: Bound, dtype: torch.dtype | None) -> Bound:
-    if input.value is None or dtype is None or dtype == input.value.dtype:
+    if dtype is None or (input.value is not None and dtype == input.value.dtype):
         return input
     if not dtype.is_floating_point:
         raise UncertifiableError(f"a conversion to {dtype} is a step function")
+    if input.value is None:
+        return input
     value = input.value.to(dtype)
     finer = torch.finfo(dtype).eps <= torch.finfo(input.value.dtype).eps and dtype != torch.float16
     u = 0.0 if finer else cast_unit(dtype)
     return analysis.combine(value, [Term(input, 1.0, u)])
+
+
+_TARGETS = (torch.dtype, Tensor, Bound, str, torch.device, int, torch.memory_format, type(None))
+"""What the rule of conversions knows; an int is whether to copy, or the number of a device."""
 
 
 @operation("to", "type", "type_as", values=2, alias=True)
@@ -271,6 +277,8 @@ def to(analysis: Analysis, input: Any, *args: Any, **kwargs: Any) -> Any:
     dtypes = [target for target in targets if isinstance(target, torch.dtype)]
     dtypes += [target.dtype for target in targets if isinstance(target, Tensor)]
     dtypes += [target.numbers.dtype for target in targets if isinstance(target, Bound)]
+    if not targets or not all(isinstance(target, _TARGETS) for target in targets):
+        raise UncertifiableError("what it converts to is not known (torch.LongTensor, nothing): give a torch.dtype")
     for target in targets:
         if isinstance(target, str | torch.device) and torch.device(target).type != input.numbers.device.type:
             raise UncertifiableError(f"it moves to {target}: put the network on one device")
