@@ -301,6 +301,8 @@ DOES_SOMETHING_ELSE: dict[str, Callable[[Tensor], Tensor]] = {
         x, isinstance(x.shape[0], int) and torch.is_grad_enabled() and torch.zeros(x.shape[0]).numel() > 64
     ),
     "a change in place": written_without_gradients,
+    "strides of a result": lambda x: steep(x, not (2 * x).is_contiguous()),
+    "one image": lambda x: steep(x, x.squeeze(0).ndim == 1),
 }  # fmt: skip
 
 

@@ -64,7 +64,8 @@ def lipschitz_bound(net: nn.Module, example: Tensor | None = None) -> float:
     with prepared(net, None if example is None else torch.float64, analysis) as twin:
         images = None if example is None else example.detach().to(device_of(twin), torch.float64)
         result = analysis.run(twin, analysis.start(images)).bound
-        analysis.run(twin, analysis.start(images))  # is it the same map again?
+        # Is it the same map again, and of one image, which could be taken for none (squeeze)?
+        analysis.run(twin, analysis.start(None if images is None else images[:1]))
         if images is not None:
             compare_plain_passes(twin, analysis, images)
     if not math.isfinite(result.lipschitz):

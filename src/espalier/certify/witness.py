@@ -284,6 +284,8 @@ def _kinds(images: Tensor) -> Iterator[tuple[Tensor, bool]]:
         yield torch.stack([images, images], -1).flatten(-2)[..., ::2].requires_grad_(wanted), False
     if images.ndim == 4:
         yield images.clone(memory_format=torch.channels_last), False
+    elif images.ndim > 1:  # the numbers of an image as rows: dense, and not contiguous
+        yield images.transpose(0, -1).contiguous().transpose(0, -1), False
     leaf = images[:6].clone().requires_grad_()
     yield leaf, False
     with torch.enable_grad():
