@@ -292,6 +292,24 @@ def test_registration_opens_the_bound_to_users() -> None:
         lipschitz_bound(net)
 
 
+class States(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x.exp().sin()
+
+    def lipschitz_constant(self) -> float:
+        return self.slope
+
+
+def test_a_statement_holds_whatever_else_bears_the_name_of_an_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slope in (2.0, 3.0):
+        monkeypatch.setitem(globals(), "slope", slope)  # as this loop would at the top of a script
+        assert lipschitz_bound(States(slope)) == slope
+
+
 @patch.dict(RULES)
 def test_a_registration_replaces_a_rule_of_ours() -> None:
     net = nn.Sequential(MaxMin())

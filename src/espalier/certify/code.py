@@ -8,7 +8,9 @@ what only shows (``extra_repr``), but not override.
 
 from __future__ import annotations
 
+import dis
 import inspect
+from collections.abc import Iterable
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -103,7 +105,11 @@ def _part(attribute: Any) -> _Part:
 def _named(function: FunctionType, seen: set[int]) -> list[int]:
     """Return the identities of what a function names in its module, and so on through the code of this library."""
     found = []
-    for name in function.__code__.co_names:
+    names: Iterable[str] = function.__code__.co_names
+    if str(function.__module__).partition(".")[0] not in ("torch", "espalier"):
+        # Without attributes: a global of that name (``for scale in …``) is another thing. Too slow for every import.
+        names = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
+    for name in sorted(names):
         thing = function.__globals__.get(name)
         if thing is None or id(thing) in seen:
             continue
