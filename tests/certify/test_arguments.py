@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from espalier.certify import certify, lipschitz_bound
+from espalier.certify import UncertifiableError, certify, challenge, lipschitz_bound, register_lipschitz
+from espalier.certify.layers import RULES
 from espalier.errors import EspalierError
 from tests.certify.test_counts import Runs
 
@@ -33,8 +36,9 @@ def pruned() -> nn.Module:
     ({"images": X.numpy()}, "images are of type ndarray"), ({"images": X[:0], "labels": Y[:0]}, r"\(0, 4\)"),
     ({"images": X.sum()}, r"\(\)"), ({"images": X.to_sparse()}, "sparse"), ({"images": X.to("meta")}, "meta"),
     ({"images": 255 * X}, "range over"), ({"images": X.long()}, "int64"),
-    ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": 1.5}, "batch_size is 1.5"),
-    ({"batch_size": True}, "batch_size is True"), ({"arithmetic": None}, "arithmetic 'None'"),
+    ({"images": X[:, :0]}, r"\(2, 0\)"), ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": 1.5}, "batch_size is 1.5"), ({"batch_size": True}, "batch_size is True"),
+    ({"arithmetic": None}, "arithmetic 'None'"),
     ({"net": lambda x: x}, "net is of type function"), ({"net": nn.Linear(4, 3, device="meta")}, "meta"),
     ({"net": nn.LazyLinear(3)}, "before its first call"),
     ({"net": pruned()}, "prune.remove"),
@@ -80,3 +84,36 @@ def test_shards_are_refused() -> None:
             lipschitz_bound(net, X)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": -1}, "batch_size is -1"),
+    ({"eps": [math.nan]}, "eps nan"), ({"eps": [-1.0]}, "radius goes from -1 to -1"),
+    ({"images": X[:, :0]}, r"\(2, 0\)"),
+])  # fmt: skip
+def test_what_no_attack_can_be_about_is_refused(arguments: dict[str, Any], says: str) -> None:
+    labels = NET(X).argmax(1)
+    given = {"images": X, "labels": labels, "certificate": certify(NET, X, labels), "steps": 1, **arguments}
+    with pytest.raises(EspalierError, match=says):
+        challenge(NET, **given)
+
+
+def test_a_table_names_every_radius_or_refuses_it() -> None:
+    certificate = certify(NET, X, NET(X).argmax(1))
+    assert "inf " in certificate.table([math.inf])
+    with pytest.raises(EspalierError, match="eps nan"):
+        certificate.table([math.nan])
+
+
+@patch.dict(RULES)
+@pytest.mark.parametrize("rounding", [(-1.0, 0.0), (0.0, -1.0), (math.nan, 0.0), (0.0, math.inf)])
+def test_a_stated_rounding_is_a_bound(rounding: tuple[float, float]) -> None:
+    register_lipschitz(nn.Softplus, rounding=lambda module, unit: rounding)(lambda module: 1.0)
+    with pytest.raises(UncertifiableError, match="its rounding is"):
+        certify(nn.Sequential(nn.Softplus(), NET), X, Y)
+
+
+@pytest.mark.parametrize("classes", [(NET,), ("Softplus",), (nn.Softplus, torch.exp), (Tensor,)])
+def test_what_is_registered_is_a_class_of_modules(classes: tuple[Any, ...]) -> None:
+    with pytest.raises(EspalierError, match="give classes of modules"):
+        register_lipschitz(*classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_pgd_stays_among_pixels_and_is_repeatable() -> None:
     assert not any(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.parametrize("radius", [math.nan, math.inf, -0.1, torch.tensor([0.1] * 39 + [math.nan])])
+def test_pgd_refuses_a_radius_within_which_it_would_try_nothing(radius: float | Tensor) -> None:
+    net, images, labels, _ = linear_net()
+    with pytest.raises(EspalierError, match="radius goes from"):
+        pgd_l2(net, images, labels, radius)
+
+
 def test_autoattack_finds_what_exists_within_eps_and_leaves_the_random_state_alone() -> None:
     net, images, labels, radii = linear_net()
     # No radius within a twentieth of eps: whether an image falls at its very radius, rounding decides.
@@ -87,6 +95,18 @@ def test_a_sound_certificate_survives_and_its_distances_are_no_smaller() -> None
         found is not None and found >= radius for found, radius in zip(report.distances, certificate.radii, strict=True)
     )
     assert 0.99 < report.tightness <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_in_another_precision_than_the_network_are_attacked_as_they_are_certified(dtype: torch.dtype) -> None:
+    net, images, labels, _ = linear_net()
+    images = images.to(dtype)
+    labels = net.double()(images.double()).argmax(1)
+    certificate = certify(net.float(), images, labels)
+    report = challenge(net, images, labels, certificate, generator=torch.Generator().manual_seed(0))
+    assert report.broken == ()
+    assert report.attacked == 40
+    assert report.tightness > 0.98
 
 
 @pytest.mark.parametrize("autoattack", [False, True])

@@ -44,13 +44,15 @@ def pgd_l2(
         Images (B, …) in [0, 1] at a distance of at most r.
 
     Raises:
-        EspalierError: fewer than one step or restart.
+        EspalierError: fewer than one step or restart, or a radius that is negative or not finite.
 
     Source: Madry et al., arXiv 1706.06083, section 2.1; the margin as objective: Carlini & Wagner, arXiv 1608.04644.
     """
     if steps < 1 or restarts < 1:
         raise EspalierError(f"steps {steps}, restarts {restarts}: choose at least 1 of each")
     limits = torch.as_tensor(radius, dtype=images.dtype, device=images.device).expand(len(images))
+    if not bool((limits.isfinite() & (limits >= 0)).all()):  # every comparison below would be false: nothing is tried
+        raise EspalierError(f"radius goes from {limits.min():g} to {limits.max():g}: give finite numbers from 0")
     # Adding a perturbation rounds every pixel: a ball smaller by that keeps the sum inside the real one.
     limits = (limits - torch.finfo(images.dtype).eps * math.sqrt(math.prod(images.shape[1:]))).clamp_min(0)
     worst, height = images.clone(), _excess(net, images, labels).detach()

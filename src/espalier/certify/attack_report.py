@@ -131,7 +131,7 @@ def challenge(
     Raises:
         EspalierError: a certificate of other images or of another network, or AutoAttack without torchattacks.
     """
-    labels = check_pixels(images, labels)
+    labels = check_pixels(images, labels, batch_size)
     if tuple(labels.tolist()) != certificate.labels:
         raise EspalierError(f"the certificate is about {len(certificate)} other images: give those it was made for")
     state = _AttackState(net, certificate, images, labels, batch_size)
@@ -175,6 +175,7 @@ class _AttackState:
         known = certificate.arithmetic in ARITHMETIC
         self.certified_net = copy.deepcopy(net).to(ARITHMETIC[certificate.arithmetic]) if known else net
         self.dtype = next(self.certified_net.parameters(), images).dtype
+        self.own_dtype = next(net.parameters(), images).dtype
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         wrong_N = torch.cat([fooled(self.certified_net, some.to(self.dtype), theirs) for some, theirs in batches])
         for index in wrong_N.nonzero()[:, 0].tolist():
@@ -193,7 +194,7 @@ class _AttackState:
         """Try PGD on the chosen images for which nothing was found within their radius."""
         indices = (chosen_N & (self.distances_N > radius_N)).nonzero()[:, 0]
         for some in indices.split(self.batch_size) if len(indices) else ():
-            images, radius = self.images[some], radius_N[some].to(self.images.dtype)
+            images, radius = self.images[some].to(self.own_dtype), radius_N[some].to(self.own_dtype)
             found = pgd_l2(
                 self.net, images, self.labels[some], radius, steps=steps, restarts=restarts, generator=generator
             )
@@ -203,7 +204,8 @@ class _AttackState:
         """Try AutoAttack on the images for which nothing was found within ``eps``, by itself or before."""
         indices = indices[(self.distances_N[indices] > eps) & (self.robust_radius_N[indices] < eps)]
         for some in indices.split(self.batch_size) if len(indices) else ():
-            self._record(some, autoattack_l2(self.net, self.images[some], self.labels[some], eps, queries=queries))
+            images = self.images[some].to(self.own_dtype)
+            self._record(some, autoattack_l2(self.net, images, self.labels[some], eps, queries=queries))
             self.robust_radius_N[some] = eps
 
     def _record(self, indices: Tensor, found: Tensor) -> None:

@@ -146,7 +146,7 @@ def check_numbers(what: str, item: Any) -> None:
     """
     if not isinstance(item, Tensor):
         raise EspalierError(f"{what} of type {type(item).__name__}: give a torch.Tensor")
-    if item.layout != torch.strided or item.is_meta or item.is_quantized or item.ndim == 0 or len(item) == 0:
+    if item.layout != torch.strided or item.is_meta or item.is_quantized or item.ndim == 0 or item.numel() == 0:
         form = "quantised" if item.is_quantized else f"{item.layout}, {tuple(item.shape)}, on {item.device}"
         raise EspalierError(f"{what} {form}: give a dense tensor of numbers, one entry per image")
 
@@ -300,7 +300,9 @@ class _Watched:
         if not analysis.rounding or rounding is not None:
             with analysis.watch.aside():
                 value = self._on_numbers(bound.value)
-                relative, absolute = rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0)
+                relative, absolute = map(float, rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0))
+                if not (0 <= relative < math.inf and 0 <= absolute < math.inf):
+                    raise UncertifiableError(f"its rounding is {relative}, {absolute}: give finite numbers from 0")
                 made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
             return self._as_one(x, Bounded(made, analysis, x.memory))
         result = self.forward(x)

@@ -102,6 +102,8 @@ class Certificate:
 
 def in_255(eps: float) -> str:
     """Return a radius as text, as k/255 where it is that."""
+    if not math.isfinite(eps):
+        return f"{eps:g}"
     share = Fraction(eps * 255).limit_denominator(100)
     whole = share.denominator == 1 and share.numerator > 0 and math.isclose(eps * 255, share.numerator, rel_tol=1e-9)
     return f"{share.numerator}/255" if whole else f"{eps:g}"

@@ -39,6 +39,7 @@ from espalier.certify.linear import affine, batch_norm_scale, finite, linear
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.shapes import padding_factor
 from espalier.certify.value import Bound, Term
+from espalier.errors import EspalierError
 from espalier.nn.lipschitz.activations import Householder, MaxMin
 from espalier.nn.lipschitz.constant import kernel_norm
 from espalier.nn.lipschitz.normalisation import BatchCentering
@@ -102,6 +103,10 @@ def register_lipschitz(*classes: type[nn.Module], rounding: Rounding | None = No
         rounding: returns (α, β) for a module and the unit roundoff: the forward pass as it runs on x, without
             overflow, is off by at most α·‖x‖ + β. The forward pass is then not looked into.
     """
+
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise EspalierError(f"register_lipschitz is given {cls!r}: give classes of modules")
 
     def register(rule: Rule) -> Rule:
         for cls in classes:

@@ -86,9 +86,7 @@ def certify(
     """
     if not isinstance(arithmetic, str) or arithmetic not in ARITHMETIC:
         raise unknown_name("arithmetic", str(arithmetic), ARITHMETIC)
-    if type(batch_size) is not int or batch_size < 1:
-        raise EspalierError(f"batch_size is {batch_size!r}: give a whole number from 1")
-    labels = check_pixels(images, labels)
+    labels = check_pixels(images, labels, batch_size)
     dtype, analysis = ARITHMETIC[arithmetic], Analysis()
     radii: list[Tensor] = []
     predictions, roundings = [], []
@@ -191,12 +189,14 @@ def score_bound(scores: Bound) -> ScoreBound:
     return ScoreBound(growth_CC, error_NCC * off, error_growth_CC, source.lipschitz, True)
 
 
-def check_pixels(images: Tensor, labels: Tensor) -> Tensor:
+def check_pixels(images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
     """Return the labels in int64, of images that are pixels in [0, 1].
 
     Raises:
-        EspalierError: other images, or labels that do not fit them.
+        EspalierError: other images, labels that do not fit them, or batches that are no whole number of them.
     """
+    if type(batch_size) is not int or batch_size < 1:
+        raise EspalierError(f"batch_size is {batch_size!r}: give a whole number from 1")
     check_numbers("images are", images)
     check_numbers("labels are", labels)
     if not images.is_floating_point():
