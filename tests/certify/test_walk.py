@@ -200,6 +200,8 @@ KNOWN: list[tuple[str, Callable[..., Tensor], float]] = [
     ("functional reuse", lambda x, f: F.linear(F.linear(x, f.weight), f.weight), 9.0),
     ("slices", lambda x, f: f(x)[:, 1:], 3.0),
     ("average", lambda x, f: x.mean(1, keepdim=True), 0.5),
+    ("largest of pairs", lambda x, f: f(x).view(-1, 2, 2).max(1)[0], 3.0),
+    ("smallest of pairs", lambda x, f: torch.min(f(x).view(-1, 2, 2), dim=-1, keepdim=True).values.flatten(1), 3.0),
 ]
 
 
@@ -222,6 +224,9 @@ REFUSED: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("two values", lambda x: x * x),
     ("images would meet", lambda x: x - x.mean(0, keepdim=True)),
     ("images would meet", lambda x: x.flip(0)),
+    ("images would meet", lambda x: x.max(0)[0] + x),
+    ("NoneType has no rule", lambda x: x.max() + x),
+    ("no rule|NoneType|depends on the image", lambda x: x.gather(1, x.max(1, keepdim=True)[1])),
     ("images would meet", lambda x: x.transpose(0, 1)),
     ("images would meet", lambda x: x.reshape(1, -1)),
     ("part of the batch", lambda x: x[:1]),

@@ -305,6 +305,7 @@ class _Watched:
                     raise UncertifiableError(f"its rounding is {relative}, {absolute}: give finite numbers from 0")
                 made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
             return self._as_one(x, Bounded(made, analysis, x.memory))
+        analysis.notes[analysis.path[-1]] = "its constant is stated, its rounding is not: see register_lipschitz"
         result = self.forward(x)
         if isinstance(result, Bounded) and result.bound.lipschitz > total:
             result.bound = replace(result.bound, lipschitz=total)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from espalier.certify.arithmetic import spread_norm, unit, up
 from espalier.certify.bounded import Analysis
+from espalier.certify.linear import reduction
 from espalier.certify.operations import operation
 from espalier.certify.refusal import UncertifiableError
+from espalier.certify.shapes import Sorted
 from espalier.certify.value import Bound, Term
 
 _ELEMENTARY = 16
@@ -145,13 +147,18 @@ def interpolate(analysis: Analysis, input: Any, end: Any, weight: Any) -> Bound:
 
 
 @operation("maximum", "fmax", "max", "minimum", "fmin", "min", values=2)
-def choose(analysis: Analysis, name: str, input: Any, other: Any) -> Bound:
-    """The larger or smaller of two numbers: of two values, no more than both change together."""
+def choose(
+    analysis: Analysis, name: str, input: Any, other: Any = None, keepdim: bool = False, *, dim: int | None = None
+) -> Bound | Sorted:
+    """The larger or smaller of two numbers: of two values, no more than both change together. Along an axis: 1."""
+    axis = other if dim is None else dim
+    if name in ("max", "min") and type(axis) is int:
+        return Sorted(reduction(analysis, f"a{name}", input, axis, keepdim))
     if not isinstance(input, Bound):
         input, other = other, input
     second = other.numbers if isinstance(other, Bound) else _constant(input, other)
     if not isinstance(second, Tensor):
-        raise UncertifiableError("it takes tensors: use clamp for a number")
+        raise UncertifiableError("it takes a tensor, or an axis: use clamp for a number")
     values = [operand for operand in (input, other) if isinstance(operand, Bound)]
     value = (torch.maximum if "max" in name else torch.minimum)(input.numbers, second)
     _keeps_batch(value, *(x.numbers for x in values))

@@ -233,7 +233,7 @@ def join(analysis: Analysis, name: str, tensors: Sequence[Any], dim: int = 0) ->
 
 
 class Sorted(NamedTuple):
-    """What ``torch.sort`` returns, without the places: they depend on the image."""
+    """What ``torch.sort``, or ``max`` along an axis, returns, without the places: they depend on the image."""
 
     values: Bound
     indices: None = None
