@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import copy
 import functools
+import io
 import itertools
 import os
 import random
@@ -149,6 +150,15 @@ class Doubled(list[int]):
     """A list of its own class."""
 
 
+class Stepping:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def step(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
 CALLED = 0
 
 
@@ -226,6 +236,14 @@ COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
     "a partial function": (lambda: None, _partial()),
     "a packed array": (lambda: array.array("q", [0]), _summed),
     "an iterator": (lambda: itertools.count(1), next),
+    "an iterator of a list": (lambda: iter([*range(1000)]), next),
+    "a map": (lambda: map(int, range(1000)), next),
+    "a method": (lambda: Stepping().step, lambda kept: kept()),
+    "a method of a list": (lambda: [].append, lambda kept: kept(1) or len(kept.__self__)),
+    "a stream": (io.BytesIO, lambda kept: kept.write(b"1") and kept.tell()),
+    "random numbers": (lambda: random.Random(0), lambda kept: int(kept.random() > 2)),
+    "numpy's random numbers": (lambda: np.random.default_rng(0), lambda kept: int(kept.random() > 2)),
+    "torch's random numbers": (torch.Generator, lambda kept: int(torch.rand((), generator=kept).item() > 2)),
 }
 
 

@@ -9,11 +9,9 @@ what its modules keep when a pass is over: a count may show only after more call
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -26,7 +24,7 @@ from espalier.certify.counts import ImageCount, has_count
 from espalier.certify.operations import Call
 
 _DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
-_BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, array)
+_BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LIBRARIES = ("torch", "espalier", "builtins", "numpy", "functools")
 _NUMBERS = (bool, int, float, complex, str)
 
@@ -69,18 +67,21 @@ class Trail:
                 self._note("set", *sorted(map(repr, item)))
             elif isinstance(item, MethodType):
                 self.add(item.__func__)
+                if not isinstance(item.__self__, nn.Module):  # those of the network are noted anyway
+                    self.add(item.__self__)
             elif isinstance(item, FunctionType):
                 self._function(item)
             elif isinstance(item, list | tuple | deque | dict | nn.Module) or _of_users(item):
                 self._object(item)
             elif isinstance(item, _BY_TEXT) or type(item).__module__ == "itertools":
                 self._note(repr(item))
-            elif isinstance(item, partial):
-                self._note("partial", item.func, item.args, item.keywords)
+            elif isinstance(item, torch.Generator):
+                self._note("Generator", item.get_state())
             elif isinstance(item, type) and _home(item) not in _LIBRARIES:
                 self._note(item.__qualname__, *(part for part in vars(item).values() if isinstance(part, _DATA)))
             else:
                 self._note(type(item).__name__)
+                self._pickled(item)
 
     def add_module(self, module: nn.Module) -> None:
         """Note all that a module can be set to: its tensors and its attributes, and those of the modules inside."""
@@ -108,7 +109,16 @@ class Trail:
             if type(item) not in (list, tuple, dict):
                 self.add(*sorted(getattr(item, "__dict__", {}).items()))
                 self.add(*(getattr(item, name, None) for name in _slots(type(item))))
+                self._pickled(item)
         self._met.discard(id(item))
+
+    def _pickled(self, item: Any) -> None:
+        """Note what pickle keeps of a thing whose state is out of sight, such as an iterator or a source of numbers."""
+        ways = ((type(item), name) for name in ("__reduce__", "__reduce_ex__", "__getstate__"))
+        own = any(getattr(cls, name, None) is not getattr(object, name, None) for cls, name in ways)
+        if own and _home(type(item)) not in ("torch", "espalier"):
+            with suppress(Exception):  # it cannot be pickled
+                self.add(*item.__reduce_ex__(2)[1:])
 
     def _function(self, function: FunctionType) -> None:
         """Note what a user's function can read besides its arguments: what it encloses, and what it names."""
