@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from espalier.certify import UncertifiableError, certify, lipschitz_bound
+from espalier.certify import UncertifiableError, certify, lipschitz_bound, register_lipschitz
+from espalier.certify.layers import RULES
+from espalier.nn import CayleyLinear
 from experiments.adversarial_models import attack
 
 
@@ -206,3 +211,59 @@ def test_activations_of_orthogonium_are_refused_where_images_would_meet_or_code_
     original = type(module).forward
     monkeypatch.setattr(type(module), "forward", lambda self, z: 3 * original(self, z))
     assert lipschitz_bound(module, x) >= 3.0
+
+
+class Stated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CayleyLinear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+
+class OfItself(Stated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+    def lipschitz_constant(self) -> float:
+        return 1.0
+
+
+def steeper(layer: CayleyLinear, x: Tensor) -> Tensor:
+    return 5 * type(layer).forward(layer, x)
+
+
+def by_a_hook_everywhere(block: Stated) -> Any:
+    times = lambda module, given, made: 5 * made if isinstance(module, CayleyLinear) else None  # noqa: E731
+    return nn.modules.module.register_module_forward_hook(times)
+
+
+STEEPER: list[Callable[[Stated], Any]] = [
+    lambda block: block.layer.register_forward_hook(lambda module, given, made: 5 * made),
+    lambda block: block.layer.register_forward_pre_hook(lambda module, given: 5 * given[0]),
+    lambda block: setattr(block.layer, "forward", MethodType(steeper, block.layer)),
+    by_a_hook_everywhere,
+]
+
+
+@patch.dict(RULES)
+@pytest.mark.parametrize("cls", [Stated, OfItself])
+@pytest.mark.parametrize("change", STEEPER)
+def test_a_stated_constant_does_not_cover_what_is_done_to_the_modules_inside(
+    cls: type[Stated], change: Callable[[Stated], Any]
+) -> None:
+    if cls is Stated:
+        register_lipschitz(Stated)(lambda module: 1.0)
+    torch.manual_seed(0)
+    net, x = cls().eval().double(), torch.rand(8, 4, dtype=torch.float64)
+    assert lipschitz_bound(net, x) == 1.0
+    handle = change(net)
+    try:
+        slope = ((net(x) - net(x + 0.1)).norm(dim=1) / 0.2).max().item()
+        assert 1.5 < slope <= lipschitz_bound(net, x) * (1 + 1e-12) == pytest.approx(5.0)
+        whole = nn.Sequential(net, nn.Linear(4, 2).double())
+        assert certify(whole, x, torch.zeros(8, dtype=torch.long)).lipschitz > 4.99
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -234,6 +234,8 @@ class _Watched:
         known = next((cls for cls in type(module).__mro__ if cls in RULES), None)
         if known is not None:
             rule, reason = RULES[known], code.change(module, known, self.forward, analysis.verified)
+            if isinstance(rule, Statement):
+                reason = reason or code.change_inside(module)
             if reason is None and isinstance(rule, Statement):
                 return self._declared(x, partial(rule.constant, module), rule.rounding)
             if reason is None and isinstance(rule, Layer):
@@ -259,6 +261,8 @@ class _Watched:
                 continue
             code.record(cls)
             reason = code.self_declared(cls, method) or code.change(module, cls, self.forward, self.analysis.verified)
+            if method == "lipschitz_constant":  # the other asks the modules inside, hooks and all
+                reason = reason or code.change_inside(module)
             if reason is None:
                 statement = getattr(module, method)
                 return (partial(statement, self._of_child) if method.endswith("_from") else statement), None

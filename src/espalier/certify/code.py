@@ -63,6 +63,25 @@ def change(
     return verified[key]
 
 
+def change_inside(module: nn.Module) -> str | None:
+    """Return what was done to a module inside, which a constant that is stated for the whole does not know, or None.
+
+    Torch's own hooks (weight and spectral norm, pruning) only make a weight.
+    """
+    everywhere = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+    for path, part in module.named_modules():
+        if part is module:  # what is done around it is counted
+            continue
+        tables = (*everywhere, part._forward_hooks, part._forward_pre_hooks)
+        for hook in (hook for table in tables for hook in table.values()):
+            if not str(getattr(hook, "__module__", None)).startswith("torch."):
+                return f"{path} inside it has hooks"
+        forward = getattr(part.forward, "forward", part.forward)  # a prepared network's own are watched
+        if getattr(forward, "__func__", None) is not inspect.getattr_static(type(part), "forward", None):
+            return f"the forward pass of {path} inside it was replaced on the instance"
+    return None
+
+
 def _changed_class(now: type, then: type) -> str | None:
     for name, part in _RECORDS[then].items():
         found = _part(inspect.getattr_static(now, name, None))
