@@ -53,8 +53,10 @@ def constant(patient: Patient) -> Iterator[Finding]:
         elif stats.closed and record.role != "position" and not patient.trained:
             yield all_zero(record, "note")
         elif not stats.closed and record.role == "weight" and learns:
-            # What is not called a weight may be a mixing coefficient that starts at one on purpose.
-            severity: Severity = "error" if record.multiplies else "note"
+            # What is not called a weight may be a mixing coefficient that starts at one on purpose. Beside a drawn one
+            # of its shape it is that one's deviation (NoisyNet, Bayesian layers): their units differ already.
+            twins = (s for r, s in patient.measured() if r.layer == record.layer and r.shape == record.shape)
+            severity: Severity = "error" if record.multiplies and not any(s.noise for s in twins) else "note"
             remedy = "draw it from noise: equal units get equal gradients and stay equal"
             yield Finding(severity, record.name, "constant", f"every entry is {stats.minimum:.4g}", _USUAL, remedy)
 

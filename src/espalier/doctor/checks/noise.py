@@ -24,7 +24,10 @@ def off_centre(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
     """
     # Half a deviation costs nothing in a small layer; chance reaches 6 deviations of the mean in no layer.
     off = abs(stats.mean) > stats.std * max(0.5, 6 / math.sqrt(stats.numel))
-    if not off or not _drawn(record, stats, patient):
+    # A table is looked up and a bare parameter may be one (DETR draws its rows and columns by rand): no input's mean
+    # is multiplied there.
+    multiplies = record.role == "weight" and record.multiplies
+    if not off or not multiplies or not _drawn(record, stats, patient):
         return None
     remedy = "draw it about zero (randn, or uniform in ±b): all units get one common output"
     return "warning", f"mean {stats.mean:.2g}, deviation {stats.std:.2g}", "a mean of zero", remedy
