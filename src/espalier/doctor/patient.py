@@ -177,13 +177,18 @@ class Patient:
         else:
             # A bias that drowns its layer's weight was drawn wrongly: no training takes it that far.
             biases = [(bias, stats) for bias, stats in finite if bias.role == "bias" and stats.numel >= 32]
-            moved = [_left_its_start(stats) for bias, stats in biases if not self.drowns(bias)]
+            moved = [_left_its_start(stats, self._fan_in(bias)) for bias, stats in biases if not self.drowns(bias)]
         return bool(moved) and 2 * sum(moved) >= len(moved)
 
     def _still(self, gain: Record, stats: TensorStats) -> bool:
         bias = self.find(f"{gain.layer}.bias")
         closed = bias is not None and bias.stats is not None and bias.stats.closed and self.learns(bias)
         return closed and stats.std < 0.1 * abs(stats.mean)
+
+    def _fan_in(self, bias: Record) -> int:
+        """Return how many inputs a layer of torch's counts for the bound of its bias; 0 where there is no weight."""
+        weight = self.find(f"{bias.layer}.weight")
+        return math.prod(weight.shape[1:]) if weight is not None and weight.matrix else 0
 
     def output_beside(self, bias: Record) -> float | None:
         """Return the root mean square of what the weight beside a bias makes of inputs of size one.
@@ -241,10 +246,15 @@ class Patient:
         return {record.name: place for place, record in enumerate(self.records)}
 
 
-def _left_its_start(bias: TensorStats) -> bool:
-    """Return whether a bias is neither constant, nor all but zero, nor uniform about zero (rms 0.58 of its bound)."""
+def _left_its_start(bias: TensorStats, fan_in: int) -> bool:
+    """Return whether a bias is neither constant, nor all but zero, nor uniform about zero (rms 0.58 of its bound).
+
+    Of a few dozen uniform draws the root mean square is often far from 0.58 of the largest; but the largest is all but
+    torch's own bound, 1/√fan-in, and no training stops just there.
+    """
     uniform = 0.48 < bias.rms / max(bias.magnitude, 1e-30) < 0.7 and abs(bias.mean) < 0.3 * bias.magnitude
-    return bias.distinct > 8 and bias.rms > 1e-4 and not uniform
+    at_bound = 0.85 <= bias.magnitude * math.sqrt(fan_in) <= 1.01
+    return bias.distinct > 8 and bias.rms > 1e-4 and not (uniform or at_bound)
 
 
 def _inputs(weight: Record) -> int:
