@@ -17,7 +17,7 @@ from espalier.doctor.checks.constant import (
     repeated,
     zero_matrices,
 )
-from espalier.doctor.checks.scale import drowned, gain_of, largest_gain, scale_finding
+from espalier.doctor.checks.scale import SMALLEST, drowned, gain_of, largest_gain, scale_finding
 from espalier.doctor.patient import LARGEST_BIAS, Patient, Record
 from espalier.doctor.registry import Finding
 from espalier.doctor.watch import Activity
@@ -46,7 +46,7 @@ def reconsider(findings: list[Finding], patient: Patient, activity: Activity) ->
             kept.append(_equal_units(finding, record, patient))
         elif finding.check == "constant":
             kept.append(_constant(finding, record, patient))
-        elif finding.check != "scale" or not _in_range(record, activity):
+        elif finding.check != "scale" or not _in_range(record, patient, activity):
             kept.append(finding)
     return kept
 
@@ -88,12 +88,17 @@ def _only_zero(record: Record, patient: Patient) -> bool:
     return zero_matrices(patient) == [record] and all(stats.magnitude > 0 for stats in others)
 
 
-def _in_range(record: Record, activity: Activity) -> bool:
-    """Return whether a module's outputs are not many times larger than its inputs, whatever its weights suggest."""
-    growth = activity.growth(record.layer)
+def _in_range(record: Record, patient: Patient, activity: Activity) -> bool:
+    """Return whether a module's outputs are about as large as its inputs, whatever its weights suggest.
+
+    Beside a bias the outputs of torch's layers say nothing of a weight that is too small.
+    """
+    lowest = SMALLEST if gain_of(record, patient) < SMALLEST else 0.0
+    own = record.module is not None and not of_torch(record.module)
     # Torch's attention and recurrences bound their outputs: of their weights these say nothing.
-    plain = record.module is not None and (isinstance(record.module, _LAYERS) or not of_torch(record.module))
-    return plain and growth is not None and 0 < growth <= largest_gain(record)
+    plain = own or (isinstance(record.module, _LAYERS) and not lowest)
+    growth = activity.growth(record.layer)
+    return plain and growth is not None and lowest < growth <= largest_gain(record)
 
 
 def judge_weights(patient: Patient, activity: Activity) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from espalier.init import StructureReport
 # before a ReLU, 0.58 is torch's default, and 0.02 in a matrix of 53,248 × 16,384, among the largest published, is 2.6.
 # Convolutions get twice as much: nearly all are followed by batch norm, and Inception's published start reaches 5.1.
 _LARGEST = 4.0
-_SMALLEST = 1e-5
+SMALLEST = 1e-5
 
 
 @register_check("scale", fresh_only=True)
@@ -43,7 +43,7 @@ def scale(patient: Patient) -> Iterator[Finding]:
 
 def scale_finding(record: Record, gain: float) -> Finding:
     """Return what is to be said of a weight of this gain."""
-    small = gain < _SMALLEST
+    small = gain < SMALLEST
     remedy = "scale it up, or set it to zero if the branch is to start closed" if small else "scale it down"
     assert record.stats is not None
     severity: Severity = "error" if gain > 100 * largest_gain(record) else "warning"
@@ -59,7 +59,7 @@ def gain_of(record: Record, patient: Patient) -> float:
         return 0.0
     gain = stats.rms * math.sqrt(min(record.fans))
     drawn = stats.noise and patient.learns(record)
-    if gain < _SMALLEST:
+    if gain < SMALLEST:
         # Beside a constant bias a layer starts as that constant on purpose (gMLP's gates, open by a bias of one).
         bias = patient.find(f"{record.layer}.bias")
         return 0.0 if bias is not None and bias.stats is not None and _states(bias.stats) else gain
@@ -76,7 +76,7 @@ def largest_gain(record: Record) -> float:
 
 
 def _sized(gain: float, record: Record) -> bool:
-    return gain > largest_gain(record) or 0 < gain < _SMALLEST
+    return gain > largest_gain(record) or 0 < gain < SMALLEST
 
 
 @register_check("scale-of-inputs", fresh_only=True)
