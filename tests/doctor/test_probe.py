@@ -46,7 +46,7 @@ def test_tensors_of_other_layouts_pass_through(layout: torch.layout) -> None:
         model: nn.Module = nn.Sequential(Layer(lambda linear, x: linear(x)), nn.ReLU(), nn.Tanh())
     else:
         x = torch.eye(16).to_sparse(layout=layout)
-        model = Layer(lambda linear, x: torch.sparse.mm(torch.relu(x), linear.weight))
+        model = Layer(lambda linear, x: torch.sparse.mm(torch.relu(x), linear.weight) + linear.bias)
     assert not espalier.diagnose(model, x).findings
 
 

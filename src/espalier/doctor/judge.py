@@ -8,6 +8,7 @@ from statistics import median
 
 from torch import Tensor
 
+from espalier.doctor.patient import Patient
 from espalier.doctor.registry import Finding, Severity
 from espalier.doctor.watch import Activity
 
@@ -70,15 +71,21 @@ def judge_loss(logits: Tensor, loss: Tensor | None, *, trained: bool) -> Iterato
         expected = f"ln {classes:,} = {usual:.3g} before training"
         remedy = "scale the last layer (or the tied embedding) down: its logits are far too sure"
         yield Finding(severity, "", "loss", f"{what} {measured:.3g}", expected, remedy)
+    # Probabilities, or a rectifier's outputs. A note: somebody may take their logarithm himself.
+    lowest, summed = float(flat.min()), flat.sum(-1)
+    if loss is not None and (0 == lowest < flat.max() or (lowest >= 0 and bool(((summed - 1).abs() < 1e-3).all()))):
+        remedy = "give cross_entropy logits: no softmax or rectifier before it"
+        yield Finding("note", "", "loss", "no output is below zero", "logits of both signs", remedy)
 
 
-def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | None) -> Iterator[Finding]:
-    """Yield findings on a backward pass.
+def cut_off() -> Finding:
+    """Return what is to be said where nothing that a model gives depends on a parameter."""
+    remedy = "look for detach, .data, no_grad, item, argmax or a cast to integers on the way to the output"
+    return Finding("error", "", "gradients", "no output depends on a parameter", "gradients everywhere", remedy)
 
-    Args:
-        sizes: root mean square of every parameter's gradient; ``None`` where it got none.
-        unused: how severe it is that a parameter gets none; ``None`` where the loss is no training loss.
-    """
+
+def judge_gradients(sizes: Mapping[str, float | None]) -> Iterator[Finding]:
+    """Yield findings on a backward pass, given the root mean square of every parameter's gradient, if it got one."""
     finite = {name: size for name, size in sizes.items() if size is not None and math.isfinite(size)}
     broken = [name for name, size in sizes.items() if size is not None and name not in finite]
     if broken:
@@ -104,10 +111,34 @@ def judge_gradients(sizes: Mapping[str, float | None], *, unused: Severity | Non
             measured = f"{ratio:.2g} times the gradient of {last}"
             remedy = "the gradient vanishes or explodes on its way: scale the residual branches, or normalise"
             yield Finding("warning", first, "gradients", measured, "within 1e6 end to end", remedy)
-    if unused is not None:
-        usual, remedy = "one for every parameter", "use it in forward, freeze it, or drop it: DDP waits for it"
-        missing = [name for name, size in sizes.items() if size is None]
-        yield from (Finding(unused, name, "no-gradient", "no gradient", usual, remedy) for name in missing)
+
+
+def judge_reach(
+    sizes: Mapping[str, float | None], patient: Patient, activity: Activity, *, unused: Severity
+) -> Iterator[Finding]:
+    """Yield findings on parameters without a gradient, and on the last layer where it is nothing but zeros.
+
+    Args:
+        sizes: root mean square of every parameter's gradient; ``None`` where it got none.
+        patient: the model.
+        activity: what the forward pass showed.
+        unused: how severe it is that a parameter gets none.
+    """
+    usual, remedy = "one for every parameter", "use it in forward, freeze it, or drop it: DDP waits for it"
+    missing = [name for name, size in sizes.items() if size is None]
+    yield from (Finding(unused, name, "no-gradient", "no gradient", usual, remedy) for name in missing)
+    # Rows of a table that the batch does not read have none; a bias may cancel out behind a normalisation.
+    weights = [r for r, _ in patient.measured() if r.matrix and r.multiplies and r.role in ("weight", "adapter")]
+    zero = [record for record in weights if sizes.get(record.name) == 0]
+    if not zero or not any(sizes.values()) or patient.trained:
+        return
+    calls = list(activity.inputs)
+    last = max(zero, key=lambda record: calls.index(record.layer) if record.layer in calls else -1)
+    measured = "every entry of its gradient is zero" + (f", as in {len(zero) - 1} more" if len(zero) > 1 else "")
+    remedy = "look behind it for what lets no gradient through: rounding, sign, clamp, dropout of 1, a product with 0"
+    if activity.inputs.get(last.layer) == 0:
+        remedy = "its inputs are all zero: look at what comes before it"
+    yield Finding("warning", last.name, "no-gradient", measured, usual, remedy)
 
 
 def judge_bfloat16(activity: Activity) -> Iterator[Finding]:

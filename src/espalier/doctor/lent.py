@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_MODULE_FIELDS = frozenset(vars(nn.Module()))
+MODULE_FIELDS = frozenset(vars(nn.Module()))
 _TABLES = (dict, OrderedDict, defaultdict, Counter)
 _FLAT = (deque, set, bytearray, np.ndarray)
 # Of torch's own wrappers: what a pass leaves in them belongs to a state that is not theirs alone.
@@ -50,5 +50,5 @@ def lend_copies(modules: Iterable[nn.Module]) -> None:
 
     for part in modules:
         if not isinstance(part, torch.jit.ScriptModule) and not type(part).__module__.startswith(WRAPPERS):
-            own = [(name, value) for name, value in vars(part).items() if name not in _MODULE_FIELDS]
+            own = [(name, value) for name, value in vars(part).items() if name not in MODULE_FIELDS]
             vars(part).update((name, copied(value)) for name, value in own)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from espalier.doctor.batch import Batch, as_batch, synthetic
-from espalier.doctor.judge import judge_activity, judge_bfloat16, judge_gradients, judge_loss
-from espalier.doctor.lent import WRAPPERS, lend_copies
+from espalier.doctor.judge import cut_off, judge_activity, judge_bfloat16, judge_gradients, judge_loss, judge_reach
+from espalier.doctor.lent import MODULE_FIELDS, WRAPPERS, lend_copies
 from espalier.doctor.patient import Patient
 from espalier.doctor.reconsider import judge_weights, reconsider
-from espalier.doctor.registry import Finding, Severity
+from espalier.doctor.registry import Finding
 from espalier.doctor.stats import dense, root_mean_square
-from espalier.doctor.watch import Activity, first_floating, watch
+from espalier.doctor.watch import Activity, floating, watch
 from espalier.errors import EspalierError
 from espalier.init.layouts.registry import attribute
 from espalier.init.layouts.scratch import uncompiled
@@ -59,20 +59,81 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
         findings = list(judge_activity(activity, _depth(model, activity)))
         if any(finding.check == "activations" and finding.severity == "error" for finding in findings):
             return [*static, *findings]
-        logits, loss, stated = _loss(output, batch, model, generator)
+        logits, stated, loss = _loss(output, batch, model, generator)
         if logits is not None:
-            findings += judge_loss(logits, loss if stated else None, trained=patient.trained)
+            findings += judge_loss(logits, stated, trained=patient.trained)
         if loss is not None and loss.requires_grad:
             _backward(model, batch, loss, generator)
-            # A made-up batch may leave out inputs, such as an encoder's states, that training has.
-            real: Severity = "note" if isinstance(example, str) else "warning"
-            findings += judge_gradients(_gradients(patient), unused=real if stated or logits is not None else None)
+            findings += judge_gradients(_gradients(patient))
+        elif loss is not None and any(record.trainable for record in patient.records):
+            findings.append(cut_off())
         findings += _under_bfloat16(model, batch)
         static = reconsider(static, patient, activity)
         if not patient.trained:
             named = {(finding.check, finding.layer) for finding in static}
             findings += [f for f in judge_weights(patient, activity) if (f.check, f.layer) not in named]
+        if loss is not None and loss.requires_grad:
+            findings += _unregistered(model, loss)
+            findings += _judge_reach(patient, model, batch, generator, activity, made_up=isinstance(example, str))
         return [*static, *findings]
+
+
+def _unregistered(model: nn.Module, loss: Tensor) -> Iterator[Finding]:
+    """Yield findings on tensors that learn in plain attributes and lists: ``model.parameters()`` does not give them."""
+    kept: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for part in parts if name not in MODULE_FIELDS else ():
+                held = part.parameters() if isinstance(part, nn.Module) else [part]
+                place = plain_name(f"{prefix}.{name}".lstrip("."))
+                kept |= {id(tensor): place for tensor in held if isinstance(tensor, Tensor)}
+    for parameter in model.parameters():
+        kept.pop(id(parameter), None)
+    seen, open_nodes, places = set(), [loss.grad_fn], dict[str, int]()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_nodes += [earlier for earlier, _ in node.next_functions]
+            if (learnt := id(getattr(node, "variable", None))) in kept:
+                places[kept[learnt]] = places.get(kept[learnt], 0) + 1
+    for place, count in places.items():
+        measured = f"{count} of its tensors learn and are no parameters of the model"
+        remedy = "register what it holds: nn.ModuleList, nn.ModuleDict, nn.Parameter or nn.ParameterList"
+        yield Finding("warning", place, "optimizer", measured, "none", remedy)
+
+
+def _judge_reach(
+    patient: Patient, model: nn.Module, batch: Batch, generator: torch.Generator, activity: Activity, *, made_up: bool
+) -> Iterator[Finding]:
+    """Yield findings on parameters that the gradient does not reach, or reaches as nothing but zeros.
+
+    A pass may skip a layer at random (stochastic depth), and in the first step no gradient passes what starts at zero:
+    what is missing or zero is looked for in three more passes, with noise in place of zeros.
+    """
+    sizes = _gradients(patient)
+    for _ in range(3):
+        lost = [name for name, size in sizes.items() if not size]
+        if not lost:
+            break
+        with torch.no_grad():
+            for record, stats in patient.measured():
+                own = record.parameter
+                opens = stats.closed and record.trainable and "bias" not in record.leaf
+                if opens and own is not None and not _expanded(own):
+                    own.data.normal_(std=0.1)
+        try:
+            *_, loss = _loss(_forward(model, batch), batch, model, generator)
+            assert loss is not None
+            _backward(model, batch, loss, generator)
+        except Exception:  # whatever a model raises at weights other than its start: of zeros nothing is known then
+            sizes = {name: None for name, size in sizes.items() if size is None}
+            break
+        again = _gradients(patient)
+        sizes |= {name: again.get(name) if sizes[name] is None else again.get(name) or 0.0 for name in lost}
+    # A made-up batch may leave out inputs, such as an encoder's states, that training has.
+    yield from judge_reach(sizes, patient, activity, unused="note" if made_up else "warning")
 
 
 @contextmanager
@@ -171,7 +232,7 @@ def _backward(model: nn.Module, batch: Batch, loss: Tensor, generator: torch.Gen
         loss.backward()
     except CheckpointError:
         model.zero_grad(set_to_none=True)
-        _, again, _ = _loss(_forward(model, batch), batch, model, generator)
+        _, _, again = _loss(_forward(model, batch), batch, model, generator)
         assert again is not None
         again.backward()
 
@@ -190,48 +251,63 @@ def _depth(model: nn.Module, activity: Activity) -> list[tuple[str, float]]:
 
 def _loss(
     output: Any, batch: Batch, model: nn.Module, generator: torch.Generator
-) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Return the logits over classes, a loss to differentiate, and whether the loss is the task's own."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the logits with their classes last, their loss where targets state it, and a loss to differentiate.
+
+    That loss is the model's own, or depends on all that it gives: a second head learns from a loss of its own.
+    """
     own = getattr(output, "loss", None)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, dict):
         logits = output.get("logits")
-    logits = logits if isinstance(logits, Tensor) and dense(logits) else None
-    counts = logits is not None and logits.ndim in (2, 3) and _is_classifier(model, batch, logits)
-    classes = logits if counts else None
+    targets = batch.targets if batch.targets is not None else batch.keywords.get("labels")
+    rows = classes = stated = None
+    if isinstance(logits, Tensor) and dense(logits) and logits.is_floating_point() and logits.ndim > 1:
+        rows = _by_class(logits, targets)
+        classes = rows if rows is not None or not _is_classifier(model, logits) else logits
     if isinstance(own, Tensor) and own.ndim == 0:
-        return classes, own, True
+        return classes, own if rows is not None else None, own
+    parts = []
     if classes is not None:
         flat = classes.reshape(-1, classes.shape[-1]).float()
-        stated = _are_classes(batch.targets, flat)
-        targets = batch.targets if stated else torch.randint(flat.shape[-1], (len(flat),), generator=generator)
-        assert targets is not None
-        return classes, F.cross_entropy(flat, targets.reshape(-1).long().to(flat.device), ignore_index=-100), stated
-    first = first_floating(output, learns=True) if logits is None else logits
-    if first is None:
-        return None, None, False
-    # Not the mean square: that of a normalised output is constant, and its gradient only rounding.
-    first = torch.view_as_real(first) if first.is_complex() else first
-    weights = torch.randn(first.shape, generator=generator).to(first.device)
-    return None, (first.float() * weights).mean(), False
+        known = rows is not None
+        named = targets if known else torch.randint(flat.shape[-1], (len(flat),), generator=generator)
+        assert isinstance(named, Tensor)
+        parts = [F.cross_entropy(flat, named.reshape(-1).long().to(flat.device), ignore_index=-100)]
+        stated = parts[0] if known else None
+    for part in floating(output):
+        if part is not logits or classes is None:
+            # Not the mean square: that of a normalised output is constant, and its gradient only rounding.
+            part = torch.view_as_real(part) if part.is_complex() else part
+            weights = torch.randn(part.shape, generator=generator).to(part.device)
+            parts.append((part.float() * weights).mean())
+    return classes, stated, sum(parts[1:], parts[0]) if parts else None
 
 
-def _is_classifier(model: nn.Module, batch: Batch, logits: Tensor) -> bool:
+def _by_class(logits: Tensor, targets: Any) -> Tensor | None:
+    """Return logits with the classes last if targets name one for every row; −100 marks rows that do not count.
+
+    Classes are the last dimension, or the second, as torch has it of sequences and images.
+    """
+    if not isinstance(targets, Tensor) or not dense(targets) or targets.is_floating_point():
+        return None
+    named = targets[targets != -100]
+    if not named.numel() or int(named.min()) < 0:
+        return None
+    last, second = logits, logits.movedim(1, -1)
+    fitting = [rows for rows in (last, second) if rows.shape[:-1] == targets.shape]
+    rows = next(iter(fitting), last)
+    fits = rows.shape[:-1].numel() == targets.numel() and 1 < rows.shape[-1] > int(named.max())
+    return rows if fits else None
+
+
+def _is_classifier(model: nn.Module, logits: Tensor) -> bool:
     """Return whether the last dimension counts classes: as many as the model or its configuration names."""
-    if batch.targets is not None:
-        return logits.shape[-1] > 1
     config = attribute(model, "config")
     named = [attribute(s, n) for s in (config, model) for n in ("vocab_size", "num_labels", "num_classes")]
     named += [attribute(attribute(config, "text_config"), "vocab_size")]
-    return logits.shape[-1] > 1 and logits.shape[-1] in [size for size in named if isinstance(size, int)]
-
-
-def _are_classes(targets: Tensor | None, flat: Tensor) -> bool:
-    """Return whether targets name a class for every row of logits; −100 marks rows that do not count."""
-    if targets is None or targets.numel() != len(flat):
-        return False
-    named = targets[targets != -100]
-    return bool(named.numel()) and int(named.min()) >= 0 and int(named.max()) < flat.shape[-1]
+    sizes = [size for size in named if isinstance(size, int)]
+    return logits.ndim in (2, 3) and logits.shape[-1] > 1 and logits.shape[-1] in sizes
 
 
 def _gradients(patient: Patient) -> dict[str, float | None]:

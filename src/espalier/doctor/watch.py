@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def watch(model: nn.Module) -> Iterator[Activity]:
 
         def enter(module: nn.Module, inputs: Any, keywords: Any, short: str = short) -> None:
             stack.append(short)
-            tensor = first_floating((inputs, keywords)) if module._parameters else None
+            tensor = _first_real((inputs, keywords)) if module._parameters else None
             if tensor is not None:
                 activity.inputs[short] = root_mean_square(tensor)
                 if _has_matrix(module):
@@ -125,7 +125,7 @@ def watch(model: nn.Module) -> Iterator[Activity]:
 
         def leave(module: nn.Module, _inputs: Any, output: Any, short: str = short) -> None:
             stack.pop()
-            tensor = first_floating(output)
+            tensor = _first_real(output)
             if tensor is not None:
                 activity.sizes[short] = root_mean_square(tensor)
                 if _has_matrix(module) and any("bias" in own for own in module._parameters):
@@ -150,12 +150,17 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from _tensors(value)
+    elif is_dataclass(output):
+        yield from _tensors(vars(output))
 
 
-def first_floating(values: Any, *, learns: bool = False) -> Tensor | None:
-    """Return the first tensor of real numbers among outputs or arguments; ``learns``: that a gradient can reach."""
-    found = (t for t in _tensors(values) if dense(t) and t.is_floating_point() and t.numel())
-    return next((t for t in found if t.requires_grad or not learns), None)
+def floating(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors of real or complex numbers among outputs or arguments."""
+    return (t for t in _tensors(values) if dense(t) and (t.is_floating_point() or t.is_complex()) and t.numel())
+
+
+def _first_real(values: Any) -> Tensor | None:
+    return next((tensor for tensor in floating(values) if not tensor.is_complex()), None)
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -183,12 +188,20 @@ def _note(table: dict[str, float], name: str, value: float | None, worse: Callab
 
 
 def _dead_share(out: Tensor) -> float | None:
-    """Return the share of units that are zero everywhere; ``None`` for too few positions to tell."""
-    if not out.numel():
-        return None
-    units = out.transpose(1, -1) if out.ndim == 4 else out
-    flat = units.reshape(-1, units.shape[-1]) if units.ndim > 1 else units.reshape(1, -1)
-    return float((flat == 0).all(0).float().mean()) if len(flat) >= 16 else None
+    """Return the share of units that are zero everywhere; ``None`` for too few positions, and where it is chance.
+
+    Units lie along the last dimension or, behind convolutions, the second: what is no such dimension is hardly ever
+    zero throughout. Where the inputs all but agree, a unit is on for all of them or off for all, each as likely.
+    """
+    shares = []
+    for units in {1, out.ndim - 1} if out.ndim > 1 and out.numel() else ():
+        flat = out.transpose(units, -1).reshape(-1, out.shape[units]) != 0
+        if len(flat) >= 16:
+            dead, lit = int((~flat.any(0)).sum()), int(flat.all(0).sum())
+            share = dead / flat.shape[1]
+            chance = (dead - lit) ** 2 < 6 * (dead + lit) or dead < lit
+            shares.append(0.0 if chance and share < 0.95 else share)
+    return max(shares, default=None)
 
 
 def _relative_entropy(scores: Tensor, positions: int) -> float | None:
