@@ -327,3 +327,27 @@ class Positive(nn.Module):
 def test_a_model_may_refuse_other_weights_than_its_start() -> None:
     torch.manual_seed(0)
     assert not loud(Positive(), noise(32, 16))
+
+
+class Masked(nn.Module):
+    """Takes a mask or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (B, 1)."""
+        if mask is not None and bool(mask.isnan().any()):
+            raise ValueError("the mask came through")
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("targets", [noise(32, 1), {"boxes": noise(32, 4)}, [1, 2]], ids=["floats", "mapping", "list"])
+def test_batches_of_a_regression_are_taken(targets: object) -> None:
+    """As a data loader gives them: what a model has no argument for, or stands beside a mapping, is targets."""
+    torch.manual_seed(0)
+    assert not loud(mlp(outputs=1), [noise(32, 16), targets])
+    assert not loud(Masked(), ({"x": noise(32, 16)}, torch.full((32, 1), torch.nan)))
+    with pytest.raises(ValueError, match="the mask came through"):
+        espalier.diagnose(Masked(), (noise(32, 16), torch.full((32, 1), torch.nan)))

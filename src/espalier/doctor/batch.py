@@ -42,8 +42,8 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
 
     Args:
         model: the module that takes it.
-        example: a tensor, a mapping of keyword arguments, ``(inputs, integer targets)`` or a tuple of arguments. Of a
-            model that cannot do without a second argument, integers are that.
+        example: a tensor, a mapping of keyword arguments, ``(inputs, targets)`` or a tuple of arguments. What stands
+            beside the first one is targets where a model takes no more than one, and integers where it can do with one.
 
     Raises:
         EspalierError: an example of another kind, or an empty one.
@@ -66,22 +66,29 @@ def as_batch(model: nn.Module, example: Any) -> Batch:
     if start is not None and dense(start) and start.ndim and not start.shape[0]:
         raise EspalierError(f"example of shape {tuple(start.shape)}: pass a batch that is not empty")
     integers = len(inputs) == 2 and isinstance(inputs[1], Tensor) and not inputs[1].is_floating_point()
-    if integers and _takes(model, inputs[0]):
-        targets = move(inputs.pop())
-    named = inputs[0] if isinstance(example, Mapping) or targets is not None else None
+    # A mapping holds arguments by name: what stands beside it is no second one.
+    beside = len(inputs) > 1 and (integers or isinstance(inputs[0], Mapping) or not _takes(model, *inputs))
+    paired = beside and _takes(model, inputs[0])
+    if paired:
+        # Of the targets of a regression nothing is computed.
+        targets, inputs = move(inputs[1]) if integers else None, inputs[:1]
+    named = inputs[0] if isinstance(example, Mapping) or paired else None
     if isinstance(named, Mapping):
         return Batch((), {key: move(value) for key, value in named.items()}, targets)
     return Batch(tuple(map(move, inputs)), {}, targets)
 
 
-def _takes(model: nn.Module, inputs: Any) -> bool:
-    """Return whether a forward pass asks for no more than these inputs, so that what stands beside them is targets."""
+def _takes(model: nn.Module, *inputs: Any) -> bool:
+    """Return whether a forward pass can be called with these inputs; a mapping alone holds them by name."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # compiled code does not say
         return True
     try:
-        signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(inputs)
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            signature.bind(**inputs[0])
+        else:
+            signature.bind(*inputs)
     except TypeError:
         return False
     return True
