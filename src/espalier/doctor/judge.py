@@ -133,12 +133,15 @@ def judge_reach(
     if not zero or not any(sizes.values()) or patient.trained:
         return
     calls = list(activity.inputs)
-    last = max(zero, key=lambda record: calls.index(record.layer) if record.layer in calls else -1)
+    zero.sort(key=lambda record: calls.index(record.layer) if record.layer in calls else -1)
+    # What takes nothing but zeros stands behind the fault; the last one that takes something, right before it.
+    reached = [record for record in zero if activity.inputs.get(record.layer) != 0]
+    named = reached[-1] if reached else zero[0]
     measured = "every entry of its gradient is zero" + (f", as in {len(zero) - 1} more" if len(zero) > 1 else "")
     remedy = "look behind it for what lets no gradient through: rounding, sign, clamp, dropout of 1, a product with 0"
-    if activity.inputs.get(last.layer) == 0:
+    if not reached:
         remedy = "its inputs are all zero: look at what comes before it"
-    yield Finding("warning", last.name, "no-gradient", measured, usual, remedy)
+    yield Finding("warning", named.name, "no-gradient", measured, usual, remedy)
 
 
 def judge_bfloat16(activity: Activity) -> Iterator[Finding]:
