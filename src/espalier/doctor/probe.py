@@ -281,7 +281,8 @@ def _loss(
             part = torch.view_as_real(part) if part.is_complex() else part
             weights = torch.randn(part.shape, generator=generator).to(part.device)
             parts.append((part.float() * weights).mean())
-    return classes, stated, sum(parts[1:], parts[0]) if parts else None
+    # Of a model that lies on several devices, outputs may.
+    return classes, stated, sum((part.to(parts[0].device) for part in parts[1:]), parts[0]) if parts else None
 
 
 def _by_class(logits: Tensor, targets: Any) -> Tensor | None:
