@@ -190,18 +190,31 @@ def _note(table: dict[str, float], name: str, value: float | None, worse: Callab
 def _dead_share(out: Tensor) -> float | None:
     """Return the share of units that are zero everywhere; ``None`` for too few positions, and where it is chance.
 
-    Units lie along the last dimension or, behind convolutions, the second: what is no such dimension is hardly ever
-    zero throughout. Where the inputs all but agree, a unit is on for all of them or off for all, each as likely.
+    Where the inputs all but agree, a unit is on for all of them or off for all, each as likely.
     """
-    shares = []
-    for units in {1, out.ndim - 1} if out.ndim > 1 and out.numel() else ():
-        flat = out.transpose(units, -1).reshape(-1, out.shape[units]) != 0
-        if len(flat) >= 16:
-            dead, lit = int((~flat.any(0)).sum()), int(flat.all(0).sum())
-            share = dead / flat.shape[1]
-            chance = (dead - lit) ** 2 < 6 * (dead + lit) or dead < lit
-            shares.append(0.0 if chance and share < 0.95 else share)
-    return max(shares, default=None)
+    if out.ndim < 2 or not out.numel():
+        return None
+    flat = out.movedim(_axis_of_units(out), -1).flatten(0, -2) != 0
+    if len(flat) < 16:
+        return None
+    dead, lit = int((~flat.any(0)).sum()), int(flat.all(0).sum())
+    share = dead / flat.shape[1]
+    chance = (dead - lit) ** 2 < 6 * (dead + lit) or dead < lit
+    return 0.0 if chance and share < 0.95 else share
+
+
+def _axis_of_units(out: Tensor) -> int:
+    """Return along which dimension a rectifier's units lie: the second right behind a convolution, else the last."""
+    node = out.grad_fn
+    for _ in range(8):
+        name = "" if node is None else node.name()
+        if "Convolution" in name:
+            return 1
+        if node is None or "mm" in name or "Transpose" in name or "Permute" in name:
+            break
+        node = next((earlier for earlier, _ in node.next_functions if earlier is not None), None)
+    # Without an earlier layer to tell, four dimensions are an image's.
+    return 1 if node is None and out.ndim == 4 else -1
 
 
 def _relative_entropy(scores: Tensor, positions: int) -> float | None:
