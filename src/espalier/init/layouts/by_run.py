@@ -136,7 +136,7 @@ def _maps(module: nn.Module) -> dict[str, _Map]:
     found: dict[str, _Map] = {}
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     for name in [name for name, part in module.named_modules() if isinstance(part, kinds) or attribute(part, "nf")]:
-        with suppress(Refused):
+        with suppress(Exception):  # a layer of anybody's, that cannot be read as a map
             [matrix] = matrices(module, [name])
             found[name] = _Map(len(matrix), matrix.shape[-1], len(matrix), matrix.shape[-1])
     matrices_of_its_own = ((n, p) for n, p in module.named_parameters(recurse=False) if not is_bias(n))
