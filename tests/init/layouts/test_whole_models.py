@@ -157,6 +157,61 @@ def test_other_keys_are_seen_in_a_model_that_calls_attention_itself(make: Callab
     assert isinstance(found, Skipped), found
 
 
+class Handed(nn.Module):
+    """A model on token ids that hands its attention keys; ``optional`` ones, or such as it cannot do without."""
+
+    def __init__(self, keys: Callable[[Tensor], Tensor], *, optional: bool, named: bool) -> None:
+        super().__init__()
+        self.embed, self.keys = nn.Embedding(WORDS, DIM), keys
+        self.mix = (KeysOrOwn if optional else Keys)(named)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return x + self.mix(x, self.keys(x))
+
+
+class Keys(nn.Module):
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.names = ("q_proj", "k_proj", "v_proj", "o_proj") if named else ("c", "a", "d", "b")
+        for name in self.names:
+            self.add_module(name, nn.Linear(DIM, DIM))
+        if named:
+            self.num_heads = HEADS
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        maps = [self.get_submodule(name) for name in self.names]
+        parts = zip(maps[:3], (x, y, y), strict=True)
+        q, k, v = (layer(given).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer, given in parts)
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return maps[3](mixed.transpose(1, 2).flatten(2))
+
+
+class KeysOrOwn(Keys):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return super().forward(x, x if y is None else y)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(
+    ("keys", "own"),
+    [
+        (lambda x: x, True),
+        (lambda x: 2 * x, True),
+        (lambda x: -x, False),
+        (lambda x: x.flip(1), False),
+        (lambda x: x.roll(1, 1), False),
+        (lambda x: x.cumsum(1), False),
+    ],
+)
+def test_keys_that_a_model_on_ids_hands_over(
+    keys: Callable[[Tensor], Tensor], own: bool, optional: bool, named: bool
+) -> None:
+    found = [weights for _, _, weights in find_layers(Handed(keys, optional=optional, named=named))]
+    assert [not isinstance(weights, Skipped) for weights in found] in ([[True]] if own else [[False], []])
+
+
 class Pooled(nn.Module):
     """An encoder, and four maps of the model's own that pool what comes of it."""
 

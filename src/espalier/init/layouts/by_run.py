@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.arguments import sequences
 from espalier.init.layouts.by_name import NO_OUTPUT, guess_attention
 from espalier.init.layouts.compare import by_query, is_close, is_near
 from espalier.init.layouts.keys import module_key
@@ -84,7 +85,8 @@ def reading_by_run(names: Mapping[str, nn.Module], name: str, least: int) -> Lay
     found: Layout | None = None
     with suppress(CannotRunError):
         try:
-            alone = (call for width in widths for call in calls(module, width))
+            # Of two sequences the module that calls it says whether they are one.
+            alone = (call for width in widths for call in calls(module, width) if not sequences(module, needed=True))
             found = cached(("reading", key), partial(_proven, module, maps, alone))
         except CannotRunError:
             root = module_key(names[""])

@@ -45,7 +45,7 @@ def meets_others(
         given: names of optional arguments of the owner that are given.
 
     Raises:
-        Unproven: the owner takes parts of it without calling it.
+        Unproven: the owner takes parts of it without calling it, or turns the sign of its keys.
         CannotRunError: the owner runs on no made-up inputs, or never calls the part.
     """
     watch = _Watch(copy_for_probe(owner), path, reading)
@@ -68,7 +68,16 @@ def meets_others(
     ways = torch.randn(2, watch.views.q.shape[-1], generator=generator, dtype=torch.float64)
     along_q, along_k = ([watch.look(**{name: PUSH * rows[name] * way}).scores for way in ways] for name in ("q", "k"))
     runs = zip(base.scores, zip(*along_q, strict=True), zip(*along_k, strict=True), strict=True)
-    return any(starmap(_other_tokens, runs))
+    if any(starmap(_other_tokens, runs)):
+        return True
+    # With the rows of the keys in the place of the queries' a token that meets itself scores above zero.
+    k = parts["k"] if parts["k"].ndim == 3 else parts["k"].unflatten(0, (watch.views.num_kv_heads, -1))
+    as_q = k.repeat_interleave(watch.views.num_heads // watch.views.num_kv_heads, 0).reshape(parts["q"].shape)
+    alike, opposed = (watch.look(q=sign * as_q - parts["q"]).scores for sign in (1, -1))
+    own = [(a - b).diagonal(0, -2, -1)[is_open(a.diagonal(0, -2, -1))] for a, b in zip(alike, opposed, strict=True)]
+    if any(bool((scores < 0).any()) for scores in own):
+        raise Unproven("whoever calls it hands it keys with the other sign")
+    return False
 
 
 def _other_tokens(base: Tensor, by_q: Sequence[Tensor], by_k: Sequence[Tensor]) -> bool:
