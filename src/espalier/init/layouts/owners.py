@@ -22,6 +22,8 @@ from espalier.init.layouts.verdicts import cached
 
 # Sides of images, the most usual first.
 _SIDES = (32, 64, 224, 28, 16, 8)
+# A map with more channels is no image, and was made by layers before.
+_MOST_COLOURS = 16
 # Parameters of a model that is run whole, whose copy takes eight bytes of each, and how often that is tried.
 LARGEST, _MOST_CALLS = 2**27, 48
 # A longer sequence or a larger vocabulary of positions is not made up.
@@ -118,8 +120,9 @@ def _raw_inputs(module: nn.Module, generator: torch.Generator) -> Iterator[Tenso
             for length in dict.fromkeys([6, 16, *(count for count in placed if 1 < count <= _LONGEST)]):
                 yield torch.randint(vocabulary, (1, length), generator=generator)
     first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
-    for side in _SIDES if first is not None else ():
-        yield torch.randn(1, first.in_channels, side, side, generator=generator)  # type: ignore[union-attr]
+    if first is not None and first.in_channels <= _MOST_COLOURS:
+        for side in _SIDES:
+            yield torch.randn(1, first.in_channels, side, side, generator=generator)
 
 
 @untraced()
