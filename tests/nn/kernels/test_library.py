@@ -1,4 +1,4 @@
-"""The compiled kernels as files: what a build leaves, what the loader accepts, which tensors they may take."""
+"""The compiled kernels as files: what a build leaves, what the loader accepts, what each level computes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functionalize, vmap
 
 from espalier.nn import (
     CayleyConv2d,
@@ -32,7 +30,7 @@ from espalier.nn import (
 )
 from espalier.nn.depthwise import mixing_block, pointwise_block
 from espalier.nn.kernels import arguments, library
-from espalier.nn.kernels.library import KernelError, call, open_library, usable
+from espalier.nn.kernels.library import KernelError, call, open_library
 
 ROOT = Path(__file__).parents[3]
 needs_kernels = pytest.mark.skipif(
@@ -351,61 +349,6 @@ def test_what_is_infinite_stays_within_its_windows_on_every_level(level: str, co
     sees = nn.functional.conv2d(x.isinf().float(), torch.ones(8, 1, 1, columns), padding=(0, 1), groups=8) > 0
     with use_backend("auto"):
         assert torch.equal(layer(x).isfinite(), ~sees)
-
-
-class _Subclass(Tensor):
-    pass
-
-
-def test_only_plain_tensors_are_usable() -> None:
-    plain = torch.ones(3, 4)
-    fake = FakeTensorMode()
-    unusable = {
-        "subclass": plain.as_subclass(_Subclass),
-        "negative bit": torch._neg_view(plain),
-        "imaginary part of a conjugate": torch.ones(3, dtype=torch.complex64).conj().imag,
-        "fake": fake.from_tensor(plain),
-        "functional": torch._to_functional_tensor(plain),
-        "meta": plain.to("meta"),
-        "sparse": plain.to_sparse(),
-        "zeros without memory": torch._efficientzerotensor((3,)),
-        "in blocks of oneDNN": plain.to_mkldnn(),
-        "nested": torch.nested.as_nested_tensor([plain, plain], layout=torch.jagged),
-        "half": plain.half(),
-        "no memory": _emptied(),
-    }
-    assert {name for name, tensor in unusable.items() if usable(tensor)} == set()
-    assert all(usable(tensor) for tensor in (plain, nn.Parameter(plain), plain.T[1:], plain[:0], plain.double(), None))
-    assert not usable(plain, unusable["fake"])
-
-
-def _emptied() -> Tensor:
-    tensor = torch.ones(3)
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-def test_nothing_is_usable_under_a_transform_or_a_mode() -> None:
-    seen = []
-    plain = torch.ones(3)
-
-    def look(x: Tensor) -> Tensor:
-        seen.append(usable(x) or usable(plain))
-        return x + 1
-
-    vmap(look)(torch.ones(2, 3))
-    functionalize(look)(plain)
-    with FakeTensorMode():
-        seen.append(usable(plain))
-    assert seen == [False] * 3
-    assert usable(plain)
-
-
-def test_a_layer_reads_the_negative_bit() -> None:
-    layer = CayleyConv2d(4, 4, 3, generator=torch.Generator().manual_seed(0)).eval()
-    x = _draw(2, 4, 8, 8, dtype=torch.float32, seed=0)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(torch._neg_view(x)), layer(-x))
 
 
 def test_the_kernels_share_the_threads_of_torch() -> None:

@@ -95,10 +95,9 @@ def locate_layers(model: nn.Module) -> list[Layer]:
     """Return every layer that a layout knows, in module order, each module once, without gathering any weights.
 
     Modules inside a recognised one are not looked at again, but for whole attention inside a class that nobody
-    registered. A class that nobody registered gives weights only where a
-    run of the module proves them (see ``probe_attention``). A module that its layout cannot read, or that looks like
-    attention and is not understood, becomes one ``Skipped`` layer with the reason, and the others go on: no attention
-    goes without a row.
+    registered. Such a class gives weights only where a run of the module proves them (see ``probe_attention``). A
+    module that its layout cannot read, or that looks like attention and is not understood, becomes one ``Skipped``
+    layer with the reason, and the others go on: no attention goes without a row.
     """
     names = dict(model.named_modules())
     registered = {n for n, m in names.items() if class_path(type(m)) in LAYOUTS and _kind_of(m) == "attention"}

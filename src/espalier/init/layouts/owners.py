@@ -28,6 +28,7 @@ _MOST_COLOURS = 16
 LARGEST, _MOST_CALLS = 2**27, 48
 # A longer sequence or a larger vocabulary of positions is not made up.
 _LONGEST = 400
+# Optional arguments that hold no other tokens.
 _LABELS = re.compile(r"^(targets?|labels?)$|mask|past|cache|^return|^use|^output")
 
 
@@ -158,6 +159,7 @@ def calls_of_part(
         if seen and all(_sees_several(part, one) for one in seen):
             made = one_sequence_each(seen, partial(run, twin, moved(call)))
             return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
+        why = why or ("it attends over one token" if seen else "")
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 
 
