@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.by_name import NO_OUTPUT
 from espalier.init.layouts.by_run import reading_by_run
+from espalier.init.layouts.heads_apart import groups_of, together
 from espalier.init.layouts.linears import NO_HEADS
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.probe_attention import BESIDE
@@ -83,7 +84,7 @@ class Layer:
         What is written to the views of a sharded layer reaches the shards when the block is left, from rank 0's values
         on every rank; after an exception nothing is written. Every rank must enter.
         """
-        with whole(self.module):
+        with whole(self.module), together(self.module, getattr(self.found, "apart", ())):
             place = self.name[: len(self.name) - len(self.child)].rstrip(".")
             weights = (_read(self.names, place) or {}).get(self.child, self.found)
             if weights is self.found and not isinstance(weights, Skipped):
@@ -214,7 +215,10 @@ def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:
         # Queries, keys and values of known names want a fourth map.
         without = isinstance(refused, Skipped) and refused.reason == NO_OUTPUT
         reading = reading_by_run(names, name, 4 if without else 2)
-        found = None if reading is None else _proven(names, name, reading, "found by what its maps move")
+        found = None
+        if reading is not None:
+            with together(names[name], groups_of(reading), shapes=True):
+                found = _proven(names, name, reading, "found by what its maps move")
         # Weights that no run of it, in its model, proves are not found in this way.
         sure = isinstance(found, AttentionWeights) and PROVEN in found.note and BESIDE not in found.note
         return found if sure else refused or (found if isinstance(found, Skipped) else None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from espalier.init.adapters import ADAPTED, is_adapted
+from espalier.init.layouts.heads_apart import Group, is_its_own, stacked
 from espalier.init.layouts.registry import AttentionWeights, Refused
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
@@ -62,14 +63,14 @@ def fused(module: nn.Module, qkv: str, out: str, *, by_head: bool = False, note:
 
 
 def assemble(
-    module: nn.Module, weights: Sequence[Tensor], names: Sequence[str], note: str = "", heads: int = 0
+    module: nn.Module, weights: Sequence[Tensor], names: Sequence[str | Group], note: str = "", heads: int = 0
 ) -> AttentionWeights:
     """Return weights in the order q, k, v, out as those of self-attention, with the biases of the maps of these names.
 
     Args:
         module: the attention module.
         weights: of its maps.
-        names: of its maps.
+        names: of its maps; of one that each head has, those of its weights.
         note: what a reader of the report should know of this host.
         heads: query heads, where the module does not state them.
 
@@ -85,15 +86,25 @@ def assemble(
     fits = not rest and groups and not heads % groups and not v.numel() // dim % groups
     if not fits or out.shape[1] * groups != heads * (v.numel() // dim):
         raise Refused("attention", _UNFIT)
-    biases = [getattr(module.get_submodule(name), "bias", None) for name in names if name not in module._parameters]
+    apart = tuple(name for name in names if isinstance(name, tuple))
+    maps = [name for name in names if isinstance(name, str) and name not in module._parameters]
+    maps += [name.rpartition(".")[0] for group in apart for name in group]
+    biases = [getattr(module.get_submodule(name), "bias", None) for name in maps]
     biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
-    return AttentionWeights(q, k, v, out, heads, groups, found, note)
+    return AttentionWeights(q, k, v, out, heads, groups, found, note, apart=apart)
 
 
-def matrices(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """Return the weights of linear maps as (out, in), or raise why one of them cannot be written."""
-    return [_matrix(module, name) for name in names]
+def matrices(module: nn.Module, names: Sequence[str | Group]) -> list[Tensor]:
+    """Return the weights of linear maps as (out, in), of one a head as (heads, out, in), or raise why one cannot be."""
+    return [_matrix(module, name) if isinstance(name, str) else _of_heads(module, name) for name in names]
+
+
+def _of_heads(module: nn.Module, group: Group) -> Tensor:
+    weights, owner = stacked(module, group), module.get_submodule(group[0].rpartition(".")[0])
+    if weights is None:
+        raise Refused("attention", f"{group[0]} and its like in the other heads are apart")
+    return weights.mT if is_its_own(module, group) or hasattr(owner, "nf") else weights.flatten(2)
 
 
 def _matrix(module: nn.Module, name: str) -> Tensor:

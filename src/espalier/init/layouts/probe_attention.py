@@ -46,6 +46,8 @@ from espalier.init.layouts.scratch import Call, run
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
 _LIKE = 0.5
+# The least share of the largest head's factor that a head's output may have and still be one of its own tokens' values.
+_LEAST = 0.2
 BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
 _FACTORS = (0.4, 2.5)
 
@@ -180,7 +182,10 @@ class _Trial:
         length = self.call.length
         # One column more is a sink that takes what no token does.
         inputs = [s[..., :length] if s.shape[-2:] == (length, length + 1) else s for s in map(by_query, inputs)]
-        fits = [s for s in inputs if s.shape[-2:] == (length, length) and s.numel() == self.heads * length**2]
+        square = [s for s in inputs if s.shape[-2:] == (length, length)]
+        fits = [s for s in square if s.numel() == self.heads * length**2]
+        if len(square) == self.heads > 1 and all(s.numel() == length**2 for s in square):
+            fits = [torch.stack(square)]  # a softmax for each head
         if len(fits) == 1:
             return fits[0].reshape(self.heads, length, length).double()
         if len(fits) > 1:
@@ -232,7 +237,10 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     if tokens_LD is not None:
         q_HKL, k_HKL = trial.q @ tokens_LD.mT, trial.to_heads(trial.k @ tokens_LD.mT)
         product_HL = (q_HKL * k_HKL).sum(1) / trial.width**0.5
-        remark = _followed(shown.diagonal(0, 1, 2), product_HL, "its scores", "the QK product over √k")
+        found_HL = shown.diagonal(0, 1, 2)
+        remark = _followed(found_HL, product_HL, "its scores", "the QK product over √k")
+        alike_H = (found_HL * product_HL).sum(1) / (found_HL.norm(dim=1) * product_HL.norm(dim=1))
+        remark = BESIDE if bool((alike_H < _LIKE).any()) else remark
         notes += [remark] if remark and not (notes and "times" in remark) else []
     return notes
 
@@ -322,6 +330,8 @@ def _follow_values(trial: _Trial, looks: tuple[Seen, Seen], generator: torch.Gen
         if float((parts @ factors - whole).norm()) < PUSHED * float(whole.norm()) and bool((factors < 0).any()):
             head = int(factors.argmin())
             raise Unproven(f"the output of head {head} follows its value-output product with the other sign")
+        if float(factors.min()) < _LEAST * float(factors.max()):
+            return BESIDE  # in a head; all of them together may still follow
     remark = _followed(moves, by_head.sum(0), "its output", "the value-output product")
     # What is mean over all tokens does not tell in which order they are; what is not, does.
     apart, wanted = moves - even, (by_head - evenly).sum(0)

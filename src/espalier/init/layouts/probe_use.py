@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import NAMELESS
 from espalier.init.layouts.compare import PUSH, by_query, is_close, is_near, is_open, same_direction
+from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
 from espalier.init.layouts.probe_attention import Softmaxes, Unproven
@@ -98,6 +99,7 @@ class _Watch:
 
     def __init__(self, twin: nn.Module, path: str, reading: Layout) -> None:
         self.twin, self.part = twin, twin.get_submodule(path)
+        put_together(self.part, groups_of(reading))
         views = reading(self.part)
         if not isinstance(views, AttentionWeights):
             raise CannotRunError("its copy reads otherwise")

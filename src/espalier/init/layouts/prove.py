@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import sequences
+from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import denies_cross, reads_self
@@ -192,6 +193,7 @@ def _prove_in_model(names: Mapping[str, nn.Module], name: str, reading: Layout, 
 
 def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:
     twin = copy_for_probe(module)
+    put_together(twin, groups_of(reading))
     views = reading(twin)
     assert isinstance(views, AttentionWeights)
     return twin, views

@@ -22,6 +22,7 @@ class AttentionWeights:
     transpose hand out transposed views, and those that keep each head's q, k and v together hand them out as
     (H, k, d). ``biases`` are those of the four projections that exist. ``causal`` says whether a token sees only those
     before it, where that is known; ``score_scale`` is what stands before q·k in place of 1/√k, divided by that.
+    ``apart`` names the weights of maps that each head has for itself: ``Layer.open`` gives them together.
     """
 
     kind: ClassVar[str] = "attention"
@@ -35,6 +36,7 @@ class AttentionWeights:
     note: str = ""
     causal: bool | None = None
     score_scale: float = 1.0
+    apart: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

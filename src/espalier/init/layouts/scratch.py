@@ -27,7 +27,7 @@ _LARGEST = 2**28
 # ``b_Q`` and ``bq`` are biases in code that has its matrices as ``W_Q`` and ``Wq``.
 _BIAS = re.compile(r"bias|^b(_[a-zA-Z]+|[qkvoQKVO])?$")
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class CannotRunError(Exception):
@@ -228,7 +228,7 @@ def owner_of(names: Mapping[str, nn.Module], name: str) -> tuple[str, nn.Module]
     while name:
         name = name.rpartition(".")[0]
         module = names.get(name)
-        if module is None or type(module) is nn.Module or isinstance(module, _CONTAINERS):
+        if module is None or type(module) is nn.Module or isinstance(module, CONTAINERS):
             continue
         # A wrapper that hands on whatever it gets knows no more than the module itself.
         kinds = [p.kind for p in arguments(module)]
