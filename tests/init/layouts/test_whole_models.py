@@ -233,3 +233,45 @@ class Pooled(nn.Module):
 def test_attention_inside_a_module_that_reads_as_attention_has_rows_of_its_own(heads: bool) -> None:
     rows = {row.layer: row.status for row in espalier.structure_(Pooled(heads)).layers}
     assert rows == {"": "skipped", "encoder.layers.0.self_attn": "written", "encoder.layers.1.self_attn": "written"}
+
+
+class ByName(nn.Module):
+    """A model that takes one batch by names."""
+
+    def __init__(self, kind: str, keys: str) -> None:
+        super().__init__()
+        self.kind, self.keys = kind, keys
+        self.inputs = {"ids": nn.Embedding(40, DIM), "image": nn.Conv2d(3, DIM, 4, 4), "features": nn.Linear(5, DIM)}[
+            kind
+        ]
+        self.attn, self.out = nn.MultiheadAttention(DIM, HEADS, batch_first=True), nn.Linear(DIM, 3)
+
+    def embed(self, value: Tensor) -> Tensor:
+        x = self.inputs(value)
+        return x.flatten(2).mT if x.ndim == 4 else x
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        x = y = self.embed(batch[self.kind])
+        mask = ~batch["attention_mask"].bool() if self.keys == "masked" else None
+        if self.keys == "other":
+            y = self.embed(batch["context"])
+        elif self.keys in ("get", "pop") and (other := getattr(batch, self.keys)("context", None)) is not None:
+            y = self.embed(other)
+        elif self.keys == "asked" and "context" in batch:
+            y = self.embed(batch["context"])
+        scores = self.out((x + self.attn(x, y, y, key_padding_mask=mask)[0]).mean(1))
+        labels = batch.get("labels")
+        return scores, None if labels is None else nn.functional.cross_entropy(scores, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        *((kind, keys) for kind in ("ids", "image", "features") for keys in ("own", "other", "get", "pop", "asked")),
+        ("ids", "masked"),
+        ("features", "masked"),
+    ],
+)
+def test_a_batch_by_names_is_made_of_what_a_model_asks_for(kind: str, keys: str) -> None:
+    [(_, _, found)] = find_layers(ByName(kind, keys))
+    assert isinstance(found, Skipped) == (keys not in ("own", "masked"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,56 @@ def _whole(owner: nn.Module, widths: Sequence[int], given: Collection[str]) -> l
         with suppress(CannotRunError):
             run(twin, call)
             return [call, _turned(call)]
+    for call in _batches(twin, widths):
+        with suppress(CannotRunError):
+            run(twin, call)
+            return [call]
     raise CannotRunError("it runs on no made-up inputs")
+
+
+class _Batch(dict[Any, Any]):
+    """A batch by names, in which everything is found that is asked for, each of its own numbers; labels are not."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = self.make(key)
+        return self[key]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        is_label = key not in self
+        return default if is_label else self[key]
+
+    def pop(self, key: Any, default: Any = None) -> Any:
+        return self.get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and not _LABELS.search(key)
+
+
+def _batches(owner: nn.Module, widths: Sequence[int]) -> Iterator[Call]:
+    """Yield a dictionary of what a module takes out of its one argument, where that is a batch by names."""
+    named = [p for p in arguments(owner) if p.kind not in VARIADIC]
+    if len(named) != 1:
+        return
+    generator = torch.Generator().manual_seed(1)
+    tokens = (torch.randn(1, 6, width, generator=generator) for width in dict.fromkeys(widths))
+    for x in itertools.chain(_raw_inputs(owner, generator), tokens):
+        ids, length = not x.is_floating_point(), x.shape[1] if x.is_floating_point() else x.numel()
+        like = partial(torch.randint, int(x.max()) + 1, x.shape) if ids else partial(torch.randn, x.shape)
+        for mask in (None, torch.ones(1, length, dtype=torch.bool), torch.ones(1, length, dtype=torch.long)):
+
+            def make(key: str, like: Any = like, length: int = length, mask: Tensor | None = mask) -> Any:
+                asked = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY)
+                another = partial(like, generator=generator)
+                return mask if "mask" in key else argument(asked, another(), another, length, (1,), 0, "usual")
+
+            batch = _Batch(make)
+            with suppress(Exception):  # of anybody's code: then what it asked for is not what it takes
+                owner(batch)
+                yield Call(({**batch},), {}, length)
 
 
 def _turned(call: Call) -> Call:
