@@ -147,3 +147,37 @@ def test_lfm2_s_short_convolution_peaks_at_the_newest_tap(steps: int) -> None:
     energy = model.layers[0].conv.conv.weight.detach().square().mean((0, 1))
     assert int(energy.argmax()) == 1 + steps, energy
     assert "causal" in row.note
+
+
+class Conformer(nn.Module):
+    """A convolution behind a norm of each token, or of all of them, and a gate that pools over them."""
+
+    def __init__(self, norm: str, front: int, taps: int, pooled: bool) -> None:
+        super().__init__()
+        self.norm = {"layer": nn.LayerNorm(DIM), "group": nn.GroupNorm(2, DIM), "instance": nn.InstanceNorm1d(DIM)}[
+            norm
+        ]
+        self.first, self.last, self.gate = nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.conv, self.front, self.pooled = nn.Conv1d(DIM, DIM, taps, groups=DIM), front, pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else self.norm(x.mT).mT
+        y = F.pad(F.glu(self.first(y)).mT, (self.front, self.conv.kernel_size[0] - 1 - self.front))
+        y = F.silu(self.conv(y).mT)
+        return x + self.last(y * self.gate(y.mean(1, keepdim=True)).sigmoid() if self.pooled else y)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "group", "instance"])
+@pytest.mark.parametrize(("front", "centre"), [(7, "middle"), (14, "last"), (5, None)])
+def test_what_moves_all_positions_a_little_hides_no_tap(
+    norm: str, front: int, centre: str | None, pooled: bool
+) -> None:
+    found = found_in(nn.Sequential(Conformer(norm, front, 15, pooled)))
+    assert (None if isinstance(found, Skipped) else found.centre) == centre
+
+
+def test_several_filters_a_channel_are_left_alone() -> None:
+    [found] = [found for _, _, found in find_layers(nn.Sequential(nn.Conv2d(DIM, 2 * DIM, 5, padding=2, groups=DIM)))]
+    assert isinstance(found, Skipped)
+    assert "2 filters a channel" in found.reason

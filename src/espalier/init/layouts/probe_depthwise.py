@@ -24,6 +24,8 @@ _CACHE = re.compile(r"cache|past|state|stream|inference_params")
 # Input position minus output position that a tap connects, axis by axis.
 Offset = tuple[int, ...]
 Centre = Literal["middle", "last", "other"]
+# How far above the median move of all outputs one must stand that the moved input reaches through a tap.
+_ABOVE_MIXING = 5.0
 
 
 def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *, own_code: bool) -> Found:
@@ -124,7 +126,7 @@ def _inputs(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple
     """Yield inputs for the owner, larger than the kernel and of different sizes, and their axes of position."""
     reach = [step * (taps - 1) + 1 for taps, step in zip(module.kernel_size, module.dilation, strict=True)]
     # Multiples of the stride, so that padding that depends on the size is the same on both sides of it.
-    sizes = [stride * (2 * (n + axis) + 3) for axis, (n, stride) in enumerate(zip(reach, module.stride, strict=True))]
+    sizes = [stride * (2 * (n + axis) + 9) for axis, (n, stride) in enumerate(zip(reach, module.stride, strict=True))]
     needs = [p for p in arguments(owner)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     others: dict[str, Any] = {p.name: None for p in needs}
     generator = torch.Generator().manual_seed(3)
@@ -152,9 +154,13 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
     for inside in itertools.product(*(range(stride) for stride in strides)):
         place = [start + step for start, step in zip(at, inside, strict=True)]
         moved = x.clone()
-        moved.movedim(axes, front)[tuple(place)] += 1.0
+        # Every channel by another amount: a norm before the convolution takes away what all have in common.
+        features = moved.movedim(axes, front)[tuple(place)]
+        features += torch.randn(features.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
         change = (run(twin, replace(call, args=(moved,)))[0] - base).abs()
         seen = change.movedim(axes, front).flatten(len(axes)).amax(-1)
-        for hit in (seen > 1e-9 * float(base.abs().max())).nonzero().tolist():
+        # What mixes all positions (a norm over them, a pooled gate) moves each a little.
+        least = max(1e-9 * float(base.abs().max()), _ABOVE_MIXING * float(seen.median()))
+        for hit in (seen > least).nonzero().tolist():
             found.add(tuple(p - stride * o for p, stride, o in zip(place, strides, hit, strict=True)))
     return found

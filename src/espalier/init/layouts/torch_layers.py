@@ -38,6 +38,9 @@ def decoder_layer(module: nn.Module) -> Mapping[str, Found]:
 def depthwise_convolution(module: nn.Module) -> Found | None:
     """Return a view of the filters, (channels, 1, *kernel), of a depthwise convolution; other ones are left alone."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    each, rest = divmod(module.out_channels, module.in_channels)
+    if module.groups == module.in_channels > 1 and each > 1 and not rest and max(module.kernel_size) > 2:
+        return Skipped("depthwise", f"it has {each} filters a channel: the covariance is known of one a channel")
     if not is_depthwise(module):
         return None
     if max(module.kernel_size) < 3 or 2 in module.kernel_size:
