@@ -26,6 +26,7 @@ from espalier.nn import (
     use_backend,
 )
 from espalier.nn.lipschitz.activations import GroupSort, MaxMin
+from espalier.nn.orthogonal import conv
 
 LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "square": (lambda **k: CayleyConv2d(2, 2, 3, **k), (3, 2, 4, 3)),
@@ -45,6 +46,12 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 both_modes = pytest.mark.parametrize("training", [True, False])
+
+
+@pytest.fixture(autouse=True)
+def small_images_get_a_product_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger ones do, too; torch's own convolution needs no test."""
+    monkeypatch.setattr(conv, "_MANY", 1)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,45 @@ from espalier.nn.orthogonal.shuffle import (
     space_to_depth,
 )
 from espalier.nn.orthogonal.spectrum.convolution import Taps, apply_spectrum, convolve, spectrum
-from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, upcast, without_autocast
 
 PADDING_MODES = ("circular", "zeros")
 
 _PLAIN = {1: (F.conv1d, F.conv_transpose1d), 2: (F.conv2d, F.conv_transpose2d), 3: (F.conv3d, F.conv_transpose3d)}
+
+
+# Pixels of an image from which its own product is faster than a convolution.
+_MANY = 128
+
+
+class _ByImage(torch.autograd.Function):
+    """A matrix (C', C) times every image of (B, C, pixels), and a bias: one product an image."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See above."""
+        ctx.save_for_backward(matrix, x)
+        each = matrix.expand(len(x), -1, -1)
+        return torch.bmm(each, x) if bias is None else torch.baddbmm(bias[:, None], each, x)
+
+    @staticmethod
+    @takes_batches
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all three."""
+        matrix, x = ctx.saved_tensors
+        of_matrix, of_x, of_bias = ctx.needs_input_grad
+        d_matrix = d_x = d_bias = None
+        if of_matrix and is_tracing():
+            d_matrix = torch.einsum("bop,bip->oi", grad, x)
+        elif of_matrix:
+            d_matrix = torch.zeros_like(matrix)
+            for grad_OP, x_IP in zip(grad, x, strict=True):  # all at once would hold a matrix an image
+                d_matrix.addmm_(grad_OP, x_IP.mT)
+        if of_x:
+            d_x = torch.bmm(matrix.mT.expand(len(x), -1, -1), grad)
+        if of_bias:
+            d_bias = grad.sum((0, 2))
+        return d_matrix, d_x, d_bias
 
 
 class _CayleyConv(OrthogonalLayer):
@@ -125,16 +160,24 @@ class _CayleyConv(OrthogonalLayer):
         """Apply a kernel of one tap: the same matrix on every block of pixels."""
         q = orthogonal_matrix(self, self.groups, x.dtype)
         kernel = q.reshape(self.weight.shape[0], -1, *self.stride)
-        kept = channels_last(x).is_contiguous() and not self.transposed
-        if self.groups == 1 and not is_tracing() and (kept or set(self.stride) == {1}):
+        if self.groups == 1 and not is_tracing() and channels_last(x).is_contiguous() and not self.transposed:
             # In the layout that the transforms keep, where a convolution would turn every image around.
-            matrix = kernel.flatten(1).mT if self.transposed else kernel.movedim(1, -1).flatten(1)
+            matrix = kernel.movedim(1, -1).flatten(1)
             return channels_first(F.linear(blocks_last(x, self.stride), matrix, bias))
+        if self._gains_by_image(x):
+            blocks = space_to_depth(x, self.stride)
+            return _ByImage.apply(kernel.flatten(1), blocks.flatten(2), bias).unflatten(2, blocks.shape[2:])
         plain, adjoint = _PLAIN[self.dim]
         if self.transposed:
             return adjoint(x, kernel, bias, self.stride, groups=self.groups)
         check_divides(x.shape[2:], self.stride)
         return plain(x, kernel, bias, self.stride, groups=self.groups)
+
+    def _gains_by_image(self, x: Tensor) -> bool:
+        """Return whether a product for each image is faster than a convolution, which turns all of them around."""
+        plain = not self.transposed and self.groups == 1 and x.device.type == "cpu" and x.is_contiguous()
+        blocks_stay = set(self.stride) == {1} or (self.dim == 2 and len(set(self.stride)) == 1)
+        return plain and blocks_stay and not is_tracing() and math.prod(self.torus(x.shape[2:])) >= _MANY
 
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
