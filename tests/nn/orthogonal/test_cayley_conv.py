@@ -172,8 +172,8 @@ def test_singular_values_are_one_in_float64(case: dict[str, Any], training: bool
 def test_one_tap_is_the_same_operator_in_either_memory_layout(
     cls: type, stride: int | tuple[int, int], side: int
 ) -> None:
-    layer = cls(4, 6, 1, stride, dtype=torch.float64, generator=seeded())
-    x = images(2, 4, side, side).requires_grad_()
+    layer = cls(16, 6, 1, stride, dtype=torch.float64, generator=seeded())
+    x = images(2, 16, side, side).requires_grad_()
     turned = x.detach().permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1).requires_grad_()
     ours, other = layer(turned), layer(x)
     torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)

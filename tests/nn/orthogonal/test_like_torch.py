@@ -52,6 +52,7 @@ both_modes = pytest.mark.parametrize("training", [True, False])
 def small_images_get_a_product_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger ones do, too; torch's own convolution needs no test."""
     monkeypatch.setattr(conv, "_MANY", 1)
+    monkeypatch.setattr(conv, "_WIDE", 1)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

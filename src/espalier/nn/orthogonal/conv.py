@@ -28,8 +28,8 @@ PADDING_MODES = ("circular", "zeros")
 _PLAIN = {1: (F.conv1d, F.conv_transpose1d), 2: (F.conv2d, F.conv_transpose2d), 3: (F.conv3d, F.conv_transpose3d)}
 
 
-# Pixels of an image from which its own product is faster than a convolution.
-_MANY = 128
+# Pixels of an image, and numbers of a block of them, from which its own product is faster than a convolution.
+_MANY, _WIDE = 128, 16
 
 
 class _ByImage(torch.autograd.Function):
@@ -177,7 +177,8 @@ class _CayleyConv(OrthogonalLayer):
         """Return whether a product for each image is faster than a convolution, which turns all of them around."""
         plain = not self.transposed and self.groups == 1 and x.device.type == "cpu" and x.is_contiguous()
         blocks_stay = set(self.stride) == {1} or (self.dim == 2 and len(set(self.stride)) == 1)
-        return plain and blocks_stay and not is_tracing() and math.prod(self.torus(x.shape[2:])) >= _MANY
+        large = math.prod(self.torus(x.shape[2:])) >= _MANY and self.weight.shape[1] >= _WIDE
+        return plain and blocks_stay and large and not is_tracing()
 
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
