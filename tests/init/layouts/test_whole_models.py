@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import espalier
 from espalier.init.layouts import Skipped, find_layers
@@ -275,3 +276,57 @@ class ByName(nn.Module):
 def test_a_batch_by_names_is_made_of_what_a_model_asks_for(kind: str, keys: str) -> None:
     [(_, _, found)] = find_layers(ByName(kind, keys))
     assert isinstance(found, Skipped) == (keys not in ("own", "masked"))
+
+
+class Turned(nn.Module):
+    """Rotary tables in arguments whose names say nothing: zeros in their place would leave no score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.wq, self.wk, self.wv))
+        a, b = (part.view(1, 1, x.shape[1], -1) for part in (a, b))
+        halves = (t.chunk(2, -1) for t in (q, k))
+        q, k = (torch.cat((one * a - two * b, one * b + two * a), -1) for one, two in halves)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+
+class Untold(nn.Module):
+    """Attention whose owner calls its forward alone, which runs no hook."""
+
+    def __init__(self, keys: str) -> None:
+        super().__init__()
+        self.keys, self.norm = keys, nn.LayerNorm(DIM)
+        self.attention = Keys(named=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attention.forward(y, y if self.keys == "own" else y.flip(1))
+
+
+class OnIds(nn.Module):
+    """A model on token ids, its block, and a table of angles."""
+
+    def __init__(self, block: nn.Module, *, table: bool) -> None:
+        super().__init__()
+        self.embed, self.block, self.table = nn.Embedding(40, DIM), block, table
+        self.register_buffer("angles", torch.outer(torch.arange(32.0), torch.tensor([0.3])))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        angles = self.angles[: ids.shape[1]]
+        return self.block(self.embed(ids), *((angles.cos(), angles.sin()) if self.table else ()))
+
+
+def test_arguments_without_a_meaning_are_those_of_the_model_s_run() -> None:
+    [(_, _, found)] = find_layers(OnIds(Turned(), table=True))
+    assert not isinstance(found, Skipped)
+
+
+@pytest.mark.parametrize("keys", ["own", "other"])
+def test_a_forward_that_is_called_alone_is_seen(keys: str) -> None:
+    [(_, _, found)] = find_layers(OnIds(Untold(keys), table=False))
+    assert isinstance(found, Skipped) == (keys == "other")

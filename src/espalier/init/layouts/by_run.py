@@ -187,18 +187,16 @@ def _proven(module: nn.Module, maps: Mapping[Name, _Map], made: Iterator[Call]) 
     for call in made:
         with suppress(CannotRunError):
             roles = _roles(twin, call, [*maps])
-            break
-    else:
-        raise CannotRunError("it takes no softmax over its tokens on made-up inputs")
-    for each in islice(_fitting(module, maps, roles), _MOST_READINGS):
-        # Most readings fail at once, some because their shapes do not even fit.
-        with suppress(Unproven, CannotRunError, Refused, RuntimeError, ValueError):
-            views = each(twin)
-            assert isinstance(views, AttentionWeights)
-            # Names may speak for a layer whose products something else stands beside; here nothing does.
-            if BESIDE not in prove_attention(twin, views, call) and _share_inputs(twin, each, call):
-                return each
-    return None
+            for each in islice(_fitting(module, maps, roles), _MOST_READINGS):
+                # Most readings fail at once, some because their shapes do not even fit.
+                with suppress(Unproven, CannotRunError, Refused, RuntimeError, ValueError):
+                    views = each(twin)
+                    # Names may speak for a layer whose products something else stands beside; here nothing does.
+                    if BESIDE not in prove_attention(twin, views, call) and _share_inputs(twin, each, call):
+                        return each
+            if not call.supposed:
+                return None
+    raise CannotRunError("it takes no softmax over its tokens on made-up inputs")
 
 
 def _share_inputs(twin: nn.Module, reading: Reading, call: Call) -> bool:

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -73,9 +74,8 @@ def calls(
                 x = x if place < len(shapes) else x.movedim(-1, 1).contiguous()
                 second = x.shape if other == width else (*x.shape[:-1], other)
                 another = partial(torch.randn, second, generator=generator, dtype=torch.float64)
-                yield call_with(
-                    first, x, {p: argument(p, x, another, length, turn, heads, form) for p in needs}, length
-                )
+                values = {p: argument(p, x, another, length, turn, heads, form) for p in needs}
+                yield replace(call_with(first, x, values, length), supposed=form in _OPEN)
 
 
 def call_with(first: inspect.Parameter, x: Tensor, values: Mapping[inspect.Parameter, Any], length: int) -> Call:

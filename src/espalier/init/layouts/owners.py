@@ -18,7 +18,7 @@ from espalier.init.layouts.arguments import NAMELESS, VARIADIC, arguments, seque
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.made_up import argument, call_with, calls, count_tokens, forms
 from espalier.init.layouts.positions import moved, one_sequence_each
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced, watch
 from espalier.init.layouts.verdicts import cached
 
 # Sides of images, the most usual first.
@@ -196,10 +196,7 @@ def calls_of_part(
     why, part = "", twin.get_submodule(path)
     seen: list[Call] = []
 
-    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(Call(fresh(args), fresh(kwargs), 0))
-
-    part.register_forward_pre_hook(record, with_kwargs=True)
+    watch(part, lambda args, kwargs: seen.append(Call(fresh(args), fresh(kwargs), 0)))
     for call in calls_of_owner(owner, widths, heads, given):
         seen.clear()
         try:

@@ -28,6 +28,10 @@ Centre = Literal["middle", "last", "other"]
 _ABOVE_MIXING = 5.0
 
 
+class _MixedError(CannotRunError):
+    """A module runs, and moves all positions with each as much as by any tap."""
+
+
 def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *, own_code: bool) -> Found:
     """Return a depthwise layer's view with its centre and a note, or why the centre cannot be known.
 
@@ -91,6 +95,8 @@ def _centre(owner: nn.Module, path: str, module: Convolution) -> Centre:
             # The offset 0, which all else shares, is not told.
             still = look(None) | {(0,) * len(steps)}
             first, last = look(0) - still, look(-1) - still
+        except _MixedError:
+            raise
         except CannotRunError as error:
             why = str(error)
             continue
@@ -149,7 +155,7 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
         raise CannotRunError("its output has no such axis of positions")
     strides = [max(1, round(x.shape[axis] / base.shape[axis])) for axis in axes]
     at = [x.shape[axis] // 2 // stride * stride for axis, stride in zip(axes, strides, strict=True)]
-    found: set[Offset] = set()
+    found, mixed, noise = set[Offset](), False, 1e-9 * float(base.abs().max())
     # With a stride, only some inputs are met by this tap: all of one cell are tried.
     for inside in itertools.product(*(range(stride) for stride in strides)):
         place = [start + step for start, step in zip(at, inside, strict=True)]
@@ -160,7 +166,10 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
         change = (run(twin, replace(call, args=(moved,)))[0] - base).abs()
         seen = change.movedim(axes, front).flatten(len(axes)).amax(-1)
         # What mixes all positions (a norm over them, a pooled gate) moves each a little.
-        least = max(1e-9 * float(base.abs().max()), _ABOVE_MIXING * float(seen.median()))
+        median = float(seen.median())
+        mixed, least = mixed or median > noise, max(noise, _ABOVE_MIXING * median)
         for hit in (seen > least).nonzero().tolist():
             found.add(tuple(p - stride * o for p, stride, o in zip(place, strides, hit, strict=True)))
+    if mixed and not found and tap is not None:
+        raise _MixedError("what else mixes its positions is as strong as its taps")
     return found

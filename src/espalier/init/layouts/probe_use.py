@@ -21,7 +21,7 @@ from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
 from espalier.init.layouts.probe_attention import Softmaxes, Unproven
 from espalier.init.layouts.registry import AttentionWeights, Layout
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced, watch
 
 
 class _Seen(NamedTuple):
@@ -112,14 +112,13 @@ class _Watch:
         self.outs: list[Tensor] = []
         self.scores: list[Tensor] | None = None
         self.taken = False
-        self.part.register_forward_pre_hook(self._enter, with_kwargs=True)
+        watch(self.part, self._enter, self._leave)
         held = {view.untyped_storage()._cdata for view in (views.q, views.k, views.v)}
-        for holder in self.part.modules():
+        for holder in [*self.part.modules()][1:]:
             if any(own.untyped_storage()._cdata in held for own in holder.parameters(recurse=False)):
-                holder.register_forward_pre_hook(self._take)
-        self.part.register_forward_hook(self._leave, always_call=True)
+                watch(holder, self._take)
 
-    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self.inside, self.begun = self.inside + 1, len(self.softmaxes.inputs)
         call, place = Call(args, kwargs, 0), len(self.given)
         self.given.append(Call(fresh(args), fresh(kwargs), 0))
@@ -129,7 +128,7 @@ class _Watch:
         self.tokens += [] if first is None else [first.detach().clone()]
         return call.args, call.kwargs
 
-    def _leave(self, _: nn.Module, __: Any, out: Any) -> None:
+    def _leave(self, out: Any) -> None:
         self.inside -= 1
         self.outs += [part.flatten().double() for part in leaves(out) if part.is_floating_point()]
         # What a second call sees may follow from the first.

@@ -159,6 +159,9 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
             KNOWN[group] = remarks = prove_attention(twin, views, call)
             return remarks
         except Unproven as error:
+            if call.supposed:  # an argument may be what was not thought of
+                why = CannotRunError("what its arguments are is not known") if not str(why) else why
+                continue
             why = error
             if not isinstance(error, Misfit):
                 break

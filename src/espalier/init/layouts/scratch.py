@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import random
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,12 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """Inputs that a module runs on: ``length`` tokens."""
+    """Inputs that a module runs on: ``length`` tokens; ``supposed`` if no name says what one of them is."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     length: int
+    supposed: bool = False
 
 
 def copy_for_probe(module: nn.Module) -> nn.Module:
@@ -206,6 +208,34 @@ def run(module: nn.Module, call: Call) -> list[Tensor]:
     if not tensors:
         raise CannotRunError("it returns no tensor")
     return tensors
+
+
+def watch(
+    part: nn.Module,
+    enter: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, Any] | None],
+    leave: Callable[[Any], None] | None = None,
+) -> None:
+    """Tell of every call of a scratch copy, also of its ``forward`` alone, which runs no hook.
+
+    Args:
+        part: the copy, or a part of one.
+        enter: takes the arguments and those by name, and may return others in their place.
+        leave: takes what is returned, or ``None`` after an exception.
+    """
+    forward = part.forward
+
+    @functools.wraps(forward)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = enter(args, kwargs) or (args, kwargs)
+        out = None
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            if leave is not None:
+                leave(out)
+        return out
+
+    part.forward = told
 
 
 def bound(module: nn.Module, call: Call) -> dict[str, Any]:

@@ -14,7 +14,17 @@ from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
 from espalier.init.layouts.made_up import count_tokens
 from espalier.init.layouts.owners import LARGEST, first_inputs, hidden_sequences
 from espalier.init.layouts.positions import moved, one_sequence_each
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, owner_of, run, untraced
+from espalier.init.layouts.scratch import (
+    Call,
+    CannotRunError,
+    copy_for_probe,
+    fresh,
+    leaves,
+    owner_of,
+    run,
+    untraced,
+    watch,
+)
 
 
 def refuse_second_sequence(names: Mapping[str, nn.Module], name: str) -> None:
@@ -47,11 +57,11 @@ def calls_in_model(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[Ca
     for name, part in twin.named_modules():
         if type(part) is kind:
 
-            def record(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            def record(args: Any, kwargs: Any, name: str = name) -> None:
                 seen.append(Call(fresh(args), fresh(kwargs), 0))
                 by.append(name)
 
-            part.register_forward_pre_hook(record, with_kwargs=True)
+            watch(part, record)
     for inputs in first_inputs(twin, 1, torch.Generator().manual_seed(5)):
         seen.clear()
         by.clear()
