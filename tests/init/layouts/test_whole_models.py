@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import espalier
 from espalier.init.layouts import Skipped, find_layers
@@ -330,3 +331,48 @@ def test_arguments_without_a_meaning_are_those_of_the_model_s_run() -> None:
 def test_a_forward_that_is_called_alone_is_seen(keys: str) -> None:
     [(_, _, found)] = find_layers(OnIds(Untold(keys), table=False))
     assert isinstance(found, Skipped) == (keys == "other")
+
+
+class Timed(nn.Module):
+    """A model that computes with a time in float32, whatever the type of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.time = nn.Conv2d(3, DIM, 4, 4), nn.Linear(4, DIM)
+        self.attn, self.out = nn.MultiheadAttention(DIM, HEADS, batch_first=True), nn.Linear(DIM, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        waves = t.float()[:, None] * torch.arange(4, dtype=torch.float32)
+        y = self.inputs(x).flatten(2).mT + self.time(waves.sin().to(torch.float32))[:, None]
+        return self.out(y + self.attn(y, y, y)[0])
+
+
+def test_float32_in_a_forward_pass_meets_no_other_type() -> None:
+    [(_, _, found)] = find_layers(Timed())
+    assert not isinstance(found, Skipped)
+
+
+class Flexible(nn.Module):
+    """Flex attention, causal or of values in the wrong order."""
+
+    def __init__(self, *, causal: bool, wrong: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal, self.wrong = HEADS, causal, wrong
+        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        v = v.flip(1) if self.wrong else v
+
+        def later(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(i >= j, score, -float("inf"))
+
+        mixed = flex_attention(q, k, v, score_mod=later if self.causal else None)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_flex_attention_is_watched(causal: bool, wrong: bool) -> None:
+    [(_, _, found)] = find_layers(nn.Sequential(Flexible(causal=causal, wrong=wrong)))
+    assert isinstance(found, Skipped) == wrong

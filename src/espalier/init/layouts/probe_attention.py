@@ -22,6 +22,7 @@ Scores are what reaches the softmax; fused kernels are told to take the products
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -75,11 +76,26 @@ class Softmaxes(TorchDispatchMode):
         super().__init__()
         self.inputs: list[Tensor] = []
 
+    def __enter__(self) -> Softmaxes:
+        flex = getattr(sys.modules.get("torch.nn.attention.flex_attention"), "flex_attention_hop", None)
+        if flex is not None and Softmaxes not in flex.python_key_table:
+            flex.py_impl(Softmaxes)(_flex_attention)
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default):
             scores, dim = args[:2]
             self.inputs.append(scores.movedim(dim, -1).detach().clone())
         return func(*args, **(kwargs or {}))
+
+
+def _flex_attention(mode: Softmaxes, *args: Any, **kwargs: Any) -> Any:
+    """Take flex attention's scores and softmax one by one, as the mode can see them."""
+    from torch._higher_order_ops.flex_attention import math_attention
+
+    with mode:
+        return math_attention(*args, **kwargs)
 
 
 def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) -> str:

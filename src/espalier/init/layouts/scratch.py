@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +106,18 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and not type(module).__module__.startswith("torch._dynamo")
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """Return a context in which compiled code runs as it was written: compiled, it hides what happens in it."""
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled code, and what is compiled meanwhile, as it was written: compiled, it hides what happens in it."""
     # Where nothing was compiled, the compiler is not loaded, which takes seconds.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    plain = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    kept = torch.compile
+    try:
+        torch.compile = lambda model=None, **_: model or (lambda wrapped: wrapped)  # type: ignore[assignment]
+        with plain:
+            yield
+    finally:
+        torch.compile = kept
 
 
 def memo_of_copy(module: nn.Module) -> dict[int, Any]:
@@ -156,15 +164,21 @@ def _is_vector(name: str, parameter: Tensor) -> bool:
 
 
 class _ProductByProduct(TorchFunctionMode):
-    """Keeps attention from fused kernels, also within code that chooses its own."""
+    """Keeps attention from fused kernels, also within code that chooses its own, and all of a run in float64.
+
+    Code that asks for float32 (a time, positions) would meet float64 weights.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         # What torch calls within its own function is not seen here.
         fused = func in (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward)
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in (kwargs or {}).items()}
         with sdpa_kernel(SDPBackend.MATH) if fused else nullcontext():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
 
 @contextmanager
