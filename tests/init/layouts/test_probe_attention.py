@@ -318,13 +318,13 @@ def test_the_probe_leaves_no_trace() -> None:
 def test_the_probe_runs_once_for_layers_alike_and_less_for_those_with_another_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from espalier.init.layouts import probe_attention, prove, verdicts
+    from espalier.init.layouts import prove, trial, verdicts
 
-    proofs, runs, run = [], [], probe_attention.run
+    proofs, runs, run = [], [], trial.run
     for name in ("prove_attention", "prove_alike"):
         tried = getattr(prove, name)
         monkeypatch.setattr(prove, name, lambda *a, tried=tried: proofs.append(len(runs)) or tried(*a))
-    monkeypatch.setattr(probe_attention, "run", lambda *a: runs.append(1) or run(*a))
+    monkeypatch.setattr(trial, "run", lambda *a: runs.append(1) or run(*a))
     verdicts.KNOWN.clear()
     model = nn.ModuleList([RandomAttention(Form(heads=3, groups=3)) for _ in range(6)])
     for index, module in enumerate(model):

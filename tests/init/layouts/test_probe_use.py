@@ -236,3 +236,35 @@ def test_positions_added_within_the_block_make_no_other_tokens(
     found = found_in(nn.Sequential(Placed(make(), how, of_ids)))
     if not (of_ids and own):  # a block on token ids is run only as a model
         assert isinstance(found, Skipped) != own
+
+
+class Remembering(nn.Module):
+    """Keys and values that are parameters, before or after those of the tokens, or another sequence's."""
+
+    def __init__(self, extra: int, place: str) -> None:
+        super().__init__()
+        self.num_heads, self.place = 3, place
+        self.memory = nn.Parameter(torch.randn(2, 3, extra, 8))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat((x.mean(1, keepdim=True), x), 1) if self.place == "tokens" else x
+        parts = zip((self.q_proj, self.k_proj, self.v_proj), (x, tokens, tokens), strict=True)
+        q, k, v = (layer(given).unflatten(-1, (3, -1)).transpose(1, 2) for layer, given in parts)
+        if self.place != "tokens":
+            more = (part.expand(len(x), -1, -1, -1) for part in self.memory)
+            pairs = (((m, t) if self.place == "before" else (t, m)) for m, t in zip(more, (k, v), strict=True))
+            k, v = (torch.cat(pair, 2) for pair in pairs)
+        return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("extra", [1, 4])
+@pytest.mark.parametrize("place", ["before", "after", "tokens"])
+def test_keys_that_are_parameters_stand_beside_those_of_tokens(place: str, extra: int, inside: bool) -> None:
+    layer = Remembering(extra, place)
+    model = nn.Sequential(nn.Embedding(30, 24), layer) if inside else layer
+    before = layer.memory.detach().clone()
+    [(_, _, found)] = find_layers(model)
+    assert isinstance(found, Skipped) == (place == "tokens")
+    assert torch.equal(layer.memory, before)

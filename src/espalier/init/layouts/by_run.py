@@ -26,7 +26,7 @@ from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.linears import assemble, matrices
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import looks_like_attention
-from espalier.init.layouts.probe_attention import BESIDE, Softmaxes, Unproven, prove_attention
+from espalier.init.layouts.probe_attention import BESIDE, prove_attention
 from espalier.init.layouts.prove import cached_calls_in_model, calls_in_use
 from espalier.init.layouts.registry import (
     LAYOUTS,
@@ -40,6 +40,7 @@ from espalier.init.layouts.registry import (
     holds_lazy,
 )
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, is_bias, leaves, run, untraced
+from espalier.init.layouts.trial import Softmaxes, Unproven
 from espalier.init.layouts.verdicts import cached
 from espalier.init.layouts.whole_model import one_sequence
 

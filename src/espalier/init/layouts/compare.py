@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 # Several libraries take scores or softmax in float32, whatever the type.
@@ -29,6 +32,12 @@ def by_token(out: Tensor, length: int) -> Tensor | None:
 def is_open(scores: Tensor) -> Tensor:
     """Return which scores are not masked."""
     return scores.isfinite() & (scores > _MASKED)
+
+
+def columns_of(scores: Tensor, pushed: Sequence[Tensor]) -> Tensor:
+    """Return which columns of scores move when the rows of keys are pushed: those of tokens, and no sink's."""
+    moves_X = torch.stack([(each - scores).nan_to_num(0.0, 0.0, 0.0) for each in pushed]).abs().flatten(0, -2).amax(0)
+    return (moves_X > 1e-6 * moves_X.max()).nonzero().flatten()
 
 
 def is_close(a: Tensor, b: Tensor, scores: Tensor) -> bool:

@@ -22,18 +22,12 @@ Scores are what reaches the softmax; fused kernels are told to take the products
 
 from __future__ import annotations
 
-import sys
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.init.layouts.compare import (
     PUSH,
     PUSHED,
-    by_query,
-    by_token,
     is_clear,
     is_close,
     is_near,
@@ -42,7 +36,8 @@ from espalier.init.layouts.compare import (
     same_direction,
 )
 from espalier.init.layouts.registry import ROTARY, AttentionWeights
-from espalier.init.layouts.scratch import Call, run
+from espalier.init.layouts.scratch import Call
+from espalier.init.layouts.trial import Misfit, Seen, Trial, Unproven
 
 # How well a product must be followed to be called one, and factors that are noted.
 _FOLLOWED = 0.7
@@ -51,51 +46,6 @@ _LIKE = 0.5
 _LEAST = 0.2
 BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
 _FACTORS = (0.4, 2.5)
-
-
-class Unproven(Exception):
-    """The views are not what the module computes with, and how that shows."""
-
-
-class Misfit(Unproven):
-    """The scores are not even of the shape expected: inputs of another form may do better."""
-
-
-class Seen(NamedTuple):
-    """One run: scores (H, L, L), all outputs in one vector, and the first of them token by token, if it has tokens."""
-
-    scores_HLL: Tensor
-    out: Tensor
-    tokens_LX: Tensor | None
-
-
-class Softmaxes(TorchDispatchMode):
-    """Keeps what reaches every softmax, and along which axis it is taken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs: list[Tensor] = []
-
-    def __enter__(self) -> Softmaxes:
-        flex = getattr(sys.modules.get("torch.nn.attention.flex_attention"), "flex_attention_hop", None)
-        if flex is not None and Softmaxes not in flex.python_key_table:
-            flex.py_impl(Softmaxes)(_flex_attention)
-        super().__enter__()
-        return self
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default):
-            scores, dim = args[:2]
-            self.inputs.append(scores.movedim(dim, -1).detach().clone())
-        return func(*args, **(kwargs or {}))
-
-
-def _flex_attention(mode: Softmaxes, *args: Any, **kwargs: Any) -> Any:
-    """Take flex attention's scores and softmax one by one, as the mode can see them."""
-    from torch._higher_order_ops.flex_attention import math_attention
-
-    with mode:
-        return math_attention(*args, **kwargs)
 
 
 def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) -> str:
@@ -110,7 +60,7 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
         Unproven: the module computes something else with these rows.
         CannotRunError: it does not run on these inputs.
     """
-    trial = _Trial(module, weights, call)
+    trial = Trial(module, weights, call)
     generator = torch.Generator().manual_seed(2)
     base = trial.look()
     notes = _prove_scores(trial, base, generator)
@@ -127,7 +77,7 @@ def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: 
     Raises:
         Unproven, CannotRunError: see ``prove_attention``.
     """
-    trial = _Trial(module, weights, call)
+    trial = Trial(module, weights, call)
     generator = torch.Generator().manual_seed(2)
     base = trial.look()
     own = base.scores_HLL.diagonal(0, 1, 2)
@@ -149,7 +99,7 @@ def meets_own_tokens(module: nn.Module, weights: AttentionWeights, call: Call) -
     Raises:
         Misfit, CannotRunError: its scores are not those expected, or it does not run.
     """
-    trial = _Trial(module, weights, call)
+    trial = Trial(module, weights, call)
     base = trial.look()
     try:
         _prove_tokens(trial, base, torch.Generator().manual_seed(2))
@@ -158,63 +108,7 @@ def meets_own_tokens(module: nn.Module, weights: AttentionWeights, call: Call) -
     return True
 
 
-class _Trial:
-    """Runs of a copy with changed weights, seen as (heads or groups, channels, d): q, k, v and the transpose of out."""
-
-    def __init__(self, module: nn.Module, weights: AttentionWeights, call: Call) -> None:
-        self.module, self.call, self.heads, self.groups = module, call, weights.num_heads, weights.num_kv_heads
-        self.q, self.k = _by_head(weights.q, self.heads), _by_head(weights.k, self.groups)
-        self.v, self.o = _by_head(weights.v, self.groups), _by_head(weights.out.mT, self.heads)
-        self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
-
-    def to_heads(self, of_groups: Tensor) -> Tensor:
-        """Return for each head what its group has."""
-        return of_groups.repeat_interleave(self.share, 0)
-
-    def look(self, **changed: Tensor) -> Seen:
-        """Run with some of q, k, v and o replaced; the copy is left as it was."""
-        kept = {name: getattr(self, name).clone() for name in changed}
-        try:
-            for name, value in changed.items():
-                getattr(self, name).copy_(value)
-            with Softmaxes() as seen:
-                tensors = run(self.module, self.call)
-        finally:
-            for name, value in kept.items():
-                getattr(self, name).copy_(value)
-        tokens = by_token(tensors[0], self.call.length)
-        return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
-
-    def squares(self) -> Tensor:
-        """Return what stands for q·k at (i, i), twice, where rows of queries are those of keys: (H, L).
-
-        A token then meets itself, whatever stands before the rows: the sign is that of the product in the scores.
-        """
-        k_HKD = self.to_heads(self.k).clone()
-        scores, opposed = (self.look(q=q_HKD).scores_HLL.diagonal(0, 1, 2) for q_HKD in (k_HKD, -k_HKD))
-        return scores - opposed
-
-    def _scores(self, inputs: list[Tensor]) -> Tensor:
-        length = self.call.length
-        # One column more is a sink that takes what no token does.
-        inputs = [s[..., :length] if s.shape[-2:] == (length, length + 1) else s for s in map(by_query, inputs)]
-        square = [s for s in inputs if s.shape[-2:] == (length, length)]
-        fits = [s for s in square if s.numel() == self.heads * length**2]
-        if len(square) == self.heads > 1 and all(s.numel() == length**2 for s in square):
-            fits = [torch.stack(square)]  # a softmax for each head
-        if len(fits) == 1:
-            return fits[0].reshape(self.heads, length, length).double()
-        if len(fits) > 1:
-            raise Unproven("it takes several softmaxes over the tokens")
-        shapes = ", ".join(str(tuple(s.shape)) for s in inputs[:2])
-        if not shapes:
-            raise Misfit("no softmax was seen: it is no softmax attention, or not in a form that can be watched")
-        if any(s.shape[-1] < length and s.shape[-2] == length for s in inputs):
-            raise Misfit(f"{length} queries meet fewer keys (scores {shapes}): keys from a shorter sequence")
-        raise Misfit(f"its scores, {shapes}, are not those of {self.heads} heads over {length} tokens")
-
-
-def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list[str]:
+def _prove_scores(trial: Trial, base: Seen, generator: torch.Generator) -> list[str]:
     """Tests 1, 2 and 6 of the note; return what was found to stand between the product and the score."""
     if base.scores_HLL.isnan().any():
         raise Misfit("its scores are no numbers on these inputs")
@@ -261,7 +155,7 @@ def _prove_scores(trial: _Trial, base: Seen, generator: torch.Generator) -> list
     return notes
 
 
-def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None:
+def _prove_tokens(trial: Trial, base: Seen, generator: torch.Generator) -> None:
     """Test 3 of the note: pushes of W_Q and W_K by a ⊗ v, two of each."""
     ways = torch.randn(2, trial.q.shape[-1], generator=generator, dtype=torch.float64)
     moved = []
@@ -280,7 +174,7 @@ def _prove_tokens(trial: _Trial, base: Seen, generator: torch.Generator) -> None
         raise Unproven("its keys come from other tokens than its queries: cross-attention")
 
 
-def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
+def _prove_values(trial: Trial, base: Seen, generator: torch.Generator) -> str:
     """Tests 4, 5 and 6 of the note; return what was found to stand between the product and the output, if anything."""
     # Several of each: one draw may be the same for two groups, and then it does not tell them apart.
     for kind in ("signs", "orders"):
@@ -328,7 +222,7 @@ def _prove_values(trial: _Trial, base: Seen, generator: torch.Generator) -> str:
     return _follow_values(trial, (base, spread), generator)
 
 
-def _follow_values(trial: _Trial, looks: tuple[Seen, Seen], generator: torch.Generator) -> str:
+def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Generator) -> str:
     """Test 6 of the note for values: the moves of a push of all of them, as it attends and with queries of zero."""
     tokens_LD, width = _tokens(trial.call, trial.v.shape[-1]), trial.o.shape[-1]
     before = [seen.tokens_LX for seen in looks if seen.tokens_LX is not None and seen.tokens_LX.shape[1] == width]
@@ -373,11 +267,6 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
         return BESIDE
     factor = dot / float(product.square().sum())
     return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
-
-
-def _by_head(part: Tensor, count: int) -> Tensor:
-    """Return a view of (count·K, d) or (count, K, d) weights as (count, K, d)."""
-    return part if part.ndim == 3 else part.unflatten(0, (count, -1))
 
 
 def _signs(generator: torch.Generator, *shape: int) -> Tensor:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.compare import is_near
-from espalier.init.layouts.probe_attention import Unproven
 from espalier.init.layouts.registry import SSMWeights
 from espalier.init.layouts.scratch import Call, first_line, run
+from espalier.init.layouts.trial import Unproven
 
 # Logarithms of rates, and biases of steps, that it is run with: those of a usual size show what is made of them; slow
 # rates with large steps, as they are written, and small steps show limits that nothing else reaches.

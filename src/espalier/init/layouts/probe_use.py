@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import NAMELESS
-from espalier.init.layouts.compare import PUSH, by_query, is_close, is_near, is_open, same_direction
+from espalier.init.layouts.compare import PUSH, by_query, columns_of, is_close, is_near, is_open, same_direction
 from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
-from espalier.init.layouts.probe_attention import Softmaxes, Unproven
 from espalier.init.layouts.registry import AttentionWeights, Layout
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced, watch
+from espalier.init.layouts.trial import Softmaxes, Unproven
 
 
 class _Seen(NamedTuple):
@@ -75,7 +75,10 @@ def meets_others(
     k = parts["k"] if parts["k"].ndim == 3 else parts["k"].unflatten(0, (watch.views.num_kv_heads, -1))
     as_q = k.repeat_interleave(watch.views.num_heads // watch.views.num_kv_heads, 0).reshape(parts["q"].shape)
     alike, opposed = (watch.look(q=sign * as_q - parts["q"]).scores for sign in (1, -1))
-    own = [(a - b).diagonal(0, -2, -1)[is_open(a.diagonal(0, -2, -1))] for a, b in zip(alike, opposed, strict=True)]
+    own = []
+    for a, b, base_scores, *pushed in zip(alike, opposed, base.scores, *along_k, strict=True):
+        columns = _columns(base_scores, pushed)
+        own.append((a - b)[..., columns].diagonal(0, -2, -1)[is_open(a[..., columns].diagonal(0, -2, -1))])
     if any(bool((scores < 0).any()) for scores in own):
         raise Unproven("whoever calls it hands it keys with the other sign")
     return False
@@ -85,13 +88,19 @@ def _other_tokens(base: Tensor, by_q: Sequence[Tensor], by_k: Sequence[Tensor]) 
     """Return whether scores that follow these queries are of other tokens' keys: test 3 of ``probe_attention``."""
     if all(torch.equal(scores, base) for scores in by_q):
         return False
-    length = base.shape[-2]
-    if base.shape[-1] not in (length, length + 1):  # one column more is a sink
+    columns = _columns(base, by_k)
+    if len(columns) != base.shape[-2]:
         return True
     own_q, own_k = (
-        torch.stack([(scores - base)[..., :length].diagonal(0, -2, -1) for scores in pushed]) for pushed in (by_q, by_k)
+        torch.stack([(scores - base)[..., columns].diagonal(0, -2, -1) for scores in pushed]) for pushed in (by_q, by_k)
     )
-    return not same_direction(own_q, own_k, is_open(base[..., :length].diagonal(0, -2, -1)))
+    return not same_direction(own_q, own_k, is_open(base[..., columns].diagonal(0, -2, -1)))
+
+
+def _columns(scores: Tensor, by_k: Sequence[Tensor]) -> Tensor:
+    """Return the columns of tokens: the others are sinks, or keys that are parameters."""
+    more = scores.shape[-1] > scores.shape[-2]
+    return columns_of(scores, by_k) if more else torch.arange(scores.shape[-1])
 
 
 class _Watch:

@@ -16,13 +16,7 @@ from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.owners import calls_of_part
-from espalier.init.layouts.probe_attention import (
-    Misfit,
-    Unproven,
-    meets_own_tokens,
-    prove_alike,
-    prove_attention,
-)
+from espalier.init.layouts.probe_attention import meets_own_tokens, prove_alike, prove_attention
 from espalier.init.layouts.probe_ssm import prove_ssm
 from espalier.init.layouts.probe_use import meets_others
 from espalier.init.layouts.registry import (
@@ -35,6 +29,7 @@ from espalier.init.layouts.registry import (
     attribute,
 )
 from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, owner_of, untraced
+from espalier.init.layouts.trial import Misfit, Unproven
 from espalier.init.layouts.verdicts import KNOWN, cached
 from espalier.init.layouts.whole_model import (
     calls_in_model,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from espalier.init.layouts.probe_attention import Unproven
 from espalier.init.layouts.scratch import CannotRunError, first_line
+from espalier.init.layouts.trial import Unproven
 
 # A note, what a run needs, or a refusal.
 KNOWN: dict[Any, Any] = {}

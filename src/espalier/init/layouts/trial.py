@@ -1,0 +1,150 @@
+"""Runs of a copy of an attention layer with changed weights, and what reaches its softmax in them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of
+from espalier.init.layouts.heads_apart import is_linear
+from espalier.init.layouts.registry import AttentionWeights
+from espalier.init.layouts.scratch import Call, is_bias, run
+
+# Keys that are parameters, beside those of tokens.
+_MOST_SINKS = 64
+
+
+class Unproven(Exception):
+    """The views are not what the module computes with, and how that shows."""
+
+
+class Misfit(Unproven):
+    """The scores are not even of the shape expected: inputs of another form may do better."""
+
+
+class Seen(NamedTuple):
+    """One run: scores (H, L, L), all outputs in one vector, and the first of them token by token, if it has tokens."""
+
+    scores_HLL: Tensor
+    out: Tensor
+    tokens_LX: Tensor | None
+
+
+class Softmaxes(TorchDispatchMode):
+    """Keeps what reaches every softmax, and along which axis it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __enter__(self) -> Softmaxes:
+        flex = getattr(sys.modules.get("torch.nn.attention.flex_attention"), "flex_attention_hop", None)
+        if flex is not None and Softmaxes not in flex.python_key_table:
+            flex.py_impl(Softmaxes)(_flex_attention)
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default):
+            scores, dim = args[:2]
+            self.inputs.append(scores.movedim(dim, -1).detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+def _flex_attention(mode: Softmaxes, *args: Any, **kwargs: Any) -> Any:
+    """Take flex attention's scores and softmax one by one, as the mode can see them."""
+    from torch._higher_order_ops.flex_attention import math_attention
+
+    with mode:
+        return math_attention(*args, **kwargs)
+
+
+class Trial:
+    """Runs of a copy with changed weights, seen as (heads or groups, channels, d): q, k, v and the transpose of out."""
+
+    def __init__(self, module: nn.Module, weights: AttentionWeights, call: Call) -> None:
+        self.module, self.call, self.heads, self.groups = module, call, weights.num_heads, weights.num_kv_heads
+        self.q, self.k = by_head(weights.q, self.heads), by_head(weights.k, self.groups)
+        self.v, self.o = by_head(weights.v, self.groups), by_head(weights.out.mT, self.heads)
+        self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
+        self.columns: Tensor | None = None
+
+    def _leave_sinks_out(self, base: Tensor) -> None:
+        """Keep the columns of tokens alone, where more keys than those are attended to, and set these to zero.
+
+        What no token's key makes is a sink, or a parameter: matrices of the module's own, which the proof can do
+        without, as their values meet the output projection and not that of the values.
+        """
+        kept = self.k.clone()
+        self.k.add_(PUSH * torch.randn(self.k.shape, generator=torch.Generator().manual_seed(6)))
+        with Softmaxes() as seen:
+            run(self.module, self.call)
+        self.k.copy_(kept)
+        self.columns = columns_of(base, [s for s in map(by_query, seen.inputs) if s.shape == base.shape])
+        held = {part.untyped_storage()._cdata for part in (self.q, self.k, self.v, self.o)}
+        for part in self.module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                free = parameter.untyped_storage()._cdata not in held and not is_linear(part) and not is_bias(name)
+                if free and parameter.ndim > 1:
+                    parameter.zero_()
+
+    def to_heads(self, of_groups: Tensor) -> Tensor:
+        """Return for each head what its group has."""
+        return of_groups.repeat_interleave(self.share, 0)
+
+    def look(self, **changed: Tensor) -> Seen:
+        """Run with some of q, k, v and o replaced; the copy is left as it was."""
+        kept = {name: getattr(self, name).clone() for name in changed}
+        try:
+            for name, value in changed.items():
+                getattr(self, name).copy_(value)
+            with Softmaxes() as seen:
+                tensors = run(self.module, self.call)
+        finally:
+            for name, value in kept.items():
+                getattr(self, name).copy_(value)
+        length = self.call.length
+        wide = [s for s in map(by_query, seen.inputs) if s.shape[-2] == length < s.shape[-1] <= length + _MOST_SINKS]
+        if len(wide) == 1 and self.columns is None:
+            self._leave_sinks_out(wide[0])
+            return self.look(**changed)
+        tokens = by_token(tensors[0], length)
+        return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
+
+    def squares(self) -> Tensor:
+        """Return what stands for q·k at (i, i), twice, where rows of queries are those of keys: (H, L).
+
+        A token then meets itself, whatever stands before the rows: the sign is that of the product in the scores.
+        """
+        k_HKD = self.to_heads(self.k).clone()
+        scores, opposed = (self.look(q=q_HKD).scores_HLL.diagonal(0, 1, 2) for q_HKD in (k_HKD, -k_HKD))
+        return scores - opposed
+
+    def _scores(self, inputs: list[Tensor]) -> Tensor:
+        length = self.call.length
+        inputs = list(map(by_query, inputs))
+        if self.columns is not None:
+            inputs = [s[..., self.columns] if s.shape[-2] == length < s.shape[-1] else s for s in inputs]
+        square = [s for s in inputs if s.shape[-2:] == (length, length)]
+        fits = [s for s in square if s.numel() == self.heads * length**2]
+        if len(square) == self.heads > 1 and all(s.numel() == length**2 for s in square):
+            fits = [torch.stack(square)]  # a softmax for each head
+        if len(fits) == 1:
+            return fits[0].reshape(self.heads, length, length).double()
+        if len(fits) > 1:
+            raise Unproven("it takes several softmaxes over the tokens")
+        shapes = ", ".join(str(tuple(s.shape)) for s in inputs[:2])
+        if not shapes:
+            raise Misfit("no softmax was seen: it is no softmax attention, or not in a form that can be watched")
+        if any(s.shape[-1] < length and s.shape[-2] == length for s in inputs):
+            raise Misfit(f"{length} queries meet fewer keys (scores {shapes}): keys from a shorter sequence")
+        raise Misfit(f"its scores, {shapes}, are not those of {self.heads} heads over {length} tokens")
+
+
+def by_head(part: Tensor, count: int) -> Tensor:
+    """Return a view of (count·K, d) or (count, K, d) weights as (count, K, d)."""
+    return part if part.ndim == 3 else part.unflatten(0, (count, -1))
