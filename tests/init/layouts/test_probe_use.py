@@ -244,11 +244,12 @@ class Remembering(nn.Module):
     def __init__(self, extra: int, place: str) -> None:
         super().__init__()
         self.num_heads, self.place = 3, place
-        self.memory = nn.Parameter(torch.randn(2, 3, extra, 8))
+        self.memory, self.gain = nn.Parameter(torch.randn(2, 3, extra, 8)), nn.Parameter(torch.ones(1, 1, 24))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.cat((x.mean(1, keepdim=True), x), 1) if self.place == "tokens" else x
+        x = x * self.gain
+        tokens = torch.cat((x.mean(1, keepdim=True), x, x[:, :1]), 1) if self.place == "tokens" else x
         parts = zip((self.q_proj, self.k_proj, self.v_proj), (x, tokens, tokens), strict=True)
         q, k, v = (layer(given).unflatten(-1, (3, -1)).transpose(1, 2) for layer, given in parts)
         if self.place != "tokens":

@@ -35,9 +35,13 @@ def is_open(scores: Tensor) -> Tensor:
 
 
 def columns_of(scores: Tensor, pushed: Sequence[Tensor]) -> Tensor:
-    """Return which columns of scores move when the rows of keys are pushed: those of tokens, and no sink's."""
+    """Return which columns of scores move when the rows of keys are pushed: those of tokens, and no sink's.
+
+    Where one more than the tokens moves, the last is one that its owner adds.
+    """
     moves_X = torch.stack([(each - scores).nan_to_num(0.0, 0.0, 0.0) for each in pushed]).abs().flatten(0, -2).amax(0)
-    return (moves_X > 1e-6 * moves_X.max()).nonzero().flatten()
+    columns, length = (moves_X > 1e-6 * moves_X.max()).nonzero().flatten(), scores.shape[-2]
+    return columns[:length] if len(columns) == length + 1 else columns
 
 
 def is_close(a: Tensor, b: Tensor, scores: Tensor) -> bool:

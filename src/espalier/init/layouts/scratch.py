@@ -67,10 +67,10 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         place, _, leaf = name.rpartition(".")
-        table = "bias" in leaf and not _is_vector(leaf, parameter)  # of positions
+        table = "bias" in leaf and not is_vector(leaf, parameter)  # of positions
         if is_bias(leaf) and not table:
             value.zero_()
-        elif not _is_vector(leaf, parameter) and parameter.numel():
+        elif not is_vector(leaf, parameter) and parameter.numel():
             bound = (3 / parameter[0].numel()) ** 0.5
             value.uniform_(-bound, bound, generator=generator)
         else:
@@ -145,7 +145,7 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     """
     if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or is_bias(name):
         return None
-    if not _is_vector(name, parameter) or not parameter.is_floating_point() or parameter.element_size() < 2:
+    if not is_vector(name, parameter) or not parameter.is_floating_point() or parameter.element_size() < 2:
         return None
     signs = torch.where(parameter.detach().cpu() < 0, -1.0, 1.0)
     if "norm" in type(owner).__name__.lower() and signs.numel():
@@ -158,7 +158,7 @@ def is_bias(name: str) -> bool:
     return bool(_BIAS.search(name))
 
 
-def _is_vector(name: str, parameter: Tensor) -> bool:
+def is_vector(name: str, parameter: Tensor) -> bool:
     """Return whether a parameter is a number or a vector, whatever its axes of one: (H, 1, 1) is a factor a head."""
     return sum(size > 1 for size in parameter.shape) < 2 and (parameter.ndim != 2 or name != "weight")
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of
 from espalier.init.layouts.heads_apart import is_linear
 from espalier.init.layouts.registry import AttentionWeights
-from espalier.init.layouts.scratch import Call, is_bias, run
+from espalier.init.layouts.scratch import Call, is_bias, is_vector, run
 
 # Keys that are parameters, beside those of tokens.
 _MOST_SINKS = 64
@@ -89,7 +89,7 @@ class Trial:
         for part in self.module.modules():
             for name, parameter in part.named_parameters(recurse=False):
                 free = parameter.untyped_storage()._cdata not in held and not is_linear(part) and not is_bias(name)
-                if free and parameter.ndim > 1:
+                if free and not is_vector(name, parameter):
                     parameter.zero_()
 
     def to_heads(self, of_groups: Tensor) -> Tensor:
