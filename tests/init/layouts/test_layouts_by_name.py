@@ -65,11 +65,17 @@ def test_known_names_are_recognised_as_a_guess(names: tuple[str, ...], stated: s
     check_attention(module, module, DIM, 6, groups)
 
 
-def test_output_inside_a_sequence_and_bert_s_two_modules() -> None:
+@pytest.mark.parametrize("before", [[], [nn.Identity()], [nn.RMSNorm(DIM)]])
+def test_output_inside_a_sequence(before: list[nn.Module]) -> None:
     module = Plain(("to_qkv", "to_out"), stated="heads").double()
     inner = module.to_out
-    module.to_out = nn.Sequential(inner, nn.Dropout(0.0))
-    check_attention(module, module, DIM, 3)
+    module.to_out = nn.Sequential(*before, inner, nn.Dropout(0.0)).double()
+    assert views_of(module).out.data_ptr() == inner.weight.data_ptr()
+    if not before or isinstance(before[0], nn.Identity):
+        check_attention(module, module, DIM, 3)
+
+
+def test_bert_s_two_modules() -> None:
 
     class Output(nn.Module):
         def __init__(self) -> None:

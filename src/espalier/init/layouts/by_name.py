@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from espalier.init.layouts.linears import fused, paired, separate
-from espalier.init.layouts.registry import Found, Skipped, register_guess
+from espalier.init.layouts.registry import Found, Skipped, attribute, register_guess
 
 # Names of queries, keys and values that belong together, of both of the latter in one, and of the output projection.
 _FORMS = (
@@ -72,5 +72,8 @@ def guess_rows_by_head(module: nn.Module) -> Found | None:
 
 
 def _linear_in(layer: nn.Module, name: str) -> str:
-    """Return the name of a layer, or of the first one inside when it is a list (a linear layer and its dropout)."""
-    return f"{name}.0" if isinstance(layer, nn.Sequential | nn.ModuleList) and len(layer) else name
+    """Return the name of a layer, or of the first one with a matrix in a list (a linear layer and its dropout)."""
+    if not isinstance(layer, nn.Sequential | nn.ModuleList) or not len(layer):
+        return name
+    found = (i for i, part in enumerate(layer) if attribute(attribute(part, "weight"), "ndim", 0) > 1)
+    return f"{name}.{next(found, 0)}"
