@@ -59,6 +59,15 @@ def test_strengths_beyond_any_truncation_are_identity_alone() -> None:
     assert all(a <= b for a, b in pairwise(betas))
 
 
+@pytest.mark.parametrize(("dim", "heads"), [(24, 3), (64, 8), (64, 1)])
+def test_the_identity_alone_is_asked_for_at_its_own_strength(dim: int, heads: int) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(dim, heads))
+    espalier.structure_(model, attention=Mimetic(qk=(0.0, 0.7), vo=(0.0, -0.4)), generator=seeded(1))
+    [row] = fit(model).rows["attention"]
+    assert row.qk_asked == pytest.approx((0.0, 0.7), abs=1e-3)
+    assert row.vo_asked == pytest.approx((0.0, -0.4), abs=1e-3)
+
+
 def test_a_model_of_another_width_and_depth_is_started_like_this_one() -> None:
     rising = Mimetic(layers=tuple(((0.7, 0.2 + 0.2 * i), (0.4, -0.1 - 0.2 * i)) for i in range(3)))
     teacher = vit(3)

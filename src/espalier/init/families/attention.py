@@ -246,6 +246,8 @@ def strength_behind(fitted: Strength, rank: float, rows: float = 1.0, columns: f
     place = float(np.interp(angle, angles, range(_ANGLES)))
     asked = place / (_ANGLES - 1) * math.pi / 2
     size = norm / float(np.interp(place, range(_ANGLES), kept))
+    if angle > angles[-1]:  # the identity alone, cut along axes: it leaves no Z, and its size is that of its diagonal
+        size = abs(beta) / (kept[-1] * math.sin(angles[-1]))
     return size * math.cos(asked), math.copysign(size * math.sin(asked), beta)
 
 
