@@ -218,6 +218,14 @@ def test_another_score_is_reported_and_nothing_is_written(tmp_path: Path) -> Non
     assert [record.score for record in read_records(tmp_path / "all.jsonl")] == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 1e6, 1e300])
+def test_scores_of_any_size_contradict_each_other_alike(size: float) -> None:
+    assert len(combine([a_record(1, 3.0 * size), a_record(1, 3.000003 * size)])) == 1  # within seven digits
+    for other in (3.0001 * size, -3.0 * size, 0.0):
+        with pytest.raises(EspalierError, match="contradict each other"):
+            combine([a_record(1, 3.0 * size), a_record(1, other)])
+
+
 def test_a_trial_under_two_names_of_its_study_counts_once_or_is_refused_with_both() -> None:
     one, other = a_record(1, 0.25), replace(a_record(1, 0.25, extra={"x": 1.0}), study="other")
     assert by_trial([one, other]) == by_trial([other, one]) == {(one.arm, one.digest): other}

@@ -15,7 +15,7 @@ from espalier.errors import EspalierError
 from espalier.recipes import Recipe
 from espalier.recipes.validation import from_values, recipe_to_dict
 from espalier.study.own_training import OwnTraining, shortened
-from espalier.study.statistics import score_limits, spread
+from espalier.study.statistics import is_share, score_limits, spread
 from espalier.train import Run, environment
 from espalier.train.run import ENVIRONMENT, RESULT, is_number, read_part
 
@@ -24,7 +24,8 @@ MAX_BYTES = 1500
 SCORE_DIGITS = 6
 """Decimals that a record keeps of a score: finer than one example in 100,000."""
 TOLERANCE = 2e-6
-"""Two scores of one trial that are further apart than their rounding contradict each other."""
+"""Two scores of one trial that are further apart than their rounding contradict each other: by this much, or, if they
+may be of any size, by this share of the larger."""
 _CURVE_DIGITS, _MOST_POINTS = 4, 24
 _CHECK = ',"check":"'
 """Before the last thing on a line: a digest of the line without it, which the oldest records do not have."""
@@ -240,9 +241,12 @@ def contradiction(records: Sequence[Record]) -> str | None:
         for name, value in {"score": record.score, **record.extra}.items():
             if value is not None:
                 figures.setdefault(name, []).append(value)
+    shares = all(is_share(record.metric) for record in records)
     for name, values in figures.items():
-        if max(values) - min(values) > TOLERANCE:
-            return f"{name} {' and '.join(f'{value:g}' for value in sorted(set(values)))}"
+        # A score of the user's own keeps so many digits, every other figure so many decimals.
+        size = max(map(abs, values)) if name == "score" and not shares else 1.0
+        if max(values) - min(values) > TOLERANCE * size:
+            return f"{name} {' and '.join(f'{value:.7g}' for value in sorted(set(values)))}"
     return None
 
 
