@@ -4,9 +4,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 
+import espalier
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
 from espalier.study import Summary, Trial, launch, markdown_table, plan_study, summarise, text_table
@@ -183,3 +185,24 @@ def test_a_trained_study_against_scipy_on_the_runs_own_files(tmp_path: Path) -> 
     base, mimetic = summary.arms
     gains = [runs["mimetic", mimetic.best_lr, seed][-1] - runs["default", base.best_lr, seed][-1] for seed in (0, 1)]
     assert mimetic.difference.t.mean == pytest.approx(sum(gains) / 2)
+
+
+def test_curves_of_any_steps_have_the_mean_of_their_lines(tmp_path: Path) -> None:
+    """Runs that stop early, or are evaluated at steps of their own, and curves so long that records thin them."""
+
+    def curve(arm: str, lr: float, seed: int, folder: Path) -> list[tuple[int, float]]:
+        stride, count = (7, 30 + 9 * seed) if arm == "often" else (11 + seed, 3 + seed)
+        return [(seed + stride * k, math.sin(k) - 5 / (k + 1)) for k in range(count)]
+
+    summary = espalier.compare(curve, arms=["often", "seldom"], lrs=[1.0], seeds=3, out=tmp_path, workers=0)
+    for arm in summary.arms:
+        whole = [np.array(curve(arm.arm, 1.0, seed, tmp_path)).T for seed in range(3)]
+        records = [record for record in summary.records.values() if record.arm == arm.arm]
+        kept = [np.array([(step, score) for _, step, _, score in record.curve]).T for record in records]
+        assert all(set(some[0]) <= set(each[0]) for some, each in zip(kept, whole, strict=True))
+        steps = sorted({step for some in kept for step in some[0] if step >= 2})  # seed 2 begins there
+        assert [point.step for point in arm.curve] == steps
+        means = np.mean([np.interp(steps, *some) for some in kept], axis=0)  # which keeps the last score, too
+        assert [point.score.mean for point in arm.curve] == pytest.approx(means.tolist(), abs=1e-6)
+        assert arm.curve[-1].score == arm.score
+        assert arm.arm == "seldom" or not math.isnan(arm.steps_to_baseline)

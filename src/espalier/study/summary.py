@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class RatePoint:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One evaluation of an arm at its best rate: the scores of all seeds at the same step."""
+    """A step at which a run of an arm at its best rate was evaluated: the scores of all seeds there."""
 
     epoch: float
     step: int
@@ -221,17 +222,33 @@ def _scores_at(rates: Sequence[RatePoint], lr: float | None) -> Mapping[int, flo
 
 
 def _curve(records: Sequence[Record], limits: tuple[float, float], level: float) -> tuple[CurvePoint, ...]:
-    """Return the mean curve over the steps at which every run was evaluated."""
+    """Return the mean curve over the steps at which any run was evaluated, from where every run has begun.
+
+    A run may have been evaluated at other steps than the others, or have stopped early, and a record keeps only a part
+    of a long curve: between its evaluations a run's score is taken to be linear, and after its last one to stay.
+    """
     tables = [{step: (epoch, score) for epoch, step, _, score in record.curve} for record in records]
     for record, table in zip(records, tables, strict=True):
         # A curve keeps fewer digits than its score: an arm would end below its own mean, and never reach it.
         if record.curve and record.score is not None:
             epoch, step, _, _ = record.curve[-1]
             table[step] = (epoch, record.score)
-    if not tables:
+    if not tables or not all(tables):
         return ()
-    points = []
-    for step in sorted(set.intersection(*(set(table) for table in tables))):
-        score = t_interval([table[step][1] for table in tables], level, limits)
-        points.append(CurvePoint(tables[0][step][0], step, score))
-    return tuple(points)
+    epochs = {step: epoch for table in tables for step, (epoch, _) in table.items()}
+    first = max(map(min, tables))
+    return tuple(
+        CurvePoint(epochs[step], step, t_interval([_score_at(table, step) for table in tables], level, limits))
+        for step in sorted(epochs)
+        if step >= first
+    )
+
+
+def _score_at(table: Mapping[int, tuple[float, float]], step: int) -> float:
+    steps = sorted(table)
+    after = bisect_left(steps, step)
+    if after == len(steps) or steps[after] == step:
+        return table[steps[min(after, len(steps) - 1)]][1]
+    low, high = steps[after - 1], steps[after]
+    share = (step - low) / (high - low)
+    return (1 - share) * table[low][1] + share * table[high][1]
