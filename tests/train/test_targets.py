@@ -107,6 +107,9 @@ def test_targets_that_are_no_class_are_one_line(tmp_path: Path, arguments: dict[
         ("x, y[:, None]", r"targets of shape \(1, 1\) \(training\)"),
         ("x, torch.eye(10)[y]", None),
         ("x, torch.eye(7)[y % 7]", "returns 10 scores, and there are 7 classes"),
+        ("x, torch.randn(48, 10)", "decimals are class probabilities, from 0 and with the sum 1"),
+        ("x, torch.eye(10)[y] + torch.eye(10)[(y + 1) % 10]", r"a target of \[.*1.0.*\], and decimals are"),
+        ("x, torch.full((48, 10), float('nan'))", r"a target of \[nan.*\], and decimals are"),
     ],
 )
 def test_training_data_of_another_kind_than_the_evaluations_are_one_line_about_the_data(
@@ -128,4 +131,33 @@ def other():
     with pytest.raises(EspalierError, match=words) as caught:
         train(recipe, tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bad", [[0.5, 0.6], [1.5, -0.5], [0.0, 0.0], [float("inf"), 0.0], [0.97, 0.0]])
+def test_numbers_that_are_no_probabilities_are_never_scored(bad: list[float]) -> None:
+    """Among any others, and in the evaluation, too: their loss and accuracy would look like those of a task."""
+    targets = torch.tensor([[0.3, 0.7], [1.0, 0.0]] * 5)
+    scores(drawn(10, 2), targets + 0.004)  # as near as half precision comes
+    targets[7] = torch.tensor(bad)
+    with pytest.raises(EspalierError, match="decimals are class probabilities"):
+        scores(drawn(10, 2), targets)
+
+
+def test_values_to_be_predicted_are_no_classes(tmp_path: Path) -> None:
+    """A column of them was one class, and every prediction right."""
+    recipe = tiny(tmp_path)
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("""
+def values():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(48, 8, generator=generator), torch.randn(48, 1, generator=generator)
+    return TensorDataset(x, y), TensorDataset(x, y)
+
+def net():
+    return torch.nn.Linear(8, 1)
+""")
+    recipe = replace(recipe, dataset=f"{tmp_path}/mine.py:values", model=f"{tmp_path}/mine.py:net", model_args={})
+    with pytest.raises(EspalierError, match="decimals are class probabilities"):
+        train(recipe, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

@@ -18,6 +18,9 @@ from espalier.recipes.base import Recipe
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_NOT_ONE = 0.01
+"""How far from 1 the sum of class probabilities may be: those of a teacher in half precision are a little off."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Return −Σ p log softmax(logits), with p the targets mixed with ``label_smoothing`` of the uniform distribution.
@@ -143,14 +146,26 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
 def _flat(function: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dim() > 2:
         logits, targets = logits.flatten(0, -2), targets.flatten()
-    if targets.device.type == "cpu" and not targets.is_floating_point():  # a GPU would have to be waited for
+    if targets.device.type == "cpu":  # a GPU would have to be waited for
+        _check_targets(logits, targets)
+    return function(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets)
+
+
+def _check_targets(logits: Tensor, targets: Tensor) -> None:
+    if not targets.is_floating_point():
         wrong = targets[((targets < 0) & (targets != IGNORED)) | (targets >= logits.shape[-1])]
         if wrong.numel():
             raise EspalierError(
                 f"the data have a target of {int(wrong[0])}, and the model gives {logits.shape[-1]} scores: number the "
                 f"classes from 0 to {logits.shape[-1] - 1} ({IGNORED} for no target), or give it more classes"
             )
-    return function(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets)
+    elif targets.shape == logits.shape:  # of numbers that are no probabilities, the losses are numbers all the same
+        wrong = targets[(targets < 0).any(1) | ~((targets.sum(1) - 1).abs() < _NOT_ONE)]
+        if len(wrong):
+            raise EspalierError(
+                f"the data have a target of {wrong[0].tolist()!s:.60}, and decimals are class probabilities, from "
+                "0 and with the sum 1: give these, or numbers of classes"
+            )
 
 
 def target_count(targets: Tensor) -> Tensor | int:
