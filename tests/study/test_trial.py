@@ -32,7 +32,7 @@ def test_a_plan_reads_back_and_explains_itself(tmp_path: Path) -> None:
     study = plan_study(RECIPE, ["default", "mimetic"], [1e-3], [0], tmp_path)
     assert load_study(tmp_path) == study
     assert json.loads((tmp_path / "study.json").read_text())["arms"] == {"default": {}, "mimetic": {"init": "mimetic"}}
-    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"study.json", ".study.json.lock"}
 
 
 def test_auto_is_five_rates_a_root_of_ten_apart() -> None:

@@ -79,7 +79,7 @@ def compare(
         run = partial(_run_function, train)
     study = draft_study(training, arms, lrs, seeds, out)
     _check_arms(study)
-    save_study(study)
+    study = save_study(study)
     launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
     return summarise(study)
 

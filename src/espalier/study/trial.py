@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from espalier.errors import EspalierError
-from espalier.files import read_regular, read_sealed, write_sealed
+from espalier.files import lock_at, lock_of, read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import from_values, recipe_to_dict, refuse_unpinned, resolve_recipe
@@ -204,9 +204,7 @@ def plan_study(
     Raises:
         EspalierError: an unknown arm, a bad rate or seed, or a folder that holds something else.
     """
-    study = draft_study(recipe, arms, lrs, seeds, out)
-    save_study(study)
-    return study
+    return save_study(draft_study(recipe, arms, lrs, seeds, out))
 
 
 def draft_study(
@@ -215,19 +213,25 @@ def draft_study(
     """Return what ``plan_study`` would write, writing nothing."""
     out, recipe = Path(out), resolve_recipe(recipe) if isinstance(recipe, Recipe) else recipe
     rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
-    changes = arm_changes(recipe, arms)
-    if (out / STUDY).exists():
-        there = load_study(out)
-        _refuse_another(there, recipe, changes)
-        changes = {**changes, **there.arms}
-        rates, numbers = {*rates, *there.lrs}, {*numbers, *there.seeds}
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise EspalierError(f"out {out} exists and is not a study folder: choose another folder")
-    study = Study(out, recipe, changes, tuple(sorted(rates)), tuple(sorted(numbers)), records=_records(out))
+    study = _joined(Study(out, recipe, arm_changes(recipe, arms), tuple(sorted(rates)), tuple(sorted(numbers))))
     for trial in study.trials():
         if isinstance(trial.recipe, Recipe):
             resolve_recipe(trial.recipe)
     return study
+
+
+def _joined(study: Study) -> Study:
+    """Return the study with the arms, rates, seeds and records that its folder has already."""
+    out = study.path
+    if (out / STUDY).exists():
+        there = load_study(out)
+        _refuse_another(there, study.recipe, study.arms)
+        arms = {**study.arms, **there.arms}
+        rates, seeds = sorted({*study.lrs, *there.lrs}), sorted({*study.seeds, *there.seeds})
+        study = replace(study, arms=arms, lrs=tuple(rates), seeds=tuple(seeds))
+    elif out.exists() and (not out.is_dir() or any(not f.name.startswith(f".{STUDY}.") for f in out.iterdir())):
+        raise EspalierError(f"out {out} exists and is not a study folder: choose another folder")
+    return replace(study, records=_records(out))
 
 
 def load_study(path: Path | str) -> Study:
@@ -381,10 +385,13 @@ def _refuse_another(there: Study, recipe: Recipe | OwnTraining, changes: Mapping
             )
 
 
-def save_study(study: Study) -> None:
-    """Write the plan into the study's folder, which is made when missing."""
+def save_study(study: Study) -> Study:
+    """Write the plan into the study's folder, with what others have planned there meanwhile, and return it."""
     study.path.mkdir(parents=True, exist_ok=True)
-    recipe = study.recipe
-    what = {"recipe": recipe_to_dict(recipe)} if isinstance(recipe, Recipe) else {"train": asdict(recipe)}
-    arms = {arm: dict(changes) for arm, changes in study.arms.items()}
-    write_sealed(study.path / STUDY, {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds})
+    with lock_at(lock_of(study.path / STUDY), seconds=60):
+        study = _joined(study)
+        recipe = study.recipe
+        what = {"recipe": recipe_to_dict(recipe)} if isinstance(recipe, Recipe) else {"train": asdict(recipe)}
+        arms = {arm: dict(changes) for arm, changes in study.arms.items()}
+        write_sealed(study.path / STUDY, {**what, "arms": arms, "lrs": study.lrs, "seeds": study.seeds})
+    return study
