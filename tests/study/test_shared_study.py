@@ -1,4 +1,4 @@
-"""A study folder that several commands extend: none loses what another has planned."""
+"""A study folder that several commands extend: none loses what another has planned, or compares other data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import espalier
 from espalier.errors import EspalierError
-from espalier.recipes import get_recipe
+from espalier.recipes import Recipe, get_recipe
 from espalier.study import load_study, plan_study
 from espalier.study.trial import draft_study, save_study
 
@@ -46,3 +48,34 @@ def test_many_plans_at_once_are_one(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0] * len(arms)
     assert set(load_study(tmp_path / "s").arms) == {"default", *arms}
+
+
+def _photos(root: Path, count: int) -> Recipe:
+    for label in range(2):
+        (root / f"class{label}").mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            Image.new("RGB", (8, 8), (40 * index, 200 * label, 0)).save(root / f"class{label}" / f"{index}.png")
+    return replace(RECIPE, dataset="folder", data_path=str(root), data_args={"size": 8})
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(["default", "mimetic"], 1), (["default"], 2)])
+def test_new_trials_on_other_data_are_not_compared_with_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arms: list[str], seeds: int
+) -> None:
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
+    recipe, out = _photos(tmp_path / "photos", 5), tmp_path / "s"
+    options = {"lrs": [1e-3], "out": out, "workers": 0}
+    before = espalier.compare(recipe, arms=["default"], seeds=1, **options)
+    plan = (out / "study.json").read_bytes()
+    _photos(tmp_path / "photos", 6)
+    with pytest.raises(EspalierError, match=r"the data of .*seed=0 have changed since it was started"):
+        espalier.compare(recipe, arms=arms, seeds=seeds, **options)
+    assert (out / "study.json").read_bytes() == plan
+    assert espalier.compare(recipe, arms=["default"], seeds=1, **options).arms == before.arms  # nothing to train
+    for label in range(2):
+        (tmp_path / "photos" / f"class{label}" / "5.png").unlink()
+    assert all(arm.finished == seeds for arm in espalier.compare(recipe, arms=arms, seeds=seeds, **options).arms)
+    # An arm with data of its own is not held to those of the others.
+    _photos(tmp_path / "more", 7)
+    own = {"other": {"data_path": str(tmp_path / "more")}}
+    assert espalier.compare(recipe, arms=own, seeds=1, **options).arms[0].finished == seeds

@@ -23,6 +23,8 @@ from espalier.study.trial import FILES, RECORD, Arms, Study, Trial, draft_study,
 from espalier.study.worker import RunTrial
 from espalier.train.build import build_run_model, build_run_source
 from espalier.train.loggers import check_logger
+from espalier.train.manifest import MANIFEST, read_manifest
+from espalier.train.run import check_data
 
 
 def compare(
@@ -113,9 +115,9 @@ def _check_arms(study: Study) -> None:
     """Build the data and the model of every arm that has trials to run, before any worker starts.
 
     Raises:
-        EspalierError: an arm that cannot be trained; the message names it.
+        EspalierError: an arm that cannot be trained; the message names it. Or the data are no longer those of a trial
+            that has begun: the trials of a study would differ by them, too.
     """
-    shared = {"lr", "seed", "init", "init_args", "freeze"}  # what shapes no data
     sources: dict[str, Source] = {}
     checked: set[str] = set()
     for trial in study.trials():
@@ -124,13 +126,27 @@ def _check_arms(study: Study) -> None:
             continue
         checked.add(trial.arm)
         try:
-            key = repr([value for name, value in recipe_to_dict(recipe).items() if name not in shared])
+            key = _data_key(recipe)
             if key not in sources:
                 sources[key] = build_run_source(recipe)
             check_logger(recipe)
             build_run_model(recipe, sources[key])
         except EspalierError as error:
             raise EspalierError(f"arm {trial.arm!r}: {error}") from error
+    seen: set[tuple[str, Any]] = set()
+    for trial in study.trials():
+        if not isinstance(trial.recipe, Recipe) or not (trial.path / MANIFEST).exists():
+            continue
+        key, data = _data_key(trial.recipe), read_manifest(trial.path)[1].get("data")
+        if key in sources and (key, data) not in seen:  # a digest takes a pass over all images
+            seen.add((key, data))
+            check_data(trial.path, sources[key])
+
+
+def _data_key(recipe: Recipe) -> str:
+    """Return a text that is the same for recipes of the same data."""
+    shared = {"lr", "seed", "init", "init_args", "freeze"}  # what shapes no data
+    return repr([value for name, value in recipe_to_dict(recipe).items() if name not in shared])
 
 
 def _run_function(train: TrainFunction, trial: Trial) -> None:
