@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from espalier.cli.main import main
 from espalier.errors import EspalierError
+from espalier.recipes import Recipe
 from espalier.recipes.files import open_recipe
-from espalier.recipes.validation import first_difference, load_recipe, resolve_recipe, save_recipe
+from espalier.recipes.validation import (
+    first_difference,
+    from_values,
+    load_recipe,
+    recipe_to_dict,
+    resolve_recipe,
+    save_recipe,
+)
 from espalier.study.record import record_from_line
 from train.standins import recipe
 
@@ -126,6 +135,26 @@ def test_values_at_the_bounds_and_nets_of_the_users_own_are_free(tmp_path: Path)
     (tmp_path / "nets.py").write_text("def net(depth=-1, num_classes=0): ...\n")
     own = recipe(model=f"{tmp_path / 'nets.py'}:net", model_args={"depth": -1, "num_classes": 0})
     assert resolve_recipe(own).model_args == {"depth": -1, "num_classes": 0}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Recipe)])
+def test_a_function_that_fills_a_field_with_anything_is_a_recipe_or_one_line(tmp_path: Path, field: str) -> None:
+    values = ["None", "3", "'x'", "[1]", "{'a': 1}", "0.5", "True", "object()", "float('nan')", "(1, 2)", "{1}"]
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom espalier.recipes import get_recipe\n"
+        + "".join(f"def r{i}(): return replace(get_recipe('digits_vit'), {field}={v})\n" for i, v in enumerate(values))
+    )
+    refusals = []
+    for index in range(len(values)):
+        assert main(["train", f"{tmp_path}/mine.py:r{index}", "--epochs", "x"]) == 2  # and not 70, an error in espalier
+        try:
+            made = open_recipe(f"{tmp_path}/mine.py:r{index}")
+        except EspalierError as error:
+            refusals.append(str(error))
+        else:
+            assert made == from_values(Recipe, recipe_to_dict(made))
+    assert refusals
+    assert all(f"field {field!r}" in text and "\n" not in text for text in refusals)
 
 
 @pytest.mark.parametrize(

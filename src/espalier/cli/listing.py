@@ -12,15 +12,15 @@ def recipes(name: str | None = None) -> None:
     """List the recipes, or print one as a file that `espalier train FILE.yaml` takes.
 
     Args:
-        name: the recipe to print.
+        name: the recipe to print, or a file.
     """
-    from espalier.recipes import get_recipe, recipe_functions
-    from espalier.recipes.files import show_recipe
+    from espalier.recipes import recipe_functions
+    from espalier.recipes.files import open_recipe, show_recipe
 
     functions = recipe_functions()
     if name is None:
         return _print_first_lines(functions)
-    recipe = get_recipe(name)
+    recipe = open_recipe(name)
     for line in (getattr(functions.get(name), "__doc__", None) or "").strip().splitlines():
         print(f"# {line.strip()}".rstrip())
     return print(show_recipe(recipe))

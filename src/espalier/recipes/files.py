@@ -10,6 +10,7 @@ from typing import Any
 
 from espalier.errors import EspalierError, require, told
 from espalier.files import read_regular
+from espalier.lookup import is_reference
 from espalier.recipes.base import Recipe, get_recipe
 from espalier.recipes.validation import from_values, read_json, recipe_to_dict, refuse_repeated
 
@@ -17,7 +18,7 @@ _YAML = (".yaml", ".yml")
 
 
 def open_recipe(spec: str) -> Recipe:
-    """Return the recipe that ``spec`` names: a registered one, or a file that ends in .yaml, .yml or .json.
+    """Return the recipe that ``spec`` names: a registered one, ``FILE.py:NAME``, or a file in .yaml, .yml or .json.
 
     The file holds fields of ``Recipe``; ``base`` names the registered recipe from which the other fields come, else
     they have their defaults. Without a ``name`` it bears the file's.
@@ -26,11 +27,14 @@ def open_recipe(spec: str) -> Recipe:
         spec: a name, or the path of a file.
 
     Raises:
-        EspalierError: no such recipe or file, a file that is damaged, an unknown or ill-typed field.
+        EspalierError: no such recipe or file, a file that is damaged, a function that fails, an unknown or ill-typed
+            field.
     """
     path = Path(spec)
     if path.suffix not in (*_YAML, ".json"):
-        return get_recipe(spec)
+        recipe = get_recipe(spec)
+        # What a function of the user's own puts into the fields nobody has looked at.
+        return from_values(Recipe, recipe_to_dict(recipe), where=f"recipe {spec}") if is_reference(spec) else recipe
     try:
         text = read_regular(path).decode()
     except (OSError, ValueError) as error:
