@@ -350,3 +350,32 @@ def test_the_bar_is_shown_only_when_wanted(
     assert "5/5" in shown
     assert "steps/s" in shown
     assert "accuracy" in shown
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("model.stem = nn.Conv2d(3, model.stem.out_channels, 5)", "stem.weight"),
+        ("model.extra = nn.Linear(2, 2)", "extra.bias"),
+        ("model.register_buffer('mask', torch.ones(3))", "mask"),
+        ("del model.head.bias; model.head.register_parameter('bias', None)", "head.bias"),
+        ("model.bfloat16()", "depthwise.bias"),
+        ("model.stem.weight = nn.Parameter(torch.ones_like(model.stem.weight))", None),
+        ("nn.init.zeros_(model.head.weight)", None),
+    ],
+)
+def test_an_init_that_changes_the_models_parts_is_refused(tmp_path: Path, body: str, words: str | None) -> None:
+    """Its run could be trained, and not be read back."""
+    head = "import torch\nfrom torch import nn\ndef mine(model, *, generator): "
+    (tmp_path / "mine.py").write_text(f"{head}{body}\n")
+    own = recipe(init=f"{tmp_path / 'mine.py'}:mine", epochs=1)
+    if words is None:
+        run = train(own, tmp_path / "run")
+        assert all(
+            value.equal(run.model().state_dict()[name])
+            for name, value in load_file(run.path / "final.safetensors").items()
+        )
+        return
+    with pytest.raises(EspalierError, match=rf"mine\.py:mine adds, removes or replaces {words}: "):
+        train(own, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

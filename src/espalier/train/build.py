@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from espalier import data, models, recipes
 from espalier.data.source import Source
@@ -67,14 +68,26 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
     except TypeError as error:
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
-    given = f" with {dict(recipe.init_args)}" if recipe.init_args else ""
+    given, before = f" with {dict(recipe.init_args)}" if recipe.init_args else "", _shapes(model)
     with seeded_globally(structure):  # code of the user's own may draw from the global stream
         with errors_of("init", f"{recipe.init}{given}"):
             report = initialise(model, generator=structure, **recipe.init_args)
+        # A run is read back by the model's own function, which knows nothing of parts that came later.
+        if changed := sorted(name for name, _ in before.items() ^ _shapes(model).items() if before.get(name) != ""):
+            raise EspalierError(
+                f"init {without_pin(recipe.init)} adds, removes or replaces {changed[0]}: let it write into what "
+                "is there, and change the model's parts in a function for --model"
+            )
         _try_on_one_example(model, source, recipe)
     freeze_(model, recipe)
     build_optimizer(model, recipe)  # it may refuse the model, and nothing is written or trained yet
     return model, report
+
+
+def _shapes(model: nn.Module) -> dict[str, str]:
+    """Return type and shape of every tensor of a model's state that has one, by name."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: "" if is_lazy(tensor) else f"{tensor.dtype} {tensor.shape}" for name, tensor in state.items()}
 
 
 @torch.no_grad()
