@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import espalier
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe, get_recipe
 from espalier.report import write_report
+from espalier.report.curves import learning_curves, score_over_rate
+from espalier.report.section import Context
 from espalier.study import Study, plan_study, summarise
 from espalier.study.table import assumptions, cells, sentences
 from espalier.study.trial import FAILURE
@@ -200,3 +204,19 @@ def test_trained_run_shows_its_record_and_its_weights(name: str, shown: list[str
     assert {"start", "end"} <= {row[0] for row in page.rows}
     assert page.tags.count("img") > 8
     assert (tmp_path / "a run") in page.folders()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1.0, 1e7])
+def test_scores_of_any_size_fill_their_figures(tmp_path: Path, size: float) -> None:
+    def curve(arm: str, lr: float, seed: int, folder: Path) -> list[tuple[int, float]]:
+        end = math.nan if lr == 1.0 else 3.0 * size
+        return [(0, 2.0 * size), (1, 2.25 * size + 0.125 * size * seed), (2, end)]
+
+    summary = espalier.compare(curve, arms=["a"], lrs=[0.1, 1.0], seeds=2, out=tmp_path, workers=0)
+    curves, rates = (part(summary, Context(tmp_path, {"a": "#112233"})) for part in (learning_curves, score_over_rate))
+    low, high = curves.parts[0].figure.layout.yaxis.range
+    ends = [end for point in summary.arms[0].curve for end in (point.score.low, point.score.high)]
+    assert 0.9 < (max(ends) - min(ends)) / (high - low) < 1
+    crosses = rates.parts[0].figure.data[1].y
+    assert crosses == pytest.approx([3.0 * size] * 2, rel=0.01)  # just below what has a score
+    assert crosses[0] < 3.0 * size

@@ -41,7 +41,7 @@ def score_over_rate(summary: Summary, context: Context) -> Section | None:
     factor = 100 if summary.is_share else 1
     scores = [score for arm in arms for point in arm.rates for score in point.scores.values()]
     # Diverged runs have no score: they stand under all that have one.
-    floor = factor * (min(scores) - 0.08 * max(max(scores) - min(scores), 1e-3)) if scores else 0.0
+    floor = factor * (min(scores) - 0.08 * _height(scores)) if scores else 0.0
     traces = [trace for arm in arms for trace in _rate_traces(arm, context.colours[arm.arm], factor, floor)]
     figure = figure_of(traces, "learning rate", _axis_name(summary))
     rates = sorted({point.lr for arm in arms for point in arm.rates})
@@ -150,10 +150,15 @@ def figure_of(traces: Sequence[Any], across: str, up: str) -> Any:
 
 
 def _axis_range(ends: Sequence[float], *, share: bool) -> list[float]:
-    margin = 0.04 * max(max(ends) - min(ends), 1e-3)
+    margin = 0.04 * _height(ends)
     low, high = min(ends) - margin, max(ends) + margin
     # No score lies outside 0 and 100 %, even where an interval of few runs does.
     return [max(low, -2.0), min(high, 102.0)] if share else [low, high]
+
+
+def _height(values: Sequence[float]) -> float:
+    # Equal values have none; what is small beside 1 must not look equal.
+    return max(max(values) - min(values), 1e-3 * max(map(abs, values))) or 1.0
 
 
 def _axis_name(summary: Summary) -> str:
