@@ -117,8 +117,7 @@ def _batches(owner: nn.Module, widths: Sequence[int]) -> Iterator[Call]:
     generator = torch.Generator().manual_seed(1)
     tokens = (torch.randn(1, 6, width, generator=generator) for width in dict.fromkeys(widths))
     for x in itertools.chain(_raw_inputs(owner, generator), tokens):
-        ids, length = not x.is_floating_point(), x.shape[1] if x.is_floating_point() else x.numel()
-        like = partial(torch.randint, int(x.max()) + 1, x.shape) if ids else partial(torch.randn, x.shape)
+        like, length = _like(x)
         for mask in (None, torch.ones(1, length, dtype=torch.bool), torch.ones(1, length, dtype=torch.long)):
 
             def make(key: str, like: Any = like, length: int = length, mask: Tensor | None = mask) -> Any:
@@ -130,6 +129,13 @@ def _batches(owner: nn.Module, widths: Sequence[int]) -> Iterator[Call]:
             with suppress(Exception):  # of anybody's code: then what it asked for is not what it takes
                 owner(batch)
                 yield Call(({**batch},), {}, length)
+
+
+def _like(x: Tensor) -> tuple[Callable[..., Any], int]:
+    """Return what draws another input of this form, and the length of one that is made up beside it."""
+    if x.is_floating_point():
+        return partial(torch.randn, x.shape), x.shape[1]
+    return partial(torch.randint, int(x.max()) + 1, x.shape), x.numel()
 
 
 def _turned(call: Call) -> Call:
@@ -147,10 +153,10 @@ def _whole_calls(owner: nn.Module, widths: Sequence[int], given: Collection[str]
     needs = [p for p in named[1:] if p.default is p.empty or p.name in given]
     generator = torch.Generator().manual_seed(1)
     for x in _raw_inputs(owner, generator) if named else ():
-        ids, length = not x.is_floating_point(), x.shape[1] if x.is_floating_point() else x.numel()
-        like = partial(torch.randint, int(x.max()) + 1, x.shape) if ids else partial(torch.randn, x.shape)
-        tokens = [partial(torch.randn, (1, length, width)) for width in dict.fromkeys(widths)] if needs else []
-        for another, form in itertools.product([like, *tokens], forms(needs)):
+        like, length = _like(x)
+        others: list[Callable[..., Any]] = [like]
+        others += [partial(torch.randn, (1, length, width)) for width in dict.fromkeys(widths) if needs]
+        for another, form in itertools.product(others, forms(needs)):
             values = {p: argument(p, x, partial(another, generator=generator), length, (1,), 0, form) for p in needs}
             yield call_with(named[0], x, values, length)
 

@@ -112,8 +112,12 @@ def uncompiled() -> Iterator[None]:
     # Where nothing was compiled, the compiler is not loaded, which takes seconds.
     plain = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     kept = torch.compile
+
+    def as_written(model: Any = None, **_: Any) -> Any:
+        return model if model is not None else lambda wrapped: wrapped
+
     try:
-        torch.compile = lambda model=None, **_: model or (lambda wrapped: wrapped)  # type: ignore[assignment]
+        torch.compile = as_written
         with plain:
             yield
     finally:
