@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -136,6 +137,57 @@ def test_matrices_of_the_module_s_own_are_found(way: str) -> None:
     with torch.no_grad():
         shown = module(tokens)[:, 0].diagonal().mean().item()
     assert shown == pytest.approx(row.measured["vo_diagonal"], abs=1e-6)
+
+
+class Hooked(nn.Module):
+    """Matrices a head, fewer for keys and values, that takes the tokens of each by names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        size = DIM // 4
+        self.W_Q, self.W_O = nn.Parameter(torch.randn(4, DIM, size)), nn.Parameter(torch.randn(4, size, DIM))
+        self._W_K, self._W_V = (nn.Parameter(torch.randn(2, DIM, size)) for _ in range(2))
+        self.b_Q, self.b_O = nn.Parameter(torch.randn(4, size)), nn.Parameter(torch.randn(DIM))
+        self._b_K, self._b_V = (nn.Parameter(torch.randn(2, size)) for _ in range(2))
+
+    def forward(self, query_input: Tensor, key_input: Tensor, value_input: Tensor) -> Tensor:
+        logging.getLogger("hooked").warning("no mask")
+        given = ((query_input, self.W_Q), (key_input, self._W_K), (value_input, self._W_V))
+        maps = [torch.einsum("bld,hdk->bhlk", x, matrix) for x, matrix in given]
+        biased = [part + b[:, None] for part, b in zip(maps, (self.b_Q, self._b_K, self._b_V), strict=True)]
+        q, k, v = biased[0], *(part.repeat_interleave(2, 1) for part in biased[1:])
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return torch.einsum("bhlk,hkd->bld", mixed, self.W_O) + self.b_O
+
+
+class HookedBlock(nn.Module):
+    """Hands one sequence to all three, or keys and values of the tokens before."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.ln1, self.attn, self.shift = nn.LayerNorm(DIM), Hooked(), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ln1(x)
+        other = normed.roll(self.shift, 1)
+        return x + self.attn(query_input=normed, key_input=other, value_input=other)
+
+
+def test_what_unread_arguments_are_is_asked_of_whoever_calls(caplog: pytest.LogCaptureFixture) -> None:
+    block = HookedBlock(0).double()
+    [row] = espalier.structure_(block, attention=SPEC, generator=torch.Generator().manual_seed(0)).layers
+    assert not caplog.records  # what the layer says in runs that nobody asked for
+    assert (row.layer, row.status) == ("attn", "written")
+    assert "learned numbers" not in row.note
+    # One token hands on its value through W_V W_O; with biases of zero nothing is added to it.
+    tokens = torch.eye(DIM, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        shown = block.attn(tokens, tokens, tokens)[:, 0]
+        assert block.attn(0 * tokens, 0 * tokens, 0 * tokens).abs().max() == 0
+    assert shown.diagonal().mean().item() == pytest.approx(row.measured["vo_diagonal"], abs=1e-6)
+    # Keys of other tokens are found in the call, and without a call nothing is known.
+    for other in (HookedBlock(1), Hooked()):
+        assert not [1 for _, _, found in find_layers(other) if isinstance(found, AttentionWeights)]
 
 
 class Reweighted(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 # Names that a configuration may mean otherwise, and a module that states a head's width: h is a height, too.
 _OWN_HEADS = ("num_head", "nheads", "n_local_heads", "h")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_k", "d_head")
+# Biases of maps that are parameters of the module's own: q_bias, b_Q, _b_K, bo.
+_OWN_BIAS = re.compile(r"_?b_?(q|k|v|o|qk|kv|qkv|out)|(q|k|v|o|qk|kv|qkv|out)_bias", re.IGNORECASE)
 NO_HEADS = "its number of heads is not stated"
 _UNFIT = "its weights' shapes do not fit together: register a layout for its class"
 
@@ -90,7 +93,7 @@ def assemble(
     maps = [name for name in names if isinstance(name, str) and name not in module._parameters]
     maps += [name.rpartition(".")[0] for group in apart for name in group]
     biases = [getattr(module.get_submodule(name), "bias", None) for name in maps]
-    biases += [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
+    biases += [own for name, own in {**module._parameters, **module._buffers}.items() if _OWN_BIAS.fullmatch(name)]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
     return AttentionWeights(q, k, v, out, heads, groups, found, note, apart=apart)
 

@@ -75,7 +75,8 @@ def calls(
                 second = x.shape if other == width else (*x.shape[:-1], other)
                 another = partial(torch.randn, second, generator=generator, dtype=torch.float64)
                 values = {p: argument(p, x, another, length, turn, heads, form) for p in needs}
-                yield replace(call_with(first, x, values, length), supposed=form in _OPEN)
+                supposed = form in _OPEN or any(_is_open(p) and isinstance(values[p], Tensor) for p in needs)
+                yield replace(call_with(first, x, values, length), supposed=supposed)
 
 
 def call_with(first: inspect.Parameter, x: Tensor, values: Mapping[inspect.Parameter, Any], length: int) -> Call:
@@ -89,13 +90,19 @@ def call_with(first: inspect.Parameter, x: Tensor, values: Mapping[inspect.Param
 
 def forms(needs: Collection[inspect.Parameter]) -> list[Form]:
     """Return the forms that matter for these arguments, the most usual first."""
-    x, found = torch.zeros(1, 1, 1), list[Form](["usual"])
+    found = list[Form](["usual"])
     if any("mask" in p.name for p in needs):
         found.append("zero masks")
-    open_names = [p for p in needs if p.default is p.empty and not is_sequence(p)]
-    if any(_told(p, x, 1, (), 0, "usual") is _UNTOLD for p in open_names if not ROTARY_NAME.search(p.name)):
+    if any(map(_is_open, needs)):
         found += _OPEN
     return found
+
+
+def _is_open(parameter: inspect.Parameter) -> bool:
+    """Return whether an argument is needed and nothing says what it is."""
+    if parameter.default is not parameter.empty or is_sequence(parameter) or ROTARY_NAME.search(parameter.name):
+        return False
+    return _told(parameter, torch.zeros(1, 1, 1), 1, (), 0, "usual") is _UNTOLD
 
 
 def count_tokens(part: nn.Module, call: Call, width: int) -> int:

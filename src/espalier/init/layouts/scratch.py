@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import random
 import re
 import sys
@@ -26,7 +27,7 @@ from espalier.randomness import generators_kept
 # A copy holds eight bytes an element; beyond this it is not made.
 _LARGEST = 2**28
 # ``b_Q`` and ``bq`` are biases in code that has its matrices as ``W_Q`` and ``Wq``.
-_BIAS = re.compile(r"bias|^b(_[a-zA-Z]+|[qkvoQKVO])?$")
+_BIAS = re.compile(r"bias|^_?b(_[a-zA-Z]+|[qkvoQKVO])?$")
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -187,8 +188,9 @@ class _ProductByProduct(TorchFunctionMode):
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Run on the CPU without gradients, autocast, fused or compiled code, warnings or a trace in any generator."""
+    """Run on the CPU without gradients, autocast, fused or compiled code, warnings, logs or a trace in a generator."""
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+    silenced = logging.root.manager.disable
     with (
         warnings.catch_warnings(action="ignore"),
         generators_kept(),
@@ -201,9 +203,11 @@ def untraced() -> Iterator[None]:
     ):
         torch.backends.mha.set_fastpath_enabled(False)
         torch.set_default_dtype(torch.float64)
+        logging.disable()
         try:
             yield
         finally:
+            logging.disable(silenced)
             torch.set_default_dtype(default)
             torch.backends.mha.set_fastpath_enabled(fast)
 
