@@ -190,6 +190,32 @@ def test_what_unread_arguments_are_is_asked_of_whoever_calls(caplog: pytest.LogC
         assert not [1 for _, _, found in find_layers(other) if isinstance(found, AttentionWeights)]
 
 
+class Telling(nn.Module):
+    """Returns its values for later layers to mix in, and its weights, beside the output; or the output last."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_heads, self.order = 4, order
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in maps)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        made = self.out_proj((weights @ v).transpose(1, 2).flatten(2)), v, weights
+        return tuple(made[place] for place in self.order)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0), (2, 1, 0)])
+def test_what_a_layer_returns_beside_its_output_does_not_count(order: tuple[int, ...]) -> None:
+    module = Telling(order).double()
+    [row] = espalier.structure_(module, attention=SPEC, generator=torch.Generator().manual_seed(0)).layers
+    assert row.status == "written"
+    with torch.no_grad():
+        shown = module(torch.eye(DIM, dtype=torch.float64)[:, None])[order.index(0)][:, 0]
+    assert shown.diagonal().mean().item() == pytest.approx(row.measured["vo_diagonal"], abs=1e-6)
+
+
 class Reweighted(nn.Module):
     """Softmaxes that are no attention of its tokens: over channels, over classes, a gate, shifted values."""
 

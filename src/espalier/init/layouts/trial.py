@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of
+from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of, is_near
 from espalier.init.layouts.heads_apart import is_linear
 from espalier.init.layouts.registry import AttentionWeights
 from espalier.init.layouts.scratch import Call, is_bias, is_vector, run
@@ -27,7 +27,7 @@ class Misfit(Unproven):
 
 
 class Seen(NamedTuple):
-    """One run: scores (H, L, L), all outputs in one vector, and the first of them token by token, if it has tokens."""
+    """One run: scores (H, L, L), what the output projection makes in one vector, and the first of it by token."""
 
     scores_HLL: Tensor
     out: Tensor
@@ -72,6 +72,7 @@ class Trial:
         self.v, self.o = by_head(weights.v, self.groups), by_head(weights.out.mT, self.heads)
         self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
         self.columns: Tensor | None = None
+        self.ends: list[int] = []  # places of outputs, of all that it returns, that the output projection makes
 
     def _leave_sinks_out(self, base: Tensor) -> None:
         """Keep the columns of tokens alone, where more keys than those are attended to, and set these to zero.
@@ -104,6 +105,13 @@ class Trial:
                 getattr(self, name).copy_(value)
             with Softmaxes() as seen:
                 tensors = run(self.module, self.call)
+            if not self.ends:
+                # A layer may return its values or scores, too.
+                self.o.neg_()
+                turned = run(self.module, self.call)
+                self.o.neg_()
+                pairs = enumerate(zip(tensors, turned, strict=True))
+                self.ends = [place for place, (a, b) in pairs if not is_near(b, a)] or [*range(len(tensors))]
         finally:
             for name, value in kept.items():
                 getattr(self, name).copy_(value)
@@ -112,8 +120,9 @@ class Trial:
         if len(wide) == 1 and self.columns is None:
             self._leave_sinks_out(wide[0])
             return self.look(**changed)
-        tokens = by_token(tensors[0], length)
-        return Seen(self._scores(seen.inputs), torch.cat([part.flatten().double() for part in tensors]), tokens)
+        made = [tensors[place] for place in self.ends]
+        scores, out = self._scores(seen.inputs), torch.cat([part.flatten().double() for part in made])
+        return Seen(scores, out, by_token(made[0], length))
 
     def squares(self) -> Tensor:
         """Return what stands for q·k at (i, i), twice, where rows of queries are those of keys: (H, L).
