@@ -17,6 +17,9 @@ rows, and only those, show the following, which is tested on random weights and 
    S(i, i) and the move of an output are the products themselves, of the module's own tokens, up to a positive factor.
    What stands before the projections or after the output (a linear map, a factor, another order) is noted.
 
+Where a score has terms of its query or of its key alone, too (relative positions: q·r, u·k), the same is tested on
+S(q, k) − S(q, 0) − S(0, k) + S(0, 0), which is their product; S(i, i) must then be that of the rows exactly.
+
 Scores are what reaches the softmax; fused kernels are told to take the products one by one, so that it is called.
 """
 
@@ -45,7 +48,10 @@ _LIKE = 0.5
 # The least share of the largest head's factor that a head's output may have and still be one of its own tokens' values.
 _LEAST = 0.2
 BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
+TERMS = "scores have terms of queries or keys alone, too (relative positions)"
 _FACTORS = (0.4, 2.5)
+# How far from 1 the cosine of what must be the product itself may be: code may take it in float32.
+_EXACT = 1e-6
 
 
 def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) -> str:
@@ -61,6 +67,18 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
         CannotRunError: it does not run on these inputs.
     """
     trial = Trial(module, weights, call)
+    try:
+        return _prove(trial)
+    except Misfit:
+        raise
+    except Unproven:
+        if not trial.has_terms():
+            raise
+        trial.product_alone = True
+        return "; ".join(filter(None, [_prove(trial), TERMS]))
+
+
+def _prove(trial: Trial) -> str:
     generator = torch.Generator().manual_seed(2)
     base = trial.look()
     notes = _prove_scores(trial, base, generator)
@@ -143,7 +161,7 @@ def _prove_scores(trial: Trial, base: Seen, generator: torch.Generator) -> list[
         notes.append("queries and keys are normalised: their product holds up to scale")
     elif not is_close(doubled, 2 * shown, base.scores_HLL):
         notes.append("scores are no linear function of the QK product: it holds up to their scale")
-    tokens_LD = _tokens(trial.call, trial.q.shape[-1])
+    tokens_LD, exact = _tokens(trial.call, trial.q.shape[-1]), False
     if tokens_LD is not None:
         q_HKL, k_HKL = trial.q @ tokens_LD.mT, trial.to_heads(trial.k @ tokens_LD.mT)
         product_HL = (q_HKL * k_HKL).sum(1) / trial.width**0.5
@@ -151,7 +169,11 @@ def _prove_scores(trial: Trial, base: Seen, generator: torch.Generator) -> list[
         remark = _followed(found_HL, product_HL, "its scores", "the QK product over √k")
         alike_H = (found_HL * product_HL).sum(1) / (found_HL.norm(dim=1) * product_HL.norm(dim=1))
         remark = BESIDE if bool((alike_H < _LIKE).any()) else remark
+        exact = bool((alike_H > 1 - _EXACT).all())
         notes += [remark] if remark and not (notes and "times" in remark) else []
+    if trial.product_alone and not exact:
+        # What has terms of its own may hold rows of keys among its queries: nothing but the product itself will do.
+        raise Unproven("its scores are not the product of its tokens' queries and keys, and terms of either alone")
     return notes
 
 
@@ -230,7 +252,7 @@ def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Gene
         return ""
     push = PUSH * torch.randn(trial.v.shape, generator=generator, dtype=torch.float64)
     values_HLK = tokens_LD @ trial.to_heads(push).mT
-    by_head, evenly = (seen.scores_HLL.softmax(-1) @ values_HLK @ trial.o for seen in looks)
+    by_head, evenly = (seen.reached_HLL.softmax(-1) @ values_HLK @ trial.o for seen in looks)
     pushed = (trial.look(v=trial.v + push).tokens_LX, trial.look(v=trial.v + push, q=0 * trial.q).tokens_LX)
     moves, even = (after - each for after, each in zip(pushed, before, strict=True) if after is not None)
     if trial.heads <= width:

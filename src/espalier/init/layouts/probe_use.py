@@ -74,11 +74,14 @@ def meets_others(
     # With the rows of the keys in the place of the queries' a token that meets itself scores above zero.
     k = parts["k"] if parts["k"].ndim == 3 else parts["k"].unflatten(0, (watch.views.num_kv_heads, -1))
     as_q = k.repeat_interleave(watch.views.num_heads // watch.views.num_kv_heads, 0).reshape(parts["q"].shape)
-    alike, opposed = (watch.look(q=sign * as_q - parts["q"]).scores for sign in (1, -1))
+    queries = [{"q": sign * as_q - parts["q"]} for sign in (1, -1)]
+    alike, opposed = (watch.look(**query).scores for query in queries)
+    # Queries may have terms of their own, as with relative positions: what is left without keys.
+    without = [watch.look(**query, k=-parts["k"]).scores for query in queries]
     own = []
-    for a, b, base_scores, *pushed in zip(alike, opposed, base.scores, *along_k, strict=True):
+    for a, b, a0, b0, base_scores, *pushed in zip(alike, opposed, *without, base.scores, *along_k, strict=True):
         columns = _columns(base_scores, pushed)
-        own.append((a - b)[..., columns].diagonal(0, -2, -1)[is_open(a[..., columns].diagonal(0, -2, -1))])
+        own.append((a - b - a0 + b0)[..., columns].diagonal(0, -2, -1)[is_open(a[..., columns].diagonal(0, -2, -1))])
     if any(bool((scores < 0).any()) for scores in own):
         raise Unproven("whoever calls it hands it keys with the other sign")
     return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of, is_near
+from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of, is_close, is_near, is_open
 from espalier.init.layouts.heads_apart import is_linear
 from espalier.init.layouts.registry import AttentionWeights
 from espalier.init.layouts.scratch import Call, is_bias, is_vector, run
@@ -27,9 +28,13 @@ class Misfit(Unproven):
 
 
 class Seen(NamedTuple):
-    """One run: scores (H, L, L), what the output projection makes in one vector, and the first of it by token."""
+    """One run: scores (H, L, L), what the output projection makes in one vector, and the first of it by token.
+
+    Of the scores that reached the softmax the others are the product of queries and keys alone, where that is asked.
+    """
 
     scores_HLL: Tensor
+    reached_HLL: Tensor
     out: Tensor
     tokens_LX: Tensor | None
 
@@ -72,6 +77,7 @@ class Trial:
         self.v, self.o = by_head(weights.v, self.groups), by_head(weights.out.mT, self.heads)
         self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
         self.columns: Tensor | None = None
+        self.product_alone = False  # whether scores are looked at without terms of queries or of keys alone
         self.ends: list[int] = []  # places of outputs, of all that it returns, that the output projection makes
 
     def _leave_sinks_out(self, base: Tensor) -> None:
@@ -99,6 +105,21 @@ class Trial:
 
     def look(self, **changed: Tensor) -> Seen:
         """Run with some of q, k, v and o replaced; the copy is left as it was."""
+        seen = self._look(changed)
+        if not self.product_alone:
+            return seen
+        no_q, no_k = {"q": torch.zeros_like(self.q)}, {"k": torch.zeros_like(self.k)}
+        of_k, of_q, rest = (self._look({**changed, **less}).scores_HLL for less in (no_q, no_k, {**no_q, **no_k}))
+        product = torch.where(is_open(seen.scores_HLL), seen.scores_HLL - of_q - of_k + rest, seen.scores_HLL)
+        return seen._replace(scores_HLL=product)
+
+    def has_terms(self) -> bool:
+        """Return whether scores have terms of queries or keys alone, as those of relative positions are."""
+        no_q, no_k = {"q": torch.zeros_like(self.q)}, {"k": torch.zeros_like(self.k)}
+        of_k, of_q, rest = (self._look(less).scores_HLL for less in (no_q, no_k, {**no_q, **no_k}))
+        return not (is_close(of_k, rest, rest) and is_close(of_q, rest, rest))
+
+    def _look(self, changed: Mapping[str, Tensor]) -> Seen:
         kept = {name: getattr(self, name).clone() for name in changed}
         try:
             for name, value in changed.items():
@@ -119,10 +140,10 @@ class Trial:
         wide = [s for s in map(by_query, seen.inputs) if s.shape[-2] == length < s.shape[-1] <= length + _MOST_SINKS]
         if len(wide) == 1 and self.columns is None:
             self._leave_sinks_out(wide[0])
-            return self.look(**changed)
+            return self._look(changed)
         made = [tensors[place] for place in self.ends]
         scores, out = self._scores(seen.inputs), torch.cat([part.flatten().double() for part in made])
-        return Seen(scores, out, by_token(made[0], length))
+        return Seen(scores, scores, out, by_token(made[0], length))
 
     def squares(self) -> Tensor:
         """Return what stands for q·k at (i, i), twice, where rows of queries are those of keys: (H, L).

@@ -1,0 +1,92 @@
+"""Attention whose scores have terms of queries or of keys alone: relative positions, in their usual forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import espalier
+from espalier.init.layouts import AttentionWeights, find_layers
+
+DIM, HEADS = 24, 3
+SPEC = espalier.Mimetic(qk=(0.0, 0.7), vo=(0.0, -0.4))
+
+
+class Relative(nn.Module):
+    """Self-attention with relative positions, or with a fault beside them.
+
+    Ways: q·r(i − j) of Shaw and the Music Transformer; that and k·r; (q + u)·k + (q + w)·r of Transformer-XL; rows
+    and columns of an image apart, as SAM has them.
+    """
+
+    def __init__(self, way: str, fault: str = "", seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.num_heads, self.way, self.fault, size = HEADS, way, fault, DIM // HEADS
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.distances = nn.Embedding(2 * DIM, size)
+        self.content_bias, self.position_bias = (
+            nn.Parameter(torch.randn(HEADS, 1, size)),
+            nn.Parameter(torch.randn(size)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.maps())
+        if self.fault == "squares":  # half of a head's queries meet queries
+            half = q.shape[-1] // 2
+            k = torch.cat([q[..., half:].roll(1, -1), k[..., half:]], -1)
+        if self.fault == "shifted":
+            k = k.roll(1, 2)
+        if self.fault == "turned":
+            k = k * torch.tensor([1.0, -1.0, 1.0], dtype=x.dtype)[:, None, None]
+        scores = (q @ k.mT + self.terms(q, k)) / q.shape[-1] ** 0.5
+        return self.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def maps(self) -> tuple[nn.Module, ...]:
+        swapped = self.fault == "gate"  # what is read as values is keys
+        return (self.q_proj, self.v_proj, self.k_proj) if swapped else (self.q_proj, self.k_proj, self.v_proj)
+
+    def terms(self, q: Tensor, k: Tensor) -> Tensor:
+        places = torch.arange(q.shape[2])
+        r_LLK = self.distances(places[:, None] - places + DIM)
+        of_q = torch.einsum("bhik,ijk->bhij", q, r_LLK)
+        if self.way == "both":
+            return of_q + torch.einsum("bhjk,ijk->bhij", k, r_LLK)
+        if self.way == "xl":
+            of_places = torch.einsum("k,ijk->ij", self.position_bias, r_LLK)
+            return of_q + self.content_bias @ k.mT + of_places
+        return of_q + of_q.roll(1, -1) if self.way == "axes" else of_q
+
+
+WAYS = ("keys", "both", "xl", "axes")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_written_is_the_product_of_content(way: str) -> None:
+    module = Relative(way).double()
+    [row] = espalier.structure_(module, attention=SPEC, generator=torch.Generator().manual_seed(0)).layers
+    assert row.status == "written"
+    assert "terms of queries or keys alone" in row.note
+    # Of unit tokens, the queries' product with the keys is W_Q W_Kᵀ.
+    module.terms = lambda q, k: kept.append(q @ k.mT) or 0.0  # type: ignore[assignment,func-returns-value,return-value]
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        module(torch.eye(DIM, dtype=torch.float64)[None])
+    assert kept[0][0].diagonal(0, 1, 2).mean().item() == pytest.approx(row.measured["qk_diagonal"], abs=1e-6)
+    assert row.measured["qk_diagonal"] > 0.05
+
+
+@settings(max_examples=24, deadline=None)
+@given(
+    way=st.sampled_from(WAYS), fault=st.sampled_from(("squares", "shifted", "turned", "gate")), seed=st.integers(0, 99)
+)
+def test_no_term_hides_a_fault(way: str, fault: str, seed: int) -> None:
+    module = Relative(way, fault, seed)
+    found = [part for _, _, part in find_layers(module) if isinstance(part, AttentionWeights)]
+    if fault != "gate":
+        assert not found
+    # Names that mislead may be found out by what the maps move, and then the right rows are read.
+    assert all(part.k.data_ptr() == module.v_proj.weight.data_ptr() for part in found)
