@@ -90,3 +90,26 @@ def test_no_term_hides_a_fault(way: str, fault: str, seed: int) -> None:
         assert not found
     # Names that mislead may be found out by what the maps move, and then the right rows are read.
     assert all(part.k.data_ptr() == module.v_proj.weight.data_ptr() for part in found)
+
+
+class Stabilised(Relative):
+    """A sink a head, and the largest of each row taken off before the softmax, as GPT-OSS has it."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__("none", fault)
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.maps())
+        k = k.roll(1, 2) if self.fault == "shifted" else -k if self.fault == "turned" else k
+        sinks = self.sinks[:, None, None].expand(len(x), -1, x.shape[1], 1)
+        scores = torch.cat([q @ k.mT / q.shape[-1] ** 0.5, sinks], -1)
+        weights = (scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., :-1]
+        return self.out_proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fault", ["", "shifted", "turned"])
+def test_the_largest_of_a_row_may_be_taken_off_it(fault: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(DIM), Stabilised(fault))
+    found = [part for _, _, part in find_layers(model) if isinstance(part, AttentionWeights)]
+    assert len(found) == (not fault)

@@ -44,6 +44,14 @@ def columns_of(scores: Tensor, pushed: Sequence[Tensor]) -> Tensor:
     return columns[:length] if len(columns) == length + 1 else columns
 
 
+def of_tokens(scores: Tensor, columns: Tensor) -> Tensor:
+    """Return columns of scores, without the largest of a row that was taken off it: a sink's tells how much."""
+    [*others] = {*range(scores.shape[-1])} - {*columns.tolist()}
+    if len(others) == 1 and bool((scores.amax(-1) == 0).all()):
+        scores = scores - scores[..., others]
+    return scores[..., columns]
+
+
 def is_close(a: Tensor, b: Tensor, scores: Tensor) -> bool:
     """Return whether two sets of scores agree where they are not masked."""
     seen = is_open(scores)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.layouts.arguments import NAMELESS
-from espalier.init.layouts.compare import PUSH, by_query, columns_of, is_close, is_near, is_open, same_direction
+from espalier.init.layouts.compare import (
+    PUSH,
+    by_query,
+    columns_of,
+    is_close,
+    is_near,
+    is_open,
+    of_tokens,
+    same_direction,
+)
 from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
@@ -81,7 +90,8 @@ def meets_others(
     own = []
     for a, b, a0, b0, base_scores, *pushed in zip(alike, opposed, *without, base.scores, *along_k, strict=True):
         columns = _columns(base_scores, pushed)
-        own.append((a - b - a0 + b0)[..., columns].diagonal(0, -2, -1)[is_open(a[..., columns].diagonal(0, -2, -1))])
+        met = [of_tokens(scores, columns).diagonal(0, -2, -1) for scores in (a, b, a0, b0)]
+        own.append((met[0] - met[1] - met[2] + met[3])[is_open(met[0])])
     if any(bool((scores < 0).any()) for scores in own):
         raise Unproven("whoever calls it hands it keys with the other sign")
     return False
@@ -94,10 +104,12 @@ def _other_tokens(base: Tensor, by_q: Sequence[Tensor], by_k: Sequence[Tensor]) 
     columns = _columns(base, by_k)
     if len(columns) != base.shape[-2]:
         return True
+    still = of_tokens(base, columns).diagonal(0, -2, -1)
     own_q, own_k = (
-        torch.stack([(scores - base)[..., columns].diagonal(0, -2, -1) for scores in pushed]) for pushed in (by_q, by_k)
+        torch.stack([of_tokens(scores, columns).diagonal(0, -2, -1) - still for scores in pushed])
+        for pushed in (by_q, by_k)
     )
-    return not same_direction(own_q, own_k, is_open(base[..., columns].diagonal(0, -2, -1)))
+    return not same_direction(own_q, own_k, is_open(still))
 
 
 def _columns(scores: Tensor, by_k: Sequence[Tensor]) -> Tensor:

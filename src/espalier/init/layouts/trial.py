@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of, is_close, is_near, is_open
+from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of, is_close, is_near, is_open, of_tokens
 from espalier.init.layouts.heads_apart import is_linear
 from espalier.init.layouts.registry import AttentionWeights
 from espalier.init.layouts.scratch import Call, is_bias, is_vector, run
@@ -158,7 +158,7 @@ class Trial:
         length = self.call.length
         inputs = list(map(by_query, inputs))
         if self.columns is not None:
-            inputs = [s[..., self.columns] if s.shape[-2] == length < s.shape[-1] else s for s in inputs]
+            inputs = [of_tokens(s, self.columns) if s.shape[-2] == length < s.shape[-1] else s for s in inputs]
         square = [s for s in inputs if s.shape[-2:] == (length, length)]
         fits = [s for s in square if s.numel() == self.heads * length**2]
         if len(square) == self.heads > 1 and all(s.numel() == length**2 for s in square):
