@@ -113,3 +113,33 @@ def test_the_largest_of_a_row_may_be_taken_off_it(fault: str) -> None:
     model = nn.Sequential(nn.LayerNorm(DIM), Stabilised(fault))
     found = [part for _, _, part in find_layers(model) if isinstance(part, AttentionWeights)]
     assert len(found) == (not fault)
+
+
+class Given(Relative):
+    """Takes features of all distances between tokens, as Conformers do, or positions to add to queries and keys."""
+
+    def __init__(self, way: str, fault: str = "") -> None:
+        super().__init__(way, fault)
+        self.pos_proj = nn.Linear(DIM, DIM, bias=False)
+
+    def forward(self, x: Tensor, position_embeddings: Tensor | None = None) -> Tensor:
+        assert position_embeddings is not None
+        placed = x + position_embeddings if self.way == "added" else x
+        maps = zip(self.maps(), (placed, placed, x), strict=True)
+        q, k, v = (part(tokens).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part, tokens in maps)
+        k = k.roll(1, 2) if self.fault == "shifted" else k
+        scores = q @ k.mT
+        if self.way == "distances":
+            places = torch.arange(x.shape[1])
+            r_HDK = self.pos_proj(position_embeddings[0]).unflatten(-1, (HEADS, -1)).transpose(0, 1)
+            r_HLLK = r_HDK[:, places[:, None] - places + x.shape[1] - 1]
+            assert position_embeddings.shape[1] == 2 * x.shape[1] - 1
+            scores = scores + torch.einsum("bhik,hijk->bhij", q + self.position_bias, r_HLLK)
+        return self.out_proj(((scores / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fault", ["", "shifted"])
+@pytest.mark.parametrize("way", ["distances", "added"])
+def test_positions_that_are_given_are_made_up(way: str, fault: str) -> None:
+    found = [part for _, _, part in find_layers(Given(way, fault)) if isinstance(part, AttentionWeights)]
+    assert len(found) == (not fault)

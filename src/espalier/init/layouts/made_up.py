@@ -23,6 +23,10 @@ Form = Literal["usual", "zero masks", "pairs", "numbers", "ids"]
 """What is given where a name leaves it open: masks of zeros rather than none; and for names that say nothing, rather
 than tokens, what lies between every two tokens (an adjacency), a number an example (a time), or token ids."""
 _OPEN: tuple[Form, ...] = ("pairs", "numbers", "ids")
+Turn = tuple[int, ...] | Literal["added", "distances"]
+"""What stands for positions: the shape of tables of angles (``_rotary_shapes``), numbers that are added to tokens, or
+features of all 2L − 1 distances between them."""
+_OTHER_TURNS: tuple[Turn, ...] = ("distances", "added")
 
 
 def calls(
@@ -51,17 +55,18 @@ def calls(
     generator = torch.Generator().manual_seed(1)
     first, rest = named[0], named[1:]
     needed = [p for p in rest if p.default is p.empty or p.name in given]
-    turned = [p for p in rest if p in needed or (ROTARY_NAME.search(p.name) and p.name != "rotary_pos_emb_dim")]
+    angles = [p for p in rest if ROTARY_NAME.search(p.name) and not re.search("pos_emb_dim|key_value", p.name)]
+    turned = [p for p in rest if p in needed or p in angles]
     share = width // heads if heads and width % heads == 0 else 8
     # Rotary angles are given where they can be; a layer may want them in a form of its own, and do without.
     for needs in [turned, needed] if turned != needed else [needed]:
         rotary = any(ROTARY_NAME.search(p.name) for p in needs)
-        widths = _rotary_shapes(module, share) if rotary else [()]
+        turns: list[Turn] = [*_rotary_shapes(module, share), *_OTHER_TURNS] if rotary else [()]
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
         counts = [*_lengths(module, (width, share, heads)), *lengths]
-        for form, other, length, turn in itertools.product(forms(needs), wide, counts, widths):
+        for form, other, length, turn in itertools.product(forms(needs), wide, counts, turns):
             # Of the forms that an open name may have, only the first of all else is tried.
-            if form in _OPEN and (other, length, turn) != (width, counts[0], widths[0]):
+            if form in _OPEN and (other, length, turn) != (width, counts[0], turns[0]):
                 continue
             rows = next(side for side in range(int(length**0.5), 0, -1) if length % side == 0)
             shapes = [(batch, length, width), (length, 1, width), (length, width), (1, rows, length // rows, width)]
@@ -75,7 +80,8 @@ def calls(
                 second = x.shape if other == width else (*x.shape[:-1], other)
                 another = partial(torch.randn, second, generator=generator, dtype=torch.float64)
                 values = {p: argument(p, x, another, length, turn, heads, form) for p in needs}
-                supposed = form in _OPEN or any(_is_open(p) and isinstance(values[p], Tensor) for p in needs)
+                supposed = form in _OPEN or isinstance(turn, str)
+                supposed = supposed or any(_is_open(p) and isinstance(values[p], Tensor) for p in needs)
                 yield replace(call_with(first, x, values, length), supposed=supposed)
 
 
@@ -142,7 +148,7 @@ def argument(
     x: Tensor,
     another: Callable[[], Tensor],
     length: int,
-    turn: tuple[int, ...],
+    turn: Turn,
     heads: int,
     form: Form,
 ) -> Any:
@@ -153,7 +159,7 @@ def argument(
         x: the first one.
         another: makes another sequence's tokens.
         length: tokens of the first one.
-        turn: shape of angles, see ``_rotary_shapes``.
+        turn: what stands for positions, see ``Turn``.
         heads: query heads.
         form: what is given where the name leaves it open.
     """
@@ -173,10 +179,15 @@ def argument(
     return None
 
 
-def _told(parameter: inspect.Parameter, x: Tensor, length: int, turn: tuple[int, ...], heads: int, form: Form) -> Any:
+def _told(parameter: inspect.Parameter, x: Tensor, length: int, turn: Turn, heads: int, form: Form) -> Any:
     """Return what an argument's name says that it is, or ``_UNTOLD``."""
     name, stated = parameter.name, str(parameter.annotation)
     if ROTARY_NAME.search(name):
+        if turn == "added":
+            return torch.zeros_like(x)
+        if turn == "distances":
+            generator = torch.Generator().manual_seed(4)
+            return torch.randn(1, 2 * length - 1, x.shape[-1], generator=generator, dtype=torch.float64)
         # The same angle for all channels fits every way to pair them.
         angles = (torch.arange(length)[:, None] * torch.full(turn[-1:], 0.3, dtype=torch.float64)).reshape(turn)
         both = {"cos": angles.cos(), "sin": angles.sin()}
