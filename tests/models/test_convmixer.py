@@ -75,6 +75,17 @@ def test_checkpointing_gives_equal_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_checkpointing_counts_a_batch_once() -> None:
+    nets = [ConvMixer(8, 2, kernel_size=3, patch_size=1, num_classes=3).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].set_grad_checkpointing()
+    x = torch.randn(4, 3, 5, 5, generator=seeded(), dtype=torch.float64)
+    for net in nets:
+        net(x).square().sum().backward()
+    for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
 def test_init_weights_restores_everything_under_the_generator() -> None:
     one, two = (ConvMixer(8, 2, kernel_size=3, patch_size=1, num_classes=3) for _ in range(2))
     one(torch.randn(4, 3, 5, 5, generator=seeded()))  # moves the running statistics

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError
+from espalier.nn.precision import is_tracing
 
 
 class TimmContract(nn.Module):
@@ -29,8 +32,23 @@ class TimmContract(nn.Module):
         """Return the block's output; without gradients recomputing saves nothing, as no graph is kept."""
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return block(x)
-        kept: Tensor = checkpoint(block, x, use_reentrant=False)
+        # torch.compile takes no such context, and moves the buffers once by itself.
+        once: dict[str, Any] = {} if is_tracing() else {"context_fn": lambda: (nullcontext(), _buffers_kept(block))}
+        kept: Tensor = checkpoint(block, x, use_reentrant=False, **once)
         return kept
+
+
+@contextmanager
+def _buffers_kept(block: nn.Module) -> Iterator[None]:
+    """Run a block on copies of its buffers: its batch norms have counted the batch before."""
+    kept = [(module, dict(module._buffers)) for module in block.modules()]
+    try:
+        for module, buffers in kept:
+            module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 def draw_uniform(weight: Tensor, bias: Tensor | None = None, generator: torch.Generator | None = None) -> None:
