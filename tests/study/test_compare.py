@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from espalier.report import write_report
 from espalier.study import add_records, launch, load_study, summarise, text_table
 from espalier.study.own_training import OwnTraining, read_scores
 from espalier.study.table import failure_lines
+from espalier.train import RunInterrupted
 
 Call = tuple[str, float, int]
 
@@ -117,6 +119,41 @@ def test_diverged_and_failed_trials_are_counted_and_tried_again(tmp_path: Path) 
     assert failure_lines(summary) == ["3 trials failed, fails lr=1 seed=0 first: RuntimeError: too bad"]
     broken.clear()
     assert not espalier.compare(fragile, arms=["fine", "diverges", "fails"], **options).failures
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("end", [lambda: 0.5, lambda: sys.exit(1), lambda: 1 / 0])
+def test_a_stopped_trial_is_no_outcome_whatever_its_training_makes_of_it(
+    tmp_path: Path, number: signal.Signals, status: int, end: Callable[[], float]
+) -> None:
+    def stopped(arm: str, lr: float, seed: int, folder: Path) -> float:
+        CALLS.append((arm, lr, seed))
+        if len(CALLS) == 2:
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                return end()  # as loops do that "stop early"
+        return 1.0
+
+    with pytest.raises(RunInterrupted, match="1 of 4 trials") as error:
+        espalier.compare(stopped, arms=["a", "b"], lrs=[1.0], seeds=2, out=tmp_path / "s", workers=0)
+    assert error.value.status == status
+    assert len(CALLS) == 2
+    assert [trial.failure for trial in load_study(tmp_path / "s").trials()] == [None] * 4
+    summary = espalier.compare(stopped, arms=["a", "b"], lrs=[1.0], seeds=2, out=tmp_path / "s", workers=0)
+    assert sorted(CALLS[2:]) == [("a", 1.0, 1), ("b", 1.0, 0), ("b", 1.0, 1)]
+    assert not summary.failures
+    assert all(trial.finished for trial in load_study(tmp_path / "s").trials())
+
+
+def test_a_trial_that_exits_fails_alone(tmp_path: Path) -> None:
+    def exits(arm: str, lr: float, seed: int, folder: Path) -> float:
+        return sys.exit("no data") if arm == "a" and not seed else 1.0
+
+    espalier.compare(exits, arms=["a", "b"], lrs=[1.0], seeds=2, out=tmp_path / "s", workers=0)
+    trials = load_study(tmp_path / "s").trials()
+    assert [trial.finished for trial in trials] == [False, True, True, True]
+    assert (trials[0].failure or "").startswith("SystemExit: no data")
 
 
 def test_another_function_is_refused_and_a_bound_value_counts(tmp_path: Path) -> None:

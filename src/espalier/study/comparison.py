@@ -24,6 +24,7 @@ from espalier.study.worker import RunTrial
 from espalier.train.build import build_run_model, build_run_source
 from espalier.train.loggers import check_logger
 from espalier.train.manifest import MANIFEST, read_manifest
+from espalier.train.requests import Requests
 from espalier.train.run import check_data
 
 
@@ -155,6 +156,14 @@ def _run_function(train: TrainFunction, trial: Trial) -> None:
     folder = trial.path / FILES
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    curve = read_scores(train(trial.arm, trial.lr, trial.seed, folder), trial.recipe.metric)
+    requests = Requests()
+    try:
+        with requests:
+            returned = train(trial.arm, trial.lr, trial.seed, folder)
+    finally:
+        # Many a training loop catches Ctrl-C, and returns or raises what it had reached: that is no outcome.
+        if requests.signal is not None:
+            raise requests.interruption(f"{trial} is not finished")
+    curve = read_scores(returned, trial.recipe.metric)
     record = record_scores(trial.recipe, trial.arm, trial.lr, trial.seed, curve, time.perf_counter() - started)
     write_bytes(trial.path / RECORD, record.line().encode())

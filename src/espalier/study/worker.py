@@ -72,7 +72,7 @@ def _claim_file(study: Study, trial: Trial) -> Path:
 def _attempt(trial: Trial, run: RunTrial) -> None:
     try:
         run(trial)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a trial that calls exit() ends itself, and no other
         # The study outlives any trial; the first line is what the table shows.
         text = str(error) if isinstance(error, EspalierError) else f"{told(error)}\n\n{traceback.format_exc()}"
         trial.path.mkdir(parents=True, exist_ok=True)
