@@ -119,6 +119,23 @@ def test_structure_is_written_at_the_start_of_the_fit_only(tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), net.parameters(), strict=True))
 
 
+def test_a_second_fit_writes_nothing_over_what_was_trained(tmp_path: Path) -> None:
+    net, watch = module(vit()), callback(structure=True)
+    fitting = trainer(tmp_path, watch)
+    fitting.fit(net, images())
+    first = watch.watch.initial_weights
+    with torch.no_grad():
+        net.net.blocks[0].attn.qkv.weight.add_(0.1)
+    trained = net.net.blocks[0].attn.qkv.weight.clone()
+    fitting.fit_loop.max_epochs = 2
+    net.configure_optimizers = lambda: torch.optim.SGD(net.parameters(), lr=0.0)
+    fitting.fit(net, images())
+    assert fitting.global_step == 8
+    assert torch.equal(net.net.blocks[0].attn.qkv.weight, trained)
+    assert watch.watch.initial_weights is first
+    assert [check.stage for check in watch.watch.checks] == ["start", "end", "start", "end"]
+
+
 def test_structure_lost_in_a_checkpoint_stops_the_resumed_run(tmp_path: Path) -> None:
     net = module(vit())
     first = trainer(tmp_path, callback(structure=True))

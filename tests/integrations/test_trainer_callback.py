@@ -101,6 +101,22 @@ def test_structure_is_written_at_the_start_and_not_on_resuming(tmp_path: Path) -
         _ = watch.watch.initial_weights
 
 
+def test_training_again_writes_nothing_over_what_was_trained(tmp_path: Path) -> None:
+    model, watch = llama(), callback(structure=True)
+    training = trainer(tmp_path, model, watch)
+    training.train()
+    first, weight = watch.watch.initial_weights, model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight.add_(0.1)
+    trained = weight.clone()
+    training.args.learning_rate = 0.0
+    training.optimizer = None
+    training.train()
+    assert torch.equal(weight, trained)
+    assert watch.watch.initial_weights is first
+    assert [check.stage for check in watch.watch.checks] == ["start", "end", "start", "end"]
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_structure_lost_in_a_checkpoint_stops_the_resumed_run(tmp_path: Path, restored: bool) -> None:
     trainer(tmp_path, llama(), callback(structure=True), save_strategy="steps", save_steps=4).train()

@@ -170,6 +170,14 @@ class StructureWatch:
         if self._keep is not False:
             self._keep_weights(unwrapped(model))
 
+    def look(self) -> WatchCheck:
+        """Look at the weights that more training of an attached model begins with; nothing is written or kept.
+
+        Raises:
+            UnhealthyModelError: something is wrong, and ``on_problem="fail"``.
+        """
+        return self._check("start", self.report)
+
     def loaded(self, state: Mapping[str, Any] | None = None) -> WatchCheck:
         """Look at a model into which a checkpoint was just loaded.
 
