@@ -121,6 +121,19 @@ def test_no_damage_to_a_header_passes_for_the_end(tmp_path: Path) -> None:
     assert str(end) in refusal(path)
 
 
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
+@pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"\xff" * 12, b"77777777777\0", b"0x1f       \0"])
+def test_a_header_of_an_impossible_size_is_one_line(tmp_path: Path, size: bytes, kind: bytes) -> None:
+    path = tmp_path / "a.tar"
+    whole = bytearray(write(path, tarfile.USTAR_FORMAT))
+    place = headers(path)[1]
+    whole[place + 124 : place + 136], whole[place + 156 : place + 157] = size, kind
+    whole[place + 148 : place + 156] = b" " * 8
+    whole[place + 148 : place + 156] = b"%06o\0 " % sum(whole[place : place + 512])  # so that it is believed
+    path.write_bytes(whole)
+    refusal(path)
+
+
 def test_an_image_replaced_within_a_shard_changes_its_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     whole = write(path)

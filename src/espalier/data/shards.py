@@ -103,7 +103,9 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                     if classes.setdefault(sample, int(text)) != int(text):
                         raise EspalierError(f"shard {shard} holds two classes of the name {sample}: rename one")
             _check_end(file, archive.offset)
-    except (tarfile.TarError, OSError) as error:
+    except EspalierError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # the last two of sizes beyond all files
         reason = error.strerror if isinstance(error, OSError) else error
         raise EspalierError(
             f"cannot read shard {shard} ({reason}): repair it, or unpack it if it is compressed"
