@@ -146,6 +146,18 @@ def test_a_stopped_trial_is_no_outcome_whatever_its_training_makes_of_it(
     assert all(trial.finished for trial in load_study(tmp_path / "s").trials())
 
 
+def test_a_training_may_change_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moves(arm: str, lr: float, seed: int, folder: Path) -> float:
+        os.chdir(folder)
+        (folder / "mine").touch()
+        return 1.0
+
+    monkeypatch.chdir(tmp_path)
+    espalier.compare(moves, arms=["a", "b"], lrs=[1.0], seeds=2, out="s", workers=0)
+    assert len(list(tmp_path.rglob("record.json"))) == 4
+    assert all(path.parent.name == "files" for path in tmp_path.rglob("mine"))
+
+
 def test_a_trial_that_exits_fails_alone(tmp_path: Path) -> None:
     def exits(arm: str, lr: float, seed: int, folder: Path) -> float:
         return sys.exit("no data") if arm == "a" and not seed else 1.0

@@ -80,7 +80,8 @@ def compare(
     else:
         training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
         run = partial(_run_function, train)
-    study = draft_study(training, arms, lrs, seeds, out)
+    # Absolute, as a training may change the working directory.
+    study = draft_study(training, arms, lrs, seeds, Path(out).absolute())
     _check_arms(study)
     study = save_study(study)
     launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
