@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from espalier.data.augmentation import Augmentation
 from espalier.data.source import Source, epoch_order, image_args
@@ -58,8 +58,8 @@ class LoaderSource:
         name: of the data, for messages.
 
     Raises:
-        EspalierError: no training split, nothing to evaluate on, or splits of another kind: such as an iterator, which
-            can be read only once.
+        EspalierError: no training split, nothing to evaluate on, splits of another kind (such as an iterator, which can
+            be read only once), or one class under two numbers.
     """
 
     def __init__(self, splits: Mapping[str, Any], name: str = "dataset") -> None:
@@ -83,6 +83,14 @@ class LoaderSource:
                 # Workers that live on hold copies that cannot be started anew: every epoch gets workers of its own.
                 self._splits[split] = copy.copy(data)
                 vars(self._splits[split])["persistent_workers"] = False
+        numbers = _class_numbers(splits[TRAIN])
+        for split, data in splits.items():
+            for label, number in _class_numbers(data).items():
+                if (wanted := numbers.get(label, number)) != number:
+                    raise EspalierError(
+                        f"{name}: class {label!r} has number {wanted} in train and {number} in {split}: give all "
+                        "splits the same classes, or one of them a target_transform"
+                    )
         self._repeats = False
         """Whether the training data were seen to begin an epoch the same way twice."""
         self._place: tuple[int, int, int, int] | None = None
@@ -328,6 +336,19 @@ def _reset(field: Field[Any]) -> str:
 
 def _has_indices(data: Any) -> bool:
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+
+
+def _class_numbers(data: Any) -> dict[str, int]:
+    """Return the numbers that a dataset as torchvision has them gives its classes, by name; none, if they are mapped.
+
+    ``ImageFolder`` counts the folders that it finds: a split that lacks one counts the others otherwise.
+    """
+    while isinstance(data, DataLoader | Subset):
+        data = data.dataset
+    classes, mapped = getattr(data, "classes", None), getattr(data, "target_transform", None) is not None
+    if mapped or not (isinstance(classes, list | tuple) and all(isinstance(label, str) for label in classes)):
+        return {}
+    return {label: number for number, label in enumerate(classes)}
 
 
 def _count_classes(data: Any) -> int | None:
