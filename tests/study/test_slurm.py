@@ -108,6 +108,13 @@ def test_an_interrupted_launcher_leaves_no_job(study: Study) -> None:
     assert steps(study) == [list(range(30))] * 4
 
 
+def test_a_study_may_be_called_what_slurm_takes_for_symbols(tmp_path: Path) -> None:
+    study = plan_study(Recipe(name="r", epochs=2), ["default"], [1e-3], [0], tmp_path / "50%accuracy, 100%j %%")
+    assert launch(study, workers=1, cluster="slurm", run=trial_runners.quick) == ()
+    assert [trial.finished for trial in study.trials()] == [True]
+    assert len(list((study.path / "logs").glob("slurm-*.log"))) == 1
+
+
 def test_a_job_that_slurm_refuses_is_one_line(study: Study) -> None:
     with pytest.raises(EspalierError, match=r"Slurm refuses the job \(.*partition.*--partition=moon") as caught:
         launch(study, cluster="slurm", parameters={"partition": "moon"}, run=trial_runners.counted)

@@ -75,7 +75,7 @@ def _submit(name: str, task: Path, options: Mapping[str, Any]) -> None:
     script = f"#!/bin/sh\nexec {shlex.join(command)}\n"
     fixed = {
         "job-name": name,
-        "output": task.parent.resolve() / "slurm-%j.log",
+        "output": f"{task.parent.resolve()}/".replace("%", "%%") + "slurm-%j.log",  # to Slurm a % begins a symbol
         "open-mode": "append",
         "signal": f"B:USR1@{_WARNING_SECONDS}",
     }
