@@ -63,9 +63,10 @@ def run_jobs(
     except BaseException:
         # The next launch must find the trials free, so wait until the jobs have let go of them.
         deadline = time.monotonic() + _STOP_SECONDS
+        _slurm("scancel", "--me", f"--name={name}")  # once even where the queue does not answer
         while _queued(name) and time.monotonic() < deadline:
-            _slurm("scancel", "--me", f"--name={name}")
             time.sleep(1)
+            _slurm("scancel", "--me", f"--name={name}")
         raise
 
 
