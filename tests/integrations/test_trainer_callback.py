@@ -106,6 +106,7 @@ def test_training_again_writes_nothing_over_what_was_trained(tmp_path: Path) -> 
     training = trainer(tmp_path, model, watch)
     training.train()
     first, weight = watch.watch.initial_weights, model.model.layers[0].self_attn.q_proj.weight
+    written = first["model.layers.0.self_attn.q_proj.weight"]
     with torch.no_grad():
         weight.add_(0.1)
     trained = weight.clone()
@@ -115,6 +116,8 @@ def test_training_again_writes_nothing_over_what_was_trained(tmp_path: Path) -> 
     assert torch.equal(weight, trained)
     assert watch.watch.initial_weights is first
     assert [check.stage for check in watch.watch.checks] == ["start", "end", "start", "end"]
+    trainer(tmp_path, model, watch).train()  # another Trainer is another run
+    assert torch.equal(watch.watch.initial_weights["model.layers.0.self_attn.q_proj.weight"], written)
 
 
 @pytest.mark.parametrize("restored", [False, True])

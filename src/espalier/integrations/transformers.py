@@ -20,8 +20,8 @@ class StructureCallback(TrainerCallback, ExportableState):
 
     The first check comes before the first step, of a resumed run too. Each checkpoint's ``trainer_state.json`` carries
     what was measured when it was saved: a resumed run, and the best model that ``load_best_model_at_end`` loads, are
-    held against that. ``train`` called again, or tried again with smaller batches, goes on with the model as it is:
-    nothing is written over what was trained.
+    held against that. ``train`` of one Trainer called again, or tried again with smaller batches, goes on with the
+    model as it is: nothing is written over what was trained.
 
     Args:
         options: as of ``StructureWatch``: ``structure``, ``seed``, ``against``, ``on_problem``, ``initial_weights``.
@@ -53,6 +53,7 @@ class StructureCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Note what the model carries before a checkpoint is loaded into it."""
+        self._begun = None  # whoever makes another Trainer begins anew
         if model is not None:
             self.watch.attach(model)
 
