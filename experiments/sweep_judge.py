@@ -19,7 +19,7 @@ from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.scratch import fresh, leaves, untraced
 
 # Notes after which the report's figures are not the forward pass's.
-RESCALED = re.compile(r"up to scale|gate|norm|softmax|up to their scale|fixed factors|sink")
+RESCALED = re.compile(r"up to scale|gate|norm|softmax|up to their scale|fixed factors|sink|times the")
 PROBES = 32
 # Filters so narrow that a few channels tell which tap they are drawn around.
 NARROW = espalier.FilterCovariance(sigma0=0.1, v=0.0, a=0.0)
@@ -182,9 +182,12 @@ def judge_row(
     made_up = calls(module, width_of(module), heads_of(module))
     inputs += [one_sequence(module, call.args, call.kwargs) for call in made_up]
     why = ""
+    # Tables of angles may come with a factor (YaRN), for queries and keys each.
+    turned = {f for part in model.modules() if isinstance(f := getattr(part, "attention_scaling", 1.0), float)} - {1.0}
     for args, kwargs in inputs:
         try:
             qk, vo = products(module, args, kwargs)
+            qk += [one / factor**2 for one in qk for factor in turned]
         except Exception as error:
             why = why or f"{type(error).__name__}: {error}".splitlines()[0][:80]
             continue
@@ -264,6 +267,10 @@ def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], fl
     dim = first.shape[channels(module)]
     order = torch.randperm(dim, generator=torch.Generator().manual_seed(4))[:PROBES].tolist()
     qk, vo, scales = 0.0, 0.0, {1.0}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "sink" in name:
+                parameter.fill_(-50.0)  # they take a share of every output
     zero = one_run(module, args, kwargs, keys, torch.zeros(dim, dtype=torch.float64))
     if 0 < heads_of(module, 0) * (first.numel() // dim) < zero[0].numel() // zero[0].shape[-1]:
         raise ValueError("windows are filled up with tokens that are none, which dilute what is seen")
@@ -311,6 +318,8 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
         for handle in handles:
             handle.remove()
     scores = [s for _, s in watch.seen if s.ndim >= 3 and s.shape[-1] - s.shape[-2] in (0, 1)]
+    if scores[0].shape[-1] > scores[0].shape[-2] and not scores[0].amax(-1).any():
+        scores[0] = scores[0] - scores[0][..., -1:]  # of whose rows the largest was taken off: a sink's tells it
     mapped = [part for part in last if isinstance(part, Tensor) and part.shape[axis] == len(token)]
     final = mapped[-1] if mapped and not isinstance(module, nn.MultiheadAttention) else next(leaves(out))
     return scores[0][..., : scores[0].shape[-2]], final.movedim(axis, -1)

@@ -50,6 +50,7 @@ _LEAST = 0.2
 BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
 TERMS = "scores have terms of queries or keys alone, too (relative positions)"
 _FACTORS = (0.4, 2.5)
+_OFF = 1.1
 # How far from 1 the cosine of what must be the product itself may be: code may take it in float32.
 _EXACT = 1e-6
 
@@ -288,7 +289,9 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     if dot < _FOLLOWED * size:
         return BESIDE
     factor = dot / float(product.square().sum())
-    return "" if _FACTORS[0] <= factor <= _FACTORS[1] else f"{what}: {factor:.2g} times {name}"
+    # What follows it roughly has a rough factor.
+    low, high = (1 / _OFF, _OFF) if dot > (1 - _EXACT) * size else _FACTORS
+    return "" if low <= factor <= high else f"{what}: {factor:.2g} times {name}"
 
 
 def _signs(generator: torch.Generator, *shape: int) -> Tensor:

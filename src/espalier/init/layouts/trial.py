@@ -17,6 +17,8 @@ from espalier.init.layouts.scratch import Call, is_bias, is_vector, run
 
 # Keys that are parameters, beside those of tokens.
 _MOST_SINKS = 64
+# A sink's score that leaves all attention to the tokens.
+_NO_SINK = -50.0
 
 
 class Unproven(Exception):
@@ -81,7 +83,7 @@ class Trial:
         self.ends: list[int] = []  # places of outputs, of all that it returns, that the output projection makes
 
     def _leave_sinks_out(self, base: Tensor) -> None:
-        """Keep the columns of tokens alone, where more keys than those are attended to, and set these to zero.
+        """Keep the columns of tokens alone, where more keys than those are attended to, and shut these off.
 
         What no token's key makes is a sink, or a parameter: matrices of the module's own, which the proof can do
         without, as their values meet the output projection and not that of the values.
@@ -98,6 +100,8 @@ class Trial:
                 free = parameter.untyped_storage()._cdata not in held and not is_linear(part) and not is_bias(name)
                 if free and not is_vector(name, parameter):
                     parameter.zero_()
+                elif free and "sink" in name:
+                    parameter.fill_(_NO_SINK)
 
     def to_heads(self, of_groups: Tensor) -> Tensor:
         """Return for each head what its group has."""
