@@ -18,7 +18,8 @@ rows, and only those, show the following, which is tested on random weights and 
    What stands before the projections or after the output (a linear map, a factor, another order) is noted.
 
 Where a score has terms of its query or of its key alone, too (relative positions: q·r, u·k), the same is tested on
-S(q, k) − S(q, 0) − S(0, k) + S(0, 0), which is their product; S(i, i) must then be that of the rows exactly.
+S(q, k) − S(q, 0) − S(0, k) + S(0, 0), which is their product; S(i, i) must then be that of the rows exactly. Where
+values have such terms (v + r), the output is taken less that with values of zero, and must be theirs exactly, too.
 
 Scores are what reaches the softmax; fused kernels are told to take the products one by one, so that it is called.
 """
@@ -48,7 +49,10 @@ _LIKE = 0.5
 # The least share of the largest head's factor that a head's output may have and still be one of its own tokens' values.
 _LEAST = 0.2
 BESIDE = "something stands before its projections or after its output: its products are not those of its tokens"
-TERMS = "scores have terms of queries or keys alone, too (relative positions)"
+TERMS = {
+    "scores": "scores have terms of queries or keys alone, too (relative positions)",
+    "values": "what is attended to has terms beside its values (relative positions)",
+}
 _FACTORS = (0.4, 2.5)
 _OFF = 1.1
 # How far from 1 the cosine of what must be the product itself may be: code may take it in float32.
@@ -73,10 +77,10 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
     except Misfit:
         raise
     except Unproven:
-        if not trial.has_terms():
+        if not (found := trial.terms()):
             raise
-        trial.product_alone = True
-        return "; ".join(filter(None, [_prove(trial), TERMS]))
+        trial.alone = found
+        return "; ".join(filter(None, [_prove(trial), *(TERMS[name] for name in sorted(found))]))
 
 
 def _prove(trial: Trial) -> str:
@@ -172,7 +176,7 @@ def _prove_scores(trial: Trial, base: Seen, generator: torch.Generator) -> list[
         remark = BESIDE if bool((alike_H < _LIKE).any()) else remark
         exact = bool((alike_H > 1 - _EXACT).all())
         notes += [remark] if remark and not (notes and "times" in remark) else []
-    if trial.product_alone and not exact:
+    if "scores" in trial.alone and not exact:
         # What has terms of its own may hold rows of keys among its queries: nothing but the product itself will do.
         raise Unproven("its scores are not the product of its tokens' queries and keys, and terms of either alone")
     return notes
@@ -250,6 +254,8 @@ def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Gene
     tokens_LD, width = _tokens(trial.call, trial.v.shape[-1]), trial.o.shape[-1]
     before = [seen.tokens_LX for seen in looks if seen.tokens_LX is not None and seen.tokens_LX.shape[1] == width]
     if tokens_LD is None or len(before) < len(looks):
+        if "values" in trial.alone:
+            raise Unproven("its output has terms beside its values, and no tokens to tell them apart")
         return ""
     push = PUSH * torch.randn(trial.v.shape, generator=generator, dtype=torch.float64)
     values_HLK = tokens_LD @ trial.to_heads(push).mT
@@ -265,6 +271,8 @@ def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Gene
             raise Unproven(f"the output of head {head} follows its value-output product with the other sign")
         if float(factors.min()) < _LEAST * float(factors.max()):
             return BESIDE  # in a head; all of them together may still follow
+    if "values" in trial.alone and not is_near(moves, by_head.sum(0)):
+        raise Unproven("its output is not the product of values and output projection, and terms beside it")
     remark = _followed(moves, by_head.sum(0), "its output", "the value-output product")
     # What is mean over all tokens does not tell in which order they are; what is not, does.
     apart, wanted = moves - even, (by_head - evenly).sum(0)

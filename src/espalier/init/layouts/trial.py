@@ -79,7 +79,8 @@ class Trial:
         self.v, self.o = by_head(weights.v, self.groups), by_head(weights.out.mT, self.heads)
         self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
         self.columns: Tensor | None = None
-        self.product_alone = False  # whether scores are looked at without terms of queries or of keys alone
+        # Which products are looked at without terms of one of their factors alone: of "scores", and of "values".
+        self.alone: set[str] = set()
         self.ends: list[int] = []  # places of outputs, of all that it returns, that the output projection makes
 
     def _leave_sinks_out(self, base: Tensor) -> None:
@@ -110,18 +111,24 @@ class Trial:
     def look(self, **changed: Tensor) -> Seen:
         """Run with some of q, k, v and o replaced; the copy is left as it was."""
         seen = self._look(changed)
-        if not self.product_alone:
-            return seen
-        no_q, no_k = {"q": torch.zeros_like(self.q)}, {"k": torch.zeros_like(self.k)}
-        of_k, of_q, rest = (self._look({**changed, **less}).scores_HLL for less in (no_q, no_k, {**no_q, **no_k}))
-        product = torch.where(is_open(seen.scores_HLL), seen.scores_HLL - of_q - of_k + rest, seen.scores_HLL)
-        return seen._replace(scores_HLL=product)
+        no_q, no_k, no_v = ({name: torch.zeros_like(getattr(self, name))} for name in ("q", "k", "v"))
+        if "scores" in self.alone:
+            of_k, of_q, rest = (self._look({**changed, **less}).scores_HLL for less in (no_q, no_k, {**no_q, **no_k}))
+            product = torch.where(is_open(seen.scores_HLL), seen.scores_HLL - of_q - of_k + rest, seen.scores_HLL)
+            seen = seen._replace(scores_HLL=product)
+        if "values" in self.alone:
+            rest_of = self._look({**changed, **no_v})
+            tokens = [each.tokens_LX for each in (seen, rest_of)]
+            moved = tokens[0] - tokens[1] if tokens[0] is not None and tokens[1] is not None else None
+            seen = seen._replace(out=seen.out - rest_of.out, tokens_LX=moved)
+        return seen
 
-    def has_terms(self) -> bool:
-        """Return whether scores have terms of queries or keys alone, as those of relative positions are."""
-        no_q, no_k = {"q": torch.zeros_like(self.q)}, {"k": torch.zeros_like(self.k)}
+    def terms(self) -> set[str]:
+        """Return which products have terms of one factor alone beside them, as relative positions make them."""
+        no_q, no_k, no_v, no_o = ({name: torch.zeros_like(getattr(self, name))} for name in ("q", "k", "v", "o"))
         of_k, of_q, rest = (self._look(less).scores_HLL for less in (no_q, no_k, {**no_q, **no_k}))
-        return not (is_close(of_k, rest, rest) and is_close(of_q, rest, rest))
+        found = set() if is_close(of_k, rest, rest) and is_close(of_q, rest, rest) else {"scores"}
+        return found if is_near(self._look(no_v).out, self._look(no_o).out) else {*found, "values"}
 
     def _look(self, changed: Mapping[str, Tensor]) -> Seen:
         kept = {name: getattr(self, name).clone() for name in changed}
