@@ -18,7 +18,7 @@ SPEC = espalier.Mimetic(qk=(0.0, 0.7), vo=(0.0, -0.4))
 class Relative(nn.Module):
     """Self-attention with relative positions, or with a fault beside them.
 
-    Ways: q·r(i − j) of the Music Transformer, of Shaw with v + r; that and k·r; (q + u)·k + (q + w)·r of Transformer-XL;
+    Ways: q·r(i − j) of the Music Transformer, Shaw's with v + r; that and k·r; (q + u)·k + (q + w)·r of Transformer-XL;
     rows and columns of an image apart, as SAM has them.
     """
 
