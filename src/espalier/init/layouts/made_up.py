@@ -81,7 +81,7 @@ def calls(
                 another = partial(torch.randn, second, generator=generator, dtype=torch.float64)
                 values = {p: argument(p, x, another, length, turn, heads, form) for p in needs}
                 supposed = form in _OPEN or isinstance(turn, str)
-                supposed = supposed or any(_is_open(p) and isinstance(values[p], Tensor) for p in needs)
+                supposed = supposed or any(_is_unread(p) and isinstance(values[p], Tensor) for p in needs)
                 yield replace(call_with(first, x, values, length), supposed=supposed)
 
 
@@ -99,12 +99,12 @@ def forms(needs: Collection[inspect.Parameter]) -> list[Form]:
     found = list[Form](["usual"])
     if any("mask" in p.name for p in needs):
         found.append("zero masks")
-    if any(map(_is_open, needs)):
+    if any(map(_is_unread, needs)):
         found += _OPEN
     return found
 
 
-def _is_open(parameter: inspect.Parameter) -> bool:
+def _is_unread(parameter: inspect.Parameter) -> bool:
     """Return whether an argument is needed and nothing says what it is."""
     if parameter.default is not parameter.empty or is_sequence(parameter) or ROTARY_NAME.search(parameter.name):
         return False
