@@ -105,24 +105,26 @@ def test_no_term_hides_a_fault(way: str, fault: str, seed: int) -> None:
 
 
 class Stabilised(Relative):
-    """A sink a head, and the largest of each row taken off before the softmax, as GPT-OSS has it."""
+    """A sink a head, and the largest of each row taken off before the softmax, as GPT-OSS has it, or not."""
 
-    def __init__(self, fault: str = "") -> None:
+    def __init__(self, fault: str = "", stable: bool = True) -> None:
         super().__init__("none", fault)
-        self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.stable, self.sinks = stable, nn.Parameter(torch.randn(HEADS))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.maps())
         k = k.roll(1, 2) if self.fault == "shifted" else -k if self.fault == "turned" else k
         sinks = self.sinks[:, None, None].expand(len(x), -1, x.shape[1], 1)
         scores = torch.cat([q @ k.mT / q.shape[-1] ** 0.5, sinks], -1)
-        weights = (scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., :-1]
+        largest = scores.amax(-1, keepdim=True) if self.stable else 0.0
+        weights = (scores - largest).softmax(-1)[..., :-1]
         return self.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("stable", [True, False])
 @pytest.mark.parametrize("fault", ["", "shifted", "turned"])
-def test_the_largest_of_a_row_may_be_taken_off_it(fault: str) -> None:
-    model = nn.Sequential(nn.LayerNorm(DIM), Stabilised(fault))
+def test_the_largest_of_a_row_may_be_taken_off_it(fault: str, stable: bool) -> None:
+    model = nn.Sequential(nn.LayerNorm(DIM), Stabilised(fault, stable))
     found = [part for _, _, part in find_layers(model) if isinstance(part, AttentionWeights)]
     assert len(found) == (not fault)
 

@@ -44,12 +44,20 @@ def columns_of(scores: Tensor, pushed: Sequence[Tensor]) -> Tensor:
     return columns[:length] if len(columns) == length + 1 else columns
 
 
-def of_tokens(scores: Tensor, columns: Tensor) -> Tensor:
-    """Return columns of scores, without the largest of a row that was taken off it: a sink's tells how much."""
-    [*others] = {*range(scores.shape[-1])} - {*columns.tolist()}
-    if len(others) == 1 and bool((scores.amax(-1) == 0).all()):
-        scores = scores - scores[..., others]
-    return scores[..., columns]
+def sink_of(scores: Tensor, columns: Tensor) -> list[int]:
+    """Return the column of a sink, which tells of the largest that was taken off each row; none where nothing was.
+
+    Args:
+        scores: of weights that are not zero, as of queries and keys of zero all scores may be.
+        columns: of tokens.
+    """
+    others = {*range(scores.shape[-1])} - {*columns.tolist()}
+    return [*others] if len(others) == 1 and bool((scores.amax(-1) == 0).all()) else []
+
+
+def of_tokens(scores: Tensor, columns: Tensor, sink: list[int]) -> Tensor:
+    """Return columns of scores, less that of ``sink_of``."""
+    return (scores - scores[..., sink] if sink else scores)[..., columns]
 
 
 def is_close(a: Tensor, b: Tensor, scores: Tensor) -> bool:

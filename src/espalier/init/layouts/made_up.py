@@ -59,9 +59,11 @@ def calls(
     turned = [p for p in rest if p in needed or p in angles]
     share = width // heads if heads and width % heads == 0 else 8
     # Rotary angles are given where they can be; a layer may want them in a form of its own, and do without.
-    for needs in [turned, needed] if turned != needed else [needed]:
-        rotary = any(ROTARY_NAME.search(p.name) for p in needs)
-        turns: list[Turn] = [*_rotary_shapes(module, share), *_OTHER_TURNS] if rotary else [()]
+    rounds: list[tuple[list[inspect.Parameter], Sequence[Turn]]] = [(turned, _rotary_shapes(module, share))]
+    rounds += [(needed, rounds[0][1])] if turned != needed else []
+    rounds += [(turned, _OTHER_TURNS)] if any(ROTARY_NAME.search(p.name) for p in turned) else []
+    for needs, found in rounds:
+        turns = found if any(ROTARY_NAME.search(p.name) for p in needs) else [()]
         wide = dict.fromkeys([width, *others]) if any(is_sequence(p) or p.name in given for p in needs) else [width]
         counts = [*_lengths(module, (width, share, heads)), *lengths]
         for form, other, length, turn in itertools.product(forms(needs), wide, counts, turns):

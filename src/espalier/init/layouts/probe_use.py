@@ -24,6 +24,7 @@ from espalier.init.layouts.compare import (
     is_open,
     of_tokens,
     same_direction,
+    sink_of,
 )
 from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.owners import calls_of_owner
@@ -90,7 +91,8 @@ def meets_others(
     own = []
     for a, b, a0, b0, base_scores, *pushed in zip(alike, opposed, *without, base.scores, *along_k, strict=True):
         columns = _columns(base_scores, pushed)
-        met = [of_tokens(scores, columns).diagonal(0, -2, -1) for scores in (a, b, a0, b0)]
+        sink = sink_of(base_scores, columns)
+        met = [of_tokens(scores, columns, sink).diagonal(0, -2, -1) for scores in (a, b, a0, b0)]
         own.append((met[0] - met[1] - met[2] + met[3])[is_open(met[0])])
     if any(bool((scores < 0).any()) for scores in own):
         raise Unproven("whoever calls it hands it keys with the other sign")
@@ -104,9 +106,10 @@ def _other_tokens(base: Tensor, by_q: Sequence[Tensor], by_k: Sequence[Tensor]) 
     columns = _columns(base, by_k)
     if len(columns) != base.shape[-2]:
         return True
-    still = of_tokens(base, columns).diagonal(0, -2, -1)
+    sink = sink_of(base, columns)
+    still = of_tokens(base, columns, sink).diagonal(0, -2, -1)
     own_q, own_k = (
-        torch.stack([of_tokens(scores, columns).diagonal(0, -2, -1) - still for scores in pushed])
+        torch.stack([of_tokens(scores, columns, sink).diagonal(0, -2, -1) - still for scores in pushed])
         for pushed in (by_q, by_k)
     )
     return not same_direction(own_q, own_k, is_open(still))

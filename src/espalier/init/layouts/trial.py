@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.init.layouts.compare import PUSH, by_query, by_token, columns_of, is_close, is_near, is_open, of_tokens
+from espalier.init.layouts.compare import (
+    PUSH,
+    by_query,
+    by_token,
+    columns_of,
+    is_close,
+    is_near,
+    is_open,
+    of_tokens,
+    sink_of,
+)
 from espalier.init.layouts.heads_apart import is_linear
 from espalier.init.layouts.registry import AttentionWeights
 from espalier.init.layouts.scratch import Call, is_bias, is_vector, run
@@ -79,6 +89,7 @@ class Trial:
         self.v, self.o = by_head(weights.v, self.groups), by_head(weights.out.mT, self.heads)
         self.width, self.values, self.share = self.k.shape[1], self.v.shape[1], self.heads // self.groups
         self.columns: Tensor | None = None
+        self.sink: list[int] = []
         # Which products are looked at without terms of one of their factors alone: of "scores", and of "values".
         self.alone: set[str] = set()
         self.ends: list[int] = []  # places of outputs, of all that it returns, that the output projection makes
@@ -95,6 +106,7 @@ class Trial:
             run(self.module, self.call)
         self.k.copy_(kept)
         self.columns = columns_of(base, [s for s in map(by_query, seen.inputs) if s.shape == base.shape])
+        self.sink = sink_of(base, self.columns)
         held = {part.untyped_storage()._cdata for part in (self.q, self.k, self.v, self.o)}
         for part in self.module.modules():
             for name, parameter in part.named_parameters(recurse=False):
@@ -169,7 +181,9 @@ class Trial:
         length = self.call.length
         inputs = list(map(by_query, inputs))
         if self.columns is not None:
-            inputs = [of_tokens(s, self.columns) if s.shape[-2] == length < s.shape[-1] else s for s in inputs]
+            inputs = [
+                of_tokens(s, self.columns, self.sink) if s.shape[-2] == length < s.shape[-1] else s for s in inputs
+            ]
         square = [s for s in inputs if s.shape[-2:] == (length, length)]
         fits = [s for s in square if s.numel() == self.heads * length**2]
         if len(square) == self.heads > 1 and all(s.numel() == length**2 for s in square):
