@@ -123,6 +123,8 @@ class Trial:
     def look(self, **changed: Tensor) -> Seen:
         """Run with some of q, k, v and o replaced; the copy is left as it was."""
         seen = self._look(changed)
+        if not self.alone:
+            return seen
         no_q, no_k, no_v = ({name: torch.zeros_like(getattr(self, name))} for name in ("q", "k", "v"))
         if "scores" in self.alone:
             of_k, of_q, rest = (self._look({**changed, **less}).scores_HLL for less in (no_q, no_k, {**no_q, **no_k}))
