@@ -161,6 +161,12 @@ def test_architecture_page_shows_the_tree_as_it_is() -> None:
     assert writer["PAGE"].read_text() == writer["page"](), "run: python docs/write_tree.py"
 
 
+def test_files_beside_the_library_stay_short_too() -> None:
+    root = SOURCE.parent.parent
+    paths = [path for room in ("tests", "experiments", "benchmarks") for path in (root / room).rglob("*.py")]
+    assert not [str(path) for path in paths if path.read_text().count("\n") > 400]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text()
