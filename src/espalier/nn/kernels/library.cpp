@@ -20,9 +20,14 @@ int64_t last_cache() {
   return 0;
 }
 }  // namespace
-int64_t espalier_last_cache = last_cache();
+// A server's larger ones are shared by many cores and lie far from each: to one, they are as good as this.
+int64_t espalier_last_cache = std::min<int64_t>(last_cache(), 32 << 20);
 
 ESPALIER_API void espalier_set_team(Team team) { espalier_team = team; }
+
+ESPALIER_API int espalier_same(const void* a, const void* b, int64_t bytes) {
+  return !std::memcmp(a, b, size_t(bytes));
+}
 
 // The highest level n of x86-64-vn that processor and operating system support, 5 for the fourth with AVX512-BF16, 0
 // below the second and elsewhere. It is asked of the library of the lowest level, which is safe to run before the answer

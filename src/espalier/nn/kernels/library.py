@@ -69,6 +69,7 @@ def open_library(path: Path) -> ctypes.CDLL:
                 raise KernelError(f"{path.name} was built from other sources: {kind.kernel} takes {size()} bytes there")
         library.espalier_set_team.argtypes = [ctypes.c_void_p]
         library.espalier_set_team(_team())
+        library.espalier_same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     except (OSError, AttributeError) as error:
         raise KernelError(f"cannot use {path.name}: {error}") from error
     return library
@@ -139,6 +140,11 @@ def _plain_keys() -> frozenset[int]:
     with torch.inference_mode(False):
         plain = torch.empty(0, device="cpu")
     return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (plain, of_inference))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two contiguous tensors of one dtype and shape, which are ``usable``, hold the same bits."""
+    return bool(_library()[1].espalier_same(one.data_ptr(), other.data_ptr(), one.nbytes))
 
 
 def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:

@@ -21,7 +21,7 @@ constexpr int kRows = kBytes == 64 ? 12 : 6;
 constexpr int kPad = kBytes == 64 ? 16 : 8;  // rows a packed tile has room for
 constexpr int64_t kDepth = 128;  // of one pass over k: a panel and the rows of a tile stay in the first cache
 constexpr int64_t kTall = 72;    // rows of a packed together
-constexpr int kPanels = 64 / kBytes;  // columns of b packed together fill a cache line
+constexpr int kPanels = 128 / kBytes;  // columns of b packed together fill two cache lines, which Intel fetches in pairs
 constexpr int64_t kLeaf = 16;
 
 template <class T> struct View {
@@ -181,8 +181,9 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
         const int64_t chunk = depth * together, chunks = (m * k + chunk - 1) / chunk;
         // The tiles fetch in turn the next real parts of b, its imaginary parts, and the next a as if in one piece.
         const auto fetched = [&](int64_t turn) {
-          if (turn < 2) return Ahead<T>{turn ? next.im : next.re, step};
-          turn -= 2;
+          constexpr int lines = together * int(sizeof(T)) / 64;
+          if (turn < 2 * lines) return Ahead<T>{(turn % 2 ? next.im : next.re) + turn / 2 * (64 / int(sizeof(T))), step};
+          turn -= 2 * lines;
           if (!last || turn >= 2 * chunks) return Ahead<T>{panels, 0};
           return Ahead<T>{(turn < chunks ? a.re : a.im) + a_next + turn % chunks * chunk, together};
         };

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.nn.kernels.split_complex import same
 from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, without_autocast
 
 # Note [Contents, not versions]
@@ -81,10 +82,7 @@ class OperatorCache:
         return result
 
     def _planes(self, key: tuple[Hashable, torch.dtype], parameters: Sequence[Tensor], build: Build) -> Tensor:
-        current = len(parameters) == len(self._contents) and all(
-            now.device == then.device and now.dtype == then.dtype and torch.equal(now, then)
-            for now, then in zip(parameters, self._contents, strict=True)
-        )
+        current = len(parameters) == len(self._contents) and all(map(same, parameters, self._contents))
         if not current:
             self._entries = {}
             self._contents = [parameter.detach().clone() for parameter in parameters]
