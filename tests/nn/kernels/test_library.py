@@ -183,24 +183,25 @@ def test_a_call_names_every_argument() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "damaged", "chosen"),
+    ("level", "fast_pairs", "damaged", "chosen"),
     [
-        (5, (), "v4_bf16"),
-        (4, (), "v4"),
-        (3, (), "v3"),
-        (2, (), "v2"),
-        (5, ("v4_bf16",), "v4"),
-        (4, ("v4",), "v3"),
-        (3, ("v3",), "v2"),
+        (5, 1, (), "v4_bf16"),
+        (5, 0, (), "v4"),  # it can run, and is slower
+        (4, 0, (), "v4"),
+        (3, 1, (), "v3"),
+        (2, 0, (), "v2"),
+        (5, 1, ("v4_bf16",), "v4"),
+        (4, 0, ("v4",), "v3"),
+        (3, 0, ("v3",), "v2"),
     ],
 )
 def test_the_best_library_for_the_processor_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, level: int, damaged: tuple[str, ...], chosen: str
+    monkeypatch: pytest.MonkeyPatch, level: int, fast_pairs: int, damaged: tuple[str, ...], chosen: str
 ) -> None:
     def pretend(path: Path) -> SimpleNamespace:
         if path.stem in {f"x86_64_{name}" for name in damaged}:
             raise KernelError("damaged")
-        return SimpleNamespace(espalier_processor_level=lambda: level)
+        return SimpleNamespace(espalier_processor_level=lambda: level, espalier_fast_pairs=lambda: fast_pairs)
 
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(library, "open_library", pretend)

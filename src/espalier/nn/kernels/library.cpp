@@ -55,3 +55,13 @@ ESPALIER_API int espalier_processor_level() {
   return 0;
 #endif
 }
+
+// Whether a product of pairs of bfloat16 beats two in single precision: measured so on AMD, and a quarter slower on Intel.
+ESPALIER_API int espalier_fast_pairs() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+#else
+  return 0;
+#endif
+}

@@ -84,6 +84,8 @@ def _library() -> tuple[Path, ctypes.CDLL]:
     if len(paths) == 1:
         return paths[0], lowest
     level = lowest.espalier_processor_level()
+    if level == _X86_LEVELS["x86_64_v4_bf16"] and not lowest.espalier_fast_pairs():
+        level -= 1
     complaint = f"this processor is below {paths[-1].stem}"
     for path in paths:
         if _X86_LEVELS[path.stem] <= level:
