@@ -20,7 +20,6 @@ _HEAD = """\
 
 Times of every contender of a row were taken in one run, in turns, on a virtual machine with two cores that little else
 used. They drift from run to run; the ratios of medians are the result, and the ratios of least times stand beside them.
-Where a line was typed in from a table that was printed before there were records, it has ratios only, and says so.
 """
 
 
@@ -61,9 +60,8 @@ SECTIONS = (
     Section(
         "convmixer",
         "ConvMixer",
-        "Ours beside the paper's plain definition and timm's class, in both layouts. Cases that end with *a process*\n"
-        "*each* time every way in a process of its own, as a user has it, at its whole depth. In the others two\n"
-        "blocks of all ways shared one process, whose heap hid what a way pays for fresh pages at every call.",
+        "Ours beside the paper's plain definition and timm's class, in both layouts, every way in a process of its\n"
+        "own, as a user has it: what one pays for fresh pages at every call shows.",
         "python benchmarks/convmixer.py --threads 1 --rounds 7 --shapes 256/8-k5-p2 256/8-k9-p2 --record FILE",
     ),
     Section(
@@ -108,11 +106,7 @@ SECTIONS = (
     ),
 )
 
-_ORIGINAL, _FREE, _TIMM = (
-    ("original",),
-    ("Conv2d, circular",),
-    ("timm, better layout", "timm, contiguous", "timm, channels_last"),
-)
+_ORIGINAL, _FREE, _TIMM = ("original",), ("Conv2d, circular",), ("timm, contiguous", "timm, channels_last")
 _OURS = ("ours, contiguous", "ours, channels_last")
 _PEERS = ("transformers, parallel scan", "mamba.py's parallel scan")
 _CHUNKED = ("transformers, chunk 256 (default)", "transformers, chunk 64", "minimal listing, chunk 64")
@@ -144,12 +138,9 @@ TARGETS = (
 )
 
 
-def ratios(line: Line, target: Target) -> tuple[float, float | None] | None:
+def ratios(line: Line, target: Target) -> tuple[float, float] | None:
     """Return how many times slower the best rival is than the best of ours, by medians and by least times."""
     rows = line["rows"]
-    if "typed" in line:
-        found = (rows.get(ours, {}).get(rival) for ours in target.ours for rival in target.rivals)
-        return next(((pair[0], pair[1]) for pair in found if pair), None)
     if not any(n in rows for n in target.ours) or not any(n in rows for n in target.rivals):
         return None
 
@@ -160,11 +151,11 @@ def ratios(line: Line, target: Target) -> tuple[float, float | None] | None:
     return median, least
 
 
-def met(lines: Sequence[Line]) -> list[tuple[Target, str, dict[str, tuple[float, float | None]]]]:
+def met(lines: Sequence[Line]) -> list[tuple[Target, str, dict[str, tuple[float, float]]]]:
     """Return for every target and case what each processor gave."""
     found = []
     for target in TARGETS:
-        cases: dict[str, dict[str, tuple[float, float | None]]] = {}
+        cases: dict[str, dict[str, tuple[float, float]]] = {}
         for line in lines:
             if line["benchmark"] != target.benchmark or not all(word in line["case"] for word in target.words):
                 continue
@@ -197,7 +188,7 @@ def _targets(lines: Sequence[Line]) -> tuple[str, list[str]]:
             asked = not ("bf16" in target.words and "AMX" not in processor)
             good, all_ = counts[processor]
             counts[processor] = good + (asked and median >= target.bar), all_ + asked
-            shown = f"{median:.1f}" + ("" if least is None else f" ({least:.1f})")
+            shown = f"{median:.1f} ({least:.1f})"
             cells.append(f"*{shown}*" if asked and median < target.bar else shown)
         names = "best" if len(target.rivals) > 1 else target.rivals[0]
         ours = "ours" if len(target.ours) > 1 else target.ours[0]
@@ -208,8 +199,8 @@ def _targets(lines: Sequence[Line]) -> tuple[str, list[str]]:
 
 def _section(section: Section, lines: Sequence[Line]) -> list[str]:
     text = ["", f"## {section.title}", "", section.text, "", "```", section.command, "```"]
-    for processor in sorted({line["processor"] for line in lines if "typed" not in line}):
-        here = [line for line in lines if line["processor"] == processor and "typed" not in line]
+    for processor in sorted({line["processor"] for line in lines}):
+        here = [line for line in lines if line["processor"] == processor]
         names = list(dict.fromkeys(name for line in here for name in line["rows"]))
         first = here[0]
         settings = {name: sorted({line["setting"][name] for line in here}) for name in first["setting"]}
@@ -227,9 +218,6 @@ def _section(section: Section, lines: Sequence[Line]) -> list[str]:
         for line in here:
             cells = [_cell(line["rows"][name]) if name in line["rows"] else "–" for name in names]
             text.append(f"| {line['case']} | {' | '.join(cells)} |")
-    for line in lines:
-        if "typed" in line and line["typed"] not in text:
-            text += ["", line["typed"]]
     return text
 
 

@@ -80,11 +80,15 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, 
 
 
 def _convolve_backward(
-    x: Tensor, weight: Tensor, dy: Tensor, add: Tensor | None, padding: Padding, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x (plus ``add``), weight and bias, None where they are not wanted."""
+    x: Tensor, weight: Tensor, dy: Tensor, add: Tensor | None, padding: Padding, wanted: tuple[bool, bool, bool],
+    *, in_place: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of x (plus ``add``), weight and bias, None where they are not wanted.
+
+    The first is in the memory of dy, which is as large then, if ``in_place``: fresh memory is slow.
+    """
     shares = max(1, min(_SHARES, x.shape[0]))
-    dx = _empty(x, *x.shape) if wanted[0] else None
+    dx = (dy if in_place else _empty(x, *x.shape)) if wanted[0] else None
     dtaps = weight.new_empty(shares, weight[0].numel(), len(weight)) if wanted[1] else None
     dbias = weight.new_empty(shares, len(weight)) if wanted[2] else None
     tensors = {"x": x, "dy": dy, "add": add, "taps": _taps(weight), "dx": dx, "dtaps": dtaps, "dbias": dbias}
@@ -216,5 +220,5 @@ class _Mix(torch.autograd.Function):
         dy = _channels_last(dy)
         du, *of_norm = _normalise_backward(u, bias, weight, statistics, dy, *ctx.sizes)
         wanted = (*ctx.needs_input_grad[:2], False)
-        dx, dtaps, _none = _convolve_backward(x, taps, du, dy, ctx.padding, wanted)
+        dx, dtaps, _none = _convolve_backward(x, taps, du, dy, ctx.padding, wanted, in_place=True)
         return dx, dtaps, *of_norm, None, None
