@@ -59,7 +59,9 @@ def test_original_takes_our_weights() -> None:
     torch.testing.assert_close(original(x), ours(x))
 
 
-@pytest.mark.parametrize("wrapped", ["", "module.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize(
+    "wrapped", ["", "module.", "module._orig_mod.", "_fsdp_wrapped_module.", "model.", "net.model."]
+)
 @pytest.mark.parametrize("nested", [None, "state_dict", "model", "state_dict_ema"])
 def test_files_of_every_origin(tmp_path: Path, wrapped: str, nested: str | None) -> None:
     net = trained_original()
@@ -84,6 +86,13 @@ def test_weights_that_are_no_real_numbers_are_refused(tmp_path: Path, dtype: tor
         load_model(tmp_path / "w.pt")
     assert main(["convert", str(tmp_path / "w.pt")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_complex_counters_are_refused(tmp_path: Path) -> None:
+    state = trained_original().state_dict()
+    torch.save({**state, "2.num_batches_tracked": torch.tensor(1j)}, tmp_path / "w.pt")
+    with pytest.raises(EspalierError, match=r"1 no real numbers: stem\.2\.num_batches_tracked"):
+        load_model(tmp_path / "w.pt")
 
 
 def test_safetensors_and_models_of_every_shape(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ _STEM_MODULES = 3
 # Between the last block and the head of the original stand the pooling and the flattening.
 _MODULES_BEFORE_HEAD = 2
 _PLACE = re.compile(r"((?:stem\.|blocks\.)?\d+|head)(?:\.|$)")
+_OWN = re.compile(r"(\d+|stem|blocks|head)(\.|$)")  # how a name begins that nothing holds
 _SHOWN = 3
 
 
@@ -39,7 +40,8 @@ def load_checkpoint_file(path: str | Path) -> State:
 
     Files that end in ``.safetensors`` are read as such, all others by ``torch.load(weights_only=True)``: code in them
     is not run. Weights may lie under ``state_dict``, ``model`` or their averaged counterparts, and under the names
-    that DDP (``module.``), torch.compile and other wrappers give them.
+    that DDP (``module.``), torch.compile and other wrappers give them, or one under which another module, such as a
+    Lightning one, held the whole net.
 
     Args:
         path: the file.
@@ -51,8 +53,11 @@ def load_checkpoint_file(path: str | Path) -> State:
     state = read_tensors(path)
     plain = {plain_name(name): tensor for name, tensor in state.items()}
     state = plain if len(plain) == len(state) else state
+    bare = state
+    while not any(map(_OWN.match, bare)) and len({name.partition(".")[0] for name in bare if "." in name}) == 1:
+        bare = {name.partition(".")[2] or name: tensor for name, tensor in bare.items()}
     try:
-        state = convert_state(state, "espalier")
+        state = convert_state(bare if any(map(_OWN.match, bare)) else state, "espalier")
         with torch.device("meta"):
             expected = ConvMixer(**model_arguments(state)).state_dict()
         _refuse_misfits(state, expected)
@@ -148,12 +153,9 @@ def _refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     # Files from before torch 0.4.1 lack the counters; nothing but a momentum of None reads them.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in expected]
-    wrong = [
-        f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    unreal = [n for n in expected if n in state and expected[n].is_floating_point() > state[n].is_floating_point()]
+    present = [(name, expected[name], state[name]) for name in expected if name in state]
+    wrong = [f"{n} {tuple(t.shape)} for {tuple(want.shape)}" for n, want, t in present if t.shape != want.shape]
+    unreal = [n for n, want, t in present if t.is_complex() or want.is_floating_point() > t.is_floating_point()]
     found = (
         ("missing", missing), ("unexpected", unexpected), ("of another shape", wrong), ("no real numbers", unreal),
     )  # fmt: skip
