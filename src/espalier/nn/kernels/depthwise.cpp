@@ -242,7 +242,7 @@ template <class S> void run(const DepthwiseForward<S>& a) {
 }
 
 // dx = (add +) the correlation of dy with the turned taps; dtaps (shares, R·S, C), dbias (shares, C). Null pointers
-// stand for what is not wanted. dx may be dy where they are as large: each map is in its frame before it is written.
+// stand for what is not wanted. dx may be dy if they are as large: a map is in its frame before it is written.
 template <class S> struct DepthwiseBackward {
   int64_t size, threads;
   const S *x, *dy, *add;

@@ -21,7 +21,7 @@ constexpr int kRows = kBytes == 64 ? 12 : 6;
 constexpr int kPad = kBytes == 64 ? 16 : 8;  // rows a packed tile has room for
 constexpr int64_t kDepth = 128;  // of one pass over k: a panel and the rows of a tile stay in the first cache
 constexpr int64_t kTall = 72;    // rows of a packed together
-constexpr int kPanels = 128 / kBytes;  // columns of b packed together fill two cache lines, which Intel fetches in pairs
+constexpr int kPanels = 128 / kBytes;  // columns of b packed together fill two cache lines: Intel fetches pairs
 constexpr int64_t kLeaf = 16;
 
 template <class T> struct View {
@@ -182,7 +182,8 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
         // The tiles fetch in turn the next real parts of b, its imaginary parts, and the next a as if in one piece.
         const auto fetched = [&](int64_t turn) {
           constexpr int lines = together * int(sizeof(T)) / 64;
-          if (turn < 2 * lines) return Ahead<T>{(turn % 2 ? next.im : next.re) + turn / 2 * (64 / int(sizeof(T))), step};
+          const int64_t line = turn / 2 * (64 / int64_t(sizeof(T)));
+          if (turn < 2 * lines) return Ahead<T>{(turn % 2 ? next.im : next.re) + line, step};
           turn -= 2 * lines;
           if (!last || turn >= 2 * chunks) return Ahead<T>{panels, 0};
           return Ahead<T>{(turn < chunks ? a.re : a.im) + a_next + turn % chunks * chunk, together};

@@ -29,6 +29,7 @@ def compiled(*tensors: Tensor) -> bool:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same numbers; a NaN is one where the kernels run, in a sixth of the time."""
+    one, other = one.detach(), other.detach()  # hold the memory, should another thread give a parameter a new one
     if one.device != other.device or one.dtype != other.dtype or one.shape != other.shape:
         return False
     if one.is_contiguous() and other.is_contiguous() and compiled(one, other):

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-// Bytes of the last cache, as far as one core can count on it; 0 if they are unknown. Visible, so that tests may say less.
+// Bytes of the last cache, as far as a core can count on it; 0 if they are unknown. Visible: tests may say less.
 extern "C" __attribute__((visibility("default"))) int64_t espalier_last_cache;
 
 namespace {
