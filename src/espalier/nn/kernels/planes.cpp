@@ -178,15 +178,14 @@ void multiply_with(View<const T> a, View<const T> b, View<T> c, int64_t m, int64
         const View<const T> next = last      ? View<const T>{b.re + b_next, b.im + b_next, 0, 0}
                                    : j1 == n ? b.block(p + depth, 0)
                                              : b.block(p, j1);
-        const int64_t chunk = depth * together, chunks = (m * k + chunk - 1) / chunk;
-        // The tiles fetch in turn the next real parts of b, its imaginary parts, and the next a as if in one piece.
+        constexpr int64_t line = 64 / int64_t(sizeof(T)), lines = together / line;
+        const int64_t chunk = depth * line, chunks = (m * k + chunk - 1) / chunk;
+        // The tiles fetch in turn the next lines of b's real and imaginary parts, and the next a as if in one piece.
         const auto fetched = [&](int64_t turn) {
-          constexpr int lines = together * int(sizeof(T)) / 64;
-          const int64_t line = turn / 2 * (64 / int64_t(sizeof(T)));
-          if (turn < 2 * lines) return Ahead<T>{(turn % 2 ? next.im : next.re) + line, step};
+          if (turn < 2 * lines) return Ahead<T>{(turn % 2 ? next.im : next.re) + turn / 2 * line, step};
           turn -= 2 * lines;
           if (!last || turn >= 2 * chunks) return Ahead<T>{panels, 0};
-          return Ahead<T>{(turn < chunks ? a.re : a.im) + a_next + turn % chunks * chunk, together};
+          return Ahead<T>{(turn < chunks ? a.re : a.im) + a_next + turn % chunks * chunk, line};
         };
         int64_t turn = 0;
         for (int64_t j = j0; j < j1; j += L)
