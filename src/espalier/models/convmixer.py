@@ -196,7 +196,9 @@ class ConvMixer(TimmContract, HubModel):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map and classify: to (B, classes), or (B, h) with ``pre_logits``; without pooling return the map."""
-        pooled = self.head_drop(x.flatten(2).mean(-1) if self.global_pool else x)
+        # Channels go last for the mean, so that its gradient comes in the layout that the blocks need.
+        pixels = tuple(range(1, 1 + self.spatial_dims))
+        pooled = self.head_drop(x.movedim(1, -1).mean(pixels) if self.global_pool else x)
         return pooled if pre_logits or not self.global_pool else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:

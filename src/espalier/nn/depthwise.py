@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
-from espalier.nn.kernels.depthwise import Norm, Padding, depthwise, gelu_norm, mix
+from espalier.nn.kernels.depthwise import Norm, Padding, depthwise, gelu_norm, mix, point
 from espalier.nn.kernels.library import usable
 from espalier.nn.plain import computes_as, is_watched, remember
 from espalier.nn.precision import is_tracing
@@ -67,10 +67,16 @@ def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module)
     """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of torch's, called one by one else."""
     if not (_is_convolution(conv) and conv.padding_mode == "zeros" and _takes_norm(x, conv, act, norm)):
         return norm(act(conv(x)))
-    x = x.contiguous(memory_format=torch.channels_last)
+    assert isinstance(norm, nn.BatchNorm2d)
+    narrow, weight = _autocast(x), _autocast(conv.weight)
+    if _is_product(conv, narrow) and narrow.dtype == weight.dtype and not _lacks_values(norm, narrow):
+        return _track(norm, *point(narrow, weight.flatten(1), _summed(conv.bias, narrow), _norm(norm, narrow)))
     # The bias is added where GELU is computed.
+    x = x.contiguous(memory_format=torch.channels_last)
     u = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return norm(act(conv(x))) if _lacks_values(norm, u) else _gelu_norm(u, conv.bias, norm)
+    if _lacks_values(norm, u):
+        return norm(act(conv(x)))
+    return _track(norm, *gelu_norm(u, _summed(conv.bias, u), _norm(norm, u)))
 
 
 def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
@@ -82,21 +88,12 @@ def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) ->
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     taps, bias = _summed(conv.weight, x), _summed(conv.bias, x)
-    y, mean, variance = mix(x, taps, bias, _norm(norm, x), _padding(conv))
-    _track(norm, mean, variance, x)
-    return y
+    return _track(norm, *mix(x, taps, bias, _norm(norm, x), _padding(conv)))
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     x = _autocast(x)
     return depthwise(x, _summed(conv.weight, x), _summed(conv.bias, x), _padding(conv))
-
-
-def _gelu_norm(u: Tensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
-    assert isinstance(norm, nn.BatchNorm2d)
-    y, mean, variance = gelu_norm(u, _summed(bias, u), _norm(norm, u))
-    _track(norm, mean, variance, u)
-    return y
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -127,17 +124,18 @@ def _lacks_values(norm: nn.Module, u: Tensor) -> bool:
     return not _is_fixed(norm) and u.numel() == u.shape[1]
 
 
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, x: Tensor) -> None:
-    """Move the running statistics as ``nn.BatchNorm2d`` does: unbiased variance; momentum None averages all."""
+def _track(norm: nn.BatchNorm2d, y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Move the running statistics as ``nn.BatchNorm2d`` does: unbiased variance, momentum None averages; return y."""
     if not norm.training or not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
-        return
-    count = x.numel() // x.shape[1]
+        return y
+    count = y.numel() // y.shape[1]
     assert norm.num_batches_tracked is not None
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
         norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    return y
 
 
 def _padding(conv: nn.Conv2d) -> Padding:
@@ -155,6 +153,12 @@ def _keeps_size(conv: nn.Module) -> bool:
     assert isinstance(conv, nn.Conv2d)
     top, bottom, left, right = _padding(conv)
     return (top + bottom, left + right) == tuple(k - 1 for k in conv.kernel_size)
+
+
+def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return whether each pixel of x is multiplied by one matrix."""
+    alone = conv.kernel_size == conv.stride == (1, 1) and conv.padding in ("same", "valid", (0, 0))
+    return alone and conv.groups == 1 and x.shape[1] == conv.in_channels
 
 
 def _takes_convolution(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
@@ -205,7 +209,7 @@ def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:
         kinds = {torch.float32, torch.bfloat16}
     else:
         kinds = {x.dtype, torch.float32} if x.dtype == torch.bfloat16 else {x.dtype}
-    return all(t is None or t.dtype in kinds for t in (x, *parameters))
+    return {tensor.dtype for tensor in (x, *parameters) if tensor is not None} <= kinds
 
 
 def _is_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:

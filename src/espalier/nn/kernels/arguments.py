@@ -213,35 +213,53 @@ BLOCKS = _arguments(
 
 
 def _depthwise(s: Any) -> dict[str, int]:
-    taps, shares = s.rows * s.columns * s.channels, getattr(s, "shares", 0)
     return {
-        "x dx add": s.batch * s.height * s.width * s.channels,
-        "y dy": s.batch * s.out_height * s.out_width * s.channels,
-        "taps": taps,
-        "bias weight shift mean variance": s.channels,
-        "dtaps": shares * taps,
-        "dbias": shares * s.channels,
+        "x dx": s.batch * s.height * s.width * s.channels,
+        "y dy u": s.batch * s.out_height * s.out_width * s.channels,
+        "filters dfilters": s.channels * s.rows * s.columns,
+        "bias dbias weight shift mean variance dweight dshift": s.channels,
+        "moments": s.batch * 2 * s.channels,
     }
 
 
 _DEPTHWISE = "batch height width channels rows columns top left out_height out_width"
 DEPTHWISE_FORWARD = _arguments(
-    "depthwise_forward", "x taps bias weight shift mean variance y", _DEPTHWISE, _depthwise, "eps", maps="x y"
+    "depthwise_forward",
+    "x filters bias weight shift mean variance y moments",
+    _DEPTHWISE,
+    _depthwise,
+    "eps",
+    maps="x y",
 )
 DEPTHWISE_BACKWARD = _arguments(
-    "depthwise_backward", "x dy add taps dx dtaps dbias", f"{_DEPTHWISE} shares", _depthwise, maps="x dy add dx"
+    "depthwise_backward",
+    "x dy u weight mean variance dweight dshift filters dx dfilters dbias",
+    f"{_DEPTHWISE} fixed",
+    _depthwise,
+    "eps",
+    maps="x dy u dx",
 )
 
 
 def _gelu_norm(s: Any) -> dict[str, int]:
     sums = "bias weight shift mean variance dbias dweight dshift"
-    return {"u residual y dy du": s.rows * s.channels, sums: s.channels}
+    moments = getattr(s, "parts", 0) * 2 * s.channels
+    return {"u residual y dy du": s.rows * s.channels, sums: s.channels, "moments": moments}
 
 
-_GELU_NORM = "rows channels fixed", _gelu_norm, "eps"
 GELU_NORM_FORWARD = _arguments(
-    "gelu_norm_forward", "u residual bias weight shift y mean variance", *_GELU_NORM, maps="u residual y"
+    "gelu_norm_forward",
+    "u residual bias weight shift moments y mean variance",
+    "rows channels fixed parts",
+    _gelu_norm,
+    "eps",
+    maps="u residual y",
 )
 GELU_NORM_BACKWARD = _arguments(
-    "gelu_norm_backward", "u dy bias weight mean variance du dbias dweight dshift", *_GELU_NORM, maps="u dy du"
+    "gelu_norm_backward",
+    "u dy bias weight mean variance du dbias dweight dshift",
+    "rows channels fixed",
+    _gelu_norm,
+    "eps",
+    maps="u dy du",
 )

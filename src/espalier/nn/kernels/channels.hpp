@@ -62,19 +62,4 @@ template <class S> inline void write(S* to, Vec<Sum<S>> v, int64_t count) {
   std::memcpy(to, part, size_t(count) * sizeof(S));
 }
 
-// What batch norm with given statistics does to a block of channels: scale·value + shift. `a` holds γ, β, the mean, the
-// variance and ε by those names of its kernel.
-template <class T> struct Affine { Vec<T> scale{}, shift{}; };
-template <class A> auto affine(const A& a, int64_t c, int64_t count) {
-  using Value = std::remove_cv_t<std::remove_pointer_t<decltype(a.weight)>>;
-  Affine<Value> to;
-  for (int64_t v = 0; v < kLanes<Value>; v++) {
-    const int64_t at = c + std::min(v, count - 1);
-    const double scale = double(a.weight[at]) / std::sqrt(double(a.variance[at]) + a.eps);
-    to.scale[v] = Value(scale);
-    to.shift[v] = Value(double(a.shift[at]) - scale * double(a.mean[at]));
-  }
-  return to;
-}
-
 }  // namespace

@@ -19,12 +19,9 @@ from espalier.nn.kernels.arguments import (
     GELU_NORM_FORWARD,
 )
 from espalier.nn.kernels.cpu import needs_grad
-from espalier.nn.kernels.library import call
+from espalier.nn.kernels.library import call, on_large_pages
 
 Padding = tuple[int, int, int, int]  # rows of zeros above and below, columns left and right
-
-# Shares of the batch whose weight gradients are summed apart, fixed so that results do not depend on the threads.
-_SHARES = 8
 
 
 class Norm(NamedTuple):
@@ -42,12 +39,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _taps(weight_C1RS: Tensor) -> Tensor:
-    """Return the taps (R·S, C)."""
-    return weight_C1RS.flatten(1).t().contiguous()
+    fresh = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return on_large_pages(fresh)
 
 
 def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
@@ -67,34 +60,40 @@ def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
     }
 
 
-_NO_NORM = {"weight": None, "shift": None, "eps": 0.0, "mean": None, "variance": None}
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, norm: Norm | None = None,
+    moments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the convolution c, or with a norm of given statistics ``x + norm(GELU(c))``.
 
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding, norm: Norm | None = None) -> Tensor:
-    """Return the convolution c, or with a norm of given statistics ``x + norm(GELU(c))``."""
+    ``moments`` (B, 2, C) is filled with GELU(c)'s mean over each image, and the sum of squares about it.
+    """
     sizes = _sizes(x, weight, padding)
     y = _empty(x, *x.shape[:2], sizes["out_height"], sizes["out_width"])
-    given = _NO_NORM if norm is None else norm._asdict()
-    call(DEPTHWISE_FORWARD, x.dtype, x=x, taps=_taps(weight), bias=bias, **given, y=y, **sizes)
+    after = dict.fromkeys(Norm._fields) | {"eps": 0.0} if norm is None else norm._asdict()
+    call(
+        DEPTHWISE_FORWARD, x.dtype, x=x, filters=weight.contiguous(), bias=bias, **after, y=y, moments=moments, **sizes
+    )
     return y
 
 
 def _convolve_backward(
-    x: Tensor, weight: Tensor, dy: Tensor, add: Tensor | None, padding: Padding, wanted: tuple[bool, bool, bool],
-    *, in_place: bool = False,
+    x: Tensor, weight: Tensor, dy: Tensor, padding: Padding, wanted: tuple[bool, bool, bool],
+    after: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of x (plus ``add``), weight and bias, None where they are not wanted.
+    """Return the gradients of x, weight and bias, None where they are not wanted.
 
-    The first is in the memory of dy, which is as large then, if ``in_place``: fresh memory is slow.
+    ``after`` holds what the kernel takes of a batch norm after GELU and of its gradient, and then x is added to y.
     """
-    shares = max(1, min(_SHARES, x.shape[0]))
-    dx = (dy if in_place else _empty(x, *x.shape)) if wanted[0] else None
-    dtaps = weight.new_empty(shares, weight[0].numel(), len(weight)) if wanted[1] else None
-    dbias = weight.new_empty(shares, len(weight)) if wanted[2] else None
-    tensors = {"x": x, "dy": dy, "add": add, "taps": _taps(weight), "dx": dx, "dtaps": dtaps, "dbias": dbias}
-    call(DEPTHWISE_BACKWARD, x.dtype, **tensors, **_sizes(x, weight, padding), shares=shares)
-    dweight = None if dtaps is None else dtaps.sum(0).T.reshape(weight.shape)
-    return dx, dweight, None if dbias is None else dbias.sum(0)
+    dx = _empty(x, *x.shape) if wanted[0] else None
+    dfilters = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
+    dbias = weight.new_empty(len(weight)) if wanted[2] else None
+    tensors = {"x": x, "dy": dy, "filters": weight.contiguous(), "dx": dx, "dfilters": dfilters, "dbias": dbias}
+    call(DEPTHWISE_BACKWARD, x.dtype, **tensors, **_sizes(x, weight, padding), **(after or _NO_NORM))
+    return dx, dfilters, dbias
+
+
+_NO_NORM = dict.fromkeys(("u", "weight", "mean", "variance", "dweight", "dshift")) | {"eps": 0.0, "fixed": False}
 
 
 def _norm_sizes(u: Tensor, eps: float, fixed: bool) -> dict[str, Any]:
@@ -102,27 +101,45 @@ def _norm_sizes(u: Tensor, eps: float, fixed: bool) -> dict[str, Any]:
 
 
 def _normalise(
-    u: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm, *, in_place: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (γ·(GELU(u + bias) − μ)/σ + β + residual, μ, σ²), the first in the memory of u if ``in_place``."""
+    u: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm, moments: Tensor | None = None, *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (γ·(GELU(u + bias) − μ)/σ + β + residual, μ, σ²), the first in the memory of u if ``in_place``.
+
+    ``moments`` are those of ``_convolve``, where they are known.
+    """
     y = u if in_place else _empty(u, *u.shape)
     mean, variance = (norm.weight.new_empty(u.shape[1]) if t is None else t for t in (norm.mean, norm.variance))
-    inputs = {"u": u, "residual": residual, "bias": bias, "weight": norm.weight, "shift": norm.shift}
+    tensors = {"u": u, "residual": residual, "bias": bias, "weight": norm.weight, "shift": norm.shift}
+    tensors |= {"moments": moments, "y": y, "mean": mean, "variance": variance}
     sizes = _norm_sizes(u, norm.eps, norm.mean is not None)
-    call(GELU_NORM_FORWARD, u.dtype, **inputs, y=y, mean=mean, variance=variance, **sizes)
+    call(GELU_NORM_FORWARD, u.dtype, **tensors, **sizes, parts=0 if moments is None else len(moments))
     return y, mean, variance
 
 
 def _normalise_backward(
-    u: Tensor, bias: Tensor | None, weight: Tensor, statistics: Sequence[Tensor], dy: Tensor, *sizes: Any
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return the gradients of (u, bias, γ, β); the sizes are ε and whether the statistics were given."""
-    du = _empty(u, *u.shape)
+    u: Tensor, bias: Tensor | None, weight: Tensor, statistics: Sequence[Tensor], dy: Tensor, *sizes: Any,
+    du: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of (bias, γ, β) and write that of u; the sizes are ε and whether statistics were given."""
     dbias, dweight, dshift = (weight.new_empty(u.shape[1]) for _ in range(3))
     inputs = {"u": u, "dy": dy, "bias": bias, "weight": weight, "mean": statistics[0], "variance": statistics[1]}
     outputs = {"du": du, "dbias": dbias, "dweight": dweight, "dshift": dshift}
     call(GELU_NORM_BACKWARD, u.dtype, **inputs, **outputs, **_norm_sizes(u, *sizes))
-    return du, None if bias is None else dbias, dweight, dshift
+    return None if bias is None else dbias, dweight, dshift
+
+
+def _rows(map_BCHW: Tensor) -> Tensor:
+    """Return the pixels (B·H·W, C) of a channels-last map."""
+    return map_BCHW.permute(0, 2, 3, 1).reshape(-1, map_BCHW.shape[1])
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the map of weight·x at each pixel."""
+    batch, _, height, width = x.shape
+    y = on_large_pages(x.new_empty(batch, height, width, len(weight)))
+    torch.mm(_rows(x), weight.t(), out=y.view(-1, len(weight)))
+    return y.permute(0, 3, 1, 2)
 
 
 def gelu_norm(u: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,9 +154,17 @@ def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Paddi
     if needs_grad(x, taps, bias, norm.weight, norm.shift):
         return _Mix.apply(_channels_last(x), taps, bias, norm.weight, norm.shift, norm, padding)
     x = _channels_last(x)
-    if norm.mean is None or norm.variance is None:
-        return _normalise(_convolve(x, taps, None, padding), x, bias, norm, in_place=True)
-    return _convolve(x, taps, bias, padding, norm), norm.mean, norm.variance
+    if norm.mean is not None and norm.variance is not None:
+        return _convolve(x, taps, bias, padding, norm), norm.mean, norm.variance
+    moments = taps.new_empty(x.shape[0], 2, x.shape[1])
+    return _normalise(_convolve(x, taps, bias, padding, None, moments), x, None, norm, moments, in_place=True)
+
+
+def point(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, μ, σ²) of batch norm after GELU of weight·x + bias at each pixel, weight (C', C) of x's dtype."""
+    if needs_grad(x, weight, bias, norm.weight, norm.shift):
+        return _Point.apply(_channels_last(x), weight, bias, norm.weight, norm.shift, norm)
+    return _normalise(_multiply(_channels_last(x), weight), None, bias, norm, in_place=True)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
@@ -148,7 +173,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) 
     return y
 
 
-# These three take channels-last maps and keep them as they were given, so that second derivatives find the way on and
+# These take channels-last maps and keep them as they were given, so that second derivatives find the way on and
 # no map is converted twice.
 class _Depthwise(torch.autograd.Function):
     """See ``depthwise``."""
@@ -166,7 +191,7 @@ class _Depthwise(torch.autograd.Function):
             found = formulas.differentiate(lambda x, w, b: formulas.depthwise(x, w, b, ctx.padding), given, (dy,))
             return *found, None
         wanted = ctx.needs_input_grad[:3]
-        return *_convolve_backward(x, weight, _channels_last(dy), None, ctx.padding, wanted), None
+        return *_convolve_backward(x, weight, _channels_last(dy), ctx.padding, wanted), None
 
 
 class _GeluNorm(torch.autograd.Function):
@@ -189,7 +214,39 @@ class _GeluNorm(torch.autograd.Function):
             given = u, bias, weight, shift
             found = formulas.differentiate(lambda *t: formulas.gelu_norm(*t, *statistics, *ctx.sizes), given, (dy,))
             return *found, None
-        return *_normalise_backward(u, bias, weight, statistics, _channels_last(dy), *ctx.sizes), None
+        du = _empty(u, *u.shape)
+        return du, *_normalise_backward(u, bias, weight, statistics, _channels_last(dy), *ctx.sizes, du=du), None
+
+
+class _Point(torch.autograd.Function):
+    """ConvMixer's mixing of channels, (``BN(GELU(weight·x + bias))``, μ, σ²); x and the product are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, norm: Norm
+    ) -> tuple[Tensor, ...]:
+        u = _multiply(x, weight)
+        y, *statistics = _normalise(u, None, bias, norm)
+        ctx.save_for_backward(x, u, weight, bias, scale, shift, *statistics)
+        ctx.sizes = norm.eps, norm.mean is not None
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, u, weight, bias, scale, shift, *statistics = ctx.saved_tensors
+        if formulas.by_formula():
+
+            def formula(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+                product = torch.nn.functional.conv2d(x, weight[:, :, None, None])
+                return formulas.gelu_norm(product, *rest, *statistics, *ctx.sizes)
+
+            return *formulas.differentiate(formula, (x, weight, bias, scale, shift), (dy,)), None
+        du = _empty(u, *u.shape)
+        of_norm = _normalise_backward(u, bias, scale, statistics, _channels_last(dy), *ctx.sizes, du=du)
+        dx = _multiply(du, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = torch.mm(_rows(du).t(), _rows(x)) if ctx.needs_input_grad[1] else None
+        return dx, dweight, *of_norm, None
 
 
 class _Mix(torch.autograd.Function):
@@ -200,8 +257,9 @@ class _Mix(torch.autograd.Function):
         ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, norm: Norm,
         padding: Padding,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        u = _convolve(x, taps, None, padding)
-        y, *statistics = _normalise(u, x, bias, norm)
+        moments = taps.new_empty(x.shape[0], 2, x.shape[1]) if norm.mean is None else None
+        u = _convolve(x, taps, bias, padding, None, moments)
+        y, *statistics = _normalise(u, x, None, norm, moments)
         ctx.save_for_backward(x, u, taps, bias, weight, shift, *statistics)
         ctx.sizes, ctx.padding = (norm.eps, norm.mean is not None), padding
         ctx.mark_non_differentiable(*statistics)
@@ -218,7 +276,8 @@ class _Mix(torch.autograd.Function):
 
             return *formulas.differentiate(formula, (x, taps, bias, weight, shift), (dy,)), None, None
         dy = _channels_last(dy)
-        du, *of_norm = _normalise_backward(u, bias, weight, statistics, dy, *ctx.sizes)
-        wanted = (*ctx.needs_input_grad[:2], False)
-        dx, dtaps, _none = _convolve_backward(x, taps, du, dy, ctx.padding, wanted, in_place=True)
-        return dx, dtaps, *of_norm, None, None
+        _none, dweight, dshift = _normalise_backward(u, None, weight, statistics, dy, *ctx.sizes, du=None)
+        after = {"u": u, "weight": weight, "mean": statistics[0], "variance": statistics[1]}
+        after |= {"dweight": dweight, "dshift": dshift, "eps": ctx.sizes[0], "fixed": ctx.sizes[1]}
+        of_convolution = _convolve_backward(x, taps, dy, ctx.padding, ctx.needs_input_grad[:3], after)
+        return *of_convolution, dweight, dshift, None, None

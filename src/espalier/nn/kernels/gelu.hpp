@@ -17,9 +17,11 @@ inline Vec<float> normal_cdf(Vec<float> x) {
                          1.2685072142630816e-3f, -4.812653933186084e-4f};
   const Vec<float> v = within(x, 5.2f);
   const Vec<float> t = v * v * 7.396449704142011e-2f - 1.f;
-  Vec<float> p = splat(c[13]);
-#pragma GCC unroll 13
-  for (int i = 12; i >= 0; i--) p = p * t + c[i];
+  // By pairs of powers: one after the other, each step would wait for the one before.
+  const Vec<float> t2 = t * t, t4 = t2 * t2, t8 = t4 * t4;
+  const auto two = [&](int i) { return t * c[i + 1] + c[i]; };
+  const auto four = [&](int i) { return two(i + 2) * t2 + two(i); };
+  const Vec<float> low = four(4) * t4 + four(0), high = two(12) * t4 + four(8), p = high * t8 + low;
   const Vec<float> cdf = v * p + 0.5f;
   return x < -5.2f ? Vec<float>{} : cdf;
 }

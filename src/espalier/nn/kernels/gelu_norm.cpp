@@ -1,11 +1,9 @@
 // y = γ·(GELU(u + bias) − μ)/σ + β (+ residual) over the rows of a channels-last map, forward and backward.
 //
-// u is (rows, C). A vector of channels at a time goes through all rows, and what the second pass needs lies densely in
-// scratch memory: rows that are C numbers apart would compete for a few places of the second cache. Only u is kept for
-// the backward pass, where GELU is computed again.
+// u is (rows, C). Every pass goes along the rows as they lie in memory: a walk down the columns reads at a third of the
+// speed. Only u is kept; GELU is computed again in every pass, which is cheaper than to fetch it.
 
-#include "channels.hpp"
-#include "gelu.hpp"
+#include "batch_norm.hpp"
 
 namespace {
 
@@ -13,114 +11,121 @@ constexpr int64_t kChunk = 64;  // rows whose sums stay in single precision
 
 struct NormSizes {
   int64_t rows, channels, fixed;  // fixed: statistics are given, as in evaluation, and not the rows' own
+  int64_t chunks() const { return (rows + kChunk - 1) / kChunk; }
 };
 
-// Call body(first channel, channels ≤ a vector, scratch of `per_row` vectors a row) for all channels, by cache lines.
-template <class S, class Body> void for_each_vector(const NormSizes& s, int64_t per_row, int64_t threads, Body body) {
-  using T = Sum<S>;
-  constexpr int64_t V = kLanes<T>, line = std::max<int64_t>(V, 64 / int64_t(sizeof(S)));
-  parallel((s.channels + line - 1) / line, threads, [&](Items items) {
-    Scratch<T> scratch(std::max<int64_t>(1, s.rows) * per_row * V);
+// Numbers for each channel in whole vectors, several kinds of them one after the other.
+template <class T> class Columns {
+ public:
+  explicit Columns(int64_t channels, int64_t kinds)
+      : width_((channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>), numbers_(kinds * width_) {}
+  T* at(int64_t kind, int64_t c) { return numbers_ + kind * width_ + c; }
+
+ private:
+  int64_t width_;
+  Room<T> numbers_;
+};
+
+// Call body(first channel, channels ≤ a vector) for all channels.
+template <class T, class Body> void for_each_vector(int64_t channels, Body body) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= channels; c += kLanes<T>) body(c, int64_t(kLanes<T>));
+  if (c < channels) body(c, channels - c);
+}
+
+// Call body(columns of `kinds`, first row, end, chunk) for all rows, kChunk at a time.
+template <class T, class Body> void for_each_chunk(const NormSizes& s, int64_t kinds, int64_t threads, Body body) {
+  parallel(s.chunks(), threads, [&](Items items) {
+    Columns<T> columns(s.channels, kinds);
     for (int64_t item; items.next(item);)
-      for (int64_t c = item * line; c < std::min((item + 1) * line, s.channels); c += V)
-        body(c, std::min(V, s.channels - c), scratch.data());
+      body(columns, item * kChunk, std::min((item + 1) * kChunk, s.rows), item);
   });
 }
 
-// Mean and sum of squares about it, of chunks of rows, brought together in double precision.
-template <class T> struct Moments {
-  double count = 0, mean[kLanes<T>] = {}, square[kLanes<T>] = {};
-  void add(const T* values, int64_t rows) {
-    constexpr int64_t V = kLanes<T>;
-    Vec<T> sum{}, about{};
-    for (int64_t i = 0; i < rows; i++) sum += load(values + i * V);
-    const Vec<T> here = sum / T(rows);
-    for (int64_t i = 0; i < rows; i++) {
-      const Vec<T> d = load(values + i * V) - here;
-      about += d * d;
-    }
-    const double all = count + double(rows);
-    for (int64_t v = 0; v < V; v++) {
-      const double d = double(here[v]) - mean[v];
-      mean[v] += d * double(rows) / all;
-      square[v] += double(about[v]) + d * d * count * double(rows) / all;
-    }
-    count = all;
-  }
-};
+template <class T> Vec<T> given(const T* bias, int64_t c, int64_t count) {
+  return bias ? read(bias + c, count) : Vec<T>{};
+}
 
-// mean and variance (biased, as the rows are normalised) are given if fixed, else written.
+// mean and variance (biased, as the rows are normalised) are given if fixed, else written. `moments` (parts, 2, C) are
+// the mean and the sum of squares about it of every rows/parts rows, where they are known; then no bias may be added.
 template <class S> struct GeluNormForward {
   int64_t size, threads;
   const S *u, *residual;
-  const Sum<S> *bias, *weight, *shift;
+  const Sum<S> *bias, *weight, *shift, *moments;
   S* y;
   Sum<S> *mean, *variance;
   NormSizes shape;
+  int64_t parts;
   double eps;
 };
 
-// With given statistics one pass does, along the rows as they lie.
-template <class S> void run_fixed(const GeluNormForward<S>& a) {
-  using T = Sum<S>;
-  constexpr int64_t V = kLanes<T>;
-  const int64_t channels = a.shape.channels, rows = a.shape.rows, blocks = (channels + V - 1) / V;
-  Room<T> given(3 * blocks * V);
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t c = b * V, count = std::min(V, channels - c);
-    const Affine<T> to = affine(a, c, count);
-    store(given + 3 * c, a.bias ? read(a.bias + c, count) : Vec<T>{});
-    store(given + 3 * c + V, to.scale);
-    store(given + 3 * c + 2 * V, to.shift);
-  }
-  parallel((rows + kChunk - 1) / kChunk, a.threads, [&](Items items) {
-    for (int64_t item; items.next(item);)
-      for (int64_t r = item * kChunk; r < std::min((item + 1) * kChunk, rows); r++)
-        for (int64_t c = 0; c < channels; c += V) {
-          const int64_t at = r * channels + c, count = std::min(V, channels - c);
-          const Vec<T> x = read(a.u + at, count) + load(given + 3 * c);
-          Vec<T> y = x * normal_cdf(x) * load(given + 3 * c + V) + load(given + 3 * c + 2 * V);
-          if (a.residual) y += read(a.residual + at, count);
-          write(a.y + at, y, count);
-        }
+// The moments of every chunk of rows.
+template <class S, class T = Sum<S>> void gather(const GeluNormForward<S>& a, T* moments) {
+  const int64_t channels = a.shape.channels;
+  for_each_chunk<T>(a.shape, 3, a.threads, [&](Columns<T>& kept, int64_t begin, int64_t end, int64_t chunk) {
+    for (int64_t r = begin; r < end; r++)
+      for_each_vector<T>(channels, [&](int64_t c, int64_t count) {
+        const Vec<T> x = read(a.u + r * channels + c, count) + given(a.bias, c, count);
+        Moments<T> m{load(kept.at(0, c)), load(kept.at(1, c)), load(kept.at(2, c)), r - begin};
+        if (r == begin) m = {};
+        m.add(x * normal_cdf(x));
+        store(kept.at(0, c), m.pivot);
+        store(kept.at(1, c), m.sum);
+        store(kept.at(2, c), m.square);
+      });
+    T* to = moments + chunk * 2 * channels;
+    for_each_vector<T>(channels, [&](int64_t c, int64_t count) {
+      const Moments<T> m{load(kept.at(0, c)), load(kept.at(1, c)), load(kept.at(2, c)), end - begin};
+      write(to + c, m.mean(), count);
+      write(to + channels + c, m.about(), count);
+    });
+  });
+}
+
+// Write mean and variance of all rows from the moments of every `per` of them.
+template <class S, class T = Sum<S>> void bring_together(const GeluNormForward<S>& a, const T* moments, int64_t per) {
+  const int64_t channels = a.shape.channels, rows = a.shape.rows;
+  for_each_vector<T>(channels, [&](int64_t c, int64_t count) {
+    Total<T> total;
+    for (int64_t r = 0; r < rows; r += per, moments += 2 * channels)
+      total.add(std::min(per, rows - r), read(moments + c, count), read(moments + channels + c, count));
+    moments -= (rows + per - 1) / per * 2 * channels;
+    for (int64_t v = 0; v < count; v++) {
+      a.mean[c + v] = T(total.mean[v]);
+      a.variance[c + v] = T(total.square[v] / double(rows));
+    }
   });
 }
 
 template <class S> void run(const GeluNormForward<S>& a) {
   using T = Sum<S>;
-  constexpr int64_t V = kLanes<T>;
   const NormSizes& s = a.shape;
-  if (s.fixed) return run_fixed(a);
-  for_each_vector<S>(s, 1, a.threads, [&](int64_t c, int64_t count, T* values) {
-    const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
-    Moments<T> moments;
-    for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
-      const int64_t rows = std::min(kChunk, s.rows - r0);
-      for (int64_t r = r0; r < r0 + rows; r++) {
-        __builtin_prefetch(a.u + (r + 16) * s.channels + c);
-        const Vec<T> x = read(a.u + r * s.channels + c, count) + bias;
-        store(values + r * V, x * normal_cdf(x));
-      }
-      moments.add(values + r0 * V, rows);
-    }
-    for (int64_t v = 0; v < count; v++) {
-      a.mean[c + v] = T(moments.mean[v]);
-      a.variance[c + v] = T(moments.square[v] / double(s.rows));
-    }
+  if (!s.fixed && a.moments) bring_together(a, a.moments, s.rows / a.parts);
+  if (!s.fixed && !a.moments) {
+    Scratch<T> moments(s.chunks() * 2 * s.channels);
+    gather(a, moments.data());
+    bring_together(a, moments.data(), kChunk);
+  }
+  Columns<T> affines(s.channels, 2);
+  for_each_vector<T>(s.channels, [&](int64_t c, int64_t count) {
     const Affine<T> to = affine(a, c, count);
-    for (int64_t r = 0; r < s.rows; r++) {
-      const int64_t at = r * s.channels + c;
-      if (a.residual) __builtin_prefetch(a.residual + at + 16 * s.channels);
-      Vec<T> y = load(values + r * V) * to.scale + to.shift;
-      if (a.residual) y += read(a.residual + at, count);
-      write(a.y + at, y, count);
-    }
+    store(affines.at(0, c), to.scale);
+    store(affines.at(1, c), to.shift);
+  });
+  for_each_chunk<T>(s, 0, a.threads, [&](Columns<T>&, int64_t begin, int64_t end, int64_t) {
+    for (int64_t r = begin; r < end; r++)
+      for_each_vector<T>(s.channels, [&](int64_t c, int64_t count) {
+        const int64_t at = r * s.channels + c;
+        const Vec<T> x = read(a.u + at, count) + given(a.bias, c, count);
+        Vec<T> y = x * normal_cdf(x) * load(affines.at(0, c)) + load(affines.at(1, c));
+        if (a.residual) y += read(a.residual + at, count);
+        write(a.y + at, y, count);
+      });
   });
 }
 
-// du, and per channel the gradients of bias, weight and shift. With g = GELU(u + bias) and ĝ = (g − μ)/σ:
-// dshift = Σ dy, dweight = Σ dy·ĝ, dg = γ/σ·(dy − dshift/rows − ĝ·dweight/rows), the last two terms only if μ and σ are
-// the rows' own, and du = dg·(Φ + u·φ).
+// dweight, dshift, and unless du is null, du and dbias: see NormGradient. With g = GELU(u + bias): dshift = Σ dy,
+// dweight = Σ dy·(g − μ)/σ, dbias = Σ du.
 template <class S> struct GeluNormBackward {
   int64_t size, threads;
   const S *u, *dy;
@@ -130,56 +135,61 @@ template <class S> struct GeluNormBackward {
   NormSizes shape;
   double eps;
 };
+
+// Write the sums of all chunks' sums, which lie `step` apart, times a factor.
+template <class T> void add_up(const NormSizes& s, const T* sums, int64_t step, T* to, const double* factors) {
+  std::vector<double> total(size_t(s.channels));
+  for (int64_t chunk = 0; chunk < s.chunks(); chunk++, sums += step)
+    for (int64_t c = 0; c < s.channels; c++) total[size_t(c)] += sums[c];
+  for (int64_t c = 0; c < s.channels; c++) to[c] = T(total[size_t(c)] * (factors ? factors[c] : 1));
+}
+
+template <class S, class T = Sum<S>> void gather(const GeluNormBackward<S>& a, T* sums) {
+  const int64_t channels = a.shape.channels;
+  for_each_chunk<T>(a.shape, 2, a.threads, [&](Columns<T>& kept, int64_t begin, int64_t end, int64_t chunk) {
+    for (int64_t r = begin; r < end; r++)
+      for_each_vector<T>(channels, [&](int64_t c, int64_t count) {
+        const int64_t at = r * channels + c;
+        const Vec<T> x = read(a.u + at, count) + given(a.bias, c, count), dy = read(a.dy + at, count);
+        const Vec<T> weighted = dy * (x * normal_cdf(x) - read(a.mean + c, count));
+        store(kept.at(0, c), r == begin ? dy : load(kept.at(0, c)) + dy);
+        store(kept.at(1, c), r == begin ? weighted : load(kept.at(1, c)) + weighted);
+      });
+    for (int64_t kind = 0; kind < 2; kind++)
+      std::memcpy(sums + (chunk * 2 + kind) * channels, kept.at(kind, 0), size_t(channels) * sizeof(T));
+  });
+}
+
 template <class S> void run(const GeluNormBackward<S>& a) {
   using T = Sum<S>;
-  constexpr int64_t V = kLanes<T>;
   const NormSizes& s = a.shape;
-  for_each_vector<S>(s, 3, a.threads, [&](int64_t c, int64_t count, T* scratch) {
-    const Vec<T> bias = a.bias ? read(a.bias + c, count) : Vec<T>{};
-    const Vec<T> mean = read(a.mean + c, count), weight = read(a.weight + c, count);
-    Vec<T> inverse;
-    for (int64_t v = 0; v < V; v++)
-      inverse[v] = T(1 / std::sqrt(double(a.variance[c + std::min(v, count - 1)]) + a.eps));
-    double shift_sum[V] = {}, weight_sum[V] = {}, bias_sum[V] = {};
-    T* kept = scratch;  // of every row dy, GELU − μ, and the slope of GELU
-    for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
-      Vec<T> plain{}, weighted{};
-      for (int64_t r = r0; r < std::min(r0 + kChunk, s.rows); r++, kept += 3 * V) {
-        const int64_t at = r * s.channels + c;
-        __builtin_prefetch(a.u + at + 16 * s.channels);
-        __builtin_prefetch(a.dy + at + 16 * s.channels);
-        const Vec<T> x = read(a.u + at, count) + bias, dy = read(a.dy + at, count), cdf = normal_cdf(x);
-        const Vec<T> centred = x * cdf - mean;
-        store(kept, dy);
-        store(kept + V, centred);
-        store(kept + 2 * V, cdf + x * normal_density(x));
-        plain += dy;
-        weighted += dy * centred;
-      }
-      for (int64_t v = 0; v < V; v++) shift_sum[v] += plain[v], weight_sum[v] += weighted[v] * inverse[v];
-    }
-    Vec<T> even{}, slope{};
-    for (int64_t v = 0; v < V && !s.fixed; v++) {
-      even[v] = T(shift_sum[v] / double(s.rows));
-      slope[v] = T(weight_sum[v] / double(s.rows)) * inverse[v];
-    }
-    const Vec<T> scale = weight * inverse;
-    kept = scratch;
-    for (int64_t r0 = 0; r0 < s.rows; r0 += kChunk) {
-      Vec<T> total{};
-      for (int64_t r = r0; r < std::min(r0 + kChunk, s.rows); r++, kept += 3 * V) {
-        const Vec<T> du = scale * (load(kept) - even - slope * load(kept + V)) * load(kept + 2 * V);
-        total += du;
-        write(a.du + r * s.channels + c, du, count);
-      }
-      for (int64_t v = 0; v < V; v++) bias_sum[v] += total[v];
-    }
-    for (int64_t v = 0; v < count; v++) {
-      a.dshift[c + v] = T(shift_sum[v]);
-      a.dweight[c + v] = T(weight_sum[v]);
-      a.dbias[c + v] = T(bias_sum[v]);
-    }
+  Scratch<T> sums(s.chunks() * 2 * s.channels);
+  gather(a, sums.data());
+  std::vector<double> inverses(size_t(s.channels));
+  for (int64_t c = 0; c < s.channels; c++) inverses[size_t(c)] = 1 / std::sqrt(double(a.variance[c]) + a.eps);
+  add_up(s, sums.data(), 2 * s.channels, a.dshift, nullptr);
+  add_up(s, sums.data() + s.channels, 2 * s.channels, a.dweight, inverses.data());
+  if (!a.du) return;
+
+  Columns<T> constants(s.channels, 5);
+  for_each_vector<T>(s.channels, [&](int64_t c, int64_t count) {
+    const NormGradient<T> g = norm_gradient(a, s.rows, s.fixed, c, count);
+    const Vec<T> values[] = {g.scale, g.mean, g.even, g.slope, given(a.bias, c, count)};
+    for (int64_t kind = 0; kind < 5; kind++) store(constants.at(kind, c), values[kind]);
   });
+  for_each_chunk<T>(s, 1, a.threads, [&](Columns<T>& kept, int64_t begin, int64_t end, int64_t chunk) {
+    for (int64_t r = begin; r < end; r++)
+      for_each_vector<T>(s.channels, [&](int64_t c, int64_t count) {
+        const int64_t at = r * s.channels + c;
+        const auto constant = [&](int64_t kind) { return load(constants.at(kind, c)); };
+        const NormGradient<T> gradient{constant(0), constant(1), constant(2), constant(3)};
+        const Vec<T> du = gradient(read(a.u + at, count) + constant(4), read(a.dy + at, count));
+        write(a.du + at, du, count);
+        store(kept.at(0, c), r == begin ? du : load(kept.at(0, c)) + du);
+      });
+    std::memcpy(sums.data() + chunk * s.channels, kept.at(0, 0), size_t(s.channels) * sizeof(T));
+  });
+  add_up(s, sums.data(), s.channels, a.dbias, nullptr);
 }
 
 }  // namespace

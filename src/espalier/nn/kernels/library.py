@@ -19,6 +19,7 @@ from espalier.nn.kernels.arguments import KINDS, Arguments, counts
 FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 PRECISE = (torch.float32, torch.float64)
+_LARGE = 1 << 20  # bytes from which pages count
 _CLASSES = (Tensor, torch.nn.Parameter)
 # What espalier_processor_level() answers at least where a library can run; the fifth is the fourth with AVX512-BF16.
 _X86_LEVELS = {"x86_64_v4_bf16": 5, "x86_64_v4": 4, "x86_64_v3": 3, "x86_64_v2": 2}
@@ -70,6 +71,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         library.espalier_set_team.argtypes = [ctypes.c_void_p]
         library.espalier_set_team(_team())
         library.espalier_same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        library.espalier_prefer_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     except (OSError, AttributeError) as error:
         raise KernelError(f"cannot use {path.name}: {error}") from error
     return library
@@ -123,15 +125,17 @@ def usable(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = PRECISE) -
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(tensor is None or (tensor.dtype in dtypes and _is_plain(tensor)) for tensor in tensors)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in _CLASSES
-        and torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys()
-        and (tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0)
-    )
+    keys = _plain_keys()
+    for tensor in tensors:  # a loop, as small networks ask this at every layer of every pass
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes or type(tensor) not in _CLASSES:
+            return False
+        if torch._C._dispatch_keys(tensor).raw_repr() not in keys:
+            return False
+        if not tensor.untyped_storage().data_ptr() and tensor.numel():
+            return False
+    return True
 
 
 @cache
@@ -147,6 +151,17 @@ def _plain_keys() -> frozenset[int]:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Return whether two contiguous tensors of one dtype and shape, which are ``usable``, hold the same bits."""
     return bool(_library()[1].espalier_same(one.data_ptr(), other.data_ptr(), one.nbytes))
+
+
+def on_large_pages(fresh: Tensor) -> Tensor:
+    """Return a tensor whose memory nothing was written to yet, and ask the system to back it by large pages.
+
+    By default a page of 4 KiB is zeroed and mapped at each first touch, thousands of times a step where the allocator
+    gives memory back in between; NumPy asks the same for its large arrays.
+    """
+    if fresh.nbytes >= _LARGE and fresh.data_ptr():
+        _library()[1].espalier_prefer_large_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
 
 
 def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:
