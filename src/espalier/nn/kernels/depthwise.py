@@ -19,7 +19,7 @@ from espalier.nn.kernels.arguments import (
     GELU_NORM_FORWARD,
 )
 from espalier.nn.kernels.cpu import needs_grad
-from espalier.nn.kernels.library import call, on_large_pages
+from espalier.nn.kernels.library import call, new_map
 
 Padding = tuple[int, int, int, int]  # rows of zeros above and below, columns left and right
 
@@ -36,11 +36,6 @@ class Norm(NamedTuple):
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.resolve_neg().contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, *size: int) -> Tensor:
-    fresh = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return on_large_pages(fresh)
 
 
 def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
@@ -69,7 +64,7 @@ def _convolve(
     ``moments`` (B, 2, C) is filled with GELU(c)'s mean over each image, and the sum of squares about it.
     """
     sizes = _sizes(x, weight, padding)
-    y = _empty(x, *x.shape[:2], sizes["out_height"], sizes["out_width"])
+    y = new_map(x, *x.shape[:2], sizes["out_height"], sizes["out_width"])
     after = dict.fromkeys(Norm._fields) | {"eps": 0.0} if norm is None else norm._asdict()
     call(
         DEPTHWISE_FORWARD, x.dtype, x=x, filters=weight.contiguous(), bias=bias, **after, y=y, moments=moments, **sizes
@@ -85,7 +80,7 @@ def _convolve_backward(
 
     ``after`` holds what the kernel takes of a batch norm after GELU and of its gradient, and then x is added to y.
     """
-    dx = _empty(x, *x.shape) if wanted[0] else None
+    dx = new_map(x, *x.shape) if wanted[0] else None
     dfilters = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
     dbias = weight.new_empty(len(weight)) if wanted[2] else None
     tensors = {"x": x, "dy": dy, "filters": weight.contiguous(), "dx": dx, "dfilters": dfilters, "dbias": dbias}
@@ -108,7 +103,7 @@ def _normalise(
 
     ``moments`` are those of ``_convolve``, where they are known.
     """
-    y = u if in_place else _empty(u, *u.shape)
+    y = u if in_place else new_map(u, *u.shape)
     mean, variance = (norm.weight.new_empty(u.shape[1]) if t is None else t for t in (norm.mean, norm.variance))
     tensors = {"u": u, "residual": residual, "bias": bias, "weight": norm.weight, "shift": norm.shift}
     tensors |= {"moments": moments, "y": y, "mean": mean, "variance": variance}
@@ -136,10 +131,9 @@ def _rows(map_BCHW: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     """Return the map of weight·x at each pixel."""
-    batch, _, height, width = x.shape
-    y = on_large_pages(x.new_empty(batch, height, width, len(weight)))
-    torch.mm(_rows(x), weight.t(), out=y.view(-1, len(weight)))
-    return y.permute(0, 3, 1, 2)
+    y = new_map(x, len(x), len(weight), *x.shape[2:])
+    torch.mm(_rows(x), weight.t(), out=y.permute(0, 2, 3, 1).view(-1, len(weight)))
+    return y
 
 
 def gelu_norm(u: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +208,7 @@ class _GeluNorm(torch.autograd.Function):
             given = u, bias, weight, shift
             found = formulas.differentiate(lambda *t: formulas.gelu_norm(*t, *statistics, *ctx.sizes), given, (dy,))
             return *found, None
-        du = _empty(u, *u.shape)
+        du = new_map(u, *u.shape)
         return du, *_normalise_backward(u, bias, weight, statistics, _channels_last(dy), *ctx.sizes, du=du), None
 
 
@@ -242,7 +236,7 @@ class _Point(torch.autograd.Function):
                 return formulas.gelu_norm(product, *rest, *statistics, *ctx.sizes)
 
             return *formulas.differentiate(formula, (x, weight, bias, scale, shift), (dy,)), None
-        du = _empty(u, *u.shape)
+        du = new_map(u, *u.shape)
         of_norm = _normalise_backward(u, bias, scale, statistics, _channels_last(dy), *ctx.sizes, du=du)
         dx = _multiply(du, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = torch.mm(_rows(du).t(), _rows(x)) if ctx.needs_input_grad[1] else None

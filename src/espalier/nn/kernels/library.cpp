@@ -6,9 +6,6 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 Team espalier_team = nullptr;
 
@@ -30,17 +27,6 @@ ESPALIER_API void espalier_set_team(Team team) { espalier_team = team; }
 
 ESPALIER_API int espalier_same(const void* a, const void* b, int64_t bytes) {
   return !std::memcmp(a, b, size_t(bytes));
-}
-
-// Ask for large pages where this memory gets its pages at last. The borders are rounded outwards, so that what lies side
-// by side becomes one range; it is a hint, and what the system answers does not matter.
-ESPALIER_API void espalier_prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
-  const auto begin = reinterpret_cast<uintptr_t>(memory) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes) + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // The highest level n of x86-64-vn that processor and operating system support, 5 for the fourth with AVX512-BF16, 0

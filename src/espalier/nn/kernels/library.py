@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import math
 import os
 import platform
 from functools import cache
@@ -13,13 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from espalier.nn.kernels.arguments import KINDS, Arguments, counts
 
 FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 PRECISE = (torch.float32, torch.float64)
-_LARGE = 1 << 20  # bytes from which pages count
+_LARGE = 1 << 20  # bytes from which a map's pages count
+_DLPACK = {torch.float32: 2, torch.float64: 2, torch.bfloat16: 4}  # the codes of its kinds of numbers
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 _CLASSES = (Tensor, torch.nn.Parameter)
 # What espalier_processor_level() answers at least where a library can run; the fifth is the fourth with AVX512-BF16.
 _X86_LEVELS = {"x86_64_v4_bf16": 5, "x86_64_v4": 4, "x86_64_v3": 3, "x86_64_v2": 2}
@@ -71,7 +77,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         library.espalier_set_team.argtypes = [ctypes.c_void_p]
         library.espalier_set_team(_team())
         library.espalier_same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        library.espalier_prefer_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.espalier_new_map.argtypes = [ctypes.c_int64] * 6
+        library.espalier_new_map.restype = ctypes.c_void_p
     except (OSError, AttributeError) as error:
         raise KernelError(f"cannot use {path.name}: {error}") from error
     return library
@@ -153,15 +160,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return bool(_library()[1].espalier_same(one.data_ptr(), other.data_ptr(), one.nbytes))
 
 
-def on_large_pages(fresh: Tensor) -> Tensor:
-    """Return a tensor whose memory nothing was written to yet, and ask the system to back it by large pages.
+def new_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    """Return a channels-last map (B, C, H, W) of unwritten memory, in ``like``'s dtype on the CPU.
 
-    By default a page of 4 KiB is zeroed and mapped at each first touch, thousands of times a step where the allocator
-    gives memory back in between; NumPy asks the same for its large arrays.
+    Where it is large, its memory is what an earlier one has left: see maps.cpp.
     """
-    if fresh.nbytes >= _LARGE and fresh.data_ptr():
-        _library()[1].espalier_prefer_large_pages(fresh.data_ptr(), fresh.nbytes)
-    return fresh
+    size = batch, channels, height, width
+    if math.prod(size) * like.itemsize >= _LARGE:
+        pointer = _library()[1].espalier_new_map(*size, _DLPACK[like.dtype], 8 * like.itemsize)
+        if pointer:
+            return from_dlpack(_capsule(pointer, b"dltensor", None))
+    return torch.empty(size, dtype=like.dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:
