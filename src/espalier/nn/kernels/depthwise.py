@@ -19,7 +19,7 @@ from espalier.nn.kernels.arguments import (
     GELU_NORM_FORWARD,
 )
 from espalier.nn.kernels.cpu import needs_grad
-from espalier.nn.kernels.library import call, new_map
+from espalier.nn.kernels.library import call, fresh
 
 Padding = tuple[int, int, int, int]  # rows of zeros above and below, columns left and right
 
@@ -36,6 +36,10 @@ class Norm(NamedTuple):
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.resolve_neg().contiguous(memory_format=torch.channels_last)
+
+
+def _new_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    return fresh(like, batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:
@@ -64,7 +68,7 @@ def _convolve(
     ``moments`` (B, 2, C) is filled with GELU(c)'s mean over each image, and the sum of squares about it.
     """
     sizes = _sizes(x, weight, padding)
-    y = new_map(x, *x.shape[:2], sizes["out_height"], sizes["out_width"])
+    y = _new_map(x, len(x), x.shape[1], sizes["out_height"], sizes["out_width"])
     after = dict.fromkeys(Norm._fields) | {"eps": 0.0} if norm is None else norm._asdict()
     call(
         DEPTHWISE_FORWARD, x.dtype, x=x, filters=weight.contiguous(), bias=bias, **after, y=y, moments=moments, **sizes
@@ -80,7 +84,7 @@ def _convolve_backward(
 
     ``after`` holds what the kernel takes of a batch norm after GELU and of its gradient, and then x is added to y.
     """
-    dx = new_map(x, *x.shape) if wanted[0] else None
+    dx = _new_map(x, *x.shape) if wanted[0] else None
     dfilters = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
     dbias = weight.new_empty(len(weight)) if wanted[2] else None
     tensors = {"x": x, "dy": dy, "filters": weight.contiguous(), "dx": dx, "dfilters": dfilters, "dbias": dbias}
@@ -103,7 +107,7 @@ def _normalise(
 
     ``moments`` are those of ``_convolve``, where they are known.
     """
-    y = u if in_place else new_map(u, *u.shape)
+    y = u if in_place else _new_map(u, *u.shape)
     mean, variance = (norm.weight.new_empty(u.shape[1]) if t is None else t for t in (norm.mean, norm.variance))
     tensors = {"u": u, "residual": residual, "bias": bias, "weight": norm.weight, "shift": norm.shift}
     tensors |= {"moments": moments, "y": y, "mean": mean, "variance": variance}
@@ -131,7 +135,7 @@ def _rows(map_BCHW: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     """Return the map of weight·x at each pixel."""
-    y = new_map(x, len(x), len(weight), *x.shape[2:])
+    y = _new_map(x, len(x), len(weight), *x.shape[2:])
     torch.mm(_rows(x), weight.t(), out=y.permute(0, 2, 3, 1).view(-1, len(weight)))
     return y
 
@@ -208,7 +212,7 @@ class _GeluNorm(torch.autograd.Function):
             given = u, bias, weight, shift
             found = formulas.differentiate(lambda *t: formulas.gelu_norm(*t, *statistics, *ctx.sizes), given, (dy,))
             return *found, None
-        du = new_map(u, *u.shape)
+        du = _new_map(u, *u.shape)
         return du, *_normalise_backward(u, bias, weight, statistics, _channels_last(dy), *ctx.sizes, du=du), None
 
 
@@ -236,7 +240,7 @@ class _Point(torch.autograd.Function):
                 return formulas.gelu_norm(product, *rest, *statistics, *ctx.sizes)
 
             return *formulas.differentiate(formula, (x, weight, bias, scale, shift), (dy,)), None
-        du = new_map(u, *u.shape)
+        du = _new_map(u, *u.shape)
         of_norm = _normalise_backward(u, bias, scale, statistics, _channels_last(dy), *ctx.sizes, du=du)
         dx = _multiply(du, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = torch.mm(_rows(du).t(), _rows(x)) if ctx.needs_input_grad[1] else None

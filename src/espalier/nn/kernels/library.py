@@ -21,7 +21,7 @@ from espalier.nn.kernels.arguments import KINDS, Arguments, counts
 FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 PRECISE = (torch.float32, torch.float64)
-_LARGE = 1 << 20  # bytes from which a map's pages count
+_LARGE = 1 << 20  # bytes from which a tensor's pages count
 _DLPACK = {torch.float32: 2, torch.float64: 2, torch.bfloat16: 4}  # the codes of its kinds of numbers
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
@@ -77,8 +77,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         library.espalier_set_team.argtypes = [ctypes.c_void_p]
         library.espalier_set_team(_team())
         library.espalier_same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        library.espalier_new_map.argtypes = [ctypes.c_int64] * 6
-        library.espalier_new_map.restype = ctypes.c_void_p
+        library.espalier_new_numbers.argtypes = [ctypes.c_int64] * 3
+        library.espalier_new_numbers.restype = ctypes.c_void_p
     except (OSError, AttributeError) as error:
         raise KernelError(f"cannot use {path.name}: {error}") from error
     return library
@@ -160,17 +160,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return bool(_library()[1].espalier_same(one.data_ptr(), other.data_ptr(), one.nbytes))
 
 
-def new_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
-    """Return a channels-last map (B, C, H, W) of unwritten memory, in ``like``'s dtype on the CPU.
+def fresh(like: Tensor, *size: int) -> Tensor:
+    """Return a contiguous tensor of unwritten memory, in ``like``'s dtype on the CPU; the kernels must have been found.
 
-    Where it is large, its memory is what an earlier one has left: see maps.cpp.
+    Where it is large, its memory is what an earlier one has left: see memory.cpp.
     """
-    size = batch, channels, height, width
-    if math.prod(size) * like.itemsize >= _LARGE:
-        pointer = _library()[1].espalier_new_map(*size, _DLPACK[like.dtype], 8 * like.itemsize)
+    count = math.prod(size)
+    if count * like.itemsize >= _LARGE:
+        pointer = _library()[1].espalier_new_numbers(count, _DLPACK[like.dtype], 8 * like.itemsize)
         if pointer:
-            return from_dlpack(_capsule(pointer, b"dltensor", None))
-    return torch.empty(size, dtype=like.dtype, device="cpu", memory_format=torch.channels_last)
+            return from_dlpack(_capsule(pointer, b"dltensor", None)).view(size)
+    return torch.empty(size, dtype=like.dtype, device="cpu")
 
 
 def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from espalier.nn.kernels.arguments import DFT_FORWARD, DFT_INVERSE, PLANES_FACTOR, PLANES_PRODUCT, PLANES_SOLVE
 from espalier.nn.kernels.backend import choose
-from espalier.nn.kernels.library import call, same_bits, usable
+from espalier.nn.kernels.library import call, fresh, same_bits, usable
 from espalier.nn.precision import differentiable
 
 SplitComplex = tuple[Tensor, ...]
@@ -45,7 +45,7 @@ def product(
     The planes of one matrix have the same strides, and the columns of ``into`` lie one apart.
     """
     (count, m, k), n = a[0].shape, b[0].shape[2]
-    c = into or (a[0].new_empty(count, m, n), a[0].new_empty(count, m, n))
+    c = into or (fresh(a[0], count, m, n), fresh(a[0], count, m, n))
     values = _fields("a", a, ("batch", "row", "column")) | _fields("b", b, ("batch", "row", "column"))
     values |= _fields("c", c, ("batch", "row")) | {"count": count, "m": m, "k": k, "n": n}
     flags = {"conj_a": conj_a, "conj_b": conj_b, "add": add and into is not None, "alpha": alpha}
@@ -95,8 +95,8 @@ def solve(
         extra: columns of y that are left as they are.
     """
     count, rows, n = x[0].shape
-    z = x[0].new_empty(count, rows, n), x[0].new_empty(count, rows, n)
-    y = less and (x[0].new_empty(count, rows, n + extra), x[0].new_empty(count, rows, n + extra))
+    z = fresh(x[0], count, rows, n), fresh(x[0], count, rows, n)
+    y = less and (fresh(x[0], count, rows, n + extra), fresh(x[0], count, rows, n + extra))
     values: dict[str, Any] = {}
     pairs = {"f": factor, "x": _rows(x), "less": less and _rows(less), "z": z, "y": y}
     for name, pair in pairs.items():
@@ -143,7 +143,7 @@ def rfft(x: Tensor, tables: Tensor, frequencies: int, *, together: int) -> Split
     *size, columns = x.shape
     first = columns_first(x)
     x = x if first else x.contiguous()
-    real, imag = x.new_empty(frequencies, columns), x.new_empty(frequencies, columns)
+    real, imag = fresh(x, frequencies, columns), fresh(x, frequencies, columns)
     sizes = _sizes(size, columns, first, together)
     call(DFT_FORWARD, x.dtype, x=x, tables=tables, re=real, im=imag, channels=1, **sizes)
     return real, imag
@@ -155,7 +155,7 @@ def irfft(
     """Return images (*S, N), laid out as (N, *S) if ``first``, from planes (F, N); the bias is added."""
     real, imag = (plane.contiguous() for plane in spectrum)
     columns = real.shape[1]
-    x = real.new_empty(columns, *size).movedim(0, -1) if first else real.new_empty(*size, columns)
+    x = fresh(real, columns, *size).movedim(0, -1) if first else fresh(real, *size, columns)
     sizes = _sizes(size, columns, first, together) | {"channels": 1 if bias is None else len(bias)}
     call(DFT_INVERSE, real.dtype, re=real, im=imag, tables=tables, bias=bias, x=x, **sizes)
     return x

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.nn.kernels import split_complex as kernels
+from espalier.nn.kernels.library import fresh
 from espalier.nn.orthogonal.spectrum.dft import tables, tap_angles, to_images, to_spectrum
 from espalier.nn.orthogonal.spectrum.operator import apply_cayley
 from espalier.nn.orthogonal.spectrum.split_complex import SplitComplex, each, product
@@ -69,7 +71,9 @@ def spectrum(taps: Taps, size: Sequence[int]) -> Tensor:
     """
     matrices = taps.matrices
     angles = tap_angles(size, taps.offsets, matrices.dtype, matrices.device)
-    q = torch.stack(apply_cayley((), matrices, angles, wide=False))
+    real, imag = apply_cayley((), matrices, angles, wide=False)
+    kept = fresh(real, 2, *real.shape) if kernels.compiled(real, imag) else None
+    q = torch.stack((real, imag), out=kept)
     return q.mT.contiguous() if taps.wide else q
 
 

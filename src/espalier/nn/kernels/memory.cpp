@@ -1,4 +1,4 @@
-// Memory for large results, kept for the next ones: a step of training frees maps and asks for the same sizes again.
+// Memory for large results, kept for the next ones: a step of training frees them and asks for the same sizes again.
 //
 // From the C library such memory may come anew each time, a zeroed page of 4 KiB at every first touch, which costs more
 // than to fill it. Here blocks are whole large pages (2 MiB), and those that are free wait for the next request of their
@@ -83,37 +83,32 @@ struct DLManagedTensor {
   void* context;
   void (*deleter)(DLManagedTensor*);
 };
-struct Map {
+struct Numbers {
   DLManagedTensor managed;
   Block block;
-  int64_t shape[4], strides[4];
+  int64_t count;
 };
 
 }  // namespace
 
-// A map (B, C, H, W) with channels last, for DLPack; null without memory. `code` is DLPack's of the numbers' kind.
-ESPALIER_API void* espalier_new_map(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t code,
-                                    int64_t bits) {
-  const size_t needed = size_t(batch * channels * height * width * bits / 8);
-  const size_t bytes = (needed + kLargePage - 1) / kLargePage * kLargePage;
+// `count` numbers for DLPack, which has a code for each kind of them; null without memory.
+ESPALIER_API void* espalier_new_numbers(int64_t count, int64_t code, int64_t bits) {
+  const size_t bytes = (size_t(count * bits / 8) + kLargePage - 1) / kLargePage * kLargePage;
   void* const memory = take(bytes);
   if (!memory) return nullptr;
-  Map* const map = new Map{{},
-                           {memory, bytes},
-                           {batch, channels, height, width},
-                           {channels * height * width, 1, channels * width, channels}};
-  map->managed.tensor = {memory, 1, 0, 4, uint8_t(code), uint8_t(bits), 1, map->shape, map->strides, 0};
-  map->managed.context = map;
-  map->managed.deleter = [](DLManagedTensor* managed) {
-    Map* const own = static_cast<Map*>(managed->context);
+  Numbers* const made = new Numbers{{}, {memory, bytes}, count};
+  made->managed.tensor = {memory, 1, 0, 1, uint8_t(code), uint8_t(bits), 1, &made->count, nullptr, 0};
+  made->managed.context = made;
+  made->managed.deleter = [](DLManagedTensor* managed) {
+    Numbers* const own = static_cast<Numbers*>(managed->context);
     give_back(own->block);
     delete own;
   };
-  return &map->managed;
+  return &made->managed;
 }
 
 #else
 
-ESPALIER_API void* espalier_new_map(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return nullptr; }
+ESPALIER_API void* espalier_new_numbers(int64_t, int64_t, int64_t) { return nullptr; }
 
 #endif
