@@ -21,7 +21,7 @@ from espalier.nn.kernels.arguments import KINDS, Arguments, counts
 FOLDER = Path(__file__).parent
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 PRECISE = (torch.float32, torch.float64)
-_LARGE = 1 << 20  # bytes from which a tensor's pages count
+LARGE = 1 << 20  # bytes from which a tensor's pages count
 _DLPACK = {torch.float32: 2, torch.float64: 2, torch.bfloat16: 4}  # the codes of its kinds of numbers
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
@@ -166,7 +166,7 @@ def fresh(like: Tensor, *size: int) -> Tensor:
     Where it is large, its memory is what an earlier one has left: see memory.cpp.
     """
     count = math.prod(size)
-    if count * like.itemsize >= _LARGE:
+    if count * like.itemsize >= LARGE:
         pointer = _library()[1].espalier_new_numbers(count, _DLPACK[like.dtype], 8 * like.itemsize)
         if pointer:
             return from_dlpack(_capsule(pointer, b"dltensor", None)).view(size)
