@@ -16,6 +16,7 @@ from espalier.errors import EspalierError
 from espalier.models import ConvMixer
 from espalier.nn import DepthwiseConv2d, backend, use_backend
 from espalier.nn.depthwise import mixing_block, pointwise_block
+from espalier.nn.kernels.depthwise import Norm, gelu_norm, mix
 
 needs_kernels = pytest.mark.skipif(backend().name != "compiled", reason="the package was built without a compiler")
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -100,6 +101,17 @@ class Blocks(nn.Module):
         return other
 
 
+class Mixed(nn.Module):
+    """The first of the blocks alone."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mixing_block(x, self.blocks.mix, self.blocks.act, self.blocks.norms[0])
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_fused_blocks_are_torchs_modules_in_value_gradients_and_statistics(data: st.DataObject) -> None:
@@ -125,6 +137,34 @@ def test_the_fused_blocks_are_torchs_modules_in_value_gradients_and_statistics(d
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         ours = step(net, x)
     assert_close(ours, step(twin, x.double()), 20 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 40, 40, 44), (9, 70, 20, 21), (1, 20, 90, 75)])
+def test_so_are_they_on_maps_whose_frames_fill_the_cache(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    net, x = Blocks(size[1], 5, {"eps": 1e-1 if dtype == torch.bfloat16 else 1e-5}), draw_map(*size, dtype=dtype)
+    twin = net.twin()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = step(net, x)
+    # A parameter's gradient sums as many errors as there are pixels.
+    assert_close(ours, step(twin, x.double()), 100 * TOLERANCE[dtype] if dtype == torch.float32 else 0.4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("first", [0.0, 1e4])
+def test_variances_far_below_the_mean_keep_their_digits(first: float) -> None:
+    u = 100 + 0.01 * torch.randn(3, 20, 8, 9, generator=torch.Generator().manual_seed(0))
+    u[0, :, 0, 0] += first
+    u = u.contiguous(memory_format=torch.channels_last)
+    norm = Norm(torch.ones(20), torch.zeros(20), 1e-5, None, None)
+    for padded in (False, True):  # statistics of the rows, and of a convolution that changes nothing
+        taps = torch.zeros(20, 1, 3, 3)
+        taps[:, 0, 1, 1] = 1
+        _, mean, variance = mix(u, taps, None, norm, (1, 1, 1, 1)) if padded else gelu_norm(u.clone(), None, norm)
+        wanted = u.double().transpose(0, 1).flatten(1)
+        atol = 1e-5 * float(wanted.std(1).max())
+        torch.testing.assert_close(mean.double(), wanted.mean(1), rtol=1e-6, atol=atol)
+        torch.testing.assert_close(variance.double(), wanted.var(1, correction=0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
@@ -155,7 +195,7 @@ def test_gradcheck_of_both_in_double_precision() -> None:
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     net, x, before = Blocks(40, 5, {}), draw_map(5, 40, 9, 8), torch.get_num_threads()
     # The pointwise product is the library's, and may depend on them; what is ours may not.
-    layers = nn.Sequential(DepthwiseConv2d(40, 7), net.act)
+    layers = nn.Sequential(DepthwiseConv2d(40, 7), Mixed(net))
     try:
         results = []
         for count in (1, threads):
