@@ -61,7 +61,8 @@ SECTIONS = (
         "convmixer",
         "ConvMixer",
         "Ours beside the paper's plain definition and timm's class, in both layouts, every way in a process of its\n"
-        "own, as a user has it: what one pays for fresh pages at every call shows.",
+        "own, as a user has it: what one pays for fresh pages at every call shows. Ours takes the memory that its\n"
+        "earlier results left.",
         "python benchmarks/convmixer.py --threads 1 --rounds 7 --shapes 256/8-k5-p2 256/8-k9-p2 --record FILE",
     ),
     Section(
