@@ -70,7 +70,7 @@ template <class S> inline Vec<Sum<S>> ahead(const S* at, int64_t channels, int64
 }
 
 // Fill the first `blocks` frames with value(block, where the pixel lies), a pixel or a pair of it and its right neighbour
-// a place; what lies outside was zero and stays so. The sums over the pixels are added to `sums`.
+// a place; what lies outside was zero and stays so. The sums over the pixels are added to `sums`, unless that is null.
 template <class S, class Value>
 void fill(Frames<Sum<S>>& frames, int64_t blocks, int64_t top, int64_t left, int64_t h, int64_t w, int64_t channels,
           Sum<S>* sums, Value value) {
@@ -82,7 +82,7 @@ void fill(Frames<Sum<S>>& frames, int64_t blocks, int64_t top, int64_t left, int
       for (int64_t b = 0; b < blocks; b++) {
         T* to = frames.frame(b).at(top + y, left + x);
         const Vec<T> v = value(b, at + b * V);
-        store(sums + b * V, load(sums + b * V) + v);
+        if (sums) store(sums + b * V, load(sums + b * V) + v);
         if constexpr (!kPairs<S>) {
           store(to, v);
         } else {
@@ -96,7 +96,7 @@ void fill(Frames<Sum<S>>& frames, int64_t blocks, int64_t top, int64_t left, int
 
 // sums[t] = Σ over taps of tap · pixel, for N neighbouring pixels of a row.
 template <class S, int N, class T = Sum<S>>
-inline void row_sums(const Frame<T>& frame, int64_t y, int64_t x, const T* taps, int64_t rows, int64_t columns, Vec<T> start,
+inline void row_sums(Frame<T> frame, int64_t y, int64_t x, const T* taps, int64_t rows, int64_t columns, Vec<T> start,
                      Vec<T> (&sums)[N]) {
   constexpr int64_t step = kPairs<S> ? 2 : 1;
   for (int t = 0; t < N; t++) sums[t] = start;
@@ -133,7 +133,7 @@ template <class T> struct Finish {
 };
 
 template <class S, int N>
-inline void tile(const Frame<Sum<S>>& frame, int64_t y, int64_t x, const Sum<S>* taps, int64_t rows, int64_t columns,
+inline void tile(Frame<Sum<S>> frame, int64_t y, int64_t x, const Sum<S>* taps, int64_t rows, int64_t columns,
                  const Finish<Sum<S>>& finish, const S* add, S* out, int64_t below, int64_t wanted, int64_t channels,
                  int64_t count) {
   using T = Sum<S>;
@@ -161,7 +161,7 @@ inline void tile(const Frame<Sum<S>>& frame, int64_t y, int64_t x, const Sum<S>*
 
 // A whole map: out (h, w) = (add +) the finished correlation of the frame with taps.
 template <class S>
-void correlate(const Frame<Sum<S>>& frame, const Sum<S>* taps, int64_t rows, int64_t columns, const Finish<Sum<S>>& finish,
+void correlate(Frame<Sum<S>> frame, const Sum<S>* taps, int64_t rows, int64_t columns, const Finish<Sum<S>>& finish,
                const S* add, S* out, int64_t h, int64_t w, int64_t channels, int64_t count) {
   const int64_t tiles = (w + kTile - 1) / kTile, even = (w + tiles - 1) / tiles;
   for (int64_t y = 0; y < h; y++) {
@@ -185,7 +185,7 @@ void correlate(const Frame<Sum<S>>& frame, const Sum<S>* taps, int64_t rows, int
 
 // sums[r·columns + s] += Σ over pixels of dy(y, x) · frame(y + r, x + s), for M neighbouring columns s of one row r.
 template <class S, int M, class T = Sum<S>>
-void tap_sums(const Frame<T>& frame, const Frame<T>& dy, int64_t top, int64_t left, int64_t r, int64_t s, int64_t h, int64_t w,
+void tap_sums(Frame<T> frame, Frame<T> dy, int64_t top, int64_t left, int64_t r, int64_t s, int64_t h, int64_t w,
               T* sums) {
   constexpr int kStep = kPairs<S> ? 2 : 1;
   constexpr int kPixels = 4 * kStep;  // that share what they load; those past the row's end are zeros of dy's frame
@@ -205,7 +205,7 @@ void tap_sums(const Frame<T>& frame, const Frame<T>& dy, int64_t top, int64_t le
   for (int m = 0; m < M; m++) store(sums + m * kLanes<T>, load(sums + m * kLanes<T>) + total[0][m] + total[1][m]);
 }
 template <class S>
-void all_tap_sums(const Frame<Sum<S>>& frame, const Frame<Sum<S>>& dy, int64_t top, int64_t left, const DepthwiseShape& s,
+void all_tap_sums(Frame<Sum<S>> frame, Frame<Sum<S>> dy, int64_t top, int64_t left, const DepthwiseShape& s,
                   Sum<S>* sums) {
   using T = Sum<S>;
   for (int64_t r = 0; r < s.rows; r++)
@@ -275,7 +275,7 @@ template <class S> void run(const DepthwiseForward<S>& a) {
   transpose(a.filters, by_tap.data(), s.channels, all);
   parallel(s.batch * groups, a.threads, [&](Items items) {
     Frames<T> frames(s.out_height + s.rows - 1, s.out_width + s.columns - 1, s.channels);
-    Room<T> taps(all * V), unused(kTogether);
+    Room<T> taps(all * V);
     for (int64_t item; items.next(item);) {
       const int64_t image = item % s.batch, first = item / s.batch * kTogether;
       const S* x = a.x + image * s.height * s.width * s.channels;
@@ -284,8 +284,9 @@ template <class S> void run(const DepthwiseForward<S>& a) {
         if (block == blocks) {
           block = 0;
           blocks = frames.blocks(first, c, s.channels);
-          fill<S>(frames, blocks, s.top, s.left, s.height, s.width, s.channels, unused,
-                  [&](int64_t b, int64_t at) { return ahead(x + c + at, s.channels, std::min(V, s.channels - c - b * V)); });
+          fill<S>(frames, blocks, s.top, s.left, s.height, s.width, s.channels, nullptr, [&](int64_t b, int64_t at) {
+            return ahead(x + c + at, s.channels, std::min(V, s.channels - c - b * V));
+          });
         }
         block_taps<S>(taps, by_tap.data(), s, c, count, false);
         Finish<T> finish;
@@ -332,7 +333,7 @@ template <class S> void run(const DepthwiseBackward<S>& a) {
     Frames<T> frames(s.out_height + s.rows - 1, s.out_width + s.columns - 1, s.channels);
     Frames<T> ups(s.height + s.rows - 1, s.width + s.columns - 1 + kTile, s.channels);
     ups.count = frames.count = std::min(ups.count, frames.count);
-    Room<T> taps(ups.count * all * V), sums(ups.count * all * V), bias(kTogether), unused(kTogether);
+    Room<T> taps(ups.count * all * V), sums(ups.count * all * V), bias(kTogether), of_image(kTogether);
     std::vector<NormGradient<T>> norms(size_t(ups.count));
     for (int64_t item; items.next(item);) {
       const int64_t share = item % shares, first = item / shares * kTogether;
@@ -347,12 +348,14 @@ template <class S> void run(const DepthwiseBackward<S>& a) {
         std::memset(bias, 0, size_t(kTogether) * sizeof(T));
         for (int64_t image = share; image < s.batch; image += shares) {
           const S *x = a.x + image * in + c, *dy = a.dy + image * out + c, *u = a.u ? a.u + image * out + c : nullptr;
-          fill<S>(ups, blocks, top, left, s.out_height, s.out_width, s.channels, bias, [&](int64_t b, int64_t at) {
+          std::memset(of_image, 0, size_t(kTogether) * sizeof(T));
+          fill<S>(ups, blocks, top, left, s.out_height, s.out_width, s.channels, of_image, [&](int64_t b, int64_t at) {
             const Vec<T> g = ahead(dy + at, s.channels, count(b));
             return u ? rounded<S>(norms[size_t(b)](ahead(u + at, s.channels, count(b)), g)) : g;
           });
+          for (int64_t v = 0; v < blocks * V; v++) bias[v] += of_image[v];
           if (a.dfilters)
-            fill<S>(frames, blocks, s.top, s.left, s.height, s.width, s.channels, unused,
+            fill<S>(frames, blocks, s.top, s.left, s.height, s.width, s.channels, nullptr,
                     [&](int64_t b, int64_t at) { return ahead(x + at, s.channels, count(b)); });
           for (int64_t b = 0; b < blocks; b++) {
             if (a.dx)

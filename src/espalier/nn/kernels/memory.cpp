@@ -1,7 +1,7 @@
 // Memory for large results, kept for the next ones: a step of training frees them and asks for the same sizes again.
 //
 // From the C library such memory may come anew each time, a zeroed page of 4 KiB at every first touch, which costs more
-// than to fill it. Here blocks are whole large pages (2 MiB), and those that are free wait for the next request of their
+// than to fill it. Here blocks start on large pages (2 MiB), and those that are free wait for the next request of their
 // size, up to kIdle bytes together. A tensor takes one over through DLPack, whose deleter gives it back.
 
 #include "parallel.hpp"
@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr size_t kLargePage = 2 << 20, kIdle = size_t(256) << 20;
+constexpr size_t kLargePage = 2 << 20, kGrain = 1 << 16, kIdle = size_t(256) << 20;
 
 struct Block {
   void* memory;
@@ -45,7 +45,7 @@ void* take(size_t bytes) {
         return memory;
       }
   }
-  // A page more than is needed, and what lies before the first border and behind the end is given back.
+  // A large page more than is needed, and what lies before the first border and behind the end is given back.
   void* const all = mmap(nullptr, bytes + kLargePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) return nullptr;
   const auto address = reinterpret_cast<uintptr_t>(all);
@@ -93,7 +93,7 @@ struct Numbers {
 
 // `count` numbers for DLPack, which has a code for each kind of them; null without memory.
 ESPALIER_API void* espalier_new_numbers(int64_t count, int64_t code, int64_t bits) {
-  const size_t bytes = (size_t(count * bits / 8) + kLargePage - 1) / kLargePage * kLargePage;
+  const size_t bytes = (size_t(count * bits / 8) + kGrain - 1) / kGrain * kGrain;
   void* const memory = take(bytes);
   if (!memory) return nullptr;
   Numbers* const made = new Numbers{{}, {memory, bytes}, count};
