@@ -22,7 +22,8 @@ struct Block {
   size_t bytes;
 };
 
-// Never destroyed: tensors may outlive static objects.
+// Never destroyed: tensors may outlive static objects. Nobody waits for the lock: it stays locked for ever in a process
+// that was forked while another thread held it, and then memory comes from the system and goes back to it.
 struct Pool {
   std::mutex lock;
   std::list<Block> idle;  // the one freed last is first
@@ -36,8 +37,8 @@ Pool& pool() {
 void* take(size_t bytes) {
   Pool& p = pool();
   {
-    const std::lock_guard<std::mutex> hold(p.lock);
-    for (auto block = p.idle.begin(); block != p.idle.end(); ++block)
+    const std::unique_lock<std::mutex> hold(p.lock, std::try_to_lock);
+    for (auto block = p.idle.begin(); hold && block != p.idle.end(); ++block)
       if (block->bytes == bytes) {
         void* const memory = block->memory;
         p.bytes -= bytes;
@@ -59,7 +60,11 @@ void* take(size_t bytes) {
 
 void give_back(Block block) {
   Pool& p = pool();
-  const std::lock_guard<std::mutex> hold(p.lock);
+  const std::unique_lock<std::mutex> hold(p.lock, std::try_to_lock);
+  if (!hold) {
+    munmap(block.memory, block.bytes);
+    return;
+  }
   p.idle.push_front(block);
   p.bytes += block.bytes;
   while (p.bytes > kIdle) {
