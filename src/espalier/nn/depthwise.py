@@ -68,9 +68,10 @@ def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module)
     if not (_is_convolution(conv) and conv.padding_mode == "zeros" and _takes_norm(x, conv, act, norm)):
         return norm(act(conv(x)))
     assert isinstance(norm, nn.BatchNorm2d)
-    narrow, weight = _autocast(x), _autocast(conv.weight)
-    if _is_product(conv, narrow) and narrow.dtype == weight.dtype and not _lacks_values(norm, narrow):
-        return _track(norm, *point(narrow, weight.flatten(1), _summed(conv.bias, narrow), _norm(norm, narrow)))
+    if _is_product(conv, x) and not _lacks_values(norm, x):
+        narrow, weight = _autocast(x), _autocast(conv.weight)
+        if narrow.dtype == weight.dtype:
+            return _track(norm, *point(narrow, weight.flatten(1), _summed(conv.bias, narrow), _norm(norm, narrow)))
     # The bias is added where GELU is computed.
     x = x.contiguous(memory_format=torch.channels_last)
     u = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)

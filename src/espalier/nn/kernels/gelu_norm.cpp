@@ -87,9 +87,9 @@ template <class S, class T = Sum<S>> void bring_together(const GeluNormForward<S
   const int64_t channels = a.shape.channels, rows = a.shape.rows;
   for_each_vector<T>(channels, [&](int64_t c, int64_t count) {
     Total<T> total;
-    for (int64_t r = 0; r < rows; r += per, moments += 2 * channels)
-      total.add(std::min(per, rows - r), read(moments + c, count), read(moments + channels + c, count));
-    moments -= (rows + per - 1) / per * 2 * channels;
+    const T* part = moments + c;
+    for (int64_t r = 0; r < rows; r += per, part += 2 * channels)
+      total.add(std::min(per, rows - r), read(part, count), read(part + channels, count));
     for (int64_t v = 0; v < count; v++) {
       a.mean[c + v] = T(total.mean[v]);
       a.variance[c + v] = T(total.square[v] / double(rows));
