@@ -2,6 +2,7 @@
 
 from espalier.nn.depthwise import DepthwiseConv2d
 from espalier.nn.kernels.backend import Backend, backend, use_backend
+from espalier.nn.kernels.library import empty_cache
 from espalier.nn.lipschitz.activations import Abs, GroupSort, Householder, MaxMin
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite, kernel_norm, spectral_norm
 from espalier.nn.lipschitz.normalisation import BatchCentering, Normalize, NormalizedLinear
@@ -48,6 +49,7 @@ __all__ = [
     "backend",
     "causal_conv_silu",
     "cayley",
+    "empty_cache",
     "kernel_norm",
     "load_original_state_dict",
     "mixing_matrix",

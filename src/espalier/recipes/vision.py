@@ -96,8 +96,8 @@ def cifar10_vit() -> Recipe:
 def convmixer_cifar10() -> Recipe:
     """ConvMixer-256/8 (kernel 5, patch 2) on CIFAR-10 with the published script's 25-epoch setting.
 
-    Test accuracy; minutes on one GPU: ``espalier train convmixer_cifar10 --data DIR``. Not yet run here at full
-    length.
+    Test accuracy; three minutes on one H100, some hours of one core with ``--precision bf16 --channels-last``:
+    ``espalier train convmixer_cifar10 --data DIR``. What it reached: docs/results/index.md.
     """
     return Recipe(
         name="convmixer_cifar10",

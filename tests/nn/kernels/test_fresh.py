@@ -1,10 +1,9 @@
-"""Memory for large results: what is alive is nobody else's, what was freed is used again, and little waits."""
+"""Memory for large results: what is alive is nobody else's, what was freed is used again, and what waits has bounds."""
 
 from __future__ import annotations
 
 import copy
 import io
-import os
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from espalier.models import ConvMixer
-from espalier.nn import CayleyConv2d, backend, use_backend
+from espalier.nn import CayleyConv2d, backend, empty_cache, use_backend
 from espalier.nn.kernels.library import LARGE, fresh
 
 pytestmark = [
@@ -79,15 +78,39 @@ def test_threads_share_no_memory() -> None:
     assert not wrong
 
 
-def test_no_more_than_a_quarter_of_a_gibibyte_waits() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def kept(name: str) -> int:
+    """Bytes of this process that the system calls ``name``."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
-    before = resident()
+
+def test_a_quarter_of_a_gibibyte_waits_as_it_is_and_the_system_may_have_the_rest() -> None:
+    empty_cache()
+    before = kept("Rss") - kept("LazyFree")
     many = [fresh(LIKE, 3 << 20).fill_(1) for _ in range(50)]  # of 12 MiB
-    assert resident() - before > 300 << 20
+    assert kept("Rss") - kept("LazyFree") - before > 550 << 20
     del many
-    assert resident() - before < 300 << 20
+    assert 200 << 20 < kept("Rss") - kept("LazyFree") - before < 300 << 20
+    again = [fresh(LIKE, 3 << 20) for _ in range(50)]
+    assert kept("Rss") - before < 650 << 20
+    for number, tensor in enumerate(again):
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(again))
+    del again, tensor
+    empty_cache()
+    assert kept("Rss") - before < 50 << 20
+
+
+def test_what_waits_and_what_is_used_are_no_more_than_was_ever_used_at_once() -> None:
+    code = (
+        "import torch; from test_fresh import LIKE, fresh, kept; torch.set_num_threads(1)\n"
+        "fresh(LIKE, 1 << 20).fill_(1); before = kept('Rss')\n"
+        "for size in range(3 << 20, 4 << 20, 1 << 17):\n"  # nothing that waits fits the next size
+        "    many = [fresh(LIKE, size).fill_(1) for _ in range(40)]\n"
+        "    del many\n"
+        "assert kept('Rss') - before < 700 << 20, kept('Rss') - before\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_such_tensors_are_saved_copied_and_shared_as_torchs_are() -> None:

@@ -173,6 +173,17 @@ def fresh(like: Tensor, *size: int) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device="cpu")
 
 
+def empty_cache() -> None:
+    """Give the system the memory that waits for the next large results of the CPU's kernels, as ``fresh`` hands it out.
+
+    Up to 256 MiB wait as they are. More, at most what was in use at once, waits lazily freed (``MADV_FREE``): it counts
+    as the process's until the system needs it. What tensors hold stays theirs. Without compiled kernels, or on another
+    system than Linux, nothing waits.
+    """
+    if _library.cache_info().currsize:
+        _library()[1].espalier_empty_cache()
+
+
 def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | None) -> None:
     """Run a kernel on the tensors' memory; the caller has made contiguous what must be so.
 
