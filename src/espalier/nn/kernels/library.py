@@ -79,6 +79,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         library.espalier_same.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         library.espalier_new_numbers.argtypes = [ctypes.c_int64] * 3
         library.espalier_new_numbers.restype = ctypes.c_void_p
+        library.espalier_empty_cache.restype = None
     except (OSError, AttributeError) as error:
         raise KernelError(f"cannot use {path.name}: {error}") from error
     return library

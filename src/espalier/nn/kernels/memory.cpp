@@ -1,10 +1,10 @@
 // Memory for large results, kept for the next ones: a step of training frees them and asks for the same sizes again.
 //
-// From the C library such memory may come anew each time, zeroed at every first touch, which costs more than to fill it:
-// on a virtual machine a large page (2 MiB) took 2 ms. Here blocks start on large pages, and those that are free wait
-// for the next request of their size: kWarm bytes as they are, the rest lazily freed, so that the system takes their
-// pages when it needs some and leaves them otherwise. What waits and what is in use are together no more than was ever
-// in use at once. A tensor takes a block over through DLPack, whose deleter gives it back.
+// From the C library such memory may come anew each time, zeroed at every first touch, which costs more than to fill it,
+// on a virtual machine many times. Here blocks start on large pages (2 MiB), and those that are free wait for the next
+// request of their size: kWarm bytes as they are, the rest lazily freed, so that the system takes their pages when it
+// needs some and leaves them otherwise. Together with what is in use they are no more than was ever in use at once, or
+// than kWarm. A tensor takes a block over through DLPack, whose deleter gives it back.
 
 #include "parallel.hpp"
 
