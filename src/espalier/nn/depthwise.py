@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.depthwise import Norm, Padding, depthwise, gelu_norm, mix, point
-from espalier.nn.kernels.library import usable
+from espalier.nn.kernels.library import PRECISE, usable
 from espalier.nn.plain import computes_as, is_watched, remember
 from espalier.nn.precision import is_tracing
 
-_MAPS = (torch.float32, torch.float64, torch.bfloat16)
+_MIXED = (torch.float32, torch.bfloat16)
 _LARGEST = 15  # side of a kernel that the compiled convolution is proved for
 
 
@@ -65,36 +65,38 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``norm(act(conv(x)))``: fused for GELU after a convolution of torch's, called one by one else."""
-    if not (_is_convolution(conv) and conv.padding_mode == "zeros" and _takes_norm(x, conv, act, norm)):
+    parts = _parts(x, conv, act, norm) if _is_convolution(conv) and conv.padding_mode == "zeros" else None
+    if parts is None:
         return norm(act(conv(x)))
     assert isinstance(norm, nn.BatchNorm2d)
+    weight, bias, after = parts
     if _is_product(conv, x) and not _lacks_values(norm, x):
-        narrow, weight = _autocast(x), _autocast(conv.weight)
-        if narrow.dtype == weight.dtype:
-            return _track(norm, *point(narrow, weight.flatten(1), _summed(conv.bias, narrow), _norm(norm, narrow)))
+        narrow, matrix = _autocast(x), _autocast(weight)
+        if narrow.dtype == matrix.dtype:
+            return _track(norm, *point(narrow, matrix.flatten(1), bias, after))
     # The bias is added where GELU is computed.
     x = x.contiguous(memory_format=torch.channels_last)
-    u = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    if _lacks_values(norm, u):
-        return norm(act(conv(x)))
-    return _track(norm, *gelu_norm(u, _summed(conv.bias, u), _norm(norm, u)))
+    u = F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return norm(act(conv(x))) if _lacks_values(norm, u) else _track(norm, *gelu_norm(u, bias, after))
 
 
 def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
     """Return ``x + norm(act(conv(x)))`` for a depthwise convolution that keeps the size, fused if it can be."""
-    fused = _fits(conv, x) and _keeps_size(conv) and _takes_norm(x, conv, act, norm) and not _lacks_values(norm, x)
+    parts = _parts(x, conv, act, norm) if _fits(conv, x) and _keeps_size(conv) else None
     # What autocast narrows for the convolution is added whole: the kernel reads it once, in one precision.
-    if not fused or _autocast(x).dtype != x.dtype:
+    if parts is None or _lacks_values(norm, x) or _autocast(x).dtype != x.dtype:
         return x + norm(act(conv(x)))
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
-    taps, bias = _summed(conv.weight, x), _summed(conv.bias, x)
-    return _track(norm, *mix(x, taps, bias, _norm(norm, x), _padding(conv)))
+    weight, bias, after = parts
+    (taps,) = _summed(x, weight)
+    return _track(norm, *mix(x, taps, bias, after, _padding(conv)))
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     x = _autocast(x)
-    return depthwise(x, _summed(conv.weight, x), _summed(conv.bias, x), _padding(conv))
+    weight, bias = _summed(x, conv.weight, conv.bias)
+    return depthwise(x, weight, bias, _padding(conv))
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -102,16 +104,10 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 else x
 
 
-def _summed(parameter: Tensor | None, x: Tensor) -> Any:
-    """Return a parameter in the precision of sums over maps like x."""
+def _summed(x: Tensor, *parameters: Tensor | None) -> list[Any]:
+    """Return parameters in the precision of sums over maps like x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return parameter if parameter is None or parameter.dtype is dtype else parameter.to(dtype)
-
-
-def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Norm:
-    fixed = _is_fixed(norm)
-    mean, variance = (_summed(t, x) if fixed else None for t in (norm.running_mean, norm.running_var))
-    return Norm(_summed(norm.weight, x), _summed(norm.bias, x), norm.eps, mean, variance)
+    return [p if p is None or p.dtype is dtype else p.to(dtype) for p in parameters]
 
 
 def _is_fixed(norm: nn.BatchNorm2d) -> bool:
@@ -181,36 +177,40 @@ def _fits(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     return inside and height + top + bottom >= rows and width + left + right >= columns
 
 
-def _takes_norm(x: Tensor, conv: nn.Conv2d, act: nn.Module, norm: nn.Module) -> bool:
-    """Return whether GELU and batch norm may be fused: the modules are torch's own, and nothing watches them."""
+def _parts(x: Tensor, conv: nn.Conv2d, act: nn.Module, norm: nn.Module) -> tuple[Tensor, Any, Norm] | None:
+    """Return the convolution's weight and bias, and batch norm, to compute all three from; None if they must be called.
+
+    They may be fused if GELU and batch norm are torch's own, and nothing watches them.
+    """
     if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d:
-        return False
+        return None
     if not (computes_as(act, nn.GELU) and computes_as(norm, nn.BatchNorm2d)):
-        return False
+        return None
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.numel():  # torch.fx traces with what is no tensor
-        return False
-    weight, shift = norm.weight, norm.bias
-    if weight is None or shift is None or is_watched(conv) or is_watched(act) or is_watched(norm):
-        return False
-    return _compiled(x, conv.weight, conv.bias, weight, shift, norm.running_mean, norm.running_var)
+        return None
+    # Each is read once: looking up a module's tensor takes half a microsecond.
+    tensors = scale, shift, mean, variance = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias = conv.weight, conv.bias
+    if scale is None or shift is None or is_watched(conv) or is_watched(act) or is_watched(norm):
+        return None
+    if not _compiled(x, weight, bias, *tensors):
+        return None
+    if not _is_fixed(norm):
+        mean = variance = None
+    bias, scale, shift, mean, variance = _summed(x, bias, scale, shift, mean, variance)
+    return weight, bias, Norm(scale, shift, norm.eps, mean, variance)
 
 
 def _compiled(x: Tensor, *parameters: Tensor | None) -> bool:
     """Return whether kernels may read these, and run."""
-    if is_tracing() or not usable(x, *parameters, dtypes=_MAPS) or not _same_kind(x, *parameters):
-        return False
-    return choose("depthwise", "cpu") == "compiled"
+    return not is_tracing() and usable(x, *parameters, dtypes=_kinds(x)) and choose("depthwise", "cpu") == "compiled"
 
 
-def _same_kind(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Return whether torch would take these together: one dtype, or half-precision maps and float32 parameters."""
+def _kinds(x: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that torch would take together with x: its own, or half-precision maps and float32."""
     if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
-            return False
-        kinds = {torch.float32, torch.bfloat16}
-    else:
-        kinds = {x.dtype, torch.float32} if x.dtype == torch.bfloat16 else {x.dtype}
-    return {tensor.dtype for tensor in (x, *parameters) if tensor is not None} <= kinds
+        return _MIXED if torch.get_autocast_dtype("cpu") == torch.bfloat16 else ()
+    return _MIXED if x.dtype == torch.bfloat16 else (x.dtype,) if x.dtype in PRECISE else ()
 
 
 def _is_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -20,6 +20,8 @@ class Arguments(ctypes.Structure):
 
     kernel: ClassVar[str]
     names: ClassVar[frozenset[str]]
+    pointers: ClassVar[tuple[str, ...]]
+    """Those of them that lead to numbers."""
     sizes: ClassVar[tuple[str, ...]]
     """The integers among them."""
     maps: ClassVar[frozenset[str]]
@@ -46,6 +48,7 @@ def _arguments(
         "_fields_": fields,
         "kernel": kernel,
         "names": frozenset(name for name, _ in fields[2:]),
+        "pointers": tuple(pointers.split()),
         "sizes": tuple(integers.split()),
         "maps": frozenset((maps or pointers).split()),
         "counts": staticmethod(counts),

@@ -18,8 +18,8 @@ from espalier.nn.kernels.arguments import (
     GELU_NORM_BACKWARD,
     GELU_NORM_FORWARD,
 )
-from espalier.nn.kernels.cpu import needs_grad
 from espalier.nn.kernels.library import call, fresh
+from espalier.nn.precision import differentiable
 
 Padding = tuple[int, int, int, int]  # rows of zeros above and below, columns left and right
 
@@ -135,21 +135,21 @@ def _rows(map_BCHW: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     """Return the map of weight·x at each pixel."""
-    y = _new_map(x, len(x), len(weight), *x.shape[2:])
-    torch.mm(_rows(x), weight.t(), out=y.permute(0, 2, 3, 1).view(-1, len(weight)))
-    return y
+    rows = _rows(x)
+    y = torch.mm(rows, weight.t(), out=fresh(x, len(rows), len(weight)))
+    return y.view(len(x), *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
 
 
 def gelu_norm(u: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, μ, σ²) of batch norm after GELU of u + bias, and overwrite u if no gradient is wanted."""
-    if needs_grad(u, bias, norm.weight, norm.shift):
+    if differentiable(u, bias, norm.weight, norm.shift):
         return _GeluNorm.apply(_channels_last(u), bias, norm.weight, norm.shift, norm)
     return _normalise(_channels_last(u), None, bias, norm, in_place=True)
 
 
 def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, μ, σ²) with y = x + batch norm of GELU of (x convolved with the taps + bias)."""
-    if needs_grad(x, taps, bias, norm.weight, norm.shift):
+    if differentiable(x, taps, bias, norm.weight, norm.shift):
         return _Mix.apply(_channels_last(x), taps, bias, norm.weight, norm.shift, norm, padding)
     x = _channels_last(x)
     if norm.mean is not None and norm.variance is not None:
@@ -160,7 +160,7 @@ def mix(x: Tensor, taps: Tensor, bias: Tensor | None, norm: Norm, padding: Paddi
 
 def point(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, μ, σ²) of batch norm after GELU of weight·x + bias at each pixel, weight (C', C) of x's dtype."""
-    if needs_grad(x, weight, bias, norm.weight, norm.shift):
+    if differentiable(x, weight, bias, norm.weight, norm.shift):
         return _Point.apply(_channels_last(x), weight, bias, norm.weight, norm.shift, norm)
     return _normalise(_multiply(_channels_last(x), weight), None, bias, norm, in_place=True)
 

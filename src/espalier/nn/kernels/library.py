@@ -200,10 +200,11 @@ def call(kind: type[Arguments], dtype: torch.dtype, **values: Tensor | float | N
         raise TypeError(f"{kind.kernel} takes {sorted(kind.names)}, got {sorted(values)}")
     needed = counts(kind, 64 // dtype.itemsize, *[values[name] for name in kind.sizes])
     sums = torch.float32 if dtype == torch.bfloat16 else dtype
-    given: dict[str, Any] = values.copy()
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            given[name] = _address(kind, name, value, dtype if name in kind.maps else sums, needed.get(name, 0))
+    given: dict[str, Any] = values
+    for name in kind.pointers:
+        tensor = given[name]
+        if tensor is not None:
+            given[name] = _address(kind, name, tensor, dtype if name in kind.maps else sums, needed.get(name, 0))
     arguments = kind(size=ctypes.sizeof(kind), threads=torch.get_num_threads(), **given)
     status = getattr(_library()[1], f"{kind.kernel}_{_SUFFIX[dtype]}")(ctypes.byref(arguments))
     if status:
