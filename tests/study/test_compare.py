@@ -118,6 +118,7 @@ def test_diverged_and_failed_trials_are_counted_and_tried_again(tmp_path: Path) 
     assert [arm.failed for arm in summary.arms] == [0, 0, 3]
     assert failure_lines(summary) == ["3 trials failed, fails lr=1 seed=0 first: RuntimeError: too bad"]
     broken.clear()
+    options["keep_trials"] = True
     assert not espalier.compare(fragile, arms=["fine", "diverges", "fails"], **options).failures
 
 
@@ -176,7 +177,7 @@ def test_another_function_is_refused_and_a_bound_value_counts(tmp_path: Path) ->
     espalier.compare(functools.partial(depends, depth=2), **options)
     espalier.compare(functools.partial(depends, depth=2), **options)
     for other in (functools.partial(depends, depth=3), depends, train):
-        with pytest.raises(EspalierError, match=r"holds another study: (code|name) is .*choose another folder"):
+        with pytest.raises(EspalierError, match=r"holds another study: (its training|name) .*choose another folder"):
             espalier.compare(other, **options)
     with pytest.raises(EspalierError, match="metric is 'score' there and 'loss' here"):
         espalier.compare(functools.partial(depends, depth=2), **options, metric="loss")

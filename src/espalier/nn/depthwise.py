@@ -68,6 +68,7 @@ def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module)
     parts = _parts(x, conv, act, norm) if _is_convolution(conv) and conv.padding_mode == "zeros" else None
     if parts is None:
         return norm(act(conv(x)))
+    assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     weight, bias, after = parts
     if _is_product(conv, x) and not _lacks_values(norm, x):

@@ -19,7 +19,7 @@ from espalier.study.launcher import launch, refuse_torchrun, run_recipe
 from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
 from espalier.study.summary import Summary, summarise
-from espalier.study.trial import FILES, RECORD, Arms, Study, Trial, draft_study, save_study
+from espalier.study.trial import FILES, RECORD, STUDY, Arms, Study, Trial, draft_study, load_study, save_study
 from espalier.study.worker import RunTrial
 from espalier.train.build import build_run_model, build_run_source
 from espalier.train.loggers import check_logger
@@ -40,6 +40,7 @@ def compare(
     parameters: Mapping[str, Any] | None = None,
     metric: str | None = None,
     lr: float | None = None,
+    keep_trials: bool = False,
     progress: bool | None = None,
 ) -> Summary:
     """Train every arm at every learning rate and seed, and return what was found; call it again to resume.
@@ -60,6 +61,8 @@ def compare(
         parameters: of the Slurm jobs, see ``launch``.
         metric: name of what a function returns ("score" by default); shares of one end in ``accuracy``.
         lr: centre of an ``"auto"`` grid for a function (1e-3 by default); a recipe has its own.
+        keep_trials: keep the trials of a folder though the function, or what it uses, has changed since: say so where
+            they would end as they did, because you added an arm, say.
         progress: print one line of progress; None prints it where standard error is a terminal.
 
     Raises:
@@ -73,19 +76,28 @@ def compare(
     training: Recipe | OwnTraining
     run: RunTrial
     if isinstance(train, Recipe):
-        given = [name for name, value in (("metric", metric), ("lr", lr)) if value is not None]
-        if given:
-            raise EspalierError(f"{given[0]} belongs to a training function: a recipe has its own, leave it out")
+        own = {"metric": metric is not None, "lr": lr is not None, "keep_trials": keep_trials}
+        if given := [name for name, is_given in own.items() if is_given]:
+            raise EspalierError(f"{given[0]} belongs to a training function: leave it out with a recipe")
         training, run = train, run_recipe
     else:
-        training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
-        run = partial(_run_function, train)
+        training, run = _own_training(train, out, metric, lr, keep_trials)
     # Absolute, as a training may change the working directory.
     study = draft_study(training, arms, lrs, seeds, Path(out).absolute())
     _check_arms(study)
     study = save_study(study)
     launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
     return summarise(study)
+
+
+def _own_training(
+    train: TrainFunction, out: Path | str, metric: str | None, lr: float | None, keep_trials: bool
+) -> tuple[OwnTraining, RunTrial]:
+    """Return what is known of a training function, under the code that the trials of its study have, and its runner."""
+    training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
+    if (Path(out) / STUDY).exists() and isinstance(there := load_study(out).recipe, OwnTraining):
+        training = training.continues(there, keep_trials)
+    return training, partial(_run_function, train)
 
 
 def applicable_arms(recipe: Recipe) -> list[str]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
 import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from espalier.errors import EspalierError
 from espalier.study.statistics import score_limits
+from espalier.study.training_parts import training_parts
 
 Scores = float | Sequence[tuple[int, float]]
 TrainFunction = Callable[[str, float, int, Path], Scores]
@@ -28,12 +27,13 @@ class OwnTraining:
 
     name: str
     code: str
-    """First digits of the SHA-256 of the function's source (else its name), of the plain values bound to it, and of the
-    plain values of its module that it names."""
+    """First digits of the SHA-256 of its parts."""
     metric: str = "score"
     """Name of the score; larger is better. One that ends in ``accuracy`` is a share of one."""
     lr: float = 1e-3
     """Centre of an ``"auto"`` grid of learning rates."""
+    parts: dict[str, str] = field(default_factory=dict, compare=False)
+    """By name, what ``training_parts`` finds: earlier versions noted none."""
 
     @classmethod
     def of(cls, train: TrainFunction, metric: str = "score", lr: float = 1e-3) -> OwnTraining:
@@ -42,12 +42,10 @@ class OwnTraining:
         Raises:
             EspalierError: it cannot be called as ``train(arm, lr, seed, folder)``, or a bad ``lr``.
         """
-        inner, bound = train, []
+        inner: Any = train
         while isinstance(inner, functools.partial):
-            bound.append(_bound_values(inner))
             inner = inner.func
         inner = inspect.unwrap(inner)
-        bound.append(_bound_values(inner))
         name = getattr(inner, "__qualname__", type(inner).__qualname__)
         try:
             inspect.signature(train).bind("arm", 1e-3, 0, Path())
@@ -57,15 +55,23 @@ class OwnTraining:
             raise EspalierError(f"lr {lr!r}: give a positive number, the centre of the grid of rates")
         if not (isinstance(metric, str) and metric and metric.isprintable()):
             raise EspalierError(f"metric {metric!r}: give its name")
-        try:
-            source = inspect.getsource(inner if hasattr(inner, "__qualname__") else type(inner))
-        except (OSError, TypeError):  # typed at a prompt, or compiled
-            source = name
-        # A function that names no constant keeps the digest that studies of earlier versions have.
-        constants = _named_constants(inner)
-        text = f"{source}{bound}{constants or ''}"
-        code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:12]
-        return cls(name, code, metric, lr)
+        parts = training_parts(train)
+        code = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+        return cls(name, code, metric, lr, parts)
+
+    def continues(self, there: OwnTraining, kept: bool) -> OwnTraining:
+        """Return this training under the code of a study's trials, if it is the same or they are to be kept."""
+        if kept or self.parts == there.parts:
+            return replace(self, code=there.code)
+        # Trials that were kept have the code of what it was before: should it be that again, it is still another.
+        return replace(self, code="") if self.code == there.code else self
+
+    def difference(self, now: OwnTraining) -> str:
+        """Say in a few words what of the training has changed."""
+        if not self.parts:
+            return "it was planned by an earlier version, which noted less of the training"
+        names = sorted({name for name, _ in self.parts.items() ^ now.parts.items()})
+        return f"its training has changed in {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
     def digest(self, lr: float, seed: int) -> str:
         """Return 16 hexadecimal digits of what a trial is, as ``recipe_digest`` does for a recipe."""
@@ -98,57 +104,6 @@ def read_scores(returned: Any, metric: str) -> list[tuple[int, float]]:
                 f"train returned {score:g} as {metric}: give shares of one, or another name of the metric"
             )
     return curve
-
-
-def _bound_values(function: Any) -> list[tuple[str, Any]]:
-    """Return the plain values that a callable carries besides its source: another value is another training.
-
-    Other objects are left out: nothing says whether two of them, in two processes, are equal.
-    """
-    if isinstance(function, functools.partial):
-        values: dict[str, Any] = {"": function.args, **function.keywords}
-    else:
-        function_code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
-        values = {n: c.cell_contents for n, c in zip(getattr(function_code, "co_freevars", ()), cells, strict=False)}
-        owner = getattr(function, "__self__", None if hasattr(function, "__qualname__") else function)
-        values |= getattr(owner, "__dict__", {})
-    return _plain_values(values)
-
-
-def _named_constants(function: Any) -> list[tuple[str, Any]]:
-    """Return the plain values of its module that a function, or a method of a callable object, names.
-
-    A name that its own code assigns to is a counter or a cache, and no constant.
-    """
-    if not hasattr(function, "__qualname__"):  # an object: every method of its class may train
-        methods = [method for kind in type(function).__mro__ for method in vars(kind).values()]
-    else:
-        methods = [getattr(function, "__func__", function)]
-    found: dict[str, Any] = {}
-    for method in methods:
-        code, names = getattr(method, "__code__", None), getattr(method, "__globals__", {})
-        read, written = _global_names(code) if code is not None else (set(), set())
-        found |= {name: names[name] for name in read - written if name in names and not name.startswith("__")}
-    return _plain_values(found)
-
-
-def _global_names(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of the module that code reads and those that it assigns to, in functions inside it, too."""
-    steps = list(dis.get_instructions(code))
-    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    written = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    for inner in (_global_names(each) for each in code.co_consts if isinstance(each, CodeType)):
-        read, written = read | inner[0], written | inner[1]
-    return read, written
-
-
-def _plain_values(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    plain = str | int | float | bool | None
-    return [
-        (name, value)
-        for name, value in sorted(values.items())
-        if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(item, plain) for item in value))
-    ]
 
 
 def _number(value: Any) -> float:

@@ -365,18 +365,21 @@ def _records(path: Path) -> Mapping[tuple[str, str], Record]:
 
 
 def _refuse_another(there: Study, recipe: Recipe | OwnTraining, changes: Mapping[str, Mapping[str, Any]]) -> None:
-    old, difference = there.recipe, None
+    old, difference, remedy = there.recipe, None, ""
     if isinstance(old, Recipe) != isinstance(recipe, Recipe):
         kinds = {True: "a recipe", False: "a function of your own"}
         difference = f"{kinds[isinstance(old, Recipe)]} there, {kinds[isinstance(recipe, Recipe)]} here"
     else:
         # The rate, which is the centre of a grid, and the seed belong to the trials.
-        for name in [each.name for each in fields(old) if each.name not in ("lr", "seed")]:
+        for name in [each.name for each in fields(old) if each.compare and each.name not in ("lr", "seed")]:
             if (before := getattr(old, name)) != (now := getattr(recipe, name)):
                 difference = f"{name} is {before!r} there and {now!r} here"
+                if isinstance(old, OwnTraining) and isinstance(recipe, OwnTraining) and name == "code":
+                    difference = old.difference(recipe)
+                    remedy = "say keep_trials=True if its trials would end as they did, or "
                 break
     if difference is not None:
-        raise EspalierError(f"{there.path} holds another study: {difference}; choose another folder")
+        raise EspalierError(f"{there.path} holds another study: {difference}; {remedy}choose another folder")
     for arm in changes:
         if arm in there.arms and there.arms[arm] != changes[arm]:
             raise EspalierError(
