@@ -40,6 +40,11 @@ def test_a_file_is_pinned_to_its_content_and_found_from_anywhere(
     assert pin("model", pinned) == pinned
     monkeypatch.chdir("/")
     assert load("model", pinned)() == 1
+    (tmp_path / "beside.py").write_text("VALUE = 3\n")
+    with pytest.raises(EspalierError, match=r"or a file that it imports is not: put that version back"):
+        load("model", pinned)
+    (tmp_path / "beside.py").write_text("VALUE = 1\n")
+    assert load("model", pinned)() == 1
     file.write_text("def net(): return 2\n")
     with pytest.raises(EspalierError, match=r"nets.py is not the code that this was planned or trained with"):
         load("model", pinned)

@@ -16,14 +16,14 @@ from types import ModuleType
 from typing import Any
 
 from espalier.errors import EspalierError, path_of, unknown_name
+from espalier.own_code import DIGITS, code_digest
 
 # Note [Pins]
 # What a name means changes when its file is edited. A recipe that is saved beside a run therefore says
-# ``/home/me/nets.py:Net#7c0f2ad19e35``: the first digits of the SHA-256 of the file. Workers, Slurm jobs, resumed runs
-# and readers of the run get that very code or an error, and a digest of the recipe tells two versions apart. Modules
-# that the file itself imports are not covered.
-_DIGITS = 12
-_PIN = re.compile(f"#[0-9a-f]{{{_DIGITS}}}$")
+# ``/home/me/nets.py:Net#7c0f2ad19e35``: the first digits of the SHA-256 of the file, or of it and the files of the
+# user's own that it imports. Workers, Slurm jobs, resumed runs and readers of the run get that very code or an error,
+# and a digest of the recipe tells two versions apart.
+_PIN = re.compile(f"#[0-9a-f]{{{DIGITS}}}$")
 
 # Note [Trust]
 # A run folder or a study may come from a stranger, and what it names as its model would be called with arguments of the
@@ -64,7 +64,7 @@ def pin(kind: str, reference: str) -> str:
     if digest:
         return reference
     file = _file_of(kind, place)
-    pinned = f"{file if place.endswith('.py') else place}:{name}#{_digest(file)}"
+    pinned = f"{file if place.endswith('.py') else place}:{name}#{code_digest(file)}"
     mark = _mark(pinned)
     os.environ[TRUST] = ",".join({*filter(None, os.environ.get(TRUST, "").split(",")), mark})
     with suppress(OSError):  # a home that cannot be written to: then only the environment says it
@@ -88,10 +88,10 @@ def load(kind: str, reference: str) -> Callable[..., Any]:
             f"and if you trust it set {TRUST}={mark}"
         )
     file = _file_of(kind, place)
-    if digest and _digest(file) != digest:
+    if digest and code_digest(file) != digest:
         raise EspalierError(
-            f"{kind} {place}:{name}: {file} is not the code that this was planned or trained with ({digest}): put that "
-            "version back, or start in another folder"
+            f"{kind} {place}:{name}: {file} is not the code that this was planned or trained with ({digest}), or a "
+            "file that it imports is not: put that version back, or start in another folder"
         )
     with errors_of(kind, f"{place}:{name}"):
         module = _import_file(file) if place.endswith(".py") else importlib.import_module(place)
@@ -171,13 +171,9 @@ def _file_of(kind: str, place: str) -> Path:
     return Path(spec.origin)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGITS]
-
-
 def _import_file(file: Path) -> ModuleType:
     # Two files of one name, or two versions of one file, are two modules.
-    name = f"{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}_{_digest(file)}"
+    name = f"{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}_{code_digest(file)}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

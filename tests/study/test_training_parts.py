@@ -213,6 +213,17 @@ def test_every_process_finds_the_same(tmp_path: Path) -> None:
 LOOP: list[Any] = []
 LOOP.append(LOOP)
 
+
+def test_code_without_a_source_is_told_apart_by_what_it_does() -> None:
+    def made(test: str) -> Any:
+        space: dict[str, Any] = {"__name__": "__main__"}
+        exec(f"def train(arm, lr, seed, folder):\n    return float(arm in {test})", space)
+        return space["train"]
+
+    assert training_parts(made("{'a', 'b'}")) == training_parts(made("{'b', 'a'}"))
+    assert training_parts(made("{'a', 'b'}")) != training_parts(made("{'a', 'c'}"))
+
+
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 values = st.recursive(
     plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)

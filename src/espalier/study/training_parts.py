@@ -12,12 +12,10 @@ import dataclasses
 import dis
 import enum
 import functools
-import hashlib
 import importlib.util
 import inspect
 import os
 import sys
-import sysconfig
 import textwrap
 import types
 from argparse import Namespace
@@ -28,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from espalier.own_code import code_digest, digest, is_own_file
+
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), range, slice, PurePath, torch.dtype, torch.device)
-_LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 _CHANGERS = {"add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem"}
 _CHANGERS |= {"popleft", "remove", "reverse", "setdefault", "sort", "update"}
 _END = 1 << 27  # bytes
@@ -43,11 +42,7 @@ def training_parts(function: Callable[..., Any]) -> dict[str, str]:
     first.begin(function)
     second = _Follower(first.changed)
     second.begin(function)
-    return {label: _digest("\n".join(sorted(texts)).encode()) for label, texts in sorted(second.found.items())}
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+    return {label: digest("\n".join(sorted(texts)).encode()) for label, texts in sorted(second.found.items())}
 
 
 class _Follower:
@@ -165,7 +160,7 @@ class _Follower:
             for full in (name, f"{package}.{name}"):
                 file = _own_module_file(full)
                 if file is not None:
-                    self._note(full, _digest(file.read_bytes()))
+                    self._note(full, code_digest(file))
 
     def _note(self, name: str, text: str) -> None:
         self.found.setdefault(name, set()).add(text)
@@ -177,15 +172,7 @@ def is_own(value: Any) -> bool:
     if name in ("__main__", "__mp_main__"):  # a script, a notebook, a prompt
         return True
     file = getattr(sys.modules.get(name or ""), "__file__", None)
-    return file is not None and _is_own_file(file)
-
-
-def _is_own_file(file: str) -> bool:
-    path = Path(file)
-    if path.suffix != ".py" or {"site-packages", "dist-packages"} & set(path.parts):
-        return False
-    roots = (*_LIBRARIES, str(Path(__file__).parents[1]))  # the last is this library, which may be installed in place
-    return not any(path.is_relative_to(root) for root in roots if root)
+    return file is not None and is_own_file(file)
 
 
 def _own_module_file(name: str) -> Path | None:
@@ -196,13 +183,13 @@ def _own_module_file(name: str) -> Path | None:
             file = getattr(loaded, "__file__", None)
         else:
             above = importlib.util.find_spec(top)
-            if above is None or not (above.origin is None or _is_own_file(above.origin)):
+            if above is None or not (above.origin is None or is_own_file(above.origin)):
                 return None
             spec = importlib.util.find_spec(name)
             file = spec and spec.origin
     except (ImportError, ValueError, AttributeError):
         return None
-    return Path(file) if file and _is_own_file(file) else None
+    return Path(file) if file and is_own_file(file) else None
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -236,8 +223,8 @@ def _numbers(value: Any) -> str:
     if value.nbytes > 2 * _END:
         value = value.reshape(-1)  # a view, of a file as it lies there
         count = _END // value.itemsize
-        return f"{text} {_digest(value[:count].tobytes())} {_digest(value[-count:].tobytes())}"
-    return f"{text} {_digest(value.tobytes())}"
+        return f"{text} {digest(value[:count].tobytes())} {digest(value[-count:].tobytes())}"
+    return f"{text} {digest(value.tobytes())}"
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -245,7 +232,12 @@ def _source(code: types.CodeType) -> str:
     try:
         return textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):  # typed at a prompt, or compiled
-        inner = [_source(each) if isinstance(each, types.CodeType) else repr(each) for each in code.co_consts]
+        inner = []
+        for each in code.co_consts:
+            if isinstance(each, types.CodeType):
+                inner.append(_source(each))
+            else:  # a set has no order that lasts
+                inner.append(repr(sorted(map(repr, each)) if isinstance(each, frozenset) else each))
         return f"{code.co_name} {code.co_code.hex()} {code.co_names} {inner}"
 
 

@@ -1,0 +1,84 @@
+"""Which code is the user's own, no library's and not this one's; and a digest of a file with what it imports."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+DIGITS = 12
+_LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+_ABOVE = 4  # folders above a file where what it imports is looked for
+
+
+def is_own_file(file: str | Path) -> bool:
+    """Return whether a file of Python code is the user's."""
+    path = Path(file)
+    if path.suffix != ".py" or {"site-packages", "dist-packages"} & set(path.parts):
+        return False
+    roots = (*_LIBRARIES, str(Path(__file__).parent))  # the last is this library, which may be installed in place
+    return not any(path.is_relative_to(root) for root in roots if root)
+
+
+def digest(data: bytes) -> str:
+    """Return the first hexadecimal digits of a SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
+
+
+def code_digest(file: Path) -> str:
+    """Return a digest of a file of code, and of the files of the user's own that it imports and those import in turn.
+
+    They are looked for beside it and in the folders above it, whatever ``sys.path`` is: every process finds the same.
+    """
+    files = [file]
+    for each in files if is_own_file(file) else ():  # it grows
+        files += [found for found in _imported(each, _stamp(each)) if found not in files]
+    if len(files) == 1:
+        return digest(file.read_bytes())
+    parts = sorted((os.path.relpath(each, file.parent), digest(each.read_bytes())) for each in files)
+    return digest(repr(parts).encode())
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=1 << 10)
+def _imported(file: Path, _as_it_is: tuple[int, int]) -> tuple[Path, ...]:
+    """Return the files of the user's own that one imports, at its top or anywhere inside."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # importing it will say so
+        return ()
+    found: list[Path] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names, level = [alias.name for alias in node.names], 0
+        elif isinstance(node, ast.ImportFrom):
+            names, level = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names], node.level
+        else:
+            continue
+        places = [file.parents[level - 1]] if level else list(file.parents)[: 1 + _ABOVE]
+        for name in names:
+            found += next((files for place in places if (files := list(_files(place, name)))), [])
+    return tuple(dict.fromkeys(each for each in found if each != file and is_own_file(each)))
+
+
+def _files(place: Path, name: str) -> Iterator[Path]:
+    """Yield the files that run when ``name`` is imported from a folder; its last part may be no module."""
+    for part in name.split("."):
+        inside, alone = place / part / "__init__.py", place / f"{part}.py"
+        if inside.is_file() or not alone.is_file():
+            place /= part
+            if inside.is_file():
+                yield inside.resolve()
+            elif not place.is_dir():
+                return
+        else:
+            yield alone.resolve()
+            return
