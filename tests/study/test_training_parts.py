@@ -214,6 +214,17 @@ LOOP: list[Any] = []
 LOOP.append(LOOP)
 
 
+def test_a_long_chain_of_functions_is_followed_to_its_end() -> None:
+    def made(end: int) -> Any:
+        space: dict[str, Any] = {"__name__": "__main__"}
+        exec("\n".join(f"def f{n}(): return f{n + 1}()" for n in range(3000)), space)
+        exec(f"def f3000(): return {end}\ndef train(arm, lr, seed, folder): return f0()", space)
+        return space["train"]
+
+    one, other = training_parts(made(1)), training_parts(made(2))
+    assert {name for name, _ in one.items() ^ other.items()} == {"f3000"}
+
+
 def test_code_without_a_source_is_told_apart_by_what_it_does() -> None:
     def made(test: str) -> Any:
         space: dict[str, Any] = {"__name__": "__main__"}

@@ -52,6 +52,7 @@ class _Follower:
         self.found: dict[str, set[str]] = {}
         self.changed = set(changed)
         self._seen: dict[int, tuple[Any, str]] = {}  # with what was seen, lest another object gets its id
+        self._ahead: list[tuple[Callable[[Any], None], Any]] = []  # code calls code in chains of any length
 
     def begin(self, function: Callable[..., Any]) -> None:
         """Follow a training function, and name each value that is bound to it."""
@@ -61,6 +62,9 @@ class _Follower:
                 self._note(name, self.text(value))
             function = function.func
         self._note("the function", self.text(function))
+        while self._ahead:
+            follow, value = self._ahead.pop()
+            follow(value)
 
     def text(self, value: Any) -> str:
         """Return what tells a value from others, the same in every process; the user's own is followed."""
@@ -99,8 +103,7 @@ class _Follower:
         if isinstance(value, types.ModuleType):
             return f"{kind} {value.__name__}"
         if is_own(type(value)) or isinstance(value, types.SimpleNamespace | Namespace):
-            self._class(type(value))
-            return f"{kind} {self._attributes(value)}"
+            return f"{self.text(type(value))} {self._attributes(value)}"
         if isinstance(value, torch.nn.Module):
             return f"{value!r} {self.text(dict(value.state_dict()))}"
         return f"{type(value).__module__}.{kind}"
@@ -112,19 +115,28 @@ class _Follower:
         return self.text({name: what for name, what in held.items() if name not in self.changed})
 
     def _class(self, kind: type) -> str:
+        if not is_own(kind):
+            return f"class {kind.__module__}.{kind.__qualname__}"
+        self._ahead.append((self._follow_class, kind))
+        return f"class {kind.__qualname__}"
+
+    def _follow_class(self, kind: type) -> None:
         name = f"class {kind.__qualname__}"
-        if is_own(kind):
-            for base in kind.__bases__:
-                self._note(name, self.text(base))
-            for attribute, value in vars(kind).items():
-                if not (attribute.startswith("__") and not callable(value)) and attribute not in self.changed:
-                    for inner in _inside(value):
-                        self._note(name, f"{attribute}: {self.text(inner)}")
-        return name
+        for base in kind.__bases__:
+            self._note(name, self.text(base))
+        for attribute, value in vars(kind).items():
+            if attribute not in self.changed and (callable(value) or not attribute.startswith("__")):
+                for inner in _inside(value):
+                    self._note(name, f"{attribute}: {self.text(inner)}")
 
     def _function(self, function: types.FunctionType) -> str:
         if not is_own(function):
             return f"function {function.__module__}.{function.__qualname__}"
+        self._ahead.append((self._follow_function, function))
+        wrapped = getattr(function, "__wrapped__", None)
+        return f"function {function.__qualname__}{'' if wrapped is None else f' {self.text(wrapped)}'}"
+
+    def _follow_function(self, function: types.FunctionType) -> None:
         name, code, known = function.__qualname__, function.__code__, function.__globals__
         source, used = _source(code), list(_names(code))
         self._note(name, source)
@@ -140,8 +152,6 @@ class _Follower:
                 self._note(given, self.text(value))
         self._modules([value for value in values.values() if isinstance(value, types.ModuleType)], used)
         self._imports([given for how, given in used if how == "IMPORT_NAME"], known.get("__package__"))
-        wrapped = getattr(function, "__wrapped__", None)
-        return f"function {name}" if wrapped is None else f"function {name} {self.text(wrapped)}"
 
     def _modules(self, modules: list[types.ModuleType], used: list[tuple[str, Any]]) -> None:
         """Follow what code may take from the user's own modules by their dots."""
