@@ -186,7 +186,7 @@ def judge_row(
     turned = {f for part in model.modules() if isinstance(f := getattr(part, "attention_scaling", 1.0), float)} - {1.0}
     for args, kwargs in inputs:
         try:
-            qk, vo = products(module, args, kwargs)
+            qk, vo = products(module, args, kwargs, even="terms of queries or keys alone" in row.note)
             qk += [one / factor**2 for one in qk for factor in turned]
         except Exception as error:
             why = why or f"{type(error).__name__}: {error}".splitlines()[0][:80]
@@ -260,8 +260,11 @@ def one_sequence(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return bound.args, bound.kwargs
 
 
-def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], float]:
-    """Return the mean diagonals of W_Q W_Kᵀ, under each scale that a layer may use, and of W_V W_out."""
+def products(module: nn.Module, args: Any, kwargs: Any, *, even: bool) -> tuple[list[float], float]:
+    """Return the mean diagonals of W_Q W_Kᵀ, under each scale that a layer may use, and of W_V W_out.
+
+    With ``even`` terms of queries or keys alone, which change sign with the tokens, are taken out of the scores.
+    """
     keys = [key for key, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
     first = args[0] if args else kwargs[keys[0]]
     dim = first.shape[channels(module)]
@@ -278,6 +281,8 @@ def products(module: nn.Module, args: Any, kwargs: Any) -> tuple[list[float], fl
         unit = torch.zeros(dim, dtype=torch.float64)
         unit[index] = 1.0
         scores, out = one_run(module, args, kwargs, keys, unit)
+        if even:
+            scores = (scores + one_run(module, args, kwargs, keys, -unit)[0]) / 2
         moved = (scores - zero[0]).diagonal(0, -1, -2)
         qk += float(moved[moved.abs() < 1e6].mean()) / len(order)
         vo += float((out - zero[1])[..., index].mean()) / len(order)
