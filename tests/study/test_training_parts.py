@@ -30,6 +30,7 @@ from espalier.study.trial import save_study
 NUMBER = itertools.count()
 HELPERS = "def width():\n    return 8\n\nclass Net:\n    depth = 2\n    def forward(self):\n        return self.depth\n"
 MAIN = """
+import contextlib
 import enum
 import functools
 import types
@@ -54,6 +55,34 @@ class Kind(enum.Enum):
     ONE = 1
 
 KIND = Kind.ONE
+RELU, SINE = torch.relu, np.sin
+
+class Names(list):
+    def first(self):
+        return self[0]
+
+NAMED = Names([1])
+
+class Slotted:
+    __slots__ = ("depth",)
+    def __init__(self):
+        self.depth = 5
+
+SLOTTED = Slotted()
+
+@functools.cache
+def cached():
+    return "cached"
+
+@contextlib.contextmanager
+def manager():
+    yield "managed"
+
+@torch.no_grad()
+def graded():
+    return "graded"
+
+COMPILED = torch.func.vmap(lambda x: x * 7)
 
 @dataclass
 class Settings:
@@ -107,7 +136,8 @@ def train(arm, lr, seed, folder, steps=CONFIG["width"]):
     global calls
     calls += 1
     CACHE[arm] = LOG.append(arm)
-    used = CONFIG, NAMES, DATA, ARRAY, OPTIONS, KIND, SETTINGS
+    used = CONFIG, NAMES, DATA, ARRAY, OPTIONS, KIND, SETTINGS, RELU, SINE, NAMED, SLOTTED, COMPILED
+    used += cached, manager, graded
     return build() + len(used) + loader()
 """
 LATE = "VALUE = 1\n"
@@ -144,6 +174,15 @@ CHANGES = {
     "an array": (MAIN, "np.arange(4)", "np.arange(1, 5)"),
     "a namespace": (MAIN, "dropout=0.1", "dropout=0.2"),
     "a member of an enumeration": (MAIN, "ONE", "TWO"),
+    "its value": (MAIN, "ONE = 1", "ONE = 2"),
+    "which function of torch": (MAIN, "torch.relu", "torch.tanh"),
+    "which function of numpy": (MAIN, "np.sin", "np.cos"),
+    "a method of a list of its own kind": (MAIN, "self[0]", "self[-1]"),
+    "an attribute in a slot": (MAIN, "self.depth = 5", "self.depth = 6"),
+    "a cached function": (MAIN, '"cached"', '"kept"'),
+    "a context": (MAIN, '"managed"', '"meant"'),
+    "a decorated function": (MAIN, '"graded"', '"grown"'),
+    "a function inside a library's": (MAIN, "x * 7", "x * 8"),
     "a field of a dataclass": (MAIN, "Settings()", "Settings(epochs=4)"),
     "its list": (MAIN, "lambda: [1, 2]", "lambda: [1, 3]"),
     "an attribute": (MAIN, "self.width = 4", "self.width = 5"),

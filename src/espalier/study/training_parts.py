@@ -8,7 +8,6 @@ name. A value that the code itself changes is a counter or a cache, and no part 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import dis
 import enum
 import functools
@@ -69,7 +68,7 @@ class _Follower:
     def text(self, value: Any) -> str:
         """Return what tells a value from others, the same in every process; the user's own is followed."""
         if isinstance(value, enum.Enum):
-            return f"{type(value).__qualname__}.{value.name}"
+            return f"{type(value).__qualname__}.{value.name} {self.text(value.value)}"
         if isinstance(value, _PLAIN):
             return f"{type(value).__name__} {value!r}"
         if id(value) in self._seen:
@@ -80,7 +79,8 @@ class _Follower:
         return text
 
     def _text(self, value: Any) -> str:
-        kind = type(value).__qualname__
+        own = is_own(type(value))
+        kind = self.text(type(value)) if own else type(value).__qualname__
         if isinstance(value, list | tuple):
             return f"{kind} [{', '.join(map(self.text, value))}]"
         if isinstance(value, set | frozenset):
@@ -100,18 +100,17 @@ class _Follower:
             return self._function(value)
         if isinstance(value, type):
             return self._class(value)
-        if isinstance(value, types.ModuleType):
-            return f"{kind} {value.__name__}"
-        if is_own(type(value)) or isinstance(value, types.SimpleNamespace | Namespace):
-            return f"{self.text(type(value))} {self._attributes(value)}"
+        if own or isinstance(value, types.SimpleNamespace | Namespace):
+            return f"{kind} {self._attributes(value)}"
         if isinstance(value, torch.nn.Module):
             return f"{value!r} {self.text(dict(value.state_dict()))}"
-        return f"{type(value).__module__}.{kind}"
+        return f"{type(value).__module__}.{kind} {_name(value)}{self._wrapped(value)}"
 
     def _attributes(self, value: Any) -> str:
         held = dict(getattr(value, "__dict__", {}))
-        if dataclasses.is_dataclass(value):  # which may have slots
-            held |= {each.name: getattr(value, each.name, None) for each in dataclasses.fields(value)}
+        for kind in type(value).__mro__:
+            slots = getattr(kind, "__slots__", ())
+            held |= {name: getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots)}
         return self.text({name: what for name, what in held.items() if name not in self.changed})
 
     def _class(self, kind: type) -> str:
@@ -130,11 +129,16 @@ class _Follower:
                     self._note(name, f"{attribute}: {self.text(inner)}")
 
     def _function(self, function: types.FunctionType) -> str:
-        if not is_own(function):
-            return f"function {function.__module__}.{function.__qualname__}"
-        self._ahead.append((self._follow_function, function))
-        wrapped = getattr(function, "__wrapped__", None)
-        return f"function {function.__qualname__}{'' if wrapped is None else f' {self.text(wrapped)}'}"
+        if is_own(function):
+            self._ahead.append((self._follow_function, function))
+            return f"function {function.__qualname__}{self._wrapped(function)}"
+        held = [_contents(cell) for cell in function.__closure__ or ()]  # a library's, around one of the user's
+        return f"function {_name(function)} {[self.text(each) for each in held if callable(each)]}"
+
+    def _wrapped(self, value: Any) -> str:
+        """Return the text of what a decorator, such as ``functools.cache``, has kept of a function."""
+        wrapped = inspect.getattr_static(value, "__wrapped__", None)
+        return "" if wrapped is None else f" of {self.text(wrapped)}"
 
     def _follow_function(self, function: types.FunctionType) -> None:
         name, code, known = function.__qualname__, function.__code__, function.__globals__
@@ -183,6 +187,10 @@ def is_own(value: Any) -> bool:
         return True
     file = getattr(sys.modules.get(name or ""), "__file__", None)
     return file is not None and is_own_file(file)
+
+
+def _name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
 
 
 def _own_module_file(name: str) -> Path | None:
