@@ -209,7 +209,9 @@ def refuse_computed(module: nn.Module, kind: str) -> Skipped | None:
         kept = {*part._parameters.keys(), *part._buffers.keys()}  # a scripted module has no plain dictionaries
         for name in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
             sources = [other for other in kept if other.startswith(f"{name}_")]
-            if name in vars(part) or (part._forward_pre_hooks and name in kept and sources):
+            # No bias is None there for some, and a bias may be a flag.
+            held = isinstance(vars(part).get(name), Tensor)
+            if held or (part._forward_pre_hooks and name in kept and sources):
                 return Skipped(kind, COMPUTED)
     return None
 
