@@ -307,14 +307,17 @@ def one_run(module: nn.Module, args: Any, kwargs: Any, keys: list[str], token: T
     args, kwargs = fresh(args), fresh(kwargs)
     same = args[0] if args else kwargs[keys[0]]
     filled = token.to(same.dtype).expand_as(same.movedim(axis, -1)).movedim(-1, axis).clone()
-    # Whatever has the same values as the tokens (query, key, value) stays equal to them.
-    args = tuple(
-        filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a for a in args
-    )
-    kwargs = {
-        k: filled if isinstance(a, Tensor) and a.shape == same.shape and torch.equal(a, same) else a
-        for k, a in kwargs.items()
-    }
+
+    # Whatever has the same values as the tokens (query, key, value) stays equal to them. Detectors add positions to
+    # torch's queries and keys alone: its values are tokens all the same.
+    def filled_in(place: int | str, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.shape == same.shape):
+            return value
+        named = isinstance(module, nn.MultiheadAttention) and place in (0, 1, 2, "query", "key", "value")
+        return filled if named or torch.equal(value, same) else value
+
+    args = tuple(filled_in(place, value) for place, value in enumerate(args))
+    kwargs = {name: filled_in(name, value) for name, value in kwargs.items()}
     kwargs = {k: v for k, v in kwargs.items() if "past" not in k and "cache" not in k}
     try:
         with untraced(), Watch([]) as watch:
