@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import espalier
 from espalier.init.layouts import Skipped, find_layers
 from reference.attention_probe import check_attention, views_of
+from reference.random_attention import Form, RandomAttention
 
 DIM = 24
 
@@ -272,3 +273,13 @@ def test_what_cannot_be_known_is_not_guessed() -> None:
     module.num_heads = 5
     assert "5 heads do not divide" in reason(module)
     assert list(find_layers(nn.Sequential(nn.Linear(3, 3)))) == []
+
+
+@pytest.mark.parametrize("value", [None, False, 1.0])
+def test_an_attribute_that_is_no_tensor_is_no_computed_weight(value: bool | float | None) -> None:
+    # Norms without a bias have one of None for some (diffusers), or keep the option under the name.
+    model = RandomAttention(Form(bias=True))
+    model.register_module("norm", nn.Identity())
+    model.norm.bias = value
+    model.norm.weight = value
+    assert not any(isinstance(found, Skipped) for _, _, found in find_layers(model))

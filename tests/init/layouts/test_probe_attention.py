@@ -246,16 +246,6 @@ def test_weights_that_a_hook_computes_are_skipped(parent: str) -> None:
         assert "hook" in found[0].reason
 
 
-@pytest.mark.parametrize("value", [None, False, 1.0])
-def test_an_attribute_that_is_no_tensor_is_no_computed_weight(value: bool | float | None) -> None:
-    # Norms without a bias have one of None for some (diffusers), or keep the option under the name.
-    model = RandomAttention(Form(bias=True))
-    model.register_module("norm", nn.Identity())
-    model.norm.bias = value
-    model.norm.weight = value
-    assert not any(isinstance(part, Skipped) for part in found_in(model).values())
-
-
 class Overridden(nn.MultiheadAttention):
     """A subclass of a registered class that does something else with its rows."""
 
