@@ -17,6 +17,7 @@ from espalier.models import build_model
 from espalier.nn import mixing_matrix
 from espalier.recipes import ARMS, INITS, Recipe, get_recipe
 from espalier.study import launch, plan_study, summarise
+from espalier.study.record import Record, recipe_digest
 from espalier.train.build import build_bare_model, build_run_model
 from espalier.train.evaluate import evaluate
 from espalier.train.losses import build_loss
@@ -70,6 +71,23 @@ def test_the_model_of_every_arm_can_be_built(experiment: Experiment, tmp_path: P
         known = IMAGES.get(recipe.dataset)
         model_args = {**(known or build_source(recipe).model_args), **recipe.model_args}
         assert sum(p.numel() for p in build_bare_model(recipe, model_args).parameters()) > 0
+
+
+@pytest.mark.parametrize("experiment", [each for each in ORDER if each.metric], ids=lambda each: each.name)
+def test_scores_by_an_experiments_own_figure_are_summarised(experiment: Experiment, tmp_path: Path) -> None:
+    records = [
+        Record(
+            experiment.name, trial.arm, trial.lr, trial.seed, recipe_digest(trial.recipe), "test/accuracy", 0.5, False,
+            1, 1, 1.0, 0.1, (), {experiment.metric: 0.25 + trial.seed / 100},
+        )
+        for trial in experiment.first(tmp_path).trials()
+        if isinstance(trial.recipe, Recipe)
+    ]  # fmt: skip
+    study = experiment.study(tmp_path, records)
+    assert all(trial.finished for trial in study.trials() if trial.seed < experiment.seeds)
+    summary = summarise(experiment.first(tmp_path, records))
+    assert summary.metric == experiment.metric
+    assert summary.arms[0].score.mean == pytest.approx(0.25 + (experiment.seeds - 1) / 200)
 
 
 def test_longest_length_equals_a_plain_walk() -> None:

@@ -85,8 +85,8 @@ class Trial:
         Raises:
             EspalierError: its arm, rate, seed or metric is not the trial's.
         """
-        # The data say which split a recipe is scored on, by its share of right answers.
-        metric = record.metric if is_share(record.metric) else "an accuracy"
+        # The data say which split a recipe is scored on, by its share of right answers; or it is one of its extras.
+        metric = record.metric if is_share(record.metric) or record.metric in record.extra else "an accuracy"
         if isinstance(self.recipe, OwnTraining):
             metric = self.recipe.metric
         wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": metric}
