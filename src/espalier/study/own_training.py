@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError
+from espalier.own_code import digest
 from espalier.study.statistics import score_limits
 from espalier.study.training_parts import training_parts
 
@@ -56,8 +57,7 @@ class OwnTraining:
         if not (isinstance(metric, str) and metric and metric.isprintable()):
             raise EspalierError(f"metric {metric!r}: give its name")
         parts = training_parts(train)
-        code = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-        return cls(name, code, metric, lr, parts)
+        return cls(name, digest(json.dumps(parts, sort_keys=True).encode()), metric, lr, parts)
 
     def continues(self, there: OwnTraining, kept: bool) -> OwnTraining:
         """Return this training under the code of a study's trials, if it is the same or they are to be kept."""
