@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import linecache
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import espalier
 from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
 from espalier.study.own_training import OwnTraining
-from espalier.study.training_parts import training_parts
+from espalier.study.training_parts import _source, training_parts
 from espalier.study.trial import save_study
 
 NUMBER = itertools.count()
@@ -262,6 +263,15 @@ def test_a_long_chain_of_functions_is_followed_to_its_end() -> None:
 
     one, other = training_parts(made(1)), training_parts(made(2))
     assert {name for name, _ in one.items() ^ other.items()} == {"f3000"}
+
+
+def test_a_file_that_is_being_edited_has_no_source(tmp_path: Path) -> None:
+    module = load(tmp_path)
+    train = next(line for line, text in enumerate(MAIN.splitlines()) if text.startswith("def train"))
+    Path(module.__file__ or "").write_text("\n" * train + 'def train(:\n    """\n')
+    linecache.clearcache()
+    _source.cache_clear()
+    assert {"train", "build", "CONFIG"} <= training_parts(module.train).keys()
 
 
 def test_code_without_a_source_is_told_apart_by_what_it_does() -> None:

@@ -16,6 +16,7 @@ import inspect
 import os
 import sys
 import textwrap
+import tokenize
 import types
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -249,7 +250,7 @@ def _numbers(value: Any) -> str:
 def _source(code: types.CodeType) -> str:
     try:
         return textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError):  # typed at a prompt, or compiled
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # typed at a prompt, compiled, or being edited
         inner = []
         for each in code.co_consts:
             if isinstance(each, types.CodeType):
