@@ -253,6 +253,6 @@ CLAIMS: Sequence[Claim] = (
         "swept",
         weakest([better(each, *pair) for each in robustness.MINUTES.values() for pair in each.pairs]),
         "robustness.md",
-        [*robustness.MINUTES.values(), robustness.HOUR],
+        [*robustness.MINUTES.values(), *robustness.HOURS.values()],
     ),
 )

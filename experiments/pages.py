@@ -76,8 +76,9 @@ PAGES: Sequence[Page] = (
         (
             robustness.EQUAL_EPOCHS,
             robustness.EQUAL_TIME,
+            robustness.LAYERS_CIFAR10,
             *robustness.MINUTES.values(),
-            robustness.HOUR,
+            *robustness.HOURS.values(),
             robustness.SCALE,
         ),
         "archive/robustness.md",
