@@ -19,6 +19,7 @@ from espalier.train import Run
 # the first seeds alone and is not taken again while seeds are added, so nothing stops because it looks good; the page
 # reports the n that this rule gives. A pair that is decided at the first look stays at its first n. Seeds are added in
 # their order, BATCH at a time for all studies in turn, so that a queue that is cut short leaves no study far behind.
+# Where more seeds cost days, or many settings stand for one row, the number is fixed (`extend`), and the page says so.
 MOST_SEEDS = 10
 BATCH = 2
 ROW_SEEDS = 3

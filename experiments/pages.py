@@ -160,7 +160,8 @@ def _finding(page: Page, results: Results) -> str:
 def _seeds_rule() -> str:
     return (
         f"Seeds: every experiment plans its number beforehand; a pair whose interval then holds zero gets seeds up to "
-        f"{MOST_SEEDS}, at every rate, without another look in between."
+        f"{MOST_SEEDS}, at every rate, without another look in between, unless its section says that their number is "
+        "fixed."
     )
 
 
@@ -175,6 +176,8 @@ def _section(experiment: Experiment, results: Results, pictures: dict[str, str])
     if days:
         said += f", {' to '.join(dict.fromkeys((days[0], days[-1])))}"
     said += f", on {', '.join(processors) or 'an unnamed processor'}, at commit {', '.join(commits) or 'unknown'}."
+    if not experiment.extend:
+        said += f" Their number of seeds is fixed: {experiment.seeds}."
     lines += [f"{said} Machines were shared: times per step mean little.", ""]
     if len(summary.study.lrs) > 1 and any(point.scores for arm in summary.arms for point in arm.rates):
         name = f"{experiment.name}.svg"

@@ -20,6 +20,7 @@ from espalier.study.statistics import (
     mean_of,
     paired_difference,
     rate_window,
+    score_limits,
     sign_flip_p,
     t_interval,
 )
@@ -197,6 +198,18 @@ def test_an_interval_of_shares_stays_between_0_and_1(values: list[float]) -> Non
     )
     assert difference is not None
     assert -1.0 <= difference.t.low <= difference.t.high <= 1.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 30).map(float), min_size=2, max_size=8))
+def test_no_interval_of_lengths_holds_a_length_below_0(values: list[float]) -> None:
+    limits = score_limits("longest")
+    free, cut = t_interval(values), t_interval(values, limits=limits)
+    assert (cut.low, cut.high) == pytest.approx((max(free.low, 0.0), free.high))
+    paired = dict(enumerate(values)), dict(enumerate(reversed(values)))
+    difference = paired_difference(*paired, limits=limits, generator=generator())
+    unlimited = paired_difference(*paired, generator=generator())
+    assert difference == unlimited  # lengths may differ by any number
 
 
 def test_cutting_at_the_limits_keeps_the_coverage() -> None:

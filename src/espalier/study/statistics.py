@@ -82,8 +82,10 @@ def is_share(metric: str) -> bool:
 
 
 def score_limits(metric: str) -> tuple[float, float]:
-    """Return the least and the largest score that a metric can have."""
-    return (0.0, 1.0) if is_share(metric) else UNLIMITED
+    """Return the least and the largest score that a metric can have: a share's, or a length's (``longest…``)."""
+    if is_share(metric):
+        return 0.0, 1.0
+    return (0.0, math.inf) if metric.startswith("longest") else UNLIMITED
 
 
 def mean_of(values: Sequence[float]) -> float:
