@@ -15,6 +15,7 @@ _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "pur
 _ABOVE = 4  # folders above a file where what it imports is looked for
 
 
+@lru_cache(maxsize=1 << 14)  # all that is loaded is asked about
 def is_own_file(file: str | Path) -> bool:
     """Return whether a file of Python code is the user's."""
     path = Path(file)

@@ -87,7 +87,7 @@ class NamesConstants:
         (NamesConstants, "EPOCHS", 9, False),
         (lambda: NamesConstants().__call__, "SIZES", (9,), True),  # not named there
         (lambda: options, "EPOCHS", 9, True),
-        (lambda: counts_its_calls, "COUNT", 3, True),  # a counter
+        (lambda: counts_its_calls, "COUNT", 3, False),  # where its counter starts
     ],
 )
 def test_constants_of_the_module_that_a_function_names_are_part_of_it(

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 import espalier
 from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
+from espalier.study.code_names import source_of
 from espalier.study.own_training import OwnTraining
-from espalier.study.training_parts import _source, training_parts
+from espalier.study.training_parts import training_parts
 from espalier.study.trial import save_study
 
 NUMBER = itertools.count()
@@ -194,6 +195,9 @@ CHANGES = {
     "a class of another file": (HELPERS, "return self.depth", "return -self.depth"),
     "its attribute": (HELPERS, "depth = 2", "depth = 3"),
     "a file imported in the function": (LATE, "1", "2"),
+    "a dict that is filled": (MAIN, "CACHE = {{}}", 'CACHE = {{"default": 1}}'),
+    "a list that grows": (MAIN, "LOG = []", 'LOG = ["default"]'),
+    "a number that counts": (MAIN, "calls = 0", "calls = 3"),
     "an alias of a library's function": (MAIN, "import functools", "import functools, math"),
 }
 
@@ -213,24 +217,27 @@ def test_whatever_the_training_uses_is_part_of_it(change: str, tmp_path: Path) -
     [
         ("UNUSED = 1", "UNUSED = 2"),
         ("def unused():\n    return 1", "def unused():\n    return 2"),
-        ("CACHE = {{}}", 'CACHE = {{"default": 1}}'),
-        ("LOG = []", 'LOG = ["default"]'),
-        ("calls = 0", "calls = 3"),
         ("self.seen = []", "self.seen = []  # what was seen"),
     ],
 )
-def test_what_it_does_not_use_and_what_it_changes_is_no_part_of_it(old: str, new: str, tmp_path: Path) -> None:
+def test_what_it_does_not_use_is_no_part_of_it(old: str, new: str, tmp_path: Path) -> None:
     before, after = load(tmp_path).PARTS, load(tmp_path, MAIN.replace(old, new)).PARTS
     differing = {name for name, _ in before.items() ^ after.items()}
     assert differing <= {"Model.__init__"}  # whose text has another comment in the last case
 
 
-def test_a_training_that_has_run_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_has_run_is_what_it_was_until_it_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = load(tmp_path)
     monkeypatch.syspath_prepend(str(Path(module.__file__ or "").parent))
-    module.train("default", 0.1, 0, tmp_path)
-    assert module.calls == len(module.LOG) == len(module.MODEL.seen) == 1
-    assert training_parts(module.train) == module.PARTS
+    plan: dict[str, Any] = {"arms": ["a"], "lrs": [0.1], "out": tmp_path / "s", "workers": 0}
+    for seeds in (1, 2, 3):
+        espalier.compare(module.train, seeds=seeds, **plan)
+        assert module.calls == len(module.LOG) == len(module.MODEL.seen) == seeds
+    module.CONFIG["width"] = 9
+    with pytest.raises(EspalierError, match=r"its training has changed in .*CONFIG"):
+        espalier.compare(module.train, seeds=4, **plan)
 
 
 def test_every_process_finds_the_same(tmp_path: Path) -> None:
@@ -270,7 +277,7 @@ def test_a_file_that_is_being_edited_has_no_source(tmp_path: Path) -> None:
     train = next(line for line, text in enumerate(MAIN.splitlines()) if text.startswith("def train"))
     Path(module.__file__ or "").write_text("\n" * train + 'def train(:\n    """\n')
     linecache.clearcache()
-    _source.cache_clear()
+    source_of.cache_clear()
     assert {"train", "build", "CONFIG"} <= training_parts(module.train).keys()
 
 
@@ -297,7 +304,7 @@ def bound(value: Any) -> Callable[..., float]:
     return train
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(values, values)
 def test_two_values_are_one_part_only_if_they_are_equal(one: Any, other: Any) -> None:
     # JSON tells 1 from 1.0 and True, as Python's equality does not, and 0.0 from -0.0.

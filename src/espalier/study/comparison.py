@@ -19,6 +19,7 @@ from espalier.study.launcher import launch, refuse_torchrun, run_recipe
 from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
 from espalier.study.summary import Summary, summarise
+from espalier.study.training_parts import leave_behind
 from espalier.study.trial import FILES, RECORD, STUDY, Arms, Study, Trial, draft_study, load_study, save_study
 from espalier.study.worker import RunTrial
 from espalier.train.build import build_run_model, build_run_source
@@ -73,27 +74,28 @@ def compare(
     refuse_torchrun()
     if isinstance(workers, bool) or not isinstance(workers, int):
         raise EspalierError(f"workers {workers!r}: give a whole number from 0")
-    training: Recipe | OwnTraining
-    run: RunTrial
-    if isinstance(train, Recipe):
-        own = {"metric": metric is not None, "lr": lr is not None, "keep_trials": keep_trials}
-        if given := [name for name, is_given in own.items() if is_given]:
-            raise EspalierError(f"{given[0]} belongs to a training function: leave it out with a recipe")
-        training, run = train, run_recipe
-    else:
-        training, run = _own_training(train, out, metric, lr, keep_trials)
+    training, run = _described(train, out, metric, lr, keep_trials)
     # Absolute, as a training may change the working directory.
     study = draft_study(training, arms, lrs, seeds, Path(out).absolute())
     _check_arms(study)
     study = save_study(study)
-    launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
+    try:
+        launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
+    finally:
+        if isinstance(training, OwnTraining) and not workers:
+            leave_behind(train, training.parts)
     return summarise(study)
 
 
-def _own_training(
-    train: TrainFunction, out: Path | str, metric: str | None, lr: float | None, keep_trials: bool
-) -> tuple[OwnTraining, RunTrial]:
-    """Return what is known of a training function, under the code that the trials of its study have, and its runner."""
+def _described(
+    train: TrainFunction | Recipe, out: Path | str, metric: str | None, lr: float | None, keep_trials: bool
+) -> tuple[Recipe | OwnTraining, RunTrial]:
+    """Return what is known of a training (a function's under the code of its study's trials), and what runs it."""
+    if isinstance(train, Recipe):
+        own = {"metric": metric is not None, "lr": lr is not None, "keep_trials": keep_trials}
+        if given := [name for name, is_given in own.items() if is_given]:
+            raise EspalierError(f"{given[0]} belongs to a training function: leave it out with a recipe")
+        return train, run_recipe
     training = OwnTraining.of(train, metric or "score", 1e-3 if lr is None else lr)
     if (Path(out) / STUDY).exists() and isinstance(there := load_study(out).recipe, OwnTraining):
         training = training.continues(there, keep_trials)

@@ -1,58 +1,83 @@
 """Everything of a user's own that makes a training function what it is: its code, and the values that code can read.
 
 Two trials of one study must come from one training. So its source is followed, and what is bound to it, on through the
-functions, classes, objects and modules of the user's own that it names; what an installed library holds is known by its
-name. A value that the code itself changes is a counter or a cache, and no part of it.
+functions, classes, objects and modules of the user's own that it names. What an installed library holds by a name is
+known by that name, and an object that a library made by what it would be pickled as.
 """
 
 from __future__ import annotations
 
-import ast
-import dis
 import enum
 import functools
-import importlib.util
 import inspect
 import os
 import sys
-import textwrap
-import tokenize
 import types
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePath
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 
-from espalier.own_code import code_digest, digest, is_own_file
+from espalier.own_code import code_digest, digest
+from espalier.study.code_names import all_code, is_own, names_in, own_module_file, patches, source_of, words_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), range, slice, PurePath, torch.dtype, torch.device)
-_CHANGERS = {"add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem"}
-_CHANGERS |= {"popleft", "remove", "reverse", "setdefault", "sort", "update"}
 _END = 1 << 27  # bytes
-_MAKERS = ("__init__", "__new__", "__post_init__", "__setstate__")  # what they assign is not changed later
+_DEEP = 60  # objects inside objects of libraries
+# Code that asks for these may use any function of its own module, and any module whose name it puts together.
+_ANY_NAME = {"globals", "locals", "vars", "eval", "exec", "modules"}
+_ANY_ATTRIBUTE = _ANY_NAME | {"getattr", "attrgetter", "methodcaller", "__dict__"}
+_ANY_MODULE = {"import_module", "__import__", "run_module", "run_path", "find_spec", "spec_from_file_location"}
+
+# Note [What a training leaves behind]
+# Counters, caches and options that the code itself changes are part of a training like all that it reads: in every
+# trial options["lr"] may be set, and options["width"] be what is asked about. So values count as they are before the
+# first trial. After trials in this process ``leave_behind`` notes, for this very function, what has become of the
+# parts: to find exactly those again is to find the training as it was.
+_left_behind: weakref.WeakKeyDictionary[Any, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
 
 
 def training_parts(function: Callable[..., Any]) -> dict[str, str]:
     """Return a digest of every part of a training, by its name: functions, constants, values bound to them."""
-    # Which values the code changes is known when all of it was seen: then it is followed anew.
-    first = _Follower(set())
-    first.begin(function)
-    second = _Follower(first.changed)
-    second.begin(function)
-    return {label: digest("\n".join(sorted(texts)).encode()) for label, texts in sorted(second.found.items())}
+    parts = _parts_now(function)
+    with suppress(TypeError):  # an object that can be no key
+        return _left_behind.get(_innermost(function), {}).get(repr(parts), parts)
+    return parts
+
+
+def leave_behind(function: Any, parts: dict[str, str]) -> None:
+    """Note that trials of a training, whose parts were these before, have ended in this process."""
+    if (now := _parts_now(function)) != parts:
+        with suppress(TypeError):
+            _left_behind.setdefault(_innermost(function), {})[repr(now)] = parts
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, functools.partial | types.MethodType):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    return function
+
+
+def _parts_now(function: Callable[..., Any]) -> dict[str, str]:
+    follower = _Follower()
+    follower.begin(function)
+    return {label: digest("\n".join(sorted(texts)).encode()) for label, texts in sorted(follower.found.items())}
 
 
 class _Follower:
     """Follows values and code, and notes in ``found`` what there is by name."""
 
-    def __init__(self, changed: set[str]) -> None:
+    def __init__(self) -> None:
         self.found: dict[str, set[str]] = {}
-        self.changed = set(changed)
         self._seen: dict[int, tuple[Any, str]] = {}  # with what was seen, lest another object gets its id
         self._ahead: list[tuple[Callable[[Any], None], Any]] = []  # code calls code in chains of any length
+        self._held: dict[Any, set[int]] = {}  # what modules have a name for
+        self._depth = 0
 
     def begin(self, function: Callable[..., Any]) -> None:
         """Follow a training function, and name each value that is bound to it."""
@@ -62,57 +87,115 @@ class _Follower:
                 self._note(name, self.text(value))
             function = function.func
         self._note("the function", self.text(function))
+        for name, value in patches():
+            self._note(name, self.text(value))
+        options = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_default_device()
+        self._note("torch's settings", f"{options} {torch.are_deterministic_algorithms_enabled()}")
         while self._ahead:
             follow, value = self._ahead.pop()
             follow(value)
 
     def text(self, value: Any) -> str:
         """Return what tells a value from others, the same in every process; the user's own is followed."""
-        if isinstance(value, enum.Enum):
-            return f"{type(value).__qualname__}.{value.name} {self.text(value.value)}"
-        if isinstance(value, _PLAIN):
-            return f"{type(value).__name__} {value!r}"
+        if isinstance(value, _PLAIN) and not is_own(type(value)):
+            return f"{type(value).__name__} {_short(repr(value))}"
         if id(value) in self._seen:
             return self._seen[id(value)][1]
-        self._seen[id(value)] = value, f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
+        if self._depth > _DEEP:
+            self._ahead.append((lambda each: self._note("values far inside", self.text(each)), value))
+            return f"{type(value).__qualname__} far inside"
+        self._seen[id(value)] = value, f"{type(value).__qualname__} {_ask(value, '__qualname__')}"
+        self._depth += 1
         text = self._text(value)
+        self._depth -= 1
         self._seen[id(value)] = value, text
         return text
 
     def _text(self, value: Any) -> str:
-        own = is_own(type(value))
-        kind = self.text(type(value)) if own else type(value).__qualname__
-        if isinstance(value, list | tuple):
-            return f"{kind} [{', '.join(map(self.text, value))}]"
-        if isinstance(value, set | frozenset):
-            return f"{kind} [{', '.join(sorted(map(self.text, value)))}]"
-        if isinstance(value, Mapping) and value is not os.environ:
-            return f"{kind} [{', '.join(sorted(f'{self.text(k)}: {self.text(v)}' for k, v in value.items()))}]"
-        if isinstance(value, torch.Tensor | np.ndarray):
-            try:
-                return f"{kind} {_numbers(value)}"
-            except (RuntimeError, TypeError, NotImplementedError):  # it has no shape or no numbers yet
-                return kind
-        if isinstance(value, functools.partial):
-            return f"{kind} of {self.text(value.func)} {self.text(value.args)} {self.text(value.keywords)}"
-        if isinstance(value, types.MethodType):
-            return f"{kind} {self.text(value.__func__)} of {self.text(value.__self__)}"
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, type):
             return self._class(value)
-        if own or isinstance(value, types.SimpleNamespace | Namespace):
-            return f"{kind} {self._attributes(value)}"
-        if isinstance(value, torch.nn.Module):
-            return f"{value!r} {self.text(dict(value.state_dict()))}"
-        return f"{type(value).__module__}.{kind} {_name(value)}{self._wrapped(value)}"
+        if not is_own(type(value)):
+            return f"{type(value).__qualname__} {self._contents(value) or self._made_by_a_library(value)}"
+        if isinstance(value, enum.Enum):
+            return f"{self.text(type(value))} {value.name} {self.text(value.value)}"
+        held = self._contents(value), self._made_on_a_library(value), self._attributes(value)
+        return f"{self.text(type(value))} {' '.join(held)}"
+
+    def _contents(self, value: Any) -> str:
+        """Return the text of what a value holds, if it is of a kind that is built in, or of the user's own on it."""
+        own = is_own(type(value))
+
+        def each_is(*kinds: type) -> bool:
+            return type(value) in kinds or (own and isinstance(value, kinds))
+
+        # Read as the plain kind would be: one of the user's own may answer for itself.
+        if each_is(list, tuple):
+            texts = map(self.text, (list if isinstance(value, list) else tuple).__iter__(value))
+            return f"[{', '.join(texts)}]"
+        if each_is(set, frozenset):
+            return f"[{', '.join(sorted(map(self.text, frozenset(value))))}]"
+        if each_is(dict):
+            return f"[{', '.join(sorted(f'{self.text(k)}: {self.text(v)}' for k, v in dict.items(value)))}]"
+        for plain in (str, bytes, int, float, complex):
+            if isinstance(value, plain):
+                return _short(plain.__repr__(value))
+        if isinstance(value, torch.Tensor | np.ndarray):
+            try:
+                objects = isinstance(value, np.ndarray) and value.dtype.hasobject
+                return self.text(value.tolist()) if objects else _numbers(value)
+            except (RuntimeError, TypeError, NotImplementedError):  # it has no shape or no numbers yet
+                return "empty"
+        return ""
+
+    def _made_by_a_library(self, value: Any) -> str:
+        wrapped = inspect.getattr_static(value, "__wrapped__", None)  # what a decorator, such as `cache`, has kept
+        name = f"{type(value).__module__} {_name(value)} {'' if wrapped is None else self.text(wrapped)}"
+        if value is os.environ or isinstance(value, types.ModuleType) or self._is_held(value):
+            return name
+        if isinstance(value, functools.partial):
+            return f"{name} {self.text([value.func, value.args, value.keywords])}"
+        if isinstance(value, types.MappingProxyType):
+            return f"{name} {self.text(dict(value))}"
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return f"{name} {self._pickled(value.__reduce_ex__(2))}"
+        except Exception:  # what cannot be pickled may raise anything
+            return f"{name} {self.text(value.state_dict()) if isinstance(value, torch.nn.Module) else ''}"
+
+    def _made_on_a_library(self, value: Any) -> str:
+        """Return what a value of the user's own holds by the kinds of libraries that it is made on."""
+        kind = next(each for each in type(value).__mro__ if not is_own(each) and "__reduce__" in vars(each))
+        try:
+            return "" if kind is object else self._pickled(_ask(kind, "__reduce__")(value))
+        except Exception:
+            return ""
+
+    def _pickled(self, made: Any) -> str:
+        return made if isinstance(made, str) else self.text([*made[:3], *map(list, filter(None, made[3:5]))])
+
+    def _is_held(self, value: Any) -> bool:
+        """Return whether a library has a name for it: its functions, and what there is one of, as torch's generator."""
+        bound, name = _ask(value, "__self__"), str(_ask(value, "__name__"))
+        for module in {_ask(value, "__module__"), type(value).__module__, type(bound).__module__}:
+            there = sys.modules.get(module) if isinstance(module, str) else None
+            held = {} if there is None or is_own(there) else vars(there)
+            if module not in self._held:
+                self._held[module] = {id(each) for each in held.values()}
+            if id(value) in self._held[module] or (bound is not None and held.get(name) == value):
+                return True
+        return False
 
     def _attributes(self, value: Any) -> str:
-        held = dict(getattr(value, "__dict__", {}))
+        held = dict(_ask(value, "__dict__") or {})
         for kind in type(value).__mro__:
             slots = getattr(kind, "__slots__", ())
-            held |= {name: getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots)}
-        return self.text({name: what for name, what in held.items() if name not in self.changed})
+            for name in (slots,) if isinstance(slots, str) else slots:
+                private = name.startswith("__") and not name.endswith("__")
+                full = f"_{kind.__name__.lstrip('_')}{name}" if private else name
+                held[full] = _ask(value, full)
+        return self.text(held)
 
     def _class(self, kind: type) -> str:
         if not is_own(kind):
@@ -122,93 +205,82 @@ class _Follower:
 
     def _follow_class(self, kind: type) -> None:
         name = f"class {kind.__qualname__}"
-        for base in kind.__bases__:
-            self._note(name, self.text(base))
+        for above in (type(kind), *kind.__bases__):
+            self._note(name, self.text(above))
+        members = isinstance(kind, enum.EnumMeta)  # each is known where it is used
         for attribute, value in vars(kind).items():
-            if attribute not in self.changed and (callable(value) or not attribute.startswith("__")):
+            if inspect.isroutine(value) or (not attribute.startswith("__") and not members) or callable(value):
                 for inner in _inside(value):
                     self._note(name, f"{attribute}: {self.text(inner)}")
 
     def _function(self, function: types.FunctionType) -> str:
+        wrapped = function.__dict__.get("__wrapped__")
+        text = f"{_name(function)} {'' if wrapped is None else self.text(wrapped)}"
         if is_own(function):
             self._ahead.append((self._follow_function, function))
-            return f"function {function.__qualname__}{self._wrapped(function)}"
-        held = [_contents(cell) for cell in function.__closure__ or ()]  # a library's, around one of the user's
-        return f"function {_name(function)} {[self.text(each) for each in held if callable(each)]}"
-
-    def _wrapped(self, value: Any) -> str:
-        """Return the text of what a decorator, such as ``functools.cache``, has kept of a function."""
-        wrapped = inspect.getattr_static(value, "__wrapped__", None)
-        return "" if wrapped is None else f" of {self.text(wrapped)}"
+            return f"function {text}"
+        # A library's, around the user's own.
+        return f"function {text} {self.text([_filled(cell) for cell in function.__closure__ or ()])}"
 
     def _follow_function(self, function: types.FunctionType) -> None:
         name, code, known = function.__qualname__, function.__code__, function.__globals__
-        source, used = _source(code), list(_names(code))
-        self._note(name, source)
-        self._note(name, self.text([function.__defaults__, function.__kwdefaults__]))
+        used = list(names_in(code))
+        self._note(name, source_of(code))
+        self._note(name, self.text([function.__defaults__, function.__kwdefaults__, function.__dict__]))
+        names, constants = {given for _, given in used}, set(words_in(code))
+        wanted = {given for how, given in used if how in ("LOAD_GLOBAL", "LOAD_NAME")}
+        wanted |= constants if names & _ANY_NAME else set()
+        values = {given: known[given] for given in wanted if given in known}
+        values |= all_code(known) if names & _ANY_NAME else {}
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-        values = {given: known[given] for how, given in used if how in ("LOAD_GLOBAL", "LOAD_NAME") and given in known}
-        values |= {given: _contents(cell) for given, cell in cells}
-        names, attributes = _changed(source)
-        self.changed |= {given for how, given in used if how in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-        self.changed |= (names & values.keys()) | (attributes if code.co_name not in _MAKERS else frozenset())
+        values |= {given: _filled(cell) for given, cell in cells}
         for given, value in values.items():
-            if given not in self.changed and not given.startswith("__"):
+            if not given.startswith("__"):
                 self._note(given, self.text(value))
-        self._modules([value for value in values.values() if isinstance(value, types.ModuleType)], used)
-        self._imports([given for how, given in used if how == "IMPORT_NAME"], known.get("__package__"))
+        self._modules([value for value in values.values() if isinstance(value, types.ModuleType)], names, constants)
+        package = known.get("__package__")
+        for given in sorted({given for how, given in used if how == "IMPORT_NAME"}):
+            self._imports(given, package)
+        for given in sorted(constants) if names & _ANY_MODULE else ():
+            self._imports(given.strip("."), package, inside=True)
 
-    def _modules(self, modules: list[types.ModuleType], used: list[tuple[str, Any]]) -> None:
-        """Follow what code may take from the user's own modules by their dots."""
-        names = sorted({given for _, given in used if given})
+    def _modules(self, modules: list[types.ModuleType], names: set[str], constants: set[str]) -> None:
+        """Follow what code may take from the user's own modules by their dots, or by words."""
+        dynamic = names & _ANY_ATTRIBUTE
         for module in modules:  # it grows
-            for given in names if is_own(module) else ():
-                if given in vars(module) and given not in self.changed:
-                    value = vars(module)[given]
-                    self._note(f"{module.__name__}.{given}", self.text(value))
-                    if isinstance(value, types.ModuleType) and value not in modules:
-                        modules.append(value)
+            if not is_own(module):
+                continue
+            # A module's own __getattr__ answers for any name.
+            found = {
+                given: vars(module)[given] for given in names | constants | {"__getattr__"} if given in vars(module)
+            }
+            for given, value in sorted((found | (all_code(vars(module)) if dynamic else {})).items()):
+                self._note(f"{module.__name__}.{given}", self.text(value))
+                if isinstance(value, types.ModuleType) and value not in modules:
+                    modules.append(value)
 
-    def _imports(self, names: list[str], package: str | None) -> None:
-        """Take the whole text of the user's own modules that are imported where the code runs."""
-        for name in names:
-            for full in (name, f"{package}.{name}"):
-                file = _own_module_file(full)
-                if file is not None:
-                    self._note(full, code_digest(file))
+    def _imports(self, name: str, package: str | None, inside: bool = False) -> None:
+        """Take the whole text of a module of the user's own that is imported where the code runs."""
+        for full in (name, f"{package}.{name}"):
+            file = own_module_file(full)
+            if file is not None:
+                files = file.parent.rglob("*.py") if inside and file.name == "__init__.py" else [file]
+                self._note(full, " ".join(sorted(map(code_digest, files))))
 
     def _note(self, name: str, text: str) -> None:
         self.found.setdefault(name, set()).add(text)
 
 
-def is_own(value: Any) -> bool:
-    """Return whether a function, class or module is the user's, and not of an installed library."""
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    if name in ("__main__", "__mp_main__"):  # a script, a notebook, a prompt
-        return True
-    file = getattr(sys.modules.get(name or ""), "__file__", None)
-    return file is not None and is_own_file(file)
-
-
 def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
+    return f"{_ask(value, '__module__')}.{_ask(value, '__qualname__') or _ask(value, '__name__')}"
 
 
-def _own_module_file(name: str) -> Path | None:
-    """Return where one of the user's own modules lies; nothing of a library is imported to find out."""
-    top, loaded = name.partition(".")[0], sys.modules.get(name)
+def _ask(value: Any, name: str) -> Any:
+    """Return an attribute, None if there is none: a value that answers for itself may raise anything."""
     try:
-        if loaded is not None:
-            file = getattr(loaded, "__file__", None)
-        else:
-            above = importlib.util.find_spec(top)
-            if above is None or not (above.origin is None or is_own_file(above.origin)):
-                return None
-            spec = importlib.util.find_spec(name)
-            file = spec and spec.origin
-    except (ImportError, ValueError, AttributeError):
+        return getattr(value, name, None)
+    except Exception:
         return None
-    return Path(file) if file and is_own_file(file) else None
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -223,7 +295,7 @@ def _inside(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _contents(cell: Any) -> Any:
+def _filled(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # it is filled later
@@ -234,6 +306,7 @@ def _numbers(value: Any) -> str:
     """Return dtype and shape of an array and a digest of its numbers where they are at hand; of many, of both ends."""
     text = f"{value.dtype} {tuple(value.shape)}"
     if isinstance(value, torch.Tensor):
+        text += " with a gradient" if value.requires_grad else ""
         if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
             return text
         value = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -246,52 +319,5 @@ def _numbers(value: Any) -> str:
     return f"{text} {digest(value.tobytes())}"
 
 
-@functools.lru_cache(maxsize=1 << 12)
-def _source(code: types.CodeType) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # typed at a prompt, compiled, or being edited
-        inner = []
-        for each in code.co_consts:
-            if isinstance(each, types.CodeType):
-                inner.append(_source(each))
-            else:  # a set has no order that lasts
-                inner.append(repr(sorted(map(repr, each)) if isinstance(each, frozenset) else each))
-        return f"{code.co_name} {code.co_code.hex()} {code.co_names} {inner}"
-
-
-def _names(code: types.CodeType) -> Iterator[tuple[str, Any]]:
-    """Yield (instruction, name) of every name in code and in functions inside it."""
-    for step in dis.get_instructions(code):
-        if step.opcode in dis.hasname:
-            yield step.opname, step.argval
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)
-
-
-@functools.lru_cache(maxsize=1 << 8)
-def _changed(source: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names and the attributes whose values the source changes in place, or binds anew."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:  # a lambda in the middle of an expression
-        return frozenset(), frozenset()
-    names, attributes = set(), set()
-    for node in ast.walk(tree):
-        target: Any = None
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGERS:
-            target = node.func.value
-        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            target = node
-        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
-            target = node.value
-        elif isinstance(node, ast.Nonlocal):
-            names |= set(node.names)
-        while isinstance(target, ast.Subscript):
-            target = target.value
-        if isinstance(target, ast.Attribute):
-            attributes.add(target.attr)
-        elif isinstance(target, ast.Name):
-            names.add(target.id)
-    return frozenset(names), frozenset(attributes)
+def _short(text: str) -> str:
+    return text if len(text) < 1000 else f"{len(text)} {digest(text.encode(errors='surrogatepass'))}"
