@@ -34,6 +34,10 @@ IMPORTS = (
     "from bare import e",
     "def late():\n    import b\nlate()",
     "import json, os.path",
+    "import importlib\nimportlib.import_module('pack.c')",
+    "__import__('b')",
+    "import importlib\nname = 'd'\nimportlib.import_module(f'pack.inner.{name}')",
+    "import runpy\nrunpy.run_path(__file__.rpartition('/')[0] + '/' + 'bare/e.py')",
     "try:\n    import no_such_module\nexcept ImportError:\n    import a",
 )
 RELATIVE = (
@@ -47,13 +51,9 @@ RELATIVE = (
 
 def executed(folder: Path) -> set[str]:
     """Return which of the project's files Python itself runs for main.py."""
-    code = "import sys, main; print('\\n'.join(str(getattr(m, '__file__', '')) for m in list(sys.modules.values())))"
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    hear = "sys.addaudithook(lambda event, what: event == 'exec' and ran.add(getattr(what[0], 'co_filename', '')))"
+    code = f"import sys; ran = set(); sys.path.insert(0, {str(folder)!r}); {hear}; import main; print(*ran, sep='\\n')"
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     return {str(Path(f).relative_to(folder)) for f in run.stdout.splitlines() if f.startswith(str(folder))}
 
 

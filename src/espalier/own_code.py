@@ -12,6 +12,9 @@ from pathlib import Path
 
 DIGITS = 12
 _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+_LONGEST = 200  # characters of a word that may be a name
+# Code that asks for these imports what it has as text.
+IMPORTERS = {"import_module", "__import__", "run_module", "run_path", "find_spec", "spec_from_file_location"}
 _ABOVE = 4  # folders above a file where what it imports is looked for
 
 
@@ -56,30 +59,50 @@ def _imported(file: Path, _as_it_is: tuple[int, int]) -> tuple[Path, ...]:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):  # importing it will say so
         return ()
+    places = list(file.parents)[: 1 + _ABOVE]
     found: list[Path] = []
+    words: list[str] = []
+    by_name = False
     for node in ast.walk(tree):
+        here, names = places, []
         if isinstance(node, ast.Import):
-            names, level = [alias.name for alias in node.names], 0
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names, level = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names], node.level
-        else:
-            continue
-        places = [file.parents[level - 1]] if level else list(file.parents)[: 1 + _ABOVE]
+            names = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names]
+            here = [file.parents[node.level - 1]] if node.level else places
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < _LONGEST:
+            words.append(node.value)
+        by_name |= {getattr(node, "id", ""), getattr(node, "attr", "")} & IMPORTERS != set()
         for name in names:
-            found += next((files for place in places if (files := list(_files(place, name)))), [])
+            found += next((files for place in here if (files := list(files_of(place, name)))), [])
+    for word in words:
+        if word.endswith(".py") and (beside := file.parent / word).is_file():
+            found.append(beside.resolve())
+        elif by_name and is_dotted(word):
+            found += next((files for place in places if (files := list(files_of(place, word.strip("."), True)))), [])
     return tuple(dict.fromkeys(each for each in found if each != file and is_own_file(each)))
 
 
-def _files(place: Path, name: str) -> Iterator[Path]:
-    """Yield the files that run when ``name`` is imported from a folder; its last part may be no module."""
+def is_dotted(word: str) -> bool:
+    """Return whether a word may be the name of a module, or the beginning or the end of one."""
+    return word.strip(".").replace(".", "").isidentifier()
+
+
+def files_of(place: Path, name: str, inside: bool = False) -> Iterator[Path]:
+    """Yield the files that run when ``name`` is imported from a folder; its last part may be no module.
+
+    ``inside`` a package that is named, any module may be asked for, by a name that is put together.
+    """
     for part in name.split("."):
-        inside, alone = place / part / "__init__.py", place / f"{part}.py"
-        if inside.is_file() or not alone.is_file():
+        package, alone = place / part / "__init__.py", place / f"{part}.py"
+        if package.is_file() or not alone.is_file():
             place /= part
-            if inside.is_file():
-                yield inside.resolve()
+            if package.is_file():
+                yield package.resolve()
             elif not place.is_dir():
                 return
         else:
             yield alone.resolve()
             return
+    if inside and is_own_file(place / "__init__.py"):
+        yield from (each.resolve() for each in sorted(place.rglob("*.py")))

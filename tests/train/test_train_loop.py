@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import standins
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from standins import BlobSource, TinyNet, recipe
 from torch import nn
@@ -22,71 +20,10 @@ from espalier import data, recipes
 from espalier.errors import EspalierError
 from espalier.train import RunInterrupted, load_run, train
 from espalier.train.build import build_bare_model, build_optimizer, freeze_
-from espalier.train.schedule import learning_rate
-from reference.plain_training import plain_training
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
 PLAIN = {"model_args": {"dropout": 0.0}, "clip_norm": 0.5, "ema_decay": 0.6, "weight_decay": 0.3, "eps": 1e-4}
-
-
-LOSSES: list[dict[str, Any]] = [
-    {"loss": "cross_entropy"},
-    {"loss": "cross_entropy", "label_smoothing": 0.2},
-    {"loss": "cross_entropy", "data_args": {"soft": True}},
-    {"loss": "multi_margin"},
-    {"loss": "tempered_cross_entropy", "loss_args": {"temperature": 0.5, "offset": 0.7}},
-    {"loss": "tempered_cross_entropy", "loss_args": {"temperature": 0.5, "offset": 0.7}, "data_args": {"soft": True}},
-    {"loss": "logit_annealing", "loss_args": {"temperature": 0.5, "offset": 0.7, "beta": 2.0}},
-]
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    loss=st.sampled_from(LOSSES),
-    schedule=st.sampled_from(
-        [("piecewise", 0.0), ("cosine", 0.0), ("cosine", 0.5), ("constant", 0.0), ("constant", 1.0)]
-    ),
-    changes=st.fixed_dictionaries(
-        {},
-        optional={
-            "optimizer": st.sampled_from(["adamw", "adam", "nadam"]),
-            "weight_decay": st.sampled_from([0.0, 0.3]),
-            "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.9)]),
-            "clip_norm": st.sampled_from([0.0, 0.5]),
-            "ema_decay": st.sampled_from([0.0, 0.6, 0.99]),
-            "batch_size": st.sampled_from([4, 8, 12]),  # 40 examples: the last leaves some over
-            "freeze": st.sampled_from(["", "depthwise"]),
-            "accumulate": st.sampled_from([1, 2, 4]),
-            "seed": st.integers(0, 3),
-            "checkpoint_every": st.sampled_from([1, 3]),
-        },
-    ),
-)
-@example(LOSSES[0], ("piecewise", 0.0), {"clip_norm": 0.5, "ema_decay": 0.6, "weight_decay": 0.3})
-def test_the_loop_agrees_with_the_plain_one(
-    tmp_path_factory: pytest.TempPathFactory,
-    loss: dict[str, Any],
-    schedule: tuple[str, float],
-    changes: dict[str, Any],
-) -> None:
-    norm = changes.get("accumulate", 1) == 1  # micro-batches have batch statistics of their own
-    asked = recipe(**loss, **changes, epochs=3, eps=1e-3, model_args={"dropout": 0.0, "norm": norm})
-    asked = replace(asked, schedule=schedule[0], warmup_epochs=schedule[1])
-    run = train(asked, tmp_path_factory.mktemp("loop") / "run")
-    model = TinyNet(standins.CLASSES, dropout=0.0, norm=norm)
-    model.load_state_dict(load_file(run.path / "start.safetensors"))
-    source = BlobSource(**asked.data_args)
-    steps = source.steps_per_epoch(asked.batch_size)
-    rates = [learning_rate(run.recipe, t, steps) for t in range(steps * asked.epochs)]
-    weights, averages, losses = plain_training(model, source, run.recipe, rates)
-    final = load_file(run.path / "final.safetensors")
-    for name, wanted in (averages if asked.ema_decay else weights).items():
-        torch.testing.assert_close(final[name], wanted, rtol=1e-3, atol=1e-5)
-    for epoch, row in enumerate(run.rows[1:]):
-        assert row["train_loss"] == pytest.approx(sum(losses[steps * epoch : steps * (epoch + 1)]) / steps, rel=1e-3)
-        assert row["lr"] == rates[steps * (epoch + 1) - 1]
-    assert max(losses) - min(losses) > 0.1
 
 
 def test_rows_and_result(tmp_path: Path) -> None:

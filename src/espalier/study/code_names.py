@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from espalier.own_code import is_own_file
+from espalier.own_code import files_of, is_dotted, is_own_file
 
 _MAIN = ("__main__", "__mp_main__")  # a script, a notebook, a prompt
 
@@ -57,21 +57,19 @@ def all_code(names: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def own_module_file(name: str) -> Path | None:
-    """Return where one of the user's own modules lies; nothing of a library is imported to find out."""
-    top, loaded = name.partition(".")[0], sys.modules.get(name)
+def own_module_files(name: str, inside: bool = False) -> list[Path]:
+    """Return the files of the user's own that importing a module runs first; nothing is imported to find out."""
+    top = name.partition(".")[0]
+    loaded = sys.modules.get(top)
     try:
-        if loaded is not None:
-            file = getattr(loaded, "__file__", None)
-        else:
-            above = importlib.util.find_spec(top)
-            if above is None or not (above.origin is None or is_own_file(above.origin)):
-                return None
-            spec = importlib.util.find_spec(name)
-            file = spec and spec.origin
-    except (ImportError, ValueError, AttributeError):
-        return None
-    return Path(file) if file and is_own_file(file) else None
+        spec = importlib.util.find_spec(top) if loaded is None else loaded.__spec__
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    places = spec.submodule_search_locations or ([spec.origin] if spec.has_location and spec.origin else [])
+    folders = [Path(each).parent for each in places]
+    return [file for folder in folders for file in files_of(folder, name, inside) if is_own_file(file)]
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -105,5 +103,5 @@ def words_in(code: types.CodeType) -> Iterator[str]:
         if isinstance(constant, types.CodeType):
             yield from words_in(constant)
         for word in constant if isinstance(constant, tuple) else (constant,):
-            if isinstance(word, str) and word.replace(".", "").isidentifier():
+            if isinstance(word, str) and is_dotted(word):
                 yield word

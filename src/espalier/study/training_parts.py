@@ -23,16 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from espalier.own_code import code_digest, digest
-from espalier.study.code_names import all_code, is_own, names_in, own_module_file, patches, source_of, words_in
+from espalier.own_code import IMPORTERS, code_digest, digest
+from espalier.study.code_names import all_code, is_own, names_in, own_module_files, patches, source_of, words_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), range, slice, PurePath, torch.dtype, torch.device)
 _END = 1 << 27  # bytes
 _DEEP = 60  # objects inside objects of libraries
-# Code that asks for these may use any function of its own module, and any module whose name it puts together.
+# Code that asks for these may use anything of its own module, or of one that it names.
 _ANY_NAME = {"globals", "locals", "vars", "eval", "exec", "modules"}
 _ANY_ATTRIBUTE = _ANY_NAME | {"getattr", "attrgetter", "methodcaller", "__dict__"}
-_ANY_MODULE = {"import_module", "__import__", "run_module", "run_path", "find_spec", "spec_from_file_location"}
 
 # Note [What a training leaves behind]
 # Counters, caches and options that the code itself changes are part of a training like all that it reads: in every
@@ -241,7 +240,7 @@ class _Follower:
         package = known.get("__package__")
         for given in sorted({given for how, given in used if how == "IMPORT_NAME"}):
             self._imports(given, package)
-        for given in sorted(constants) if names & _ANY_MODULE else ():
+        for given in sorted(constants) if names & IMPORTERS else ():
             self._imports(given.strip("."), package, inside=True)
 
     def _modules(self, modules: list[types.ModuleType], names: set[str], constants: set[str]) -> None:
@@ -262,9 +261,7 @@ class _Follower:
     def _imports(self, name: str, package: str | None, inside: bool = False) -> None:
         """Take the whole text of a module of the user's own that is imported where the code runs."""
         for full in (name, f"{package}.{name}"):
-            file = own_module_file(full)
-            if file is not None:
-                files = file.parent.rglob("*.py") if inside and file.name == "__init__.py" else [file]
+            if files := own_module_files(full, inside):
                 self._note(full, " ".join(sorted(map(code_digest, files))))
 
     def _note(self, name: str, text: str) -> None:
