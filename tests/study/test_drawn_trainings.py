@@ -139,7 +139,7 @@ PLACES = {
     "module": "class A_C(nn.Module):\n    def forward(self): return E\nA = A_C() | A()",
     "module in a library's": "class A_C(nn.Module):\n    def forward(self, x): return x + E\n"
     "A = nn.Sequential(nn.Identity(), A_C()) | A(0)",
-    "option of a library's module": "A = nn.Dropout(E / 100) | A.p",
+    "option of a library's module": "A = nn.Dropout(E / 100) | round(100 * A.p)",
     "buffer": "A = nn.Module()\nA.register_buffer('k', torch.tensor(E)) | int(A.k)",
     "hook": "A = nn.Identity()\nA.register_forward_hook(lambda m, i, o: o + E) | A(0)",
     "loader": "A = torch.utils.data.DataLoader([0], batch_size=E) | A.batch_size",

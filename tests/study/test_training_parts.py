@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import linecache
+import logging
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,15 @@ def test_every_process_finds_the_same(tmp_path: Path) -> None:
 
 LOOP: list[Any] = []
 LOOP.append(LOOP)
+
+
+def test_where_a_training_writes_to_is_no_part_of_it(tmp_path: Path) -> None:
+    one, other = (logging.FileHandler(tmp_path / place) for place in ("a", "b"))
+    assert training_parts(bound(one)) == training_parts(bound(other))
+    # What stands beside an outlet counts as ever.
+    assert training_parts(bound({"log": one, "width": 8})) != training_parts(bound({"log": one, "width": 9}))
+    one.close()
+    other.close()
 
 
 def test_a_long_chain_of_functions_is_followed_to_its_end() -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import io
 import os
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -76,6 +78,8 @@ class _Follower:
         self._seen: dict[int, tuple[Any, str]] = {}  # with what was seen, lest another object gets its id
         self._ahead: list[tuple[Callable[[Any], None], Any]] = []  # code calls code in chains of any length
         self._held: dict[Any, set[int]] = {}  # what modules have a name for
+        self._outlets: set[int] = set()  # objects of libraries that hold an open file, or a thread
+        self._opens = False  # whether one was met inside the value at hand
         self._depth = 0
 
     def begin(self, function: Callable[..., Any]) -> None:
@@ -99,6 +103,7 @@ class _Follower:
         if isinstance(value, _PLAIN) and not is_own(type(value)):
             return f"{type(value).__name__} {_short(repr(value))}"
         if id(value) in self._seen:
+            self._opens |= id(value) in self._outlets
             return self._seen[id(value)][1]
         if self._depth > _DEEP:
             self._ahead.append((lambda each: self._note("values far inside", self.text(each)), value))
@@ -108,6 +113,7 @@ class _Follower:
         text = self._text(value)
         self._depth -= 1
         self._seen[id(value)] = value, text
+        self._opens |= id(value) in self._outlets
         return text
 
     def _text(self, value: Any) -> str:
@@ -119,7 +125,9 @@ class _Follower:
             return f"{type(value).__qualname__} {self._contents(value) or self._made_by_a_library(value)}"
         if isinstance(value, enum.Enum):
             return f"{self.text(type(value))} {value.name} {self.text(value.value)}"
+        before = self._opens
         held = self._contents(value), self._made_on_a_library(value), self._attributes(value)
+        self._opens = before  # what it holds open is told apart from the rest of it
         return f"{self.text(type(value))} {' '.join(held)}"
 
     def _contents(self, value: Any) -> str:
@@ -157,22 +165,30 @@ class _Follower:
             return f"{name} {self.text([value.func, value.args, value.keywords])}"
         if isinstance(value, types.MappingProxyType):
             return f"{name} {self.text(dict(value))}"
+        if isinstance(value, io.IOBase | threading.Thread):
+            self._outlets.add(id(value))
+            return name
         try:
             with warnings.catch_warnings(action="ignore"):
-                return f"{name} {self._pickled(value.__reduce_ex__(2))}"
+                parts = _pickled(value.__reduce_ex__(2))
         except Exception:  # what cannot be pickled may raise anything
-            return f"{name} {self.text(value.state_dict()) if isinstance(value, torch.nn.Module) else ''}"
+            parts = value.state_dict() if isinstance(value, torch.nn.Module) else None
+        before, self._opens = self._opens, False
+        text = f"{name} {self.text(parts)}"
+        if self._opens:  # a progress bar, a writer of logs: where it writes to is new in every process
+            self._outlets.add(id(value))
+            text = name
+        self._opens = before
+        return text
 
     def _made_on_a_library(self, value: Any) -> str:
         """Return what a value of the user's own holds by the kinds of libraries that it is made on."""
         kind = next(each for each in type(value).__mro__ if not is_own(each) and "__reduce__" in vars(each))
         try:
-            return "" if kind is object else self._pickled(_ask(kind, "__reduce__")(value))
+            parts = None if kind is object else _pickled(_ask(kind, "__reduce__")(value))
         except Exception:
-            return ""
-
-    def _pickled(self, made: Any) -> str:
-        return made if isinstance(made, str) else self.text([*made[:3], *map(list, filter(None, made[3:5]))])
+            parts = None
+        return self.text(parts)
 
     def _is_held(self, value: Any) -> bool:
         """Return whether a library has a name for it: its functions, and what there is one of, as torch's generator."""
@@ -266,6 +282,11 @@ class _Follower:
 
     def _note(self, name: str, text: str) -> None:
         self.found.setdefault(name, set()).add(text)
+
+
+def _pickled(made: Any) -> Any:
+    """Return what pickle would keep of an object, as values: its maker, arguments, state and items."""
+    return made if isinstance(made, str) else [*made[:3], *map(list, filter(None, made[3:5]))]
 
 
 def _name(value: Any) -> str:
