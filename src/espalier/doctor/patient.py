@@ -7,36 +7,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from espalier.doctor.asked import is_transposed
+from espalier.doctor.roles import Role
 from espalier.doctor.stats import TensorStats
-from espalier.init.layouts.registry import attribute
+from espalier.init.layouts.find import locate_layers
+from espalier.init.layouts.registry import AttentionWeights, LatentAttentionWeights, attribute
+from espalier.init.sharded import is_distributed
 from espalier.init.trained import drawn_around_zero
 
-Role = Literal["weight", "bias", "norm", "embedding", "position", "gain", "ssm", "adapter", "statistics", "other"]
-
-_NORM = re.compile(
-    r"(^|[._])(\w*norm\w*|ln_?\w{0,5}|bn_?\w{0,3}|layer_?norm\w*|gn\d?)(\.|$)|downsample\.1$", re.IGNORECASE
-)
-_POSITION = re.compile(
-    r"pos_?(ition|e?mb|ids)|positional|relative_|rel_pos|rotary|rope|inv_freq|freqs|(^|\.)wpe|(^|\.)pe(\.|$)|_cached|"
-    r"time_?embed",
-    re.IGNORECASE,
-)
-# Learned vectors that stand among the inputs, as a class token or a prompt: nothing is summed over their rows.
-_TOKEN = re.compile(
-    r"(^|_)(tokens?|prompts?|probes?|latents?|registers?|class_embedding|cls)(_\d\w?)?$|_(query|queries)$|"
-    r"(^|_)(mem|memory|null|persistent)_?(kv?|v|keys?|values?)$"
-)
-_EMBEDDING = re.compile(
-    r"(^|\.)(wte|tok\w*emb\w*|embed_tokens|word_embeddings|embeddings?|embed|shared)$", re.IGNORECASE
-)
-_ADAPTER = re.compile(r"lora_|adapter", re.IGNORECASE)
-# A selective layer's rates, steps and skips, of one direction or of several at once (Vim's, VMamba's).
-_SSM = re.compile(r"(^|\.)(A(_b)?_logs?|dt_bias|Ds?|D_b|dt_projs?(_b)?[._]bias)$")
 # Gates, detectors and step sizes start at constants of up to 14 (a step of 1e-6).
 LARGEST_BIAS = 20.0
 
@@ -108,7 +91,7 @@ class Record:
         values = self.values
         if values is None:
             return None
-        return values.T if type(self.module).__name__ == "Conv1D" else values.reshape(len(values), -1)
+        return values.T if is_transposed(self.module) else values.reshape(len(values), -1)
 
     @property
     def filters(self) -> bool:
@@ -170,7 +153,7 @@ class Patient:
             moved = [
                 not s.constant
                 and not still
-                and not drawn_around_zero(s.mean, s.std)
+                and not drawn_around_zero(s.mean, s.std, s.numel)
                 and not (s.std > 0.7 * abs(s.mean) and s.minimum < -s.std / 2)
                 for s, still in gains
             ]
@@ -236,6 +219,19 @@ class Patient:
             groups.setdefault((record.pattern, record.shape), []).append((record, stats))
         return groups
 
+    def feeds_attention(self, record: Record) -> bool:
+        """Return whether a weight makes queries or keys, of an attention layer that can be told, whatever its name."""
+        own = record.parameter
+        return own is not None and not record.meta and _place_of(own) in self._queries_and_keys
+
+    @cached_property
+    def _queries_and_keys(self) -> frozenset[int]:
+        """Where queries' and keys' weights lie in memory."""
+        layers = [] if self.model is None or is_distributed() else locate_layers(self.model)
+        kinds = AttentionWeights, LatentAttentionWeights
+        found = [layer.found for layer in layers if isinstance(layer.found, kinds)]
+        return frozenset(_place_of(weight) for each in found for weight in (each.q, each.k)) - {0}
+
     def find(self, name: str) -> Record | None:
         """Return the record of a tensor, or ``None``."""
         place = self._places.get(name.lstrip("."))
@@ -244,6 +240,14 @@ class Patient:
     @cached_property
     def _places(self) -> dict[str, int]:
         return {record.name: place for place, record in enumerate(self.records)}
+
+
+def _place_of(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory; 0 where it has none of its own, as a quantised one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def _left_its_start(bias: TensorStats, fan_in: int) -> bool:
@@ -262,7 +266,7 @@ def _inputs(weight: Record) -> int:
     channels = attribute(weight.module, "in_channels")
     if isinstance(channels, int):
         return channels
-    return weight.shape[0] if weight.filters or type(weight.module).__name__ == "Conv1D" else weight.shape[1]
+    return weight.shape[0] if weight.filters or is_transposed(weight.module) else weight.shape[1]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -273,54 +277,3 @@ def whole(tensor: Tensor) -> Tensor:
 def pattern_of(name: str) -> str:
     """Return a name with a star for every part that is a number."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def role_of(name: str, shape: tuple[int, ...], module: nn.Module | None, *, buffer: bool = False) -> Role:
-    """Return what a tensor is for, from its module's class where there is one, else from its name."""
-    layer, _, leaf = name.rpartition(".")
-    kind = type(module).__name__ if module is not None else ""
-    if leaf in ("running_mean", "running_var"):
-        return "statistics"
-    if _SSM.search(name) and not isinstance(module, nn.Embedding):
-        return "ssm"
-    if leaf in ("weight_g", "original0"):
-        return "gain"
-    if _ADAPTER.search(name):
-        return "adapter"
-    flat = len(shape) < 2
-    # A class that is not called so may stand under the name of one: of what it may hold there, gains are vectors.
-    own = module is not None and flat and not type(module).__module__.startswith("torch.")
-    named = layer if module is None else layer.rpartition(".")[2] if own else ""
-    named_norm = _NORM.search(named) or _NORM.search(kind) or "Norm" in kind
-    # Spectral norm keeps noise in its buffers; frozen batch norm its gains.
-    kept = not buffer or leaf in ("weight", "gamma", "scale", "bias", "beta")
-    if named_norm and kept and (flat or isinstance(module, nn.LayerNorm)):
-        return "bias" if "bias" in leaf or leaf == "beta" else "norm"
-    if module is None and flat and leaf == "weight":  # of what has a weight, only normalisation keeps a vector
-        return "norm"
-    # A layer that multiplies is one, whatever it is named after.
-    if leaf == "weight" and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-        return "weight"
-    # What is learnt and broadcast over the batch is added to the inputs or stands beside them; a buffer may be a mask.
-    broadcast = not buffer and len(shape) >= 3 and shape[0] == 1 and not re.search("weight|kernel", leaf)
-    if _POSITION.search(name) or _TOKEN.search(leaf) or broadcast:
-        return "position"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (module is None and _EMBEDDING.search(layer)):
-        return "embedding"
-    if "bias" in leaf and (flat or not re.search("weight|kernel", leaf)):  # one a head, an expert or a direction
-        return "bias"
-    return "weight" if not buffer and not flat else "other"
-
-
-def fans(shape: tuple[int, ...], module: nn.Module | None) -> tuple[int, int]:
-    """Return how many inputs each output of a weight sums over, and how many outputs each input goes to."""
-    if len(shape) < 2:
-        return 1, 1
-    kernel = math.prod(shape[2:])
-    if type(module).__name__ == "Conv1D":  # GPT-2's linear layer keeps the transpose
-        return shape[0], shape[1]
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        window = max(1, kernel // math.prod(module.stride))
-        return max(1, shape[0] * window // module.groups), shape[1] * kernel
-    groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
-    return shape[1] * kernel, max(1, shape[0] * kernel // groups)

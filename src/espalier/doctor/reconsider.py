@@ -78,7 +78,7 @@ def _constant(finding: Finding, record: Record, patient: Patient) -> Finding:
     if finding.severity == "error" and not holds_both(record) and bool(gradient.any()):
         return all_zero(record, "note")
     # Behind another zero, such as a head that starts closed, no gradient passes in the first step alone.
-    if finding.severity == "note" and reads(record) and not gradient.any() and _only_zero(record, patient):
+    if finding.severity == "note" and reads(record, patient) and not gradient.any() and _only_zero(record, patient):
         return all_zero(record, "error")
     return finding
 
@@ -107,7 +107,7 @@ def judge_weights(patient: Patient, activity: Activity) -> Iterator[Finding]:
         # Of a class that could not be asked what it makes of its weight, what goes in and out says it.
         growth, largest = activity.growth(record.layer) or 0.0, largest_gain(record)
         large = growth > largest and gain_of(record, patient) > largest
-        if large and record.multiplies and multiplier(record) is None:
+        if large and record.multiplies and multiplier(record.module, record.leaf, record.fans[0]) is None:
             yield scale_finding(record, growth)
         mean, spread = activity.constant.get(record.layer, (0.0, 0.0))
         due = record.role == "bias" and record.trainable and stats.rms > mean / 2

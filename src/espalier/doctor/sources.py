@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor.patient import Record, fans, role_of, whole
+from espalier.doctor.patient import Record, whole
+from espalier.doctor.roles import fans, role_of
 from espalier.doctor.stats import measure
 from espalier.errors import EspalierError, told
 from espalier.files import read_object, read_tensors, refuse_odd_names, require_regular

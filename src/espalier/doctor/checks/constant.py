@@ -41,11 +41,11 @@ def constant(patient: Patient) -> Iterator[Finding]:
         if not record.matrix or not stats.constant or record.role in ("norm", "ssm", "gain"):
             continue
         learns = patient.learns(record)
-        vital = reads(record) or _only_table(record, patient)
+        vital = stats.closed and learns and (reads(record, patient) or _only_table(record, patient))
         # A bare parameter learns beside a factor that is not zero: attention's query may start there, as a mean.
         if vital and record.role != "embedding" and not record.multiplies:
             vital = holds_both(record) or any(_beside(record, other) for other in zero)
-        if stats.closed and vital and learns:
+        if vital:
             yield all_zero(record, "error")
         elif stats.closed and learns and patient.alone(record):
             remedy = "draw it as its siblings are drawn"
@@ -74,9 +74,9 @@ def zero_matrices(patient: Patient) -> list[Record]:
     return [r for r, stats in patient.measured() if r.matrix and r.role != "norm" and stats.closed]
 
 
-def reads(record: Record) -> bool:
-    """Return whether a weight is called as those are that feed a product."""
-    return bool(_READS.search(record.layer) or _READS.search(record.leaf))
+def reads(record: Record, patient: Patient) -> bool:
+    """Return whether a weight feeds a product: it is called as those are that do, or attention is seen to read it."""
+    return bool(_READS.search(record.layer) or _READS.search(record.leaf)) or patient.feeds_attention(record)
 
 
 def holds_both(record: Record) -> bool:
@@ -215,7 +215,7 @@ def zero_rows(record: Record, stats: TensorStats, patient: Patient) -> Verdict:
         return None
     measured = f"{len(closed)} of {len(values)} rows all zero, from row {int(closed[0])} on"
     remedy = "draw them: heads or units that start at zero here get no gradient, or leave their partners without one"
-    return "error" if reads(record) else "warning", measured, "rows drawn alike", remedy
+    return "error" if reads(record, patient) else "warning", measured, "rows drawn alike", remedy
 
 
 @register_check("closed-twice")

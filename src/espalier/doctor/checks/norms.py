@@ -24,11 +24,15 @@ def normalisation(record: Record, stats: TensorStats, patient: Patient) -> Verdi
     if stats.closed:
         return _closed(record, patient)
     if not stats.constant:
-        if stats.numel < 8 or not drawn_around_zero(stats.mean, stats.std) or adds_one(record):
+        if (
+            stats.numel < 8
+            or not drawn_around_zero(stats.mean, stats.std, stats.numel)
+            or adds_one(record.module, record.leaf)
+        ):
             return None
         measured = f"drawn from noise, mean {stats.mean:.2g}, deviation {stats.std:.2g}"
         return "warning", measured, _ONE, "set it to one: something initialised it like a weight"
-    if stats.minimum == 1 and adds_one(record):
+    if stats.minimum == 1 and adds_one(record.module, record.leaf):
         return "warning", "the gain is 1 + 1", _ONE, "set the weight to 0: this class adds one to it"
     if patient.trained or 0.05 <= abs(stats.minimum) <= 4:
         return None
@@ -36,7 +40,7 @@ def normalisation(record: Record, stats: TensorStats, patient: Patient) -> Verdi
 
 
 def _closed(record: Record, patient: Patient) -> Verdict:
-    shifted, remedy = adds_one(record), "set it to one"
+    shifted, remedy = adds_one(record.module, record.leaf), "set it to one"
     gains = (stats for r, stats in patient.measured() if r.role == "norm" and not stats.nonfinite)
     if shifted is False and all(stats.closed for stats in gains):
         return "error", "every gain of the model is zero", _ONE, remedy

@@ -33,7 +33,7 @@ def scale(patient: Patient) -> Iterator[Finding]:
         gain = gain_of(record, patient)
         if not _sized(gain, record):
             continue
-        share = multiplier(record)
+        share = multiplier(record.module, record.leaf, record.fans[0])
         # A bare parameter is taken for what it looks like; a weight that is computed, or scaled, is not judged.
         if share is None and not record.multiplies:
             share = 1.0
