@@ -31,9 +31,9 @@ from espalier.study.code_names import all_code, is_own, names_in, own_module_fil
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), range, slice, PurePath, torch.dtype, torch.device)
 _END = 1 << 27  # bytes
 _DEEP = 60  # objects inside objects of libraries
-# Code that asks for these may use anything of its own module, or of one that it names.
-_ANY_NAME = {"globals", "locals", "vars", "eval", "exec", "modules"}
-_ANY_ATTRIBUTE = _ANY_NAME | {"getattr", "attrgetter", "methodcaller", "__dict__"}
+# Functions of Python by which code may use anything of its own module, or of one that it names.
+_ANY_NAME = {"globals", "eval", "exec"}
+_ANY_ATTRIBUTE = {"getattr", "vars", "attrgetter", "methodcaller", "__dict__"}
 
 # Note [What a training leaves behind]
 # Counters, caches and options that the code itself changes are part of a training like all that it reads: in every
@@ -243,33 +243,33 @@ class _Follower:
         self._note(name, source_of(code))
         self._note(name, self.text([function.__defaults__, function.__kwdefaults__, function.__dict__]))
         names, constants = {given for _, given in used}, set(words_in(code))
-        wanted = {given for how, given in used if how in ("LOAD_GLOBAL", "LOAD_NAME")}
-        wanted |= constants if names & _ANY_NAME else set()
+        wanted = {given for how, given in used if how in ("LOAD_GLOBAL", "LOAD_NAME")}  # no attribute: model.eval()
+        any_name = bool(wanted & _ANY_NAME) or {"sys", "modules"} <= names
+        any_attribute = any_name or bool(names & _ANY_ATTRIBUTE)
+        wanted |= constants if any_name else set()
         values = {given: known[given] for given in wanted if given in known}
-        values |= all_code(known) if names & _ANY_NAME else {}
+        values |= all_code(known) if any_name else {}
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         values |= {given: _filled(cell) for given, cell in cells}
         for given, value in values.items():
             if not given.startswith("__"):
                 self._note(given, self.text(value))
-        self._modules([value for value in values.values() if isinstance(value, types.ModuleType)], names, constants)
+        modules = [value for value in values.values() if isinstance(value, types.ModuleType)]
+        # A module's own __getattr__ answers for any name.
+        self._modules(modules, names | constants | {"__getattr__"}, any_attribute)
         package = known.get("__package__")
         for given in sorted({given for how, given in used if how == "IMPORT_NAME"}):
             self._imports(given, package)
         for given in sorted(constants) if names & IMPORTERS else ():
             self._imports(given.strip("."), package, inside=True)
 
-    def _modules(self, modules: list[types.ModuleType], names: set[str], constants: set[str]) -> None:
-        """Follow what code may take from the user's own modules by their dots, or by words."""
-        dynamic = names & _ANY_ATTRIBUTE
+    def _modules(self, modules: list[types.ModuleType], names: set[str], any_attribute: bool) -> None:
+        """Follow what code may take from the user's own modules, by their dots or by words."""
         for module in modules:  # it grows
             if not is_own(module):
                 continue
-            # A module's own __getattr__ answers for any name.
-            found = {
-                given: vars(module)[given] for given in names | constants | {"__getattr__"} if given in vars(module)
-            }
-            for given, value in sorted((found | (all_code(vars(module)) if dynamic else {})).items()):
+            found = {given: vars(module)[given] for given in names if given in vars(module)}
+            for given, value in sorted((found | (all_code(vars(module)) if any_attribute else {})).items()):
                 self._note(f"{module.__name__}.{given}", self.text(value))
                 if isinstance(value, types.ModuleType) and value not in modules:
                     modules.append(value)
