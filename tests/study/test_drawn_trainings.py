@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from other_processes import parts_in_new_processes
 
 from espalier.study.training_parts import leave_behind, training_parts
 
@@ -247,17 +246,6 @@ def test_every_process_finds_the_same_in_every_place(tmp_path: Path) -> None:
     modules = ", ".join(f"place{number}" for number in range(len(PLACES)))
     (tmp_path / "places.py").write_text(f"import {modules}\ndef train(arm, lr, seed, folder):\n    return [\n"
                                         f"        each.read() for each in ({modules})]\n")  # fmt: skip
-    code = "import json, places; from espalier.study.training_parts import training_parts as parts; "
-    one, other = (
-        subprocess.run(
-            [sys.executable, "-c", f"{code}print(json.dumps(parts(places.train)))"],
-            cwd=tmp_path,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(["", *sys.path])},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    )
-    assert json.loads(one) == json.loads(other)
-    assert len(json.loads(one)) > len(PLACES)
+    one, other = parts_in_new_processes(tmp_path, "places")
+    assert one == other
+    assert len(one) > len(PLACES)

@@ -8,7 +8,6 @@ import json
 import linecache
 import logging
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_processes import parts_in_new_processes
 
 import espalier
 from espalier.errors import EspalierError
@@ -244,19 +244,8 @@ def test_a_training_that_has_run_is_what_it_was_until_it_is_changed(
 
 def test_every_process_finds_the_same(tmp_path: Path) -> None:
     module = load(tmp_path)
-    code = "import json, main_of_training as m; from espalier.study.training_parts import training_parts as parts; "
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", f"{code}print(json.dumps(parts(m.train)))"],
-            cwd=Path(module.__file__ or "").parent,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(["", *sys.path])},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert [json.loads(text) for text in found] == [module.PARTS] * 2
+    folder = Path(module.__file__ or "").parent
+    assert parts_in_new_processes(folder, "main_of_training") == [module.PARTS] * 2
 
 
 LOOP: list[Any] = []

@@ -328,8 +328,6 @@ def _numbers(value: Any) -> str:
         if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
             return text
         value = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-    if value.dtype.hasobject:
-        return text
     if value.nbytes > 2 * _END:
         value = value.reshape(-1)  # a view, of a file as it lies there
         count = _END // value.itemsize
