@@ -44,7 +44,14 @@ class Claim:
         return f"`python experiments/queue.py --only {' '.join(names[:3])}`{more}"
 
 
-FILTER_NETS = (*filters.WORTH, filters.CONVNEXT)
+NETS = {"mamba2": "Mamba-2", "mamba1": "Mamba-1", "hybrid": "hybrid"}
+FILTER_NETS = dict(
+    zip(
+        ("kernel 9, patch 2", "kernel 5, patch 2", "kernel 9, patch 4", "kernel 5, patch 4"), filters.WORTH, strict=True
+    )
+)
+FILTER_NETS["ConvNeXt"] = filters.CONVNEXT
+TRANSFERS = dict(zip(("twice the depth", "twice the width", "patch 4", "kernel 5"), filters.TRANSFER, strict=True))
 
 CLAIMS: Sequence[Claim] = (
     Claim(
@@ -63,7 +70,7 @@ CLAIMS: Sequence[Claim] = (
         "… and associative recall.",
         "multi-query recall at zoology's length 64, 4 pairs, vocabulary 8,192, width 64; 2,000 steps of 64, a fiftieth "
         "of zoology's examples",
-        weakest([better(recall.MQAR[net], "mimetic-ssm", "default") for net in recall.MQAR]),
+        weakest([better(each, "mimetic-ssm", "default", NETS[net]) for net, each in recall.MQAR.items()]),
         "recall.md",
         [*recall.MQAR.values(), recall.CONTROL],
     ),
@@ -141,7 +148,7 @@ CLAIMS: Sequence[Claim] = (
         "The covariances of small nets start larger ones well.",
         "S3.1's nets pooled, to twice the depth, twice the width, patch 4 and kernel 5, on 2,000 images, 8 epochs, "
         "against torch's filters; the paper: wider and deeper nets, all images, longer training",
-        weakest([better(each, "transferred", "default") for each in filters.TRANSFER]),
+        weakest([better(each, "transferred", "default", place) for place, each in TRANSFERS.items()]),
         "filters.md",
         filters.TRANSFER,
     ),
@@ -151,18 +158,18 @@ CLAIMS: Sequence[Claim] = (
         "The closed form beats starts that treat every weight alike.",
         "ConvMixer-48/4 (kernels 9 and 5 on patches of 2 and 4) and a small ConvNeXt on 2,000 images, 8 epochs; the "
         "paper: wider and deeper nets, all images, longer training",
-        weakest([better(each, "covariance", "default") for each in FILTER_NETS]),
+        weakest([better(each, "covariance", "default", place) for place, each in FILTER_NETS.items()]),
         "filters.md",
-        FILTER_NETS,
+        [*FILTER_NETS.values()],
     ),
     Claim(
         "S3.4",
         FILTERS,
         "Structured filters that stay frozen can beat filters that are trained.",
         "as S3.3; frozen closed form against torch's filters, trained",
-        weakest([better(each, "covariance-frozen", "default") for each in FILTER_NETS]),
+        weakest([better(each, "covariance-frozen", "default", place) for place, each in FILTER_NETS.items()]),
         "filters.md",
-        FILTER_NETS,
+        [*FILTER_NETS.values()],
     ),
     Claim(
         "S4.1",
@@ -187,7 +194,13 @@ CLAIMS: Sequence[Claim] = (
         "Patches are part of the reason: at equal cost, nets on patches end higher than nets on pixels.",
         "patches of 2 and 4 pixels against single pixels at equal multiply-adds, ConvMixer (5,000 images) "
         "and ViT (2,500)",
-        weakest([better(each, f"patch-{patch}", "patch-1") for each in convmixer.PATCHES.values() for patch in (2, 4)]),
+        weakest(
+            [
+                better(convmixer.PATCHES[net], f"patch-{patch}", "patch-1", place)
+                for net, place in (("convmixer", "ConvMixer"), ("vit", "ViT"))
+                for patch in (2, 4)
+            ]
+        ),
         "convmixer.md",
         [*convmixer.PATCHES.values()],
     ),
@@ -209,8 +222,8 @@ CLAIMS: Sequence[Claim] = (
         "KWLarge and ResNet9 on CIFAR-10, 200 epochs, BCOP, RKO",
         weakest(
             [
-                better(each, "cayley", other)
-                for each in (robustness.EQUAL_EPOCHS, robustness.EQUAL_TIME)
+                better(each, "cayley", other, place)
+                for place, each in (("equal epochs", robustness.EQUAL_EPOCHS), ("equal time", robustness.EQUAL_TIME))
                 for other in ("aoc", "soc")
             ]
         ),
@@ -251,7 +264,13 @@ CLAIMS: Sequence[Claim] = (
         "A patch net is better certified than KWLarge after the same minutes of training.",
         "1 and 10 minutes of one core on Fashion-MNIST and CIFAR-10 (epochs from the time of a step), 36/255, rates "
         "swept",
-        weakest([better(each, *pair) for each in robustness.MINUTES.values() for pair in each.pairs]),
+        weakest(
+            [
+                better(each, *pair, robustness.NAMES[dataset])
+                for dataset, each in robustness.MINUTES.items()
+                for pair in each.pairs
+            ]
+        ),
         "robustness.md",
         [*robustness.MINUTES.values(), *robustness.HOURS.values()],
     ),

@@ -38,14 +38,13 @@ class Results:
     """The records, and the summaries that are made of them."""
 
     records: Sequence[Record]
-    _made: dict[tuple[str, str], Summary] = field(default_factory=dict)
+    _made: dict[str, Summary] = field(default_factory=dict)
 
-    def summary(self, experiment: Experiment, metric: str = "") -> Summary:
-        """Return the summary of an experiment, scored by its own metric or another."""
-        key = (experiment.name, metric)
-        if key not in self._made:
-            self._made[key] = summarise(experiment.study(Path("runs/queue"), self.records, metric))
-        return self._made[key]
+    def summary(self, experiment: Experiment) -> Summary:
+        """Return the summary of an experiment."""
+        if experiment.name not in self._made:
+            self._made[experiment.name] = summarise(experiment.study(Path("runs/queue"), self.records))
+        return self._made[experiment.name]
 
 
 Judge = Callable[[Results], Evidence]
@@ -70,9 +69,9 @@ def not_run(results: Results) -> Evidence:
     return Evidence(NOT_RUN, 0, "–")
 
 
-def better(experiment: Experiment, arm: str, baseline: str, metric: str = "") -> Judge:
-    """Judge that an arm beats another, each at its own best rate, over paired seeds."""
-    return partial(_better, experiment=experiment, arm=arm, baseline=baseline, metric=metric)
+def better(experiment: Experiment, arm: str, baseline: str, where: str = "") -> Judge:
+    """Judge that an arm beats another, each at its own best rate, over paired seeds; where, in words for the table."""
+    return partial(_better, experiment=experiment, arm=arm, baseline=baseline, where=where)
 
 
 def weakest(judges: Sequence[Judge]) -> Judge:
@@ -105,13 +104,14 @@ def reaches(study: str, arm: str, goal: float, metric: str = "") -> Judge:
     return partial(_reaches, study=study, arm=arm, goal=goal, metric=metric)
 
 
-def _better(results: Results, experiment: Experiment, arm: str, baseline: str, metric: str) -> Evidence:
-    summary = results.summary(experiment, metric)
+def _better(results: Results, experiment: Experiment, arm: str, baseline: str, where: str) -> Evidence:
+    summary = results.summary(experiment)
     difference = summary.difference(arm, baseline)
     if difference is None:
         return Evidence(NOT_RUN, 0, "–")
     factor = 100 if summary.is_share else 1
-    text = f"{arm} over {baseline}: {interval_text(difference.t, factor)}"
+    place = f", {where}" if where else ""
+    text = f"{arm} over {baseline}{place}: {interval_text(difference.t, factor)}"
     found = {row.arm: row for row in measure_solving(summary)} if summary.is_share else {}
     if found and any(row.solved.solved for row in found.values()):
         text += f"; solve it: {share_text(found[baseline].solved)} and {share_text(found[arm].solved)}"

@@ -49,24 +49,23 @@ class Experiment:
     metric: str = ""
     """The extra figure that is compared, and that chooses the rates, in place of the records' own score."""
 
-    def study(self, out: Path, records: Iterable[Record] = (), metric: str = "") -> Study:
+    def study(self, out: Path, records: Iterable[Record] = ()) -> Study:
         """Return the study with as many seeds of every arm as the records ask for (Note [Seeds]); writes nothing.
 
         Args:
             out: the folder of the queue.
             records: of any studies.
-            metric: the figure that its scores are; the experiment's own if none is given.
         """
         mine = [record for record in records if record.study == self.name]
-        return self._planned(out, mine, self._seeds_by_arm(out, mine), metric or self.metric)
+        return self._planned(out, mine, self._seeds_by_arm(out, mine))
 
     def row(self, out: Path, records: Iterable[Record] = ()) -> Study:
         """Return the study with no more seeds than a row of the table needs."""
-        return self._planned(out, records, dict.fromkeys(self.arms, min(self.seeds, ROW_SEEDS)), self.metric)
+        return self._planned(out, records, dict.fromkeys(self.arms, min(self.seeds, ROW_SEEDS)))
 
     def first(self, out: Path, records: Iterable[Record] = ()) -> Study:
         """Return the study with the seeds that were planned from the start."""
-        return self._planned(out, records, dict.fromkeys(self.arms, self.seeds), self.metric)
+        return self._planned(out, records, dict.fromkeys(self.arms, self.seeds))
 
     def asked_pairs(self) -> tuple[tuple[str, str], ...]:
         """Return the pairs of arms whose difference is asked for."""
@@ -88,12 +87,12 @@ class Experiment:
                 counts |= dict.fromkeys(pair, max(self.seeds, MOST_SEEDS))
         return counts
 
-    def _planned(self, out: Path, records: Iterable[Record], counts: Mapping[str, int], metric: str) -> Study:
+    def _planned(self, out: Path, records: Iterable[Record], counts: Mapping[str, int]) -> Study:
         recipe = resolve_recipe(self.recipe)
         seeds = tuple(range(max(counts.values())))
         fewer = {arm: seeds[:count] for arm, count in counts.items() if count < len(seeds)}
         plan = Study(out / "trials" / self.name, recipe, arm_changes(recipe, self.arms), self.lrs, seeds, fewer)
-        return plan.with_records(scored_by(record, metric) for record in records if record.study == self.name)
+        return plan.with_records(scored_by(record, self.metric) for record in records if record.study == self.name)
 
 
 def scored_by(record: Record, metric: str) -> Record:
