@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from espalier import nn as enn
 from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Asking, Changing, Function
+from experiments.adversarial_settings import PAST, Odd, past_its_input
 
 
 class Draw:
@@ -98,6 +99,10 @@ class Draw:
             return Changing(self.rng.choice(Changing.KINDS))
         if self.chance(0.04):
             return Asking(self.rng.choice([*Asking.QUESTIONS]))
+        if self.chance(0.04):
+            return past_its_input(self.rng.choice([*PAST]))
+        if self.chance(0.04):
+            return Odd(self.rng.choice(Odd.KINDS), channels)
         names = [name for name in FUNCTIONS if channels % 2 == 0 or name != "halves"]
         name = self.rng.choice(names)
         return Function(name, FUNCTIONS[name])

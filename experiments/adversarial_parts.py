@@ -70,10 +70,10 @@ def _taps(x: Tensor, *sides: int) -> Tensor:
 def _asked(x: Tensor) -> Tensor:
     """Return x after everything was asked that may be asked about it."""
     for name in ("dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_mkldnn",
-                 "is_nested", "is_mps", "is_xpu", "itemsize", "ndim", "requires_grad", "is_leaf",
-                 "grad_fn"):  # fmt: skip
+                 "is_nested", "is_mps", "is_xpu", "itemsize", "ndim", "requires_grad",
+                 "is_leaf"):  # fmt: skip
         getattr(x, name)
-    scale = x.dim() + x.get_device() + x.element_size() + len(x.stride()) + x.is_contiguous()
+    scale = x.dim() + x.get_device() + x.element_size() + x.is_contiguous()
     return scale * x if x.is_floating_point() and not x.is_complex() else x
 
 
@@ -218,6 +218,9 @@ class Asking(nn.Module):
         "whether it has another attribute": lambda x: not hasattr(x, "bound"),
         "whether gradients are on": lambda x: torch.is_grad_enabled(),
         "whether it wants one": lambda x: x.requires_grad,
+        "whether a part of it lies in one piece": lambda x: x.flatten(1)[:, :2].T.is_contiguous(),
+        "how it lies in memory": lambda x: x.stride(-1) > x.stride(0),
+        "what made it": lambda x: "Mul" in str(x.grad_fn),
     }
 
     def __init__(self, question: str) -> None:

@@ -18,7 +18,7 @@ from espalier.certify.bounded import Analysis
 from espalier.certify.operations import OPERATIONS, full_name, in_place
 from espalier.errors import EspalierError
 from experiments.adversarial_models import Draw, attack, steepness
-from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Function
+from experiments.adversarial_parts import ACTIVATIONS, FUNCTIONS, INNER, Asking, Function
 
 QUICK = settings(
     max_examples=30,
@@ -86,9 +86,10 @@ def test_the_generator_draws_every_rule(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Analysis, "call", watched)
     draw = Draw(random.Random(0))
-    parts = [Function(name, function) for name, function in FUNCTIONS.items()]
+    parts: list[nn.Module] = [Function(name, function) for name, function in FUNCTIONS.items()]
     parts += [Function(name, function, draw.activation()) for name, function in INNER.items()]
     parts += [part(False) for part in ACTIVATIONS]
+    parts += [Asking(question) for question in Asking.QUESTIONS]
     parts += [draw.spatial(4, 1) for _ in range(150)] + [draw.vector(4, 1) for _ in range(60)]
     for part in parts:
         for shape in ((4, 4, 4), (4,)):

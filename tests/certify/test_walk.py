@@ -235,7 +235,7 @@ REFUSED: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("numpy", lambda x: torch.from_numpy(x.numpy())),
     ("rand_like", lambda x: x + torch.rand_like(x)),
     ("rtruediv|rdiv", lambda x: 1 / x),
-    ("finite, and not zero", lambda x: x / torch.tensor([1.0, 0.0, 2.0])),
+    ("neither zero nor denormal", lambda x: x / torch.tensor([1.0, 0.0, 2.0])),
 ]
 
 

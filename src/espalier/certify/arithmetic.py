@@ -178,3 +178,12 @@ def per_axis(value: Any, axes: int) -> tuple[int, ...]:
     """Return a number, or a list of one or of ``axes``, as one number for every axis."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values if len(values) == axes else values * axes
+
+
+def room_left(peak: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
+    """Return up to which radius numbers of size peak + slope·r are finite, (N,)."""
+    # A quarter of the range: intermediate sums may be a few times larger than what they end in.
+    limit = torch.finfo(dtype).max / 4 if dtype.is_floating_point else math.inf
+    left = limit - peak
+    room = left / slope if slope > 0 else torch.where(left > 0, math.inf, -math.inf)
+    return torch.where(torch.isnan(left) | (left <= 0), -math.inf, room)

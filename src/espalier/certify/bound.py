@@ -26,11 +26,11 @@ from espalier.certify.bounded import Analysis, Bounded, bounded_in
 from espalier.certify.counts import another
 from espalier.certify.layers import RULES, Layer, Rounding, Statement
 from espalier.certify.operations import Call
+from espalier.certify.plain_passes import compare_plain_passes
 from espalier.certify.refusal import UncertifiableError
-from espalier.certify.surroundings import interference
+from espalier.certify.surroundings import interference, odd_settings
 from espalier.certify.trail import digest_of
 from espalier.certify.value import Bound, Term
-from espalier.certify.witness import compare_plain_passes
 from espalier.errors import EspalierError, told
 from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
@@ -213,7 +213,9 @@ class _Watched:
         calls, before = analysis.calls, given[0].bound
         try:
             alone = len(args) == 1 and not kwargs and isinstance(args[0], Bounded)
-            result = self._by_rule(args[0]) if alone else self.forward(*args, **kwargs)
+            result = self._alone(args[0]) if alone else self.forward(*args, **kwargs)
+            if not alone:
+                self._tell(math.inf)
         except EspalierError as error:
             if isinstance(error, UncertifiableError) and not error.module:
                 raise analysis.refuse(str(error)) from None
@@ -229,6 +231,24 @@ class _Watched:
             analysis.note(label, before, result.bound)
         return result
 
+    def _alone(self, x: Bounded) -> Any:
+        """Run it on one value, and tell the modules around it what its constant is."""
+        if not self.analysis.runs:
+            return self._by_rule(x)
+        before, version = x.bound, x.memory.version
+        with self.analysis.follow(before) as run:
+            result = self._by_rule(x)
+            made = self.analysis.read(result, "it").lipschitz if isinstance(result, Bounded) else math.inf
+        hooked = self.module._forward_hooks or self.module._forward_pre_hooks  # they come before and after
+        known = run.alone and before.lipschitz > 0 and not hooked and x.memory.version == version
+        constant = made / before.lipschitz if known else math.inf
+        self._tell(constant if constant * before.lipschitz >= made else math.nextafter(constant, math.inf))
+        return result
+
+    def _tell(self, constant: float) -> None:
+        for run in self.analysis.runs:
+            run.constants[self.module] = max(constant, run.constants.get(self.module, 0.0))
+
     def _by_rule(self, x: Bounded) -> Any:
         module, analysis, reason = self.module, self.analysis, None
         known = next((cls for cls in type(module).__mro__ if cls in RULES), None)
@@ -236,6 +256,7 @@ class _Watched:
             rule, reason = RULES[known], code.change(module, known, self.forward, analysis.verified)
             if isinstance(rule, Statement):
                 reason = reason or code.change_inside(module)
+            reason = reason or odd_settings(module)
             if reason is None and isinstance(rule, Statement):
                 return self._declared(x, partial(rule.constant, module), rule.rounding)
             if reason is None and isinstance(rule, Layer):
@@ -247,37 +268,67 @@ class _Watched:
                 with analysis.watch.aside():
                     made = analysis.number(rule.function(analysis, module, given, self.forward))
                 return self._as_one(x, Bounded(made, analysis, x.memory if rule.alias else None))
-        statement, why = self._own_statement()
+        statement, composite, why = self._own_statement()
         if statement is not None:
-            return self._declared(x, statement)
+            return self._composed(x, statement) if composite else self._declared(x, statement)
         if reason or why:
             analysis.notes[analysis.path[-1]] = reason or why or ""
         return self.forward(x)
 
-    def _own_statement(self) -> tuple[Callable[[], float | None] | None, str | None]:
+    def _own_statement(self) -> tuple[Callable[..., float | None] | None, bool, str | None]:
+        """Return how a class states its constant, whether by those of modules inside, and why that is not used."""
         module, cls = self.module, type(self.module)
         for protocol, method in ((LipschitzComposite, "lipschitz_constant_from"), (Lipschitz, "lipschitz_constant")):
             if not isinstance(module, protocol):
                 continue
             code.record(cls)
             reason = code.self_declared(cls, method) or code.change(module, cls, self.forward, self.analysis.verified)
-            if method == "lipschitz_constant":  # the other asks the modules inside, hooks and all
-                reason = reason or code.change_inside(module)
-            if reason is None:
-                statement = getattr(module, method)
-                return (partial(statement, self._of_child) if method.endswith("_from") else statement), None
-            return None, reason
-        return None, None
+            composite = method == "lipschitz_constant_from"
+            if not composite:  # the other asks the modules inside, hooks and all
+                reason = reason or code.change_inside(module) or odd_settings(module)
+            return None if reason else getattr(module, method), composite, reason
+        return None, False, None
+
+    def _composed(self, x: Bounded, statement: Callable[..., float | None]) -> Any:
+        """Use a constant that is stated by those of the modules inside, as far as the forward pass shows these."""
+        analysis, bound, failed = self.analysis, self.analysis.read(x, "it"), self.analysis.failed
+        if bound.value is None:
+            return self._declared(x, partial(statement, self._of_child))
+        try:
+            with analysis.follow(bound) as run:
+                result = self.forward(x)
+                made = analysis.read(result, "it") if isinstance(result, Bounded) else None
+        except UncertifiableError:
+            if analysis.rounding:
+                raise
+            analysis.failed = failed
+            return self._declared(x, partial(statement, self._of_child))
+        try:
+            stated = statement(run.constants.__getitem__)
+        except (KeyError, UncertifiableError):  # it asks for another module
+            return result
+        analysis.trail.add(stated)
+        if made is not None and run.alone and stated is not None and 0 <= stated < math.inf:
+            total = up(float(stated), bound.lipschitz)
+            if total < made.lipschitz and result is not x:
+                result.bound = analysis.number(replace(made, lipschitz=total))
+        return result
 
     def _of_child(self, child: nn.Module) -> float:
         """Return the constant of a module inside, whatever the size of its input."""
-        probe = self.analysis.probe()
-        result = child(probe)
+        analysis = self.analysis
+        probe, begun, before = analysis.probe(), len(analysis.numbers), digest_of(child)
+        with analysis.follow(analysis.number(probe.bound)) as run:
+            result = child(probe)
+            if not isinstance(result, Bounded):
+                raise analysis.refuse("a module inside does not return one tensor")
+            made = analysis.read(result, "it")
+        analysis.over.append(range(begun, len(analysis.numbers)))
         if probe.memory.version:
-            raise self.analysis.refuse("a module inside changes its input in place: give an example=")
-        if not isinstance(result, Bounded):
-            raise self.analysis.refuse("a module inside does not return one tensor")
-        return result.bound.lipschitz
+            raise analysis.refuse("a module inside changes its input in place: give an example=")
+        if not run.alone or digest_of(child) != before:
+            raise analysis.refuse("a module inside uses more than its input, or keeps something: give an example=")
+        return made.lipschitz
 
     def _declared(self, x: Bounded, constant: Callable[[], float | None], rounding: Rounding | None = None) -> Any:
         """Use a stated constant; with numbers the forward pass is followed, too, for its rounding."""
@@ -300,24 +351,24 @@ class _Watched:
             raise UncertifiableError(f"its constant is {stated}: are its weights finite?")
         total = up(stated, bound.lipschitz)
         if bound.value is None:
-            return self._as_one(x, Bounded(Bound(None, total), analysis, x.memory))
+            return self._as_one(x, Bounded(analysis.number(Bound(None, total)), analysis, x.memory))
         if not analysis.rounding or rounding is not None:
             with analysis.watch.aside():
                 value = self._on_numbers(bound.value)
                 relative, absolute = map(float, rounding(self.module, unit(value.dtype)) if rounding else (0.0, 0.0))
                 if not (0 <= relative < math.inf and 0 <= absolute < math.inf):
                     raise UncertifiableError(f"its rounding is {relative}, {absolute}: give finite numbers from 0")
-                made = analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute)
+                made = analysis.number(analysis.combine(value, [Term(bound, stated, relative)], absolute=absolute))
             return self._as_one(x, Bounded(made, analysis, x.memory))
         analysis.notes[analysis.path[-1]] = "its constant is stated, its rounding is not: see register_lipschitz"
         result = self.forward(x)
         if isinstance(result, Bounded) and result.bound.lipschitz > total:
-            result.bound = replace(result.bound, lipschitz=total)
+            result.bound = analysis.number(replace(result.bound, lipschitz=total))
         return result
 
     def _on_numbers(self, given: Tensor) -> Tensor:
         """Return the result of the forward pass as it is, which must be one value per image."""
-        images, count = given.clone(), another(len(given))
+        images, count, before = given.clone(), another(len(given)), digest_of(self.module)
         value = self.forward(images)
         if not torch.equal(given, images) or not isinstance(value, Tensor) or value.shape[:1] != given.shape[:1]:
             raise UncertifiableError("it changes its input in place, or does not return one value per image")
@@ -327,6 +378,8 @@ class _Watched:
             fits = False
         if not fits:  # it may have taken the images of a batch for the channels of one
             raise UncertifiableError(f"it takes {len(given)} images and not {count}: is the batch in front?")
+        if digest_of(self.module) != before:
+            raise UncertifiableError("it keeps something of a run, where other modules may find it")
         return value
 
     def _as_one(self, given: Bounded, made: Bounded) -> Bounded:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,25 +28,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.certify.arithmetic import Norms, add_up, image_norms, up
+from espalier.certify.arithmetic import Norms, add_up, image_norms, room_left, up
 from espalier.certify.counts import ImageCount, eager_calls, has_count, repeated
 from espalier.certify.digits import try_products
-from espalier.certify.operations import OPERATIONS, Call, full_name, leaves, mapped, tensors_in, unknown
+from espalier.certify.operations import (
+    OPERATIONS,
+    Call,
+    full_name,
+    leaves,
+    mapped,
+    tensors_in,
+    unknown,
+)
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference, modes
 from espalier.certify.trail import Trail, Watch
-from espalier.certify.value import Bound, Rows, Term
-
-
-class _Memory:
-    """Tensors that may share their numbers: a change of one in place is a change of all."""
-
-    __slots__ = ("constant", "version")
-
-    def __init__(self, *, constant: bool = False) -> None:
-        self.version = 0
-        self.constant = constant
-        """Whether they may be the network's own, shown once for every image."""
+from espalier.certify.value import Bound, Memory, Rows, Run, Term
 
 
 @dataclass
@@ -85,6 +83,12 @@ class Analysis:
     """The digest of the first pass."""
     numbers: dict[int, tuple[int, Bound]] = field(default_factory=dict)
     """The values of this pass in the order in which they were made, by what Python knows them by."""
+    runs: list[Run] = field(default_factory=list)
+    """Of modules whose own constant is asked for, outermost first."""
+    converted: bool = False
+    """Whether a value of no size had its precision changed: it is not known by then."""
+    over: list[range] = field(default_factory=list)
+    """The numbers of values that were made in runs on values of no size, and are not to be met after them."""
 
     @cached_property
     def count(self) -> ImageCount:
@@ -99,6 +103,8 @@ class Analysis:
                 pass, or does not return one value with a bound.
         """
         self.failed, self.trail, self.numbers, self.watch = None, Trail(Bounded), {}, watch or Watch()
+        self.runs, self.over = [], []
+        self.number(x.bound)
         self.watch.counted = self.counted
         with eager_calls(), self.watch:
             self.modes = modes()
@@ -138,7 +144,22 @@ class Analysis:
         """Return the bound of a value, unless its numbers were changed behind its back."""
         if x.version != x.memory.version:
             raise self.refuse(f"{what} reads numbers that were changed in place through another tensor")
+        number = self.numbers.get(id(x.bound), (-1,))[0]
+        if any(number in numbers for numbers in self.over):
+            raise self.refuse(f"{what} reads a value that a module inside kept: give an example=")
+        for run in self.runs:
+            run.alone = run.alone and (number >= run.begun or x.bound is run.given or x.bound.is_constant)
         return x.bound
+
+    @contextmanager
+    def follow(self, given: Bound) -> Iterator[Run]:
+        """Return a context in which it is seen whether what is done reads other values than one that it is given."""
+        run = Run(given, len(self.numbers))
+        self.runs.append(run)
+        try:
+            yield run
+        finally:
+            self.runs.remove(run)
 
     def note(self, label: str, before: Bound, after: Bound) -> None:
         """Keep what one module made of a value, the worst of all its calls."""
@@ -186,7 +207,9 @@ class Analysis:
             peaks.append(high * size)
             tops.append(high * slope)
             flushed += high * tiny * math.sqrt(operand.numbers[0].numel())
-        self._leave_room(torch.stack(peaks).sum(0) + constant, sum(tops), dtype)
+        assert self.room is not None
+        room = room_left(torch.stack(peaks).sum(0) + constant, sum(tops), dtype)
+        self.room = torch.minimum(self.room.to(room.device), room)
         # The error of a concatenation is bounded by the sum of those of its parts, too: no squares are needed there.
         error = torch.stack([a for a, _ in errors]).sum(0) + absolute + flushed
         return Bound(value, lipschitz, error, add_up(*(b for _, b in errors)), rows)
@@ -214,16 +237,6 @@ class Analysis:
             try_products(run, x, weight, rows_are_outputs=rows_are_outputs)
             self.tried.add(key)
 
-    def _leave_room(self, peak: Tensor, slope: float, dtype: torch.dtype) -> None:
-        """Note up to which radius numbers of size peak + slope·r are finite."""
-        assert self.room is not None
-        # A quarter of the range: intermediate sums may be a few times larger than what they end in.
-        limit = torch.finfo(dtype).max / 4 if dtype.is_floating_point else math.inf
-        left = limit - peak
-        room = left / slope if slope > 0 else torch.where(left > 0, math.inf, -math.inf)
-        room = torch.where(torch.isnan(left) | (left <= 0), -math.inf, room)
-        self.room = torch.minimum(self.room.to(room.device), room)
-
     def refuse(self, reason: str) -> UncertifiableError:
         """Return the refusal of what the present module does, and keep it: the network may catch it."""
         where = self.path[-1] if self.path else "the network"
@@ -241,7 +254,7 @@ class Analysis:
             raise self.count.refused(call.full)
         self.trail.add(call.full, call.args, call.kwargs, made[:1])
         shown = call.last in ("expand", "broadcast_to")
-        return Bounded(self.number(self.same_for_all(made)), self, _Memory(constant=shown))
+        return Bounded(self.number(self.same_for_all(made)), self, Memory(constant=shown))
 
     def same_for_all(self, value: Tensor) -> Bound:
         """Return the bound of a constant that is there once for every image."""
@@ -264,7 +277,10 @@ class Analysis:
         operands = list(bounded_in(call.args, call.kwargs))
         for operand in operands:
             self.read(operand, full)
-        args, kwargs = rule.arguments(call.args, call.kwargs)
+        try:
+            args, kwargs = rule.arguments(call.args, call.kwargs)
+        except UncertifiableError as error:
+            raise self.refuse(f"{full}: {error}") from None
         allowed = list(bounded_in(*args[: rule.values]))
         if len(allowed) != len(operands):
             raise self.refuse(f"{full} takes a value that depends on the image where only a constant is known")
@@ -327,15 +343,15 @@ class Bounded(Tensor):
 
     bound: Bound
     analysis: Analysis
-    memory: _Memory
+    memory: Memory
     version: int
 
     @staticmethod
-    def __new__(cls, bound: Bound, analysis: Analysis, memory: _Memory | None = None) -> Bounded:
+    def __new__(cls, bound: Bound, analysis: Analysis, memory: Memory | None = None) -> Bounded:
         """Return a tensor without numbers, or a number of images, of its own: nothing can read them but a rule."""
         value = torch.empty(1, dtype=torch.float64) if bound.value is None else bound.value
         made: Bounded = Tensor._make_wrapper_subclass(cls, value.shape[1:], dtype=value.dtype, device=value.device)
-        made.bound, made.analysis, made.memory = bound, analysis, memory or _Memory()
+        made.bound, made.analysis, made.memory = bound, analysis, memory or Memory()
         made.version = made.memory.version
         return made
 
@@ -376,7 +392,7 @@ def _opened(item: Any) -> Any:
     return item.bound if isinstance(item, Bounded) else item
 
 
-def _closed(result: Any, analysis: Analysis, memory: _Memory | None) -> Any:
+def _closed(result: Any, analysis: Analysis, memory: Memory | None) -> Any:
     if isinstance(result, Bound):
         return Bounded(result, analysis, memory)
     if isinstance(result, tuple) and any(isinstance(part, Bound) for part in result):

@@ -84,7 +84,7 @@ def add(analysis: Analysis, name: str, input: Any, other: Any, *, alpha: float =
 
 def _is_constant(x: Bound) -> bool:
     """Return whether a value is a constant, exact and the same for every image."""
-    return x.lipschitz == x.growth == 0 and x.error is not None and not x.error.any()
+    return x.is_constant and x.error is not None and not x.error.any()
 
 
 @operation("mul", "multiply", "torch.Tensor.__mul__", "torch.Tensor.__rmul__", "div", "divide", "true_divide",
@@ -106,8 +106,11 @@ def multiply(analysis: Analysis, name: str, input: Any, other: Any, *, rounding_
     sizes = c.double().abs() if isinstance(c, Tensor) else torch.tensor(abs(c), dtype=torch.float64)
     largest = (1.0 / sizes if inverse else sizes).max().item() if sizes.numel() else 0.0
     largest = up(largest, 1 + 2.0**-50) if inverse and largest != 1.0 else largest
-    if not math.isfinite(largest):
-        raise UncertifiableError(f"its factor goes up to {largest}: are its constants finite, and not zero?")
+    flushed = inverse and x.value is not None and bool((sizes < torch.finfo(x.value.dtype).tiny).any())
+    if flushed or not math.isfinite(largest):
+        raise UncertifiableError(
+            f"its factor goes up to {largest}: are its constants finite, and neither zero nor denormal?"
+        )
     if x.value is None:
         return Bound(None, up(largest, x.lipschitz))
     value = x.value / c if inverse else x.value * c

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from espalier.certify.refusal import UncertifiableError
 
 
 class Rule(NamedTuple):
@@ -29,7 +32,7 @@ class Rule(NamedTuple):
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the operands in front, however they were given."""
-        kwargs, front = dict(kwargs), list(args)
+        kwargs, front = mapped(as_torch_reads, kwargs), list(mapped(as_torch_reads, args))
         for names in (("input", "self", "tensors"), ("other", "end"))[: self.values]:
             given = [name for name in names if name in kwargs]
             if given and len(front) < self.values:
@@ -133,7 +136,7 @@ def leaves(items: Iterable[Any]) -> Iterator[Any]:
     """Yield what arguments consist of, however deep in lists, dictionaries and slices."""
     for item in items:
         if isinstance(item, list | tuple):
-            yield from leaves(item)
+            yield from leaves(_parts(item))
         elif isinstance(item, dict):
             yield from leaves(item.values())
         elif isinstance(item, slice):
@@ -147,9 +150,38 @@ def mapped(change: Callable[[Any], Any], item: Any) -> Any:
     if isinstance(item, dict):
         return {name: mapped(change, part) for name, part in item.items()}
     if isinstance(item, list | tuple):
-        parts = [mapped(change, part) for part in item]
+        parts = [mapped(change, part) for part in _parts(item)]
         return parts if isinstance(item, list) else tuple(parts)
+    if isinstance(item, slice):
+        return slice(*(mapped(change, part) for part in (item.start, item.stop, item.step)))
     return change(item)
+
+
+def _parts(item: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the parts of a list as torch reads them, past an ``__iter__`` of its own."""
+    return list.__iter__(item) if isinstance(item, list) else tuple.__iter__(item)
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), type(...), type, Tensor, torch.SymInt, torch.dtype, torch.device,
+          torch.layout, torch.memory_format)  # fmt: skip
+
+
+def as_torch_reads(item: Any) -> Any:
+    """Return a leaf of an argument as torch reads it: a number of a class of its own is what it holds.
+
+    Raises:
+        UncertifiableError: it is neither a number nor a tensor: what torch would make of it is not known.
+    """
+    for cls in (int, float, complex):
+        if isinstance(item, cls) and type(item) not in (cls, bool) and not isinstance(item, torch.SymInt):
+            return cls.__pos__(item)  # type: ignore[arg-type]
+    if isinstance(item, str) and type(item) is not str:
+        return str.__str__(item)
+    if isinstance(item, np.generic):
+        return np.generic.item(item)
+    if not isinstance(item, _PLAIN):
+        raise UncertifiableError(f"it is given a {type(item).__name__}: give a plain number or tensor")
+    return item
 
 
 def tensors_in(*items: Any) -> Iterator[Tensor]:

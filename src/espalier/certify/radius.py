@@ -35,9 +35,9 @@ from espalier.certify.bound import check_numbers, device_of, plain_arithmetic, p
 from espalier.certify.bounded import Analysis
 from espalier.certify.certificate import Certificate
 from espalier.certify.digits import refuse_settings
+from espalier.certify.plain_passes import IMAGES, compare_plain_passes
 from espalier.certify.refusal import UncertifiableError
 from espalier.certify.value import Bound
-from espalier.certify.witness import IMAGES, compare_plain_passes
 from espalier.errors import EspalierError, unknown_name
 
 ARITHMETIC = {"float64": torch.float64, "float32": torch.float32}

@@ -71,15 +71,16 @@ def _placed(analysis: Analysis, x: Bound, value: Tensor, places: Tensor, images:
 _PROPERTIES = ("ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_mkldnn",
                "is_nested", "is_mps", "is_xpu", "itemsize")  # fmt: skip
 _METHODS = ("dim", "is_floating_point", "is_complex", "get_device", "element_size")
-_GRADIENT = ("is_leaf", "requires_grad", "grad_fn", "grad")
-_KINDS = ("is_inference", "is_conj", "is_neg")
+_GRADIENT = ("is_leaf", "requires_grad")
+_KINDS = ("is_inference",)
 _SIZELESS = ("dtype", "device", "layout", "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized")
 
 
 @operation(*(f"torch.Tensor.{name}.__get__" for name in (*_PROPERTIES, *_GRADIENT)), *_METHODS, *_KINDS)
 def ask(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
     """What the numbers answer, or every tensor without a gradient."""
-    any_tensor = name in (*_GRADIENT, *_KINDS) or (input.value is None and name in _SIZELESS)
+    sizeless = input.value is None and name in _SIZELESS and not (name == "dtype" and analysis.converted)
+    any_tensor = name in (*_GRADIENT, *_KINDS) or sizeless
     found = getattr(torch.empty(0, dtype=analysis.dtype) if any_tensor else input.numbers, name)
     return found(*args, **kwargs) if name in (*_METHODS, *_KINDS) else found
 
@@ -98,14 +99,16 @@ def total_size(analysis: Analysis, name: str, input: Bound) -> Any:
     raise analysis.count.refused(name)
 
 
-@operation("stride", "is_contiguous")
-def layout(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
-    """The same as of the numbers, whose images have to lie one after the other."""
-    x = input.numbers
-    span = 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
-    if len(x) > 1 and 0 < x.stride(0) < span:  # the images lie side by side: other strides count them
-        raise analysis.count.refused(name)
-    return getattr(x, name)(*args, **kwargs)
+@operation("is_contiguous")
+def layout(analysis: Analysis, input: Bound, *args: Any, **kwargs: Any) -> Any:
+    """The same as of the numbers; ``certify.plain_passes`` tries both answers."""
+    return input.numbers.is_contiguous(*args, **kwargs)
+
+
+@operation("stride", "storage_offset", "is_conj", "is_neg", "torch.Tensor.grad_fn.__get__")
+def making(analysis: Analysis, name: str, input: Bound, *args: Any, **kwargs: Any) -> Any:
+    """Refused: there is no end to what the answer can be."""
+    raise UncertifiableError("where numbers lie in memory and what made them is up to whoever calls the network")
 
 
 @operation("torch.zeros_like", "torch.ones_like", "torch.full_like")
@@ -256,6 +259,7 @@ def _converted(analysis: Analysis, input: Bound, dtype: torch.dtype | None) -> B
     if not dtype.is_floating_point:
         raise UncertifiableError(f"a conversion to {dtype} is a step function")
     if input.value is None:
+        analysis.converted = analysis.converted or dtype != analysis.dtype
         return input
     value = input.value.to(dtype)
     finer = torch.finfo(dtype).eps <= torch.finfo(input.value.dtype).eps and dtype != torch.float16

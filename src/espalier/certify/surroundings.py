@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from espalier.certify.operations import leaves
+
 
 def modes() -> tuple[int, int]:
     """Return how many modes see what torch dispatches, and how many see its functions."""
@@ -31,3 +33,18 @@ def interference(
         return "runs under a mode of the network's own, which can make something else of it: leave it before"
     odd = next((type(tensor).__name__ for tensor in tensors if type(tensor) not in (Tensor, nn.Parameter)), None)
     return f"is given a {odd}, whose operations are its own: give a plain tensor" if odd else None
+
+
+_TORCH = frozenset(vars(nn.Module()))
+_EXACT = (bool, int, float, complex, str, Tensor, nn.Parameter)
+
+
+def odd_settings(module: nn.Module) -> str | None:
+    """Return which tensor or number of a module is of a class of its own, with another arithmetic, or None."""
+    for part in module.modules():
+        settings = {name: item for name, item in vars(part).items() if name not in _TORCH}
+        for name, item in (settings | part._parameters | part._buffers).items():
+            odd = next((leaf for leaf in leaves([item]) if isinstance(leaf, _EXACT) and type(leaf) not in _EXACT), None)
+            if odd is not None:
+                return f"its {name} holds a {type(odd).__name__}, whose operations are its own"
+    return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.certify.arithmetic import add_up, image_norms
 from espalier.certify.refusal import UncertifiableError
@@ -44,6 +44,11 @@ class Bound:
             raise UncertifiableError(NEEDS_EXAMPLE)
         return self.value
 
+    @property
+    def is_constant(self) -> bool:
+        """Return whether it depends on no image."""
+        return self.lipschitz == self.growth == 0
+
     def apply(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
         """Return what a function makes of the value, if there is one."""
         return None if self.value is None else function(self.value, *args, **kwargs)
@@ -69,3 +74,27 @@ class Term(NamedTuple):
     """Rounding error of the operation, per unit of the operand's norm."""
     peak: float = 0.0
     """Largest number that is met on the way, per unit of the operand's norm, if that is more than ``factor``."""
+
+
+class Memory:
+    """Tensors that may share their numbers: a change of one in place is a change of all."""
+
+    __slots__ = ("constant", "version")
+
+    def __init__(self, *, constant: bool = False) -> None:
+        self.version = 0
+        self.constant = constant
+        """Whether they may be the network's own, shown once for every image."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One call of a module, on one value."""
+
+    given: Bound
+    begun: int
+    """How many values there were before."""
+    alone: bool = True
+    """Whether nothing was read but that value, constants, and what was made of these."""
+    constants: dict[nn.Module, float] = field(default_factory=dict)
+    """Of the modules that were called inside: the largest that came of it, ∞ where it was not of one value alone."""

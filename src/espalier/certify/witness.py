@@ -10,8 +10,7 @@ order; copies and views that keep a value as it is are free.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,18 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.certify import steps
 from espalier.certify.bounded import Analysis
-from espalier.certify.counts import REPEAT, PlainCount, at_count, eager_calls, has_count
+from espalier.certify.counts import REPEAT, PlainCount, at_count, has_count
 from espalier.certify.operations import OPERATIONS, Call, last_name, tensors_in
 from espalier.certify.refusal import UncertifiableError
-from espalier.certify.surroundings import interference, modes
+from espalier.certify.surroundings import interference
 from espalier.certify.trail import Watch, digest_of
-
-IMAGES = 5
-"""In the pass that is written down: few, and not a size that networks are likely to have besides."""
-
-_MOST, _MANY, _NUMBERS = 8, 70, 400_000
-"""In plain passes: in most of them, and in some if the images are small enough."""
-
 
 Layers = dict[tuple[Any, ...], tuple[Tensor, bool]]
 """By number, context and kind of input: what a layer made, and whether that wants a gradient."""
@@ -53,13 +45,22 @@ class Witness(Watch):
         images: what the plain pass is given: the numbers that were the first value.
         layers: what layers that are one step made of the same images in passes before.
         counted: whether the number of images is an ``int`` that can be read.
+        answers: what ``is_contiguous`` says one time after the other, and then True; the truth if none is given.
     """
 
     def __init__(
-        self, analysis: Analysis, record: steps.Record, images: Tensor, layers: Layers, *, counted: bool = False
+        self,
+        analysis: Analysis,
+        record: steps.Record,
+        images: Tensor,
+        layers: Layers,
+        *,
+        counted: bool = False,
+        answers: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
-        self.analysis, self.images, self.layers = analysis, len(images), layers
+        self.analysis, self.images, self.layers, self.answers = analysis, len(images), layers, answers
+        self.answered: list[bool] = []
         self.count = None if counted else PlainCount(len(images))
         if self.count is not None:
             self.count.refused = lambda name: self.refused(f"{last_name(name)} reads the number of images")
@@ -176,6 +177,11 @@ class Witness(Watch):
 
     def _answer(self, call: Call, result: Any) -> Any:
         """Return what was asked about a value, with a number of images that cannot be read."""
+        if call.last == "is_contiguous":
+            place = len(self.answered)
+            if self.answers is not None:
+                result = self.answers[place] if place < len(self.answers) else True
+            self.answered.append(result)
         if self.count is None or (call.last != "size" and call.full != "torch.Tensor.shape.__get__"):
             return result
         if isinstance(result, tuple):
@@ -250,7 +256,7 @@ class Witness(Watch):
         return _same(which, item)
 
 
-class _Underneath(TorchDispatchMode):
+class Underneath(TorchDispatchMode):
     """Sees what is done to the values of a plain pass where functions are hidden from modes."""
 
     def __init__(self, witness: Witness) -> None:
@@ -274,75 +280,6 @@ class _Underneath(TorchDispatchMode):
                 if others and not (view and not witness.allowed):
                     raise witness.refused(f"it does {func}, hidden from view,")
         return func(*args, **kwargs)
-
-
-def _kinds(images: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    """Yield images as users give them to a network, and whether their number may be read."""
-    yield images.clone(), True
-    yield images[:5].clone(), False
-    for wanted in (False, True):  # not contiguous
-        yield torch.stack([images, images], -1).flatten(-2)[..., ::2].requires_grad_(wanted), False
-    if images.ndim == 4:
-        yield images.clone(memory_format=torch.channels_last), False
-    elif images.ndim > 1:  # the numbers of an image as rows: dense, and not contiguous
-        yield images.transpose(0, -1).contiguous().transpose(0, -1), False
-    leaf = images[:6].clone().requires_grad_()
-    yield leaf, False
-    with torch.enable_grad():
-        yield leaf + 0.0, False
-    parameter = nn.Parameter(images[:5].clone())
-    parameter.grad = torch.zeros_like(parameter)
-    yield parameter, True
-    with torch.inference_mode():
-        made = images.clone()
-    yield made, False
-
-
-def compare_plain_passes(net: nn.Module, analysis: Analysis, images: Tensor) -> None:
-    """Hold that a network does on plain tensors what it does on values with bounds, in every way that users call it.
-
-    Args:
-        net: a prepared network.
-        analysis: of earlier passes of it.
-        images: (N, …) in its precision; a few of them are taken.
-
-    Raises:
-        UncertifiableError: it does something else, or fails on plain tensors.
-    """
-    images = images.detach()[torch.arange(_MOST, device=images.device) % len(images)]
-    first = analysis.start(images[:IMAGES])
-    record = steps.Record(first)
-    last = record.number(analysis.run(net, first, record))
-    layers: Layers = {}
-    # From many to few, for what layers made is used again.
-    many = images[torch.arange(max(_MOST, min(_MANY, _NUMBERS // images[0].numel())), device=images.device) % _MOST]
-    for way in (torch.no_grad, torch.enable_grad, torch.inference_mode):
-        for x, counted in ((many, False), *_kinds(images)):
-            given = x if x.requires_grad or x.is_inference() or not x.is_contiguous() else x.clone()
-            _follow(net, Witness(analysis, record, given, layers, counted=counted), way, given, last)
-
-
-def _follow(net: nn.Module, witness: Witness, way: Callable[[], Any], x: Tensor, last: int) -> None:
-    analysis = witness.analysis
-    analysis.watch = witness
-    try:
-        with warnings.catch_warnings(action="ignore"), way(), eager_calls():
-            try:
-                with _Underneath(witness), witness:
-                    analysis.modes = modes()
-                    result = net(x)
-            except Exception as error:
-                if witness.failed is not None:
-                    raise witness.failed from error
-                analysis.watch = Watch()
-                try:
-                    net(x)
-                except Exception:
-                    return  # it cannot be run like that: no prediction could be wrong
-                raise witness.refused(f"it fails where it is watched ({type(error).__name__})") from error
-    finally:
-        analysis.watch = Watch()
-    witness.finish(result, last)
 
 
 def _memory(tensor: Tensor) -> int:
