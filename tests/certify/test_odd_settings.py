@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.swa_utils import AveragedModel
 
 from espalier.certify import UncertifiableError, certify, lipschitz_bound
 from espalier.errors import EspalierError
-from espalier.nn import BatchCentering, CayleyConv2d, ConvexSum, Householder
+from espalier.nn import BatchCentering, CayleyConv2d, CayleyLinear, ConvexSum, Householder, ScaledAvgPool2d
 from experiments.adversarial_models import attack, steepness
 from experiments.adversarial_parts import Asking
 from experiments.adversarial_settings import PAST, Odd, past_its_input
@@ -133,3 +137,122 @@ def test_the_module_inside_of_a_residual_is_counted_as_it_is_called() -> None:
     twice.register_forward_hook(lambda module, args, out: 2 * out)
     loud = 0.75 + 0.25 * (0.5 + 0.5 * 6)
     assert [lipschitz_bound(nested, example) for example in (x, None)] == pytest.approx([loud, loud])
+
+
+def _ticks() -> Iterator[int]:
+    yield from [1] * 1000
+    while True:
+        yield 50
+
+
+@functools.cache
+def _seen(number: int) -> int:
+    return number
+
+
+TICKS = _ticks()
+COUNTERS: dict[str, Callable[[], int]] = {
+    "a generator": lambda: next(TICKS),
+    "a cache": lambda: _seen(_seen.cache_info().misses) // 1000 + 1,
+}
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
+def test_what_keeps_count_outside_of_a_network_is_seen(kind: str) -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + COUNTERS[kind]() * (x - 1).relu()
+
+    with pytest.raises(UncertifiableError, match="keep count"):
+        certify(nn.Sequential(Counting(), nn.Linear(4, 2)), torch.rand(2, 4), torch.zeros(2).long())
+
+
+class Meaning:
+    """A thing that torch asks what an operation with it means."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        x: Tensor = args[1]
+        return x + (50 if type(x) is Tensor else 1) * (x - 1).relu()
+
+
+class OfAnotherClass(nn.Module):
+    def __deepcopy__(self, memo: Any) -> nn.Module:
+        return _twin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 50 * x
+
+
+def _twin() -> nn.Module:
+    class OfAnotherClass(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    OfAnotherClass.__qualname__ = "OfAnotherClass"
+    return OfAnotherClass()
+
+
+class ByGradients(nn.Module):
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias + 5 * torch.is_grad_enabled()
+
+
+def _asking_layer() -> nn.Module:
+    layer = CayleyLinear(4, 4)
+    register_parametrization(layer, "bias", ByGradients())
+    return layer
+
+
+def _patched(wrapper: nn.Module, **changes: Any) -> nn.Module:
+    vars(wrapper).update(changes)
+    return wrapper
+
+
+IMPOSTERS: dict[str, Callable[[], nn.Module]] = {
+    "an argument with a meaning of its own": lambda: Runs(lambda x: torch.add(Meaning(), x)),  # type: ignore[call-overload]
+    "a copy of another class": OfAnotherClass,
+    "a parametrisation that asks": _asking_layer,
+    "a compiled net with another forward pass": lambda: _patched(
+        torch.compile(nn.Linear(4, 4), backend="eager"), forward=lambda x: 50 * x
+    ),
+    "a wrapper with another call": lambda: _patched(AveragedModel(nn.Linear(4, 4)), _call_impl=lambda x: 50 * x),
+}
+
+
+class Runs(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("kind", IMPOSTERS)
+def test_what_runs_as_something_else_than_it_is_bounded_as_is_refused(kind: str) -> None:
+    with pytest.raises(UncertifiableError):
+        certify(nn.Sequential(IMPOSTERS[kind](), nn.Linear(4, 2)).eval(), torch.rand(2, 4), torch.zeros(2).long())
+
+
+def test_a_patch_of_torch_that_a_layer_uses_takes_its_rule_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = ScaledAvgPool2d(2), torch.rand(1, 2, 4, 4)
+    assert lipschitz_bound(layer, x) == pytest.approx(1.0)
+    whole = nn.functional.avg_pool2d
+    monkeypatch.setattr(nn.functional, "avg_pool2d", lambda *args: 10 * whole(*args))
+    assert lipschitz_bound(layer, x) == pytest.approx(10.0)
+
+
+def test_complex_images_are_refused() -> None:
+    with pytest.raises(EspalierError, match="complex"):
+        lipschitz_bound(nn.Linear(4, 2), torch.rand(2, 4, dtype=torch.complex64))
+
+
+def test_a_module_may_keep_its_input_to_look_at_later() -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last_input = x
+            return super().forward(x)
+
+    net = nn.Sequential(Keeping(4, 2))
+    assert len(certify(net, torch.rand(2, 4), torch.zeros(2).long()).radii) == 2

@@ -31,6 +31,7 @@ from espalier.certify.refusal import UncertifiableError
 from espalier.certify.surroundings import interference, odd_settings
 from espalier.certify.trail import digest_of
 from espalier.certify.value import Bound, Term
+from espalier.certify.wrappers import unwrapped
 from espalier.errors import EspalierError, told
 from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
@@ -116,7 +117,7 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     orthogonium.enter_rules()
     if any(module._compiled_call_impl is not None for module in net.modules()):  # compiled in place
         analysis.wrappers["torch.compile"] = None
-    net = _inner(net, analysis)
+    net = unwrapped(net, analysis.wrappers)
     try:
         twin = copy.deepcopy(net)
         for mine, copied in zip(net.modules(), twin.modules(), strict=False):
@@ -132,7 +133,7 @@ def prepare(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> nn
     for parent in twin.modules():
         for name, child in parent._modules.items():
             if child is not None:
-                parent._modules[name] = _inner(child, analysis)
+                parent._modules[name] = unwrapped(child, analysis.wrappers)
     for path, module in twin.named_modules():
         vars(module)["forward"] = _Watched(module, path, module.forward, analysis)
     return twin
@@ -146,9 +147,13 @@ def check_numbers(what: str, item: Any) -> None:
     """
     if not isinstance(item, Tensor):
         raise EspalierError(f"{what} of type {type(item).__name__}: give a torch.Tensor")
-    if item.layout != torch.strided or item.is_meta or item.is_quantized or item.ndim == 0 or item.numel() == 0:
-        form = "quantised" if item.is_quantized else f"{item.layout}, {tuple(item.shape)}, on {item.device}"
-        raise EspalierError(f"{what} {form}: give a dense tensor of numbers, one entry per image")
+    strange = item.layout != torch.strided or item.is_meta or item.is_quantized or item.is_complex()
+    strange = strange or (item.is_floating_point() and item.element_size() == 1)
+    if strange or item.ndim == 0 or item.numel() == 0:
+        form = (
+            "quantised" if item.is_quantized else f"{item.layout}, {item.dtype}, {tuple(item.shape)}, on {item.device}"
+        )
+        raise EspalierError(f"{what} {form}: give a dense tensor of real numbers, one entry per image")
 
 
 def _check_copy(net: nn.Module, twin: nn.Module) -> None:
@@ -159,24 +164,6 @@ def _check_copy(net: nn.Module, twin: nn.Module) -> None:
         raise UncertifiableError("a copy of it shares modules or tensors with it: remove its own __deepcopy__", kind)
     if digest_of(net, functions=False) != digest_of(twin, functions=False):
         raise UncertifiableError("a copy of it has other attributes than it: remove its own __getstate__", kind)
-
-
-_INSIDE = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
-           "AveragedModel": "module"}  # fmt: skip
-"""Of torch's wrappers by name: where the module inside is."""
-
-
-def _inner(net: nn.Module, analysis: Analysis) -> nn.Module:
-    while type(net).__module__.startswith("torch.") and type(net).__name__ in _INSIDE:
-        kind = type(net).__name__
-        # torch.compile itself puts the compiled forward pass on the instance.
-        patched = "forward" in vars(net) and kind != "OptimizedModule"
-        if patched or net._forward_hooks or net._forward_pre_hooks or getattr(net, "mixed_precision", None):
-            raise UncertifiableError("it does more than call the module inside (hooks, a patch or mixed precision): "
-                                     "put these on the module inside, or certify that one", kind)  # fmt: skip
-        analysis.wrappers[kind] = None
-        net = getattr(net, _INSIDE[kind])
-    return net
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -239,8 +226,7 @@ class _Watched:
         with self.analysis.follow(before) as run:
             result = self._by_rule(x)
             made = self.analysis.read(result, "it").lipschitz if isinstance(result, Bounded) else math.inf
-        hooked = self.module._forward_hooks or self.module._forward_pre_hooks  # they come before and after
-        known = run.alone and before.lipschitz > 0 and not hooked and x.memory.version == version
+        known = run.alone and before.lipschitz > 0 and code.is_bare(self.module) and x.memory.version == version
         constant = made / before.lipschitz if known else math.inf
         self._tell(constant if constant * before.lipschitz >= made else math.nextafter(constant, math.inf))
         return result

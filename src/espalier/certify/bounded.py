@@ -84,7 +84,7 @@ class Analysis:
     numbers: dict[int, tuple[int, Bound]] = field(default_factory=dict)
     """The values of this pass in the order in which they were made, by what Python knows them by."""
     runs: list[Run] = field(default_factory=list)
-    """Of modules whose own constant is asked for, outermost first."""
+    """Of modules whose own constant is asked for."""
     converted: bool = False
     """Whether a value of no size had its precision changed: it is not known by then."""
     over: list[range] = field(default_factory=list)
@@ -102,10 +102,9 @@ class Analysis:
             UncertifiableError: it went on after an operation that failed, did or kept other things than in the first
                 pass, or does not return one value with a bound.
         """
-        self.failed, self.trail, self.numbers, self.watch = None, Trail(Bounded), {}, watch or Watch()
-        self.runs, self.over = [], []
-        self.number(x.bound)
-        self.watch.counted = self.counted
+        self.failed, self.trail, self.watch = None, Trail(Bounded), watch or Watch()
+        self.runs, self.over, self.converted, self.numbers = [], [], False, {id(x.bound): (0, x.bound)}
+        self.watch.counted, self.watch.refuse = self.counted, self.refuse
         with eager_calls(), self.watch:
             self.modes = modes()
             result = net(x)

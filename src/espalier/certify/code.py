@@ -11,10 +11,10 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterable
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 _SHOWS = {
     "__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__dict__", "__weakref__", "__repr__",
@@ -82,6 +82,14 @@ def change_inside(module: nn.Module) -> str | None:
     return None
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Return whether a call of a module runs its forward pass and nothing around it."""
+    tables = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    call = type(module).__call__ is nn.Module.__call__ and not vars(module).keys() & {"_call_impl", "__call__"}
+    impl = type(module)._call_impl is nn.Module._call_impl
+    return call and impl and not any((*tables, module._forward_hooks, module._forward_pre_hooks))
+
+
 def _changed_class(now: type, then: type) -> str | None:
     for name, part in _RECORDS[then].items():
         found = _part(inspect.getattr_static(now, name, None))
@@ -116,15 +124,16 @@ def _part(attribute: Any) -> _Part:
     for function in functions:
         while function is not None:
             if isinstance(function, FunctionType):
-                codes += [function.__code__, function.__defaults__, *_named(function, set())]
+                enclosed = [id(cell.cell_contents) for cell in function.__closure__ or ()]
+                codes += [function.__code__, function.__defaults__, *enclosed, *_named(function, set())]
             function = getattr(function, "__wrapped__", None)
     return _Part(attribute, tuple(codes))
 
 
 def _named(function: FunctionType, seen: set[int]) -> list[int]:
     """Return the identities of what a function names in its module, and so on through the code of this library."""
-    found = []
     names: Iterable[str] = function.__code__.co_names
+    found = _of_torch(Tensor, names)
     if str(function.__module__).partition(".")[0] not in ("torch", "espalier"):
         # Without attributes: a global of that name (``for scale in …``) is another thing. Too slow for every import.
         names = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
@@ -134,6 +143,8 @@ def _named(function: FunctionType, seen: set[int]) -> list[int]:
             continue
         seen.add(id(thing))
         found.append(id(thing))
+        if isinstance(thing, ModuleType):
+            found += _of_torch(thing, function.__code__.co_names)
         if not str(getattr(thing, "__module__", None)).startswith("espalier."):
             continue
         inside = list(vars(thing).values()) if isinstance(thing, type) else [thing]
@@ -141,4 +152,18 @@ def _named(function: FunctionType, seen: set[int]) -> list[int]:
             part = inspect.unwrap(getattr(part, "__func__", part))
             if isinstance(part, FunctionType):
                 found += [id(part.__code__), *_named(part, seen)]
+    return found
+
+
+def _of_torch(place: Any, names: Iterable[str]) -> list[int]:
+    """Return the identities of what names are in a class, or in a module and the modules that are named in it."""
+    found, places = [], [place]
+    for each in places:
+        tables = [vars(cls) for cls in each.__mro__] if isinstance(each, type) else [vars(each)]
+        for name in names:
+            thing = next((table[name] for table in tables if name in table), None)
+            if thing is not None:
+                found.append(id(thing))
+            if isinstance(thing, ModuleType) and thing not in places:
+                places.append(thing)
     return found

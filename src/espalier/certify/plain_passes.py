@@ -90,6 +90,9 @@ def compare_plain_passes(net: nn.Module, analysis: Analysis, images: Tensor) -> 
 def _follow(net: nn.Module, witness: Witness, way: Callable[[], Any], x: Tensor, last: int) -> None:
     analysis = witness.analysis
     analysis.watch = witness
+    # A module that keeps its input registers a parameter, and takes no plain tensor in its place any more.
+    parts = net.modules() if isinstance(x, nn.Parameter) else ()
+    kept = [(part, dict(vars(part)), dict(part._parameters)) for part in parts]
     try:
         with warnings.catch_warnings(action="ignore"), way(), eager_calls():
             try:
@@ -109,4 +112,8 @@ def _follow(net: nn.Module, witness: Witness, way: Callable[[], Any], x: Tensor,
                 raise witness.refused(f"it fails where it is watched ({type(error).__name__})") from error
     finally:
         analysis.watch = Watch()
+        for part, attributes, parameters in kept:
+            vars(part).update(attributes)
+            part._parameters.clear()
+            part._parameters.update(parameters)
     witness.finish(result, last)

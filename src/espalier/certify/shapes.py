@@ -257,7 +257,8 @@ def _converted(analysis: Analysis, input: Bound, dtype: torch.dtype | None) -> B
     if dtype is None or (input.value is not None and dtype == input.value.dtype):
         return input
     if not dtype.is_floating_point:
-        raise UncertifiableError(f"a conversion to {dtype} is a step function")
+        what = "has no rule" if dtype.is_complex else "is a step function"
+        raise UncertifiableError(f"a conversion to {dtype} {what}")
     if input.value is None:
         analysis.converted = analysis.converted or dtype != analysis.dtype
         return input

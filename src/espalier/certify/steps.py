@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from espalier.certify.bounded import Bounded, bounded_in
 from espalier.certify.counts import ImageCount
@@ -38,6 +39,8 @@ class Step(NamedTuple):
     a sort)."""
     state: bytes = b""
     """Of a layer: what it is set to."""
+    computed: tuple[Tensor, ...] = ()
+    """Of a layer: what its parametrisations make."""
 
 
 class Record(Watch):
@@ -68,7 +71,9 @@ class Record(Watch):
     def layer(self, path: str, module: nn.Module, given: Any, made: Any) -> None:
         """Write down a layer, unless it is shown constants alone."""
         if not self.depth and id(given) in self._values:
-            self.steps.append(Step(path, self._described(given), (self._number(made),), digest_of(module)))
+            self.steps.append(
+                Step(path, self._described(given), (self._number(made),), digest_of(module), computed_in(module))
+            )
 
     def number(self, value: Any) -> int:
         """Return the number of a value that was made, −1 if it was none."""
@@ -98,6 +103,12 @@ class Record(Watch):
         if bound.lipschitz or bound.growth or bound.value is None:
             raise value.analysis.refuse("it uses a value that was made where nobody watched: in a thread of its own?")
         return SHOWN, constant_of(bound.value[0])
+
+
+def computed_in(module: nn.Module) -> tuple[Tensor, ...]:
+    """Return the tensors that a layer computes of its parameters: by rules that may ask how they are run."""
+    parts = [part for part in module.modules() if is_parametrized(part)]
+    return tuple(getattr(part, name).detach().clone() for part in parts for name in part.parametrizations)  # type: ignore[union-attr]
 
 
 def things_made(call: Call, result: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FunctionType, MethodType
+from types import FunctionType, GeneratorType, MethodType
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from espalier.certify.counts import ImageCount, has_count
-from espalier.certify.operations import Call
+from espalier.certify.operations import Call, leaves
+from espalier.certify.refusal import UncertifiableError
 
 _DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
 _BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -71,6 +72,12 @@ class Trail:
                     self.add(item.__self__)
             elif isinstance(item, FunctionType):
                 self._function(item)
+            elif isinstance(item, GeneratorType):
+                frame = item.gi_frame
+                self._note("generator", item.gi_yieldfrom, *((frame.f_lasti, frame.f_locals) if frame else ()))
+            elif hasattr(item, "cache_info") and hasattr(item, "__wrapped__"):
+                found = item.cache_info()  # how often it was asked says nothing about what it answers
+                self._note("cache", found.misses, found.currsize, item.__wrapped__)
             elif isinstance(item, list | tuple | deque | dict | nn.Module) or _of_users(item):
                 self._object(item)
             elif isinstance(item, _BY_TEXT) or type(item).__module__ == "itertools":
@@ -90,7 +97,7 @@ class Trail:
             if type(part).__module__.startswith("torch._dynamo"):
                 continue
             names = sorted(vars(part).keys() - {"_modules", "_compiled_call_impl"})
-            self.add(type(part).__qualname__, *((name, vars(part)[name]) for name in names))
+            self.add(type(part).__qualname__, id(type(part)), *((name, vars(part)[name]) for name in names))
             for cls in type(part).__mro__:
                 if _home(cls) not in _LIBRARIES:
                     self.add(*(item for name, item in sorted(vars(cls).items()) if not name.startswith("__")))
@@ -103,7 +110,7 @@ class Trail:
         if isinstance(item, nn.Module):
             self.add_module(item)
         else:
-            self._note(type(item).__qualname__)
+            self._note(type(item).__qualname__, id(type(item)))
             if isinstance(item, list | tuple | deque | dict):
                 self._note(f"{len(item)} in it", *(item.items() if isinstance(item, dict) else item))
             if type(item) not in (list, tuple, dict):
@@ -165,6 +172,8 @@ class Watch(TorchFunctionMode):
         """In how many operations, or layers that count as one, the pass is."""
         self.counted: Callable[[Call], Any] | None = None
         """Does what is given the number of images on values with bounds: torch would take a placeholder for it."""
+        self.refuse: Callable[[str], Exception] = UncertifiableError
+        """Returns the refusal of what a network does, and keeps it."""
 
     def __deepcopy__(self, memo: Any) -> Watch:
         """Return one that follows nothing: networks are copied with what watches them."""
@@ -201,6 +210,9 @@ class Watch(TorchFunctionMode):
         call = Call(func, args, kwargs or {})
         if self.depth:
             return self.do(call)
+        odd = (item for item in leaves((args, kwargs)) if not isinstance(item, Tensor))
+        if thing := next((item for item in odd if hasattr(type(item), "__torch_function__")), None):
+            raise self.refuse(f"{call.full} is given a {type(thing).__name__}, which says itself what that means,")
         with self.aside():
             return self.operation(call)
 

@@ -64,6 +64,7 @@ class Witness(Watch):
         self.count = None if counted else PlainCount(len(images))
         if self.count is not None:
             self.count.refused = lambda name: self.refused(f"{last_name(name)} reads the number of images")
+        self.refuse = self.refused
         self.failed: UncertifiableError | None = None
         self.allowed: set[int] | None = None
         """The memory of the operands of the operation that is being done; None: it is ours or a layer's."""
@@ -150,7 +151,8 @@ class Witness(Watch):
             x = call.args[0]
             if not self._alike(step.given, x):
                 raise self.refused("it is given another value")
-            if digest_of(module) != step.state:
+            alike = map(_same, step.computed, steps.computed_in(module)) if step.computed else ()
+            if digest_of(module) != step.state or not all(alike):
                 raise self.refused("it is set to something else")
             if reason := interference((), x.device.type, self.analysis.modes, layer=True):
                 raise self.refused(f"it {reason}")
