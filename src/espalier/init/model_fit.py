@@ -16,6 +16,7 @@ from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, LayerFit, Specs, family_of
 from espalier.init.families.base import on_meta
 from espalier.init.layouts import Skipped, locate_layers
+from espalier.init.layouts.outside import leaves_outside_alone
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def _is_fitted(value: Any) -> bool:
 
 @torch.no_grad()
 @full_precision()
+@leaves_outside_alone
 def fit(model: nn.Module) -> StructureFit:
     """Fit every layer that a layout recognises and say what to ask ``structure_`` for.
 

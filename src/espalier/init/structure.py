@@ -17,6 +17,7 @@ from espalier.init.families import FAMILIES, Family, Specs, family_of
 from espalier.init.families.base import Place, on_meta, tensors
 from espalier.init.layouts import Layer, Skipped, locate_layers
 from espalier.init.layouts.hooks import refuse_hooked
+from espalier.init.layouts.outside import leaves_outside_alone
 from espalier.init.matching import match_rows
 from espalier.init.report import LayerReport, StructureReport
 from espalier.init.sharded import agree, reshard
@@ -66,6 +67,7 @@ class _Site:
 
 @torch.no_grad()
 @full_precision()
+@leaves_outside_alone
 def structure_(
     model: nn.Module,
     *,
@@ -139,6 +141,7 @@ def _asked(specs: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 @full_precision()
+@leaves_outside_alone
 def audit(model: nn.Module, against: StructureReport | None = None) -> StructureReport:
     """Measure how much structure a model's weights carry now, layer by layer.
 

@@ -28,6 +28,11 @@ def arguments(module: nn.Module) -> list[inspect.Parameter]:
         return []
 
 
+def takes_more(module: nn.Module) -> bool:
+    """Return whether a forward takes more than it names: it may hand that on to what is inside."""
+    return any(p.kind in VARIADIC for p in arguments(module))
+
+
 def sequences(module: nn.Module, *, needed: bool = False, any_name: bool = False) -> list[str]:
     """Return the names of optional arguments, or of needed ones, that read as if they held another sequence's keys.
 

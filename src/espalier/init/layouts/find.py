@@ -16,6 +16,7 @@ from espalier.init.layouts.by_run import reading_by_run
 from espalier.init.layouts.heads_apart import groups_of, together
 from espalier.init.layouts.linears import NO_HEADS
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
+from espalier.init.layouts.outside import outside_kept
 from espalier.init.layouts.probe_attention import BESIDE
 from espalier.init.layouts.probe_depthwise import align
 from espalier.init.layouts.prove import PROVEN, prove, prove_use, refuse_other_keys
@@ -100,6 +101,11 @@ def locate_layers(model: nn.Module) -> list[Layer]:
     module that its layout cannot read, or that looks like attention and is not understood, becomes one ``Skipped``
     layer with the reason, and the others go on: no attention goes without a row.
     """
+    with outside_kept(model):
+        return _located(model)
+
+
+def _located(model: nn.Module) -> list[Layer]:
     names = dict(model.named_modules())
     registered = {n for n, m in names.items() if class_path(type(m)) in LAYOUTS and _kind_of(m) == "attention"}
     attention = registered | {name for name, module in names.items() if looks_like_attention(module)}

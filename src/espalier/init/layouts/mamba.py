@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import inf
 
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ def mamba2(module: nn.Module) -> Found:
     return _mamba2(module, groups, groups * _first_of(module, "state_size", "ssm_state_size", "d_state"))
 
 
+_UNKNOWN = "it has an A_log, in a form of state-space layer that no layout knows: register one"
+# Rates of several scans, or of one backwards.
+_RATES = re.compile(r"A(_\w)?_logs?")
+
+
 @register_guess
 def guess_mamba(module: nn.Module) -> Found | None:
     """Return the mixer that a module's names look like, saying that it is a guess, or ``None``.
@@ -59,6 +65,8 @@ def guess_mamba(module: nn.Module) -> Found | None:
     names = {name for name, _ in module.named_children()}
     bare = {name for name, _ in module.named_parameters(recurse=False)}
     if "A_log" not in bare:
+        if any(map(_RATES.fullmatch, bare)):
+            raise Refused("ssm", _UNKNOWN)
         return None
     usual = {"conv1d", "in_proj", "out_proj"} <= names
     if usual and {"x_proj", "dt_proj"} <= names:
@@ -71,7 +79,7 @@ def guess_mamba(module: nn.Module) -> Found | None:
         return _mamba2(module, groups, share)
     if any(map(looks_like_attention, module.modules())):
         return None
-    raise Refused("ssm", "it has an A_log, in a form of state-space layer that no layout knows: register one")
+    raise Refused("ssm", _UNKNOWN)
 
 
 def _mamba2(module: nn.Module, groups: int, share: int) -> Found:

@@ -27,9 +27,9 @@ _BEFORE = r"(linear|c|proj|fc|lin|conv)_"
 _MAPS = tuple(
     re.compile(rf"^({names}|{_BEFORE}{letter})$", re.IGNORECASE)
     for letter, names in (
-        ("q", r"to_?q|w_?qs?|q|query|queries|q_?(proj|lin)\w*|query_\w+|q_(a|b|down|up|layer)\w*"),
-        ("k", r"to_?kv?|w_?kv?s?|k|key|keys|k_?(proj|lin)\w*|key_\w+|k_(a|b|down|up|layer)\w*|kv\w*"),
-        ("v", r"to_?k?v|w_?k?vs?|v|value|values|v_?(proj|lin)\w*|value_\w+|v_layer\w*|kv\w*"),
+        ("q", r"to_?q|w_?qs?|q|query|queries|q_?(proj|lin|conv)\w*|theta|query_\w+|q_(a|b|down|up|layer)\w*"),
+        ("k", r"to_?kv?|w_?kv?s?|k|key|keys|k_?(proj|lin|conv)\w*|phi|key_\w+|k_(a|b|down|up|layer)\w*|kv\w*"),
+        ("v", r"to_?k?v|w_?k?vs?|v|value|values|v_?(proj|lin|conv)\w*|value_\w+|v_layer\w*|kv\w*"),
     )
 )
 # The last: a dropout on attention weights, whatever the maps are called.

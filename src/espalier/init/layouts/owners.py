@@ -209,14 +209,14 @@ def calls_of_part(
             run(twin, call)
         except CannotRunError as error:
             why = why or str(error)
-        if seen and all(_sees_several(part, one) for one in seen):
+        if seen and all(sees_several(part, one) for one in seen):
             made = one_sequence_each(seen, partial(run, twin, moved(call)))
             return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
         why = why or ("it attends over one token" if seen else "")
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 
 
-def _sees_several(part: nn.Module, call: Call) -> bool:
+def sees_several(part: nn.Module, call: Call) -> bool:
     """Return whether torch's layer attends over several tokens: over one, any keys seem to be its own."""
     first = next(leaves((call.args, call.kwargs)), None)
     if not isinstance(part, nn.MultiheadAttention) or first is None or first.ndim < 2:

@@ -26,6 +26,8 @@ Scores are what reaches the softmax; fused kernels are told to take the products
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ from espalier.init.layouts.compare import (
     same_direction,
 )
 from espalier.init.layouts.registry import ROTARY, AttentionWeights
-from espalier.init.layouts.scratch import Call
+from espalier.init.layouts.scratch import Call, CannotRunError
 from espalier.init.layouts.trial import Misfit, Seen, Trial, Unproven
 
 # How well a product must be followed to be called one, and factors that are noted.
@@ -57,6 +59,8 @@ _FACTORS = (0.4, 2.5)
 _OFF = 1.1
 # How far from 1 the cosine of what must be the product itself may be: code may take it in float32.
 _EXACT = 1e-6
+# Numbers of scores and outputs that are kept to compare other layers with.
+_SHARE = 100_000
 
 
 def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) -> str:
@@ -94,26 +98,26 @@ def _prove(trial: Trial) -> str:
     return "; ".join(dict.fromkeys(filter(None, notes)))
 
 
-def prove_alike(module: nn.Module, weights: AttentionWeights, call: Call, note: str) -> str:
-    """Return the note on a layer of which another was proven that differs in its number alone: tests 2, 4 and the sign.
+def behaviour(module: nn.Module, weights: AttentionWeights, call: Call) -> list[Tensor]:
+    """Return what a copy makes of these inputs: scores and output, of many numbers a share.
+
+    Copies have the same weights, so that a layer that makes the same computes what the other does: what was proven of
+    one that differs in its number alone is proven of it.
 
     Raises:
         Unproven, CannotRunError: see ``prove_attention``.
     """
-    trial = Trial(module, weights, call)
-    generator = torch.Generator().manual_seed(2)
-    base = trial.look()
-    own = base.scores_HLL.diagonal(0, 1, 2)
-    keys, values = (_signs(generator, trial.groups, size)[..., None] for size in (trial.width, trial.values))
-    q = trial.q * trial.to_heads(keys)
-    scores = trial.look(q=q, k=trial.k * keys).scores_HLL
-    if not is_close(scores.diagonal(0, 1, 2), own, own) or not bool((trial.squares() > 0).all()):
-        raise Unproven("its scores are not made of the rows that were read as queries and keys")
-    v, o = trial.v * values, trial.o * trial.to_heads(values)
-    if not is_near(trial.look(v=v, o=o).out, base.out) or is_near(trial.look(v=v).out, base.out):
-        raise Unproven("its output is not made of the rows that were read as values and output projection")
-    rotary = not is_close(scores, base.scores_HLL, base.scores_HLL)
-    return "; ".join([ROTARY] * rotary + [part for part in note.split("; ") if part not in ("", ROTARY)])
+    base = Trial(module, weights, call).look()
+    parts = (base.scores_HLL.nan_to_num(0.0, 0.0, 0.0).flatten(), base.out.flatten())
+    return [part[:: 1 + part.numel() // _SHARE].clone() for part in parts]
+
+
+def acts_alike(module: nn.Module, weights: AttentionWeights, call: Call, then: list[Tensor]) -> bool:
+    """Return whether a copy makes of these inputs what another made (``behaviour``); False where it makes nothing."""
+    with suppress(Unproven, CannotRunError):
+        now = behaviour(module, weights, call)
+        return all(a.shape == b.shape and is_near(a, b) for a, b in zip(now, then, strict=True))
+    return False
 
 
 def meets_own_tokens(module: nn.Module, weights: AttentionWeights, call: Call) -> bool:
@@ -175,7 +179,9 @@ def _prove_scores(trial: Trial, base: Seen, generator: torch.Generator) -> list[
         alike_H = (found_HL * product_HL).sum(1) / (found_HL.norm(dim=1) * product_HL.norm(dim=1))
         remark = BESIDE if bool((alike_H < _LIKE).any()) else remark
         exact = bool((alike_H > 1 - _EXACT).all())
-        notes += [remark] if remark and not (notes and "times" in remark) else []
+        # What is normalised or bent has no factor; what is turned has.
+        holds = all(note == ROTARY for note in notes)
+        notes += [remark] if remark and (holds or "times" not in remark) else []
     if "scores" in trial.alone and not exact:
         # What has terms of its own may hold rows of keys among its queries: nothing but the product itself will do.
         raise Unproven("its scores are not the product of its tokens' queries and keys, and terms of either alone")

@@ -26,6 +26,7 @@ from espalier.init.layouts.compare import (
     same_direction,
     sink_of,
 )
+from espalier.init.layouts.examples import examples_meet
 from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
@@ -79,7 +80,7 @@ def meets_others(
     ways = torch.randn(2, watch.views.q.shape[-1], generator=generator, dtype=torch.float64)
     along_q, along_k = ([watch.look(**{name: PUSH * rows[name] * way}).scores for way in ways] for name in ("q", "k"))
     runs = zip(base.scores, zip(*along_q, strict=True), zip(*along_k, strict=True), strict=True)
-    if any(starmap(_other_tokens, runs)):
+    if any(starmap(_other_tokens, runs)) or watch.examples_meet():
         return True
     # With the rows of the keys in the place of the queries' a token that meets itself scores above zero.
     k = parts["k"] if parts["k"].ndim == 3 else parts["k"].unflatten(0, (watch.views.num_kv_heads, -1))
@@ -137,6 +138,7 @@ class _Watch:
         self.inside, self.begun, self.softmaxes = 0, 0, Softmaxes()
         self.tokens: list[Tensor] = []
         self.outs: list[Tensor] = []
+        self.made: list[Tensor] = []
         self.scores: list[Tensor] | None = None
         self.taken = False
         watch(self.part, self._enter, self._leave)
@@ -157,7 +159,9 @@ class _Watch:
 
     def _leave(self, out: Any) -> None:
         self.inside -= 1
-        self.outs += [part.flatten().double() for part in leaves(out) if part.is_floating_point()]
+        made = [part for part in leaves(out) if part.is_floating_point()]
+        self.made += made
+        self.outs += [part.flatten().double() for part in made]
         # What a second call sees may follow from the first.
         self.scores = self.softmaxes.inputs[self.begun :] if self.scores is None else self.scores
 
@@ -188,6 +192,7 @@ class _Watch:
         """Run with pushes added to some of q, k and v."""
         assert self.call is not None
         self.tokens, self.outs, self.scores, self.inside, self.softmaxes = [], [], None, 0, Softmaxes()
+        self.made = []
         self.given.clear()
         kept = {name: getattr(self.views, name).clone() for name in pushes}
         try:
@@ -206,6 +211,20 @@ class _Watch:
         if not self.outs:
             raise CannotRunError("it does not call it")
         return _Seen(list(map(by_query, self.scores or [])), torch.cat(self.outs))
+
+    def examples_meet(self) -> bool:
+        """Return whether what the part makes of an example depends on others of its batch."""
+        call = self.call
+
+        def look(other: Call) -> list[Tensor]:
+            self.call = other
+            self.look()
+            return self.made
+
+        try:
+            return call is not None and examples_meet(look, call)
+        finally:
+            self.call = call
 
     def unseen(self, generator: torch.Generator) -> Tensor | None:
         """Return a unit vector that no token has that the part was given first, if there is one."""

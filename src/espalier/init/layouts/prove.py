@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import sequences
+from espalier.init.layouts.arguments import sequences, takes_more
+from espalier.init.layouts.examples import MEET, examples_meet, owner_mixes_examples
 from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.owners import calls_of_part
-from espalier.init.layouts.probe_attention import meets_own_tokens, prove_alike, prove_attention
+from espalier.init.layouts.probe_attention import acts_alike, behaviour, meets_own_tokens, prove_attention
 from espalier.init.layouts.probe_ssm import prove_ssm
 from espalier.init.layouts.probe_use import meets_others
 from espalier.init.layouts.registry import (
@@ -28,7 +29,7 @@ from espalier.init.layouts.registry import (
     SSMWeights,
     attribute,
 )
-from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, owner_of, untraced
+from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, owner_of, run, untraced
 from espalier.init.layouts.trial import Misfit, Unproven
 from espalier.init.layouts.verdicts import KNOWN, cached
 from espalier.init.layouts.whole_model import (
@@ -40,7 +41,7 @@ from espalier.init.layouts.whole_model import (
 
 PROVEN = "proven by a run"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
-# Attributes that number a layer, and seldom change what its rows mean: layers that differ in them are tested less.
+# Attributes that number a layer, and seldom change what it computes: where they do not, one proof is that of all.
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
 
 
@@ -132,7 +133,8 @@ def prove_use(names: Mapping[str, nn.Module], name: str, found: AttentionWeights
     if owner is None or type(owner[1]) is nn.TransformerEncoderLayer:
         return found
     try:
-        return Skipped("attention", _OTHERS) if _is_crossed(names, name, found, ("key", "value")) else found
+        crossed = _is_crossed(names, name, found, ("key", "value")) or _mixes_examples(names, name, found)
+        return Skipped("attention", _OTHERS) if crossed else found
     except CannotRunError as error:
         return Skipped("attention", f"whose keys it gets cannot be proven: {error}")
 
@@ -148,10 +150,12 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
     for call in calls(twin, views.q.shape[-1], views.num_heads):
         try:
             known = KNOWN.get(group)
-            if isinstance(known, str):
-                with suppress(Unproven):  # or it is proven in full: a norm, say, takes no signs
-                    return prove_alike(twin, views, call, known)
-            KNOWN[group] = remarks = prove_attention(twin, views, call)
+            if known is not None and acts_alike(twin, views, call, known[1]):
+                return str(known[0])
+            remarks = prove_attention(twin, views, call)
+            if examples_meet(partial(run, twin), call):
+                raise Unproven(MEET)
+            KNOWN[group] = remarks, behaviour(twin, views, call)
             return remarks
         except Unproven as error:
             if call.supposed:  # an argument may be what was not thought of
@@ -241,7 +245,7 @@ def _meets_others(names: Mapping[str, nn.Module], name: str, found: AttentionWei
                     why = why and error
                 if ran and given == any_name:
                     break
-            if ran:
+            if ran and not takes_more(owner):
                 break
     if why is not None:
         raise why
@@ -276,6 +280,18 @@ def _is_crossed(names: Mapping[str, nn.Module], name: str, found: AttentionWeigh
     return False
 
 
+def _mixes_examples(names: Mapping[str, nn.Module], name: str, found: AttentionWeights) -> bool:
+    """Return whether whoever calls a layer hands it keys of another example of the batch."""
+    width, heads = found.q.shape[-1], found.num_heads
+    for place, owner in reversed(_owners(names, name)):
+        path = name[len(place) :].lstrip(".")
+        made = partial(owner_mixes_examples, owner, path, [width, *token_widths(owner)], heads)
+        with suppress(CannotRunError):
+            if cached((module_key(owner), path, width, heads, "examples"), made):
+                return True
+    return False
+
+
 def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Module]]:
     """Return the modules that decide what a layer is given, innermost first.
 
@@ -283,7 +299,10 @@ def _owners(names: Mapping[str, nn.Module], name: str) -> list[tuple[str, nn.Mod
     """
     owners: list[tuple[str, nn.Module]] = []
     while (owner := owner_of(names, name)) is not None and (
-        not owners or sequences(owners[-1][1], any_name=True) or sequences(owners[-1][1], needed=True)
+        not owners
+        or sequences(owners[-1][1], any_name=True)
+        or sequences(owners[-1][1], needed=True)
+        or (takes_more(owners[-1][1]) and any(sequences(part, any_name=True) for _, part in owners))
     ):
         owners.append(owner)
         name = owner[0]
@@ -296,16 +315,21 @@ def calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: i
     The outermost module that decides is run; where it does not run, the next inside. One that could be handed a second
     sequence is handed one: if that reaches the layer, its keys may be another's.
     """
-    why = "nothing in the model calls it"
+    why, found = "nothing in the model calls it", list[Call]()
     for place, owner in reversed(_owners(names, name)):
         path, any_name, read = name[len(place) :].lstrip("."), sequences(owner, any_name=True), sequences(owner)
         for given in dict.fromkeys((tuple(any_name), tuple(read), ())):
             made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:
-                return cached((module_key(owner), path, width, heads, given, "calls"), made)
+                found += cached((module_key(owner), path, width, heads, given, "calls"), made)
+                break
             except CannotRunError as error:
                 why = str(error)
-    raise CannotRunError(why)
+        if found and not takes_more(owner):
+            break
+    if not found:
+        raise CannotRunError(why)
+    return found
 
 
 def token_widths(owner: nn.Module) -> list[int]:

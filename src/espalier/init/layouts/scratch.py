@@ -28,6 +28,7 @@ from espalier.randomness import generators_kept
 _LARGEST = 2**28
 # ``b_Q`` and ``bq`` are biases in code that has its matrices as ``W_Q`` and ``Wq``.
 _BIAS = re.compile(r"bias|^_?b(_[a-zA-Z]+|[qkvoQKVO])?$")
+_GAIN = re.compile(r"(^|_)(gamma|gain|scale|temperature|tau)$")
 # Modules that call nothing of their own accord: whoever holds them decides what their parts see.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -164,8 +165,12 @@ def is_bias(name: str) -> bool:
 
 
 def is_vector(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter is a number or a vector, whatever its axes of one: (H, 1, 1) is a factor a head."""
-    return sum(size > 1 for size in parameter.shape) < 2 and (parameter.ndim != 2 or name != "weight")
+    """Return whether a parameter is a number or a vector, whatever its axes of one: (H, 1, 1) is a factor a head.
+
+    So is a gain of several axes, (H, 1, k) for each head and channel, which its name tells.
+    """
+    gain = _GAIN.search(name) and parameter.ndim > 2
+    return bool(gain) or (sum(size > 1 for size in parameter.shape) < 2 and (parameter.ndim != 2 or name != "weight"))
 
 
 class _ProductByProduct(TorchFunctionMode):
