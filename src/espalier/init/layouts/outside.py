@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 _LIBRARIES = {"torch", "espalier", "numpy", *sys.stdlib_module_names} - {"__main__"}
 _DATA = (bool, int, float, complex, str, bytes, list, dict, set, tuple, deque, Tensor, type(None))
+# Classes of a user's own may make something else of what they hold.
+_CONTAINERS = (list, deque, dict, set, OrderedDict, defaultdict, Counter)
 # What is larger is no note of a run, and is not copied.
 _LARGEST = 100_000
 
@@ -101,7 +103,7 @@ def _kept_table(place: Any, table: MutableMapping[str, Any]) -> Iterator[Undo]:
 
 def _kept(value: Any) -> Undo | None:
     """Return what puts back the contents of something that keeps some, or None."""
-    if isinstance(value, list | deque | dict | set):
+    if type(value) in _CONTAINERS:
         return None if value is sys.modules or len(value) > _LARGEST else _kept_container(value)
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
