@@ -8,6 +8,7 @@ what its modules keep when a pass is over: a count may show only after more call
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class Trail:
             elif isinstance(item, GeneratorType):
                 frame = item.gi_frame
                 self._note("generator", item.gi_yieldfrom, *((frame.f_lasti, frame.f_locals) if frame else ()))
-            elif hasattr(item, "cache_info") and hasattr(item, "__wrapped__"):
+            elif isinstance(item, functools._lru_cache_wrapper):
                 found = item.cache_info()  # how often it was asked says nothing about what it answers
                 self._note("cache", found.misses, found.currsize, item.__wrapped__)
             elif isinstance(item, list | tuple | deque | dict | nn.Module) or _of_users(item):

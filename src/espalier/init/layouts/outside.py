@@ -27,6 +27,7 @@ _CONTAINERS = (list, deque, dict, set, OrderedDict, defaultdict, Counter)
 # What is larger is no note of a run, and is not copied.
 _LARGEST = 100_000
 
+_Cache = functools._lru_cache_wrapper
 Undo = Callable[[], object]
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +76,7 @@ def _is_users(item: Any) -> bool:
 
 
 def _is_function(thing: Any) -> bool:
-    return isinstance(thing, FunctionType) or hasattr(thing, "cache_clear")
+    return isinstance(thing, FunctionType | _Cache)
 
 
 def _home(thing: Any) -> str:
@@ -109,7 +110,7 @@ def _kept(value: Any) -> Undo | None:
         return partial(value.set_state, value.get_state())
     if isinstance(value, np.random.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if hasattr(value, "cache_clear") and hasattr(value, "cache_info"):
+    if isinstance(value, _Cache):
         before = value.cache_info()
 
         def forget() -> None:
