@@ -283,3 +283,31 @@ def test_an_attribute_that_is_no_tensor_is_no_computed_weight(value: bool | floa
     model.norm.bias = value
     model.norm.weight = value
     assert not any(isinstance(found, Skipped) for _, _, found in find_layers(model))
+
+
+def test_maps_may_stand_in_a_sequence_with_what_holds_no_weights() -> None:
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.unflatten(-1, (3, 4, 8)).movedim(-3, 0).transpose(2, 3)
+
+    class Wrapped(nn.Module):
+        heads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_qkv = nn.Sequential(nn.Linear(32, 96, bias=False), Split())
+            self.to_out = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.to_qkv(x)
+            weights = (q @ k.mT / 8**0.5).softmax(-1)
+            return torch.as_tensor(self.to_out((weights @ v).transpose(1, 2).flatten(2)))
+
+    module = Wrapped()
+    [row] = espalier.structure_(module, generator=torch.Generator().manual_seed(0)).layers
+    assert (row.status, "stands" in row.note) == ("written", False)
+    x = torch.eye(32)[None]  # tokens that are the unit vectors: with queries of zero, an output is the mean of all
+    with torch.no_grad():
+        q, k, _ = module.to_qkv(x)[:, 0]
+        qk = (q @ k.mT).diagonal(0, -2, -1).mean()
+    assert float(qk) == pytest.approx(row.measured["qk_diagonal"], rel=1e-4)

@@ -42,7 +42,8 @@ def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None
     together, and ``to_q`` beside a fused ``to_kv``.
     """
     children = dict(module.named_children())
-    out = next((_linear_in(children[name], name) for name in OUTPUTS if name in children), None)
+    at = {name: _linear_in(child, name) for name, child in children.items()}
+    out = next((at[name] for name in OUTPUTS if name in children), None)
     triple = next((names for names in TRIPLES if children.keys() >= set(names)), None)
     single = next((name for name in FUSED if name in children), None)
     pair = next((names for names in PAIRS if children.keys() >= set(names)), None)
@@ -58,11 +59,13 @@ def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None
     if out is None:
         return Skipped("attention", NO_OUTPUT)
     if triple is not None:
-        return separate(module, *triple, out)
+        q, k, v = (at[name] for name in triple)
+        return separate(module, q, k, v, out)
     if single is not None:
-        return fused(module, single, out, by_head=by_head)
+        return fused(module, at[single], out, by_head=by_head)
     assert pair is not None
-    return paired(module, *pair, out)
+    q, kv = (at[name] for name in pair)
+    return paired(module, q, kv, out)
 
 
 @register_guess
@@ -72,7 +75,7 @@ def guess_rows_by_head(module: nn.Module) -> Found | None:
 
 
 def _linear_in(layer: nn.Module, name: str) -> str:
-    """Return the name of a layer, or of the first one with a matrix in a list (a linear layer and its dropout)."""
+    """Return the name of a layer, or of the first one with a matrix in a list (beside a dropout, or new axes)."""
     if not isinstance(layer, nn.Sequential | nn.ModuleList) or not len(layer):
         return name
     found = (i for i, part in enumerate(layer) if attribute(attribute(part, "weight"), "ndim", 0) > 1)
