@@ -14,9 +14,13 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from espalier.cli.recipe_flags import (
     KEYWORD_FIELDS,
+    full_names,
     merge_keyword_fields,
+    refuse_twice,
     refuse_unused_fields,
     split_keyword_fields,
+    with_keywords_of,
+    with_short_keywords,
 )
 from espalier.errors import EspalierError, path_of, unknown_name
 from espalier.files import named
@@ -72,6 +76,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
         base = named_recipe = open_recipe(tokens[0]) if named else get_recipe("digits_vit")
         tokens, keywords = split_keyword_fields(tokens[1:] if named else tokens)
         base = merge_keyword_fields(base, tokens, keywords)
+        refuse_twice(tokens, keywords, with_short_keywords(base, inspect.signature(command).parameters))
     typed = typed_arguments(command, base)
     import tyro
 
@@ -87,7 +92,9 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             raise
         raise _refusal(name, command, complaint.getvalue()) from None
     if unknown:
-        raise _unknown(name, unknown[0], typed)
+        raise _unknown(name, unknown[0], typed, base)
+    if base is not None:
+        found["recipe"] = with_keywords_of(base, found["recipe"])
     # To tyro, no words at all are a list of none.
     if any(found[each.name] in ((), []) for each in _required(command)):
         raise _missing(name, command)
@@ -101,7 +108,8 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
 
     Args:
         command: the command.
-        base: the default of its recipe, whose fields become options without a prefix (``--lr``).
+        base: the default of its recipe, whose fields become options without a prefix (``--lr``), and its keywords where
+            that is clear (``with_short_keywords``).
     """
     import tyro
 
@@ -111,7 +119,7 @@ def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict
     for index, each in enumerate(parameters):
         hint, default = hints[each.name], each.default
         if hint is Recipe:
-            hint, default = tyro.conf.OmitArgPrefixes[Recipe], base
+            hint, default = tyro.conf.OmitArgPrefixes[Recipe], base and with_short_keywords(base, hints)
         elif default is inspect.Parameter.empty:
             hint = Annotated[hint, tyro.conf.arg(metavar=each.name.upper(), help_behavior_hint="(required)")]
         elif default is None:
@@ -190,10 +198,12 @@ def _missing(name: str, command: Command) -> EspalierError:
     return EspalierError(f"{name} needs {needed}: espalier {name} --help says what that is")
 
 
-def _unknown(name: str, token: str, typed: Callable[..., Any]) -> EspalierError:
+def _unknown(name: str, token: str, typed: Callable[..., Any], base: Recipe | None) -> EspalierError:
     if not token.startswith("-"):
         return EspalierError(f"{name}: {token!r} is one word too many: options begin with --")
     flag = token.partition("=")[0].lstrip("-").replace("_", "-")
+    if base is not None and (full := full_names(base, flag)):
+        return EspalierError(f"unknown option --{flag} of {name}: write {' or '.join(full)}")
     known = [each for each in inspect.signature(typed).parameters if each != "recipe"]
     if "recipe" in inspect.signature(typed).parameters:
         known += [each.name for each in fields(Recipe) if each.name not in KEYWORD_FIELDS] + ["data"]

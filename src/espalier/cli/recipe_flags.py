@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,11 @@ from espalier.errors import EspalierError, path_of, require_known
 from espalier.recipes import ARMS, Recipe
 
 KEYWORD_FIELDS = ("data_args", "init_args", "loss_args", "model_args")
+
+# Note [Short keywords]
+# The keywords that a recipe gives are options without their field, too: ``--depth 2``. Their names belong to somebody
+# else's functions, so one may be an option of the command as well, or stand in two fields. Such a keyword has its full
+# name alone, ``--model-args.seed 1``; so has a mapping, whose keys would be options in turn.
 
 
 def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -63,6 +69,68 @@ def merge_keyword_fields(recipe: Recipe, tokens: Sequence[str], found: dict[str,
         replaced = typed and typed[-1] != getattr(recipe, field)
         changes[arguments] = {**({} if replaced else getattr(recipe, arguments)), **found.get(arguments, {})}
     return replace(recipe, **changes)
+
+
+def with_short_keywords(recipe: Recipe, parameters: Iterable[str]) -> Recipe:
+    """Return ``recipe`` with those keywords alone that have a name without their field (Note [Short keywords]).
+
+    Args:
+        recipe: the recipe.
+        parameters: of the command.
+    """
+    taken = ["help", "data", *parameters, *(each.name for each in fields(Recipe))]
+    flags = Counter(flag for name in taken for flag in _flags(name))
+    flags.update(flag for field in KEYWORD_FIELDS for name in getattr(recipe, field) for flag in _flags(name))
+    changes: dict[str, Any] = {
+        field: {
+            name: value
+            for name, value in getattr(recipe, field).items()
+            if name.isidentifier() and not isinstance(value, Mapping) and all(flags[flag] == 1 for flag in _flags(name))
+        }
+        for field in KEYWORD_FIELDS
+    }
+    return replace(recipe, **changes)
+
+
+def with_keywords_of(base: Recipe, recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with the keywords of ``base`` that it does not have."""
+    changes: dict[str, Any] = {field: {**getattr(base, field), **getattr(recipe, field)} for field in KEYWORD_FIELDS}
+    return replace(recipe, **changes)
+
+
+def full_names(recipe: Recipe, flag: str) -> list[str]:
+    """Return the options that set a keyword of this name, with their fields: ``--model-args.depth``."""
+    return [
+        f"--{field.replace('_', '-')}.{flag}"
+        for field in KEYWORD_FIELDS
+        if any(_flags(name)[0] == flag for name in getattr(recipe, field))
+    ]
+
+
+def refuse_twice(tokens: Sequence[str], found: Mapping[str, Mapping[str, Any]], short: Recipe) -> None:
+    """Refuse a keyword that is typed with its field and without.
+
+    Args:
+        tokens: the command-line arguments but for those with a field.
+        found: the values of those, by field and key.
+        short: the recipe with the keywords that have both names.
+
+    Raises:
+        EspalierError: which one.
+    """
+    typed = {token.partition("=")[0].replace("_", "-") for token in tokens if token.startswith("--")}
+    for field, values in found.items():
+        for name in values.keys() & getattr(short, field).keys():
+            for flag in _flags(name):
+                if f"--{flag}" in typed:
+                    full = f"--{field.replace('_', '-')}.{_flags(name)[0]}"
+                    raise EspalierError(f"--{flag} and {full} set the same argument: write one of them")
+
+
+def _flags(name: str) -> tuple[str, str]:
+    """Return the options that an argument of this name can be; a switch has the second to be turned off."""
+    flag = name.replace("_", "-")
+    return flag, f"no-{flag}"
 
 
 def refuse_unused_fields(base: Recipe, recipe: Recipe, arms: Sequence[str], lrs: Sequence[str]) -> None:

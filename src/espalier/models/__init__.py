@@ -42,7 +42,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(name: str, **arguments: Any) -> nn.Module:
+def build_model(name: str, /, **arguments: Any) -> nn.Module:
     """Build the model called ``name``.
 
     Args:
