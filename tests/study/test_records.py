@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,30 @@ def test_a_trial_with_a_record_is_finished(finished: Path, tmp_path: Path) -> No
     launch(load_study(there.path), workers=0, run=run)
     assert len(ran) == len(records) - 5
     assert _table(there.path) == _table(finished)
+
+
+def test_a_line_and_a_run_folder_that_contradict_each_other_are_reported(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = list(load_study(finished).outcomes().values())
+    add_records(records, finished / "records.jsonl")
+    before = _table(finished)  # they agree
+    file = finished / "records.jsonl"
+    kept = [replace(record, score=0.0) if record.seed == 1 else record for record in records]
+    file.write_text("".join(record.line() for record in kept))
+    wrong = [record for record in records if record.seed == 1]
+    with pytest.raises(EspalierError, match=f"^{len(wrong)} trials have .* contradict each other: .*score 0 "):
+        load_study(finished).outcomes()
+    trial = next(trial for trial in load_study(finished).trials() if trial.seed == 1)
+    with pytest.raises(EspalierError, match=r"contradict each other: .*: delete the line, or the run folder, of each"):
+        trial.outcome("study")
+    assert main(["report", str(finished), "--out", str(finished / "page.html")]) == 2
+    assert "contradict each other" in capsys.readouterr().err
+    assert not (finished / "page.html").exists()
+    for each in load_study(finished).trials():
+        if each.seed == 1:
+            shutil.rmtree(each.path)
+    assert _table(finished) != before  # the lines that are left count
 
 
 def test_diverged_and_extra_figures_travel(tmp_path: Path) -> None:

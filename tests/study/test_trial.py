@@ -9,7 +9,7 @@ import pytest
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe, apply_arm
 from espalier.study import load_study, plan_study
-from espalier.study.trial import learning_rates
+from espalier.study.grid import learning_rates
 
 RECIPE = Recipe(name="r", lr=1e-3, epochs=2)
 

@@ -67,7 +67,8 @@ def combine(records: Iterable[Record], key: Callable[[Record], Hashable] = lambd
     if conflicts:
         raise EspalierError(
             f"{len(conflicts)} trials have records that contradict each other: {'; '.join(sorted(conflicts))}: delete "
-            "the line of each that is not to stand (they may come from different versions or processors)"
+            "the line, or the run folder, of each that is not to stand (they may come from different versions or "
+            "processors)"
         )
     kept = [
         min(group, key=lambda record: (-len(record.extra), record.date, record.line())) for group in groups.values()

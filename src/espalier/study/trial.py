@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from espalier.files import lock_at, lock_of, read_regular, read_sealed, write_se
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import from_values, recipe_to_dict, refuse_unpinned, resolve_recipe
+from espalier.study.grid import Rates, learning_rates, listed, seed_numbers
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
@@ -30,13 +30,8 @@ _NO_FOLDER = set('<>:"/\\|?*\0')
 """Characters that some system refuses in the name of a folder."""
 _LONGEST_ARM = 200
 """Bytes: a file system takes 255, and the lock of a trial bears its rate and seed, too."""
-_NO_SEED = 10**18
-
-# Steps of √10 around the recipe's own rate: a factor of 100 in all, fine enough to see where a window ends.
-_AUTO_STEPS = (-2, -1, 0, 1, 2)
 
 Arms = Sequence[str] | Mapping[str, Mapping[str, Any]]
-Rates = Sequence[float] | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +48,34 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the trial has a record or its run a result (a diverged run has one)."""
-        return self.record is not None or (self.path / (RESULT if isinstance(self.recipe, Recipe) else RECORD)).exists()
+        """Whether the trial has a record or its folder what a finished one leaves."""
+        return self.record is not None or self.has_folder
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether its own folder holds what a finished trial leaves (a diverged run has a result, too)."""
+        return (self.path / (RESULT if isinstance(self.recipe, Recipe) else RECORD)).exists()
 
     def outcome(self, study: str) -> Record | None:
         """Return the trial's record, or one made from its run folder; None while it is not finished.
 
         Raises:
+            EspalierError: a damaged run folder, or one that contradicts the record.
+        """
+        found = self.records(study)
+        by_trial(found)
+        return found[0] if found else None
+
+    def records(self, study: str) -> tuple[Record, ...]:
+        """Return the trial's record and one made from its own folder, as far as they are there.
+
+        Raises:
             EspalierError: a damaged run folder.
         """
-        if self.record is not None or not self.finished:
-            return self.record
+        told = () if self.record is None else (self.record,)
+        return (*told, self._from_folder(study)) if self.has_folder else told
+
+    def _from_folder(self, study: str) -> Record:
         if isinstance(self.recipe, Recipe):
             return record_run(load_run(self.path), study, self.arm)
         try:
@@ -163,9 +175,12 @@ class Study:
         """Return what every finished trial left behind, by its folder.
 
         Raises:
-            EspalierError: a damaged run folder, or scores of two metrics.
+            EspalierError: a damaged run folder, a run folder and a record of one trial that contradict each other, or
+                scores of two metrics.
         """
-        found = {t.path: record for t in self.trials() if (record := t.outcome(self.name)) is not None}
+        every = {trial.path: records for trial in self.trials() if (records := trial.records(self.name))}
+        by_trial(record for records in every.values() if len(records) > 1 for record in records)
+        found = {path: records[0] for path, records in every.items()}
         metrics = {record.metric: f"{record.arm} lr={record.lr:g} seed={record.seed}" for record in found.values()}
         if len(metrics) > 1:
             named = " and ".join(f"{metric!r} ({trial})" for metric, trial in metrics.items())
@@ -212,7 +227,7 @@ def draft_study(
 ) -> Study:
     """Return what ``plan_study`` would write, writing nothing."""
     out, recipe = Path(out), resolve_recipe(recipe) if isinstance(recipe, Recipe) else recipe
-    rates, numbers = learning_rates(recipe.lr, lrs), _seeds(seeds)
+    rates, numbers = learning_rates(recipe.lr, lrs), seed_numbers(seeds)
     study = _joined(Study(out, recipe, arm_changes(recipe, arms), tuple(sorted(rates)), tuple(sorted(numbers))))
     for trial in study.trials():
         if isinstance(trial.recipe, Recipe):
@@ -259,7 +274,7 @@ def load_study(path: Path | str) -> Study:
                 raise KeyError("arms that change fields of a recipe")
         if not plan["arms"]:
             raise ValueError("arms is empty")
-        rates, seeds = learning_rates(1.0, plan["lrs"]), _seeds(plan["seeds"])
+        rates, seeds = learning_rates(1.0, plan["lrs"]), seed_numbers(plan["seeds"])
         study = Study(path, recipe, dict(plan["arms"]), tuple(sorted(rates)), tuple(sorted(seeds)))
         for arm in study.arms:
             _check_arm(arm)
@@ -269,51 +284,6 @@ def load_study(path: Path | str) -> Study:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise EspalierError(f"{file} is damaged ({error}): plan the study in another folder") from error
     return replace(study, records=_records(path))
-
-
-def learning_rates(centre: float, lrs: Rates) -> set[float]:
-    """Return the rates to try; ``"auto"`` is five, √10 apart and centred on the recipe's own, to two digits.
-
-    Rates are kept to the six digits that folder names show.
-
-    Raises:
-        EspalierError: no rate, or one that is not a positive number.
-    """
-    if isinstance(lrs, str) and lrs == "auto":
-        rates = [float(f"{centre * 10 ** (step / 2):.2g}") for step in _AUTO_STEPS if step] + [centre]
-    else:
-        rates = listed("lrs", lrs, "learning rates such as [1e-3, 3e-3], or 'auto'")
-    for lr in rates:
-        if not (isinstance(lr, int | float) and not isinstance(lr, bool) and 0 < lr <= sys.float_info.max):
-            raise EspalierError(f"lrs: {lr!r} is no learning rate: give positive numbers, or 'auto'")
-    return {float(f"{lr:g}") for lr in rates}
-
-
-def _seeds(seeds: int | Sequence[int]) -> set[int]:
-    count = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # NumPy's or torch's
-    numbers = range(count) if type(count) is int else count
-    numbers = listed("seeds", numbers or seeds, "how many, from 1, or which, such as [0, 1, 2]")
-    for seed in numbers:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < _NO_SEED:
-            raise EspalierError(f"seeds: {seed!r} is no seed: give whole numbers from 0, of at most 18 digits")
-    return set(numbers)
-
-
-def listed(name: str, values: Any, wanted: str) -> list[Any]:
-    """Return several values as a list: those of an array or a tensor, too, and of what can be read only once.
-
-    Args:
-        name: of the argument, for the message.
-        values: what the user gave.
-        wanted: what to give instead, for the message.
-
-    Raises:
-        EspalierError: one value in place of several, or none.
-    """
-    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    if not (found := list(values) if several else []):
-        raise EspalierError(f"{name} {'is empty' if several else repr(values)}: give {wanted}")
-    return [value.tolist() if hasattr(value, "tolist") else value for value in found]
 
 
 def arm_changes(recipe: Recipe | OwnTraining, arms: Arms) -> dict[str, Mapping[str, Any]]:
