@@ -32,7 +32,7 @@ FLOORS = [
     {"models", "data", "recipes"},
     {"doctor"},
     {"init", "nn"},
-    {"lookup"},
+    {"annotations", "lookup"},
     {"files"},
     {"errors", "randomness", "tables"},
 ]

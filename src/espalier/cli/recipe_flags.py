@@ -22,7 +22,8 @@ KEYWORD_FIELDS = ("data_args", "init_args", "loss_args", "model_args")
 
 
 def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Take ``--FIELD.KEY VALUE`` pairs out of ``tokens``; values are JSON where they parse as such, else text.
+    """Take ``--FIELD.KEY VALUE`` pairs out of ``tokens``; values are JSON where they parse as such, with true
+    and false in any case, else text.
 
     ``--init FILE.safetensors`` is short for ``--init transferred --init-args.statistics FILE.safetensors``. These
     fields are open dictionaries (their keys belong to the model or the data), so no fixed parser knows them.
@@ -51,7 +52,8 @@ def split_keyword_fields(tokens: Sequence[str]) -> tuple[list[str], dict[str, di
         if value is None:
             raise EspalierError(f"{token} has no value: write {token} VALUE")
         with suppress(json.JSONDecodeError):
-            value = json.loads(value)
+            # As the switches of a recipe's own fields may be written.
+            value = json.loads(value.lower() if value.lower() in ("true", "false") else value)
         found.setdefault(field, {})[key.replace("-", "_")] = value
     return rest, found
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from espalier.annotations import refuse_misfits
 from espalier.data.augmentation import Augmentation
 from espalier.data.source import Source, epoch_order, image_args
 from espalier.errors import EspalierError, require_known
@@ -316,6 +317,7 @@ def own_source(recipe: Recipe) -> Source:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise EspalierError(f"dataset {name} does not take {arguments or 'no arguments'}: {error}") from error
+    refuse_misfits(f"dataset {name!r}", factory, arguments)
     with errors_of("dataset", name):
         made = factory(**arguments)
     if isinstance(made, Source):

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from espalier.annotations import refuse_misfits
 from espalier.errors import EspalierError, unknown_name
-from espalier.lookup import errors_of, is_reference, load
+from espalier.lookup import errors_of, is_reference, load, without_pin
 from espalier.models.convmixer import ConvMixer
 from espalier.models.convmixer_family import CONVMIXERS, register_with_timm
 from espalier.models.from_transformers import TransformersConvNext, TransformersViT
@@ -51,8 +52,9 @@ def build_model(name: str, /, **arguments: Any) -> nn.Module:
             ``vocab_size``) is dropped when the constructor has no such argument.
 
     Raises:
-        EspalierError: an unknown model or argument; the message suggests the closest ones. Or a model that cannot be
-            built from these arguments, or code of your own that returns no ``nn.Module``.
+        EspalierError: an unknown model or argument; the message suggests the closest ones. Or a value of another type
+            than the constructor states, a model that cannot be built from these arguments, or code of your own that
+            returns no ``nn.Module``.
     """
     own = is_reference(name)
     if not own and name not in MODELS:
@@ -66,6 +68,7 @@ def build_model(name: str, /, **arguments: Any) -> nn.Module:
                 del arguments[argument]
             else:
                 raise unknown_name(f"argument of model {name!r}", argument, known)
+    refuse_misfits(f"model {without_pin(name)!r}", constructor, arguments)
     given = "" if own else f" with {', '.join(f'{key} {value!r}' for key, value in arguments.items())}"
     with errors_of("model", f"{name}{given}"):
         model = constructor(**arguments)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from espalier.annotations import refuse_misfits
 from espalier.errors import require_known
 from espalier.init import FilterCovariance, FilterStatistics, Mimetic, MimeticSSM, StructureReport, structure_
 from espalier.init.attention import baselines
@@ -49,6 +50,7 @@ def covariance(
         preset: name of a ``FilterCovariance`` preset.
         switches: arguments of ``FilterCovariance`` that replace the preset's.
     """
+    refuse_misfits("init 'covariance'", FilterCovariance, switches)
     filters = FilterCovariance(preset, **switches)
     return structure_(model, attention=None, ssm=None, depthwise=filters, generator=generator)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from espalier import data, models, recipes
+from espalier.annotations import refuse_misfits
 from espalier.data.source import Source
 from espalier.errors import EspalierError
 from espalier.lookup import errors_of, is_reference, without_pin
@@ -68,6 +69,7 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
         inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
     except TypeError as error:
         raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
+    refuse_misfits(f"init {without_pin(recipe.init)!r}", initialise, recipe.init_args)
     given, before = f" with {dict(recipe.init_args)}" if recipe.init_args else "", _shapes(model)
     with seeded_globally(structure):  # code of the user's own may draw from the global stream
         with errors_of("init", f"{recipe.init}{given}"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from espalier.annotations import refuse_misfits
 from espalier.data.source import IGNORED
 from espalier.errors import EspalierError, require_known
 from espalier.recipes.base import Recipe
@@ -135,6 +136,7 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
     known = taken - {"label_smoothing"}
     for name in arguments:
         require_known(f"argument of loss {recipe.loss!r}:", name, known or {"none"})
+    refuse_misfits(f"loss {recipe.loss!r}", function, arguments)
     if recipe.label_smoothing:
         if taken == known:
             raise EspalierError(f"label_smoothing {recipe.label_smoothing} has no meaning for {recipe.loss!r}: set 0")
