@@ -13,6 +13,7 @@ from typing import Any
 from espalier import __version__
 from espalier.cli.commands import COMMANDS
 from espalier.cli.messages import say
+from espalier.cli.outputs import spare_inputs
 from espalier.errors import EspalierError, told, unknown_name
 from espalier.heap import keep_freed_memory
 from espalier.lookup import own_place
@@ -98,7 +99,9 @@ def _dispatch(arguments: list[str]) -> None:
     keep_freed_memory()
     from espalier.cli.parse import parse
 
-    return COMMANDS[name](**parse(name, COMMANDS[name], rest))
+    found = parse(name, COMMANDS[name], rest)
+    spare_inputs(found)
+    return COMMANDS[name](**found)
 
 
 def _overview() -> str:
