@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,6 +30,8 @@ from espalier.recipes import Recipe, get_recipe, recipe_functions
 from espalier.recipes.files import open_recipe
 
 Command = Callable[..., None]
+
+_NARROWEST = 40
 
 # What other tools call our options: where letters alone would suggest nothing, or something else.
 _ELSEWHERE = {
@@ -82,7 +86,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
 
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), _legible():
             found, unknown = tyro.cli(
                 typed, prog=f"espalier {name}" + (" RECIPE" if base else ""), args=tokens, return_unknown_args=True,
                 config=(tyro.conf.PositionalRequiredArgs,), registry=option_rules(tyro),
@@ -101,6 +105,19 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
     if named_recipe is not None and "arms" in found:
         refuse_unused_fields(named_recipe, found["recipe"], found["arms"], found["lrs"])
     return dict(found)
+
+
+@contextlib.contextmanager
+def _legible() -> Iterator[None]:
+    """Have columns enough for the length of a ``with`` block: tyro's boxes do not end where a word has no place."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(_NARROWEST, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def typed_arguments(command: Command, base: Recipe | None) -> Callable[..., dict[str, Any]]:
