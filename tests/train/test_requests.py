@@ -72,7 +72,7 @@ def test_a_signal_before_the_first_step_is_obeyed_at_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, place, stopped)
-        with pytest.raises(RunInterrupted, match="run the same command again") as caught:
+        with pytest.raises(RunInterrupted, match="has no checkpoint yet; run the same command again") as caught:
             train(recipe(epochs=1), tmp_path / "run")
     assert caught.value.status == status
     assert "\n" not in str(caught.value)

@@ -72,6 +72,7 @@ def train(
     """
     from espalier.recipes.validation import resolve_recipe
     from espalier.train import train as run_training
+    from espalier.train.checkpoint import has_checkpoint
     from espalier.train.image_input import IMAGES
     from espalier.train.run import check_folder
 
@@ -90,7 +91,7 @@ def train(
         print(json.dumps(result, indent=2))
     if result.get("diverged"):
         where = f"diverged in epoch {result['epochs']}, at {result.get('diverged_at', 'an unknown step')}"
-        kept = "; its last checkpoint is kept" if (out / "checkpoint").exists() else ""
+        kept = "; its last checkpoint is kept" if has_checkpoint(out) else ""
         if first:
             say(f"espalier: {out} {where}: choose another folder and a smaller --lr{kept}")
         raise SystemExit(1)

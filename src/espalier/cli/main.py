@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if hasattr(stop, "status"):  # all ranks stop at one step; a bare Ctrl-C may leave one waiting for another
             leave_process_group()
-        return _complain(stop or "interrupted: run the same command again to resume", getattr(stop, "status", 130))
+        return _complain(str(stop) or "interrupted: run the same command again to resume", getattr(stop, "status", 130))
     except EspalierError as error:
         _show_traceback()
         return _complain(error, 2)

@@ -159,6 +159,11 @@ def load_checkpoint(
     return Counters(), []
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has a checkpoint to go on from."""
+    return any((folder / name).exists() for name in (_CURRENT, _OLD))
+
+
 def drop_checkpoint(folder: Path) -> None:
     """Delete the checkpoints of a finished run: its weights are in final.safetensors."""
     for name in (_CURRENT, _OLD, _PARTIAL):

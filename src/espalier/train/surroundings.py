@@ -14,6 +14,7 @@ from espalier.errors import EspalierError
 from espalier.files import locked
 from espalier.memory import is_exhausted
 from espalier.recipes.base import Recipe
+from espalier.train.checkpoint import has_checkpoint
 from espalier.train.parallel import first_of_any
 from espalier.train.requests import Requests, RunInterrupted
 
@@ -72,6 +73,8 @@ def one_line_errors(recipe: Recipe, out: Path, requests: Requests) -> Iterator[N
         raise
     except KeyboardInterrupt:
         message = f"run the same command again and the run in {out} goes on from its last checkpoint"
+        if not has_checkpoint(out):  # data may take minutes to be read
+            message = f"the run in {out} has no checkpoint yet; run the same command again to start it"
         if requests.signal is None:  # raised by somebody else's handler
             raise RunInterrupted(f"interrupted: {message}") from None
         raise requests.interruption(message) from None
