@@ -15,6 +15,7 @@ from espalier.recipes import get_recipe
 from espalier.train import certify_runs as runs
 from espalier.train import load_run, train
 from espalier.train.certify_runs import attack_path, certificate_path, demo_certificate, parse_eps
+from photos import write_photos
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,29 @@ def test_the_demo_s_arm_runs_at_its_smallest(tmp_path: Path) -> None:
     assert "certified accuracy" in text
     assert "under attack" in text
     assert (tmp_path / "digits_robust-certificate.json").exists()
+
+
+def test_data_that_moved_are_named_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 4)
+    write_photos(tmp_path / "others", 5)
+    words = ["--dataset", "folder", "--data", "photos", "--data-args.size", "16", "--width", "4", "--hidden", "16"]
+    words += ["--epochs", "1", "--batch-size", "4", "--threads", "1", "--quiet", "--out", "run"]
+    assert main(["train", "digits_robust", *words]) == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    for command in (["certify", "run"], ["attack", "run", "--steps", "1"]):
+        assert main(command) == 2
+        assert "photos: give its place with --data, or put it back" in capsys.readouterr().err
+        assert main([*command, "--data", "others"]) == 2
+        assert "the data of run have changed" in capsys.readouterr().err
+        assert main([*command, "--data", "moved"]) == 0
+
+
+def test_an_unknown_option_is_named_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "espalier:vit", "--data", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error == "espalier: unknown option of audit '--data': choose one of --heads, --help, --picture\n"
+    assert main(["recipes", "--all"]) == 2
+    assert capsys.readouterr().err == "espalier: unknown option of recipes '--all': did you mean '--help'?\n"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from espalier.cli.messages import say
 from espalier.errors import shown
+
+if TYPE_CHECKING:
+    from espalier.train import Run
 
 
 def predict(run: Path, images: Sequence[Path], top: int = 1, json: bool = False) -> None:
@@ -52,6 +56,7 @@ def certify(
     limit: int | None = None,
     arithmetic: Literal["float64", "float32"] = "float64",
     slack: bool = False,
+    data: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Prove how far every test image of a run can move before its class can change, and print certified accuracies.
@@ -62,13 +67,13 @@ def certify(
         limit: how many test images; all by default.
         arithmetic: what the certificate is about: the net as evaluated in float64, or in float32 with a larger charge.
         slack: print the constant and the rounding of every module.
+        data: where the run's data lie now, if they were moved.
         out: the file of the certificate; RUN-certificate.json beside the run folder by default.
     """
-    from espalier.train import load_run
     from espalier.train.certify_runs import certificate_path, certify_run, parse_eps
 
     radii = parse_eps(eps)
-    certificate = certify_run(load_run(run), limit, arithmetic)
+    certificate = certify_run(_with_data(run, data), limit, arithmetic)
     print(certificate.table(radii))
     if slack:
         print(f"\n{certificate.slack_table()}")
@@ -83,6 +88,7 @@ def attack(
     restarts: int = 1,
     autoattack: bool = False,
     queries: int = 5000,
+    data: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Attack a run's test images, certified ones at their own radius; status 1 if a certified one falls.
@@ -95,15 +101,16 @@ def attack(
         restarts: random starts of PGD.
         autoattack: also try AutoAttack on what PGD leaves.
         queries: of AutoAttack's Square, most of the time; 5,000 is the standard.
+        data: where the run's data lie now, if they were moved.
         out: the file of the report; RUN-attack.json beside the run folder by default.
     """
     from espalier.certify import CertificateBrokenError
-    from espalier.train import load_run
     from espalier.train.certify_runs import attack_path, attack_run, parse_eps
 
     report = attack_run(
-        load_run(run), limit, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries, eps=parse_eps(eps)
-    )
+        _with_data(run, data), limit, steps=steps, restarts=restarts, autoattack=autoattack, queries=queries,
+        eps=parse_eps(eps),
+    )  # fmt: skip
     print(report)
     print(f"report: {report.save(out or attack_path(run))}")
     try:
@@ -111,3 +118,11 @@ def attack(
     except CertificateBrokenError as error:
         say(f"espalier: {error}")
         raise SystemExit(1) from None
+
+
+def _with_data(path: Path, data: Path | None) -> Run:
+    """Return a run with its data at another place; whether they are the same is looked at when they are read."""
+    from espalier.train import load_run
+
+    run = load_run(path)
+    return run if data is None else replace(run, recipe=replace(run.recipe, data_path=str(data)))

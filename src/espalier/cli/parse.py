@@ -66,11 +66,11 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> dict[str, Any]:
             or a missing argument.
         SystemExit: help was asked for.
     """
-    tokens = [re.sub(r"^--data(?==|\Z)", "--data-path", token) for token in tokens]  # what is typed most
     for token in tokens:  # tyro has words of its own for what goes wrong inside a list of paths
         path_of("the path", token.partition("=")[2] if token.startswith("--") else token)
     base = named_recipe = None
     if takes_recipe(command):
+        tokens = [re.sub(r"^--data(?==|\Z)", "--data-path", token) for token in tokens]  # what is typed most
         # The recipe comes first, because its values are the defaults that the help shows and that the rest changes.
         named = bool(tokens) and not tokens[0].startswith("-")
         if not named and not {"-h", "--help"} & set(tokens):
@@ -221,8 +221,10 @@ def _unknown(name: str, token: str, typed: Callable[..., Any], base: Recipe | No
     flag = token.partition("=")[0].lstrip("-").replace("_", "-")
     if base is not None and (full := full_names(base, flag)):
         return EspalierError(f"unknown option --{flag} of {name}: write {' or '.join(full)}")
-    known = [each for each in inspect.signature(typed).parameters if each != "recipe"]
-    if "recipe" in inspect.signature(typed).parameters:
+    parameters = list(inspect.signature(typed).parameters.values())
+    given = [each for each in parameters if each.default is not each.empty and each.name != "recipe"]
+    known = ["help", *(each.name for each in given if len(parameters) > 1)]  # a single one stands without its name
+    if base is not None:
         known += [each.name for each in fields(Recipe) if each.name not in KEYWORD_FIELDS] + ["data"]
     options = [each.replace("_", "-") for each in known]
     for ours, theirs in _ELSEWHERE.items():
