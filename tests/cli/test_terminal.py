@@ -43,3 +43,14 @@ def test_ctrl_c_before_anything_is_trained_says_so(
     error = capsys.readouterr().err
     assert error.endswith("espalier: interrupted: the run in runs/digits_vit has no checkpoint yet; run the same "
                           "command again to start it\n")  # fmt: skip
+
+
+def test_a_rank_without_a_launcher_means_nothing(tmp_path: Path) -> None:
+    words = ["train", "digits_vit", "--epochs", "1", "--threads", "1", "--logger", "csv", "--out", "run"]
+    run = subprocess.run(
+        [sys.executable, "-m", "espalier", *words, "--data-args.train-limit", "128"], env={**os.environ, "RANK": "1"},
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert '"score"' in run.stdout
+    assert "run: run\n" in run.stderr
+    assert list((tmp_path / "run/logs").rglob("*.csv"))

@@ -332,4 +332,19 @@ def test_one_process_of_torchrun_speaks(
     capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
     assert main(command) == 0
+    assert "already finished" in capsys.readouterr().err  # a RANK that some shell left, without a launcher
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(command) == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5"])
+def test_a_launchers_variable_that_is_no_number_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(["train", "digits_vit", *TINY[:6], "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith(f"espalier: the environment says {name}={value}: unset it, or give a ")
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -74,10 +73,11 @@ def train(
     from espalier.train import train as run_training
     from espalier.train.checkpoint import has_checkpoint
     from espalier.train.image_input import IMAGES
+    from espalier.train.parallel import launched
     from espalier.train.run import check_folder
 
     out = out or Path("runs") / recipe.name
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun one of the processes speaks
+    first = launched().rank == 0  # one of several processes speaks
     found = check_folder(out, resolve_recipe(recipe), resume)
     if found != "new" and first and not quiet:
         state = "unfinished, resumed" if found == "unfinished" else "already finished, nothing trained"

@@ -74,7 +74,5 @@ def find_data(recipe: Recipe, subfolder: str) -> Path:
             f"folder that contains {subfolder}/"
         )
     if not path.exists():
-        raise EspalierError(
-            f"no dataset {recipe.dataset!r} at {path}: give its place with --data, or put it back"
-        )
+        raise EspalierError(f"no dataset {recipe.dataset!r} at {path}: give its place with --data, or put it back")
     return path

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,60 @@ Strategy = Literal["ddp", "fsdp2"]
 T = TypeVar("T")
 
 
+_COUNTS = (
+    "JSM_NAMESPACE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "SLURM_PROCID", "SLURM_STEP_NUM_NODES",
+    "SLURM_STEP_NUM_TASKS", "WORLD_SIZE",
+)  # fmt: skip
+"""What launchers set, and Fabric reads when it is imported."""
+
+
+class Launch(NamedTuple):
+    """Who started this process, which of how many it is, and how many of them share its machine."""
+
+    by: Literal["torchrun", "srun", ""]
+    rank: int = 0
+    processes: int = 1
+    here: int = 1
+
+
+def launched() -> Launch:
+    """Return how this process was started, as its environment says; a RANK without a launcher means nothing.
+
+    Raises:
+        EspalierError: a variable of a launcher that is no whole number.
+    """
+    counts: dict[str, int] = {}
+    for name in _COUNTS:
+        text = os.environ.get(name, "")
+        if text and not (text.isascii() and text.isdigit()):
+            raise EspalierError(f"the environment says {name}={text}: unset it, or give a whole number from 0")
+        counts[name] = int(text or 0)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Launch("torchrun", counts["RANK"], counts["WORLD_SIZE"] or 1, counts["LOCAL_WORLD_SIZE"] or 1)
+    if (tasks := counts["SLURM_STEP_NUM_TASKS"]) > 1:  # set by srun alone, not for the batch script around it
+        return Launch("srun", counts["SLURM_PROCID"], tasks, tasks // (counts["SLURM_STEP_NUM_NODES"] or 1))
+    return Launch("")
+
+
 def make_fabric(recipe: Recipe, strategy: Strategy) -> Any:
     """Return the Fabric of this process: alone, or one of those that torchrun or srun started.
 
     Raises:
-        EspalierError: an unknown strategy, shards in one process, or a batch that the processes cannot share evenly.
+        EspalierError: an unknown strategy, shards in one process, or a batch that the processes cannot share evenly;
+            or as ``launched``.
     """
     require_known("strategy", strategy, get_args(Strategy))
+    by, _, processes, devices = launched()
     environments = require("lightning_fabric.plugins.environments", "train")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        processes, devices = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if by == "torchrun":
         plugin = environments.TorchElasticEnvironment()
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun alone, not for the batch script around it
-        processes = int(os.environ["SLURM_STEP_NUM_TASKS"])
-        devices = processes // int(os.environ["SLURM_STEP_NUM_NODES"])
+    elif by == "srun":
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices))  # Fabric insists
         plugin = environments.SLURMEnvironment()
     else:
         # A trial is one process; the plain environment keeps Fabric from taking a Slurm job's shape for its own.
-        processes, devices, plugin = 1, 1, environments.LightningEnvironment()
+        plugin = environments.LightningEnvironment()
+        plugin.set_global_rank(0)  # whatever RANK was left in the environment
     if strategy == "fsdp2" and processes == 1:
         raise EspalierError("strategy 'fsdp2' shards a model over several processes: start them with torchrun or srun")
     if recipe.batch_size % (processes * recipe.accumulate):
