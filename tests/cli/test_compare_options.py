@@ -112,3 +112,15 @@ def test_torchrun_is_refused_before_anything_is_trained(
     assert "run it without torchrun" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../..", "/tmp/evil", "a\\b"])
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_name_that_is_no_name_of_a_folder_is_refused(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([command, "digits_vit", "--name", name, "--epochs", "1"]) == 2
+    assert capsys.readouterr().err == f"espalier: name {name!r}: choose one that a folder can bear\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]

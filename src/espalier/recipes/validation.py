@@ -188,6 +188,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 
 def _check_values(recipe: Recipe) -> None:
+    if recipe.name in ("", ".", "..") or set(recipe.name) & set("/\\"):  # runs/NAME is where it trains by default
+        raise EspalierError(f"name {recipe.name!r:.100}: choose one that a folder can bear")
     for names, holds, otherwise in _RULES:
         for name in names:
             if not holds(value := getattr(recipe, name)):
