@@ -143,6 +143,22 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, object], said: str
         record_from_line(json.dumps({**values, "arm": "a", "score": float("nan")}))
 
 
+def test_a_key_that_stands_in_a_line_twice_is_refused(tmp_path: Path) -> None:
+    values = json.loads(a_record().line())
+    del values["check"]
+    line = json.dumps(values)
+    (tmp_path / "r.jsonl").write_text(f'{line[:-1]}, "score": 0.75}}\n')
+    with pytest.raises(EspalierError, match="line 1 is no record: 'score' stands there twice"):
+        read_records(tmp_path / "r.jsonl")
+
+
+def test_a_mark_of_byte_order_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(a_record().line(), encoding="utf-8-sig")
+    assert read_records(tmp_path / "r.jsonl") == [a_record()]
+    add_records([a_record(1)], tmp_path / "r.jsonl")
+    assert read_records(tmp_path / "r.jsonl") == [a_record(), a_record(1)]
+
+
 def test_scores_that_are_no_shares_may_be_of_any_size() -> None:
     record = a_record(score=-1.7e308, curve=((1, 2, 3.0, -7.5),), extra={"perplexity": 1e300}, metric="minus loss")
     assert record_from_line(record.line()) == record

@@ -13,7 +13,7 @@ from typing import Any
 
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
-from espalier.recipes.validation import from_values, recipe_to_dict
+from espalier.recipes.validation import from_values, recipe_to_dict, refuse_repeated
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import is_share, score_limits, spread
 from espalier.train import Run, environment
@@ -211,7 +211,7 @@ def record_from_line(line: str) -> Record:
         if check != f'{_check(line)}"}}':
             raise ValueError("damaged: its digest is not the one it states")
     try:
-        values = json.loads(line, parse_constant=_refuse_constant)
+        values = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=refuse_repeated)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:

@@ -27,7 +27,7 @@ def read_records(path: Path | str) -> list[Record]:
     """
     path = Path(path)
     try:
-        text = read_regular(path).decode()
+        text = read_regular(path).decode("utf-8-sig")  # some editors put a mark of three bytes in front
     except (OSError, UnicodeDecodeError) as error:
         # The system's words hold the name a second time.
         reason = error.strerror if isinstance(error, OSError) else error
