@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.recipes import Recipe
-from espalier.recipes.files import open_recipe
+from espalier.recipes.files import open_recipe, read_yaml
 from espalier.recipes.validation import (
     first_difference,
     from_values,
@@ -155,6 +157,26 @@ def test_a_function_that_fills_a_field_with_anything_is_a_recipe_or_one_line(tmp
             assert made == from_values(Recipe, recipe_to_dict(made))
     assert refusals
     assert all(f"field {field!r}" in text and "\n" not in text for text in refusals)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("100", 100), ("0100", 100), ("-7", -7), ("+7", 7), ("0o17", 15), ("0x1F", 31), ("0", 0), ("1e-3", 1e-3),
+        ("1.", 1.0), (".5", 0.5), ("-1.5E+3", -1500.0), ("089", 89), ("1:30", "1:30"), ("1:30.5", "1:30.5"),
+        ("1_000", "1_000"), ("0b11", "0b11"), ('"100"', "100"), ("-.inf", -math.inf), ("true", True), ("x1", "x1"),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    found = read_yaml(f"a: {text}", "r.yaml")["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_time_is_no_number_of_epochs(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("base: digits_vit\nepochs: 1:30\n")
+    with pytest.raises(EspalierError, match="field 'epochs' is '1:30'"):
+        open_recipe(str(tmp_path / "r.yaml"))
 
 
 @pytest.mark.parametrize(

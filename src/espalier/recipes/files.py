@@ -15,6 +15,14 @@ from espalier.recipes.base import Recipe, get_recipe
 from espalier.recipes.validation import from_values, read_json, recipe_to_dict, refuse_repeated
 
 _YAML = (".yaml", ".yml")
+_INT = "tag:yaml.org,2002:int"
+# Of the core schema of YAML 1.2; what is an integer is not a float.
+_NUMBERS = {
+    _INT: r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "tag:yaml.org,2002:float": (
+        r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
 
 
 def open_recipe(spec: str) -> Recipe:
@@ -55,7 +63,7 @@ def show_recipe(recipe: Recipe) -> str:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Return what a YAML text says, without running code that is in it; ``1e-3`` is a number.
+    """Return what a YAML text says, without running code that is in it; numbers are those of YAML 1.2.
 
     Raises:
         EspalierError: it is no YAML; the message begins with ``where``.
@@ -64,7 +72,7 @@ def read_yaml(text: str, where: str) -> Any:
     yaml = require("yaml", "train")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
-        """YAML 1.1 takes 1e-3 for text, because it has no point; here it is a number, as in YAML 1.2."""
+        """To YAML 1.1, which PyYAML reads, 1e-3 is text, 0100 is 64 and 1:30 is 90; here they are as in YAML 1.2."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             """Return the mapping of a node; a key that stands there twice is refused (ValueError)."""
@@ -72,9 +80,19 @@ def read_yaml(text: str, where: str) -> Any:
             refuse_repeated([(key, None) for key in keys if isinstance(key, str)])
             return super().construct_mapping(node, deep)
 
-    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for tag, pattern in _NUMBERS.items():
+        Loader.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
+    Loader.add_constructor(_INT, lambda loader, node: _whole(loader.construct_scalar(node)))
     try:
         return yaml.load(text, Loader)  # a SafeLoader: it builds plain values alone
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EspalierError(f"recipe file {where!r} is no YAML: {told(error)}") from None
+
+
+def _whole(text: str) -> int:
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text if base == 10 else text[2:], base)
