@@ -116,6 +116,10 @@ def test_half_precision_scores_are_summed_in_float32() -> None:
         ({"loss": "cross_entropy", "loss_args": {"margin": 1.0}}, "margin"),
         ({"loss": "multi_margin", "loss_args": {"margn": 1.0}}, "did you mean 'margin'"),
         ({"loss": "multi_margin", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss": "multi_margin", "loss_args": {"margin": -1}}, "margin is -1: give a number above 0"),
+        ({"loss": "multi_margin", "loss_args": {"margin": 0}}, "margin is 0: give a number above 0"),
+        ({"loss": "tempered_cross_entropy", "loss_args": {"temperature": 0.0}}, "temperature is 0.0: give a number"),
+        ({"loss": "logit_annealing", "loss_args": {"beta": 0.5}}, "beta is 0.5: give a number from 1, or 0"),
         ({"loss": "hinge"}, "unknown loss 'hinge'"),
     ],
 )

@@ -119,6 +119,14 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
+# What must hold of arguments: with other values a loss rewards the wrong class, or is no number.
+_RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "beta": (lambda value: value == 0 or value >= 1, "from 1, or 0"),
+    "margin": (lambda value: value > 0, "above 0"),
+    "temperature": (lambda value: value > 0, "above 0"),
+}
+
+
 def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
     """Return the recipe's loss: (logits ``(B, C)`` or ``(B, L, C)``, targets) → the sum over the batch, in float32.
 
@@ -127,7 +135,8 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
         smoothing: smooth the labels as the recipe says; evaluation does not.
 
     Raises:
-        EspalierError: unknown loss or loss argument, or label smoothing with a loss that has none.
+        EspalierError: unknown loss or loss argument, a value that it cannot have, or label smoothing with a loss that
+            has none.
     """
     require_known("loss", recipe.loss, LOSSES)
     function = LOSSES[recipe.loss]
@@ -137,6 +146,9 @@ def build_loss(recipe: Recipe, *, smoothing: bool = True) -> Loss:
     for name in arguments:
         require_known(f"argument of loss {recipe.loss!r}:", name, known or {"none"})
     refuse_misfits(f"loss {recipe.loss!r}", function, arguments)
+    for name, value in arguments.items():
+        if name in _RULES and not _RULES[name][0](value):
+            raise EspalierError(f"loss {recipe.loss!r}: {name} is {value}: give a number {_RULES[name][1]}")
     if recipe.label_smoothing:
         if taken == known:
             raise EspalierError(f"label_smoothing {recipe.label_smoothing} has no meaning for {recipe.loss!r}: set 0")
