@@ -71,3 +71,51 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def shards(folder: Path) -> Path:
+    """Write a small transformer as two shards and their index, and return the index."""
+    state = build_model("vit", img_size=16, embed_dim=48, depth=2, num_heads=3).state_dict()
+    halves = {"a.safetensors": list(state)[::2], "b.safetensors": list(state)[1::2]}
+    for name, half in halves.items():
+        save_file({key: state[key] for key in half}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: name for name, half in halves.items() for key in half}}))
+    save_file(state, folder.parent / "whole.safetensors")
+    return index
+
+
+@pytest.mark.parametrize("command", ["audit", "fit"])
+def test_shards_are_opened_as_the_whole_file_is(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net").mkdir()
+    index = shards(tmp_path / "net")
+    said = []
+    for place in (tmp_path / "whole.safetensors", index, tmp_path / "net"):
+        assert main([command, str(place), "--heads", "3"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != ""
+    (index.parent / "b.safetensors").unlink()
+    assert main([command, str(index), "--heads", "3"]) == 2
+    assert "b.safetensors cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place", ["../whole.safetensors", "ABSOLUTE", "sub/a.safetensors", "..", "", "x\\a"]
+)
+@pytest.mark.parametrize("command", ["audit", "doctor"])
+def test_an_index_does_not_lead_out_of_its_folder(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net").mkdir()
+    index = shards(tmp_path / "net")
+    named = str(tmp_path / "whole.safetensors") if place == "ABSOLUTE" else place
+    content = json.loads(index.read_text())
+    content["weight_map"]["norm.weight"] = named
+    index.write_text(json.dumps(content))
+    for path in (index, index.parent):
+        assert main([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"index {index}: {named!r:.100} is no file beside it: name its shards without folders" in error
+        assert error.count("\n") == 1

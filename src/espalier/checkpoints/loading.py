@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.checkpoints.by_shape import skeleton
+from espalier.doctor.sources import open_weights, weight_files
 from espalier.errors import EspalierError, require, told, unknown_name
 from espalier.files import load_weights, read_object, read_regular, read_tensors, require_regular
 from espalier.init.layouts.linears import HEADS
@@ -143,12 +144,17 @@ def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
     (``package.module:NAME``) would run that.
 
     Args:
-        path: a ``.safetensors`` file, or one that ``torch.save`` wrote (read with ``weights_only=True``).
-        num_heads: query heads of every attention layer; a ``config.json`` beside the file says it otherwise.
+        path: a ``.safetensors`` file, one that ``torch.save`` wrote (read with ``weights_only=True``), a sharded
+            ``*.index.json``, or a folder that holds either.
+        num_heads: query heads of every attention layer; a ``config.json`` beside the weights says it otherwise.
 
     Raises:
         EspalierError: the file cannot be read safely, or holds no tensors by name.
     """
+    if (files := weight_files(path)) != [path]:
+        if len(files) != 1:
+            return skeleton(dict(open_weights(path)), num_heads or _stated_heads(_folder_of(path) / "config.json"))
+        path = files[0]
     state = read_tensors(path)
     stated = _stated_model(path)
     if stated is not None and not is_reference(stated["name"]):
@@ -158,6 +164,10 @@ def open_checkpoint(path: Path, num_heads: int | None = None) -> nn.Module:
             load_weights(model, path)
             return model.eval()
     return skeleton(state, num_heads or _stated_heads(path.with_name("config.json")))
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 @contextmanager

@@ -158,8 +158,8 @@ def audit(model: str, picture: Path | None = None, heads: int | None = None) -> 
     """Say how much structure a model's weights carry now, layer by layer.
 
     Args:
-        model: a run folder, a checkpoint (.safetensors, or weights that torch saved), a folder with config.json, or a
-            model as `espalier structure` takes it.
+        model: a run folder, a checkpoint (.safetensors, a sharded index, a folder of either, or weights that torch
+            saved), a folder with config.json, or a model as `espalier structure` takes it.
         picture: write heat maps of the weights to this HTML file.
         heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
     """
@@ -193,11 +193,8 @@ def doctor(
         heads: query heads of a checkpoint's attention layers, where no config.json beside it says so.
     """
     from espalier.doctor import diagnose
-    from espalier.doctor.sources import weight_files
 
-    path = Path(model)
-    stored = path.is_file() or (path.is_dir() and not (path / "recipe.json").exists() and bool(weight_files(path)))
-    subject = path if stored and not probe else _open_model(model, heads)
+    subject = Path(model) if _holds_weights(Path(model)) and not probe else _open_model(model, heads)
     diagnosis = diagnose(subject, "synthetic" if probe else None, against=against, heads=heads)
     print(diagnosis.to_json() if json else diagnosis)
     if status := diagnosis.exit_status(strict):
@@ -326,13 +323,21 @@ def _open_model(spec: str, heads: int | None = None, seed: int = 0) -> nn.Module
     from espalier.train import load_run
 
     path = Path(spec)
-    if heads is not None and (heads < 1 or not path.is_file()):
+    bare = _holds_weights(path) and not (path / "config.json").is_file()
+    if heads is not None and (heads < 1 or not bare):
         raise EspalierError(f"heads {heads}: give a number from 1, and only with a file of weights")
-    if path.is_file():
+    if bare:
         return open_checkpoint(path, heads)
     if path.is_dir() and not (path / "config.json").is_file():
         return load_run(path).model()
     return open_host_model(f"transformers:{spec}" if path.is_dir() else spec, derive_generator(seed, "weights"))
+
+
+def _holds_weights(path: Path) -> bool:
+    """Return whether a path is a file, or a folder with weights that is no run."""
+    from espalier.doctor.sources import weight_files
+
+    return path.is_file() or (path.is_dir() and not (path / "recipe.json").exists() and bool(weight_files(path)))
 
 
 def _read_fit(path: Path) -> StructureFit:

@@ -163,10 +163,14 @@ def _find_weights(path: Path) -> tuple[list[Path], set[str]]:
         return [], set()
     if path.suffix == ".json":
         try:
-            shards = read_object(path)["weight_map"]
-            return sorted({path.parent / file for file in shards.values()}), set(shards)
+            shards = dict(read_object(path)["weight_map"])
+            files = sorted(set(shards.values()))
+            odd = [file for file in files if file in ("", "..") or Path(file).name != file or "\\" in file]
         except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise EspalierError(f"index {path}: cannot be read ({told(error)}): name a sharded index") from None
+        if odd:  # an index of a stranger's must not lead to other files of this machine
+            raise EspalierError(f"index {path}: {odd[0]!r:.100} is no file beside it: name its shards without folders")
+        return [path.parent / file for file in files], set(shards)
     return [path], set()
 
 
