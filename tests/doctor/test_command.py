@@ -101,9 +101,7 @@ def test_shards_are_opened_as_the_whole_file_is(
     assert "b.safetensors cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "place", ["../whole.safetensors", "ABSOLUTE", "sub/a.safetensors", "..", "", "x\\a"]
-)
+@pytest.mark.parametrize("place", ["../whole.safetensors", "ABSOLUTE", "sub/a.safetensors", "..", "", "x\\a"])
 @pytest.mark.parametrize("command", ["audit", "doctor"])
 def test_an_index_does_not_lead_out_of_its_folder(
     command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
