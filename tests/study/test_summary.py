@@ -97,6 +97,20 @@ def test_a_rate_that_diverged_for_one_seed_cannot_win(tmp_path: Path) -> None:
     assert "1 diverged" in text_table(summarise(tmp_path))
 
 
+def test_rates_are_compared_on_the_seeds_that_all_have(tmp_path: Path) -> None:
+    by_seed = [0.1, 0.2, 0.6]
+
+    def run(trial: Trial) -> None:  # a rate that fails where scores are low has the higher mean, and is the worse one
+        if trial.lr == 1e-2 and trial.seed < 2:
+            raise ValueError("no such thing")
+        fabricate(trial.recipe, trial.path, by_seed[trial.seed] + (0.05 if trial.lr == 1e-3 else 0))
+
+    launch(plan_study(RECIPE, ["default"], [1e-3, 1e-2], [0, 1, 2], tmp_path), workers=0, run=run)
+    (arm,) = summarise(tmp_path).arms
+    assert arm.best_lr == 1e-3
+    assert arm.score.mean == pytest.approx(0.35)
+
+
 def test_nothing_is_hidden_in_an_unfinished_study(tmp_path: Path) -> None:
     def run(trial: Trial) -> None:
         if trial.arm == "mimetic" and trial.seed == 1:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from espalier.certify.counts import ImageCount, has_count
 from espalier.certify.operations import Call, leaves
 from espalier.certify.refusal import UncertifiableError
+from espalier.contents import bytes_in
 
 _DATA = (bool, int, float, complex, str, list, tuple, dict, deque, Tensor, np.ndarray)
 _BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -150,8 +151,8 @@ class Trail:
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
         if tensor.numel() and not tensor.is_quantized and not tensor.is_meta:
-            numbers = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            self._hash.update(numbers.view(torch.uint8).numpy().data)
+            for piece in bytes_in(tensor):
+                self._hash.update(piece)
 
     def __deepcopy__(self, memo: Any) -> Trail:
         """Return a digest that grows by itself: networks are copied with what watches them."""

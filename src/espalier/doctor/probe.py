@@ -52,7 +52,10 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
     generator = torch.Generator().manual_seed(0)
     model = attribute(patient.model, "_orig_mod", patient.model)
     with _as_before(model), uncompiled(), torch.enable_grad():
-        model.train()
+        try:
+            model.train()
+        except NotImplementedError as error:  # of torch.export
+            raise EspalierError(f"example: {type(model).__name__} cannot be trained: diagnose it without") from error
         batch = _working_batch(model, example, generator)
         with watch(model) as activity:
             output = _forward(model, batch)
@@ -147,6 +150,12 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         (part, part.training, dict(part._buffers), dict(part._parameters.items()), dict(vars(part)))
         for part in model.modules()
     ]
+    tables = _tables(model)
+    # What a user lets happen as a gradient arrives, such as a step of an optimiser, is no part of a look.
+    at_gradients = [p._post_accumulate_grad_hooks for p in model.parameters() if p._post_accumulate_grad_hooks]
+    tables += [(hooks, dict(hooks)) for hooks in at_gradients]
+    for hooks in at_gradients:
+        hooks.clear()
     tensors = [*model.buffers(), *(p for p in model.parameters() if type(p.data) is Tensor or hasattr(p, "to_local"))]
     # Torch refuses to write into a tensor that was expanded.
     held = [(t, t.detach().clone()) for t in tensors if not (t.is_meta or (dense(t) and _expanded(t)))]
@@ -184,6 +193,17 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 tensor.data.copy_(values)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for table, then in tables:
+            table.clear()
+            table.update(then)
+
+
+def _tables(model: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Return the tables of hooks and modules, and what they hold: what a pass adds to them stands in the same ones."""
+    parts = [part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    fields = MODULE_FIELDS - {"_parameters", "_buffers"}
+    tables = [table for part in parts for name, table in vars(part).items() if name in fields]
+    return [(table, dict(table)) for table in tables if isinstance(table, dict)]
 
 
 def _expanded(tensor: Tensor) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from espalier.contents import bytes_in
+
 # Numbers read per step: a mebibyte of float32 stays in the processor's cache through all the reductions.
 _CHUNK = 1 << 18
 _SAMPLE = 1 << 16
@@ -125,7 +127,7 @@ def measure(values: Tensor) -> TensorStats:
         shares = (piece.double().nan_to_num(0.0, 0.0, 0.0) / size for piece in flat.split(chunk))
         rms = size * math.sqrt(sum(float(torch.dot(share, share)) for share in shares) / finite_count)
     sample, distinct, correlation = _sample(flat)
-    digest = hashlib.blake2b(sample.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8)
+    digest = hashlib.blake2b(b"".join(bytes_in(sample)), digest_size=8)
     digest.update(repr((tuple(values.shape), total, squares, minimum, maximum)).encode())
     numbers = sample if sample.dtype == torch.float64 else sample.float()
     zeros = int((numbers == 0).sum())

@@ -172,7 +172,7 @@ def _summarise_arm(
 ) -> ArmSummary:
     arm = trials[0].arm
     rates = tuple(_rate_point(lr, [trial for trial in trials if trial.lr == lr], records) for lr in study.lrs)
-    means = {point.lr: point.mean for point in rates if point.counts}
+    means = _means(rates)
     best = best_rate(means)
     scores = _scores_at(rates, best)
     mine = [records[trial.path] for trial in trials if trial.path in records]
@@ -201,6 +201,13 @@ def _summarise_arm(
         diverged=sum(len(point.diverged) for point in rates),
         failed=sum(trial.failure is not None for trial in trials),
     )
+
+
+def _means(rates: Sequence[RatePoint]) -> dict[float, float]:
+    """Return the mean of every rate that counts, over the seeds that all of them have, if there are any."""
+    points = [point for point in rates if point.counts]
+    seeds = set.intersection(*({*point.scores} for point in points)) if points else set()
+    return {p.lr: mean_of([s for seed, s in p.scores.items() if seed in seeds or not seeds]) for p in points}
 
 
 def _paired(

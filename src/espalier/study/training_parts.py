@@ -327,7 +327,9 @@ def _numbers(value: Any) -> str:
         text += " with a gradient" if value.requires_grad else ""
         if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
             return text
-        value = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        # Of a copy: NumPy's view would keep torch from resizing the tensor ever after.
+        value = (torch.cat((flat[:_END], flat[-_END:])) if flat.nbytes > 2 * _END else flat.clone()).numpy()
     if value.nbytes > 2 * _END:
         value = value.reshape(-1)  # a view, of a file as it lies there
         count = _END // value.itemsize

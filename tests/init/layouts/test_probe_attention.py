@@ -333,36 +333,6 @@ def test_the_probe_runs_once_for_layers_alike_and_less_for_those_with_another_nu
     assert max(costs[1:]) <= costs[0] / 4
 
 
-class Numbered(nn.Module):
-    """Attention whose odd layers do something else, as their number says."""
-
-    def __init__(self, number: int, kind: str) -> None:
-        super().__init__()
-        self.layer_idx, self.kind, self.num_heads = number, kind, 2
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32, bias=False) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (2, 16)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
-        odd, weights = self.layer_idx % 2, (q @ k.mT / 4).softmax(-1)
-        if odd and self.kind == "a gate":
-            return self.o_proj(((weights @ q) * v).transpose(1, 2).flatten(2))
-        heads = weights @ v
-        if odd and self.kind == "one head turned":
-            heads = heads * torch.tensor([1.0, -1.0], dtype=x.dtype).view(2, 1, 1)
-        out = self.o_proj(heads.transpose(1, 2).flatten(2))
-        turned = -out if self.kind == "turned" else out.flip(-1) if self.kind == "in another order" else out
-        return turned if odd else out
-
-
-@pytest.mark.parametrize("kind", ["a gate", "turned", "one head turned", "in another order"])
-@pytest.mark.parametrize("odd_first", [False, True])
-def test_layers_that_do_something_else_by_their_number_are_not_taken_for_the_others(kind: str, odd_first: bool) -> None:
-    numbers = [1, 0, 3, 2] if odd_first else [0, 1, 2, 3]
-    report = espalier.structure_(nn.ModuleList([Numbered(number, kind) for number in numbers]), generator=seeded())
-    for number, row in zip(numbers, report.layers, strict=True):
-        assert (row.status == "written" and "stands before" not in row.note) == (number % 2 == 0), (number, row.note)
-
-
 @pytest.mark.parametrize("error", [ValueError, None])
 def test_a_refused_module_is_not_kept_alive(error: type[Exception] | None) -> None:
     class Refused(RandomAttention):

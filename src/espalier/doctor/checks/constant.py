@@ -52,7 +52,7 @@ def constant(patient: Patient) -> Iterator[Finding]:
             yield Finding("warning", record.name, "constant", "all zero, and its siblings are not", _USUAL, remedy)
         elif stats.closed and record.role != "position" and not patient.trained:
             yield all_zero(record, "note")
-        elif not stats.closed and record.role == "weight" and learns:
+        elif not stats.closed and record.role in ("weight", "embedding") and learns:
             # What is not called a weight may be a mixing coefficient that starts at one on purpose. Beside a drawn one
             # of its shape it is that one's deviation (NoisyNet, Bayesian layers): their units differ already.
             twins = (s for r, s in patient.measured() if r.layer == record.layer and r.shape == record.shape)
@@ -232,7 +232,7 @@ def closed_twice(patient: Patient) -> Iterator[Finding]:
     below: dict[str, list[str]] = {}
     for record in matrices:
         parts = record.layer.split(".")
-        for depth in range(1, len(parts)):
+        for depth in range(len(parts)):
             below.setdefault(".".join(parts[:depth]), []).append(record.name)
     # Nor is a branch closed whose biases were set: deformable attention starts at fixed offsets. None is drawn large.
     biases = [(r, stats) for r, stats in patient.measured() if not r.matrix and "bias" in r.leaf]

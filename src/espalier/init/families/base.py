@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from espalier.contents import bytes_in
+
 # No weight or product of a layer that works is anywhere near this.
 LARGEST = 1e6
 
@@ -113,7 +115,8 @@ class Family(ABC):
         digest = hashlib.blake2b(digest_size=16)
         for _, part in tensors(weights):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
+            for piece in bytes_in(part):
+                digest.update(piece)
         return digest.hexdigest()
 
 

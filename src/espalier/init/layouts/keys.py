@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from espalier.contents import bytes_in
 from espalier.init.layouts.scratch import signs_of
 
 _MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
@@ -125,8 +126,10 @@ class _Reader:
             raise _UnknownError("a tensor")
         digest = ""
         if not tensor.is_meta and tensor.numel():
-            numbers = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest = hashlib.blake2b(numbers.numpy().data, digest_size=16).hexdigest()
+            found = hashlib.blake2b(digest_size=16)
+            for piece in bytes_in(tensor):
+                found.update(piece)
+            digest = found.hexdigest()
         return tuple(tensor.shape), tensor.dtype, tensor.is_meta, digest
 
     def _function(self, function: FunctionType) -> Hashable:
