@@ -95,3 +95,14 @@ def test_a_program_of_torch_export_is_diagnosed_without_a_batch() -> None:
     diagnose(program)
     with pytest.raises(EspalierError, match="cannot be trained"):
         diagnose(program, torch.randn(3, 4))
+
+
+def test_attention_over_one_made_up_key_is_no_fault() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 16, 16, 16], num_attention_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1], decoder_hidden_size=16
+    )
+    model = transformers.SegformerForSemanticSegmentation(config)
+    diagnosis = diagnose(model, "synthetic")
+    assert not [f for f in diagnosis.findings if f.severity != "note"]
+    model(torch.randn(1, 3, 64, 64))
