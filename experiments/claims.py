@@ -217,10 +217,10 @@ CLAIMS: Sequence[Claim] = (
         "S5.2",
         CAYLEY,
         "Nets of them are better certified than nets of other deterministic layers.",
-        "our patch net on Fashion-MNIST with Cayley, AOC (at stride 1 BCOP's block construction, on patches RKO) and "
-        "SOC convolutions, certified accuracy at 36/255, rates swept, at equal epochs and at equal time, and on CIFAR-10 "
-        "at the two rates found (4 epochs of AOC and SOC); the paper: KWLarge and ResNet9 on CIFAR-10, 200 epochs, "
-        "BCOP, RKO",
+        "our patch net on Fashion-MNIST with Cayley, AOC (at stride 1 BCOP's block construction, on patches RKO) "
+        "and SOC convolutions, certified accuracy at 36/255, rates swept, at equal epochs and at equal time, and on "
+        "CIFAR-10 at the two rates found (4 epochs of AOC and SOC); the paper: KWLarge and ResNet9 on CIFAR-10, 200 "
+        "epochs, BCOP, RKO",
         weakest(
             [
                 better(each, "cayley", other, place)
