@@ -256,3 +256,19 @@ def test_a_module_may_keep_its_input_to_look_at_later() -> None:
 
     net = nn.Sequential(Keeping(4, 2))
     assert len(certify(net, torch.rand(2, 4), torch.zeros(2).long()).radii) == 2
+
+
+def test_a_statement_stands_for_operations_without_a_rule_with_and_without_an_example() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fn = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.ifft(torch.fft.fft(self.fn(x))).real
+
+        def lipschitz_constant_from(self, bound: Callable[[nn.Module], float]) -> float:
+            return bound(self.fn)
+
+    net = nn.Sequential(Turned(), nn.Linear(4, 2))
+    assert lipschitz_bound(net, torch.rand(2, 4)) == pytest.approx(lipschitz_bound(net))

@@ -280,6 +280,7 @@ class _Watched:
         analysis, bound, failed = self.analysis, self.analysis.read(x, "it"), self.analysis.failed
         if bound.value is None:
             return self._declared(x, partial(statement, self._of_child))
+        done = analysis.watch.steps_done()
         try:
             with analysis.follow(bound) as run:
                 result = self.forward(x)
@@ -288,6 +289,7 @@ class _Watched:
             if analysis.rounding:
                 raise
             analysis.failed = failed
+            analysis.watch.go_back(done)  # it is one step then, not what was done of it
             return self._declared(x, partial(statement, self._of_child))
         try:
             stated = statement(run.constants.__getitem__)

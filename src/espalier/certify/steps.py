@@ -55,6 +55,14 @@ class Record(Watch):
         self._values: dict[int, tuple[int, Bounded]] = {id(first): (0, first)}
         self._made = 1
 
+    def steps_done(self) -> int:
+        """Return how many steps were written down."""
+        return len(self.steps)
+
+    def go_back(self, done: int) -> None:
+        """Forget the steps after so many."""
+        del self.steps[done:]
+
     def operation(self, call: Call) -> Any:
         """Do an operation, and write it down unless it is a question about a value, or keeps it."""
         used = any(id(value) in self._values for value in bounded_in(call.args, call.kwargs))
