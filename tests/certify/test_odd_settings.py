@@ -18,7 +18,7 @@ from espalier.certify import UncertifiableError, certify, lipschitz_bound
 from espalier.errors import EspalierError
 from espalier.nn import BatchCentering, CayleyConv2d, CayleyLinear, ConvexSum, Householder, ScaledAvgPool2d
 from experiments.adversarial_models import attack, steepness
-from experiments.adversarial_parts import Asking
+from experiments.adversarial_parts import Asking, Function
 from experiments.adversarial_settings import PAST, Odd, past_its_input
 
 PARTS: dict[str, nn.Module] = {
@@ -210,7 +210,7 @@ def _patched(wrapper: nn.Module, **changes: Any) -> nn.Module:
 
 
 IMPOSTERS: dict[str, Callable[[], nn.Module]] = {
-    "an argument with a meaning of its own": lambda: Runs(lambda x: torch.add(Meaning(), x)),  # type: ignore[call-overload]
+    "an argument with a meaning of its own": lambda: Function("meaning", lambda x: torch.add(Meaning(), x)),  # type: ignore[call-overload]
     "a copy of another class": OfAnotherClass,
     "a parametrisation that asks": _asking_layer,
     "a compiled net with another forward pass": lambda: _patched(
@@ -218,15 +218,6 @@ IMPOSTERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "a wrapper with another call": lambda: _patched(AveragedModel(nn.Linear(4, 4)), _call_impl=lambda x: 50 * x),
 }
-
-
-class Runs(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize("kind", IMPOSTERS)
