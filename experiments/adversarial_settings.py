@@ -93,19 +93,13 @@ class Loose(int):
 class Odd(nn.Module):
     """A layer, or an operation, that was set to something that its constructor never sets."""
 
-    KINDS: ClassVar = ("bias", "rows", "pairs", "factor", "slope", "divisor", "sum", "part")
+    KINDS: ClassVar = ("pairs", "factor", "slope", "divisor", "sum", "part")
 
     def __init__(self, kind: str, channels: int) -> None:
         super().__init__()
         self.kind = kind
         self.layer: nn.Module = nn.Identity()
-        if kind == "bias":  # which makes five channels of one
-            self.layer = enn.CayleyConvTranspose2d(channels, 1, 3)
-            self.layer.bias = nn.Parameter(torch.zeros(5))
-        elif kind == "rows":
-            self.layer = enn.CayleyConv2d(channels, 1, 3)
-            self.layer.bias, self.layer.out_channels = nn.Parameter(torch.zeros(5)), 5
-        elif kind == "pairs":  # of three channels, one is in both
+        if kind == "pairs":  # of three channels, one is in both
             self.layer = enn.Householder(2)
             self.layer.channels = 3
             nn.init.zeros_(self.layer.theta)

@@ -186,13 +186,11 @@ def orthogonal_convolution(analysis: Analysis, module: CayleyConv2d, x: Bound, f
     value, dtype = forward(x.value), x.value.dtype
     if math.prod(module.kernel_size) == 1:
         q = orthogonal_matrix(module, module.groups, dtype)
-        _expect_bias(module, q.shape[0] * q.shape[2 if module.transposed else 1])
         size = max(tensor_norm(matrix) for matrix in q)
         norm, terms = analysis.norms.of(orthogonal_norm, q), max(q.shape[-2:])
         return affine(analysis, x, value, norm=norm, size=size, terms=terms, bias=module.bias)
     side = module.torus(tuple(x.value.shape[2:]))
     planes = module.operator(side, dtype)
-    _expect_bias(module, module.groups * planes.shape[3])
     norm, largest = analysis.norms.of(_spectrum_norms, planes)
     finite(norm)
     ways = sum(_transform_rounding(n, dtype) for n in side)
@@ -245,13 +243,6 @@ def _expect_evaluation(module: Any, value: Tensor) -> None:
         raise UncertifiableError("its operator is not formed in training mode: call eval() first")
     if value.dtype != module.weight.dtype:
         raise UncertifiableError(f"it is given {value.dtype} and has {module.weight.dtype}: use one precision")
-
-
-def _expect_bias(module: Any, rows: int) -> None:
-    """Refuse a bias that is not one number a channel: it would be broadcast, and copy what it is added to."""
-    channels = rows // math.prod(module.stride) if module.transposed else rows
-    if module.bias is not None and module.bias.shape != (channels,):
-        raise UncertifiableError(f"its bias is {tuple(module.bias.shape)}: ({channels},) is needed")
 
 
 def _expect(x: Bound, ndim: int) -> None:

@@ -267,6 +267,21 @@ def test_linear_refuses_wrong_widths() -> None:
         CayleyLinear(4, 3, dtype=torch.complex64)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [
+    CayleyLinear(4, 3), CayleyConv2d(4, 3, 3), CayleyConv2d(4, 3, 1), CayleyConv2d(4, 6, 3, 2, "zeros", groups=2),
+    CayleyConvTranspose2d(4, 3, 3), CayleyConvTranspose2d(4, 6, 1, 2, groups=2),
+], ids=repr)  # fmt: skip
+def test_a_bias_is_one_number_an_output(layer: nn.Module, training: bool) -> None:
+    x = torch.rand((10, 4) if isinstance(layer, CayleyLinear) else (10, 4, 4, 4))
+    outputs = layer.train(training)(x).shape[1]
+    for wrong in ((outputs + 2,), (1,), (10 * outputs,), (outputs, 1), ()):
+        other = copy.deepcopy(layer)
+        other.bias = nn.Parameter(torch.zeros(wrong))
+        with pytest.raises(EspalierError, match=rf"bias is \({', '.join(map(str, wrong))},?\): give \({outputs},\)"):
+            other(x)
+
+
 def test_loads_the_original_net_as_the_same_function() -> None:
     torch.manual_seed(0)
     theirs = nn.Sequential(

@@ -111,8 +111,9 @@ class _CayleyConv(OrthogonalLayer):
         if x.ndim != self.dim + 2 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             axes = ", ".join("DHW"[-self.dim :])
             raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.in_channels}, {axes}), no side of 0")
-        dtype = x.dtype
-        x, weight, alpha, bias = upcast(x, self.weight, self.alpha, self.bias)
+        dtype, weight = x.dtype, self.weight  # one look: a parametrised weight is made at each
+        coarse, fine = weight.shape[0], weight.shape[1] * self.groups // math.prod(self.stride)
+        x, weight, alpha, bias = upcast(x, weight, self.alpha, self._bias_of(fine if self.transposed else coarse))
         if math.prod(self.kernel_size) == 1:
             return self._pointwise(x, bias).to(dtype)
         if self.transposed:

@@ -50,6 +50,15 @@ class OrthogonalLayer(nn.Module):
         if self.bias is not None:
             self.bias.uniform_(-bound, bound, generator=generator)
 
+    def _bias_of(self, outputs: int) -> nn.Parameter | None:
+        """Return the bias; refuse one that is not a number an output, which would be broadcast or not read to its end.
+
+        What adds it differs from one path to another, and not each of them looks.
+        """
+        if self.bias is not None and self.bias.shape != (outputs,):
+            raise EspalierError(f"bias is {tuple(self.bias.shape)}: give ({outputs},), one number an output")
+        return self.bias
+
 
 class CayleyLinear(OrthogonalLayer):
     """Linear map with an orthogonal matrix: ``y = cayley(α·W/‖W‖) x + b``.
@@ -98,7 +107,8 @@ class CayleyLinear(OrthogonalLayer):
         """Return Qx + b for x (..., in)."""
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise EspalierError(f"input is {tuple(x.shape)}: give (..., {self.in_features})")
-        wide, weight, alpha, bias = upcast(x, self.weight, self.alpha, self.bias)
+        weight = self.weight  # one look: a parametrised weight is made at each
+        wide, weight, alpha, bias = upcast(x, weight, self.alpha, self._bias_of(len(weight)))
         if not self.training:
             return F.linear(wide, orthogonal_matrix(self, 1, wide.dtype)[0], bias).to(x.dtype)
         y = apply_cayley_matrix(wide, scaled(weight, alpha))
