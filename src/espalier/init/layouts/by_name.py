@@ -29,7 +29,7 @@ OUTPUTS = (
     "output_proj", "output_linear", "lin_out", "out_layer", "o_linear", "projection", "merge", "fc", "output", "conv_o",
 )  # fmt: skip
 
-NO_OUTPUT = "it has queries, keys and values but no output projection: left alone"
+NO_OUTPUT = "it has queries, keys and values but no output projection of its own: left alone"
 
 
 @register_guess
