@@ -32,6 +32,8 @@ RECIPES = {
     "images": standins.recipe(
         eps=1e-3, clip_norm=0.5, accumulate=2, ema_decay=0.9, model_args={"dropout": 0.0}, eval_batch_size=4
     ),
+    # The same with a last batch of 3: of two micro-batches of 2 and of 1, most processes of four get nothing.
+    "ragged": standins.recipe(eps=1e-3, accumulate=2, model_args={"dropout": 0.0}),
     # The ranks' shares of a token batch hold different numbers of targets; two modules share a weight.
     "tokens": standins.recipe(eps=1e-3, dataset="echo", model="tied"),
     "blocks": standins.recipe(eps=1e-3, model="blocks", precision="bf16"),
@@ -53,12 +55,14 @@ def one_process(folder: Path, strategy: str, *runs: str) -> None:
         else:
             recipe = RECIPES[kind]
 
-        def build_source(recipe: Recipe, name: str = name, what: str = what) -> object:
+        def build_source(recipe: Recipe, name: str = name, what: str = what, kind: str = kind) -> object:
             source: Any = (
                 streamed.NotingSource(recipe, folder / f"{name}.{rank}.jsonl")
                 if recipe.dataset == "folder"
                 else standins.build_source(recipe)
             )
+            if kind == "ragged":
+                source.last = 3
             if what.startswith("stop=") and rank == 0:
                 epoch, step = map(int, what.removeprefix("stop=").split("."))
                 source.signal_at = (epoch, step, signal.SIGTERM)

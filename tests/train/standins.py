@@ -31,6 +31,7 @@ class BlobSource:
     poison_at: tuple[int, int] | None = None
     signal_at: tuple[int, int, int] | None = None
     examples: int = 40
+    last: int | None = None  # examples of an epoch's last batch
 
     model_args: Mapping[str, Any] = None  # type: ignore[assignment]
     eval_splits: tuple[str, ...] = ("test", "far")
@@ -57,6 +58,8 @@ class BlobSource:
         if self.signal_at is not None and (epoch, step) == self.signal_at[:2]:
             os.kill(os.getpid(), self.signal_at[2])
         generator = derive_generator(seed, "batch", epoch, step)
+        if self.last is not None and step + 1 == self.steps_per_epoch(batch_size):
+            batch_size = self.last
         labels = torch.randint(CLASSES, (batch_size,), generator=generator)
         images = self.patterns[labels] + torch.randn(batch_size, 3, 6, 6, generator=generator)
         if (epoch, step) == self.poison_at:

@@ -205,11 +205,12 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
     scale = world / (shares * torch.as_tensor(target_count(targets)).clamp_min(1))
     if recipe.channels_last and inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    inputs_parts, targets_parts = inputs[s.mine].chunk(recipe.accumulate), targets[s.mine].chunk(recipe.accumulate)
+    # The whole batch is cut before it is shared: layers that look at all processes' examples meet equally often.
+    inputs_parts, targets_parts = inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate)
     total = torch.zeros((), device=s.fabric.device)
     for index, (part, wanted) in enumerate(zip(inputs_parts, targets_parts, strict=True), start=1):
         with nullcontext() if index == len(inputs_parts) else s.fabric.no_backward_sync(s.module):
-            loss = s.loss(s.module(part), wanted) * scale
+            loss = s.loss(s.module(part[s.mine]), wanted[s.mine]) * scale
             s.fabric.backward(loss)
         total += loss.detach()
     total = s.fabric.all_reduce(total, reduce_op="mean")
@@ -317,9 +318,10 @@ def _locate(s: Session) -> str:
         epoch, index = divmod(s.resumed_at + healthy, s.steps_per_epoch)
         batches = iter([s.source.train_batch(recipe.seed, epoch, index, recipe.batch_size)])
     for inputs, _ in batches:
-        for part in inputs[s.mine].chunk(parts):
+        for part in inputs.chunk(parts):
+            share = part[s.mine]
             with s.fabric.autocast():
-                found = find_nonfinite(s.model, part if len(part) else inputs.new_zeros(1, *inputs.shape[1:]))
+                found = find_nonfinite(s.model, share if len(share) else inputs.new_zeros(1, *inputs.shape[1:]))
             first = min((each for each in gather_objects(found) if each is not None), default=None)
             if first is not None:
                 return f"{place}: {first[1]}"
