@@ -280,6 +280,25 @@ def test_rates_and_seeds_in_any_container_are_the_same_plan(tmp_path: Path, make
     ).study.seeds == (0,)
 
 
+SIZE = 0.0
+
+
+def sized(arm: str, lr: float, seed: int, folder: Path) -> list[tuple[int, float]]:
+    score = SIZE + 3 * seed + (0.4 if arm == "high" else 0.0)
+    return [(0, SIZE), (1, score)]
+
+
+@pytest.mark.parametrize("size", [0.0, -12345678.0, 1e12])
+def test_a_difference_counts_however_large_the_scores_are(
+    tmp_path: Path, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SIZE", size)
+    summary = espalier.compare(sized, arms=["low", "high"], lrs=[0.1], seeds=4, out=tmp_path / "s", workers=0)
+    found = summary.difference("high", "low")
+    assert found is not None
+    assert (found.t.mean, found.t.low, found.t.high) == pytest.approx((0.4, 0.4, 0.4), abs=1e-3)
+
+
 numbers = st.one_of(
     st.floats(), st.integers(-5, 5), st.floats(width=32).map(np.float32), st.floats(width=32).map(torch.tensor),
     st.none(), st.text(max_size=3), st.booleans(),

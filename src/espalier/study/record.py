@@ -24,8 +24,8 @@ MAX_BYTES = 1500
 SCORE_DIGITS = 6
 """Decimals that a record keeps of a score: finer than one example in 100,000."""
 TOLERANCE = 2e-6
-"""Two scores of one trial that are further apart than their rounding contradict each other: by this much, or, if they
-may be of any size, by this share of the larger."""
+"""Two scores of one trial that are further apart than rounding on two machines contradict each other: by this much, or,
+if they may be of any size, by this share of the larger."""
 _CURVE_DIGITS, _MOST_POINTS = 4, 24
 _CHECK = ',"check":"'
 """Before the last thing on a line: a digest of the line without it, which the oldest records do not have."""
@@ -179,7 +179,9 @@ def record_scores(
         seconds: what it took.
     """
     step, score = curve[-1]
-    finite = [(float(at), at, 0.0, _significant(value)) for at, value in curve if math.isfinite(value)]
+    # The final score is kept whole, as arms may differ in its last digits; on the way there seven do, of any size.
+    rounded = [*((at, float(f"{value:.7g}")) for at, value in curve[:-1]), curve[-1]]
+    finite = [(float(at), at, 0.0, value) for at, value in rounded if math.isfinite(value)]
     return Record(
         study=training.name,
         arm=arm,
@@ -187,7 +189,7 @@ def record_scores(
         seed=seed,
         digest=training.digest(lr, seed),
         metric=training.metric,
-        score=_significant(score) if math.isfinite(score) else None,
+        score=score if math.isfinite(score) else None,
         diverged=not math.isfinite(score),
         epochs=step,
         steps=step,
@@ -243,7 +245,7 @@ def contradiction(records: Sequence[Record]) -> str | None:
                 figures.setdefault(name, []).append(value)
     shares = all(is_share(record.metric) for record in records)
     for name, values in figures.items():
-        # A score of the user's own keeps so many digits, every other figure so many decimals.
+        # A score of the user's own, or what it was summed up from, may be of any size; every other figure is a share.
         size = max(map(abs, values)) if name == "score" and not shares else 1.0
         if max(values) - min(values) > TOLERANCE * size:
             return f"{name} {' and '.join(f'{value:.7g}' for value in sorted(set(values)))}"
@@ -258,11 +260,6 @@ def _origin(where: Mapping[str, Any]) -> dict[str, Any]:
         "commit": str(where.get("git_commit") or ""),
         "processor": str(where.get("gpu") or where.get("processor") or ""),
     }
-
-
-def _significant(value: float) -> float:
-    # A score of the user's own may be of any size.
-    return float(f"{value:.7g}")
 
 
 def _thinned(rows: Sequence[CurveRow], most: int) -> tuple[CurveRow, ...]:
