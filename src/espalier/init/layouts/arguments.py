@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
+from collections.abc import Collection
+from functools import partial
+from types import CodeType
 
 from torch import nn
 
@@ -28,9 +32,31 @@ def arguments(module: nn.Module) -> list[inspect.Parameter]:
         return []
 
 
+def named_arguments(module: nn.Module, given: Collection[str] = ()) -> list[inspect.Parameter]:
+    """Return what a forward names, and of what is given the rest, where it takes keywords without naming them."""
+    every = arguments(module)
+    named = [p for p in every if p.kind not in VARIADIC]
+    if any(p.kind is p.VAR_KEYWORD for p in every):
+        more = [name for name in given if name not in {p.name for p in every}]
+        named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    return named
+
+
 def takes_more(module: nn.Module) -> bool:
-    """Return whether a forward takes more than it names: it may hand that on to what is inside."""
-    return any(p.kind in VARIADIC for p in arguments(module))
+    """Return whether a forward takes more than it names and looks at that: it may hand it on to what is inside."""
+    more = [p.name for p in arguments(module) if p.kind in VARIADIC]
+    code = getattr(inspect.unwrap(module.forward), "__code__", None) if more else None
+    return bool(more) and (code is None or any(map(partial(_reads, code), more)))
+
+
+def _reads(code: CodeType, name: str) -> bool:
+    """Return whether a function may look at one of its arguments."""
+    if name in code.co_cellvars or {"locals", "vars", "eval", "exec", "dir"} & {*code.co_names}:
+        return True
+    return any(
+        each.argval == name or name in (each.argval if isinstance(each.argval, tuple) else ())
+        for each in dis.get_instructions(code)
+    )
 
 
 def sequences(module: nn.Module, *, needed: bool = False, any_name: bool = False) -> list[str]:

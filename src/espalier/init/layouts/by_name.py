@@ -49,8 +49,12 @@ def guess_attention(module: nn.Module, *, by_head: bool = False) -> Found | None
     pair = next((names for names in PAIRS if children.keys() >= set(names)), None)
     inner = next((name for name in ("self", "attention") if name in children), None)
     listed = next((name for name in LISTS if isinstance(children.get(name), nn.ModuleList)), None)
-    if inner and hasattr(children.get("output"), "dense") and hasattr(children[inner], "query"):
-        return separate(module, f"{inner}.query", f"{inner}.key", f"{inner}.value", "output.dense")
+    if inner and hasattr(children.get("output"), "dense"):
+        within = dict(children[inner].named_children())
+        theirs = next((names for names in TRIPLES if within.keys() >= set(names)), None)
+        if theirs is not None:
+            q, k, v = (f"{inner}.{name}" for name in theirs)
+            return separate(module, q, k, v, "output.dense")
     if triple is None and single is None and pair is None and listed is not None:
         names = [*(f"{listed}.{place}" for place, _ in children[listed].named_children()), *filter(None, [out])]
         return separate(module, names[0], names[1], names[2], names[3]) if len(names) == 4 else None

@@ -13,16 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import ROTARY_NAME, VARIADIC, arguments, is_sequence
+from espalier.init.layouts.arguments import ROTARY_NAME, is_sequence, named_arguments
 from espalier.init.layouts.scratch import Call, bound
 
 _ZEROS = re.compile(r"residual|alibi|bias")
 _UNTOLD = object()
 
-Form = Literal["usual", "zero masks", "pairs", "numbers", "ids"]
-"""What is given where a name leaves it open: masks of zeros rather than none; and for names that say nothing, rather
+Form = Literal["usual", "zero masks", "full masks", "pairs", "numbers", "ids"]
+"""What is given where a name leaves it open: masks of zeros, which are added, or of truth, which show all, rather than
+none; and for names that say nothing, rather
 than tokens, what lies between every two tokens (an adjacency), a number an example (a time), or token ids."""
 _OPEN: tuple[Form, ...] = ("pairs", "numbers", "ids")
+_MASKS: tuple[Form, ...] = ("zero masks", "full masks")
 Turn = tuple[int, ...] | Literal["added", "distances"]
 """What stands for positions: the shape of tables of angles (``_rotary_shapes``), numbers that are added to tokens, or
 features of all 2L − 1 distances between them."""
@@ -49,7 +51,7 @@ def calls(
         lengths: numbers of tokens, tried after the usual ones.
         batch: sequences; of several no other form is made than one after the other.
     """
-    named = [p for p in arguments(module) if p.kind not in VARIADIC]
+    named = named_arguments(module, given)
     if not named:
         return
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +84,7 @@ def calls(
                 second = x.shape if other == width else (*x.shape[:-1], other)
                 another = partial(torch.randn, second, generator=generator, dtype=torch.float64)
                 values = {p: argument(p, x, another, length, turn, heads, form) for p in needs}
-                supposed = form in _OPEN or isinstance(turn, str)
+                supposed = form in _OPEN or form in _MASKS or isinstance(turn, str)
                 supposed = supposed or any(_is_unread(p) and isinstance(values[p], Tensor) for p in needs)
                 yield replace(call_with(first, x, values, length), supposed=supposed)
 
@@ -100,7 +102,7 @@ def forms(needs: Collection[inspect.Parameter]) -> list[Form]:
     """Return the forms that matter for these arguments, the most usual first."""
     found = list[Form](["usual"])
     if any("mask" in p.name for p in needs):
-        found.append("zero masks")
+        found += _MASKS
     if any(map(_is_unread, needs)):
         found += _OPEN
     return found
@@ -197,8 +199,10 @@ def _told(parameter: inspect.Parameter, x: Tensor, length: int, turn: Turn, head
         if not told and (stated == "torch.Tensor" or "freqs" in name):
             return torch.polar(torch.ones_like(angles), angles)
         return told[0] if len(told) == 1 else tuple(both.values())
+    zeros = torch.zeros(1, 1, length, length, dtype=torch.float64)
+    masks = {"zero masks": zeros, "full masks": zeros == 0}
     made = (
-        ("mask" in name, torch.zeros(1, 1, length, length, dtype=torch.float64) if form == "zero masks" else None),
+        ("mask" in name, masks.get(form)),
         (name == "alibi", torch.zeros(max(heads, 1), 1, length, dtype=torch.float64)),
         (_ZEROS.search(name), torch.zeros_like(x)),
         ("cu_seqlens" in name, torch.tensor([0, length], dtype=torch.int32)),

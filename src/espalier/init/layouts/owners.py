@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import NAMELESS, VARIADIC, arguments, sequences
+from espalier.init.layouts.arguments import NAMELESS, arguments, named_arguments, sequences
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.made_up import argument, call_with, calls, count_tokens, forms
 from espalier.init.layouts.positions import moved, one_sequence_each
@@ -111,7 +111,7 @@ class _Batch(dict[Any, Any]):
 
 def _batches(owner: nn.Module, widths: Sequence[int]) -> Iterator[Call]:
     """Yield a dictionary of what a module takes out of its one argument, where that is a batch by names."""
-    named = [p for p in arguments(owner) if p.kind not in VARIADIC]
+    named = named_arguments(owner)
     if len(named) != 1:
         return
     generator = torch.Generator().manual_seed(1)
@@ -149,7 +149,7 @@ def _turned(call: Call) -> Call:
 
 
 def _whole_calls(owner: nn.Module, widths: Sequence[int], given: Collection[str]) -> Iterator[Call]:
-    named = [p for p in arguments(owner) if p.kind not in VARIADIC]
+    named = named_arguments(owner, given)
     needs = [p for p in named[1:] if p.default is p.empty or p.name in given]
     generator = torch.Generator().manual_seed(1)
     for x in _raw_inputs(owner, generator) if named else ():
@@ -163,7 +163,33 @@ def _whole_calls(owner: nn.Module, widths: Sequence[int], given: Collection[str]
 
 def hidden_sequences(owner: nn.Module, given: Collection[str] = ()) -> list[str]:
     """Return the optional arguments, of those not given, that may hold another sequence's tokens."""
-    return [name for name in sequences(owner, any_name=True) if name not in given and not _LABELS.search(name)]
+    hidden = [name for name in sequences(owner, any_name=True) if name not in given and not _LABELS.search(name)]
+    if not hidden:
+        return []
+    instead = cached(("instead", module_key(owner), *hidden), partial(_instead_of_ids, owner, hidden))
+    return [name for name in hidden if name not in instead]
+
+
+@untraced()
+def _instead_of_ids(owner: nn.Module, names: Collection[str]) -> list[str]:
+    """Return those arguments that take the place of token ids: a model runs on either and refuses both."""
+    first, embedding = arguments(owner)[0], next((p for p in owner.modules() if isinstance(p, nn.Embedding)), None)
+    positional = first.kind is first.POSITIONAL_ONLY
+    if embedding is None or positional or sum(parameter.numel() for parameter in owner.parameters()) > LARGEST:
+        return []
+    twin, generator = copy_for_probe(owner), torch.Generator().manual_seed(1)
+    ids = torch.randint(embedding.num_embeddings, (1, 6), generator=generator)
+    tokens = torch.randn(1, 6, embedding.embedding_dim, generator=generator, dtype=torch.float64)
+
+    def runs(**given: Tensor) -> bool:
+        with suppress(CannotRunError):
+            run(twin, Call((), given, 6))
+            return True
+        return False
+
+    if not runs(**{first.name: ids}):
+        return []
+    return [name for name in names if runs(**{name: tokens}) and not runs(**{first.name: ids, name: tokens})]
 
 
 def _raw_inputs(module: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
@@ -211,7 +237,8 @@ def calls_of_part(
             why = why or str(error)
         if seen and all(sees_several(part, one) for one in seen):
             made = one_sequence_each(seen, partial(run, twin, moved(call)))
-            return [replace(one, length=count_tokens(part, one, widths[0]) or call.length) for one in made]
+            counts = [count_tokens(part, one, widths[0]) or call.length for one in made]
+            return [replace(one, length=n, supposed=call.supposed) for one, n in zip(made, counts, strict=True)]
         why = why or ("it attends over one token" if seen else "")
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why or NAMELESS})")
 

@@ -41,6 +41,7 @@ from espalier.init.layouts.whole_model import (
 
 PROVEN = "proven by a run"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
+_SUPPOSED = "what its arguments are is not known"
 # Attributes that number a layer, and seldom change what it computes: where they do not, one proof is that of all.
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
 
@@ -159,7 +160,7 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
             return remarks
         except Unproven as error:
             if call.supposed:  # an argument may be what was not thought of
-                why = CannotRunError("what its arguments are is not known") if not str(why) else why
+                why = CannotRunError(_SUPPOSED) if not str(why) else why
                 continue
             why = error
             if not isinstance(error, Misfit):
@@ -176,7 +177,12 @@ def _prove_in_use(names: Mapping[str, nn.Module], name: str, reading: Layout) ->
     made = calls_in_use(names, name, views.q.shape[-1], views.num_heads)
     try:
         return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
-    except Misfit:  # an owner of sequences first takes others, too, and sees a batch where there are tokens
+    except Unproven as error:
+        if any(call.supposed for call in made):
+            raise CannotRunError(_SUPPOSED) from error
+        if not isinstance(error, Misfit):
+            raise
+        # An owner of sequences first takes others, too, and sees a batch where there are tokens.
         return [prove_attention(twin, views, sequence_first(call)) for call in made][0]  # noqa: RUF015
 
 
@@ -235,6 +241,8 @@ def _meets_others(names: Mapping[str, nn.Module], name: str, found: AttentionWei
         for place, owner in reversed(_owners(names, alias)):
             path, ran = alias[len(place) :].lstrip("."), False
             any_name = tuple(sequences(owner, any_name=True))
+            # What it takes without naming it may be the part's own options, handed on.
+            any_name += tuple(sequences(module, any_name=True)) if takes_more(owner) else ()
             for given in dict.fromkeys((any_name, *((each,) for each in any_name), ())):
                 made = partial(meets_others, owner, path, reading, [width, *token_widths(owner)], heads, given)
                 try:

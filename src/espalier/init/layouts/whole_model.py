@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.init.layouts.arguments import VARIADIC, arguments, sequences
+from espalier.init.layouts.arguments import sequences, takes_more
 from espalier.init.layouts.made_up import count_tokens
 from espalier.init.layouts.owners import LARGEST, first_inputs, hidden_sequences
 from espalier.init.layouts.positions import moved, one_sequence_each
@@ -39,7 +39,7 @@ def refuse_second_sequence(names: Mapping[str, nn.Module], name: str) -> None:
         hidden = sequences(module) if place else hidden_sequences(module)
         if hidden or sequences(module, needed=True):
             raise CannotRunError(f"{type(module).__name__}, above it, may be given another sequence")
-        if not place and any(p.kind in VARIADIC for p in arguments(module)):
+        if not place and takes_more(module):
             raise CannotRunError(f"{type(module).__name__}, above it, takes arguments without names")
 
 
