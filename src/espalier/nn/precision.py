@@ -35,6 +35,11 @@ def upcast(*tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, for sums whose differences count; as it is on a device that has none."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a block without autocast on the device; meta and others that have no autocast need none."""
     if torch.amp.is_autocast_available(device.type):

@@ -116,7 +116,7 @@ def _ssd(s: Any) -> dict[str, int]:
 _SSD = "batch length groups share width states chunk parts x_stride b_stride c_stride"
 SSD_FORWARD = _arguments("ssd_forward", "x delta a b c d initial y final kept", _SSD, _ssd)
 SSD_BACKWARD = _arguments(
-    "ssd_backward", "x delta a b c d initial y final kept dy dfinal dx ddelta da db dc dd dinitial", _SSD, _ssd
+    "ssd_backward", "x delta a b c d initial kept dy dfinal dx ddelta da db dc dd dinitial", _SSD, _ssd
 )
 
 

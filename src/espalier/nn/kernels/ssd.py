@@ -80,12 +80,12 @@ def _(x: Tensor, delta: Tensor, a: Any, b: Tensor, *rest: Any) -> tuple[Tensor, 
 @torch.library.custom_op(
     "espalier::ssd_backward",
     mutates_args=(),
-    schema=f"({_SSD}, Tensor y, Tensor final, Tensor kept, Tensor dy, Tensor? dfinal, SymInt groups, SymInt chunk) "
+    schema=f"({_SSD}, Tensor kept, Tensor dy, Tensor? dfinal, SymInt groups, SymInt chunk) "
     f"-> ({', '.join(['Tensor'] * 7)})",
 )
 def ssd_backward_cpu(*given: Any) -> tuple[Tensor, ...]:
     """Return the gradients of (x, delta, a, b, c, d, initial state), the last two empty where there is none."""
-    *tensors, y, final, kept, dy, dfinal, groups, chunk = given
+    *tensors, kept, dy, dfinal, groups, chunk = given
     inputs, (dy, dfinal) = _inputs(tensors, groups, chunk), contiguous(dy, dfinal)
     x, delta, b, initial, parts = (inputs[name] for name in ("x", "delta", "b", "initial", "parts"))
     batch, length, heads = delta.shape
@@ -93,7 +93,7 @@ def ssd_backward_cpu(*given: Any) -> tuple[Tensor, ...]:
     db, dc = (x.new_empty(batch, parts, length, b.shape[2]) for _ in range(2))
     da, dd = x.new_empty(batch, heads), x.new_empty(batch, heads)
     dinitial = x.new_empty(0) if initial is None else torch.empty_like(initial)
-    made = {"y": y, "kept": kept, "dy": dy, "final": None if dfinal is None else final, "dfinal": dfinal}
+    made = {"kept": kept, "dy": dy, "dfinal": dfinal}
     outputs = {"dx": dx, "ddelta": ddelta, "da": da, "db": db, "dc": dc, "dd": dd}
     call(SSD_BACKWARD, x.dtype, **inputs, **made, **outputs, dinitial=None if initial is None else dinitial)
     db, dc = (t[:, 0] if parts == 1 else t.sum(1) for t in (db, dc))
@@ -121,4 +121,4 @@ def _formula(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: A
     return y.flatten(2), final if need_state else None
 
 
-register_gradients(ssd_cpu, _backward, _formula, tensors=7, kept=3)
+register_gradients(ssd_cpu, _backward, _formula, tensors=7, kept=1)

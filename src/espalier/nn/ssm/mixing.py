@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import no_autocast, upcast
+from espalier.nn.precision import no_autocast, upcast, widened
 from espalier.nn.ssm.mamba import Mamba1, Mamba2, conv_silu, step_sizes
 
 
@@ -65,9 +65,10 @@ def mixing_matrix(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Tensor:
     Source: arXiv 2405.21060, section 3 (the matrix form of both recurrences).
     """
     _, delta, a, b, c = recurrence_of(mixer, x_BLD)
-    steps_BLH = delta.cumsum(1)
+    # Wide: of the differences of plain sums, after one long step, only rounding is left.
+    steps_BLH = widened(delta).cumsum(1)
     # Above the diagonal the spans are negative and their exponentials could overflow; there the result is 0.
-    spans_BHLL = (steps_BLH[:, :, None] - steps_BLH[:, None]).movedim(3, 1).clamp_min(0)
+    spans_BHLL = (steps_BLH[:, :, None] - steps_BLH[:, None]).movedim(3, 1).clamp_min(0).to(delta.dtype)
     inputs_BH1L = delta.mT[:, :, None]
     if isinstance(mixer, Mamba2):
         with no_autocast(c.device):

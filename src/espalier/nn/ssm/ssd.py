@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, widened, without_autocast
 from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check_shapes
 
 # Note [Segments]
@@ -25,11 +27,12 @@ from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check
 _SEGMENT_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _KEPT_NUMBERS = 1 << 23
 
-# Note [No gradient of the Q×Q decays]
-# With c the cumulated log-decay in a chunk, ∂c_i collects Σ_j over the rows minus the columns of (∂M ∘ M). Row sums are
-# ⟨∂y_i, y_i⟩ and column sums ⟨x̄_i, ∂x̄_i⟩ with x̄ = Δx, both of which exist anyway, so the Q×Q product is never formed.
-# The difference cancels more digits the longer it is cumulated, so it is cumulated within a chunk only and restarted
-# from ⟨state, ∂state⟩ at the chunk's end.
+# Note [Gradient of the decays]
+# The log-decay of token t weakens all that goes past it: from earlier tokens of its chunk, or the state before, to it
+# and later ones, or to the state after. Its gradient is the sum of these, each times its own gradient, summed term by
+# term. (Row sums ⟨∂y_i, y_i⟩ less column sums ⟨x̄_i, ∂x̄_i⟩, x̄ = Δx, would give the same without a Q×Q product; but
+# they hold what a token gives to itself, which no decay weakens: where one Δ is large, its rounding is all that is
+# left.) For the same reason decays are made of wide sums: after one strong decay, differences of others are rounding.
 
 
 def ssd(
@@ -143,7 +146,9 @@ def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, in_tri
     def fold(tensor_BLG: Tensor) -> Tensor:
         return tensor_BLG.transpose(1, 2).flatten(0, 1)
 
-    x, delta, alpha = (fold(t.unflatten(2, (groups, -1))) for t in (x, delta, delta * a))
+    # What decays by more is 0, too, and would only cost its chunk digits.
+    alpha = (delta * a).clamp_min(math.log(torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps) - 1)
+    x, delta, alpha = (fold(t.unflatten(2, (groups, -1))) for t in (x, delta, alpha))
     d = None if d is None else d.reshape(groups, -1).repeat(batch, 1)
     state = None if state is None else state.reshape(batch * groups, -1, size, width).transpose(1, 2).contiguous()
     chunk = min(chunk_size, length)
@@ -171,7 +176,8 @@ class _Segment(NamedTuple):
     delta_BnQH: Tensor
     b_mQN: Tensor  # m = B·n
     c_mQN: Tensor
-    cum_BnQH: Tensor
+    start_BnQH: Tensor  # decay from the chunk's start to each token
+    end_BnQH: Tensor  # decay from each token to the chunk's end
     decay_BnHQQ: Tensor
     scores_BnQQ: Tensor
     into_BnQHP: Tensor | None  # Δx decayed to the chunk's end; None where nobody asks for the state after
@@ -216,28 +222,31 @@ def _prepare(
     """Compute decays, scores and the states before each chunk of one segment."""
     x, delta, alpha, b, c = _inputs(tensors, place)
     batch, n, q, heads, width = x.shape
-    cum = alpha.cumsum(2)
-    cum_BnHQ = cum.transpose(2, 3).contiguous()
-    # Above the diagonal the exponent would be positive and could overflow: cut it at 0, the scores are 0 there.
-    decay = (cum_BnHQ[..., :, None] - cum_BnHQ[..., None, :]).clamp_max_(0).exp_()
+    start, end, decay = _decays(alpha)
     scores = torch.bmm(c, b.mT).tril_().view(batch, n, q, q)
     if not state_needed and state is None and n == 1:
-        return _Segment(x, delta, b, c, cum, decay, scores, None, None, None)
-    into = x * (delta * torch.exp(cum[:, :, -1:] - cum))[..., None]
+        return _Segment(x, delta, b, c, start, end, decay, scores, None, None, None)
+    into = x * (delta * end)[..., None]
     updates = torch.bmm(b.mT, into.reshape(batch * n, q, heads * width)).view(batch, n, -1, heads, width)
     if state is None and n == 1:
-        return _Segment(x, delta, b, c, cum, decay, scores, into, None, updates[:, 0])
-    states, after = _between_chunks(updates, cum[:, :, -1].exp(), state, in_triton)
-    return _Segment(x, delta, b, c, cum, decay, scores, into, states, after)
+        return _Segment(x, delta, b, c, start, end, decay, scores, into, None, updates[:, 0])
+    states, after = _between_chunks(updates, start[:, :, -1], state, in_triton)
+    return _Segment(x, delta, b, c, start, end, decay, scores, into, states, after)
+
+
+def _decays(alpha_BnQH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the decays from a chunk's start to each token, from each to its end, and (B, n, H, Q, Q) between two."""
+    dtype = alpha_BnQH.dtype
+    cum = widened(alpha_BnQH).cumsum(2)
+    cum_BnHQ = cum.transpose(2, 3).contiguous()
+    # Above the diagonal the exponent would be positive and could overflow: cut it at 0, the scores are 0 there.
+    between = (cum_BnHQ[..., :, None] - cum_BnHQ[..., None, :]).clamp_max_(0).to(dtype).exp_()
+    return cum.to(dtype).exp(), (cum[:, :, -1:] - cum).to(dtype).exp_(), between
 
 
 def _heads_first(tensor_BnQHP: Tensor) -> Tensor:
     """Return (B·n·H, Q, P), contiguous, for the products with a Q×Q matrix per head."""
     return tensor_BnQHP.transpose(2, 3).reshape(-1, tensor_BnQHP.shape[2], tensor_BnQHP.shape[4])
-
-
-def _reverse_cumsum(tensor: Tensor, dim: int) -> Tensor:
-    return tensor.flip(dim).cumsum(dim).flip(dim)
 
 
 class _Chunked(torch.autograd.Function):
@@ -264,7 +273,7 @@ class _Chunked(torch.autograd.Function):
             kept += seg[-_MADE:] if keep else ()
             _write_outputs(y[:, place[0] : place[0] + place[1] * place[2]], seg, d)
         final = state if need_state else x.new_zeros(batch, inputs[-1].shape[-1], heads, width)
-        ctx.save_for_backward(*inputs, d, y, *states, *kept)
+        ctx.save_for_backward(*inputs, d, *states, *kept)
         ctx.places, ctx.need_state = places, need_state
         if not need_state:
             ctx.mark_non_differentiable(final)
@@ -275,7 +284,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy, dfinal = gradients
         saved = ctx.saved_tensors  # once: checkpointing hands each tensor out a single time
-        inputs, (d, y, *rest) = saved[:5], saved[5:]
+        inputs, (d, *rest) = saved[:5], saved[5:]
         states, kept = rest[: len(ctx.places)], rest[len(ctx.places) :]
         dstate = dfinal if ctx.need_state else None
         if formulas.by_formula():
@@ -291,8 +300,9 @@ class _Chunked(torch.autograd.Function):
             else:
                 seg = _prepare(inputs, place, state, dstate is not None, ctx.in_triton)
             span = slice(place[0], place[0] + place[1] * place[2])
-            parts = (dy[:, span].unflatten(1, place[1:]), y[:, span].unflatten(1, place[1:]))
-            results, dstate, skip = _segment_backward(seg, parts, d, dstate, ctx.in_triton)
+            results, dstate, skip = _segment_backward(
+                seg, dy[:, span].unflatten(1, place[1:]), d, dstate, ctx.in_triton
+            )
             for grad, result in zip(grads, results, strict=True):
                 grad[:, span] = result.flatten(1, 2)
             if dd is not None:
@@ -308,62 +318,59 @@ def _write_outputs(y_BTHP: Tensor, seg: _Segment, d_BH: Tensor | None) -> None:
     y = torch.bmm(mixing, values).view(batch, n, heads, q, width).transpose(2, 3)
     if seg.states_BnNHP is not None:
         past = torch.bmm(seg.c_mQN, seg.states_BnNHP.view(batch * n, -1, heads * width)).view(batch, n, q, heads, width)
-        y = torch.addcmul(y, past, seg.cum_BnQH.exp()[..., None])
+        y = torch.addcmul(y, past, seg.start_BnQH[..., None])
     if d_BH is not None:
         y = torch.addcmul(y, seg.x_BnQHP, d_BH[:, None, None, :, None])
     y_BTHP.unflatten(1, (n, q)).copy_(y)
 
 
 def _segment_backward(
-    seg: _Segment, outputs: tuple[Tensor, Tensor], d_BH: Tensor | None, dafter: Tensor | None, in_triton: bool
+    seg: _Segment, dy: Tensor, d_BH: Tensor | None, dafter: Tensor | None, in_triton: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
     """Return gradients of (x, delta, alpha, b, c), of the state before the segment, and of D per batch entry."""
     x, delta = seg.x_BnQHP, seg.delta_BnQH
-    dy, y = outputs
     batch, n, q, heads, width = x.shape
     flat = (batch * n, q, heads * width)
     dy_h, values_h = _heads_first(dy), _heads_first(x * delta[..., None])
     # The part inside chunks.
     dmixing = torch.bmm(dy_h, values_h.mT).view(batch, n, heads, q, q).mul_(seg.decay_BnHQQ)
     dscores = dmixing.sum(2).tril_().view(-1, q, q)
+    dalpha = _crossing(dmixing, seg.scores_BnQQ)
     mixing = (seg.decay_BnHQQ * seg.scores_BnQQ[:, :, None]).view(-1, q, q)
     dvalues = torch.bmm(mixing.mT, dy_h).view(batch, n, heads, q, width).transpose(2, 3)
     dc, db = torch.bmm(dscores, seg.b_mQN), torch.bmm(dscores.mT, seg.c_mQN)
     # The part through the states.
-    ends_BnH = None
     dbefore = dafter
     if seg.states_BnNHP is not None or dafter is not None:
-        from_BnQHP = dy * seg.cum_BnQH.exp()[..., None]
+        from_BnQHP = dy * seg.start_BnQH[..., None]
         through = torch.bmm(seg.c_mQN.mT, from_BnQHP.reshape(flat)).view(batch, n, -1, heads, width)
-        dends, dbefore = _between_chunks(through, seg.cum_BnQH[:, :, -1].exp(), dafter, in_triton, reverse=True)
+        dends, dbefore = _between_chunks(through, seg.start_BnQH[:, :, -1], dafter, in_triton, reverse=True)
         if seg.states_BnNHP is not None:
-            dc.baddbmm_(from_BnQHP.reshape(flat), seg.states_BnNHP.view(batch * n, -1, heads * width).mT)
+            states = seg.states_BnNHP.view(batch * n, -1, heads * width)
+            dc.baddbmm_(from_BnQHP.reshape(flat), states.mT)
+            entering = (torch.bmm(seg.c_mQN, states).view(x.shape) * from_BnQHP).sum(-1)
+            dalpha += entering.flip(2).cumsum(2).flip(2)
+            dalpha += (seg.start_BnQH[:, :, -1] * (seg.states_BnNHP * dends).sum((2, 4)))[:, :, None]
         if seg.into_BnQHP is not None:
             flat_dends = dends.view(batch * n, -1, heads * width)
             db.baddbmm_(seg.into_BnQHP.reshape(flat), flat_dends.mT)
-            back = torch.bmm(seg.b_mQN, flat_dends).view(batch, n, q, heads, width)
-            dvalues = torch.addcmul(dvalues, back, torch.exp(seg.cum_BnQH[:, :, -1:] - seg.cum_BnQH)[..., None])
-            ends_BnH = _end_products(seg, dends)
-    rows, skip, columns = (dy * y).sum(-1), (dy * x).sum(-1), (x * dvalues).sum(-1)
-    if d_BH is not None:
-        rows = rows - skip * d_BH[:, None, None]
-    dcum = rows - columns * delta
-    if ends_BnH is not None:
-        dcum[:, :, -1] += ends_BnH
+            back = torch.bmm(seg.b_mQN, flat_dends).view(x.shape) * seg.end_BnQH[..., None]
+            leaving = (x * back).sum(-1) * delta
+            dalpha[:, :, 1:] += leaving[:, :, :-1].cumsum(2)
+            dvalues = dvalues + back
+    skip, columns = (dy * x).sum(-1), (x * dvalues).sum(-1)
     dx = dvalues * delta[..., None]
     if d_BH is not None:
         dx = torch.addcmul(dx, dy, d_BH[:, None, None, :, None])
     shape = (batch, n, q, -1)
-    return (dx, columns, _reverse_cumsum(dcum, 2), db.view(shape), dc.view(shape)), dbefore, skip.sum((1, 2))
+    return (dx, columns, dalpha, db.view(shape), dc.view(shape)), dbefore, skip.sum((1, 2))
 
 
-def _end_products(seg: _Segment, dends_BnNHP: Tensor) -> Tensor:
-    """Return ⟨state after chunk, its gradient⟩ per chunk and head; see Note [No gradient of the Q×Q decays]."""
-    assert seg.after_BNHP is not None
-    last = (seg.after_BNHP * dends_BnNHP[:, -1]).sum((1, 3))[:, None]
-    if seg.states_BnNHP is None or dends_BnNHP.shape[1] == 1:
-        return last
-    return torch.cat([(seg.states_BnNHP[:, 1:] * dends_BnNHP[:, :-1]).sum((2, 4)), last], dim=1)
+def _crossing(dmixing_BnHQQ: Tensor, scores_BnQQ: Tensor) -> Tensor:
+    """Return what tokens before t hand to t and later ones of its chunk, times its gradient: (B, n, Q, H)."""
+    handed = (dmixing_BnHQQ * scores_BnQQ[:, :, None]).tril_(-1)
+    up_to = handed.cumsum_(-1).tril_(-1).sum(-2)  # what tokens up to s hand to later ones
+    return F.pad(up_to[..., :-1], (1, 0)).transpose(2, 3).contiguous()
 
 
 # Wrapped once, here: a compiler that meets the call cannot trace the wrapping.
