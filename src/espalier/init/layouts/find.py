@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from espalier.init.layouts.by_name import NO_OUTPUT
 from espalier.init.layouts.by_run import reading_by_run
 from espalier.init.layouts.heads_apart import groups_of, together
 from espalier.init.layouts.linears import NO_HEADS
+from espalier.init.layouts.mamba import beside_the_scan
 from espalier.init.layouts.names import looks_like_attention, reads_cross, says_cross
 from espalier.init.layouts.outside import outside_kept
 from espalier.init.layouts.probe_attention import BESIDE
@@ -166,6 +167,10 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
         found = align(names, name, found, own_code=own_code)
     elif own_code:
         found = prove(names, name, found, layout)
+    elif isinstance(found, SSMWeights) and _is_ours(layout) and (more := beside_the_scan(module)):
+        found = prove(names, name, found, layout)
+        if isinstance(found, Skipped):
+            found = replace(found, reason=f"its class is not known to have {', '.join(more)}, and {found.reason}")
     elif foreign := _foreign_part(module, host, layout, found):
         found = prove(names, name, found, layout) if isinstance(found, AttentionWeights | SSMWeights) else foreign
     elif isinstance(found, AttentionWeights):
@@ -182,7 +187,7 @@ def _foreign_part(module: nn.Module, host: type, layout: Layout, found: Found) -
     What is registered here vouches for a library's code: not for a linear layer that was put in its place or a forward
     that was patched into a class. What a user registers is taken at its word.
     """
-    if isinstance(found, Skipped) or not getattr(layout, "func", layout).__module__.startswith("espalier."):
+    if isinstance(found, Skipped) or not _is_ours(layout):
         return None
     held = {view.untyped_storage()._cdata for view in vars(found).values() if isinstance(view, Tensor)}
     for name, part in module.named_modules():
@@ -194,6 +199,10 @@ def _foreign_part(module: nn.Module, host: type, layout: Layout, found: Found) -
             words = f"{name or 'it'} ({type(part).__name__}) runs code that is not its library's"
             return Skipped(found.kind, f"{words}: write before it is replaced, or register a layout for its class")
     return None
+
+
+def _is_ours(layout: Layout) -> bool:
+    return str(getattr(layout, "func", layout).__module__).startswith("espalier.")
 
 
 def _is_at_home(module: nn.Module, host: type) -> bool:

@@ -16,6 +16,18 @@ _TRANSFORMERS = "transformers.models."
 _GROUPS = ("groups", "n_groups", "ngroups")
 
 
+# What the libraries' own mixers hold, by its first name: all that one scan needs, norms, and a learned first state.
+_OF_ONE_SCAN = re.compile(
+    r"A_log|D|dt_bias|init_states|conv1d|in_proj|x_proj|dt_proj|out_proj|\w*norm|gate_norm_weight"
+)
+
+
+def beside_the_scan(module: nn.Module) -> list[str]:
+    """Return the parameters that no registered mixer has: a fork under its name may run another scan with them."""
+    names = dict.fromkeys(name.partition(".")[0] for name, _ in module.named_parameters())
+    return [name for name in names if not _OF_ONE_SCAN.fullmatch(name)]
+
+
 @register_layout("espalier.nn.ssm.mamba.Mamba1")
 @register_layout("mamba_ssm.modules.mamba_simple.Mamba")
 @register_layout(_TRANSFORMERS + "mamba.modeling_mamba.MambaMixer")
