@@ -150,6 +150,47 @@ def test_so_are_they_on_maps_whose_frames_fill_the_cache(size: tuple[int, ...], 
     assert_close(ours, step(twin, x.double()), 100 * TOLERANCE[dtype] if dtype == torch.float32 else 0.4)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_that_count_no_batches_move_as_torchs(momentum: float | None) -> None:
+    net, x = Blocks(6, 3, {"momentum": momentum}).train(), draw_map(2, 6, 5, 5)
+    for norm in net.norms:
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.num_batches_tracked = None
+    twin = net.twin()
+    for _ in range(2):
+        assert_close(step(net, x), step(twin, x.double()), 20 * TOLERANCE[torch.float32])
+
+
+class Counting(nn.Module):
+    """A parametrisation that is another one at each look, as random and iterating ones are."""
+
+    looks = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.looks += 1
+        return weight * self.looks
+
+
+@pytest.mark.parametrize("stride", [1, 2])  # by the kernel, and by torch
+def test_a_parametrised_weight_is_looked_at_once(stride: int) -> None:
+    conv, x = DepthwiseConv2d(4, 3, stride, padding=1), draw_map(2, 4, 6, 6)
+    weight = conv.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(conv, "weight", counting := Counting())
+    before, y = counting.looks, conv(x)
+    assert counting.looks == before + 1
+    expected = nn.functional.conv2d(x, weight * counting.looks, conv.bias, stride, 1, groups=4)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [pointwise_block, mixing_block])
+def test_the_blocks_look_at_a_parametrised_weight_once(block: Callable[..., Tensor]) -> None:
+    conv = nn.Conv2d(4, 4, 1) if block is pointwise_block else DepthwiseConv2d(4, 3)
+    nn.utils.parametrize.register_parametrization(conv, "weight", counting := Counting())
+    before = counting.looks
+    block(draw_map(2, 4, 6, 6), conv, nn.GELU(), nn.BatchNorm2d(4))
+    assert counting.looks == before + 1
+
+
 @needs_kernels
 @pytest.mark.parametrize("first", [0.0, 1e4])
 def test_variances_far_below_the_mean_keep_their_digits(first: float) -> None:

@@ -60,7 +60,13 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (B, C, H, W), or (C, H, W)."""
-        return _depthwise(self, input) if _takes_convolution(self, input) else super().forward(input)
+        # One look each: a parametrised weight is made anew, and drawn, or moved on, at every look.
+        weight, bias = self.weight, self.bias
+        if not (_fits(self, input) and _compiled(input, weight, bias)):
+            return self._conv_forward(input, weight, bias)
+        x = _autocast(input)
+        taps, bias = _summed(x, weight, bias)
+        return depthwise(x, taps, bias, _padding(self))
 
 
 def pointwise_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) -> Tensor:
@@ -94,12 +100,6 @@ def mixing_block(x: Tensor, conv: nn.Module, act: nn.Module, norm: nn.Module) ->
     return _track(norm, *mix(x, taps, bias, after, _padding(conv)))
 
 
-def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    x = _autocast(x)
-    weight, bias = _summed(x, conv.weight, conv.bias)
-    return depthwise(x, weight, bias, _padding(conv))
-
-
 def _autocast(x: Tensor) -> Tensor:
     """Return x as autocast would hand it to a convolution."""
     return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 else x
@@ -127,10 +127,11 @@ def _track(norm: nn.BatchNorm2d, y: Tensor, mean: Tensor, variance: Tensor) -> T
     if not norm.training or not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return y
     count = y.numel() // y.shape[1]
-    assert norm.num_batches_tracked is not None
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        momentum = norm.momentum or 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else momentum
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
         norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
     return y
@@ -159,11 +160,6 @@ def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
     return alone and conv.groups == 1 and x.shape[1] == conv.in_channels
 
 
-def _takes_convolution(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Return whether the compiled convolution computes what ``conv`` would on x."""
-    return _fits(conv, x) and _compiled(x, conv.weight, conv.bias)
-
-
 def _fits(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Return whether this is a convolution of the kind that is compiled, and x of the size that it takes."""
     if not (_is_convolution(conv) and conv.groups == conv.in_channels == conv.out_channels and isinstance(x, Tensor)):
@@ -189,10 +185,12 @@ def _parts(x: Tensor, conv: nn.Conv2d, act: nn.Module, norm: nn.Module) -> tuple
         return None
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.numel():  # torch.fx traces with what is no tensor
         return None
+    if is_watched(conv) or is_watched(act) or is_watched(norm):
+        return None
     # Each is read once: looking up a module's tensor takes half a microsecond.
     tensors = scale, shift, mean, variance = norm.weight, norm.bias, norm.running_mean, norm.running_var
     weight, bias = conv.weight, conv.bias
-    if scale is None or shift is None or is_watched(conv) or is_watched(act) or is_watched(norm):
+    if scale is None or shift is None:
         return None
     if not _compiled(x, weight, bias, *tensors):
         return None

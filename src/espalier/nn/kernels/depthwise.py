@@ -39,7 +39,11 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _new_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
-    return fresh(like, batch, height, width, channels).permute(0, 3, 1, 2)
+    """Return room for a channels-last map.
+
+    It is no view of what it was made from: torch would refuse to let one that a function returns be changed in place.
+    """
+    return fresh(like, batch, height, width, channels).permute(0, 3, 1, 2).data
 
 
 def _sizes(x: Tensor, weight: Tensor, padding: Padding) -> dict[str, int]:

@@ -308,7 +308,8 @@ class _Irfft(torch.autograd.Function):
         """See ``irfft``."""
         ctx.tables = matrices
         ctx.bias_size = 0 if bias is None else len(bias)
-        return irfft((real, imag), matrices, bias, columns_first=columns_first)
+        # No view: torch would refuse to let one that a function returns be changed in place.
+        return irfft((real, imag), matrices, bias, columns_first=columns_first).data
 
     @staticmethod
     @takes_batches
