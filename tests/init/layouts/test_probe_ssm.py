@@ -202,3 +202,35 @@ def test_mixers_with_parts_of_another_kind_never_end_in_an_error(
     change(own)
     [found] = [found for _, _, found in find_layers(own) if found.kind == "ssm"]
     assert isinstance(found, Skipped) or isinstance(own, OwnMamba1)
+
+
+class Mamba(OwnMamba1):
+    """A fork's mixer, which scans backwards, too, with parameters of its own (Vision Mamba's)."""
+
+    def __init__(self, *, used: bool) -> None:
+        super().__init__()
+        self.A_b_log, self.used = nn.Parameter(self.A_log.detach().clone()), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.used:
+            return y
+        forth, self.A_log = self.A_log, self.A_b_log
+        back = super().forward(x.flip(1)).flip(1)
+        self.A_log = forth
+        return y + back
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_fork_under_a_librarys_name_is_proven_where_it_has_more_parameters(
+    used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mamba, "__module__", "mamba_ssm.modules.mamba_simple")
+    net = nn.Sequential(Mamba(used=used))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    if not used:  # a run shows that they do nothing
+        assert [row.status for row in espalier.structure_(net, generator=seeded()).layers] == ["written"]
+        return
+    with pytest.raises(EspalierError, match="its class is not known to have A_b_log, and not proven by a run"):
+        espalier.structure_(net, generator=seeded())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
