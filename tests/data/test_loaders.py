@@ -159,24 +159,6 @@ def test_bad_data_are_one_line() -> None:
         list(source.eval_batches("tset", 1))
 
 
-class Named(Noisy):
-    """Items of named classes, as torchvision's folders state them."""
-
-    def __init__(self, *classes: str, mapped: bool = False) -> None:
-        super().__init__(6)
-        self.classes, self.target_transform = list(classes), (int if mapped else None)
-
-
-@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: DataLoader(data, 2), lambda data: Subset(data, [0])])
-def test_a_class_under_two_numbers_is_refused(wrap: Callable[[Named], object]) -> None:
-    train = wrap(Named("cat", "dog", "hen"))
-    with pytest.raises(EspalierError, match="class 'hen' has number 2 in train and 1 in val"):
-        LoaderSource({"train": train, "test": wrap(Named("cat", "dog", "hen")), "val": wrap(Named("cat", "hen"))})
-    for classes in (("cat", "dog"), ("cat", "dog", "hen", "owl")):
-        LoaderSource({"train": train, "test": wrap(Named(*classes))})
-    LoaderSource({"train": train, "test": wrap(Named("hen", mapped=True))})
-
-
 FACTORY = """
 import torch
 from torch.utils.data import TensorDataset

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from espalier.annotations import refuse_misfits
 from espalier.data.augmentation import Augmentation
+from espalier.data.classes import count_classes, refuse_two_numbers
 from espalier.data.source import Source, epoch_order, image_args
 from espalier.errors import EspalierError, require_known
 from espalier.lookup import errors_of, load, without_pin
@@ -60,7 +61,7 @@ class LoaderSource:
 
     Raises:
         EspalierError: no training split, nothing to evaluate on, splits of another kind (such as an iterator, which can
-            be read only once), or one class under two numbers.
+            be read only once), or one class under two numbers, in any of the data sets that the splits are made of.
     """
 
     def __init__(self, splits: Mapping[str, Any], name: str = "dataset") -> None:
@@ -84,14 +85,7 @@ class LoaderSource:
                 # Workers that live on hold copies that cannot be started anew: every epoch gets workers of its own.
                 self._splits[split] = copy.copy(data)
                 vars(self._splits[split])["persistent_workers"] = False
-        numbers = _class_numbers(splits[TRAIN])
-        for split, data in splits.items():
-            for label, number in _class_numbers(data).items():
-                if (wanted := numbers.get(label, number)) != number:
-                    raise EspalierError(
-                        f"{name}: class {label!r} has number {wanted} in train and {number} in {split}: give all "
-                        "splits the same classes, or one of them a target_transform"
-                    )
+        refuse_two_numbers(name, {TRAIN: splits[TRAIN], **splits})
         self._repeats = False
         """Whether the training data were seen to begin an epoch the same way twice."""
         self._place: tuple[int, int, int, int] | None = None
@@ -185,7 +179,7 @@ class LoaderSource:
         """Return the size and channels of images, and the number of classes where the training set knows them."""
         train = self._splits[TRAIN]
         found: dict[str, Any] = {}
-        if (classes := _count_classes(getattr(train, "dataset", train))) is not None:
+        if (classes := count_classes(train)) is not None:
             found["num_classes"] = classes
         first = next(self.eval_batches(self.eval_splits[0], 1), None)
         if first is None:
@@ -338,29 +332,3 @@ def _reset(field: Field[Any]) -> str:
 
 def _has_indices(data: Any) -> bool:
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset)
-
-
-def _class_numbers(data: Any) -> dict[str, int]:
-    """Return the numbers that a dataset as torchvision has them gives its classes, by name; none, if they are mapped.
-
-    ``ImageFolder`` counts the folders that it finds: a split that lacks one counts the others otherwise.
-    """
-    while isinstance(data, DataLoader | Subset):
-        data = data.dataset
-    classes, mapped = getattr(data, "classes", None), getattr(data, "target_transform", None) is not None
-    if mapped or not (isinstance(classes, list | tuple) and all(isinstance(label, str) for label in classes)):
-        return {}
-    return {label: number for number, label in enumerate(classes)}
-
-
-def _count_classes(data: Any) -> int | None:
-    """Return how many classes a dataset says that it has, by the names that torchvision and torch use."""
-    while hasattr(data, "dataset"):  # a subset
-        data = data.dataset
-    if (classes := getattr(data, "classes", None)) is not None:
-        return len(classes)
-    targets = data.tensors[-1] if hasattr(data, "tensors") else getattr(data, "targets", None)
-    if targets is None:
-        return None
-    targets = torch.as_tensor(targets)
-    return None if targets.is_floating_point() or targets.dim() != 1 else int(targets.max()) + 1
