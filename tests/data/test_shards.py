@@ -174,6 +174,75 @@ def test_a_sample_of_two_classes_is_refused(tmp_path: Path) -> None:
         list_shards(tmp_path)
 
 
+def sample(name: str, ending: str = ".png") -> list[tarfile.TarInfo]:
+    """Return the empty image and the class of a sample; ``pack`` writes them."""
+    return [tarfile.TarInfo(name + ending), tarfile.TarInfo(f"{name}.cls")]
+
+
+def pack(path: Path, *members: tarfile.TarInfo) -> None:
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            is_class = member.isreg() and member.name.lower().endswith(".cls")
+            member.size = int(is_class)
+            archive.addfile(member, io.BytesIO(b"0") if is_class else None)
+
+
+@pytest.mark.parametrize("name", ["cat.0", "set/cat.0", "v1.5_cat", "cat.", "cat.0.left", "a.b/cat.0"])
+@pytest.mark.parametrize("ending", [".png", ".JPEG", ".cls"])
+def test_a_point_within_the_name_of_a_sample_is_refused(tmp_path: Path, name: str, ending: str) -> None:
+    """WebDataset takes "cat" for the sample and "0.png" for the kind of file."""
+    pack(tmp_path / "a.tar", *sample("0"), *sample("1"), tarfile.TarInfo(name + ending))
+    message = refusal(tmp_path / "a.tar")
+    assert f"{name}{ending} has a point within its name" in message
+    renamed = message.partition("rename it, as ")[2].partition(",")[0]
+    pack(tmp_path / "a.tar", *sample("0"), *sample("1"), *sample(renamed.partition(".")[0]))
+    listing = list_shards(tmp_path)
+    assert len(listing.train) + len(listing.test) == 3, "the name that the message gives is taken"
+
+
+def test_points_in_folders_and_in_what_is_no_image_are_nobodys_matter(tmp_path: Path) -> None:
+    folder = tarfile.TarInfo("v1.0.png")
+    folder.type = tarfile.DIRTYPE
+    others = [tarfile.TarInfo(name) for name in ("0.meta.json", "notes", "._0.png", "v1.0.png/.x.y.png", "0.png.md5")]
+    pack(tmp_path / "a.tar", folder, *others, *sample("v1.0.png/0"), *sample("v1.0/1", ".JPG"), *sample("./2", ".Tiff"))
+    listing = list_shards(tmp_path)
+    assert len(listing.train) + len(listing.test) == 3
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_image_or_class_that_is_a_link_is_not_left_out(tmp_path: Path, kind: bytes, place: int) -> None:
+    members = sample("9")
+    members[place].type, members[place].linkname = kind, "0.png"
+    pack(tmp_path / "a.tar", *sample("0"), *sample("1"), *members)
+    assert f"{members[place].name} is a link or no file: pack with tar --deref" in refusal(tmp_path / "a.tar")
+    members[0].type = members[1].type = kind
+    pack(tmp_path / "a.tar", *sample("0"), *sample("1"), *members)
+    assert "9.png is a link" in refusal(tmp_path / "a.tar")
+
+
+def test_the_remedy_for_links_is_one(tmp_path: Path) -> None:
+    first = tmp_path / "packed" / next(iter(samples()))
+    for name, content in samples().items():
+        (tmp_path / "packed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "packed" / name).write_bytes(content)
+    linked = [first.with_name("again.jpg"), first.with_name("more.jpg")]
+    linked[0].hardlink_to(first)
+    linked[1].symlink_to(first)
+    for link in linked:
+        link.with_suffix(".cls").write_bytes(b"1")
+    if (tar := shutil.which("tar")) is None:
+        pytest.skip("there is no tar: install GNU tar")
+    shard = tmp_path / "shards" / "a.tar"
+    shard.parent.mkdir()
+    command = [tar, "-C", str(tmp_path / "packed"), "-cf", str(shard)]
+    subprocess.run([*command, "."], check=True)
+    assert "is a link or no file" in refusal(shard)
+    subprocess.run([*command, "--dereference", "--hard-dereference", "."], check=True)
+    listing = list_shards(shard)
+    assert len(listing.train) + len(listing.test) == COUNT + 2
+
+
 def test_linked_folders_of_shards_are_listed(tmp_path: Path) -> None:
     for name in ("set/train/0.tar", "elsewhere/1.tar", "elsewhere/._1.tar", "set/val/0.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

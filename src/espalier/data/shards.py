@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from espalier.files import open_regular
 
 _MOST_CLASSES = 1_000_000
 _TAR_BLOCK = 512
+_CLASS = ".cls"
 # A split in the name of a shard or its folder: "train/0000.tar", "imagenet1k-validation-07.tar", "Train_3.tar".
 _SPLIT = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|test|testing|eval))(?![a-z])")
 
@@ -27,17 +29,18 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
     """List the images of all ``.tar`` files below ``root``, decoding nothing.
 
     A sample is the files of one name up to its first point: an image, and ``NAME.cls`` with the number of its class
-    in digits. Shards are training or test sets by their own or their folder's name; where no name says so, a share of
-    each class is set aside. Only headers are read. The images of an epoch are then read in the order that a folder's
-    would be, each by itself: shuffled as a whole, and not within a buffer.
+    in digits; files of other endings are left out. Shards are training or test sets by their own or their folder's
+    name; where no name says so, a share of each class is set aside. Only headers are read. The images of an epoch are
+    then read in the order that a folder's would be, each by itself: shuffled as a whole, and not within a buffer.
 
     Args:
         root: a folder of shards, or one shard.
         test_share: share of each class that is the test set where no shard is named as one; fixed for one listing.
 
     Raises:
-        EspalierError: no shards, a damaged or compressed one, a sample without an image or a class, a class number
-            that is none, training shards without test shards or the other way round; the message names the shard.
+        EspalierError: no shards, a damaged or compressed one, a sample without an image or a class, an image or class
+            that is a link or has a point within its name, a class number that is none, training shards without test
+            shards or the other way round; the message names the shard.
     """
     base = root if root.is_dir() else root.parent
     shards = sorted(root / name for name in files_below(root, {".tar"})) if root.is_dir() else [root]
@@ -85,18 +88,14 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
     try:
         with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
-                    continue
-                stem, _, ending = name.partition(".")
-                sample = f"{folder}/{stem}"
-                if f".{ending.lower()}" in SUFFIXES:
+                sample, ending = _name_of(shard, member)
+                if ending in SUFFIXES:
                     if sample in places:
                         raise EspalierError(f"shard {shard} holds two images of the name {sample}: rename one")
                     if member.issparse():  # its bytes lie without their zeros, and are not read through tarfile
                         raise EspalierError(f"shard {shard}: {member.name} is stored with gaps: pack without tar -S")
                     places[sample] = member.offset_data, member.size
-                elif ending.lower() == "cls":
+                elif ending == _CLASS:
                     text = archive.extractfile(member).read(20).decode("ascii", "replace").strip()  # type: ignore[union-attr]
                     if not (text.isascii() and text.isdigit()) or int(text) > _MOST_CLASSES:
                         raise EspalierError(f"shard {shard}: {member.name} holds {text!r}: write the number of a class")
@@ -117,6 +116,30 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
     if not places:
         raise EspalierError(f"shard {shard} holds no image: remove it ({', '.join(sorted(SUFFIXES))})")
     return [(classes[name], *place) for name, place in places.items()]
+
+
+def _name_of(shard: Path, member: tarfile.TarInfo) -> tuple[str, str]:
+    """Return which sample a member is of and what it is, ``.cls`` or the suffix of an image; "" for anything else.
+
+    Raises:
+        EspalierError: its name ends as that of an image or a class, and it is none that a sample can have.
+    """
+    folder, _, name = member.name.rpartition("/")
+    suffix = os.path.splitext(name)[1].lower()
+    if member.isdir() or name.startswith(".") or suffix not in SUFFIXES | {_CLASS}:
+        return "", ""
+    stem, _, ending = name.partition(".")
+    if f".{ending.lower()}" != suffix:
+        raise EspalierError(
+            f"shard {shard}: {member.name} has a point within its name, and a sample is named up to its first point: "
+            f"rename it, as {name[: -len(suffix)].replace('.', '_')}{suffix}, or leave it out"
+        )
+    if not member.isfile():
+        raise EspalierError(
+            f"shard {shard}: {member.name} is a link or no file: pack with tar --dereference --hard-dereference, or "
+            "leave it out"
+        )
+    return f"{folder}/{stem}", suffix
 
 
 def _check_end(file: BinaryIO, place: int) -> None:
