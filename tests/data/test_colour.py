@@ -34,28 +34,47 @@ def png(pixels: np.ndarray, kind: int, bits: int, *extra: tuple[bytes, bytes]) -
     )
 
 
-def tiff(pixels: np.ndarray, order: str) -> bytes:
-    """Return an uncompressed TIFF of 16-bit grey or RGB in byte order ``<`` or ``>``."""
+def tiff(pixels: np.ndarray, order: str, bits: int = 16, deflated: bool = False, **changes: int) -> bytes:
+    """Return a TIFF of grey or RGB in byte order ``<`` or ``>``; ``changes`` are fields by their tag, as ``t262=0``."""
     height, width = pixels.shape[:2]
     samples = pixels.size // (height * width)
-    data = pixels.astype(f"{order}u2").tobytes()
-    start = 8 + 2 + 12 * 9 + 4
-    bits = struct.pack(f"{order}3H", 16, 16, 16)
-    fields = [
-        (256, 4, 1, width), (257, 4, 1, height), (258, 3, samples, start if samples > 1 else 16), (259, 3, 1, 1),
-        (262, 3, 1, 2 if samples > 1 else 1), (273, 4, 1, start + len(bits)), (277, 3, 1, samples),
-        (278, 4, 1, height), (279, 4, 1, len(data)),
-    ]  # fmt: skip
+    lines = ["".join(f"{value:0{bits}b}" for value in row.ravel()) for row in pixels]
+    length = -(-bits * samples * width // 8)  # bytes of a row
+    data = b"".join(int(line.ljust(8 * length, "0"), 2).to_bytes(length, "big") for line in lines)
+    if bits == 16:
+        data = pixels.astype(f"{order}u2").tobytes()
+    if deflated:
+        data = zlib.compress(data)
+    if changes.get("t266") == 2:
+        data = bytes(int(f"{byte:08b}"[::-1], 2) for byte in data)
+    numbers = {
+        256: width, 257: height, 258: bits, 259: 8 if deflated else 1, 262: 2 if samples > 1 else 1, 273: 0,
+        277: samples, 278: height, 279: len(data),
+    }  # fmt: skip
+    numbers |= {int(tag[1:]): value for tag, value in changes.items()}
+    fields = sorted((tag, value) for tag, value in numbers.items() if value >= 0)
+    start = 8 + 2 + 12 * len(fields) + 4
+    depths = struct.pack(f"{order}{samples}H", *[bits] * samples)
     out = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(fields))
-    for tag, kind, count, value in fields:
-        inline = struct.pack(f"{order}HH", value, 0) if kind == 3 and count == 1 else struct.pack(f"{order}I", value)
-        out += struct.pack(f"{order}HHI", tag, kind, count) + inline
-    return out + struct.pack(f"{order}I", 0) + bits + data
+    for tag, value in fields:
+        if tag == 258 and samples > 1:
+            out += struct.pack(f"{order}HHII", tag, 3, samples, start)
+        elif tag in (256, 257, 273, 278, 279):
+            out += struct.pack(f"{order}HHII", tag, 4, 1, start + len(depths) if tag == 273 else value)
+        else:
+            out += struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
+    return out + struct.pack(f"{order}I", 0) + depths + data
 
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None] / 255
     return colour * share + 255 * (1 - share)
+
+
+def jpeg_2000(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(file, "JPEG2000", num_resolutions=1)
+    return file.getvalue()
 
 
 GREY16, RGB16 = RNG.integers(0, 65536, (5, 7)), RNG.integers(0, 65536, (5, 7, 3))
@@ -80,6 +99,7 @@ def grey(values: np.ndarray) -> np.ndarray:
         (tiff(GREY16, "<"), grey(GREY16 / 257)),
         (tiff(GREY16, ">"), grey(GREY16 / 257)),
         (tiff(RGB16, "<"), RGB16 / 257),
+        (jpeg_2000(GREY16), grey(GREY16 / 257)),
         (b"P5 7 5 65535\n" + GREY16.astype(">u2").tobytes(), grey(GREY16 / 257)),
         (b"P5 7 5 1023\n" + (GREY16 // 64).astype(">u2").tobytes(), grey((GREY16 // 64) * 255 / 1023)),
         (png(RGBA8, 6, 8), over_white(RGBA8[..., :3], RGBA8[..., 3])),
@@ -90,7 +110,8 @@ def grey(values: np.ndarray) -> np.ndarray:
     ],
     ids=[
         "grey 16 png", "rgb 16 png", "rgba 16 png", "grey with alpha 16 png", "grey 16 tiff", "grey 16 tiff big-endian",
-        "rgb 16 tiff", "pgm 16", "pgm 10", "rgba png", "grey with alpha png", "palette", "palette with transparency",
+        "rgb 16 tiff", "grey 16 jpeg 2000", "pgm 16", "pgm 10", "rgba png",
+        "grey with alpha png", "palette", "palette with transparency",
         "1 bit",
     ],
 )  # fmt: skip
@@ -99,6 +120,47 @@ def test_every_depth_and_mode_of_a_file(content: bytes, expected: np.ndarray) ->
     assert image.mode == "RGB"
     # Pillow cuts 16-bit colour where we round, and blends in steps of its own.
     assert np.abs(np.asarray(image).astype(float) - expected).max() < 2
+
+
+# What Pillow knows of 12 and 16 bits, by byte order and whether zero is black; of fewer it knows all. Bits that lie the
+# other way round in every byte (FillOrder 2) it knows in part.
+READ = {12: {("<", 1)}, 16: {("<", 1), (">", 1), ("<", 0)}}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("zero_is_black", [0, 1])
+@pytest.mark.parametrize("fill", [1, 2])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_grey_of_a_tiff_is_what_its_header_states(
+    bits: int, order: str, zero_is_black: int, fill: int, deflated: bool
+) -> None:
+    most = 2**bits - 1
+    shown = np.concatenate([[0, most], RNG.integers(0, most + 1, 33)]).reshape(5, 7)
+    content = tiff(shown if zero_is_black else most - shown, order, bits, deflated, t262=zero_is_black, t266=fill)
+    known = fill == 1 and (bits <= 8 or (order, zero_is_black) in READ[bits])
+    with contextlib.nullcontext() if known else contextlib.suppress(ValueError):
+        assert np.abs(np.asarray(upright_rgb(content)) - grey(shown * 255 / most)).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"t262": -1}, "does not say whether zero is black or white"),
+        ({"t339": 2}, "signed or 32-bit pixels have no known white"),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_black_and_white_are_not_stated_is_refused(bits: int, changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        upright_rgb(tiff(np.arange(35).reshape(5, 7), "<", bits, **changes))
+
+
+def test_grey_of_a_format_with_no_known_white_is_refused() -> None:
+    cards = ("SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 7", "NAXIS2  = 5", "END")
+    fits = "".join(f"{card[:8]}{card[8:9]}{card[9:].rjust(21)}".ljust(80) for card in cards).ljust(2880)
+    with pytest.raises(ValueError, match="have no known white"):
+        upright_rgb(fits.encode() + GREY16.astype(">i2").tobytes().ljust(2880, b"\0"))
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "L"])

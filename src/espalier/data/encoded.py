@@ -122,7 +122,8 @@ class EncodedImages:
         Raises:
             EspalierError: a file is gone, cannot be read or is no regular one; the message names it.
         """
-        digest = hashlib.blake2b(repr((3, *keys, str(self.root.resolve()))).encode(), digest_size=16)
+        # 4: raise it when the same bytes come to show other pixels, or caches of the old ones would be used on.
+        digest = hashlib.blake2b(repr((4, *keys, str(self.root.resolve()))).encode(), digest_size=16)
         blocks = [range(at, min(at + _BLOCK, len(self))) for at in range(0, len(self), _BLOCK)]
         with ThreadPoolExecutor(_THREADS) as pool:
             for part in pool.map(self._sample, blocks):
