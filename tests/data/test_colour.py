@@ -196,9 +196,12 @@ def test_every_orientation_is_turned_upright(turn: int, kind: str) -> None:
 def test_numbers_without_a_known_white_are_refused(kind: type, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
-        Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / name / "a.tif")
-    with pytest.raises(EspalierError, match=r"a\.tif.*32-bit pixels have no known white"):
+        for file in ("a.tif", "b.tif"):
+            Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / name / file)
+    with pytest.raises(EspalierError, match=r"cannot decode 2 of 2 images.*[ab]\.tif"):
         read_folder(tmp_path, size=4, test_share=0.5)
+    with pytest.raises(ValueError, match="32-bit pixels have no known white"):
+        upright_rgb((tmp_path / "cat" / "a.tif").read_bytes())
 
 
 SAMPLES = [png(GREY16, 0, 16), png(INDEX, 3, 8, PLTE), tiff(RGB16, ">"), b"GIF89a", b"\xff\xd8\xff\xe1", b"RIFF", b""]

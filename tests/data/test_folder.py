@@ -75,7 +75,8 @@ def test_images_are_cropped_centrally_and_turned_upright(tmp_path: Path) -> None
     wide[:, 3:9] = 255
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        Image.fromarray(wide).save(tmp_path / name / "wide.png")
+        for number in range(2):
+            Image.fromarray(wide).save(tmp_path / name / f"{number}.png")
     data = read_folder(tmp_path, size=6, test_share=0.5)
     assert (data.train.images_NCHW == 255).all()
     exif = Image.Exif()
@@ -85,21 +86,23 @@ def test_images_are_cropped_centrally_and_turned_upright(tmp_path: Path) -> None
     turned = tmp_path / "turned"
     for name in ("a", "b"):
         (turned / name).mkdir(parents=True)
-        Image.fromarray(half).save(turned / name / "half.png", exif=exif)
+        for number in range(2):
+            Image.fromarray(half).save(turned / name / f"{number}.png", exif=exif)
     data = read_folder(turned, size=8, test_share=0.5)
     assert (data.train.images_NCHW[0, :, 4:] == 255).all()
     assert (data.train.images_NCHW[0, :, :4] == 0).all()
 
 
 def test_a_new_time_alone_renews_the_cache(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        write_image(tmp_path / name / "0.bmp", (1, 1, 1))
+    files = [tmp_path / name / f"{number}.bmp" for name in ("cat", "dog") for number in range(2)]
+    for file in files:
+        write_image(file, (1, 1, 1))
     assert read_folder(tmp_path, size=8, test_share=0.5).train.images_NCHW.max() == 1
-    length = (tmp_path / "cat" / "0.bmp").stat().st_size
-    for name in ("cat", "dog"):
-        write_image(tmp_path / name / "0.bmp", (2, 2, 2))
-        os.utime(tmp_path / name / "0.bmp", ns=(1, 1))
-    assert (tmp_path / "cat" / "0.bmp").stat().st_size == length
+    length = files[0].stat().st_size
+    for file in files:
+        write_image(file, (2, 2, 2))
+        os.utime(file, ns=(1, 1))
+    assert files[0].stat().st_size == length
     assert read_folder(tmp_path, size=8, test_share=0.5).train.images_NCHW.min() == 2
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier.data.layout import list_folder
+from espalier.data.encoded import EncodedImages
+from espalier.data.layout import list_folder, split_off
 from espalier.errors import EspalierError
 
 
@@ -153,6 +156,43 @@ def test_classes_are_named_in_utf8_and_files_as_they_like(tmp_path: Path) -> Non
     with pytest.raises(EspalierError, match="no UTF-8: rename") as caught:
         list_folder(tmp_path)
     assert str(caught.value).encode(), "it can be printed"
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 25), min_size=2, max_size=7), share=st.floats(0.02, 0.98))
+def test_of_every_class_its_share_is_set_aside_and_never_its_last_image(sizes: list[int], share: float) -> None:
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    images = EncodedImages.from_names(Path("photos"), map(str, range(len(labels))), labels)
+    names = tuple(map(str, range(len(sizes))))
+    whole = round(share * len(labels))
+    # Rounded up, as far as one image is left, is the most that a class can give.
+    most = [min(math.ceil(Fraction(whole * size, len(labels))), size - 1) for size in sizes]
+    if not 0 < whole < len(labels) or not any(most):
+        with pytest.raises(EspalierError, match="test_share"):
+            split_off(images, names, share)
+        return
+    data = split_off(images, names, share)
+    tested = [data.test.labels_N.tolist().count(label) for label in range(len(sizes))]
+    for size, count, bound in zip(sizes, tested, most, strict=True):
+        assert math.floor(Fraction(whole * size, len(labels))) <= count <= bound
+        assert count < size
+    assert sum(tested) == min(whole, sum(most)), "as many in all as were asked for, if the classes have them"
+    parts = [split.files_F[split.spans_N3[:, 0]].astype(int).tolist() for split in (data.train, data.test)]
+    assert sorted(parts[0] + parts[1]) == list(range(len(labels)))
+    assert all(part == sorted(part) for part in parts), "both in the order of the listing"
+
+
+def test_a_class_of_one_image_is_trained_and_not_tested(tmp_path: Path) -> None:
+    sizes = {"x": 10, "y": 10, "z": 1}
+    touch(tmp_path, *(f"{name}/{number}.jpg" for name, size in sizes.items() for number in range(size)))
+    listing = list_folder(tmp_path, test_share=0.6)
+    assert listing.train.labels_N.bincount().tolist() == [3, 4, 1]
+    assert listing.test.labels_N.bincount(minlength=3).tolist() == [7, 6, 0], "13 of 21 in all"
+    single = tmp_path / "single"
+    touch(single, "x/1.jpg", "y/1.jpg")
+    with pytest.raises(EspalierError, match="every class has one image, which is trained on: add images") as caught:
+        list_folder(single, test_share=0.5)
+    assert "\n" not in str(caught.value)
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(

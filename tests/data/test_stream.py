@@ -217,7 +217,14 @@ def test_shards_without_names_of_splits_are_split_by_class(tmp_path: Path) -> No
         ({"0.tar": {"a.jpg": b"", "a.cls": b"cat"}}, "'cat'"),
         ({"0.tar": {"a.jpg": b"", "a.cls": b"9" * 19}}, "write the number of a class"),
         ({"0.tar": {"a.txt": b"x"}}, "holds no image"),
-        ({"train/0.tar": {"a.jpg": b"", "a.cls": b"0"}, "val/0.tar": {"a.jpg": b"", "a.cls": b"4"}}, "class 4"),
+        ({"train/0.tar": {"a.jpg": b"", "a.cls": b"0"}, "val/0.tar": {"a.jpg": b"", "a.cls": b"4"}}, "class '4'"),
+        (
+            {
+                "train/0.tar": {"a.jpg": b"", "a.cls": b"0", "b.jpg": b"", "b.cls": b"2"},
+                "val/0.tar": {"a.jpg": b"", "a.cls": b"1"},
+            },
+            "class '1' has test images and no training images",
+        ),
     ],
 )
 def test_doubtful_shards_are_refused_in_one_line(

@@ -38,20 +38,47 @@ Images = TypeVar("Images", LabelledImages, EncodedImages)
 
 @dataclass(frozen=True)
 class ImageData(Generic[Images]):
-    """A training set, a test set and the names of the classes that their labels index."""
+    """A training set, a test set and the names of the classes that their labels index.
+
+    Raises:
+        EspalierError: a class has test images and no training images.
+    """
 
     train: Images
     test: Images
     class_names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if untrained := _untrained(self.train, self.test):
+            name = self.class_names[untrained[0]]
+            raise EspalierError(
+                f"class {name!r} has test images and no training images: add some, or remove its test images"
+            )
+
     def limited(self, train_limit: Any = None, test_limit: Any = None) -> ImageData[Images]:
         """Return the first ``train_limit`` and ``test_limit`` examples of a fixed stratified order (None: all).
 
         Raises:
-            EspalierError: a limit that is no positive whole number, or larger than the set.
+            EspalierError: a limit that is no positive whole number, or larger than the set, or a ``train_limit`` that
+                leaves a class of the test set without training images; the message gives the smallest that does not.
         """
         train = _limited(self.train, "train_limit", train_limit)
-        return ImageData(train, _limited(self.test, "test_limit", test_limit), self.class_names)
+        test = _limited(self.test, "test_limit", test_limit)
+        if untrained := _untrained(train, test):
+            order_N = stratified_order(self.train.labels_N, "limit")
+            shown_N = self.train.labels_N[order_N].tolist()
+            needed = 1 + max(shown_N.index(label) for label in untrained)
+            raise EspalierError(
+                f"train_limit is {train_limit}, and class {self.class_names[untrained[0]]!r} would be tested and never "
+                f"trained: give {needed} or more"
+            )
+        return ImageData(train, test, self.class_names)
+
+
+def _untrained(train: Images, test: Images) -> list[int]:
+    """Return the labels of the classes that have test images and no training images."""
+    trained = set(train.labels_N.unique().tolist())
+    return [label for label in test.labels_N.unique().tolist() if label not in trained]
 
 
 def stratified_order(labels_N: Tensor, *keys: int | str) -> Tensor:
@@ -75,9 +102,24 @@ def stratified_order(labels_N: Tensor, *keys: int | str) -> Tensor:
 
 
 def set_aside(whole: Images, count: int, class_names: tuple[str, ...], key: str) -> ImageData[Images]:
-    """Set ``count`` images of the stratified order of ``key`` aside for the test; both parts keep their old order."""
+    """Set ``count`` images aside for the test: of every class its share, rounded up or down, and never its last image.
+
+    The order of each class, and which shares are rounded up, are those of the stratified order of ``key``; both parts
+    keep their old order. Fewer are set aside where too many classes have one image alone.
+    """
     order_N = stratified_order(whole.labels_N, key)
-    test_N, train_N = order_N[:count].sort().values, order_N[count:].sort().values
+    labels_N = whole.labels_N[order_N]
+    sizes_C = labels_N.bincount(minlength=len(class_names))
+    least_C = sizes_C * count // len(whole)
+    most_C = (-(-sizes_C * count // len(whole))).minimum(sizes_C - 1)
+    # Place of every image within its class: sorted by class, its place in the whole less those of the classes before.
+    by_class_N = labels_N.argsort(stable=True)
+    rank_N = torch.empty_like(labels_N)
+    rank_N[by_class_N] = torch.arange(len(whole)) - (sizes_C.cumsum(0) - sizes_C)[labels_N[by_class_N]]
+    tested_N = rank_N < least_C[labels_N]
+    more_M = (~tested_N & (rank_N < most_C[labels_N])).nonzero().squeeze(1)
+    tested_N[more_M[: count - int(tested_N.sum())]] = True
+    test_N, train_N = order_N[tested_N].sort().values, order_N[~tested_N].sort().values
     return ImageData(whole.take(train_N), whole.take(test_N), class_names)
 
 

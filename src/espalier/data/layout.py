@@ -57,7 +57,7 @@ def list_folder(root: Path, *, test_share: float = 0.2, test: str | None = None)
 
 
 def split_off(whole: EncodedImages, class_names: tuple[str, ...], test_share: float) -> ImageData[EncodedImages]:
-    """Set the share ``test_share`` of each class aside for the test; both parts keep the listing's order.
+    """Set the share ``test_share`` of each class aside for the test, as ``set_aside`` does.
 
     Raises:
         EspalierError: one of the parts would be empty.
@@ -65,7 +65,13 @@ def split_off(whole: EncodedImages, class_names: tuple[str, ...], test_share: fl
     count = round(test_share * len(whole))
     if not 0 < count < len(whole):
         raise EspalierError(f"test_share {test_share} of {len(whole)} images leaves an empty set: change it")
-    return set_aside(whole, count, class_names, "folder")
+    data = set_aside(whole, count, class_names, "folder")
+    if not len(data.test):
+        raise EspalierError(
+            f"test_share {test_share} sets nothing aside, because every class has one image, which is trained on: "
+            "add images, or a test set"
+        )
+    return data
 
 
 def _list_classes(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[EncodedImages, tuple[str, ...]]:

@@ -61,11 +61,10 @@ def list_shards(root: Path, *, test_share: float = 0.2) -> ImageData[EncodedImag
         raise EspalierError(f"shards in {root}: {wrong}: name all of them or their folders train, val or test, or none")
     kind_N = np.array(kinds)[rows_N4[:, 0]]
     train, test = (whole.take(torch.from_numpy((kind_N == kind).nonzero()[0])) for kind in ("train", "test"))
-    class_names = _class_names(train)
-    highest = int(test.labels_N.max())
-    if highest >= len(class_names):
-        raise EspalierError(f"shards in {root}: class {highest} has test images and no training images: add some")
-    return ImageData(train, test, class_names)
+    try:
+        return ImageData(train, test, _class_names(whole))
+    except EspalierError as error:
+        raise EspalierError(f"shards in {root}: {error}") from None
 
 
 def _split_of(name: str) -> str:
