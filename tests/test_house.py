@@ -34,7 +34,7 @@ FLOORS = [
     {"init", "nn"},
     {"annotations", "lookup"},
     {"files"},
-    {"errors", "randomness", "tables"},
+    {"errors", "randomness", "sizes", "tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What `import espalier` must not load.

@@ -106,7 +106,7 @@ def test_init_weights_restores_everything_under_the_generator() -> None:
 @pytest.mark.parametrize("name", ["dim", "depth", "patch_size", "in_chans", "num_classes"])
 def test_sizes_that_are_too_small_are_named(name: str) -> None:
     sizes: dict[str, int] = {"dim": 8, "depth": 1, name: -1 if name == "num_classes" else 0}
-    with pytest.raises(EspalierError, match=f"^{name} is {sizes[name]}: give at least"):
+    with pytest.raises(EspalierError, match=f"^{name} is {sizes[name]}: give a whole number from"):
         ConvMixer(**sizes)
 
 

@@ -61,9 +61,9 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         TransformersViT(embed_dim=24, num_heads=5)
     with pytest.raises(EspalierError, match="differ in number"):
         TransformersConvNext(depths=(1,), dims=(8, 16))
-    with pytest.raises(EspalierError, match="depth is 0: give at least 1"):
+    with pytest.raises(EspalierError, match="depth is 0: give a whole number from 1"):
         TransformersViT(depth=0)
-    with pytest.raises(EspalierError, match=r"depths\[1\] is 0: give at least 1"):
+    with pytest.raises(EspalierError, match=r"depths\[1\] is 0: give a whole number from 1"):
         TransformersConvNext(depths=(1, 0), dims=(8, 16))
     with pytest.raises(EspalierError, match="stages is 0"):
         TransformersConvNext(depths=(), dims=())

@@ -35,17 +35,6 @@ def read_arguments(recipe: Recipe, defaults: Mapping[str, Any], *, reads_files: 
     return {**defaults, **recipe.data_args}
 
 
-def positive_int(name: str, value: Any) -> int:
-    """Return ``value`` if it is an integer above 0.
-
-    Raises:
-        EspalierError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise EspalierError(f"{name} is {value!r}: give a whole number from 1")
-    return value
-
-
 def unit_share(name: str, value: Any) -> float:
     """Return ``value`` if it is a number strictly between 0 and 1.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.data.arguments import find_data, positive_int, read_arguments, unit_share
+from espalier.data.arguments import find_data, read_arguments, unit_share
 from espalier.data.augmentation import Augmentation
 from espalier.data.decoded import MappedPixels, check_memory, decode_all, read_all
 from espalier.data.encoded import EncodedImages
@@ -16,6 +16,7 @@ from espalier.data.layout import list_folder
 from espalier.data.shards import list_shards
 from espalier.data.stream import Pixels, StreamedPixels, StreamSource
 from espalier.errors import EspalierError, require_known
+from espalier.sizes import whole_number
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -65,11 +66,11 @@ def read_folder(root: Path, *, size: int = 64, test_share: float = 0.2) -> Image
 
 
 def _source(recipe: Recipe, listing: ImageData[EncodedImages], arguments: dict[str, Any]) -> ImageSource | StreamSource:
-    storage, size, workers = arguments["storage"], positive_int("size", arguments["size"]), arguments["workers"]
+    storage, size, workers = arguments["storage"], whole_number("size", arguments["size"]), arguments["workers"]
     require_known("storage", storage, STORAGES)
     if size > _MOST_PIXELS:
         raise EspalierError(f"size is {size}: give at most {_MOST_PIXELS} pixels, no picture has a longer side")
-    if workers not in (None, 0) and positive_int("workers", workers) > _MOST_WORKERS:
+    if workers not in (None, 0) and whole_number("workers", workers) > _MOST_WORKERS:
         raise EspalierError(f"workers is {workers}: give at most {_MOST_WORKERS}, no machine runs more at once")
     listing = listing.limited(arguments["train_limit"], arguments["test_limit"])
     augmentation = Augmentation.from_recipe(recipe)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.data.arguments import find_data, read_arguments
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.generated import GENERATED, GeneratedImages, read_generated
@@ -19,6 +19,7 @@ from espalier.data.published import read_cifar10, read_digits, read_fashion_mnis
 from espalier.data.source import contents_digest, epoch_order, image_args, require_step
 from espalier.errors import EspalierError, require_known
 from espalier.randomness import derive_generator
+from espalier.sizes import whole_number
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -136,7 +137,7 @@ class ImageSource(ImageBatches):
         """
         require_known("split", split, self._splits)
         chosen = self._splits[split]
-        count = len(chosen) if limit is None else positive_int("limit", limit)
+        count = len(chosen) if limit is None else whole_number("limit", limit)
         return to_unit(chosen.images_NCHW[:count]), chosen.labels_N[:count]
 
 

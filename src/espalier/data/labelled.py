@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import positive_int
 from espalier.data.encoded import EncodedImages
 from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
+from espalier.sizes import whole_number
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,6 @@ def set_aside(whole: Images, count: int, class_names: tuple[str, ...], key: str)
 def _limited(split: Images, name: str, limit: Any) -> Images:
     if limit is None:
         return split
-    if positive_int(name, limit) > len(split):
+    if whole_number(name, limit) > len(split):
         raise EspalierError(f"{name} is {limit}, and there are {len(split)} images: lower it")
     return split.take(stratified_order(split.labels_N, "limit")[:limit])

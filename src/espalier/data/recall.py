@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import positive_int
 from espalier.data.source import IGNORED
 from espalier.errors import EspalierError, require_known
+from espalier.sizes import whole_number
 
 START, BAR, STOP = 0, 1, 2
 MARKS = 3
@@ -54,7 +54,7 @@ def copying(
 
     Source: "Repeat After Me" (arXiv 2402.01032), section 3.
     """
-    shortest = positive_int("length", length) if min_length is None else positive_int("min_length", min_length)
+    shortest = whole_number("length", length) if min_length is None else whole_number("min_length", min_length)
     if not shortest <= length:
         raise EspalierError(f"min_length {shortest} is above length {length}: lower it")
     require_known("order", order, ORDERS)
@@ -113,7 +113,7 @@ def ngram_lookup(
     Source: "Repeat After Me" (arXiv 2402.01032), section 3.
     """
     require_known("side", side, SIDES)
-    need = positive_int("ngram", ngram) + positive_int("answer_length", answer_length)
+    need = whole_number("ngram", ngram) + whole_number("answer_length", answer_length)
     if length < need:
         raise EspalierError(
             f"length {length} is too short for an n-gram of {ngram} and its answer: give at least {need}"
@@ -174,13 +174,13 @@ def mqar(
 
     Source: Zoology (arXiv 2312.04927), section 4 and its published generator.
     """
-    pairs = usual_pairs(length) if pairs is None else positive_int("pairs", pairs)
+    pairs = usual_pairs(length) if pairs is None else whole_number("pairs", pairs)
     require_known("placement", placement, PLACEMENTS)
     if isinstance(power, bool) or not isinstance(power, int | float):
         raise EspalierError(f"power is {power!r}: give a number")
     if not isinstance(random_filler, bool):
         raise EspalierError(f"random_filler is {random_filler!r}: give true or false")
-    half = positive_int("vocab_size", vocab_size) // 2
+    half = whole_number("vocab_size", vocab_size) // 2
     if vocab_size % 2 or half - 1 < pairs:
         raise EspalierError(f"vocab_size {vocab_size} for {pairs} pairs: give an even number from {2 * (pairs + 1)}")
     if length < 4 * pairs:
@@ -217,5 +217,5 @@ def _distinct(log_weight_S: Tensor, count: int, picks: int, generator: torch.Gen
 
 
 def _require_symbols(vocab_size: int) -> None:
-    if positive_int("vocab_size", vocab_size) <= MARKS:
+    if whole_number("vocab_size", vocab_size) <= MARKS:
         raise EspalierError(f"vocab_size {vocab_size} leaves no symbol beside {MARKS} marks: give at least {MARKS + 1}")

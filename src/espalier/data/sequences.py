@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import positive_int, read_arguments
+from espalier.data.arguments import read_arguments
 from espalier.data.recall import MARKS, copying, mqar, ngram_lookup, usual_pairs
 from espalier.data.source import require_step
 from espalier.errors import require_known
 from espalier.randomness import derive_generator
+from espalier.sizes import whole_number
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -83,8 +84,8 @@ class GeneratedSource(TokenBatches):
         self._name, self.length = name, length
         self.model_args = {"vocab_size": vocab_size}
         self._train, self._exact = train, exact
-        self._steps = positive_int("steps_per_epoch", steps_per_epoch)
-        count = positive_int("eval_examples", eval_examples)
+        self._steps = whole_number("steps_per_epoch", steps_per_epoch)
+        count = whole_number("eval_examples", eval_examples)
         self._device = torch.device("cpu")
         self._splits = {split: self.examples(factor * length, count) for split, factor in FACTORS.items()}
 
@@ -163,7 +164,7 @@ def mqar_source(recipe: Recipe) -> GeneratedSource:
 
 def _source(recipe: Recipe, task: Draw, defaults: Mapping[str, Any]) -> GeneratedSource:
     found = read_arguments(recipe, {**defaults, **_COUNTS}, reads_files=False)
-    counts, length = {name: found.pop(name) for name in _COUNTS}, positive_int("length", found.pop("length"))
+    counts, length = {name: found.pop(name) for name in _COUNTS}, whole_number("length", found.pop("length"))
     if "pairs" in found and found["pairs"] is None:
         found["pairs"] = usual_pairs(length)
     train = partial(task, **found)

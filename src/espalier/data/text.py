@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from espalier.data.arguments import find_data, positive_int, read_arguments
+from espalier.data.arguments import find_data, read_arguments
 from espalier.data.sequences import TokenBatches
 from espalier.data.source import contents_digest, require_step
 from espalier.errors import EspalierError
 from espalier.files import open_regular
 from espalier.randomness import derive_generator
+from espalier.sizes import whole_number
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -39,8 +40,8 @@ class TextSource(TokenBatches):
     def __init__(
         self, text: str, length: int = 256, *, steps_per_epoch: int | None = None, eval_examples: int | None = None
     ) -> None:
-        self.length = positive_int("length", length)
-        self._steps = None if steps_per_epoch is None else positive_int("steps_per_epoch", steps_per_epoch)
+        self.length = whole_number("length", length)
+        self._steps = None if steps_per_epoch is None else whole_number("steps_per_epoch", steps_per_epoch)
         codes_N = torch.tensor([ord(character) for character in text], dtype=torch.long)
         points_V, tokens_N = codes_N.unique(return_inverse=True)
         self.characters = "".join(map(chr, points_V.tolist()))
@@ -56,7 +57,7 @@ class TextSource(TokenBatches):
         test_WL = tokens_N[cut : cut + windows * length].view(windows, length)
         next_WL = tokens_N[cut + 1 : cut + windows * length + 1].view(windows, length)
         if eval_examples is not None:
-            kept_E = torch.linspace(0, windows - 1, min(positive_int("eval_examples", eval_examples), windows)).long()
+            kept_E = torch.linspace(0, windows - 1, min(whole_number("eval_examples", eval_examples), windows)).long()
             test_WL, next_WL = test_WL[kept_E], next_WL[kept_E]
         self._splits = {"test": (test_WL, next_WL)}
 

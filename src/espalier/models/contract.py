@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from espalier.errors import EspalierError
 from espalier.nn.precision import is_tracing
+from espalier.sizes import whole_number
 
 
 class TimmContract(nn.Module):
@@ -63,9 +66,9 @@ def new_head(net: nn.Module, kind: Callable[..., nn.Module], width: int, classes
     """Return a fresh head on the device, in the dtype and in the mode of a network; without classes an identity.
 
     Raises:
-        EspalierError: fewer than no classes.
+        EspalierError: classes that are no whole number from 0.
     """
-    check_sizes(0, num_classes=classes)
+    classes = whole_number("num_classes", classes, least=0)
     like = next(net.parameters(), None)
     place = {} if like is None else {"device": like.device, "dtype": like.dtype}
     head = kind(width, classes, **place) if classes else nn.Identity()
@@ -78,8 +81,7 @@ def check_divisor(name: str, divisor: int, of: str, size: int) -> None:
         raise EspalierError(f"{of} {size} is not divisible by {name} {divisor}: choose a divisor")
 
 
-def check_sizes(least: int = 1, **sizes: float) -> None:
-    """Raise ``EspalierError`` for the first of the arguments, by their names, that is below ``least``."""
-    for name, size in sizes.items():
-        if not size >= least:  # NaN is neither
-            raise EspalierError(f"{name} is {size}: give at least {least}")
+def check_ratio(name: str, ratio: float) -> None:
+    """Raise ``EspalierError`` unless an argument is a finite number from 0."""
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < math.inf:
+        raise EspalierError(f"{name} is {ratio!r}: give a number from 0")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract, check_sizes, draw_uniform, new_head
+from espalier.models.contract import TimmContract, draw_uniform, new_head
 from espalier.models.hub import HubModel
 from espalier.nn.depthwise import mixing_block, pointwise_block
 from espalier.nn.plain import is_watched
+from espalier.sizes import whole_numbers
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -73,7 +74,7 @@ class ConvMixer(TimmContract, HubModel):
         drop_rate: dropout before the head.
 
     Raises:
-        EspalierError: a kernel below 2, another size below 1, or unknown options.
+        EspalierError: a kernel below 2, another size that is no whole number from 1, or unknown options.
 
     Source: arXiv 2201.09792, section 2.
     """
@@ -92,8 +93,10 @@ class ConvMixer(TimmContract, HubModel):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans)
-        check_sizes(0, num_classes=num_classes)
+        dim, depth, kernel_size, patch_size = whole_numbers(
+            dim=dim, depth=depth, kernel_size=kernel_size, patch_size=patch_size
+        )
+        in_chans, spatial_dims = whole_numbers(in_chans=in_chans, spatial_dims=spatial_dims)
         if kernel_size < 2:
             raise EspalierError(f"kernel_size {kernel_size} mixes no pixels: choose at least 2")
         if activation not in ACTIVATIONS:
@@ -209,12 +212,12 @@ class ConvMixer(TimmContract, HubModel):
         """Replace the head by a fresh one for ``num_classes`` classes (0 removes it), and the pooling if given.
 
         Raises:
-            EspalierError: unknown pooling, or fewer than no classes.
+            EspalierError: unknown pooling, or classes that are no whole number from 0.
         """
         if global_pool not in (None, *POOLS):
             raise unknown_name("global_pool", str(global_pool), POOLS)
         self.head = new_head(self, nn.Linear, self.num_features, num_classes)
-        self.num_classes = num_classes
+        self.num_classes = int(num_classes)
         if global_pool is not None:
             self.global_pool = global_pool
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, require
-from espalier.models.contract import check_divisor, check_sizes
+from espalier.models.contract import check_divisor
 from espalier.models.hub import HubModel
 from espalier.models.vit import sincos_positions
+from espalier.sizes import whole_numbers
 
 
 class TransformersViT(HubModel):
@@ -42,8 +43,8 @@ class TransformersViT(HubModel):
         num_heads: int = 3,
     ) -> None:
         super().__init__()
-        check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
-        check_sizes(num_heads=num_heads, depth=depth, num_classes=num_classes)
+        whole_numbers(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        whole_numbers(num_heads=num_heads, depth=depth, num_classes=num_classes)
         check_divisor("patch_size", patch_size, "img_size", img_size)
         check_divisor("num_heads", num_heads, "embed_dim", embed_dim)
         grid = img_size // patch_size
@@ -102,9 +103,9 @@ class TransformersConvNext(HubModel):
         super().__init__()
         if len(depths) != len(dims):
             raise EspalierError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in number: give one a stage")
-        check_sizes(in_chans=in_chans, num_classes=num_classes, patch_size=patch_size, stages=len(dims))
+        whole_numbers(in_chans=in_chans, num_classes=num_classes, patch_size=patch_size, stages=len(dims))
         for name, sizes in (("depths", depths), ("dims", dims)):
-            check_sizes(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
+            whole_numbers(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
         transformers = require("transformers", "transformers")
         config = transformers.ConvNextConfig(
             num_channels=in_chans,

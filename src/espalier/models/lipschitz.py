@@ -21,6 +21,7 @@ from espalier.nn.lipschitz.pooling import InvertibleDownsampling
 from espalier.nn.lipschitz.residual import ConvexSum, LinearResidual
 from espalier.nn.orthogonal.conv import CayleyConv1d, CayleyConv2d, CayleyConv3d, CayleyConvTranspose2d
 from espalier.nn.orthogonal.linear import CayleyLinear
+from espalier.sizes import per_axis, whole_number, whole_numbers
 
 ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "maxmin": lambda channels: MaxMin(),
@@ -49,7 +50,7 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
             mirrored images (a recipe's ``flip``).
 
     Raises:
-        EspalierError: an unknown head.
+        EspalierError: an unknown head, or sizes that are not whole numbers from 1 (classes: from 0).
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
         if head not in HEADS:
             raise unknown_name("head", head, HEADS)
         super().__init__(OrderedDict(features=nn.Sequential(*features), head=nn.Identity()))
+        num_features = whole_number("num_features", num_features)
         self.num_features, self.embed_dim, self.head_kind = num_features, num_features, head
         self.flip_average = flip_average
         self.reset_classifier(num_classes)
@@ -149,7 +151,8 @@ class KWLarge(LipschitzNet):
         flip_average: bool = False,
     ) -> None:
         rows, columns = _sides(img_size, 4)
-        hidden = 16 * width if hidden is None else hidden
+        whole_numbers(width=width, in_chans=in_chans)
+        hidden = 16 * width if hidden is None else whole_number("hidden", hidden)
         features = [
             *_conv(layer, activation, in_chans, width, 3),
             *_conv(layer, activation, width, width, 1, stride=2),
@@ -203,10 +206,11 @@ class OrthogonalConvNet(LipschitzNet):
         activation: str = "maxmin",
         flip_average: bool = False,
     ) -> None:
-        if not widths or len(widths) != len(depths) or min(depths) < 0:
-            raise EspalierError(
-                f"widths {tuple(widths)} and depths {tuple(depths)}: give one of each for every stage, depths from 0"
-            )
+        if not widths or len(widths) != len(depths):
+            raise EspalierError(f"widths {tuple(widths)} and depths {tuple(depths)}: give one of each for every stage")
+        whole_numbers(**{f"widths[{stage}]": width for stage, width in enumerate(widths)})
+        whole_numbers(0, **{f"depths[{stage}]": depth for stage, depth in enumerate(depths)})
+        whole_numbers(kernel_size=kernel_size, patch_size=patch_size, hidden=hidden, in_chans=in_chans)
         shrink = patch_size * 2 ** (len(widths) - 1)
         rows, columns = _sides(img_size, shrink)
         features: list[nn.Module] = [InvertibleDownsampling(patch_size)]
@@ -243,9 +247,7 @@ def _activation(name: str, channels: int) -> nn.Module:
 
 
 def _sides(img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
-    rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if multiple < 1:
-        raise EspalierError(f"images shrunk {multiple} times: patches have sides of at least 1")
-    if min(rows, columns) < 1 or rows % multiple or columns % multiple:
+    rows, columns = per_axis("img_size", img_size, 2)
+    if rows % multiple or columns % multiple:
         raise EspalierError(f"img_size {img_size}: sides must be multiples of {multiple}")
     return rows, columns

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
-from espalier.models.contract import TimmContract, check_divisor, check_sizes, draw_uniform
+from espalier.models.contract import TimmContract, check_divisor, check_ratio, draw_uniform
 from espalier.models.hub import HubModel
 from espalier.nn import Mamba1, Mamba2, MambaState
+from espalier.sizes import whole_number, whole_numbers
 
 BLOCKS = ("attention", "mamba1", "mamba2")
 _PART = re.compile(r"([A-Za-z]\w*)(?:\*([1-9]\d*))?")
@@ -80,12 +81,14 @@ class CausalSelfAttention(nn.Module):
         rope: rotate queries and keys by their positions.
 
     Raises:
-        EspalierError: sizes that do not divide, or rotary positions on an odd head width.
+        EspalierError: sizes that are not whole numbers from 1 or do not divide, or rotary positions on an odd head
+            width.
     """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int | None = None, rope: bool = True) -> None:
         super().__init__()
         groups = num_heads if num_kv_heads is None else num_kv_heads
+        dim, num_heads, groups = whole_numbers(dim=dim, num_heads=num_heads, num_kv_heads=groups)
         check_divisor("num_heads", num_heads, "dim", dim)
         check_divisor("num_kv_heads", groups, "num_heads", num_heads)
         width = dim // num_heads
@@ -192,7 +195,7 @@ class SequenceModel(TimmContract, HubModel):
             moving the model, if they were tied before.
 
     Raises:
-        EspalierError: a pattern that does not parse, or sizes that do not fit together.
+        EspalierError: a pattern that does not parse, or sizes that are not whole numbers from 1 or do not fit together.
     """
 
     def __init__(
@@ -212,8 +215,11 @@ class SequenceModel(TimmContract, HubModel):
         tie_head: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size=vocab_size, dim=dim)
-        check_sizes(0, mlp_ratio=mlp_ratio)
+        vocab_size, dim, num_heads = whole_numbers(vocab_size=vocab_size, dim=dim, num_heads=num_heads)
+        if num_kv_heads is not None:
+            num_kv_heads = whole_number("num_kv_heads", num_kv_heads)
+        whole_numbers(head_dim=head_dim, expand=expand, conv_size=conv_size)  # also where no block has them
+        check_ratio("mlp_ratio", mlp_ratio)
         sizes: dict[str, Any] = {"expand": expand, "conv_size": conv_size}
         if state_size is not None:
             sizes["state_size"] = state_size

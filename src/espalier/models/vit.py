@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.models.contract import TimmContract, check_divisor, check_sizes, draw_uniform, new_head
+from espalier.models.contract import TimmContract, check_divisor, check_ratio, draw_uniform, new_head
 from espalier.models.hub import HubModel
+from espalier.sizes import whole_numbers
 
 
 def sincos_positions(
@@ -115,7 +116,7 @@ class VisionTransformer(TimmContract, HubModel):
         qkv_bias: whether queries, keys and values have biases.
 
     Raises:
-        EspalierError: sizes that are too small or do not divide, or unknown options.
+        EspalierError: sizes that are not whole numbers, are too small or do not divide, or unknown options.
     """
 
     def __init__(
@@ -133,9 +134,11 @@ class VisionTransformer(TimmContract, HubModel):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
-        check_sizes(num_heads=num_heads)
-        check_sizes(0, num_classes=num_classes, depth=depth, mlp_ratio=mlp_ratio)
+        img_size, patch_size, in_chans, embed_dim, num_heads = whole_numbers(
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads
+        )
+        num_classes, depth = whole_numbers(0, num_classes=num_classes, depth=depth)
+        check_ratio("mlp_ratio", mlp_ratio)
         check_divisor("patch_size", patch_size, "img_size", img_size)
         for name, value, known in (("positions", positions, ("sincos", "learned")), ("pool", pool, ("avg", "cls"))):
             if value not in known:

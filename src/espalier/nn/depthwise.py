@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.errors import EspalierError
 from espalier.nn.kernels.backend import choose
 from espalier.nn.kernels.depthwise import Norm, Padding, depthwise, gelu_norm, mix, point
 from espalier.nn.kernels.library import PRECISE, usable
 from espalier.nn.plain import computes_as, is_watched, remember
 from espalier.nn.precision import is_tracing
+from espalier.sizes import per_axis, whole_number
 
 _MIXED = (torch.float32, torch.bfloat16)
 _LARGEST = 15  # side of a kernel that the compiled convolution is proved for
@@ -38,6 +38,9 @@ class DepthwiseConv2d(nn.Conv2d):
         padding_mode: as in ``nn.Conv2d``.
         device: of the parameters.
         dtype: of the parameters.
+
+    Raises:
+        EspalierError: a size that is no whole number, or too small.
     """
 
     def __init__(
@@ -52,11 +55,12 @@ class DepthwiseConv2d(nn.Conv2d):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if channels < 1:
-            raise EspalierError(f"channels is {channels}: give at least 1")
-        super().__init__(
-            channels, channels, kernel_size, stride, padding, dilation, channels, bias, padding_mode, device, dtype
-        )
+        channels = whole_number("channels", channels)
+        given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        sizes: dict[str, Any] = {name: per_axis(name, value, 2) for name, value in given.items()}
+        sizes["padding"] = padding if isinstance(padding, str) else per_axis("padding", padding, 2, least=0)
+        options: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
+        super().__init__(channels, channels, **sizes, groups=channels, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (B, C, H, W), or (C, H, W)."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from espalier.data.arguments import positive_int
 from espalier.data.layout import image_names
 from espalier.errors import EspalierError
+from espalier.sizes import whole_number
 from espalier.train.image_input import ImageInput
 from espalier.train.run import Run
 
@@ -41,7 +41,7 @@ def predict(run: Run, paths: Sequence[Path], top: int = 1) -> dict[Path, list[tu
             of the user's own with another number of logits than the data have classes.
     """
     expected = ImageInput.load(run.path)
-    positive_int("top", top)
+    whole_number("top", top)
     files = [
         file
         for path in paths

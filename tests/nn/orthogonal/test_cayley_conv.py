@@ -321,9 +321,9 @@ def test_seeds_repeat_and_meta_layers_can_be_filled_later() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 4, "out_channels": 4, "kernel_size": 0}, "kernel_size 0"),
+        ({"in_channels": 4, "out_channels": 4, "kernel_size": 0}, "kernel_size is 0"),
         ({"in_channels": 4, "out_channels": 4, "kernel_size": (3, 3, 3)}, "kernel_size"),
-        ({"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": 0}, "stride 0"),
+        ({"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": 0}, "stride is 0"),
         ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 4}, "groups"),
         ({"in_channels": 0, "out_channels": 6, "kernel_size": 3}, "channels"),
         ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding_mode": "reflect"}, "padding_mode 'reflect'"),

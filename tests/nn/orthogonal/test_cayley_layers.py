@@ -259,7 +259,7 @@ def test_linear_is_the_original_one(inputs: int, outputs: int) -> None:
 
 
 def test_linear_refuses_wrong_widths() -> None:
-    with pytest.raises(EspalierError, match="in_features 0"):
+    with pytest.raises(EspalierError, match="in_features is 0"):
         CayleyLinear(0, 3)
     with pytest.raises(EspalierError, match="input is"):
         CayleyLinear(4, 3)(torch.zeros(2, 3))

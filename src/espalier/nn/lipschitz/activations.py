@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.nn.precision import is_tracing, takes_batches
+from espalier.sizes import whole_number
 
 
 class MaxMin(nn.Module):
@@ -103,16 +104,14 @@ class GroupSort(nn.Module):
     Shapes: (B, C, …) → (B, C, …), C divisible by g.
 
     Raises:
-        EspalierError: a group below 2, or channels that do not divide into groups.
+        EspalierError: a group that is no whole number from 2, or channels that do not divide into groups.
 
     Source: Anil, Lucas & Grosse, arXiv 1811.05381, section 4.2.
     """
 
     def __init__(self, group_size: int = 2) -> None:
         super().__init__()
-        if group_size < 2:
-            raise EspalierError(f"group_size {group_size} sorts nothing: choose at least 2")
-        self.group_size = group_size
+        self.group_size = whole_number("group_size", group_size, least=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sorted channels."""
@@ -159,17 +158,17 @@ class Householder(nn.Module):
     Shapes: (B, C, …) → (B, C, …).
 
     Raises:
-        EspalierError: an odd number of channels; on the input, another number than C.
+        EspalierError: channels that are no even number; on the input, another number than C.
 
     Source: Singla, Singla & Feizi, arXiv 2108.04062 (Householder activations).
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 2 or channels % 2:
+        self.channels = whole_number("channels", channels)
+        if self.channels % 2:
             raise EspalierError(f"{channels} channels do not divide into pairs: choose an even width")
-        self.channels = channels
-        self.theta = nn.Parameter(torch.empty(channels // 2))
+        self.theta = nn.Parameter(torch.empty(self.channels // 2))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.constant import spectral_norm
+from espalier.sizes import whole_number, whole_numbers
 
 
 class Normalize(nn.Module):
@@ -94,7 +95,7 @@ class BatchCentering(nn.Module):
     Shapes: (B, C, …) → (B, C, …).
 
     Raises:
-        EspalierError: on the input, another number of channels.
+        EspalierError: channels that are no whole number from 1; on the input, another number of them.
 
     Source: Salimans & Kingma, arXiv 1602.07868 (mean-only batch normalisation).
     """
@@ -103,8 +104,8 @@ class BatchCentering(nn.Module):
 
     def __init__(self, channels: int, momentum: float = 0.1) -> None:
         super().__init__()
-        self.channels, self.momentum = channels, momentum
-        self.register_buffer("running_mean", torch.zeros(channels))
+        self.channels, self.momentum = whole_number("channels", channels), momentum
+        self.register_buffer("running_mean", torch.zeros(self.channels))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -145,7 +146,7 @@ class NormalizedLinear(nn.Module):
     Shapes: (…, in_features) → (…, out_features).
 
     Raises:
-        EspalierError: a width below 1.
+        EspalierError: a width that is no whole number from 1.
 
     Source: Singla, Singla & Feizi, arXiv 2108.04062, section 4 (last-layer normalisation).
     """
@@ -161,8 +162,7 @@ class NormalizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(in_features, out_features) < 1:
-            raise EspalierError(f"in_features {in_features} and out_features {out_features} must be at least 1")
+        in_features, out_features = whole_numbers(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.sizes import whole_number
 
 
 class InvertibleDownsampling(nn.Module):
@@ -18,14 +19,12 @@ class InvertibleDownsampling(nn.Module):
     Shapes: (B, C, H, W) → (B, C·s², H/s, W/s).
 
     Raises:
-        EspalierError: a factor below 1, or sides that it does not divide.
+        EspalierError: a factor that is no whole number from 1, or sides that it does not divide.
     """
 
     def __init__(self, factor: int) -> None:
         super().__init__()
-        if factor < 1:
-            raise EspalierError(f"factor {factor} of a downsampling: choose at least 1")
-        self.factor = factor
+        self.factor = whole_number("factor", factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rearranged pixels."""
@@ -59,14 +58,13 @@ class ScaledAvgPool2d(nn.Module):
     Shapes: (B, C, H, W) → (B, C, ⌊H/k⌋, ⌊W/k⌋); pixels beyond the last whole block are dropped.
 
     Raises:
-        EspalierError: a kernel below 1; on the input, numbers that are not real floating-point ones.
+        EspalierError: a kernel that is no whole number from 1; on the input, numbers that are not real floating-point
+            ones.
     """
 
     def __init__(self, kernel_size: int | None = None) -> None:
         super().__init__()
-        if kernel_size is not None and kernel_size < 1:
-            raise EspalierError(f"kernel_size {kernel_size} of a pooling: choose at least 1, or None for the whole map")
-        self.kernel_size = kernel_size
+        self.kernel_size = None if kernel_size is None else whole_number("kernel_size", kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scaled averages."""
@@ -102,7 +100,7 @@ class L2Pool2d(InvertibleDownsampling):
     Shapes: (B, C, H, W) → (B, C, H/s, W/s).
 
     Raises:
-        EspalierError: a factor below 1, or sides that it does not divide.
+        EspalierError: a factor that is no whole number from 1, or sides that it does not divide.
 
     Source: Sermanet, Chintala & LeCun, arXiv 1204.3968 (Lp pooling).
     """

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.constant import kernel_norm
+from espalier.sizes import whole_numbers
 
 
 class ConvexSum(nn.Module):
@@ -72,7 +73,7 @@ class LinearResidual(nn.Module):
     Shapes: (B, C, H, W) → (B, C, H, W), zeros around.
 
     Raises:
-        EspalierError: no channel, or an even kernel.
+        EspalierError: sizes that are not whole numbers from 1, or an even kernel.
 
     Source: Hu et al., LiResNet, arXiv 2301.12549.
     """
@@ -80,9 +81,8 @@ class LinearResidual(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
-        if channels < 1:
-            raise EspalierError(f"channels is {channels}: give at least 1")
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        channels, kernel_size = whole_numbers(channels=channels, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
             raise EspalierError(f"kernel_size {kernel_size} of a residual has no centre: choose an odd number")
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, channels, kernel_size, kernel_size))

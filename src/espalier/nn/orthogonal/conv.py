@@ -22,6 +22,7 @@ from espalier.nn.orthogonal.shuffle import (
 )
 from espalier.nn.orthogonal.spectrum.convolution import Taps, apply_spectrum, convolve, spectrum
 from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, upcast, without_autocast
+from espalier.sizes import per_axis, whole_numbers
 
 PADDING_MODES = ("circular", "zeros")
 
@@ -83,26 +84,23 @@ class _CayleyConv(OrthogonalLayer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        in_channels, out_channels, groups = whole_numbers(
+            in_channels=in_channels, out_channels=out_channels, groups=groups
+        )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = self._per_axis("kernel_size", kernel_size)
-        self.stride = self._per_axis("stride", stride)
-        self.dilation = self._per_axis("dilation", dilation)
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.dim)
+        self.stride = per_axis("stride", stride, self.dim)
+        self.dilation = per_axis("dilation", dilation, self.dim)
         self.padding_mode = padding_mode
         if padding_mode not in PADDING_MODES:
             raise unknown_name("padding_mode", padding_mode, PADDING_MODES)
-        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
+        if in_channels % groups or out_channels % groups:
             raise EspalierError(
                 f"{in_channels} → {out_channels} channels do not fall into {groups} groups: make both multiples of it"
             )
         fine, coarse = (out_channels, in_channels) if self.transposed else (in_channels, out_channels)
         shape = coarse, math.prod(self.stride) * fine // groups, *self.kernel_size
         self._create(shape, out_channels if bias else 0, device, dtype, generator)
-
-    def _per_axis(self, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-        values = (value,) * self.dim if isinstance(value, int) else tuple(int(v) for v in value)
-        if len(values) != self.dim or min(values) < 1:
-            raise EspalierError(f"{name} {value} must be one positive number, or one for each of {self.dim} axes")
-        return values
 
     @outside_graphs
     @without_autocast
@@ -231,9 +229,9 @@ class CayleyConv2d(_CayleyConv):
     Shapes: (B, C, H, W) → (B, C', H/s, W/s).
 
     Raises:
-        EspalierError: sizes below 1, channels that do not fall into groups, an unknown padding mode, a dtype that is
-            not floating-point; on the input, a wrong shape, a size that the stride does not divide, or integers or
-            complex numbers.
+        EspalierError: sizes that are not whole numbers from 1, channels that do not fall into groups, an unknown
+            padding mode, a dtype that is not floating-point; on the input, a wrong shape, a size that the stride does
+            not divide, or integers or complex numbers.
 
     Source: arXiv 2104.07167, with the differences that the guide lists.
     """

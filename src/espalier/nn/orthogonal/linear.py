@@ -13,6 +13,7 @@ from espalier.errors import EspalierError
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.transform import apply_cayley_matrix, cayley
 from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, upcast, without_autocast
+from espalier.sizes import whole_numbers
 
 
 class OrthogonalLayer(nn.Module):
@@ -80,8 +81,8 @@ class CayleyLinear(OrthogonalLayer):
     Shapes: (..., in) → (..., out).
 
     Raises:
-        EspalierError: a width below 1, or a dtype that is not floating-point; on the input, another width, or integers
-            or complex numbers.
+        EspalierError: a width that is no whole number from 1, or a dtype that is not floating-point; on the input,
+            another width, or integers or complex numbers.
 
     Source: arXiv 2104.07167, section 4.
     """
@@ -96,8 +97,7 @@ class CayleyLinear(OrthogonalLayer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if min(in_features, out_features) < 1:
-            raise EspalierError(f"in_features {in_features} and out_features {out_features} must be at least 1")
+        in_features, out_features = whole_numbers(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self._create((out_features, in_features), out_features if bias else 0, device, dtype, generator)
 

@@ -12,6 +12,7 @@ from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_transformed, outside_graphs, upcast, without_autocast
+from espalier.sizes import whole_numbers
 
 
 class GatedRMSNorm(nn.Module):
@@ -25,13 +26,15 @@ class GatedRMSNorm(nn.Module):
     Shapes: y and z (…, dim), broadcast to one shape.
 
     Raises:
-        EspalierError: groups that do not divide the channels; on the inputs, other channels, shapes that do not
-            broadcast, two devices, or numbers that are not real floating-point ones.
+        EspalierError: sizes that are not whole numbers from 1, groups that do not divide the channels; on the inputs,
+            other channels, shapes that do not broadcast, two devices, or numbers that are not real floating-point
+            ones.
     """
 
     def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
-        if dim < 1 or groups < 1 or dim % groups:
+        dim, groups = whole_numbers(dim=dim, groups=groups)
+        if dim % groups:
             raise EspalierError(f"{dim} channels do not fall into {groups} groups: make dim a multiple of groups")
         self.weight = nn.Parameter(torch.ones(dim))
         self.groups, self.eps = groups, eps

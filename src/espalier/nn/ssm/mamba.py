@@ -18,6 +18,7 @@ from espalier.nn.ssm.optional_inputs import check_shapes
 from espalier.nn.ssm.selective_scan import selective_scan, selective_step
 from espalier.nn.ssm.split_linear import split_linear
 from espalier.nn.ssm.ssd import ssd, ssd_step
+from espalier.sizes import whole_number, whole_numbers
 
 
 class MambaState(NamedTuple):
@@ -104,7 +105,7 @@ class Mamba1(_Mixer):
         generator: source of the initial weights.
 
     Raises:
-        EspalierError: a size below 1.
+        EspalierError: a size that is no whole number from 1.
 
     Source: arXiv 2312.00752, section 3.4.
     """
@@ -122,8 +123,10 @@ class Mamba1(_Mixer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        _check_sizes(dim=dim, state_size=state_size, expand=expand, conv_size=conv_size, dt_rank=self.dt_rank)
+        dim, state_size, expand, conv_size = whole_numbers(
+            dim=dim, state_size=state_size, expand=expand, conv_size=conv_size
+        )
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else whole_number("dt_rank", dt_rank)
         self.dim, self.state_size, self.inner = dim, state_size, expand * dim
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
         self.conv_size, self.conv_dim, self.state_shape = conv_size, self.inner, (self.inner, state_size)
@@ -205,7 +208,7 @@ class Mamba2(_Mixer):
         generator: source of the initial weights.
 
     Raises:
-        EspalierError: a size below 1, or heads that do not divide evenly.
+        EspalierError: a size that is no whole number from 1, or heads that do not divide evenly.
 
     Source: arXiv 2405.21060, section 7.
     """
@@ -225,8 +228,10 @@ class Mamba2(_Mixer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(dim=dim, state_size=state_size, head_dim=head_dim, expand=expand, conv_size=conv_size)
-        _check_sizes(groups=groups, chunk_size=chunk_size)
+        dim, state_size, head_dim, expand = whole_numbers(
+            dim=dim, state_size=state_size, head_dim=head_dim, expand=expand
+        )
+        conv_size, groups, chunk_size = whole_numbers(conv_size=conv_size, groups=groups, chunk_size=chunk_size)
         self.dim, self.state_size, self.inner, self.head_dim = dim, state_size, expand * dim, head_dim
         if self.inner % head_dim:
             raise EspalierError(f"head_dim {head_dim} does not divide expand·dim = {self.inner}: choose a divisor")
@@ -289,12 +294,6 @@ class Mamba2(_Mixer):
         x, b, c = u.split([self.inner, share, share], dim=-1)
         maps = (m.unflatten(-1, (self.groups, self.state_size)) for m in (b, c))
         return (x.unflatten(-1, (self.num_heads, self.head_dim)), *maps)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise EspalierError(f"{name} is {size}: give at least 1")
 
 
 def _rates(log_rates: Tensor) -> Tensor:
