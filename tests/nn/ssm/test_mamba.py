@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -208,12 +209,37 @@ def test_bad_inputs_are_refused_in_one_line(family: str) -> None:
             mixer(wrong)
     with pytest.raises(EspalierError, match=r"mask is \(2, 4\)"):
         mixer(x, mask=torch.ones(2, 4))
-    with pytest.raises(EspalierError, match="the state is for 3 sequences: give 2"):
-        mixer(x, state=mixer.empty_state(3))
+    with pytest.raises(EspalierError, match="mask is a list: give a tensor of the shape"):
+        mixer(x, mask=[[1] * 5] * 2)
+    for wrong in (x, x[:, 0, :3], x[0, 0]):
+        with pytest.raises(EspalierError, match=r"the input is .* give \(batch, 32\)"):
+            mixer.step(wrong, mixer.empty_state(2))
+    for batch in (-1, 2.0, True):
+        with pytest.raises(EspalierError, match=f"batch is {batch}: give a whole number from 0"):
+            mixer.empty_state(batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_that_does_not_fit_is_refused_by_sequences_and_steps_alike(family: str) -> None:
+    mixer, x = ours(family), tokens(1)
     window, scan = mixer.empty_state(2)
-    for wrong in (window[:, 1:], window[..., 1:]):
-        with pytest.raises(EspalierError, match=r"the state's window is .* give it the shape \(2, 3, "):
-            mixer(x, state=MambaState(wrong, scan))
+    cases: list[tuple[Any, str]] = [
+        (mixer.empty_state(3), "the state is for 3 sequences: give 2"),
+        (mixer.empty_state(1), "the state is for 1 sequences: give 2"),
+        (MambaState(window[:, 1:], scan), r"the state's window is .* give it the shape \(2, 3, "),
+        (MambaState(window[..., 1:], scan), r"the state's window is .* give it the shape \(2, 3, "),
+        (MambaState(window[0, 0, 0], scan), r"the state's window is \(\): give it the shape \(2, 3, "),
+        (MambaState(window, scan[:1]), r"the state's recurrent part is \(1, .* give it the shape \(2, "),
+        (MambaState(window, scan[:, :1]), r"the state's recurrent part is \(2, 1, .* give it the shape \(2, "),
+        (MambaState(window, scan[..., :1]), r"the state's recurrent part is .*, 1\): give it the shape \(2, "),
+        (MambaState(window, scan.to("meta")), "another device"),
+        (MambaState(None, scan), r"state is NoneType, Tensor: give a MambaState, such as empty_state\(2\)"),
+        ((window, scan), r"state is tuple: give a MambaState, such as empty_state\(2\)"),
+    ]
+    for state, words in cases:
+        for call in (lambda state=state: mixer(x, state=state), lambda state=state: mixer.step(x[:, 0], state)):
+            with pytest.raises(EspalierError, match=words):
+                call()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own

@@ -195,6 +195,24 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         selective_scan(x[:0], delta[:0], a, b[:0], c[:0])
     with pytest.raises(EspalierError, match=r"initial_state is \(2, 4, 3\): give it the shape \(2, 3, 4\)"):
         selective_scan(x, delta, a, b, c, initial_state=torch.zeros(2, 4, 3))
+    with pytest.raises(EspalierError, match=r"mask is a list: give a tensor of the shape \(2, 5\)"):
+        selective_scan(x, delta, a, b, c, mask=[[1] * 5] * 2)
+
+
+def test_a_step_refuses_what_would_be_broadcast() -> None:
+    x, delta, a, b, c, d, state = draw((2, 5, 3, 4), torch.float32)
+    token = {"x_BE": x[:, 0], "delta_BE": delta[:, 0], "a_EN": a, "b_BN": b[:, 0], "c_BN": c[:, 0], "d_E": d}
+    token["state_BEN"] = state
+    for name, wrong, words in [
+        ("state_BEN", state[:1], r"state is \(1, 3, 4\): give it the shape \(2, 3, 4\)"),
+        ("state_BEN", state[:, :1], r"state is \(2, 1, 4\): give it the shape \(2, 3, 4\)"),
+        ("d_E", d[:1], r"d is \(1,\): give it the shape \(3,\)"),
+        ("x_BE", x, r"give \(B, E\), \(B, E\), \(E, N\)"),
+        ("delta_BE", delta[:1, 0], r"give \(B, E\), \(B, E\), \(E, N\)"),
+        ("b_BN", b[:1, 0], r"give both as \(B, N\) = \(2, 4\)"),
+    ]:
+        with pytest.raises(EspalierError, match=words):
+            selective_step(**{**token, name: wrong})
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -194,5 +196,26 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
         ssd(x[:, :0], delta[:, :0], a, b[:, :0], c[:, :0])
     with pytest.raises(EspalierError, match=r"mask is \(5,\): give it the shape \(1, 5\)"):
         ssd(x, delta, a, b, c, mask=torch.ones(5))
-    with pytest.raises(EspalierError, match="chunk_size is 0"):
-        ssd(x, delta, a, b, c, chunk_size=0)
+    with pytest.raises(EspalierError, match=r"mask is a list: give a tensor of the shape \(1, 5\)"):
+        ssd(x, delta, a, b, c, mask=[[1] * 5])
+    for wrong in (0, 2.0, True):
+        with pytest.raises(EspalierError, match=f"chunk_size is {wrong}: give a whole number from 1"):
+            ssd(x, delta, a, b, c, chunk_size=wrong)
+    torch.testing.assert_close(ssd(x, delta, a, b, c, chunk_size=np.int64(2)), ssd(x, delta, a, b, c, chunk_size=2))
+
+
+def test_a_step_refuses_what_would_be_broadcast() -> None:
+    x, delta, a, b, c, d, state = draw(2, 5, 4, 2, 2, 3, torch.float32)
+    token = {"x_BHP": x[:, 0], "delta_BH": delta[:, 0], "a_H": a, "b_BGN": b[:, 0], "c_BGN": c[:, 0], "d_H": d}
+    token["state_BHNP"] = state
+    whole = tuple(state.shape)
+    for name, wrong, words in [
+        ("state_BHNP", state[:1], rf"state is .* give it the shape {re.escape(str(whole))}"),
+        ("state_BHNP", state[:, :1], rf"state is .* give it the shape {re.escape(str(whole))}"),
+        ("d_H", d[:1], r"d is \(1,\): give it the shape \(4,\)"),
+        ("x_BHP", x, r"give \(B, H, P\), \(B, H\), \(H,\)"),
+        ("delta_BH", delta[:1, 0], r"give \(B, H, P\), \(B, H\), \(H,\)"),
+        ("b_BGN", b[:1, 0], r"give both as \(B, G, N\)"),
+    ]:
+        with pytest.raises(EspalierError, match=words):
+            ssd_step(**{**token, name: wrong})

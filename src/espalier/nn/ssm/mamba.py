@@ -14,7 +14,7 @@ from espalier.nn.plain import is_plain
 from espalier.nn.precision import no_autocast, upcast
 from espalier.nn.ssm.causal_conv import causal_conv_silu
 from espalier.nn.ssm.gated_norm import GatedRMSNorm
-from espalier.nn.ssm.optional_inputs import check_shapes
+from espalier.nn.ssm.optional_inputs import check_devices, check_shapes
 from espalier.nn.ssm.selective_scan import selective_scan, selective_step
 from espalier.nn.ssm.split_linear import split_linear
 from espalier.nn.ssm.ssd import ssd, ssd_step
@@ -52,10 +52,17 @@ class _Mixer(nn.Module):
                 given, padding comes after the tokens: the convolution's window takes in what it is given.
             state: what earlier calls left; the sequence's start if none is given.
             return_state: also return the state after the last real token.
+
+        Raises:
+            EspalierError: an input, a mask or a state that does not fit.
         """
-        _check_input(x_BLD, self.dim, mask, state)
+        if x_BLD.ndim != 3 or x_BLD.shape[2] != self.dim or not x_BLD.numel():
+            raise EspalierError(
+                f"the input is {tuple(x_BLD.shape)}: give (batch, length, {self.dim}), neither of them 0"
+            )
+        check_shapes(mask=(mask, x_BLD.shape[:2]))
         if state is not None:
-            check_shapes(**{"the state's window": (state.conv_BKC, (len(x_BLD), self.conv_size - 1, self.conv_dim))})
+            self._check_state(x_BLD, state)
         if mask is not None:  # whatever stands there: 0 times it may be no 0
             x_BLD = torch.where(mask.bool()[..., None], x_BLD, 0.0)
         inner_BLC, *others = self._project(x_BLD)
@@ -69,10 +76,46 @@ class _Mixer(nn.Module):
             return out_BLD
         return out_BLD, MambaState(_last_inputs(inner_BLC, history, mask, self.conv_size), scan)
 
+    def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """Mix one token and return (output, the state after it).
+
+        Args:
+            x_BD: one token of every sequence, (batch, D).
+            state: what earlier calls left; ``empty_state`` before the first.
+
+        Raises:
+            EspalierError: an input or a state that does not fit.
+        """
+        if x_BD.ndim != 2 or x_BD.shape[1] != self.dim:
+            raise EspalierError(f"the input is {tuple(x_BD.shape)}: give (batch, {self.dim})")
+        self._check_state(x_BD, state)
+        return self._step(x_BD, state)
+
+    def _check_state(self, x: Tensor, state: MambaState) -> None:
+        """Refuse a state that is not this mixer's beside the input: one of a single sequence would be broadcast."""
+        batch = x.shape[0]
+        kinds = [type(part).__name__ for part in state] if isinstance(state, MambaState) else [type(state).__name__]
+        if not isinstance(state, MambaState) or not all(isinstance(part, Tensor) for part in state):
+            raise EspalierError(f"state is {', '.join(kinds)}: give a MambaState, such as empty_state({batch})")
+        if state.conv_BKC.ndim and len(state.conv_BKC) != batch:
+            raise EspalierError(f"the state is for {len(state.conv_BKC)} sequences: give {batch}, or no state")
+        check_shapes(**{"the state's window": (state.conv_BKC, (batch, self.conv_size - 1, self.conv_dim))})
+        check_shapes(**{"the state's recurrent part": (state.scan, (batch, *self.state_shape))})
+        check_devices(x, *state)
+
     def empty_state(self, batch: int) -> MambaState:
-        """Return the state before the first token."""
+        """Return the state before the first token.
+
+        Raises:
+            EspalierError: a batch that is no whole number from 0.
+        """
+        batch = whole_number("batch", batch, least=0)
         history = self.A_log.new_zeros(batch, self.conv_size - 1, self.conv_dim)
         return MambaState(history, upcast(self.A_log.new_zeros(batch, *self.state_shape))[0])
+
+    def _step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """Mix one token by a state that fits."""
+        raise NotImplementedError
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what is convolved, and what else the input is projected to."""
@@ -158,8 +201,7 @@ class Mamba1(_Mixer):
         self.A_log.copy_(torch.arange(1, self.state_size + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1)
 
-    def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """Mix one token and return (output, the state after it)."""
+    def _step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         inner_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
         u_BE, conv = _conv_step(self.conv1d, inner_BE, state.conv_BKC)
         delta_BE, b_BN, c_BN = self.coefficients(u_BE)
@@ -267,8 +309,7 @@ class Mamba2(_Mixer):
         self.D.fill_(1)
         self.norm.weight.fill_(1)
 
-    def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """Mix one token and return (output, the state after it)."""
+    def _step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         inner_BC, z_BE, delta_BH = self._project(x_BD)
         u_BC, conv = _conv_step(self.conv1d, inner_BC, state.conv_BKC)
         x_BHP, b_BGN, c_BGN = self._maps(u_BC)
@@ -305,15 +346,6 @@ def step_sizes(projected: Tensor, bias: Tensor) -> Tensor:
     """Return Δ = softplus(projection + bias) in float32 or better: bfloat16 would round small steps away."""
     projected, bias = upcast(projected, bias)
     return F.softplus(projected + bias)
-
-
-def _check_input(x: Tensor, dim: int, mask: Tensor | None, state: MambaState | None) -> None:
-    if x.ndim != 3 or x.shape[2] != dim or not x.numel():
-        raise EspalierError(f"the input is {tuple(x.shape)}: give (batch, length, {dim}), neither of them 0")
-    if mask is not None and mask.shape != x.shape[:2]:
-        raise EspalierError(f"mask is {tuple(mask.shape)}: give it the shape {tuple(x.shape[:2])}")
-    if state is not None and state.conv_BKC.shape[0] != x.shape[0]:
-        raise EspalierError(f"the state is for {state.conv_BKC.shape[0]} sequences: give {x.shape[0]}, or no state")
 
 
 def _reset(layer: nn.Linear | nn.Conv1d, generator: torch.Generator | None) -> None:

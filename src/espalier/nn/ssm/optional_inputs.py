@@ -11,9 +11,13 @@ from espalier.errors import EspalierError
 
 
 def check_shapes(**wanted: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ``EspalierError`` unless every tensor, by its name, has the shape beside it; None passes."""
+    """Raise ``EspalierError`` unless every input, by its name, is a tensor of the shape beside it; None passes."""
     for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise EspalierError(f"{name} is a {type(tensor).__name__}: give a tensor of the shape {tuple(shape)}")
+        if tuple(tensor.shape) != tuple(shape):
             raise EspalierError(f"{name} is {tuple(tensor.shape)}: give it the shape {tuple(shape)}")
 
 

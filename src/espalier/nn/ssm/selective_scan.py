@@ -63,7 +63,7 @@ def selective_scan(
 
     Source: arXiv 2312.00752, section 3.
     """
-    _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, gate_BLE)
+    _check(x_BLE, delta_BLE, a_EN, b_BLN, c_BLN, "B, L", gate_BLE)
     (batch, length, channels), dtype = x_BLE.shape, x_BLE.dtype
     of_channels = {"d": (d_E, (channels,)), "delta_bias": (delta_bias_E, (channels,))}
     check_shapes(**of_channels, initial_state=(initial_state, (batch, *a_EN.shape)), mask=(mask, (batch, length)))
@@ -106,27 +106,34 @@ def _run(name: str, tensors: tuple[Any, ...], *, softplus: bool) -> tuple[Tensor
 def selective_step(
     x_BE: Tensor, delta_BE: Tensor, a_EN: Tensor, b_BN: Tensor, c_BN: Tensor, d_E: Tensor | None, state_BEN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advance the Mamba-1 recurrence of ``selective_scan`` by one token and return (y_BE, the new state)."""
-    x, delta, a, b, c, d = upcast(x_BE, delta_BE, a_EN, b_BN, c_BN, d_E)
+    """Advance the Mamba-1 recurrence of ``selective_scan`` by one token and return (y_BE, the new state).
+
+    Raises:
+        EspalierError: shapes or devices that do not fit together: a state of one sequence would be broadcast.
+    """
+    _check(x_BE, delta_BE, a_EN, b_BN, c_BN, "B")
+    check_shapes(d=(d_E, a_EN.shape[:1]), state=(state_BEN, (len(x_BE), *a_EN.shape)))
+    x, delta, a, b, c, d, before = upcast(x_BE, delta_BE, a_EN, b_BN, c_BN, d_E, state_BEN)
+    check_devices(x, delta, a, b, c, d, before)
     decay_BEN = torch.exp(delta[..., None] * a)
-    state = decay_BEN * state_BEN + (delta * x)[..., None] * b[:, None]
+    state = decay_BEN * before + (delta * x)[..., None] * b[:, None]
     y = (state * c[:, None]).sum(-1)
     if d is not None:
         y = y + d * x
     return y.to(x_BE.dtype), state
 
 
-def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, gate: Tensor | None) -> None:
-    if x.ndim != 3 or delta.shape != x.shape or a.ndim != 2 or a.shape[0] != x.shape[2]:
-        raise EspalierError(
-            f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}: give (B, L, E), (B, L, E), (E, N)"
-        )
-    wanted = (*x.shape[:2], a.shape[1])
+def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, axes: str, gate: Tensor | None = None) -> None:
+    """Refuse shapes that do not fit together; ``axes`` are those of sequences, "B, L", or of one token each, "B"."""
+    if x.ndim != len(axes.split()) + 1 or delta.shape != x.shape or a.ndim != 2 or a.shape[0] != x.shape[-1]:
+        shapes = f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}"
+        raise EspalierError(f"{shapes}: give ({axes}, E), ({axes}, E), (E, N)")
+    wanted = (*x.shape[:-1], a.shape[1])
     if b.shape != c.shape or b.shape != wanted:
-        raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, N) = {wanted}")
+        raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as ({axes}, N) = {wanted}")
     if gate is not None and gate.shape != x.shape:
         raise EspalierError(f"gate is {tuple(gate.shape)}: give it the shape of x, {tuple(x.shape)}")
-    if not x.numel():
+    if axes == "B, L" and not x.numel():  # no kernel takes it; a step of no sequences is one
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
     if not a.shape[1]:
         raise EspalierError(f"a is {tuple(a.shape)}: give at least one state a channel")

@@ -15,6 +15,7 @@ from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, widened, without_autocast
 from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check_shapes
+from espalier.sizes import whole_number
 
 # Note [Segments]
 # Within a chunk of Q tokens the recurrence is a Q×Q matrix per head; between chunks only the state travels. Doing all
@@ -69,11 +70,12 @@ def ssd(
         y of the shape and dtype of ``x_BLHP``, and with ``return_state`` the state (B, H, N, P).
 
     Raises:
-        EspalierError: an empty x, shapes that do not fit together, or a chunk size below 1.
+        EspalierError: an empty x, shapes that do not fit together, or a chunk size that is no whole number from 1.
 
     Source: arXiv 2405.21060, sections 6 and 7.
     """
-    _check(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, chunk_size)
+    _check(x_BLHP, delta_BLH, a_H, b_BLGN, c_BLGN, "B, L")
+    chunk_size = whole_number("chunk_size", chunk_size)
     (batch, length, heads, width), dtype = x_BLHP.shape, x_BLHP.dtype
     states = (batch, heads, b_BLGN.shape[3], width)
     check_shapes(d=(d_H, (heads,)), initial_state=(initial_state, states), mask=(mask, (batch, length)))
@@ -99,31 +101,39 @@ def ssd(
 def ssd_step(
     x_BHP: Tensor, delta_BH: Tensor, a_H: Tensor, b_BGN: Tensor, c_BGN: Tensor, d_H: Tensor | None, state_BHNP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advance the Mamba-2 recurrence of ``ssd`` by one token and return (y_BHP, the new state)."""
-    x, delta, a, b, c, d = upcast(x_BHP, delta_BH, a_H, b_BGN, c_BGN, d_H)
+    """Advance the Mamba-2 recurrence of ``ssd`` by one token and return (y_BHP, the new state).
+
+    Raises:
+        EspalierError: shapes or devices that do not fit together: a state of one sequence would be broadcast.
+    """
+    _check(x_BHP, delta_BH, a_H, b_BGN, c_BGN, "B")
+    (batch, heads, width), size = x_BHP.shape, b_BGN.shape[2]
+    check_shapes(d=(d_H, (heads,)), state=(state_BHNP, (batch, heads, size, width)))
+    x, delta, a, b, c, d, before = upcast(x_BHP, delta_BH, a_H, b_BGN, c_BGN, d_H, state_BHNP)
+    check_devices(x, delta, a, b, c, d, before)
     repeats = x.shape[1] // b.shape[1]
     b_BHN, c_BHN = b.repeat_interleave(repeats, 1), c.repeat_interleave(repeats, 1)
     decay_BH = torch.exp(delta * a)
-    state = decay_BH[..., None, None] * state_BHNP + (delta[..., None] * b_BHN)[..., None] * x[..., None, :]
+    state = decay_BH[..., None, None] * before + (delta[..., None] * b_BHN)[..., None] * x[..., None, :]
     y = (c_BHN[..., None] * state).sum(2)
     if d is not None:
         y = y + d[:, None] * x
     return y.to(x_BHP.dtype), state
 
 
-def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size: int) -> None:
-    if x.ndim != 4 or delta.shape != x.shape[:3] or a.shape != x.shape[2:3]:
-        raise EspalierError(
-            f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}: give (B, L, H, P), (B, L, H), (H,)"
-        )
-    if b.ndim != 4 or b.shape != c.shape or b.shape[:2] != x.shape[:2]:
-        raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as (B, L, G, N)")
-    if not b.shape[2] or x.shape[2] % b.shape[2]:
-        raise EspalierError(f"{x.shape[2]} heads do not share {b.shape[2]} groups evenly: make heads a multiple of it")
-    if not x.numel():
+def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, axes: str) -> None:
+    """Refuse shapes that do not fit together; ``axes`` are those of sequences, "B, L", or of one token each, "B"."""
+    ndim = len(axes.split()) + 2
+    if x.ndim != ndim or delta.shape != x.shape[:-1] or a.shape != x.shape[-2:-1]:
+        shapes = f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}, a {tuple(a.shape)}"
+        raise EspalierError(f"{shapes}: give ({axes}, H, P), ({axes}, H), (H,)")
+    if b.ndim != ndim or b.shape != c.shape or b.shape[:-2] != x.shape[:-2]:
+        raise EspalierError(f"b is {tuple(b.shape)} and c {tuple(c.shape)}: give both as ({axes}, G, N)")
+    heads, groups = x.shape[-2], b.shape[-2]
+    if not groups or heads % groups:
+        raise EspalierError(f"{heads} heads do not share {groups} groups evenly: make heads a multiple of it")
+    if axes == "B, L" and not x.numel():  # no kernel takes it; a step of no sequences is one
         raise EspalierError(f"x is empty, {tuple(x.shape)}: give at least one sequence of at least one token")
-    if chunk_size < 1:
-        raise EspalierError(f"chunk_size is {chunk_size}: give at least 1")
 
 
 def _compiled(tensors: tuple[Any, ...], chunk_size: int, need_state: bool) -> tuple[Tensor, Tensor]:
