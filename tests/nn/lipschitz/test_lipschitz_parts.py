@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -201,6 +202,29 @@ def test_pooling_a_whole_map_in_half_precision_is_in_range_where_its_result_is(d
     y = ScaledAvgPool2d()(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "layer", [BatchCentering(4), Normalize((0.1, 0.2, 0.3, 0.4), 0.3), Normalize(0.5), Householder(4)], ids=repr
+)
+def test_results_have_the_dtype_of_the_input_in_either_mode(
+    layer: nn.Module, dtype: torch.dtype, training: bool
+) -> None:
+    module, twin = (copy.deepcopy(layer).train(training) for _ in range(2))
+    for one in (module, twin):
+        for name, value in (*one.named_parameters(), *one.named_buffers()):
+            if name in ("theta", "running_mean"):
+                value.data.copy_(torch.linspace(0.3, 1.2, len(value)))
+    x = (20 + draw(6, 4, 3, 2)).to(dtype)
+    y, exact = module(x), twin.double()(x.double())
+    assert y.dtype == dtype
+    # One rounding to x's digits, and the rounding of sums near 20 in the precision of the parameters.
+    least = 2.0**-22 * 40 if dtype is not torch.float64 else 1e-6
+    torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=least)
+    for mine, other in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=2.0**-22, atol=0)
 
 
 def test_layers_that_change_their_weight_are_not_taken_for_torch_s() -> None:

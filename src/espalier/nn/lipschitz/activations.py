@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.nn.precision import is_tracing, takes_batches
+from espalier.nn.precision import is_tracing, takes_batches, upcast
 from espalier.sizes import whole_number
 
 
@@ -158,7 +158,8 @@ class Householder(nn.Module):
     Shapes: (B, C, …) → (B, C, …).
 
     Raises:
-        EspalierError: channels that are no even number; on the input, another number than C.
+        EspalierError: channels that are no even number; on the input, another number than C, or integers or complex
+            numbers.
 
     Source: Singla, Singla & Feizi, arXiv 2108.04062 (Householder activations).
     """
@@ -177,14 +178,15 @@ class Householder(nn.Module):
         self.theta.fill_(math.pi / 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pairs, reflected where n·z > 0."""
+        """Return the pairs, reflected where n·z > 0, computed in float32 or better, in the dtype of x."""
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.channels}, …)")
-        a, b = x.chunk(2, dim=1)
-        half = 0.5 * self.theta.view(-1, *[1] * (x.ndim - 2))
+        wide, theta = upcast(x, self.theta)
+        a, b = wide.chunk(2, dim=1)
+        half = 0.5 * theta.view(-1, *[1] * (x.ndim - 2))
         sine, cosine = half.sin(), half.cos()
         twice = 2 * torch.relu(sine * a - cosine * b)
-        return torch.cat((a - twice * sine, b + twice * cosine), dim=1)
+        return torch.cat((a - twice * sine, b + twice * cosine), dim=1).to(x.dtype)
 
     def lipschitz_constant(self) -> float:
         """Return 1."""

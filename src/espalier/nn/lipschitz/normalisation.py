@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.constant import spectral_norm
+from espalier.nn.precision import upcast
 from espalier.sizes import whole_number, whole_numbers
 
 
@@ -27,7 +28,7 @@ class Normalize(nn.Module):
 
     Raises:
         EspalierError: if the lengths differ, or a standard deviation is not positive and finite; on the input, other
-            channels than the statistics have.
+            channels than the statistics have, or integers or complex numbers.
     """
 
     mean: Tensor
@@ -62,13 +63,14 @@ class Normalize(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (x − mean) / std."""
+        """Return (x − mean) / std, computed in float32 or better, in the dtype of x."""
         channels = max(len(self.mean), len(self.std))
         if channels > 1 and (x.ndim < 3 or x.shape[-3] != channels):
             raise EspalierError(
                 f"input is {tuple(x.shape)}, statistics have {channels} channels: give (B, {channels}, H, W)"
             )
-        return (x - self.mean) / self.std
+        wide, mean, std = upcast(x, self.mean, self.std)
+        return ((wide - mean) / std).to(x.dtype)
 
     def lipschitz_constant(self) -> float:
         """Return 1 / min(std), the ℓ2 Lipschitz constant; infinite for statistics that are not one a channel."""
@@ -95,7 +97,8 @@ class BatchCentering(nn.Module):
     Shapes: (B, C, …) → (B, C, …).
 
     Raises:
-        EspalierError: channels that are no whole number from 1; on the input, another number of them.
+        EspalierError: channels that are no whole number from 1; on the input, another number of them, or integers or
+            complex numbers.
 
     Source: Salimans & Kingma, arXiv 1602.07868 (mean-only batch normalisation).
     """
@@ -113,16 +116,16 @@ class BatchCentering(nn.Module):
         self.running_mean.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x minus the mean."""
+        """Return x minus the mean, computed in float32 or better, in the dtype of x."""
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.channels}, …)")
-        mean = self.running_mean
+        wide, mean = upcast(x, self.running_mean)
         if self.training:
-            mean = x.mean([axis for axis in range(x.ndim) if axis != 1])
+            mean = wide.mean([axis for axis in range(x.ndim) if axis != 1])
             if x.numel():
                 with torch.no_grad():
                     self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
-        return x - mean.view(-1, *[1] * (x.ndim - 2))
+        return (wide - mean.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show the channels in ``print(model)``."""
