@@ -289,6 +289,16 @@ def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
         (lambda: ScaledAvgPool2d(0), "kernel_size is 0"),
         (lambda: ScaledAvgPool2d(2)(torch.ones(1, 1, 2, 2, dtype=torch.int64)), "int64"),
         (lambda: LinearResidual(0), "channels is 0"),
+        (
+            lambda: ScaledAvgPool2d(5)(torch.zeros(2, 3, 4, 4)),
+            r"input is \(2, 3, 4, 4\): .* no side below kernel_size 5",
+        ),
+        (lambda: ScaledAvgPool2d(2)(torch.zeros(1, 2, 3, 4, 4)), r"input is \(1, 2, 3, 4, 4\): give \(B, C, H, W\)"),
+        (lambda: ScaledAvgPool2d()(torch.zeros(1, 2, 3, 4, 4)), r"input is \(1, 2, 3, 4, 4\): give \(B, C, H, W\)"),
+        (lambda: NormalizedLinear(3, 2)(torch.zeros(2, 5)), r"input is \(2, 5\): give \(…, 3\)"),
+        (lambda: NormalizedLinear(3, 2)(torch.zeros(())), r"input is \(\): give \(…, 3\)"),
+        (lambda: LinearResidual(3)(torch.zeros(2, 4, 5, 5)), r"input is \(2, 4, 5, 5\): give \(B, 3, H, W\)"),
+        (lambda: LinearResidual(3)(torch.zeros(1, 2, 3, 5, 5)), r"input is .*: give \(B, 3, H, W\)"),
         (lambda: NormalizedLinear(0, 2), "in_features is 0"),
         (lambda: spectral_norm(torch.ones(2, 2, dtype=torch.complex64)), "complex64"),
         (lambda: spectral_norm(torch.ones(1, 1, 3, 3)), "kernel_norm bounds a convolution"),
@@ -301,3 +311,21 @@ def test_a_spectral_norm_is_rounded_up_and_nan_shows() -> None:
 def test_bad_input_is_named(call: object, words: str) -> None:
     with pytest.raises(EspalierError, match=words):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("layer", [
+    BatchCentering(4), Normalize(0.5), Householder(4), NormalizedLinear(4, 3), LinearResidual(4), L2Pool2d(2),
+    ScaledAvgPool2d(2), ScaledAvgPool2d(1), ScaledAvgPool2d(),
+], ids=repr)  # fmt: skip
+def test_arithmetic_on_other_than_real_numbers_is_refused_in_either_mode(
+    layer: nn.Module, dtype: torch.dtype, training: bool
+) -> None:
+    with pytest.raises(EspalierError, match=rf"is {dtype}: convert it to .*floating"):
+        layer.train(training)(torch.ones(2, 4, 4, 4, dtype=dtype))
+
+
+def test_torch_fx_traces_the_normalised_head() -> None:
+    layer, x = NormalizedLinear(4, 3), draw(2, 4).float()
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
+from espalier.nn.lipschitz.inputs import check_width
 from espalier.nn.precision import is_tracing, takes_batches, upcast
 from espalier.sizes import whole_number
 
@@ -179,8 +180,7 @@ class Householder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the pairs, reflected where n·z > 0, computed in float32 or better, in the dtype of x."""
-        if x.ndim < 2 or x.shape[1] != self.channels:
-            raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.channels}, …)")
+        check_width(x, 1, self.channels, f"(B, {self.channels}, …)")
         wide, theta = upcast(x, self.theta)
         a, b = wide.chunk(2, dim=1)
         half = 0.5 * theta.view(-1, *[1] * (x.ndim - 2))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.constant import spectral_norm
+from espalier.nn.lipschitz.inputs import check_floating, check_width
 from espalier.nn.precision import upcast
 from espalier.sizes import whole_number, whole_numbers
 
@@ -117,8 +118,7 @@ class BatchCentering(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x minus the mean, computed in float32 or better, in the dtype of x."""
-        if x.ndim < 2 or x.shape[1] != self.channels:
-            raise EspalierError(f"input is {tuple(x.shape)}: give (B, {self.channels}, …)")
+        check_width(x, 1, self.channels, f"(B, {self.channels}, …)")
         wide, mean = upcast(x, self.running_mean)
         if self.training:
             mean = wide.mean([axis for axis in range(x.ndim) if axis != 1])
@@ -149,7 +149,8 @@ class NormalizedLinear(nn.Module):
     Shapes: (…, in_features) → (…, out_features).
 
     Raises:
-        EspalierError: a width that is no whole number from 1.
+        EspalierError: a width that is no whole number from 1; on the input, another width, or integers or complex
+            numbers.
 
     Source: Singla, Singla & Feizi, arXiv 2108.04062, section 4 (last-layer normalisation).
     """
@@ -173,6 +174,8 @@ class NormalizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores."""
+        check_width(x, -1, self.in_features, f"(…, {self.in_features})")
+        check_floating(x)
         return F.linear(x, self.classifier_weight(), self.bias)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.lipschitz.inputs import check_floating
 from espalier.sizes import whole_number
 
 
@@ -58,8 +59,8 @@ class ScaledAvgPool2d(nn.Module):
     Shapes: (B, C, H, W) → (B, C, ⌊H/k⌋, ⌊W/k⌋); pixels beyond the last whole block are dropped.
 
     Raises:
-        EspalierError: a kernel that is no whole number from 1; on the input, numbers that are not real floating-point
-            ones.
+        EspalierError: a kernel that is no whole number from 1; on the input, sides shorter than the kernel, or integers
+            or complex numbers.
     """
 
     def __init__(self, kernel_size: int | None = None) -> None:
@@ -68,9 +69,12 @@ class ScaledAvgPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scaled averages."""
-        if not x.dtype.is_floating_point:  # averages of integers are cut
-            raise EspalierError(f"input is {x.dtype}: convert it to floating point")
+        check_floating(x)
         _check_images(x)
+        if x.ndim > 4 or min(x.shape[-2:]) < (self.kernel_size or 1):
+            raise EspalierError(
+                f"input is {tuple(x.shape)}: give (B, C, H, W), no side below kernel_size {self.kernel_size or 1}"
+            )
         if self.kernel_size is None:
             scale = (x.shape[-2] * x.shape[-1]) ** -0.5
             if x.dtype in (torch.float16, torch.bfloat16):  # the sum, a side times the result, may be out of range
@@ -100,7 +104,8 @@ class L2Pool2d(InvertibleDownsampling):
     Shapes: (B, C, H, W) → (B, C, H/s, W/s).
 
     Raises:
-        EspalierError: a factor that is no whole number from 1, or sides that it does not divide.
+        EspalierError: a factor that is no whole number from 1; on the input, sides that it does not divide, or integers
+            or complex numbers.
 
     Source: Sermanet, Chintala & LeCun, arXiv 1204.3968 (Lp pooling).
     """
@@ -109,6 +114,7 @@ class L2Pool2d(InvertibleDownsampling):
         """Return the norms."""
         if x.ndim != 4:
             raise EspalierError(f"input is {tuple(x.shape)}: give (B, C, H, W)")
+        check_floating(x)
         blocks = super().forward(x)
         parts = blocks.reshape(blocks.shape[0], x.shape[1], self.factor**2, *blocks.shape[2:])
         return torch.linalg.vector_norm(parts, dim=2)

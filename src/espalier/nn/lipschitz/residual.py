@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.constant import kernel_norm
+from espalier.nn.lipschitz.inputs import check_floating, check_width
 from espalier.sizes import whole_numbers
 
 
@@ -73,7 +74,8 @@ class LinearResidual(nn.Module):
     Shapes: (B, C, H, W) → (B, C, H, W), zeros around.
 
     Raises:
-        EspalierError: sizes that are not whole numbers from 1, or an even kernel.
+        EspalierError: sizes that are not whole numbers from 1, or an even kernel; on the input, other channels, or
+            integers or complex numbers.
 
     Source: Hu et al., LiResNet, arXiv 2301.12549.
     """
@@ -103,6 +105,9 @@ class LinearResidual(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x + W∗x + b."""
+        channels = len(self.weight)
+        check_width(input, -3, channels, f"(B, {channels}, H, W)", most=4)
+        check_floating(input)
         return F.conv2d(input, self.residual_kernel(), self.bias, padding=self.weight.shape[-1] // 2)
 
     def lipschitz_constant(self) -> float:
