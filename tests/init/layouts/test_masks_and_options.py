@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.init import structure_
+from espalier.init.layouts.arguments import takes_more
 
 WIDTH, HEADS = 16, 2
 Hide = Callable[[Tensor, Tensor], Tensor]
@@ -77,30 +78,6 @@ class Deaf(Model):
         return self.attend(ids, inputs_embeds)
 
 
-class Listening(Model):
-    """Hands its options on."""
-
-    def forward(self, ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any) -> Tensor:
-        """Attend, to the options' context if there is one."""
-        return self.attend(ids, inputs_embeds, **options)
-
-
-class Local(Model):
-    """Finds its options by another way."""
-
-    def forward(self, ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any) -> Tensor:
-        """Attend, to the options' context if there is one."""
-        return self.attend(ids, inputs_embeds, locals()["options"].get("context"))
-
-
-class Nested(Model):
-    """Lets a function inside look at its options."""
-
-    def forward(self, ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any) -> Tensor:
-        """Attend, to the options' context if there is one."""
-        return (lambda: self.attend(ids, inputs_embeds, options.get("context")))()
-
-
 @pytest.mark.parametrize("words", MASKS)
 def test_a_mask_that_is_needed_is_given_as_the_layer_takes_it(words: str) -> None:
     net = nn.Sequential()
@@ -115,13 +92,28 @@ def test_what_only_the_model_knows_is_seen_in_the_model(words: str) -> None:
     assert [layer.status for layer in report.layers] == ["written"]
 
 
-@pytest.mark.parametrize("net", [
-    Listening("true shows"), Local("true shows"), Nested("true shows"), Deaf("true shows", both=True),
-], ids=["hands on", "by locals", "in a function inside", "takes both"])  # fmt: skip
-def test_a_model_that_may_hand_other_keys_on_is_refused(net: Model) -> None:
-    other = torch.rand(1, 4, WIDTH)
-    ids = torch.randint(30, (1, 4))
-    named = {"inputs_embeds": other} if isinstance(net, Deaf) else {"context": other}
-    assert not torch.equal(net(ids), net(ids, **named))
+def test_a_model_that_takes_vectors_beside_token_ids_is_refused() -> None:
+    net = Deaf("true shows", both=True)
+    ids, other = torch.randint(30, (1, 4)), torch.rand(1, 4, WIDTH)
+    assert not torch.equal(net(ids), net(ids, inputs_embeds=other))
     with pytest.raises(EspalierError, match="no attention"):
         structure_(net, generator=torch.Generator().manual_seed(0))
+
+
+Options = Callable[..., Any]
+READING: dict[str, tuple[Options, bool]] = {
+    "never": (lambda x, **options: x, False),
+    "hands on": (lambda x, **options: dict(**options), True),
+    "by locals": (lambda x, **options: locals()["options"], True),
+    "in a function inside": (lambda x, **options: (lambda: options)(), True),
+    "a list, never": (lambda x, *options: x, False),
+    "a list": (lambda x, *options: options[0], True),
+    "takes none": (lambda x: x, False),
+}
+
+
+@pytest.mark.parametrize("words", READING)
+def test_whether_a_forward_looks_at_what_it_does_not_name(words: str) -> None:
+    module = nn.Identity()
+    module.forward, reads = READING[words]  # type: ignore[method-assign]
+    assert takes_more(module) == reads

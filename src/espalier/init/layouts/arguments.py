@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections.abc import Collection
 from functools import partial
 from types import CodeType
 
@@ -32,14 +31,9 @@ def arguments(module: nn.Module) -> list[inspect.Parameter]:
         return []
 
 
-def named_arguments(module: nn.Module, given: Collection[str] = ()) -> list[inspect.Parameter]:
-    """Return what a forward names, and of what is given the rest, where it takes keywords without naming them."""
-    every = arguments(module)
-    named = [p for p in every if p.kind not in VARIADIC]
-    if any(p.kind is p.VAR_KEYWORD for p in every):
-        more = [name for name in given if name not in {p.name for p in every}]
-        named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
-    return named
+def named_arguments(module: nn.Module) -> list[inspect.Parameter]:
+    """Return what a forward names."""
+    return [p for p in arguments(module) if p.kind not in VARIADIC]
 
 
 def takes_more(module: nn.Module) -> bool:

@@ -51,7 +51,7 @@ def calls(
         lengths: numbers of tokens, tried after the usual ones.
         batch: sequences; of several no other form is made than one after the other.
     """
-    named = named_arguments(module, given)
+    named = named_arguments(module)
     if not named:
         return
     generator = torch.Generator().manual_seed(1)

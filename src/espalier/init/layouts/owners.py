@@ -149,7 +149,7 @@ def _turned(call: Call) -> Call:
 
 
 def _whole_calls(owner: nn.Module, widths: Sequence[int], given: Collection[str]) -> Iterator[Call]:
-    named = named_arguments(owner, given)
+    named = named_arguments(owner)
     needs = [p for p in named[1:] if p.default is p.empty or p.name in given]
     generator = torch.Generator().manual_seed(1)
     for x in _raw_inputs(owner, generator) if named else ():

@@ -241,8 +241,6 @@ def _meets_others(names: Mapping[str, nn.Module], name: str, found: AttentionWei
         for place, owner in reversed(_owners(names, alias)):
             path, ran = alias[len(place) :].lstrip("."), False
             any_name = tuple(sequences(owner, any_name=True))
-            # What it takes without naming it may be the part's own options, handed on.
-            any_name += tuple(sequences(module, any_name=True)) if takes_more(owner) else ()
             for given in dict.fromkeys((any_name, *((each,) for each in any_name), ())):
                 made = partial(meets_others, owner, path, reading, [width, *token_widths(owner)], heads, given)
                 try:
