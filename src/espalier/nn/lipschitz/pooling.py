@@ -71,10 +71,9 @@ class ScaledAvgPool2d(nn.Module):
         """Return the scaled averages."""
         check_floating(x)
         _check_images(x)
-        if x.ndim > 4 or min(x.shape[-2:]) < (self.kernel_size or 1):
-            raise EspalierError(
-                f"input is {tuple(x.shape)}: give (B, C, H, W), no side below kernel_size {self.kernel_size or 1}"
-            )
+        side = self.kernel_size or 1
+        if x.ndim > 4 or x.shape[-2] < side or x.shape[-1] < side:
+            raise EspalierError(f"input is {tuple(x.shape)}: give (B, C, H, W), no side below kernel_size {side}")
         if self.kernel_size is None:
             scale = (x.shape[-2] * x.shape[-1]) ** -0.5
             if x.dtype in (torch.float16, torch.bfloat16):  # the sum, a side times the result, may be out of range
