@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TypedDict, TypeGuard, Unpack
 
 import torch
@@ -68,10 +68,12 @@ def filter_covariance(
         Σ, shape (K, K), K the product of the kernel's sizes.
 
     Raises:
-        EspalierError: a kernel under 3, a sigma that is not positive and finite, or an unknown or contradictory switch.
+        EspalierError: a kernel under 3, a sigma that is not positive and finite, a dtype that is not floating, or an
+            unknown or contradictory switch.
 
     Source: arXiv 2210.03651, section 4; the repaired and positive variants are ours.
     """
+    _check_floating(dtype)
     variant, scale = switches.get("variant", "clip"), switches.get("scale", "raw")
     covariance_KK = unrepaired_covariance(kernel_sizes(kernel_size, dim), sigma, **switches)
     if variant != "psd":
@@ -95,8 +97,8 @@ def unrepaired_covariance(sizes: tuple[int, ...], sigma: float, **switches: Unpa
     Returns:
         Shape (K, K); symmetric; positive semi-definite for the variant ``"psd"`` only.
     """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise EspalierError(f"sigma {sigma} must be a positive finite number")
+    if not (is_one_number(sigma) and math.isfinite(sigma) and sigma > 0):
+        raise EspalierError(f"sigma {sigma!r} must be a positive finite number")
     psd = check_switches(switches)
     sigma_is_std, wrap = switches.get("sigma_is_std", False), switches.get("wrap")
     last = switches.get("centre", "middle") == "last"
@@ -129,8 +131,7 @@ def check_switches(switches: Switches) -> bool:
         if name not in Switches.__annotations__:
             raise unknown_name("argument", name, Switches.__annotations__)
     for name, known in (("variant", VARIANTS), ("mask", MASKS), ("centre", CENTRES), ("scale", SCALES)):
-        value = switches.get(name)
-        if value is not None and value not in known:
+        if (value := switches.get(name, known[0])) not in known:
             raise unknown_name(name, str(value), known)
     psd = switches.get("variant") == "psd"
     if psd and switches.get("wrap"):
@@ -140,12 +141,30 @@ def check_switches(switches: Switches) -> bool:
     return psd
 
 
+def is_count(value: object, least: int) -> bool:
+    """Return whether a value is a whole number from ``least`` on; truth values are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def is_one_number(value: object) -> bool:
+    """Return whether a value is a real number, or a tensor of one."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+
+
+def _check_floating(dtype: torch.dtype) -> None:
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise EspalierError(f"dtype {dtype!r} holds no fractions: give a floating-point one, such as torch.float32")
+
+
 def kernel_sizes(kernel_size: int | Sequence[int], dim: int = 2) -> tuple[int, ...]:
     """Return the taps along every axis of a kernel given as one number or as one number per axis.
 
     Raises:
-        EspalierError: no axis, an axis of 2 taps or of fewer than 1, or no axis of at least 3.
+        EspalierError: no axis, an axis of 2 taps or of fewer than 1, no axis of at least 3, or a dim that is no number
+            of axes.
     """
+    if not is_count(dim, 1):
+        raise EspalierError(f"dim {dim!r} must be a whole number of axes: give 1, 2 or 3")
     given = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,) * dim
     if not all(isinstance(size, Integral) for size in given):
         raise EspalierError(f"kernel_size {kernel_size!r} must be whole numbers of taps: give k, or one k an axis")
@@ -174,9 +193,14 @@ def sample_filters(
         Filters, shape (count, K), on the CPU.
 
     Raises:
-        EspalierError: Σ is not square, finite, symmetric and positive semi-definite.
+        EspalierError: Σ is not square, finite, symmetric and positive semi-definite, a count that is no whole number
+            from 0, or a dtype that is not floating.
     """
-    eigenvalues, basis = covariance_spectrum(covariance if covariance.is_meta else covariance.cpu())
+    if not is_count(count, 0):
+        raise EspalierError(f"count {count!r} must be a whole number of filters: give 0 or more")
+    if dtype is not None:
+        _check_floating(dtype)
+    eigenvalues, basis = covariance_spectrum(covariance)
     # What rounding left of a zero would weigh its root's 1e-8 in the filters, another one on every library.
     noise_floor = len(basis) * torch.finfo(torch.float64).eps * float(eigenvalues[-1])
     root_KK = (basis * eigenvalues.where(eigenvalues > noise_floor, 0.0).sqrt()) @ basis.mT
@@ -185,15 +209,17 @@ def sample_filters(
 
 
 def covariance_spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues (K) and eigenvectors (K, K) of a covariance, float64, ascending.
+    """Return the eigenvalues (K) and eigenvectors (K, K) of a covariance, float64 on the CPU, ascending.
 
     Raises:
         EspalierError: it is not square, finite, symmetric and, but for rounding, positive semi-definite.
     """
+    if not isinstance(covariance, Tensor):
+        raise EspalierError(f"covariance is a {type(covariance).__name__}: give a tensor (K, K)")
     size = covariance.shape[-1] if covariance.ndim else 0
     if not covariance.is_floating_point() or covariance.is_meta or covariance.shape != (size, size) or size == 0:
         raise EspalierError(f"covariance of shape {tuple(covariance.shape)} must be a finite square matrix")
-    sigma_KK = covariance.detach().double()
+    sigma_KK = covariance.detach().cpu().double()
     if not sigma_KK.isfinite().all():
         raise EspalierError(f"covariance of shape {tuple(covariance.shape)} must be a finite square matrix")
     # Rounding to the covariance's own type moves every eigenvalue by up to its unit times the largest.
@@ -244,6 +270,8 @@ def depthwise_kernel(weight: Tensor) -> tuple[int, ...]:
     Raises:
         EspalierError: the weight has another shape, or holds no real floating-point numbers.
     """
+    if not isinstance(weight, Tensor):
+        raise EspalierError(f"weight is a {type(weight).__name__}: give a tensor (channels, 1, *kernel)")
     if weight.ndim < 3 or weight.shape[1] != 1 or not weight.is_floating_point():
         raise EspalierError(
             f"weight {tuple(weight.shape)}, {weight.dtype}, is not depthwise: pass (channels, 1, *kernel), floating"

@@ -20,7 +20,7 @@ from espalier.init.filters.closed_form import (
     filter_covariance,
     kernel_sizes,
 )
-from espalier.init.filters.statistics import FilterStatistics
+from espalier.init.filters.statistics import FilterStatistics, check_depth
 
 # Depth of layer i of n: (i + shift)/n, or i/(n−1) for "ends".
 _SHIFTS = {"ends": None, "starts": 0.0, "middles": 0.5, "stops": 1.0}
@@ -120,8 +120,7 @@ class FilterCovariance:
         """
         if self.sigma0 is None or self.v is None or self.a is None:
             raise EspalierError("filters drawn from statistics have no sigma: ask covariance() instead")
-        if not 0 <= depth <= 1:
-            raise EspalierError(f"depth {depth} is outside 0…1: pass the fraction of the depthwise layers passed")
+        check_depth(depth)
         return self.sigma0 + self.v * depth + self.a * depth**2 / 2
 
     def depth_of(self, index: int, count: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -19,6 +19,8 @@ from espalier.init.filters.closed_form import (
     covariance_spectrum,
     depthwise_layers,
     filter_covariance,
+    is_count,
+    is_one_number,
     kernel_sizes,
 )
 from espalier.init.filters.fit import fit_closed_form, pooled_covariance
@@ -95,10 +97,18 @@ class FilterStatistics:
     Attributes:
         layers: in the order of depth.
 
+    Raises:
+        EspalierError: there is no layer, or something that is none.
+
     Source: arXiv 2210.03651, section 3; the shrinkage is ours.
     """
 
     layers: tuple[LayerStatistics, ...]
+
+    def __post_init__(self) -> None:
+        given = self.layers
+        if not isinstance(given, tuple) or not given or not all(isinstance(part, LayerStatistics) for part in given):
+            raise EspalierError(f"layers is {given!r}: give a tuple of at least one LayerStatistics")
 
     @classmethod
     def from_model(cls, models: nn.Module | Sequence[nn.Module]) -> FilterStatistics:
@@ -110,7 +120,11 @@ class FilterStatistics:
             EspalierError: no network, no depthwise convolution, networks of different depths or kernel sizes, or
                 weights that are not finite.
         """
+        if not isinstance(models, nn.Module | Iterable):
+            raise EspalierError(f"models is {models!r}: give a module, or a list of modules")
         nets = [models] if isinstance(models, nn.Module) else list(models)
+        if odd := [net for net in nets if not isinstance(net, nn.Module)]:
+            raise EspalierError(f"models holds a {type(odd[0]).__name__}: give a module, or a list of modules")
         found = [depthwise_layers(net) for net in nets]
         if not found or not found[0]:
             name = type(nets[0]).__name__ if nets else "list without networks"
@@ -133,40 +147,42 @@ class FilterStatistics:
             measured.append(LayerStatistics(name, tuple(first.weight.shape[2:]), covariance_KK, count, variance))
         return cls(tuple(measured))
 
-    def layer_at(self, depth: float, kernel_size: tuple[int, ...] | None = None) -> LayerStatistics:
+    def layer_at(self, depth: float, kernel_size: int | Sequence[int] | None = None) -> LayerStatistics:
         """Return the statistics at a fractional depth, between the two nearest layers in proportion.
 
         Args:
             depth: in [0, 1].
-            kernel_size: kernel to resize to; left out, the one that all layers share.
+            kernel_size: kernel to resize to, k or one k per axis; left out, the one that all layers share.
 
         Raises:
-            EspalierError: a depth outside 0…1, or layers of different kernels and no ``kernel_size``.
+            EspalierError: a depth that is no number in 0…1, a kernel under 3 or of another number of axes, or layers of
+                different kernels and no ``kernel_size``.
         """
-        if not 0 <= depth <= 1:
-            raise EspalierError(f"depth {depth} is outside 0…1: pass the fraction of the depthwise layers passed")
+        check_depth(depth)
         sizes = {layer.kernel_size for layer in self.layers}
-        if kernel_size is None:
-            if len(sizes) > 1:
-                raise EspalierError(f"layers have the kernels {sorted(sizes)}: pass kernel_size to resize them to one")
-            kernel_size = sizes.pop()
+        if kernel_size is not None:
+            kernel = kernel_sizes(kernel_size, len(self.layers[0].kernel_size))
+        elif len(sizes) == 1:
+            kernel = sizes.pop()
+        else:
+            raise EspalierError(f"layers have the kernels {sorted(sizes)}: pass kernel_size to resize them to one")
         position = depth * (len(self.layers) - 1)
         index = min(int(position), max(len(self.layers) - 2, 0))
         share = position - index
-        below = self.layers[index].resize(kernel_size)
+        below = self.layers[index].resize(kernel)
         if share == 0:
             return below
-        above = self.layers[index + 1].resize(kernel_size)
+        above = self.layers[index + 1].resize(kernel)
         return LayerStatistics(
             name=(below if share < 0.5 else above).name,
-            kernel_size=kernel_size,
+            kernel_size=kernel,
             covariance=(1 - share) * below.covariance + share * above.covariance,
             filters=min(below.filters, above.filters),
             sampling_variance=(1 - share) ** 2 * below.sampling_variance + share**2 * above.sampling_variance,
             shrinkage=(1 - share) * below.shrinkage + share * above.shrinkage,
         )
 
-    def covariance_at(self, depth: float, kernel_size: tuple[int, ...] | None = None) -> Tensor:
+    def covariance_at(self, depth: float, kernel_size: int | Sequence[int] | None = None) -> Tensor:
         """Return the covariance (K, K) at a fractional depth; see ``layer_at``."""
         return self.layer_at(depth, kernel_size).covariance
 
@@ -186,8 +202,8 @@ class FilterStatistics:
             sizes = kernel_sizes(kernel_size, len(self.layers[0].kernel_size))
         if depth is None:
             return FilterStatistics(tuple(layer.resize(sizes or layer.kernel_size) for layer in self.layers))
-        if depth < 1:
-            raise EspalierError(f"depth {depth} is no number of layers: give at least 1")
+        if not is_count(depth, 1):
+            raise EspalierError(f"depth {depth!r} is no number of layers: give a whole number from 1")
         depths = [index / (depth - 1) for index in range(depth)] if depth > 1 else [0.5]
         return FilterStatistics(tuple(self.layer_at(at, sizes) for at in depths))
 
@@ -208,8 +224,12 @@ class FilterStatistics:
         """
         if isinstance(toward, str) and toward != "closed-form":
             raise unknown_name("shrinkage target", toward, ["closed-form"])
+        if not isinstance(toward, str | Tensor):
+            raise EspalierError(f"toward is {toward!r}: give 'closed-form', or a covariance as a tensor (K, K)")
         if isinstance(strength, str) and strength != "auto":
             raise unknown_name("strength", strength, ["auto"])
+        if not isinstance(strength, str) and not is_one_number(strength):
+            raise EspalierError(f"strength {strength!r} is no number: give the target's share in 0…1, or 'auto'")
         if not isinstance(strength, str) and not 0 <= strength <= 1:
             raise EspalierError(f"strength {strength} is outside 0…1: it is the target's share")
         target = None if isinstance(toward, str) else toward.detach().double().cpu()
@@ -253,6 +273,14 @@ class FilterStatistics:
             reason = " ".join(str(error).split())[:200]
             raise EspalierError(f"statistics {path} cannot be read: {reason}") from error
         return cls(tuple(layers))
+
+
+def check_depth(depth: float) -> None:
+    """Refuse what is no fraction of the depthwise layers passed."""
+    if not is_one_number(depth):
+        raise EspalierError(f"depth {depth!r} is no number: pass the fraction of the depthwise layers passed, in 0…1")
+    if not 0 <= depth <= 1:
+        raise EspalierError(f"depth {depth} is outside 0…1: pass the fraction of the depthwise layers passed")
 
 
 _DESCRIBED = ("name", "kernel_size", "filters", "sampling_variance", "shrinkage")

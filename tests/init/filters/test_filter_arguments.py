@@ -1,0 +1,93 @@
+"""Arguments of another kind are refused in one line that names the argument and its value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from espalier.errors import EspalierError
+from espalier.init.filters.closed_form import depthwise_covariance_, filter_covariance, sample_filters
+from espalier.init.filters.spec import FilterCovariance
+from espalier.init.filters.statistics import FilterStatistics, LayerStatistics
+
+# As a caller without a type checker has them.
+covariance_of: Callable[..., Any] = filter_covariance
+drawn: Callable[..., Any] = sample_filters
+
+
+def measured(*sigmas: float, k: int = 3) -> FilterStatistics:
+    layers = (LayerStatistics(f"at {sigma}", (k, k), filter_covariance(k, sigma), 64, 0.0) for sigma in sigmas)
+    return FilterStatistics(tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: covariance_of(7, "1"), "sigma '1'"),
+        (lambda: covariance_of(7, None), "sigma None"),
+        (lambda: covariance_of(7, 1 + 2j), "sigma (1+2j)"),
+        (lambda: covariance_of(7, torch.ones(2)), "sigma tensor"),
+        (lambda: covariance_of(7, 1.0, dim=0), "dim 0"),
+        (lambda: covariance_of(7, 1.0, dim=1.5), "dim 1.5"),
+        (lambda: covariance_of(7, 1.0, dtype=torch.int64), "dtype torch.int64"),
+        (lambda: covariance_of(7, 1.0, dtype=torch.complex64), "dtype torch.complex64"),
+        (lambda: covariance_of(7, 1.0, dtype="float32"), "dtype 'float32'"),
+        (lambda: covariance_of(7, 1.0, variant=None), "unknown variant 'None'"),
+        (lambda: covariance_of(7, 1.0, scale=None), "unknown scale 'None'"),
+        (lambda: drawn(torch.eye(9), -1), "count -1"),
+        (lambda: drawn(torch.eye(9), 2.5), "count 2.5"),
+        (lambda: drawn(torch.eye(9), True), "count True"),
+        (lambda: drawn(torch.eye(9), 3, dtype=torch.int64), "dtype torch.int64"),
+        (lambda: drawn([[1.0]], 3), "covariance is a list"),
+        (lambda: depthwise_covariance_(torch.zeros(3, 1, 7, 7).numpy(), 1.0), "weight is a ndarray"),
+        (lambda: FilterCovariance().sigma_at("a"), "depth 'a'"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_the_closed_form(call: Callable[[], object], words: str) -> None:
+    refused(call, words)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda s: s.resample(depth=2.5), "depth 2.5"),
+        (lambda s: s.resample(depth=True), "depth True"),
+        (lambda s: s.resample(depth="3"), "depth '3'"),
+        (lambda s: s.layer_at("a"), "depth 'a'"),
+        (lambda s: s.covariance_at(None), "depth None"),
+        (lambda s: s.layer_at(0.5, (2, 2)), "kernel_size (2, 2)"),
+        (lambda s: s.layer_at(0.5, (0, 0)), "kernel_size (0, 0)"),
+        (lambda s: s.layer_at(0.5, (3, 3, 3)), "number of axes"),
+        (lambda s: s.shrink(None), "toward is None"),
+        (lambda s: s.shrink(0.5), "toward is 0.5"),
+        (lambda s: s.shrink(strength=None), "strength None"),
+        (lambda s: s.shrink(strength=[0.5]), "strength [0.5]"),
+        (lambda s: FilterStatistics(()), "layers is ()"),
+        (lambda s: FilterStatistics((1,)), "layers is (1,)"),
+        (lambda s: FilterStatistics.from_model(None), "models is None"),
+        (lambda s: FilterStatistics.from_model([nn.Linear(2, 2), "net"]), "models holds a str"),
+    ],
+)
+def test_arguments_of_statistics(call: Callable[[Any], object], words: str) -> None:
+    refused(lambda: call(measured(0.3, 1.0)), words)
+
+
+def refused(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(EspalierError) as caught:
+        call()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_types_are_numbers() -> None:
+    expected = filter_covariance(5, 2.0)
+    assert torch.equal(covariance_of(5, torch.tensor(2.0, dtype=torch.float64)), expected)
+    assert torch.equal(covariance_of(5, 2), expected)
+    assert sample_filters(expected, 0).shape == (0, 25)
+    statistics = measured(0.3, 1.0)
+    for kernel in (5, [5, 5], (5, 5)):
+        assert statistics.layer_at(0.5, kernel).kernel_size == (5, 5)
