@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from espalier.errors import EspalierError, unknown_name
 from espalier.files import require_regular, write_tensors
 from espalier.init.filters.closed_form import (
+    Convolution,
     covariance_spectrum,
     depthwise_layers,
     filter_covariance,
@@ -24,6 +25,7 @@ from espalier.init.filters.closed_form import (
     kernel_sizes,
 )
 from espalier.init.filters.fit import fit_closed_form, pooled_covariance
+from espalier.init.layouts.find import as_in_evaluation
 
 _FORMAT = "espalier.filter_statistics/1"
 
@@ -129,7 +131,7 @@ class FilterStatistics:
         if not found or not found[0]:
             name = type(nets[0]).__name__ if nets else "list without networks"
             raise EspalierError(f"model {name} has no depthwise convolution: nothing to measure")
-        shapes = [[module.weight.shape[2:] for _, module in layers] for layers in found]
+        shapes = [[module.kernel_size for _, module in layers] for layers in found]
         for net, shape in zip(nets, shapes, strict=True):
             if shape != shapes[0]:
                 raise EspalierError(
@@ -138,13 +140,13 @@ class FilterStatistics:
         measured = []
         for same in zip(*found, strict=True):
             name, first = same[0]
-            groups = [module.weight.flatten(1) for _, module in same]
+            groups = [_filters(module) for _, module in same]
             try:
                 covariance_KK, variance = pooled_covariance(groups)
             except EspalierError as error:
                 raise EspalierError(f"layer {name!r}: {error}") from None
             count = sum(map(len, groups))
-            measured.append(LayerStatistics(name, tuple(first.weight.shape[2:]), covariance_KK, count, variance))
+            measured.append(LayerStatistics(name, tuple(first.kernel_size), covariance_KK, count, variance))
         return cls(tuple(measured))
 
     def layer_at(self, depth: float, kernel_size: int | Sequence[int] | None = None) -> LayerStatistics:
@@ -308,6 +310,13 @@ def resize_matrix(old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
         factor[taps, (lower + 1).clamp_max(before - 1)] += share
         factors.append(factor)
     return reduce(torch.kron, factors)
+
+
+@torch.no_grad()
+def _filters(module: Convolution) -> Tensor:
+    """Return a layer's filters (h, K), with what computes them kept still: in training, spectral norm moves."""
+    with as_in_evaluation(module):
+        return module.weight.flatten(1)
 
 
 def _gaussian_error(covariance_KK: Tensor) -> float:

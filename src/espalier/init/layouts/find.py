@@ -249,7 +249,7 @@ def _proven(names: Mapping[str, nn.Module], name: str, reading: Layout, *how: st
 def _apply(layout: Layout, module: nn.Module) -> Found | Mapping[str, Found] | None:
     """Ask a layout about a module; what it raises becomes ``Skipped`` with the reason."""
     try:
-        with _as_in_evaluation(module):
+        with as_in_evaluation(module):
             return layout(module)
     except Exception as error:  # a layout may be anyone's, and one layer that it cannot read must not stop the others
         if holds_lazy(module):
@@ -272,7 +272,7 @@ def _is_registered(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _as_in_evaluation(module: nn.Module) -> Iterator[None]:
+def as_in_evaluation(module: nn.Module) -> Iterator[None]:
     """Keep parametrisations still while weights are read: in training, spectral norm moves its vectors each time."""
     owners = (part for part in module.modules() if parametrize.is_parametrized(part))
     moving = [part for owner in owners for part in owner.get_submodule("parametrizations").modules() if part.training]
