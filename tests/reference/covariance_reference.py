@@ -15,14 +15,15 @@ def plain_covariance(
     sigma_is_std: bool = False,
     wrap: bool | None = None,
     mask: str = "x",
-    centre: str = "middle",
+    centre: str | tuple[int, ...] = "middle",
     variant: str = "clip",
     scale: str = "raw",
 ) -> Tensor:
     s = sigma**2 if sigma_is_std else sigma
     if wrap is None:
         wrap = variant != "psd"
-    c = tuple(k - 1 if centre == "last" else math.floor(k / 2) for k in sizes)
+    named = tuple(k - 1 if centre == "last" else math.floor(k / 2) for k in sizes)
+    c = named if isinstance(centre, str) else centre
     pixels = list(itertools.product(*(range(k) for k in sizes)))
 
     def z(x: tuple[int, ...]) -> float:

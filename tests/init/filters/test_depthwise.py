@@ -52,6 +52,16 @@ def test_closed_form_equals_its_plain_twin(sizes: tuple[int, ...], sigma: float,
     torch.testing.assert_close(ours, plain_covariance(sizes, sigma, **switches), rtol=0, atol=1e-12)
 
 
+@settings(max_examples=30, deadline=None)
+@given(sizes=SHAPES, sigma=SIGMAS, data=st.data())
+def test_the_centre_may_be_any_tap(sizes: tuple[int, ...], sigma: float, data: st.DataObject) -> None:
+    tap = data.draw(st.tuples(*(st.integers(0, size - 1) for size in sizes)))
+    ours = filter_covariance(sizes, sigma, centre=tap)
+    torch.testing.assert_close(ours, plain_covariance(sizes, sigma, centre=tap), rtol=0, atol=1e-12)
+    if len(set(tap)) == 1:
+        assert torch.equal(ours, filter_covariance(sizes, sigma, centre=tap[0]))
+
+
 def test_closed_form_equals_its_plain_twin_at_the_size_of_the_paper() -> None:
     torch.testing.assert_close(filter_covariance(9, 1.9), plain_covariance((9, 9), 1.9), rtol=0, atol=1e-12)
 
@@ -132,6 +142,11 @@ def test_rounded_once(dtype: torch.dtype) -> None:
         (5, 1.0, {"mask": "z"}, "mask 'z'"),
         (5, 1.0, {"scale": "units"}, "did you mean 'unit'"),
         (5, 1.0, {"centre": "lest"}, "did you mean 'last'"),
+        (5, 1.0, {"centre": (2,)}, "centre (2,)"),
+        (5, 1.0, {"centre": (2, 5)}, "centre (2, 5)"),
+        (5, 1.0, {"centre": (2, 1.5)}, "centre (2, 1.5)"),
+        (5, 1.0, {"centre": -1}, "centre -1"),
+        (5, 1.0, {"centre": 1.5}, "centre 1.5"),
         (5, 1.0, {"rap": True}, "did you mean 'wrap'"),
         (5, 1.0, {"variant": "psd", "wrap": True}, "contradicts variant 'psd'"),
         (5, 1.0, {"variant": "psd", "mask": "y"}, "contradicts variant 'psd'"),

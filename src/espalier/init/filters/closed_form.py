@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from numbers import Integral, Real
-from typing import TypedDict, TypeGuard, Unpack
+from typing import Any, TypedDict, TypeGuard, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Switches(TypedDict, total=False):
     sigma_is_std: bool
     wrap: bool | None
     mask: str
-    centre: str
+    centre: str | int | Sequence[int]
     variant: str
     scale: str
 
@@ -59,7 +59,8 @@ def filter_covariance(
         wrap: measure x − y around a torus. Default: yes, except for ``"psd"``, which holds only without.
         mask: ``"x"`` damps by z_x (default); ``"y"`` is the transposed mask, ½(z_x + z_y)·g − ¼(z_x² + z_y²), which
             has a largely negative spectrum and is here to be studied.
-        centre: ``"middle"`` is ⌊k/2⌋ (default); ``"last"`` is k − 1, the present in a causal convolution.
+        centre: ``"middle"`` is ⌊k/2⌋ (default); ``"last"`` is k − 1, the present in a causal convolution. Or a tap: its
+            number from 0, or one per axis.
         variant: ``"clip"`` sets negative eigenvalues to 0 (default), ``"abs"`` takes their absolute values, and
             ``"psd"`` is our form that has none: ``√(z_x z_y)·(g(x − y) − ½√(z_x z_y))``, with the same diagonal.
         scale: ``"raw"`` (default); ``"unit"`` makes E‖F‖² = 1; ``"match_default"`` makes it 1/3, as torch's default.
@@ -68,8 +69,8 @@ def filter_covariance(
         Σ, shape (K, K), K the product of the kernel's sizes.
 
     Raises:
-        EspalierError: a kernel under 3, a sigma that is not positive and finite, a dtype that is not floating, or an
-            unknown or contradictory switch.
+        EspalierError: a kernel under 3, a sigma that is not positive and finite, a dtype that is not floating, a centre
+            outside the kernel, or an unknown or contradictory switch.
 
     Source: arXiv 2210.03651, section 4; the repaired and positive variants are ours.
     """
@@ -101,20 +102,20 @@ def unrepaired_covariance(sizes: tuple[int, ...], sigma: float, **switches: Unpa
         raise EspalierError(f"sigma {sigma!r} must be a positive finite number")
     psd = check_switches(switches)
     sigma_is_std, wrap = switches.get("sigma_is_std", False), switches.get("wrap")
-    last = switches.get("centre", "middle") == "last"
+    centre = centre_tap(sizes, switches.get("centre", "middle"))
 
     def gauss(distance: Tensor) -> Tensor:
         # Divided before squaring: a tiny standard deviation must not underflow into 0/0.
         return torch.exp(-((distance / sigma) ** 2) / 2 if sigma_is_std else -(distance**2) / (2 * sigma))
 
     near, damp = [], []
-    for size in sizes:
+    for size, tap in zip(sizes, centre, strict=True):
         taps = torch.arange(size, dtype=torch.float64, device="cpu")
         apart = (taps[:, None] - taps).abs()
         if not psd and (wrap is None or wrap):
             apart = torch.minimum(apart, size - apart)
         near.append(gauss(apart))
-        damp.append(gauss(taps - (size - 1 if last else size // 2)))
+        damp.append(gauss(taps - tap))
     # A Gaussian of a squared distance factors over the axes.
     g_KK, z_K = reduce(torch.kron, near), reduce(torch.kron, damp)
     if psd:
@@ -131,7 +132,10 @@ def check_switches(switches: Switches) -> bool:
         if name not in Switches.__annotations__:
             raise unknown_name("argument", name, Switches.__annotations__)
     for name, known in (("variant", VARIANTS), ("mask", MASKS), ("centre", CENTRES), ("scale", SCALES)):
-        if (value := switches.get(name, known[0])) not in known:
+        value = switches.get(name, known[0])
+        # A centre may be a tap instead, which the kernel's sizes decide on.
+        tap = name == "centre" and not isinstance(value, str)
+        if not tap and value not in known:
             raise unknown_name(name, str(value), known)
     psd = switches.get("variant") == "psd"
     if psd and switches.get("wrap"):
@@ -154,6 +158,24 @@ def is_one_number(value: object) -> bool:
 def _check_floating(dtype: torch.dtype) -> None:
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise EspalierError(f"dtype {dtype!r} holds no fractions: give a floating-point one, such as torch.float32")
+
+
+def centre_tap(sizes: tuple[int, ...], centre: str | int | Sequence[int]) -> tuple[int, ...]:
+    """Return the tap about which a kernel's closed form is centred, by its number from 0 on every axis.
+
+    Raises:
+        EspalierError: no name of a centre, or a tap that the kernel does not have.
+    """
+    if isinstance(centre, str):
+        if centre not in CENTRES:
+            raise unknown_name("centre", centre, CENTRES)
+        return tuple(size - 1 if centre == "last" else size // 2 for size in sizes)
+    given: Any = centre
+    tap = tuple(given) if isinstance(given, Sequence) else (given,) * len(sizes)
+    within = len(tap) == len(sizes) and all(isinstance(at, Integral) for at in tap)
+    if not within or not all(0 <= at < size for at, size in zip(tap, sizes, strict=True)):
+        raise EspalierError(f"centre {centre!r} is no tap of a kernel {sizes}: count from 0, once per axis")
+    return tuple(int(at) for at in tap)
 
 
 def kernel_sizes(kernel_size: int | Sequence[int], dim: int = 2) -> tuple[int, ...]:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.init.filters.closed_form import Switches, depthwise_kernel, filter_covariance, unrepaired_covariance
+from espalier.init.filters.closed_form import (
+    Switches,
+    centre_tap,
+    depthwise_kernel,
+    filter_covariance,
+    unrepaired_covariance,
+)
 
 # Variances searched: at the lower end the closed form is a single tap, at the upper end it is flat over any kernel.
 _SIGMA_RANGE = (0.02, 50.0)
@@ -152,8 +158,8 @@ def covariance_fit(weight: Tensor, **switches: Unpack[Switches]) -> FilterFit:
         return FilterFit(fit.sigma, 1.0, 1.0, 0.0)
     trace, norm_squared = float(covariance_KK.trace()), float(covariance_KK.square().sum())
     white_error = _error(trace**2 / len(covariance_KK), norm_squared - sampling_variance)
-    last = switches.get("centre") == "last"
-    axes = [(torch.arange(k, dtype=torch.float64, device="cpu") - (k - 1 if last else k // 2)) ** 2 for k in sizes]
+    centre = centre_tap(sizes, switches.get("centre", "middle"))
+    axes = [(torch.arange(k, dtype=torch.float64, device="cpu") - c) ** 2 for k, c in zip(sizes, centre, strict=True)]
     squared_K = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
     # How much nearer to the centre the energy lies than if it were spread evenly.
     concentration = 1 - float(covariance_KK.diagonal() @ squared_K) / trace / float(squared_K.mean())

@@ -60,7 +60,8 @@ class FilterCovariance:
         sigma_is_std: read σ as a standard deviation instead of a variance.
         wrap: measure the distance of taps around a torus; left out: yes, except for the variant ``"psd"``.
         mask: ``"x"``, or ``"y"`` for the transposed mask.
-        centre: ``"middle"``, or ``"last"`` for causal convolutions.
+        centre: ``"middle"``: in a model the tap that meets the present, where that is found. Or ``"last"``, or a tap as
+            in ``filter_covariance``, for all layers.
         variant: ``"clip"``, ``"abs"`` or ``"psd"``.
         scale: ``"raw"``, ``"unit"`` or ``"match_default"``.
         depth_rule: depth of layer i of n: ``"ends"`` i/(n−1), ``"starts"`` i/n, ``"middles"`` (i+½)/n, ``"stops"``
@@ -80,7 +81,7 @@ class FilterCovariance:
     sigma_is_std: bool = False
     wrap: bool | None = None
     mask: str = "x"
-    centre: str = "middle"
+    centre: str | int | Sequence[int] = "middle"
     variant: str = "clip"
     scale: str = "raw"
     depth_rule: str = "ends"
