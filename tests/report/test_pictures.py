@@ -170,7 +170,7 @@ def test_page_of_a_convmixer_shows_filters_as_they_are(tmp_path: Path) -> None:
 
 
 def test_filters_along_one_axis_are_drawn_too(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.Conv1d(6, 6, 4, groups=6), nn.Conv3d(6, 6, 3, groups=6))
+    net = nn.Sequential(nn.Conv1d(6, 6, 4, groups=6, padding="same"), nn.Conv3d(6, 6, 3, groups=6))
     text = write_weight_pictures(net, tmp_path / "weights.html").read_text()
     shapes = {name: pixels(a).shape[:2] for a, name in re.findall(r'<img src="([^"]+)" alt="([^"]+: filters)"', text)}
     assert shapes == {"0: filters": (1, 6 * 5 - 1), "1: filters": (3, 6 * 10 - 1)}

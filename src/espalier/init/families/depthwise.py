@@ -51,9 +51,9 @@ class DepthwiseFamily(Family):
     row = DepthwiseFit
 
     def write(self, weights: DepthwiseWeights, spec: FilterCovariance, place: Place, generator: torch.Generator) -> str:
-        """Draw the filters of the layer's depth."""
-        if weights.centre == "last":
-            spec = replace(spec, centre="last")
+        """Draw the filters of the layer's depth, about its own centre unless another one is asked for."""
+        if spec.centre == "middle":
+            spec = replace(spec, centre=weights.centre)
         return spec.write_(weights.weight, spec.depth_of(*place), generator=generator)
 
     def set_by_hand(self, weights: DepthwiseWeights) -> str:

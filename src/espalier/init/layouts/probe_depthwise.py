@@ -1,13 +1,16 @@
-"""Which tap of a depthwise convolution meets the output's own position: the middle one, or the last of a causal one."""
+"""Which tap of a depthwise convolution meets the output's own position: that of a run of the code that calls it."""
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +19,19 @@ from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.prove import cached, token_widths
-from espalier.init.layouts.registry import DepthwiseWeights, Found, Skipped
+from espalier.init.layouts.registry import BareCheckpoint, DepthwiseWeights, Found, Skipped
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced
 
 _UNKNOWN = "which of its taps meets the present is unknown"
 _CACHE = re.compile(r"cache|past|state|stream|inference_params")
+# Names in code that may put positions in front or take some away.
+_MOVES = re.compile(r"pad|crop|chomp|trim|narrow|roll|shift|unfold|slice|^(cat|concat|split|chunk|index_select)$", re.I)
 # Input position minus output position that a tap connects, axis by axis.
 Offset = tuple[int, ...]
-Centre = Literal["middle", "last", "other"]
+# A tap, by its number on every axis.
+Tap = tuple[int, ...]
+# Modules that call one inside them, by name.
+Callers = list[tuple[str, nn.Module]]
 # How far above the median move of all outputs one must stand that the moved input reaches through a tap.
 _ABOVE_MIXING = 5.0
 
@@ -32,12 +40,19 @@ class _MixedError(CannotRunError):
     """A module runs, and moves all positions with each as much as by any tap."""
 
 
+class _ResizedError(CannotRunError):
+    """A module runs, and gives more positions or fewer than it takes: which is which, whoever calls it decides."""
+
+
+class _NoTapError(CannotRunError):
+    """A module runs, and no tap meets the position of the output."""
+
+
 def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *, own_code: bool) -> Found:
     """Return a depthwise layer's view with its centre and a note, or why the centre cannot be known.
 
-    A convolution padded alike on both sides keeps positions, so that its centre is the middle. One over time may be
-    causal whatever its padding says (a crop, a shift, a cache), so its owner is run: with all weight on the first tap,
-    then on the last, the outputs that move tell which tap is the present. What cannot be run is read from its padding.
+    Whatever its own padding says, what calls a convolution may pad, crop, shift or cache. So its caller is run: with
+    all weight on the first tap, then on the last, the outputs that move tell which tap is the present.
 
     Args:
         names: all modules of the model, to find the one that calls this one.
@@ -47,85 +62,205 @@ def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *,
     """
     module = names[name]
     assert isinstance(module, Convolution)
-    owner = (name, module) if own_code else owner_of(names, name)
-    over_time, centre = len(module.kernel_size) == 1, _centre_by_padding(module)
-    if owner is None and centre == "other":
-        centre = "middle"
-    if owner is not None and (own_code or over_time or centre == "other"):
-        path = name[len(owner[0]) :].lstrip(".")
+    try:
+        tap = _present(names, name, module, own_code)
+    except CannotRunError as error:
+        return Skipped("depthwise", f"{_UNKNOWN}: {error}")
+    return replace(found, centre=tap, note=_note(module, tap))
+
+
+def _note(module: Convolution, tap: Tap) -> str:
+    """Say which tap is the centre where it is not the middle one."""
+    sizes = module.kernel_size
+    if tap == tuple(taps // 2 for taps in sizes):
+        return ""
+    if sum(taps > 1 for taps in sizes) == 1 and tap == tuple(taps - 1 for taps in sizes):
+        return "causal: the newest tap is its centre"
+    return f"its centre is the tap that meets the present, {tap} of {sizes} from 0"
+
+
+def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own_code: bool) -> Tap:
+    """Return the tap that meets the present.
+
+    The nearest code around it that keeps positions is run. A caller that gives more positions than it takes, or fewer,
+    leaves the rest to its own caller. Where code cannot be run, padding that keeps positions is taken at its word.
+
+    Raises:
+        CannotRunError: it cannot be known, or no tap meets the present.
+    """
+    padded, over_time = _by_padding(module), len(module.kernel_size) == 1
+    if isinstance(names[""], BareCheckpoint):
+        return _middle(module)  # nothing else is known of it
+    within, outward = _callers(names, name)
+    if own_code:
+        within, outward = [], [(name, module), *within, *outward]
+    # Images are seldom shifted: code that neither pads nor crops need not be run, which takes long for large blocks.
+    believed = padded is not None and not own_code and not over_time and not any(_may_move(c) for _, c in outward[:1])
+    within = [each for each in within if _may_move(each[1]) or (outward and padded is None)]
+    why: CannotRunError | None = None
+    stuck = False
+    for place, caller in [*([] if believed else outward), *within]:
+        # Beyond a caller that cannot be run whole models would be copied, once a layer; what is nearer is still tried.
+        if stuck and (place, caller) in outward:
+            continue
         try:
-            centre = cached((module_key(owner[1]), path, "centre"), lambda: _centre(owner[1], path, module))
+            return _by_run(caller, name[len(place) :].lstrip("."), module, own_code)
+        except _NoTapError:
+            raise
         except CannotRunError as error:
-            streams = over_time and any(_CACHE.search(argument.name) for argument in arguments(owner[1]))
-            if own_code or centre == "other" or (centre == "middle" and streams):
-                return Skipped("depthwise", f"{_UNKNOWN}: {error}")
-    if centre == "other":
-        return Skipped("depthwise", f"{_UNKNOWN}: it is neither the middle one nor the last")
-    return replace(found, centre=centre, note="causal: the newest tap is its centre" if centre == "last" else "")
+            why = why if isinstance(why, _ResizedError) else error
+            stuck = stuck or not isinstance(error, _ResizedError)
+    streams = over_time and any(_CACHE.search(each.name) for _, caller in outward[:1] for each in arguments(caller))
+    if padded is not None and not own_code and not isinstance(why, _ResizedError) and not (streams and why):
+        return padded
+    # Without padding, both sides lose alike: what is left stands above the middle.
+    if why is None and not outward and _unpadded(module) and all(taps % 2 for taps in module.kernel_size):
+        return _middle(module)
+    raise why or CannotRunError("its padding keeps no positions, and no code around it says what else pads or crops")
 
 
-def _centre_by_padding(module: Convolution) -> Centre:
-    """Return the centre of a convolution whose result is taken as it is, as far as its padding tells."""
-    middle = tuple(step * (taps - 1) // 2 for step, taps in zip(module.dilation, module.kernel_size, strict=True))
-    named = {"same": middle, "valid": (0,) * len(middle)}
-    padded = named[module.padding] if isinstance(module.padding, str) else tuple(module.padding)
-    if len(padded) == 1 and padded[0] >= module.dilation[0] * (module.kernel_size[0] - 1):
-        return "last"
-    return "middle" if padded == middle and all(taps % 2 for taps in module.kernel_size) else "other"
+def _callers(names: Mapping[str, nn.Module], name: str) -> tuple[Callers, Callers]:
+    """Return what runs a layer, innermost first: plain sequences within the first code, and from that code outward."""
+    owners, place = set[str](), name
+    while (owner := owner_of(names, place)) is not None:
+        place = owner[0]
+        owners.add(place)
+    around: Callers = []
+    while name:
+        name = name.rpartition(".")[0]
+        part = names.get(name)
+        if part is not None and (name in owners or isinstance(part, nn.Sequential)):
+            around.append((name, part))
+    plain = [name not in owners and type(part).forward is nn.Sequential.forward for name, part in around]
+    first = plain.index(False) if False in plain else len(around)
+    return around[:first], around[first:]
+
+
+def _may_move(caller: nn.Module) -> bool:
+    """Return whether a caller may pad or crop, as far as its code and what stands beside the layer in it tell."""
+    if any("Pad" in type(part).__name__ for part in caller.children()):
+        return True
+    plain = type(caller).forward is nn.Sequential.forward
+    return any(_code_moves(type(part)) for part in (caller.modules() if plain else [caller]))
+
+
+def _code_moves(cls: type) -> bool:
+    """Return whether a class's methods have slices, or names that speak of padding and cropping."""
+    if cls.__module__.startswith("torch.nn."):
+        return "Pad" in cls.__name__
+    theirs = [vars(parent) for parent in cls.__mro__ if not parent.__module__.startswith(("torch.nn.", "builtins"))]
+    functions = [inspect.unwrap(each) for held in theirs for each in held.values() if inspect.isfunction(each)]
+    return any(_moves(each, 3) for each in functions if each.__name__ != "__init__")
+
+
+@functools.lru_cache(4096)
+def _moves(function: FunctionType, deep: int) -> bool:
+    """Return whether a function may move positions, or one that it calls by name."""
+    code, known = function.__code__, function.__globals__
+    called = [known[name] for name in code.co_names if isinstance(known.get(name), FunctionType)]
+    return _code_slices(code) or any(deep == 0 or _moves(each, deep - 1) for each in called)
+
+
+def _code_slices(code: CodeType) -> bool:
+    named = any(map(_MOVES.search, code.co_names)) or any("SLICE" in each.opname for each in dis.get_instructions(code))
+    held = [each for each in code.co_consts if isinstance(each, CodeType | slice)]
+    return named or any(isinstance(each, slice) or _code_slices(each) for each in held)
+
+
+def _by_padding(module: Convolution) -> Tap | None:
+    """Return the tap that meets the present if the convolution's own padding keeps positions, else ``None``."""
+    steps, strides = module.dilation, module.stride
+    reach = [step * (taps - 1) for step, taps in zip(steps, module.kernel_size, strict=True)]
+    if module.padding == "same":
+        front = tuple(far // 2 for far in reach)
+    else:
+        front = (0,) * len(reach) if isinstance(module.padding, str) else tuple(module.padding)
+        # Every stride inputs give one output.
+        if not all(1 - stride <= 2 * f - far <= 0 for f, far, stride in zip(front, reach, strides, strict=True)):
+            return None
+    try:
+        return _tap(module, front)
+    except _NoTapError:
+        return None
+
+
+def _unpadded(module: Convolution) -> bool:
+    return module.padding == "valid" or not any(module.padding)
+
+
+def _middle(module: Convolution) -> Tap:
+    """Return the middle tap: of an even number the one that "same" padding puts over the present."""
+    return tuple((taps - 1) // 2 for taps in module.kernel_size)
+
+
+def _tap(module: Convolution, far: tuple[int, ...]) -> Tap:
+    """Return the tap that meets the present, given how far before the output's position the filter starts.
+
+    A strided output covers several positions: of the taps that meet one of them it is the one nearest to the middle.
+    """
+    found = []
+    for taps, step, span, start in zip(module.kernel_size, module.dilation, module.stride, far, strict=True):
+        met = range(max(0, -(-start // step)), min(taps - 1, (start + span - 1) // step) + 1)
+        if not met:
+            raise _NoTapError("none of them does")
+        found.append(min(met, key=lambda tap: abs(tap - taps // 2)))
+    return tuple(found)
+
+
+def _by_run(caller: nn.Module, path: str, module: Convolution, own_code: bool) -> Tap:
+    """Return the tap that meets the present in a run of a caller; once for all that are alike."""
+    key = (module_key(caller), path, own_code, "centre")
+    found: Tap = cached(key, lambda: _centre(caller, path, module, own_code))
+    return found
 
 
 @untraced()
-def _centre(owner: nn.Module, path: str, module: Convolution) -> Centre:
-    """Return which tap is the centre, from runs of a copy of the owner with weight on one tap alone.
+def _centre(owner: nn.Module, path: str, module: Convolution, own_code: bool) -> Tap:
+    """Return the tap that meets the present, from runs of a copy of the owner with weight on one tap alone.
 
-    A convolution with code of its own is its own owner. There every tap is tried: a mask, for one, lets some do
-    nothing, and what is written there would not be used.
+    Of a convolution with code of its own every tap is tried: a mask, for one, lets some do nothing, and what is written
+    there would not be used.
 
     Raises:
-        CannotRunError: it runs on no made-up input, or mixes positions in other ways too.
+        CannotRunError: it runs on no made-up input, gives another number of positions, or mixes them in other ways too.
     """
     steps = module.dilation
     taps = list(itertools.product(*map(range, module.kernel_size)))
-    why = "nothing is known of its inputs"
+    why = CannotRunError("nothing is known of its inputs")
     twin = copy_for_probe(owner)
     filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
     for call, axes in _inputs(owner, module):
-        look = functools.partial(_offsets, twin, call, axes, filters)
+        look = functools.partial(_offsets, twin, call, axes, filters, module.stride)
         try:
             # The offset 0, which all else shares, is not told.
-            still = look(None) | {(0,) * len(steps)}
-            first, last = look(0) - still, look(-1) - still
+            (still, keeps), zero = look(None), (0,) * len(steps)
+            still |= {zero}
+            first, last = look(0)[0] - still, look(-1)[0] - still
         except _MixedError:
             raise
         except CannotRunError as error:
-            why = str(error)
+            why = error
             continue
-        if not first | last and len(still) == 1:
-            return "other"  # every tap looks past the input's ends
-        if len(first) > 1 or len(last) > 1 or not first | last:
-            raise CannotRunError(f"{type(owner).__name__}, which calls it, mixes positions in other ways too")
+        who = f"{type(owner).__name__}, which calls it,"
+        if len(first) > 1 or len(last) > 1 or not (first | last or len(still) == 1):
+            raise CannotRunError(f"{who} mixes positions in other ways too")
+        if not keeps:
+            raise _ResizedError(f"{who} gives more positions than it takes, or fewer")
+        if not first | last:
+            raise _NoTapError("all of them look past the input's ends")
         # Tap c looks (c − c*)·dilation far. Here c*·dilation, as either end has it.
         ends = [(taps[0], offset) for offset in first] + [(taps[-1], offset) for offset in last]
         reach = [tuple(c * step - o for c, step, o in zip(tap, steps, seen, strict=True)) for tap, seen in ends]
         if len(set(reach)) > 1:
-            return "other"
-        for place, tap in enumerate(taps if not path else ()):
-            if look(place) != {tuple(c * step - f for c, step, f in zip(tap, steps, reach[0], strict=True))}:
+            raise _NoTapError("they are not as far apart as its dilation says")
+        for place, tap in enumerate(taps if own_code else ()):
+            # What stands around it may tell the offset 0 at any tap.
+            shared = {zero} if path else set[Offset]()
+            wanted = {tuple(c * step - f for c, step, f in zip(tap, steps, reach[0], strict=True))}
+            if look(place)[0] - shared != wanted - shared:
                 raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {tap})")
-        return _name(module, reach[0])
+        return _tap(module, reach[0])
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
-
-
-def _name(module: Convolution, far: tuple[int, ...]) -> Centre:
-    """Return the centre's name, given how far before its own tap c* the filter starts: c* times the dilation."""
-    if any(f % step for f, step in zip(far, module.dilation, strict=True)):
-        return "other"
-    present = [f // step for f, step in zip(far, module.dilation, strict=True)]
-    # A strided output covers several positions; the middle tap may meet any of them.
-    sizes = module.kernel_size
-    if all(0 <= taps // 2 - tap < span for taps, tap, span in zip(sizes, present, module.stride, strict=True)):
-        return "middle"
-    return "last" if len(sizes) == 1 and present[0] == sizes[0] - 1 else "other"
 
 
 def _inputs(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple[int, ...]]]:
@@ -144,8 +279,13 @@ def _inputs(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple
             yield Call((x,), dict(others), sizes[0]), tuple(range(start, start + len(sizes)))
 
 
-def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor, tap: int | None) -> set[Offset]:
-    """Return input minus output position of all outputs that move when one input does, with weight on one tap."""
+def _offsets(
+    twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor, strides: tuple[int, ...], tap: int | None
+) -> tuple[set[Offset], bool]:
+    """Return input minus output position of all outputs that move when one input does, with weight on one tap.
+
+    And whether there is one output for every ``strides`` inputs.
+    """
     filters.zero_()
     if tap is not None:
         filters.flatten(1)[:, tap] = 1.0
@@ -153,7 +293,10 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
     base = run(twin, call)[0]
     if base.ndim != x.ndim or any(base.shape[axis] < 2 for axis in axes):
         raise CannotRunError("its output has no such axis of positions")
-    strides = [max(1, round(x.shape[axis] / base.shape[axis])) for axis in axes]
+    sizes = [(x.shape[axis], base.shape[axis]) for axis in axes]
+    if any(max(1, round(taken / given)) != stride for (taken, given), stride in zip(sizes, strides, strict=True)):
+        raise CannotRunError("its output has positions of another resolution")
+    keeps = all(taken == given * stride for (taken, given), stride in zip(sizes, strides, strict=True))
     at = [x.shape[axis] // 2 // stride * stride for axis, stride in zip(axes, strides, strict=True)]
     found, mixed, noise = set[Offset](), False, 1e-9 * float(base.abs().max())
     # With a stride, only some inputs are met by this tap: all of one cell are tried.
@@ -172,4 +315,4 @@ def _offsets(twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor
             found.add(tuple(p - stride * o for p, stride, o in zip(place, strides, hit, strict=True)))
     if mixed and not found and tap is not None:
         raise _MixedError("what else mixes its positions is as strong as its taps")
-    return found
+    return found, keeps

@@ -95,13 +95,14 @@ def latent_map(down: Tensor, gain: Tensor, scale: float) -> Tensor:
 class DepthwiseWeights:
     """One depthwise convolution's filters, (channels, 1, *kernel), as a view.
 
-    ``centre`` is the tap that meets the output's own position: the middle one, or the last one of a causal convolution.
+    ``centre`` is the tap that meets the output's own position: its number from 0 on every axis, or the middle one, or
+    the last one of a causal convolution, as ``filter_covariance`` names them.
     """
 
     kind: ClassVar[str] = "depthwise"
     weight: Tensor
     note: str = ""
-    centre: Literal["middle", "last"] = "middle"
+    centre: Literal["middle", "last"] | tuple[int, ...] = "middle"
 
 
 @dataclass(frozen=True)
