@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.init import FilterStatistics
-from espalier.init.filters.closed_form import depthwise_layers, filter_covariance
+from espalier.init import FilterStatistics, depthwise_layers
+from espalier.init.filters.closed_form import filter_covariance
 from espalier.init.filters.fit import covariance_fit, fit_closed_form
 from espalier.recipes import Recipe, get_recipe
 from espalier.study.statistics import Interval, t_interval

@@ -3,7 +3,8 @@
 from espalier.init.attention.mimetic import Mimetic, measure_attention, mimetic_attention_
 from espalier.init.attention.near_identity import near_identity, near_identity_factors
 from espalier.init.families import AttentionFit
-from espalier.init.filters.closed_form import depthwise_covariance_, depthwise_layers, filter_covariance, sample_filters
+from espalier.init.filters.census import depthwise_layers
+from espalier.init.filters.closed_form import depthwise_covariance_, filter_covariance, sample_filters
 from espalier.init.filters.fit import covariance_fit
 from espalier.init.filters.spec import FilterCovariance
 from espalier.init.filters.statistics import FilterStatistics

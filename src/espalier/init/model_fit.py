@@ -97,7 +97,7 @@ def fit(model: nn.Module) -> StructureFit:
             damage = family.damage(weights, family.sums(weights)) or family.excess(family.measure(weights))
             if damage:
                 raise EspalierError(f"layer {layer.name!r} cannot be fitted: {damage}: fit a model that trained well")
-            rows[family.kind].append(family.fit(layer.name, weights))
+            rows[family.kind].append(family.placed(family.fit(layer.name, weights), layer.place))
     if not any(rows.values()):
         raise EspalierError(f"model {type(model).__name__} has no structure to fit: {why}")
     return StructureFit({kind: tuple(found) for kind, found in rows.items() if found})

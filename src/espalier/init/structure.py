@@ -14,7 +14,7 @@ from espalier.errors import EspalierError, unknown_name
 from espalier.init.adapters import ADAPTED, without_adapters
 from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, Family, Specs, family_of
-from espalier.init.families.base import Place, on_meta, tensors
+from espalier.init.families.base import on_meta, tensors
 from espalier.init.layouts import Layer, Skipped, locate_layers
 from espalier.init.layouts.hooks import refuse_hooked
 from espalier.init.layouts.outside import leaves_outside_alone
@@ -48,7 +48,6 @@ class _Site:
     Attributes:
         layer: its weights, and how to get at them.
         family: what can be done with them.
-        place: its index and the number of layers, within the family.
         spans: where its numbers lie.
         first: name of the first layer with any of the same weights: its own, unless modules are tied.
         whole: whether all its weights are those of the first layer, and not some.
@@ -56,7 +55,6 @@ class _Site:
 
     layer: Layer
     family: Family
-    place: Place
     spans: frozenset[Span]
     first: str
     whole: bool
@@ -179,16 +177,13 @@ def audit(model: nn.Module, against: StructureReport | None = None) -> Structure
 
 
 def _sites(model: nn.Module) -> Sequence[_Site]:
-    located = [(layer, family_of(layer.found)) for layer in locate_layers(model)]
-    families = [family for _, family in located]
     sites: list[_Site] = []
-    for index, (layer, family) in enumerate(located):
+    for layer in locate_layers(model):
         spans = memory_of(layer)
         tied = (site for site in sites if not isinstance(site.layer.found, Skipped) and overlap(spans, site.spans))
         first = next(tied, None)
-        place = families[:index].count(family), families.count(family)
         name, whole = (layer.name, True) if first is None else (first.first, first.spans == spans)
-        sites.append(_Site(layer, family, place, spans, name, whole))
+        sites.append(_Site(layer, family_of(layer.found), spans, name, whole))
     return sites
 
 
@@ -256,9 +251,9 @@ def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequen
 
 def _rehearse(site: _Site, spec: object) -> LayerReport:
     """Write one layer on the meta device, where arguments are checked and nothing is kept."""
-    if not isinstance(found := site.layer.found, Skipped) and site.family.selects(spec, site.place):
+    if not isinstance(found := site.layer.found, Skipped) and site.family.selects(spec, site.layer.place):
         views = {name: _to_meta(value) for name, value in vars(found).items()}
-        site.family.write(replace(found, **views), spec, site.place, torch.Generator(device="cpu"))
+        site.family.write(replace(found, **views), spec, site.layer.place, torch.Generator(device="cpu"))
     return site.row("skipped")
 
 
@@ -275,7 +270,7 @@ def _write(
     family, found = site.family, site.layer.found
     if isinstance(found, Skipped):
         return site.row("skipped", found.reason)
-    if not family.selects(spec, site.place):
+    if not family.selects(spec, site.layer.place):
         return site.row("skipped", "not among the layers asked for")
     if site.first != site.layer.name and (site.first, "written") in [(row.layer, row.status) for row in rows]:
         some = "its weights are" if site.whole else "some of its weights are"
@@ -286,11 +281,11 @@ def _write(
         if on_meta(weights):
             return site.row("skipped", "on the meta device: run again later")
         with _kept_on_error(weights):
-            text = family.write(weights, spec, site.place, stream)
+            text = family.write(weights, spec, site.layer.place, stream)
             sums.update(family.sums(weights))
             damaged = bool(family.damage(weights, sums))  # which ``_confirm`` tells
             measured = {} if damaged else family.measure(weights)
-            if not damaged and (wrong := family.verify(weights, spec, site.place, measured)):
+            if not damaged and (wrong := family.verify(weights, spec, site.layer.place, measured)):
                 raise VerificationError(wrong)
         note = "; ".join(filter(None, (family.note(weights, site.layer.part), others_of(site.layer, site.spans))))
     return replace(site.row("written", note), asked=text, measured=measured)

@@ -169,13 +169,17 @@ def freeze_(model: nn.Module, recipe: Recipe) -> None:
     """
     if not recipe.freeze:
         return
-    from espalier.init.filters.closed_form import depthwise_layers
+    from espalier.init.filters.census import depthwise_census
+    from espalier.init.ties import memory_of, overlap, spans_of
 
-    layers = depthwise_layers(model)
+    layers = depthwise_census(model)
     if not layers:
         raise EspalierError(f"freeze {recipe.freeze!r}: model {recipe.model!r} has no depthwise convolution")
-    for _, layer in layers:
-        layer.weight.requires_grad_(False)
+    for layer in layers:
+        filters = memory_of(layer)
+        for name, parameter in layer.part.named_parameters():
+            if name != "bias" and overlap(filters, spans_of([parameter])):
+                parameter.requires_grad_(False)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
+from espalier.init.filters.census import depthwise_layers
 from espalier.init.filters.closed_form import (
     depthwise_covariance_,
-    depthwise_layers,
     filter_covariance,
     sample_filters,
     unrepaired_covariance,
@@ -252,8 +252,8 @@ def test_depthwise_layers_finds_those_and_no_others() -> None:
     model.add_module("plane", nn.Conv2d(8, 8, 3, groups=8, stride=2))
     model.add_module("line", nn.Conv1d(8, 8, 4, groups=8))
     model.add_module("inner", nn.Sequential(nn.Conv3d(8, 8, (1, 3, 3), groups=8)))
-    assert [name for name, _ in depthwise_layers(model)] == ["plane", "line", "inner.0"]
-    assert depthwise_layers(model)[0][1] is model.plane
+    assert [name for name, _ in depthwise_layers(model)] == ["multiplied", "plane", "line", "inner.0"]
+    assert depthwise_layers(model)[1][1] is model.plane
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

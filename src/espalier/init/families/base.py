@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.contents import bytes_in
+from espalier.init.layouts.find import Place
 
 # No weight or product of a layer that works is anywhere near this.
 LARGEST = 1e6
-
-# Index of a layer and number of layers, within its family.
-Place = tuple[int, int]
 
 
 class LayerFit(Protocol):
@@ -63,6 +61,10 @@ class Family(ABC):
     @abstractmethod
     def fit(self, name: str, weights: Any) -> LayerFit:
         """Return what the layer is near to."""
+
+    def placed(self, fitted: Any, place: Place) -> Any:
+        """Return a layer's fit with its place, where the spec depends on that."""
+        return fitted
 
     @abstractmethod
     def spec(self, rows: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.errors import EspalierError
 from espalier.init.families.base import LARGEST, Family, Place
@@ -18,6 +18,8 @@ from espalier.init.layouts.registry import attribute
 
 # σ(d) has three coefficients, and a layer's own σ says nothing of the others': fewer layers fit a line or a constant.
 _COEFFICIENTS = 3
+# Depths tried for the lowest point of a curve that is to stay above zero.
+_TURNS = 201
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,24 @@ class DepthwiseFit:
         sigma: σ of the nearest closed form, in squared taps.
         error: relative distance to it; ``white_error`` that to independent weights.
         white_error: see ``error``.
+        place: its index among the depthwise layers of its model, and their number; empty in records from before it was
+            kept, whose layers are taken to lie evenly.
+
+    Raises:
+        EspalierError: a place that no layer has.
     """
 
     layer: str
     sigma: float
     error: float
     white_error: float
+    place: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = self.place
+        whole = isinstance(given, tuple) and all(type(part) is int for part in given)
+        if not whole or (given and not (len(given) == 2 and 0 <= given[0] < given[1])):
+            raise EspalierError(f"place is {given!r}: give (index, number of layers), or nothing")
 
     def __str__(self) -> str:
         return (
@@ -97,25 +111,34 @@ class DepthwiseFamily(Family):
         found = covariance_fit(weights.weight, centre=weights.centre)
         return DepthwiseFit(name, found.sigma, found.error, found.white_error)
 
+    def placed(self, fitted: DepthwiseFit, place: Place) -> DepthwiseFit:
+        """Return the fit with its place: σ depends on depth."""
+        return replace(fitted, place=place)
+
     def spec(self, rows: Sequence[DepthwiseFit]) -> FilterCovariance | None:
         """Return the closed form whose ``σ(d) = σ₀ + v·d + ½·a·d²`` is nearest to the layers' σ by least squares.
 
-        Fewer than three layers fit a line or a constant. Where the best curve would dip to zero between layers, the
-        constant of the layers' mean is returned. Layers without a σ (all filters equal) do not count.
+        d is the depth at which each layer was measured, as ``structure_`` counts it. Fewer than three layers fit a line
+        or a constant. Where the best curve would dip to zero between layers, the constant of the layers' mean is
+        returned; where it would before the first or beyond the last, the best one that stays above half of the least σ.
+        Layers without a σ (all filters equal) have no say.
         """
-        sigmas = [row.sigma for row in rows if math.isfinite(row.sigma)]
-        sigma_N = torch.tensor(sigmas, dtype=torch.float64, device="cpu")
-        count = len(sigmas)
+        rows = [row for row in rows if math.isfinite(row.sigma)]
+        count = len(rows)
         if not count:
             return None
-        depth_N = torch.arange(count, dtype=torch.float64, device="cpu") / max(count - 1, 1)
+        placed = all(row.place for row in rows)
+        places = [row.place if placed else (index, count) for index, row in enumerate(rows)]
+        depths = [self.default.depth_of(index, of) for index, of in places]
+        depth_N, sigma_N = torch.tensor([depths, [row.sigma for row in rows]], dtype=torch.float64, device="cpu")
         powers_N3 = torch.stack([depth_N**0, depth_N, depth_N**2 / 2], dim=1)[:, : min(count, _COEFFICIENTS)]
         fitted = torch.linalg.lstsq(powers_N3, sigma_N[:, None]).solution.flatten().tolist()
         sigma0, v, a = [*fitted, 0.0, 0.0][:_COEFFICIENTS]
         try:
             return FilterCovariance(sigma0=sigma0, v=v, a=a)
         except EspalierError:  # σ(d) is not positive everywhere
-            return FilterCovariance(sigma0=float(sigma_N.mean()), v=0.0, a=0.0)
+            sigma0, v, a = _held_above_zero(depth_N, sigma_N)
+            return FilterCovariance(sigma0=sigma0, v=v, a=a)
 
     def lines(self, rows: Sequence[DepthwiseFit]) -> list[str]:
         """Return a line a layer, and what to ask for."""
@@ -132,3 +155,23 @@ class DepthwiseFamily(Family):
         if max(weights.weight.shape[2:]) <= 3:
             notes.append("3 taps an axis: the closed form is of larger kernels (from 5)")
         return "; ".join(filter(None, notes))
+
+
+def _held_above_zero(depth_N: Tensor, sigma_N: Tensor) -> tuple[float, float, float]:
+    """Return (σ₀, v, a) of the nearest ``ε + ½·a·(d − m)²``, a ≥ 0, with m where no layer was measured, or a constant.
+
+    ε is half of the least σ. Layers that cannot be measured leave such places at the ends, where nothing else holds a
+    curve through the others above zero.
+    """
+    mean = float(sigma_N.mean())
+    best, found = float((sigma_N - mean).square().sum()), (mean, 0.0, 0.0)
+    floor = float(sigma_N.min()) / 2
+    for m in torch.linspace(0, 1, _TURNS, dtype=torch.float64, device="cpu").tolist():
+        if depth_N.min() <= m <= depth_N.max():
+            continue
+        bent_N = (depth_N - m).square() / 2
+        a = max(float(bent_N @ (sigma_N - floor) / (bent_N @ bent_N)), 0.0)
+        error = float((floor + a * bent_N - sigma_N).square().sum())
+        if error < best:
+            best, found = error, (floor + a * m**2 / 2, -a * m, a)
+    return found

@@ -308,8 +308,3 @@ def is_depthwise(module: nn.Module) -> TypeGuard[Convolution]:
         and module.groups == module.in_channels == module.out_channels > 1
         and max(module.kernel_size) > 1
     )
-
-
-def depthwise_layers(model: nn.Module) -> list[tuple[str, Convolution]]:
-    """Return the name and module of every depthwise convolution of a model, in the order of registration."""
-    return [(name, module) for name, module in model.named_modules() if is_depthwise(module)]

@@ -77,7 +77,7 @@ def pooled_covariance(groups: Sequence[Tensor]) -> tuple[Tensor, float]:
         S of shape (K, K), float64 on the CPU, and the squared Frobenius error.
 
     Raises:
-        EspalierError: a group of fewer than 2 filters, on the meta device, or not finite.
+        EspalierError: a group of fewer than 2 filters, on the meta device, not of floating point, or not finite.
 
     Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), lemma 3.3.
     """
@@ -86,6 +86,10 @@ def pooled_covariance(groups: Sequence[Tensor]) -> tuple[Tensor, float]:
         if filters_NK.is_meta or len(filters_NK) < 2:
             raise EspalierError(
                 f"filters of shape {tuple(filters_NK.shape)} have no covariance: 2 with values are needed"
+            )
+        if not filters_NK.is_floating_point():
+            raise EspalierError(
+                f"filters of dtype {filters_NK.dtype} have no covariance: measure full-precision weights"
             )
         if not filters_NK.isfinite().all():
             raise EspalierError(f"filters of shape {tuple(filters_NK.shape)} are not finite: was training diverging?")

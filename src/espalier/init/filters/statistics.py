@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError, unknown_name
+from espalier.errors import EspalierError, require_known, unknown_name
 from espalier.files import require_regular, write_tensors
+from espalier.init.filters.census import read_filters
 from espalier.init.filters.closed_form import (
-    Convolution,
+    CENTRES,
     covariance_spectrum,
-    depthwise_layers,
     filter_covariance,
     is_count,
     is_one_number,
     kernel_sizes,
 )
 from espalier.init.filters.fit import fit_closed_form, pooled_covariance
-from espalier.init.layouts.find import as_in_evaluation
 
 _FORMAT = "espalier.filter_statistics/1"
+# Of layers that state their depth.
+_PLACED_FORMAT = "espalier.filter_statistics/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,9 @@ class LayerStatistics:
         sampling_variance: expected squared Frobenius error of the covariance; carried through a resize as if the
             filters were Gaussian.
         shrinkage: share of the target that ``shrink`` mixed in.
+        centre: the tap that meets the output's own position, ``"middle"`` or ``"last"`` (causal); None where nobody
+            knows.
+        depth: fractional depth in its network; None where all layers lie evenly from 0 to 1.
     """
 
     name: str
@@ -50,6 +56,8 @@ class LayerStatistics:
     filters: int
     sampling_variance: float
     shrinkage: float = 0.0
+    centre: str | None = None
+    depth: float | None = None
 
     def resize(self, kernel_size: tuple[int, ...]) -> LayerStatistics:
         """Return the covariance of these filters resized bilinearly: ``R Σ Rᵀ``, trace restored.
@@ -71,10 +79,11 @@ class LayerStatistics:
     def shrink(self, toward: Tensor | None, strength: float | None) -> LayerStatistics:
         """Return the mixture with a target; see ``FilterStatistics.shrink``."""
         if toward is None:
-            fit = fit_closed_form(self.covariance, self.kernel_size)
+            centre = self.centre or "middle"
+            fit = fit_closed_form(self.covariance, self.kernel_size, centre=centre)
             if not fit.amplitude > 0:
                 return self
-            toward = fit.amplitude * filter_covariance(self.kernel_size, fit.sigma)
+            toward = fit.amplitude * filter_covariance(self.kernel_size, fit.sigma, centre=centre)
         if toward.shape != self.covariance.shape:
             raise EspalierError(
                 f"toward has shape {tuple(toward.shape)}, layer {self.name!r} needs {tuple(self.covariance.shape)}"
@@ -93,14 +102,16 @@ class LayerStatistics:
 class FilterStatistics:
     """The covariances of a network's depthwise filters, layer by layer, ready for a network of another size.
 
-    Layer i of n lies at fractional depth i/(n − 1). A covariance does not depend on the width or the patch size of the
-    network, so these need no conversion. Means are not carried over: filters are drawn about zero.
+    Layer i of n lies at fractional depth i/(n − 1), unless the layers state theirs: beside layers that cannot be
+    measured (several filters a channel, 2 taps) each keeps the depth that it has in its own network. A covariance does
+    not depend on the width or the patch size of the network, so these need no conversion. Means are not carried over:
+    filters are drawn about zero.
 
     Attributes:
         layers: in the order of depth.
 
     Raises:
-        EspalierError: there is no layer, or something that is none.
+        EspalierError: there is no layer, something that is none, or depths that do not rise from layer to layer.
 
     Source: arXiv 2210.03651, section 3; the shrinkage is ours.
     """
@@ -111,6 +122,14 @@ class FilterStatistics:
         given = self.layers
         if not isinstance(given, tuple) or not given or not all(isinstance(part, LayerStatistics) for part in given):
             raise EspalierError(f"layers is {given!r}: give a tuple of at least one LayerStatistics")
+        for layer in given:
+            if layer.centre is not None:
+                require_known(f"centre of layer {layer.name!r}", layer.centre, CENTRES)
+        stated = [layer.depth for layer in given if layer.depth is not None]
+        for depth in stated:
+            check_depth(depth)
+        if stated and (len(stated) < len(given) or any(a >= b for a, b in pairwise(stated))):
+            raise EspalierError(f"layers state the depths {stated}: give rising ones to all {len(given)}, or to none")
 
     @classmethod
     def from_model(cls, models: nn.Module | Sequence[nn.Module]) -> FilterStatistics:
@@ -127,27 +146,35 @@ class FilterStatistics:
         nets = [models] if isinstance(models, nn.Module) else list(models)
         if odd := [net for net in nets if not isinstance(net, nn.Module)]:
             raise EspalierError(f"models holds a {type(odd[0]).__name__}: give a module, or a list of modules")
-        found = [depthwise_layers(net) for net in nets]
+        found = [read_filters(net) for net in nets]
         if not found or not found[0]:
             name = type(nets[0]).__name__ if nets else "list without networks"
-            raise EspalierError(f"model {name} has no depthwise convolution: nothing to measure")
-        shapes = [[module.kernel_size for _, module in layers] for layers in found]
+            raise EspalierError(f"model {name} has no depthwise convolution to measure: one filter a channel, 3 taps")
+        shapes = [[(layer.place, layer.kernel_size, layer.centre) for layer in layers] for layers in found]
         for net, shape in zip(nets, shapes, strict=True):
             if shape != shapes[0]:
                 raise EspalierError(
                     f"model {type(net).__name__} differs from the first in depth or kernels: pool networks of one shape"
                 )
+        # Where all are measured they lie evenly, as in every file that states no depths.
+        evenly = len(found[0]) == found[0][0].place[1]
         measured = []
         for same in zip(*found, strict=True):
-            name, first = same[0]
-            groups = [_filters(module) for _, module in same]
+            first, groups = same[0], [layer.filters for layer in same]
             try:
                 covariance_KK, variance = pooled_covariance(groups)
             except EspalierError as error:
-                raise EspalierError(f"layer {name!r}: {error}") from None
-            count = sum(map(len, groups))
-            measured.append(LayerStatistics(name, tuple(first.kernel_size), covariance_KK, count, variance))
+                raise EspalierError(f"layer {first.name!r}: {error}") from None
+            sized = LayerStatistics(first.name, first.kernel_size, covariance_KK, sum(map(len, groups)), variance)
+            depth = None if evenly else _even_depth(*first.place)
+            measured.append(replace(sized, centre=first.centre, depth=depth))
         return cls(tuple(measured))
+
+    @property
+    def depths(self) -> tuple[float, ...]:
+        """The fractional depth of every layer."""
+        stated = tuple(layer.depth for layer in self.layers if layer.depth is not None)
+        return stated or tuple(_even_depth(index, len(self.layers)) for index in range(len(self.layers)))
 
     def layer_at(self, depth: float, kernel_size: int | Sequence[int] | None = None) -> LayerStatistics:
         """Return the statistics at a fractional depth, between the two nearest layers in proportion.
@@ -168,13 +195,19 @@ class FilterStatistics:
             kernel = sizes.pop()
         else:
             raise EspalierError(f"layers have the kernels {sorted(sizes)}: pass kernel_size to resize them to one")
-        position = depth * (len(self.layers) - 1)
-        index = min(int(position), max(len(self.layers) - 2, 0))
-        share = position - index
-        below = self.layers[index].resize(kernel)
-        if share == 0:
-            return below
-        above = self.layers[index + 1].resize(kernel)
+        depths = self.depths
+        index = min(bisect_left(depths, depth), len(depths) - 1)
+        above = self.layers[index].resize(kernel)
+        # Before the first, beyond the last, or a layer's own depth, which others of other axes may surround.
+        if index == 0 or depths[index] <= depth:
+            return replace(above, depth=None)
+        below = self.layers[index - 1].resize(kernel)
+        share = (depth - depths[index - 1]) / (depths[index] - depths[index - 1])
+        if None not in (below.centre, above.centre) and below.centre != above.centre:
+            raise EspalierError(
+                f"depth {depth:.3g} lies between {below.name!r} and {above.name!r}, which are about different taps: "
+                "measure a network of causal layers alone, or of none"
+            )
         return LayerStatistics(
             name=(below if share < 0.5 else above).name,
             kernel_size=kernel,
@@ -182,6 +215,7 @@ class FilterStatistics:
             filters=min(below.filters, above.filters),
             sampling_variance=(1 - share) ** 2 * below.sampling_variance + share**2 * above.sampling_variance,
             shrinkage=(1 - share) * below.shrinkage + share * above.shrinkage,
+            centre=below.centre and above.centre,
         )
 
     def covariance_at(self, depth: float, kernel_size: int | Sequence[int] | None = None) -> Tensor:
@@ -206,8 +240,7 @@ class FilterStatistics:
             return FilterStatistics(tuple(layer.resize(sizes or layer.kernel_size) for layer in self.layers))
         if not is_count(depth, 1):
             raise EspalierError(f"depth {depth!r} is no number of layers: give a whole number from 1")
-        depths = [index / (depth - 1) for index in range(depth)] if depth > 1 else [0.5]
-        return FilterStatistics(tuple(self.layer_at(at, sizes) for at in depths))
+        return FilterStatistics(tuple(self.layer_at(_even_depth(index, depth), sizes) for index in range(depth)))
 
     def shrink(self, toward: str | Tensor = "closed-form", strength: str | float = "auto") -> FilterStatistics:
         """Mix every covariance with a target that has no sampling error: ``(1 − ρ)·S + ρ·T``.
@@ -246,9 +279,14 @@ class FilterStatistics:
         """
         path = Path(path)
         tensors = {f"{index:04d}": layer.covariance for index, layer in enumerate(self.layers)}
-        described = [{name: getattr(layer, name) for name in _DESCRIBED} for layer in self.layers]
+        stated = [(layer, _DESCRIBED + _WHERE_STATED) for layer in self.layers]
+        described = [
+            {name: value for name in names if (value := getattr(layer, name)) is not None} for layer, names in stated
+        ]
+        # Versions that know no depths would place these layers elsewhere without a word.
+        form = _FORMAT if self.layers[0].depth is None else _PLACED_FORMAT
         try:
-            return write_tensors(path, tensors, {"format": _FORMAT, "layers": json.dumps(described)})
+            return write_tensors(path, tensors, {"format": form, "layers": json.dumps(described)})
         except OSError as error:
             raise EspalierError(f"statistics {path} cannot be written ({error.strerror}): name another path") from error
 
@@ -265,16 +303,16 @@ class FilterStatistics:
             require_regular(Path(path))
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if metadata.get("format") not in (_FORMAT, _PLACED_FORMAT):
                     raise EspalierError("it was not written by FilterStatistics.save")
                 described = json.loads(metadata["layers"])
                 layers = [_checked(entry, file.get_tensor(f"{i:04d}")) for i, entry in enumerate(described)]
                 if not layers or len(layers) != len(list(file.keys())):
                     raise EspalierError(f"it names {len(layers)} layers and holds {len(list(file.keys()))}")
+                return cls(tuple(layers))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise EspalierError(f"statistics {path} cannot be read: {reason}") from error
-        return cls(tuple(layers))
 
 
 def check_depth(depth: float) -> None:
@@ -286,6 +324,7 @@ def check_depth(depth: float) -> None:
 
 
 _DESCRIBED = ("name", "kernel_size", "filters", "sampling_variance", "shrinkage")
+_WHERE_STATED = ("centre", "depth")
 
 
 def resize_matrix(old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
@@ -312,11 +351,9 @@ def resize_matrix(old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     return reduce(torch.kron, factors)
 
 
-@torch.no_grad()
-def _filters(module: Convolution) -> Tensor:
-    """Return a layer's filters (h, K), with what computes them kept still: in training, spectral norm moves."""
-    with as_in_evaluation(module):
-        return module.weight.flatten(1)
+def _even_depth(index: int, count: int) -> float:
+    """Return the fractional depth of layer ``index`` of ``count``."""
+    return index / (count - 1) if count > 1 else 0.5
 
 
 def _gaussian_error(covariance_KK: Tensor) -> float:
@@ -344,4 +381,5 @@ def _checked(entry: dict[str, Any], covariance_KK: Tensor) -> LayerStatistics:
         filters=entry["filters"],
         sampling_variance=float(entry["sampling_variance"]),
         shrinkage=float(entry["shrinkage"]),
+        **{name: entry[name] for name in _WHERE_STATED if name in entry},
     )

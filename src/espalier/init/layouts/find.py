@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,6 +53,9 @@ _BOOKKEEPING = {
     "__static_attributes__", "__firstlineno__",
 }  # fmt: skip
 
+# Index of a layer and number of layers, among those of its kind, left alone or not.
+Place = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -65,6 +69,7 @@ class Layer:
         names: every module of the model, to find what calls this one.
         found: its weights, or why it is left alone. Of a sharded layer only the shapes: its views are on the meta
             device, and ``open`` gathers them.
+        place: its index and the number of layers, among those of its kind: what depth it has, to all who ask.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Layer:
     child: str
     names: Mapping[str, nn.Module]
     found: Found
+    place: Place = (0, 1)
 
     @property
     def part(self) -> nn.Module:
@@ -97,13 +103,19 @@ class Layer:
 def locate_layers(model: nn.Module) -> list[Layer]:
     """Return every layer that a layout knows, in module order, each module once, without gathering any weights.
 
-    Modules inside a recognised one are not looked at again, but for whole attention inside a class that nobody
-    registered. Such a class gives weights only where a run of the module proves them (see ``probe_attention``). A
-    module that its layout cannot read, or that looks like attention and is not understood, becomes one ``Skipped``
-    layer with the reason, and the others go on: no attention goes without a row.
+    Modules inside a recognised one are not looked at again, but for depthwise filters inside attention and for whole
+    attention inside a class that nobody registered. Such a class gives weights only where a run of the module proves
+    them (see ``probe_attention``). A module that its layout cannot read, or that looks like attention and is not
+    understood, becomes one ``Skipped`` layer with the reason, and the others go on: no attention goes without a row.
     """
     with outside_kept(model):
-        return _located(model)
+        located = _located(model)
+    counts, met, placed = Counter(layer.found.kind for layer in located), Counter[str](), []
+    for layer in located:
+        kind = layer.found.kind
+        placed.append(replace(layer, place=(met[kind], counts[kind])))
+        met[kind] += 1
+    return placed
 
 
 def _located(model: nn.Module) -> list[Layer]:
@@ -112,10 +124,10 @@ def _located(model: nn.Module) -> list[Layer]:
     attention = registered | {name for name, module in names.items() if looks_like_attention(module)}
     # What has attention inside it is named for that: the innermost is the layer.
     attention -= {".".join(name.split(".")[:end]) for name in attention if name for end in range(name.count(".") + 1)}
-    inside, refused, apart = list[str](), list[str](), set[str]()
+    inside, attending, apart = list[str](), list[str](), set[str]()
     located = []
     for name, module in names.items():
-        filters = name.startswith(tuple(refused)) and isinstance(module, Convolution)
+        filters = name.startswith(tuple(attending)) and isinstance(module, Convolution)
         if name.startswith(tuple(inside)) and not filters and name not in apart:
             continue
         host = type(module).__name__
@@ -130,9 +142,8 @@ def _located(model: nn.Module) -> list[Layer]:
             continue
         prefix = f"{name}." if name else ""
         inside.append(prefix)
-        # The filters in attention that is left alone are still filters; those of a state-space layer are its own.
-        alone = all(isinstance(weights, Skipped) and weights.kind == "attention" for weights in found.values())
-        refused += [prefix] * alone
+        # Filters inside attention are layers beside it (positions of LePE); those of a state-space layer are its own.
+        attending += [prefix] * all(weights.kind == "attention" for weights in found.values())
         for child, weights in found.items():
             located.append(Layer(prefix + child if child else name, host, module, child, names, weights))
     return located
