@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from espalier.errors import EspalierError
+from espalier.init import structure_
 from espalier.init.filters.closed_form import depthwise_covariance_, filter_covariance, sample_filters
 from espalier.init.filters.spec import FilterCovariance
 from espalier.init.filters.statistics import FilterStatistics, LayerStatistics
@@ -91,3 +93,71 @@ def test_numbers_of_other_types_are_numbers() -> None:
     statistics = measured(0.3, 1.0)
     for kernel in (5, [5, 5], (5, 5)):
         assert statistics.layer_at(0.5, kernel).kernel_size == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"preset": "patch-1"}, {"sigma0": 1.0}, {"v": 0.0}, {"a": 0.0}, {"sigma_is_std": True}, {"wrap": True},
+     {"wrap": False}, {"mask": "y"}, {"variant": "psd"}, {"scale": "unit"}],
+)  # fmt: skip
+def test_what_statistics_do_not_read_is_refused_beside_them(given: dict[str, Any]) -> None:
+    [name] = given
+    refused(lambda: FilterCovariance(statistics=measured(0.3), **given), f"{name} is {given[name]!r}, but statistics")
+
+
+def test_every_field_beside_statistics_is_read_or_refused() -> None:
+    other: dict[str, Any] = {
+        "preset": "patch-1", "sigma0": 1.0, "v": 0.5, "a": 0.5, "sigma_is_std": True, "wrap": False, "mask": "y",
+        "centre": "last", "variant": "abs", "scale": "unit", "depth_rule": "stops",
+    }  # fmt: skip
+    assert other.keys() == {field.name for field in fields(FilterCovariance)} - {"statistics"}
+    statistics = FilterStatistics(tuple(replace(part, centre="middle") for part in measured(0.3, 1.0, 2.0).layers))
+    plain = FilterCovariance(statistics=statistics)
+    for name, value in other.items():
+        try:
+            spec = FilterCovariance(statistics=statistics, **{name: value})
+            drawn_from = spec.covariance(3, spec.depth_of(0, 3))
+        except EspalierError:
+            continue
+        assert not torch.equal(drawn_from, plain.covariance(3, plain.depth_of(0, 3))), name
+
+
+@pytest.mark.parametrize("given", ["stats.safetensors", {}, measured(0.3).layers])
+def test_statistics_of_another_type_are_refused(given: Any) -> None:
+    refused(lambda: FilterCovariance(statistics=given), "FilterStatistics.load(path)")
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Conv1d(64, 64, 5, padding=4, groups=64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.filters(x)[..., : x.shape[-1]]
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(*(nn.Conv1d(64, 64, 5, padding=2, groups=64) for _ in range(2)))
+
+
+def test_filters_about_one_tap_do_not_go_where_they_are_about_another() -> None:
+    causal = nn.Sequential(Causal(), Causal())
+    for source, target in ((causal, plain()), (plain(), causal)):
+        spec = FilterCovariance(statistics=FilterStatistics.from_model(source))
+        before = [weight.clone() for weight in target.parameters()]
+        refused(lambda: structure_(target, depthwise=spec), "measure a network whose layers are")  # noqa: B023
+        assert all(torch.equal(a, b) for a, b in zip(before, target.parameters(), strict=True))
+        assert {row.status for row in structure_(source, depthwise=spec).layers} == {"written"}
+    # Files from before the tap was kept do not say it, and the row does.
+    unknown = FilterStatistics(
+        tuple(replace(part, centre=None) for part in FilterStatistics.from_model(plain()).layers)
+    )
+    for row in structure_(causal, depthwise=FilterCovariance(statistics=unknown)).layers:
+        assert "about a tap that they do not name" in row.asked
+
+
+def test_causal_filters_shrink_toward_the_causal_closed_form() -> None:
+    form = filter_covariance(7, 2.0, dim=1, centre="last")
+    layer = LayerStatistics("a", (7,), 3 * form, 64, 0.0, centre="last")
+    shrunk = FilterStatistics((layer,)).shrink(strength=1.0).layers[0].covariance
+    assert (shrunk - 3 * form).norm() < 0.15 * (3 * form).norm()

@@ -39,3 +39,14 @@ def test_fields_that_nothing_measures_are_refused(tmp_path: Path, field: str, va
 def test_the_bounds_are_among_what_is_read(tmp_path: Path) -> None:
     [layer] = load(tmp_path, filters=1, sampling_variance=0, shrinkage=1).layers
     assert (layer.filters, layer.sampling_variance, layer.shrinkage) == (1, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"depth": value} for value in (math.nan, -0.1, 1.1, "0.5", [0.5], 10**400)]
+    + [{"centre": value} for value in ("left", 5, [], {})],
+)
+def test_depths_and_centres_that_no_layer_has_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(EspalierError, match="cannot be read: ") as caught:
+        load(tmp_path, **changes)
+    assert "\n" not in str(caught.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from espalier.init.filters.closed_form import (
     filter_covariance,
     kernel_sizes,
 )
-from espalier.init.filters.statistics import FilterStatistics, check_depth
+from espalier.init.filters.statistics import FilterStatistics, LayerStatistics, check_depth
 
 # Depth of layer i of n: (i + shift)/n, or i/(n−1) for "ends".
 _SHIFTS = {"ends": None, "starts": 0.0, "middles": 0.5, "stops": 1.0}
@@ -33,6 +33,9 @@ class Schedule(NamedTuple):
     v: float
     a: float
 
+
+# What is read beside statistics; all else is of the closed form, which they replace.
+_BESIDE_STATISTICS = ("centre", "depth_rule", "statistics")
 
 # Remembered or inferred and not settled by experiment: our presets, not quotations of the paper.
 PRESETS = {
@@ -66,10 +69,12 @@ class FilterCovariance:
         scale: ``"raw"``, ``"unit"`` or ``"match_default"``.
         depth_rule: depth of layer i of n: ``"ends"`` i/(n−1), ``"starts"`` i/n, ``"middles"`` (i+½)/n, ``"stops"``
             (i+1)/n.
-        statistics: measured covariances that replace the closed form.
+        statistics: measured covariances that replace the closed form; nothing else counts beside them but
+            ``depth_rule`` and ``centre``, which must be the tap that they were measured about.
 
     Raises:
-        EspalierError: an unknown preset or switch, a σ(d) that is not positive, or a schedule beside statistics.
+        EspalierError: an unknown preset or switch, a σ(d) that is not positive, statistics of another type, or a
+            schedule or switch of the closed form beside them.
 
     Source: arXiv 2210.03651. The presets' numbers are unverified (see the guide).
     """
@@ -88,14 +93,13 @@ class FilterCovariance:
     statistics: FilterStatistics | None = None
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if self.preset not in list(PRESETS):
             raise unknown_name("filter covariance preset", self.preset, PRESETS)
-        if self.depth_rule not in _SHIFTS:
+        if self.depth_rule not in list(_SHIFTS):
             raise unknown_name("depth_rule", self.depth_rule, _SHIFTS)
         check_switches(self.switches)
         if self.statistics is not None:
-            if (self.sigma0, self.v, self.a) != (None, None, None) or self.preset != "closed-form":
-                raise EspalierError("statistics replace the closed form: give either them or a preset, sigma0, v and a")
+            self._check_statistics()
             return
         for name, published in PRESETS[self.preset]._asdict().items():
             if (given := getattr(self, name)) is None:
@@ -107,6 +111,17 @@ class FilterCovariance:
         lowest = min(map(self.sigma_at, (0.0, 1.0, min(max(vertex, 0.0), 1.0))))
         if not (math.isfinite(lowest) and lowest > 0):
             raise EspalierError(f"sigma falls to {lowest:.3g} over depth: choose sigma0, v and a that keep it positive")
+
+    def _check_statistics(self) -> None:
+        if not isinstance(self.statistics, FilterStatistics):
+            given = f"{self.statistics!r}: give FilterStatistics, such as FilterStatistics.load(path)"
+            raise EspalierError(f"statistics is {given}")
+        for field in fields(self):
+            if field.name not in _BESIDE_STATISTICS and (value := getattr(self, field.name)) != field.default:
+                raise EspalierError(
+                    f"{field.name} is {value!r}, but statistics replace the closed form that it belongs to: leave "
+                    f"{field.name} or the statistics out"
+                )
 
     @property
     def switches(self) -> Switches:
@@ -131,12 +146,32 @@ class FilterCovariance:
         return index / (count - 1) if count > 1 else 0.5
 
     def covariance(self, kernel_size: int | Sequence[int], depth: float, *, dim: int = 2) -> Tensor:
-        """Return the covariance (K, K), float64, of the filters at a fractional depth."""
+        """Return the covariance (K, K), float64, of the filters at a fractional depth.
+
+        Raises:
+            EspalierError: a kernel or depth that ``filter_covariance`` or ``layer_at`` refuses, or statistics that were
+                measured about another tap than ``centre``.
+        """
         if self.statistics is not None:
-            return self.statistics.covariance_at(depth, kernel_sizes(kernel_size, dim))
+            return self._measured(kernel_sizes(kernel_size, dim), depth).covariance
         return filter_covariance(kernel_size, self.sigma_at(depth), dim=dim, **self.switches)
 
     def write_(self, weight: Tensor, depth: float, *, generator: torch.Generator | None = None) -> str:
         """Fill the filters (h, 1, *k) of the layer at a fractional depth in place and return in words with what."""
-        fill_filters_(weight, self.covariance(depthwise_kernel(weight), depth), generator)
-        return f"statistics at depth {depth:.2f}" if self.statistics is not None else f"σ {self.sigma_at(depth):.3g}"
+        sizes = depthwise_kernel(weight)
+        fill_filters_(weight, self.covariance(sizes, depth), generator)
+        if self.statistics is None:
+            return f"σ {self.sigma_at(depth):.3g}"
+        # Only filters over time are ever about their last tap.
+        unknown = len(sizes) == 1 and self._measured(sizes, depth).centre is None
+        return f"statistics at depth {depth:.2f}" + ", about a tap that they do not name" * unknown
+
+    def _measured(self, sizes: tuple[int, ...], depth: float) -> LayerStatistics:
+        assert self.statistics is not None
+        layer = self.statistics.layer_at(depth, sizes)
+        if layer.centre not in (None, self.centre):
+            raise EspalierError(
+                f"statistics of {layer.name!r} are of filters about their {layer.centre} tap, not about the "
+                f"{self.centre} one: measure a network whose layers are {'' if self.centre == 'last' else 'not '}causal"
+            )
+        return layer
