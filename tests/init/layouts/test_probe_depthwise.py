@@ -74,9 +74,20 @@ class Streaming(nn.Module):
         return self.conv(torch.cat([cache["past"], x["new"]], -1))
 
 
-@pytest.mark.parametrize("padding", [0, 2, 4])
-def test_what_keeps_its_past_and_cannot_be_run_is_left_alone(padding: int) -> None:
-    assert isinstance(found_in(nn.ModuleList([Streaming(padding=padding)])), Skipped)
+class Unrunnable(Streaming):
+    """The same without a past."""
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return self.conv(x["new"])
+
+
+def test_what_keeps_a_past_and_cannot_be_run_is_causal_by_full_padding_or_skipped() -> None:
+    assert isinstance(found_in(nn.ModuleList([Streaming()])), Skipped)
+    assert isinstance(found_in(nn.ModuleList([Streaming(padding=2)])), Skipped)
+    assert isinstance(found_in(nn.ModuleList([Unrunnable(padding=4)])), Skipped)
+    found = found_in(nn.ModuleList([Streaming(padding=4)]))
+    assert isinstance(found, DepthwiseWeights)
+    assert found.centre == (4,)
 
 
 def test_images_stay_centred_and_their_notes_say_what_is_special() -> None:

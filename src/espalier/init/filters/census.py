@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.init.attention.near_identity import full_precision
-from espalier.init.filters.closed_form import is_depthwise
+from espalier.init.filters.closed_form import centre_name, is_depthwise
 from espalier.init.layouts.find import Layer, Place, as_in_evaluation, locate_layers
 from espalier.init.layouts.outside import leaves_outside_alone
-from espalier.init.layouts.registry import Skipped
+from espalier.init.layouts.registry import DepthwiseWeights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Filters:
         place: its index among the depthwise layers of its model, and their number.
         kernel_size: taps along every axis.
         filters: shape (h, K), taps in row-major order.
-        centre: the tap that meets the output's own position, ``"middle"`` or ``"last"``; None where it is unknown.
+        centre: the tap that meets the output's own position, ``"middle"`` or ``"last"``; None where it is unknown
+            or another one.
     """
 
     name: str
@@ -60,11 +61,13 @@ def read_filters(model: nn.Module) -> list[Filters]:
     for layer in depthwise_census(model):
         with layer.open() as weights, as_in_evaluation(layer.part):
             part = layer.part
-            if not isinstance(weights, Skipped):
-                weight, centre = weights.weight, weights.centre  # type: ignore[union-attr]
+            centre: str | None = None
+            if isinstance(weights, DepthwiseWeights):
+                weight = weights.weight
+                centre = centre_name(tuple(weight.shape[2:]), weights.centre)
             # What may not be written (its weight is computed, say) can be measured all the same.
             elif is_depthwise(part) and 2 not in part.kernel_size:
-                weight, centre = part.weight, None
+                weight = part.weight
             else:
                 continue
             kernel = tuple(weight.shape[2:])

@@ -178,6 +178,14 @@ def centre_tap(sizes: tuple[int, ...], centre: str | int | Sequence[int]) -> tup
     return tuple(int(at) for at in tap)
 
 
+def centre_name(sizes: tuple[int, ...], centre: str | int | Sequence[int]) -> str | None:
+    """Return ``"middle"`` or ``"last"`` for such a tap (either middle one of an even size), None for any other."""
+    tap = centre_tap(sizes, centre)
+    if all(size == 1 or at in ((size - 1) // 2, size // 2) for at, size in zip(tap, sizes, strict=True)):
+        return "middle"
+    return "last" if tap == tuple(size - 1 for size in sizes) else None
+
+
 def kernel_sizes(kernel_size: int | Sequence[int], dim: int = 2) -> tuple[int, ...]:
     """Return the taps along every axis of a kernel given as one number or as one number per axis.
 

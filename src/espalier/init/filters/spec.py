@@ -14,6 +14,8 @@ from torch import Tensor
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.filters.closed_form import (
     Switches,
+    centre_name,
+    centre_tap,
     check_switches,
     depthwise_kernel,
     fill_filters_,
@@ -169,9 +171,11 @@ class FilterCovariance:
     def _measured(self, sizes: tuple[int, ...], depth: float) -> LayerStatistics:
         assert self.statistics is not None
         layer = self.statistics.layer_at(depth, sizes)
-        if layer.centre not in (None, self.centre):
+        wanted = centre_name(sizes, self.centre)
+        if layer.centre not in (None, wanted):
+            name = centre_tap(sizes, self.centre) if wanted is None else wanted
             raise EspalierError(
-                f"statistics of {layer.name!r} are of filters about their {layer.centre} tap, not about the "
-                f"{self.centre} one: measure a network whose layers are {'' if self.centre == 'last' else 'not '}causal"
+                f"statistics of {layer.name!r} are of filters about their {layer.centre} tap, not about the {name} "
+                f"one: measure a network whose layers are {'' if wanted == 'last' else 'not '}causal"
             )
         return layer

@@ -111,8 +111,12 @@ def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own
             why = why if isinstance(why, _ResizedError) else error
             stuck = stuck or not isinstance(error, _ResizedError)
     streams = over_time and any(_CACHE.search(each.name) for _, caller in outward[:1] for each in arguments(caller))
-    if padded is not None and not own_code and not isinstance(why, _ResizedError) and not (streams and why):
-        return padded
+    if not own_code and not isinstance(why, _ResizedError):
+        if padded is not None and not (streams and why):
+            return padded
+        # Code that keeps a past sees no future: of a full padding it drops what lies behind.
+        if streams and why and module.padding == (module.dilation[0] * (module.kernel_size[0] - 1),):
+            return (module.kernel_size[0] - 1,)
     # Without padding, both sides lose alike: what is left stands above the middle.
     if why is None and not outward and _unpadded(module) and all(taps % 2 for taps in module.kernel_size):
         return _middle(module)
