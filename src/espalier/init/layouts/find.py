@@ -124,10 +124,11 @@ def _located(model: nn.Module) -> list[Layer]:
     attention = registered | {name for name, module in names.items() if looks_like_attention(module)}
     # What has attention inside it is named for that: the innermost is the layer.
     attention -= {".".join(name.split(".")[:end]) for name in attention if name for end in range(name.count(".") + 1)}
-    inside, attending, apart = list[str](), list[str](), set[str]()
+    inside, refused, attending, apart = list[str](), list[str](), list[str](), set[str]()
     located = []
     for name, module in names.items():
-        filters = name.startswith(tuple(attending)) and isinstance(module, Convolution)
+        around = attending if isinstance(module, nn.Conv2d | nn.Conv3d) else refused
+        filters = name.startswith(tuple(around)) and isinstance(module, Convolution)
         if name.startswith(tuple(inside)) and not filters and name not in apart:
             continue
         host = type(module).__name__
@@ -142,8 +143,10 @@ def _located(model: nn.Module) -> list[Layer]:
             continue
         prefix = f"{name}." if name else ""
         inside.append(prefix)
-        # Filters inside attention are layers beside it (positions of LePE); those of a state-space layer are its own.
+        # Filters of images inside attention are layers beside it (positions of LePE). Those over time are its own, as a
+        # state-space layer's are, unless it is left alone.
         attending += [prefix] * all(weights.kind == "attention" for weights in found.values())
+        refused += [prefix] * (prefix in attending and all(isinstance(each, Skipped) for each in found.values()))
         for child, weights in found.items():
             located.append(Layer(prefix + child if child else name, host, module, child, names, weights))
     return located

@@ -298,7 +298,11 @@ def _offsets(
     if base.ndim != x.ndim or any(base.shape[axis] < 2 for axis in axes):
         raise CannotRunError("its output has no such axis of positions")
     sizes = [(x.shape[axis], base.shape[axis]) for axis in axes]
-    if any(max(1, round(taken / given)) != stride for (taken, given), stride in zip(sizes, strides, strict=True)):
+    # A kernel without padding leaves more than half of what ``_inputs`` makes.
+    bounds = [
+        (taken // (2 * stride) + 1, 2 * taken // stride) for (taken, _), stride in zip(sizes, strides, strict=True)
+    ]
+    if not all(least < given < most for (_, given), (least, most) in zip(sizes, bounds, strict=True)):
         raise CannotRunError("its output has positions of another resolution")
     keeps = all(taken == given * stride for (taken, given), stride in zip(sizes, strides, strict=True))
     at = [x.shape[axis] // 2 // stride * stride for axis, stride in zip(axes, strides, strict=True)]
