@@ -86,7 +86,7 @@ def generated(parts: list[tuple[int, str]], seed: int) -> nn.Sequential:
     return net
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(parts=PARTS, seed=st.integers(0, 2**31))
 @example(parts=[(7, "times 2"), (7, ""), (7, ""), (7, "")], seed=0)
 @example(parts=[(7, "2 taps"), (7, ""), (7, ""), (7, "2 taps"), (7, "")], seed=0)
@@ -110,7 +110,7 @@ def test_statistics_of_a_net_give_each_layer_its_own_covariance(parts: list[tupl
         assert (row.status == "written") or special in ("times 2", "2 taps", "frozen", "computed", "tied")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(parts=PARTS, seed=st.integers(0, 2**31))
 @example(parts=[(7, "times 2"), (7, ""), (7, ""), (7, "")], seed=0)
 @example(parts=[(7, "2 taps"), (7, ""), (7, ""), (7, "2 taps"), (7, "")], seed=0)

@@ -162,7 +162,7 @@ def peak(conv: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
     return tuple(int(index) for index in torch.unravel_index(energy.argmax(), energy.shape))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(drawn=nets())
 def test_filters_peak_where_an_impulse_comes_out(drawn: Net) -> None:
     assert taps_over_the_present(drawn.net) == [drawn.present]

@@ -26,7 +26,7 @@ def largest_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     seed=st.integers(0, 10**6), length=st.integers(2, 150), chunk=st.sampled_from([1, 5, 64, 1000]),
     strong=st.lists(st.tuples(st.floats(0, 1), st.floats(1, 7)), min_size=1, max_size=4), wide=st.booleans(),
