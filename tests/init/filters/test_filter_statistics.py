@@ -316,7 +316,7 @@ def test_models_that_cannot_be_measured_are_refused() -> None:
     statistics = FilterStatistics.from_model(network(16, (3,)))
     with pytest.raises(EspalierError, match="kernel_size 2"):
         statistics.resample(2)
-    with pytest.raises(EspalierError, match="depth 0"):
+    with pytest.raises(EspalierError, match="depth is 0"):
         statistics.resample(depth=0)
     with pytest.raises(EspalierError, match=r"depth -0\.1"):
         statistics.covariance_at(-0.1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.randomness import cpu_generator
+from espalier.sizes import whole_number
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -145,11 +146,6 @@ def check_switches(switches: Switches) -> bool:
     return psd
 
 
-def is_count(value: object, least: int) -> bool:
-    """Return whether a value is a whole number from ``least`` on; truth values are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
 def is_one_number(value: object) -> bool:
     """Return whether a value is a real number, or a tensor of one."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
@@ -193,8 +189,7 @@ def kernel_sizes(kernel_size: int | Sequence[int], dim: int = 2) -> tuple[int, .
         EspalierError: no axis, an axis of 2 taps or of fewer than 1, no axis of at least 3, or a dim that is no number
             of axes.
     """
-    if not is_count(dim, 1):
-        raise EspalierError(f"dim {dim!r} must be a whole number of axes: give 1, 2 or 3")
+    dim = whole_number("dim", dim)
     given = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,) * dim
     if not all(isinstance(size, Integral) for size in given):
         raise EspalierError(f"kernel_size {kernel_size!r} must be whole numbers of taps: give k, or one k an axis")
@@ -226,8 +221,7 @@ def sample_filters(
         EspalierError: Σ is not square, finite, symmetric and positive semi-definite, a count that is no whole number
             from 0, or a dtype that is not floating.
     """
-    if not is_count(count, 0):
-        raise EspalierError(f"count {count!r} must be a whole number of filters: give 0 or more")
+    count = whole_number("count", count, least=0)
     if dtype is not None:
         _check_floating(dtype)
     eigenvalues, basis = covariance_spectrum(covariance)

@@ -22,11 +22,11 @@ from espalier.init.filters.closed_form import (
     CENTRES,
     covariance_spectrum,
     filter_covariance,
-    is_count,
     is_one_number,
     kernel_sizes,
 )
 from espalier.init.filters.fit import fit_closed_form, pooled_covariance
+from espalier.sizes import whole_number
 
 _FORMAT = "espalier.filter_statistics/1"
 # Of layers that state their depth.
@@ -238,8 +238,7 @@ class FilterStatistics:
             sizes = kernel_sizes(kernel_size, len(self.layers[0].kernel_size))
         if depth is None:
             return FilterStatistics(tuple(layer.resize(sizes or layer.kernel_size) for layer in self.layers))
-        if not is_count(depth, 1):
-            raise EspalierError(f"depth {depth!r} is no number of layers: give a whole number from 1")
+        depth = whole_number("depth", depth)
         return FilterStatistics(tuple(self.layer_at(_even_depth(index, depth), sizes) for index in range(depth)))
 
     def shrink(self, toward: str | Tensor = "closed-form", strength: str | float = "auto") -> FilterStatistics:
