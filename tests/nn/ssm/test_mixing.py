@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -35,9 +36,19 @@ def loop_output(mixer: Mamba1 | Mamba2, x: Tensor) -> Tensor:
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from(["mamba1", "mamba2"]), st.sampled_from([1, 2, 4]), st.integers(1, 17), st.integers(0, 99))
-def test_acts_on_the_values_as_the_recurrence_does(family: str, groups: int, length: int, seed: int) -> None:
+@given(
+    st.sampled_from(["mamba1", "mamba2"]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 17),
+    st.integers(0, 99),
+    st.sampled_from([0.0, math.log(1e300), math.inf]),
+)
+def test_acts_on_the_values_as_the_recurrence_does(
+    family: str, groups: int, length: int, seed: int, rate: float
+) -> None:
     mixer = double_mixer(family, groups, seed)
+    with torch.no_grad():
+        mixer.A_log[0] = rate  # up to a head, or a channel, that forgets all at every token
     x = 3 * torch.randn(2, length, 12, generator=seeded(seed), dtype=torch.float64)
     mixing, values = mixing_matrix(mixer, x), recurrence_of(mixer, x).values
     rows = values if values.ndim == 4 else values[..., None]

@@ -65,6 +65,7 @@ def mixing_matrix(mixer: Mamba1 | Mamba2, x_BLD: Tensor) -> Tensor:
     Source: arXiv 2405.21060, section 3 (the matrix form of both recurrences).
     """
     _, delta, a, b, c = recurrence_of(mixer, x_BLD)
+    a = a.clamp_min(torch.finfo(a.dtype).min)  # over no step even a rate of -∞ decays by nothing
     # Wide: of the differences of plain sums, after one long step, only rounding is left.
     steps_BLH = widened(delta).cumsum(1)
     # Above the diagonal the spans are negative and their exponentials could overflow; there the result is 0.
