@@ -340,3 +340,14 @@ def test_refuses_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_refuses_images_that_do_not_fit(shape: tuple[int, ...], kernel_size: int) -> None:
     with pytest.raises(EspalierError, match=r"input is|image size"):
         CayleyConv2d(4, 4, kernel_size, 2)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_layer_hands_out_may_be_changed(grad: bool) -> None:
+    layer, x = CayleyConv2d(4, 4, 3, bias=False, generator=seeded()).eval(), images(2, 4, 6, 6)
+    before = layer(x)
+    with torch.set_grad_enabled(grad):
+        planes = layer.operator((6, 6), torch.float32)
+    with torch.no_grad():
+        planes *= 3
+    assert torch.equal(layer(x), before)

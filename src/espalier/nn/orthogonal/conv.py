@@ -135,7 +135,7 @@ class _CayleyConv(OrthogonalLayer):
     def _on_torus(self, x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None) -> Tensor:
         if self.training:
             return convolve(x, self._taps(weight, alpha), bias)
-        planes = self.operator(tuple(int(n) for n in x.shape[: self.dim]), x.dtype)
+        planes = self._operator(tuple(int(n) for n in x.shape[: self.dim]), x.dtype)
         return apply_spectrum(x, planes, self.groups, bias)
 
     def torus(self, size: Sequence[int]) -> tuple[int, ...]:
@@ -146,7 +146,10 @@ class _CayleyConv(OrthogonalLayer):
         return tuple(n + d * (k - 1) for n, d, k in zip(coarse, self.dilation, self.kernel_size, strict=True))
 
     def operator(self, torus: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the spectrum that evaluation applies on a torus: planes of Qᵀ, (2, F·G, inputs, outputs)."""
+        """Return a copy of the spectrum that evaluation applies on a torus: planes of Qᵀ, (2, F·G, inputs, outputs)."""
+        return self._operator(torus, dtype).clone()  # what the cache keeps must not be written to
+
+    def _operator(self, torus: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         shaped_by = (torus, self.groups, self.dilation, self.transposed)
         return self._cache.get(
             shaped_by, (self.weight, self.alpha), lambda w, a: spectrum(self._taps(*upcast(w, a)), torus), dtype
