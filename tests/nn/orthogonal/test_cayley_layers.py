@@ -356,6 +356,27 @@ def test_parametrized_linear_is_orthogonal_trains_and_takes_assignments(inputs: 
     assert (layer.weight - reflection).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (40, 7), (7, 40)])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_parametrized_matrix_stays_orthogonal_through_other_dtypes(
+    shape: tuple[int, int], narrow: torch.dtype, wide: torch.dtype
+) -> None:
+    moved = parametrize_cayley(nn.Linear(*shape, bias=False)).to(narrow)
+    loaded = parametrize_cayley(nn.Linear(*shape, bias=False)).to(wide)
+    loaded.load_state_dict(moved.state_dict())
+    for layer in (moved.to(wide), loaded):
+        assert ((torch.linalg.svdvals(layer.weight.double()) - 1).abs() < 20 * torch.finfo(wide).eps).all()
+
+
+def test_a_parametrized_layer_that_leaves_meta_has_a_rotation() -> None:
+    with torch.device("meta"):
+        layer = parametrize_cayley(nn.Linear(6, 4))
+    layer.to_empty(device="cpu")
+    nn.init.zeros_(layer.parametrizations.weight.original)
+    assert torch.equal(layer.weight, torch.eye(6)[:4])
+
+
 def test_parametrization_refuses_what_is_no_matrix() -> None:
     with pytest.raises(EspalierError, match="CayleyConv2d"):
         parametrize_cayley(nn.Conv2d(3, 3, 3))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -51,6 +54,7 @@ class _Cayley(nn.Module):
         super().__init__()
         self.shape, side = matrix.shape, max(matrix.shape)
         self.register_buffer("base", torch.eye(side, dtype=matrix.dtype, device=matrix.device))
+        self.register_load_state_dict_post_hook(_straighten)
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the orthogonal matrix."""
@@ -66,7 +70,35 @@ class _Cayley(nn.Module):
         if not matrix.is_meta and not matrix.isfinite().all():
             raise EspalierError("no orthogonal matrix is nearest to one with NaN or infinity: give finite numbers")
         tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-        left, _, right = torch.linalg.svd(tall.double())
-        width = tall.shape[1]
-        self.base.copy_(torch.cat((left[:, :width] @ right, left[:, width:]), 1))
+        self.base.copy_(_nearest_rotation(tall))
         return torch.zeros_like(matrix, dtype=self.base.dtype, device=self.base.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Cayley:
+        before = self.base
+        super()._apply(fn, recurse)
+        if before.is_meta and not self.base.is_meta:  # ``to_empty`` leaves whatever was in memory
+            nn.init.eye_(self.base)
+        elif self.base.dtype != before.dtype:
+            _straighten(self)
+        return self
+
+
+@torch.no_grad()
+def _nearest_rotation(tall: Tensor) -> Tensor:
+    """Return the orthogonal matrix nearest to a tall one, extended to a square one, in float64."""
+    left, _, right = torch.linalg.svd(tall.double())
+    width = tall.shape[1]
+    return torch.cat((left[:, :width] @ right, left[:, width:]), 1)
+
+
+@torch.no_grad()
+def _straighten(module: nn.Module, *_: Any) -> None:
+    """Make the base orthogonal again where half precision has rounded it: no step of training would."""
+    assert isinstance(module, _Cayley)
+    base = module.base
+    if base.is_meta or not base.isfinite().all():
+        return
+    wide = base.double()
+    excess = (wide.mT @ wide - torch.eye(len(base), dtype=torch.float64, device=base.device)).abs().max()
+    if excess > (8 + len(base)) * torch.finfo(base.dtype).eps:  # as good as its dtype is, it stays as it was saved
+        base.copy_(_nearest_rotation(base))
