@@ -37,6 +37,8 @@ RECIPES = {
     # The ranks' shares of a token batch hold different numbers of targets; two modules share a weight.
     "tokens": standins.recipe(eps=1e-3, dataset="echo", model="tied"),
     "blocks": standins.recipe(eps=1e-3, model="blocks", precision="bf16"),
+    # Parameters of one number, of which all but one process hold nothing.
+    "orthogonal": standins.recipe(eps=1e-3, model="orthogonal", ema_decay=0.9),
     "matrices": standins.recipe(eps=1e-3, model="blocks", optimizer="muon"),
 }
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from espalier import nn as enn
 from espalier.models import VisionTransformer
+from espalier.models.lipschitz import LipschitzNet
 from espalier.randomness import derive_generator
 from espalier.recipes.base import Recipe
 
@@ -154,8 +156,23 @@ class BlockNet(nn.Module):
         return self.head(features)
 
 
+def orthogonal_net(num_classes: int) -> LipschitzNet:
+    """Return a net with every part that has a parameter of one number."""
+    features = [
+        *(enn.CayleyConv2d(3, 8, 3), enn.MaxMin(), enn.ConvexSum(enn.LinearResidual(8)), nn.Flatten()),
+        *(enn.CayleyLinear(288, 10), enn.Householder(10)),
+    ]
+    return LipschitzNet(features, 10, num_classes, "orthogonal")
+
+
 def build_model(name: str, **model_args: Any) -> nn.Module:
-    known: dict[str, type[nn.Module]] = {"tiny": TinyNet, "tied": TiedNet, "blocks": BlockNet, "vit": VisionTransformer}
+    known: dict[str, Callable[..., nn.Module]] = {
+        "tiny": TinyNet,
+        "tied": TiedNet,
+        "blocks": BlockNet,
+        "vit": VisionTransformer,
+        "orthogonal": orthogonal_net,
+    }
     return known[name](**model_args)
 
 

@@ -54,17 +54,18 @@ def test_every_strategy_and_number_of_processes_gives_the_same_run(tmp_path: Pat
     # Checkpoints move, too: a from one process to four shards to two copies, b from two shards to four copies to one.
     # A signal in the last step of an epoch is agreed on in the evaluation behind it (images-b, tokens-a).
     groups = """
-        1:ddp images:whole ragged:whole tokens:whole blocks:whole matrices:whole images-a:stop=2.1 tokens-a:stop=1.2 --
+        1:ddp images:whole ragged:whole tokens:whole blocks:whole matrices:whole orthogonal:whole images-a:stop=2.1
+                tokens-a:stop=1.2 orthogonal-a:stop=1.2 --
         2:fsdp2 images-2f:whole tokens-2f:whole blocks-2f:whole matrices-2f:whole images-b:stop=1.4 blocks-b:stop=2.0
-                ragged-2f:whole --
-        4:fsdp2 images-4f:whole images-a:stop=3.2 tokens-a:stop=2.2 --
+                ragged-2f:whole orthogonal-2f:whole orthogonal-a:stop=2.1 --
+        4:fsdp2 images-4f:whole images-a:stop=3.2 tokens-a:stop=2.2 orthogonal-a:end --
         4:ddp tokens-4d:whole images-b:stop=3.0 blocks-b:stop=3.1 ragged-4d:whole --
         2:ddp images-a:end tokens-a:end blocks-2d:whole matrices-2d:whole ragged-2d:whole --
         1:ddp images-b:end blocks-b:end
     """
     launch(tmp_path, *groups.split())
     paths = sorted(path for path in tmp_path.iterdir() if "-" in path.name)
-    assert len(paths) == 15
+    assert len(paths) == 17
     for path in paths:
         assert_same_run(load_run(path), load_run(tmp_path / path.name.partition("-")[0]))
         assert not list(path.glob("checkpoint*"))

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError
 from espalier.nn.lipschitz.constant import kernel_norm
 from espalier.nn.lipschitz.inputs import check_floating, check_width
+from espalier.nn.one_number import load_scalars
 from espalier.sizes import whole_numbers
 
 
 class ConvexSum(nn.Module):
-    """Residual connection as a convex combination: (1 − c)·x + c·f(x), with c = sigmoid(``logit``) learned.
+    """Residual connection as a convex combination: (1 − c)·x + c·f(x), with c = sigmoid(``logit`` (1,)) learned.
 
     Its constant is (1 − c) + c·L(f), which is 1 where f is 1-Lipschitz; the plain x + f(x) would have 2.
 
@@ -35,7 +36,8 @@ class ConvexSum(nn.Module):
         if not 0 < coefficient < 1:
             raise EspalierError(f"coefficient {coefficient} of a convex sum: choose a number strictly between 0 and 1")
         self.fn, self.coefficient = fn, float(coefficient)
-        self.logit = nn.Parameter(torch.empty(()))
+        self.logit = nn.Parameter(torch.empty(1))
+        self.register_load_state_dict_pre_hook(load_scalars)
         self.reset_parameters()
 
     @torch.no_grad()

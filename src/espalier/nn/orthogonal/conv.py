@@ -223,8 +223,8 @@ class CayleyConv2d(_CayleyConv):
         dtype: of the parameters. Half-precision ones, and any autocast, still compute in float32.
         generator: source of the initial weights.
 
-    Parameters: ``weight`` (C', s²·C/groups, *k) and ``bias`` uniform on ±1/√fan-in, and the scale ``alpha``, ‖weight‖
-    at the start. The norm is the kernel's own, so weights mean the same at every image size.
+    Parameters: ``weight`` (C', s²·C/groups, *k) and ``bias`` uniform on ±1/√fan-in, and the scale ``alpha`` (1,),
+    ‖weight‖ at the start. The norm is the kernel's own, so weights mean the same at every image size.
 
     Training solves with the batch and never forms the operator. Evaluation forms it once in float64, rounds it and
     keeps it for the last four image sizes, while the parameters keep their contents.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import EspalierError
+from espalier.nn.one_number import load_scalars
 from espalier.nn.orthogonal.spectrum.cache import OperatorCache
 from espalier.nn.orthogonal.transform import apply_cayley_matrix, cayley
 from espalier.nn.precision import is_tracing, outside_graphs, takes_batches, upcast, without_autocast
@@ -35,9 +36,10 @@ class OrthogonalLayer(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise EspalierError(f"dtype {dtype} of an orthogonal layer: choose a real floating-point one")
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(biases, device=device, dtype=dtype)) if biases else None
         self._cache = OperatorCache()
+        self.register_load_state_dict_pre_hook(load_scalars)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class CayleyLinear(OrthogonalLayer):
         dtype: of the parameters. Half-precision ones, and any autocast, still compute in float32.
         generator: source of the initial weights.
 
-    Parameters: ``weight`` (out, in) and ``bias`` uniform on ±1/√in, and the scale ``alpha``, ‖weight‖ at the start.
+    Parameters: ``weight`` (out, in) and ``bias`` uniform on ±1/√in, and the scale ``alpha`` (1,), ‖weight‖ at first.
 
     Shapes: (..., in) → (..., out).
 
@@ -155,7 +157,7 @@ class _Scale(torch.autograd.Function):
         along = torch.dot(grad.view(-1), weight.reshape(-1)) / norm
         # There the norm is a constant.
         along_weight = torch.where(norm > _LEAST_NORM, along / norm, 0.0)
-        return torch.addcmul(grad, weight, -along_weight) * (alpha / norm), along
+        return torch.addcmul(grad, weight, -along_weight) * (alpha / norm), along.view(alpha.shape)
 
 
 def orthogonal_matrix(layer: OrthogonalLayer, groups: int, dtype: torch.dtype) -> Tensor:

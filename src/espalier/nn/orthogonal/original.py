@@ -54,7 +54,7 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor],
         if alpha.numel() != 1:
             raise EspalierError(f"{prefix}alpha is {tuple(alpha.shape)} there: the original has one number a layer")
         _refuse_other_functions(name or "model", layer, size)
-        converted[prefix + "alpha"] = (alpha.double() / _half_norm_ratio(weight, layer.dilation, size)).reshape(())
+        converted[prefix + "alpha"] = (alpha.double() / _half_norm_ratio(weight, layer.dilation, size)).reshape(1)
     try:
         model.load_state_dict(converted)
     except RuntimeError as error:
