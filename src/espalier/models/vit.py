@@ -191,10 +191,11 @@ class VisionTransformer(TimmContract, HubModel):
             self.pos_embed.copy_(values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
-        was_meta = self.pos_embed.is_meta
+        before = self.pos_embed
         super()._apply(fn, recurse)
-        # ``to_empty`` leaves whatever was in memory.
-        if was_meta and not self.pos_embed.is_meta and "pos_embed" in self._buffers:
+        # ``to_empty`` leaves whatever was in memory, and what half precision rounded stays rounded in float32.
+        changed = before.is_meta or self.pos_embed.dtype != before.dtype
+        if changed and not self.pos_embed.is_meta and "pos_embed" in self._buffers:
             self._set_positions()
         return self
 
