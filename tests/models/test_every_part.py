@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -60,6 +61,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "KWLarge": (lambda: KWLarge(4, 8, 8, num_classes=3), (2, 3, 8, 8)),
     "OrthogonalConvNet": (lambda: OrthogonalConvNet((4,), (1,), hidden=8, img_size=8), (2, 3, 8, 8)),
     "LipschitzNet": (lambda: small_net([enn.Normalize(0.5), enn.ConvexSum(enn.LinearResidual(4))]), IMAGES),
+    "LipschitzNet-centred": (lambda: small_net([enn.CayleyConv2d(4, 4, 3), enn.BatchCentering(4)]), IMAGES),
     "ConvMixer": (lambda: Mixer(8, 1, 3, 2, 3, num_classes=4), (2, 3, 8, 8)),
     "VisionTransformer": (lambda: VisionTransformer(8, 4, embed_dim=16, depth=1, num_heads=2), (2, 3, 8, 8)),
     "cls-token": (lambda: VisionTransformer(8, 4, embed_dim=16, depth=1, num_heads=2, pool="cls"), (2, 3, 8, 8)),
@@ -182,6 +184,48 @@ def test_a_net_made_on_meta_is_the_one_whose_weights_it_loads(name: str, assign:
     for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part)) if name[0].isupper() else part):
         again.load_state_dict(trained.state_dict())
         torch.testing.assert_close(again(x), trained(x))
+
+
+@pytest.mark.slow
+@every_part
+@both_modes
+def test_an_exported_net_can_be_saved_and_loaded(name: str, training: bool) -> None:
+    part, x, file = make(name, training), example(name), io.BytesIO()
+    torch.export.save(torch.export.export(part, (x,)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), part(x))
+
+
+@every_part
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_net_that_was_of_another_dtype_is_the_one_that_it_saves(name: str, dtype: torch.dtype) -> None:
+    part, again, x = make(name).to(dtype).float(), make(name, seed=2), example(name)
+    again.load_state_dict(part.state_dict())
+    torch.testing.assert_close(again(x), part(x))
+
+
+@every_part
+def test_no_parameter_is_a_scalar_and_those_of_older_checkpoints_are_taken(name: str) -> None:
+    part, again, x = make(name), make(name, seed=2), example(name)
+    assert all(parameter.ndim for parameter in part.parameters())  # FSDP2 shards none
+    single = {name for name, parameter in part.named_parameters() if parameter.shape == (1,)}
+    scalars = {key: t.reshape(()) if key in single else t for key, t in part.state_dict().items()}
+    for assign in (False, True):
+        again.load_state_dict(scalars, assign=assign)
+        torch.testing.assert_close(again(x), part(x))
+
+
+# Not the ConvMixer: its backward pass would leave the backend of the class above.
+@pytest.mark.parametrize("name", [n for n in PARTS if hasattr(make(n), "set_grad_checkpointing") and n != "ConvMixer"])
+def test_checkpointing_changes_no_gradient_and_no_buffer(name: str) -> None:
+    plain, kept, x = make(name, True), make(name, True), example(name)
+    kept.set_grad_checkpointing()
+    for part in (plain, kept):
+        part(x).square().sum().backward()
+    for one, other in zip(plain.parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    for one, other in zip(plain.buffers(), kept.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name[0].isupper() or name == "cls-token"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint_sequential
 
 from espalier.errors import EspalierError, unknown_name
 from espalier.models.contract import TimmContract, new_head
@@ -95,10 +94,12 @@ class LipschitzNet(TimmContract, HubModel, nn.Sequential):
 
     def _extract(self, x: Tensor) -> Tensor:
         features: nn.Sequential = self.features  # type: ignore[assignment]
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            kept: Tensor = checkpoint_sequential(features, math.isqrt(len(features)), x, use_reentrant=False)
-            return kept
-        return features(x)
+        if not self.grad_checkpointing:
+            return features(x)
+        share = math.isqrt(max(1, len(features)))  # as many parts as modules in each keep the least
+        for start in range(0, len(features), share):
+            x = self.run_block(features[start : start + share], x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify features; return them as they are with ``pre_logits``."""

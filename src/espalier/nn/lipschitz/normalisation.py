@@ -123,8 +123,8 @@ class BatchCentering(nn.Module):
         if self.training:
             mean = wide.mean([axis for axis in range(x.ndim) if axis != 1])
             if x.numel():
-                with torch.no_grad():
-                    self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+                # Not under ``no_grad``: a graph with a switch inside is exported to a file that cannot be loaded.
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
         return (wide - mean.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)
 
     def extra_repr(self) -> str:
