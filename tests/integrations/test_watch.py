@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,142 @@ def test_resumed_run_writes_nothing_and_leaves_the_first_run_s_weights(tmp_path:
         assert all(torch.equal(value, stored[name]) for name, value in other.state_dict().items())
     assert path.read_bytes() == first
     assert [check.stage for check in watch.checks] == ["checkpoint loaded", "end"]
+
+
+def test_a_second_block_writes_nothing_over_what_was_trained() -> None:
+    model = vit()
+    watch = StructureWatch(model, structure=True)
+    with watch:
+        pass
+    first, weight = watch.initial_weights, model.blocks[0].attn.qkv.weight
+    for attached in (None, model, nn.DataParallel(model)):  # a stage may bring its own optimiser, or a wrapper
+        with torch.no_grad():
+            weight.add_(0.01)
+        trained = weight.clone()
+        if attached is not None:
+            watch.attach(attached, torch.optim.SGD(model.parameters(), lr=0.1))
+        with watch:
+            assert torch.equal(weight, trained)
+        assert torch.equal(weight, trained)
+    assert watch.initial_weights is first
+    assert [check.stage for check in watch.checks] == ["start", "end"] * 4
+
+
+def test_a_loop_that_broke_off_goes_on_with_what_it_trained() -> None:
+    model = vit()
+    watch = StructureWatch(model, structure=True)
+
+    def loop() -> None:
+        with watch:
+            lose_structure(model.blocks[0].attn)  # stands for a long training
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        loop()
+    trained = copy.deepcopy(model.state_dict())
+    with watch:
+        assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+def test_what_training_left_is_held_against_when_the_next_stage_begins() -> None:
+    model = vit(depth=3)
+    watch = StructureWatch(model, structure=True)
+    with watch:
+        lose_structure(model.blocks[0].attn)  # stands for a long training
+    with watch:
+        pass
+    lose_structure(model.blocks[1].attn, seed=8)  # between the stages
+    with pytest.raises(UnhealthyModelError, match=r"start: blocks\.1\.attn: structure lost"):
+        watch.start()
+
+
+@pytest.mark.parametrize("wait", [copy.copy, copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))])
+def test_other_models_and_copies_of_the_watch_do_not_make_it_forget(wait: Any) -> None:
+    models = [vit(seed) for seed in range(3)]
+    watch = StructureWatch(structure=True)
+    for model in models:
+        watch.attach(model)
+        with watch:
+            pass
+        assert torch.equal(model.blocks[0].attn.qkv.weight, watch.initial_weights["blocks.0.attn.qkv.weight"])
+        lose_structure(model.blocks[0].attn)
+    watch, models = wait((watch, models))
+    for model in models:
+        trained = model.blocks[0].attn.qkv.weight.clone()
+        watch.attach(model)
+        with watch:
+            assert torch.equal(model.blocks[0].attn.qkv.weight, trained)
+
+
+def test_fresh_weights_in_the_same_module_are_started_when_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = vit()
+    watch = StructureWatch(model, structure=True)
+    with watch:
+        pass
+    written = copy.deepcopy(model.state_dict())
+    for seed, block in enumerate(model.blocks):
+        lose_structure(block.attn, seed)
+    with pytest.raises(UnhealthyModelError, match="structure lost"):
+        watch.start()
+    assert "attach(model, anew=True)" in capsys.readouterr().out
+    watch.attach(model, anew=True)
+    with watch:
+        pass
+    assert torch.equal(model.blocks[0].attn.qkv.weight, written["blocks.0.attn.qkv.weight"])
+
+
+def test_a_start_that_was_refused_may_be_tried_again() -> None:
+    model = vit()
+    lose_structure(model.blocks[0].attn)
+    watch = StructureWatch(model, structure=True)
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    with pytest.raises(UnhealthyModelError, match=r"start: head\.weight"):
+        watch.start()
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    watch.start()
+    assert torch.equal(watch.initial_weights["head.weight"], model.head.weight)
+
+
+def plain() -> nn.Module:
+    """Return a ViT of which no layer carries structure."""
+    model = vit()
+    for seed, block in enumerate(model.blocks):
+        lose_structure(block.attn, seed)
+    return model
+
+
+@pytest.mark.parametrize("state", [None, {}, {"structure": None}])
+def test_a_checkpoint_of_which_nothing_was_measured_is_not_called_healthy(
+    state: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = StructureWatch(plain()).loaded(state)
+    assert not check.clean
+    assert [f.check for f in check.diagnosis.warnings] == ["structure"]
+    told = capsys.readouterr().out
+    assert "healthy" not in told
+    assert "nothing was measured at this checkpoint" in told
+    # What a model carried before, or a report, is something to hold it against.
+    model = vit()
+    report = espalier.structure_(model, generator=torch.Generator().manual_seed(0))
+    assert StructureWatch(model).loaded().clean
+    assert StructureWatch(model, against=report).loaded(state).clean
+
+
+@pytest.mark.parametrize("specs", [True, {"attention": espalier.Mimetic()}])
+@pytest.mark.parametrize("measured", [False, True])
+def test_structure_that_was_asked_for_and_is_nowhere_is_told(
+    specs: Any, measured: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = plain()
+    watch = StructureWatch(model, structure=specs)
+    check = watch.loaded(watch.state_dict() if measured else None)
+    assert "structure was asked for, none was written" in capsys.readouterr().out
+    assert len(check.diagnosis.warnings) == 2 - measured
+    structured = vit()
+    espalier.structure_(structured, generator=torch.Generator().manual_seed(0))
+    watch = StructureWatch(structured, structure=specs)
+    assert watch.loaded(watch.state_dict()).clean
 
 
 def test_not_finite_after_training_is_a_problem() -> None:

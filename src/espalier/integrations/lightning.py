@@ -28,8 +28,8 @@ class StructureCallback(Callback):
 
     The first check comes before the first step and before Lightning's sanity check; under a strategy that restores
     checkpoints late (FSDP) it comes after the sanity check. Each checkpoint carries what was measured
-    when it was saved, and a resumed run is held against that. A second ``fit`` of one trainer and module goes on:
-    nothing is written over what was trained.
+    when it was saved, and a resumed run is held against that. A second ``fit`` of one module, by whichever trainer, goes
+    on: nothing is written over what was trained.
 
     Args:
         options: as of ``StructureWatch``: ``structure``, ``seed``, ``against``, ``on_problem``, ``initial_weights``.
@@ -49,14 +49,11 @@ class StructureCallback(Callback):
         self._writes = options.get("structure", False) is not False
         self._state: dict[str, Any] | None = None
         self._restored = False
-        self._goes_on = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what the module carries before a checkpoint is restored into it."""
         if stage == "fit":
             self._state, self._restored = None, False
-            # A trainer that fits once more goes on with what it trained; one that looks for a rate has put it back.
-            self._goes_on = self.watch.model is pl_module and trainer.global_step > 0
             self.watch.attach(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -92,7 +89,4 @@ class StructureCallback(Callback):
         self.watch.model, self.watch.optimizer = pl_module, optimizers[0] if len(optimizers) == 1 else None
         if restored:
             self.watch.loaded(self._state)
-        if self._goes_on and not restored:
-            self.watch.look()
-        else:
-            self.watch.start()
+        self.watch.start()

@@ -20,8 +20,8 @@ class StructureCallback(TrainerCallback, ExportableState):
 
     The first check comes before the first step, of a resumed run too. Each checkpoint's ``trainer_state.json`` carries
     what was measured when it was saved: a resumed run, and the best model that ``load_best_model_at_end`` loads, are
-    held against that. ``train`` of one Trainer called again, or tried again with smaller batches, goes on with the
-    model as it is: nothing is written over what was trained.
+    held against that. ``train`` of one model called again, by whichever Trainer, or tried again with smaller batches,
+    goes on with the model as it is: nothing is written over what was trained.
 
     Args:
         options: as of ``StructureWatch``: ``structure``, ``seed``, ``against``, ``on_problem``, ``initial_weights``.
@@ -40,7 +40,6 @@ class StructureCallback(TrainerCallback, ExportableState):
         self.watch = StructureWatch(**options)
         self.measured: dict[str, Any] | None = None
         self._options = options
-        self._begun: Any = None
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves of a callback; plain values, so no specs: a resumed run writes nothing."""
@@ -53,7 +52,6 @@ class StructureCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Note what the model carries before a checkpoint is loaded into it."""
-        self._begun = None  # whoever makes another Trainer begins anew
         if model is not None:
             self.watch.attach(model)
 
@@ -62,7 +60,7 @@ class StructureCallback(TrainerCallback, ExportableState):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Look at the weights that training starts from."""
-        resumed, goes_on = state.global_step > 0, model is not None and self._begun is model
+        resumed = state.global_step > 0
         if self._options.get("structure", False) is not False and not resumed and args.deepspeed:
             raise EspalierError("structure under DeepSpeed: call structure_ before the Trainer is made instead")
         if resumed:
@@ -71,11 +69,7 @@ class StructureCallback(TrainerCallback, ExportableState):
             self.watch.loaded(_stored(state, type(self).__name__))
         else:
             self.watch.attach(model, optimizer)
-        if goes_on and not resumed:
-            self.watch.look()
-        else:
-            self.watch.start()
-        self._begun = model
+        self.watch.start()
         # A checkpoint that was saved without this callback has no place for its state, and the Trainer expects one.
         places: Any = state.stateful_callbacks
         places.setdefault(type(self).__name__, self.state())

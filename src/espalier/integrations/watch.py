@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from espalier.doctor import Diagnosis, diagnose
+from espalier.doctor import Diagnosis, Finding, diagnose
 from espalier.errors import EspalierError
 from espalier.files import read_tensors, write_tensors
 from espalier.init import LayerReport, StructureReport, audit, structure_
@@ -87,6 +88,9 @@ class StructureWatch:
     ``load_state_dict`` with what ``state_dict`` gave when the checkpoint was saved (accelerate calls both after
     ``register_for_checkpointing``). Then nothing is written, and the initial weights that the first run kept stay.
 
+    A watch begins once with a model: a second ``with`` block or ``start`` looks and writes nothing, for the weights are
+    trained by then. ``attach(model, anew=True)`` says that they are fresh ones.
+
     A clean run prints one line, on rank 0. Of several ranks every one makes every call, and a problem of one is raised
     on all.
 
@@ -137,6 +141,9 @@ class StructureWatch:
         self._on_problem, self._keep = on_problem, initial_weights
         self._kept: dict[str, Tensor] | None = None
         self._resumed = False
+        # Weakly: a search over many models would otherwise keep them all in memory.
+        self._begun: WeakSet[nn.Module] = WeakSet()
+        self._left: StructureReport | None = None
         self.checks: list[WatchCheck] = []
         self.report = against
         self.model: nn.Module | None = None
@@ -144,13 +151,26 @@ class StructureWatch:
         if model is not None:
             self.attach(model, optimizer)
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Name the model, and note what structure it carries now, before anything is loaded into it."""
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, anew: bool = False) -> None:
+        """Name the model, and note what structure it carries now, before anything is loaded into it.
+
+        Args:
+            model: the module; one that this watch has begun with goes on, with another optimiser if need be.
+            optimizer: the optimiser that trains it.
+            anew: its weights are fresh ones, though the watch has begun with it before: ``start`` may write over them.
+        """
+        if anew:
+            self._begun.discard(unwrapped(model))
+        other = self.model is None or unwrapped(self.model) is not unwrapped(model)
         self.model, self.optimizer, self._resumed = model, optimizer, False
-        self.report = self._against or _audit(model, None)
+        if other or unwrapped(model) not in self._begun:
+            self.report, self._left = self._against or _audit(model, None), None
 
     def start(self) -> None:
-        """Write structure where asked, look at the weights, and keep them; nothing of it after a checkpoint was loaded.
+        """Write structure where asked, look at the weights, and keep them.
+
+        After a checkpoint was loaded nothing of it is done; with a model that the watch has begun with before, it only
+        looks: weights that were trained are never written over.
 
         Raises:
             UnhealthyModelError: something is wrong, and ``on_problem="fail"``.
@@ -160,38 +180,62 @@ class StructureWatch:
             self._resumed = False
             return
         model = self._model()
+        if unwrapped(model) in self._begun:
+            self._look()
+            return
         if self._structure is not False:
             specs = {} if self._structure is True else dict(self._structure)
             self.report = structure_(model, generator=torch.Generator().manual_seed(self._seed), **specs)
         elif self._against is None:
             self.report = None  # what was found when the watch was made may have been rewritten since
-        check = self._check("start", self.report)
+        check = self._check("start", _audit(model, self.report))
         self.report = self.report or check.structure
         if self._keep is not False:
             self._keep_weights(unwrapped(model))
-
-    def look(self) -> WatchCheck:
-        """Look at the weights that more training of an attached model begins with; nothing is written or kept.
-
-        Raises:
-            UnhealthyModelError: something is wrong, and ``on_problem="fail"``.
-        """
-        return self._check("start", self.report)
+        self._begun.add(unwrapped(model))  # last: a start that was refused may be tried again
 
     def loaded(self, state: Mapping[str, Any] | None = None) -> WatchCheck:
         """Look at a model into which a checkpoint was just loaded.
 
         Args:
             state: what ``state_dict`` gave when the checkpoint was saved, so that what training itself had changed by
-                then is no loss. Without it the check is held against what the model carried before.
+                then is no loss. Without it the check is held against what the model carried before, and where that
+                says nothing of a layer without structure, a warning does.
 
         Raises:
             UnhealthyModelError: something is wrong, structure that did not arrive included, and ``on_problem="fail"``.
         """
-        self._resumed = True
-        if state and state.get("structure") is not None:
-            self.report = StructureReport.from_dict(state["structure"])
-        return self._check("checkpoint loaded", self.report)
+        model = self._model()
+        self._resumed, self._left = True, None
+        self._begun.add(unwrapped(model))
+        measured = None if state is None else state.get("structure")
+        if measured is not None:
+            self.report = StructureReport.from_dict(measured)
+        found = _audit(model, self.report)
+        doubts = self._unwritten(found, "a checkpoint was loaded", "call structure_ on it, or start from no checkpoint")
+        absent = [] if found is None else [row for row in found.layers if row.status == "absent"]
+        if measured is None and self._against is None and found and (absent or state is not None):
+            words = "nothing was measured at this checkpoint: it cannot be said whether the structure arrived"
+            doubts.append(_doubt(words, "give against=, the report of what was written before it was saved"))
+        return self._check("checkpoint loaded", found, doubts)
+
+    def _look(self) -> None:
+        """Look at weights that are trained further."""
+        model = self._model()
+        # What training moved away is no loss. Where it broke off, nothing says what it left.
+        found = _audit(model, self._left or _audit(model, self.report))
+        remedy = "if its weights are fresh, call the watch's attach(model, anew=True) before"
+        self._check("start", found, self._unwritten(found, "the watch had begun with this model", remedy))
+
+    def _unwritten(self, found: StructureReport | None, why: str, remedy: str) -> list[Finding]:
+        """Return what is to be told where structure was asked for, none was written, and the model has none."""
+        if self._structure is False:
+            return []
+        asked = None if self._structure is True else [kind for kind, spec in self._structure.items() if spec]
+        rows = [row for row in found.layers if asked is None or row.kind in asked] if found else []
+        if any(row.status in ("written", "present", "changed") for row in rows):
+            return []
+        return [_doubt(f"structure was asked for, none was written ({why}), and no layer shows any", remedy)]
 
     def finish(self) -> WatchCheck:
         """Look at the trained weights; structure that training moved away is told, and is no problem.
@@ -200,7 +244,9 @@ class StructureWatch:
             UnhealthyModelError: the weights cannot work (NaN, say), and ``on_problem="fail"``.
         """
         self._resumed = False
-        return self._check("end", self.report)
+        check = self._check("end", _audit(self._model(), self.report))
+        self._left = check.structure
+        return check
 
     def state_dict(self) -> dict[str, Any]:
         """Measure the structure of the weights that are about to be saved, as plain values for the checkpoint."""
@@ -235,14 +281,23 @@ class StructureWatch:
         if kind is None:
             self.finish()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning sends callbacks to the processes that it starts, and weak references cannot be sent.
+        return {**self.__dict__, "_begun": list(self._begun)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _begun=WeakSet(state["_begun"]))
+
     def _model(self) -> nn.Module:
         if self.model is None:
             raise EspalierError("model None: give StructureWatch a model, or attach(model) before")
         return self.model
 
-    def _check(self, stage: Stage, against: StructureReport | None) -> WatchCheck:
-        model = self._model()
-        check = WatchCheck(stage, diagnose(model, optimizer=self.optimizer), _audit(model, against))
+    def _check(self, stage: Stage, found: StructureReport | None, doubts: Sequence[Finding] = ()) -> WatchCheck:
+        diagnosis = diagnose(self._model(), optimizer=self.optimizer)
+        milder = [finding for finding in diagnosis.findings if finding.severity != "error"]
+        diagnosis = replace(diagnosis, findings=(*diagnosis.errors, *doubts, *milder))
+        check = WatchCheck(stage, diagnosis, found)
         self.checks.append(check)
         problems = _of_all_ranks(check.problems)
         if _rank() == 0 and (stage != "end" or not check.clean):
@@ -283,6 +338,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def _doubt(measured: str, remedy: str) -> Finding:
+    return Finding("warning", "", "structure", measured, "structure that stands out", remedy)
 
 
 def _audit(model: nn.Module, against: StructureReport | None) -> StructureReport | None:
