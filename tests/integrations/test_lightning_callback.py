@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import broken_decay, images, lose_structure, vit
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import espalier
 from espalier.integrations import UnhealthyModelError
@@ -49,6 +50,7 @@ def module(net: nn.Module) -> Any:
             super().__init__()
             self.net = net
             self.steps = 0
+            self.lr, self.batch_size = 0.1, 4
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             self.steps += 1
@@ -58,7 +60,10 @@ def module(net: nn.Module) -> Any:
             self.steps += 1
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(images().dataset, batch_size=self.batch_size)
 
     return Classifier(net)
 
@@ -66,15 +71,15 @@ def module(net: nn.Module) -> Any:
 def unstructured() -> nn.Module:
     """Return a ViT without structure: ours starts with some."""
     net = vit(seed=3)
-    for block in net.blocks:
-        lose_structure(block.attn)
+    for seed, block in enumerate(net.blocks):
+        lose_structure(block.attn, seed)
     return net
 
 
-def trainer(folder: Path, watch: Any, **settings: Any) -> Any:
+def trainer(folder: Path, watch: Any, *others: Any, **settings: Any) -> Any:
     settings = {"max_epochs": 1, "devices": 1, "logger": False, "enable_checkpointing": False, **settings}
     return lightning().Trainer(
-        accelerator="cpu", callbacks=[watch], default_root_dir=folder, enable_progress_bar=False,
+        accelerator="cpu", callbacks=[watch, *others], default_root_dir=folder, enable_progress_bar=False,
         enable_model_summary=False, **settings,
     )  # fmt: skip
 
@@ -134,6 +139,99 @@ def test_a_second_fit_writes_nothing_over_what_was_trained(tmp_path: Path) -> No
     assert torch.equal(net.net.blocks[0].attn.qkv.weight, trained)
     assert watch.watch.initial_weights is first
     assert [check.stage for check in watch.watch.checks] == ["start", "end", "start", "end"]
+
+
+def finders(*names: str) -> list[Any]:
+    settings = {
+        "LearningRateFinder": {"num_training_steps": 3},
+        "BatchSizeFinder": {"max_trials": 1, "steps_per_trial": 1},
+    }
+    return [getattr(lightning().callbacks, name)(**settings[name]) for name in names]
+
+
+@pytest.mark.parametrize(
+    "names", [("LearningRateFinder",), ("BatchSizeFinder",), ("LearningRateFinder", "BatchSizeFinder")]
+)
+def test_what_a_finder_puts_back_is_no_resumed_run(tmp_path: Path, names: tuple[str, ...]) -> None:
+    reference = unstructured()
+    espalier.structure_(reference, generator=torch.Generator().manual_seed(2))
+    net, watch = module(unstructured()), callback(structure=True, seed=2)
+    net.val_dataloader = images
+    fitting = trainer(tmp_path, watch, *finders(*names))
+    fitting.fit(net)
+    assert [check.stage for check in watch.watch.checks] == ["start", "end"]
+    kept, written = watch.watch.initial_weights, reference.state_dict()
+    assert all(torch.equal(kept[f"net.{name}"], value) for name, value in written.items())
+    # One more fit, and its finders, go on with what was trained.
+    net.lr, trained = 0.0, copy.deepcopy(net.state_dict())
+    trainer(tmp_path, watch, *finders("BatchSizeFinder")).fit(net)
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+    assert [check.stage for check in watch.watch.checks] == ["start", "end", "start", "end"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_finder_does_not_hide_that_a_run_goes_on_from_a_checkpoint(tmp_path: Path, whole: bool) -> None:
+    net = module(vit())
+    first = trainer(tmp_path, callback(structure=True))
+    first.fit(net)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    damaged = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    lose_structure(net.net.blocks[1].attn)
+    damaged["state_dict"] = net.state_dict()
+    if not whole:  # then Lightning tells no callback of it
+        del damaged["callbacks"]
+    torch.save(damaged, tmp_path / "damaged.ckpt")
+    model = vit()
+    espalier.structure_(model, generator=torch.Generator().manual_seed(0))
+    again, watch = module(model), callback(structure=True)
+    with pytest.raises(UnhealthyModelError, match=r"checkpoint loaded: net\.blocks\.1\.attn: structure lost"):
+        trainer(tmp_path, watch, *finders("LearningRateFinder"), max_epochs=3).fit(
+            again, ckpt_path=tmp_path / "damaged.ckpt"
+        )
+    assert torch.equal(again.net.blocks[1].attn.qkv.weight, net.net.blocks[1].attn.qkv.weight)
+
+
+def test_another_trainer_goes_on_with_what_was_trained(tmp_path: Path) -> None:
+    net, watch = module(vit()), callback(structure=True)
+    trainer(tmp_path, watch).fit(net, images())
+    net.lr, first, trained = 0.0, watch.watch.initial_weights, copy.deepcopy(net.state_dict())
+    trainer(tmp_path, watch).fit(net, images())
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+    assert watch.watch.initial_weights is first
+    other = module(vit(seed=4))
+    trainer(tmp_path, watch).fit(other, images())
+    assert watch.watch.initial_weights is not first
+    assert watch.watch.report.layers[0].status == "written"
+
+
+def test_a_fit_that_broke_off_and_a_search_between_go_on(tmp_path: Path) -> None:
+    class Interrupt(lightning().Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyError("mine")
+
+    net, watch = module(vit()), callback(structure=True)
+    with pytest.raises(KeyError, match="mine"):
+        trainer(tmp_path, watch, Interrupt()).fit(net)
+    fitting = trainer(tmp_path, watch)
+    lightning().tuner.Tuner(fitting).lr_find(net, num_training=3, update_attr=False)
+    net.lr, trained = 0.0, copy.deepcopy(net.state_dict())
+    fitting.fit(net)
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+    assert [check.stage for check in watch.watch.checks] == ["start", "start", "end"]
+
+
+def test_structure_asked_for_and_not_in_the_checkpoint_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = trainer(tmp_path, lightning().Callback())
+    plain.fit(module(unstructured()), images())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    watch = callback(structure=True)
+    trainer(tmp_path, watch, max_epochs=2).fit(module(unstructured()), images(), ckpt_path=tmp_path / "plain.ckpt")
+    told = capsys.readouterr().out
+    assert "structure was asked for, none was written" in told
+    assert "nothing was measured at this checkpoint" in told
+    assert "healthy" not in told
 
 
 def test_structure_lost_in_a_checkpoint_stops_the_resumed_run(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class StructureCallback(Callback):
     The first check comes before the first step and before Lightning's sanity check; under a strategy that restores
     checkpoints late (FSDP) it comes after the sanity check. Each checkpoint carries what was measured
     when it was saved, and a resumed run is held against that. A second ``fit`` of one module, by whichever trainer, goes
-    on: nothing is written over what was trained.
+    on: nothing is written over what was trained. What ``LearningRateFinder`` and ``BatchSizeFinder`` save, try and put
+    back is no resumed run.
 
     Args:
         options: as of ``StructureWatch``: ``structure``, ``seed``, ``against``, ``on_problem``, ``initial_weights``.
@@ -49,16 +50,24 @@ class StructureCallback(Callback):
         self._writes = options.get("structure", False) is not False
         self._state: dict[str, Any] | None = None
         self._restored = False
+        self._looked = False
+        self._saved_before = False
+        self._put_back: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what the module carries before a checkpoint is restored into it."""
         if stage == "fit":
-            self._state, self._restored = None, False
+            self._state, self._restored, self._looked = None, False, False
+            self._saved_before, self._put_back = False, None
             self.watch.attach(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember what the checkpoint says of itself."""
-        self._state, self._restored = checkpoint.get(_KEY), True
+        """Remember what the checkpoint says of itself; one that this fit saved before it began brings nothing."""
+        state = checkpoint.get(_KEY)
+        if self._saved_before and state is not None and not state.get("begun", True):
+            self._saved_before, self._put_back = False, trainer.ckpt_path
+        else:
+            self._state, self._restored = state, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the weights that training starts from."""
@@ -76,12 +85,20 @@ class StructureCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put into the checkpoint what its weights carry."""
-        if self.watch.model is not None:
-            checkpoint[_KEY] = self.watch.state_dict()
+        if self.watch.model is None:
+            return
+        checkpoint[_KEY] = {**self.watch.state_dict(), "begun": self._looked}
+        if not self._looked:
+            # Lightning puts its finders first. Once they put back what they save here, the trainer names that file.
+            self._saved_before = True
+            self._restored = self._restored_by(trainer) and not trainer.strategy.restore_checkpoint_after_setup
+
+    def _restored_by(self, trainer: Trainer) -> bool:
+        # A checkpoint of weights alone calls no callback's on_load_checkpoint.
+        return self._restored or trainer.ckpt_path not in (None, self._put_back)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A checkpoint of weights alone calls no callback's on_load_checkpoint.
-        restored = self._restored or trainer.ckpt_path is not None
+        restored, self._looked = self._restored_by(trainer), True
         if self._writes and not restored and type(trainer.strategy).__name__ == "DeepSpeedStrategy":
             raise EspalierError("structure under DeepSpeed: call structure_ at the end of __init__ instead")
         # Several optimisers share the parameters out: none of them holds all.
