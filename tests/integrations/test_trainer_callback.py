@@ -44,14 +44,14 @@ def llama(seed: int = 0) -> Any:
         return transformers.LlamaForCausalLM(config)
 
 
-def trainer(folder: Path, model: Any, watch: Any, **settings: Any) -> Any:
-    settings = {"max_steps": 4, "save_strategy": "no", **settings}
+def trainer(folder: Path, model: Any, *callbacks: Any, **settings: Any) -> Any:
+    settings = {"max_steps": 4, "save_strategy": "no", "learning_rate": 1e-3, **settings}
     args = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], disable_tqdm=True,
-        use_cpu=True, dataloader_pin_memory=False, **settings,
+        output_dir=str(folder), per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True,
+        dataloader_pin_memory=False, **settings,
     )  # fmt: skip
     return transformers.Trainer(
-        model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[watch]
+        model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[*callbacks]
     )
 
 
@@ -106,7 +106,7 @@ def test_training_again_writes_nothing_over_what_was_trained(tmp_path: Path) -> 
     training = trainer(tmp_path, model, watch)
     training.train()
     first, weight = watch.watch.initial_weights, model.model.layers[0].self_attn.q_proj.weight
-    written = first["model.layers.0.self_attn.q_proj.weight"]
+    written = first["model.layers.0.self_attn.q_proj.weight"].clone()
     with torch.no_grad():
         weight.add_(0.1)
     trained = weight.clone()
@@ -116,8 +116,71 @@ def test_training_again_writes_nothing_over_what_was_trained(tmp_path: Path) -> 
     assert torch.equal(weight, trained)
     assert watch.watch.initial_weights is first
     assert [check.stage for check in watch.watch.checks] == ["start", "end", "start", "end"]
-    trainer(tmp_path, model, watch).train()  # another Trainer is another run
-    assert torch.equal(watch.watch.initial_weights["model.layers.0.self_attn.q_proj.weight"], written)
+    trainer(tmp_path, model, watch, learning_rate=0.0).train()  # so does another Trainer
+    assert torch.equal(weight, trained)
+    assert watch.watch.initial_weights is first
+    trainer(tmp_path, llama(seed=5), watch).train()  # another model is begun with
+    assert watch.watch.initial_weights is not first
+    assert torch.equal(first["model.layers.0.self_attn.q_proj.weight"], written)
+
+
+def saver(event: str) -> Any:
+    """Return a callback that asks for a checkpoint at an event of step 2."""
+
+    def ask(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = control.should_save or state.global_step == 2
+
+    return type("Saver", (transformers.TrainerCallback,), {event: ask})()
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_log"])
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_whoever_asks_for_a_checkpoint_it_carries_its_own_measurement(
+    tmp_path: Path, event: str, ours_first: bool
+) -> None:
+    watch, other = callback(structure=True), saver(event)
+    order = (watch, other) if ours_first else (other, watch)
+    trainer(
+        tmp_path, llama(), *order, max_steps=3, save_strategy="steps", save_steps=3, eval_strategy="steps",
+        eval_steps=1, logging_steps=1,
+    ).train()  # fmt: skip
+    for step in (2, 3):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        measured = state["stateful_callbacks"]["StructureCallback"]["attributes"]["measured"]
+        assert measured["step"] == step
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}")
+        found = espalier.audit(model)
+        assert [row["measured"] for row in measured["structure"]["layers"]] == [row.measured for row in found.layers]
+    lose_in(tmp_path / "checkpoint-2")
+    held = trainer(tmp_path, llama(), callback())
+    with pytest.raises(UnhealthyModelError, match=r"checkpoint loaded: .*structure lost"):
+        held.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("stale", ["none", "other step", "no step", "no callback"])
+def test_a_checkpoint_without_its_own_measurement_is_not_called_healthy(
+    tmp_path: Path, stale: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path, llama(), callback(), save_strategy="steps", save_steps=4).train()
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    attributes = state["stateful_callbacks"]["StructureCallback"]["attributes"]
+    if stale == "none":
+        attributes["measured"] = None
+    elif stale == "other step":
+        attributes["measured"]["step"] = 2
+    elif stale == "no step":
+        del attributes["measured"]["step"]
+    else:
+        del state["stateful_callbacks"]["StructureCallback"]
+    path.write_text(json.dumps(state))
+    capsys.readouterr()
+    watch = callback()
+    trainer(tmp_path, llama(), watch, max_steps=5).train(resume_from_checkpoint=str(path.parent))
+    assert [check.stage for check in watch.watch.checks] == ["checkpoint loaded", "end"]
+    told = capsys.readouterr().out
+    assert "nothing was measured at this checkpoint" in told
+    assert "healthy" not in told
 
 
 @pytest.mark.parametrize("restored", [False, True])
