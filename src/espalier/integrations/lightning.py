@@ -28,9 +28,9 @@ class StructureCallback(Callback):
 
     The first check comes before the first step and before Lightning's sanity check; under a strategy that restores
     checkpoints late (FSDP) it comes after the sanity check. Each checkpoint carries what was measured when it was
-    saved, and a resumed run is held against that. A second ``fit`` of one module, by whichever trainer, goes on: nothing is
-    written over what was trained. What ``LearningRateFinder`` and ``BatchSizeFinder`` save, try and put back is no
-    resumed run.
+    saved, and a resumed run is held against that. A second ``fit`` of one module, by whichever trainer, goes on:
+    nothing is written over what was trained. What ``LearningRateFinder`` and ``BatchSizeFinder`` save, try and put back
+    is no resumed run.
 
     Args:
         options: as of ``StructureWatch``: ``structure``, ``seed``, ``against``, ``on_problem``, ``initial_weights``.
