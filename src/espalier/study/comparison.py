@@ -77,6 +77,7 @@ def compare(
     training, run = _described(train, out, metric, lr, keep_trials)
     # Absolute, as a training may change the working directory.
     study = draft_study(training, arms, lrs, seeds, Path(out).absolute())
+    study.outcomes()  # refuses what is no trial of this study
     _check_arms(study)
     study = save_study(study)
     try:

@@ -62,7 +62,8 @@ def launch(
         progress: print one line of progress; None prints it where standard error is a terminal.
 
     Raises:
-        EspalierError: no such cluster, started by torchrun, or a worker died and left trials unfinished.
+        EspalierError: no such cluster, started by torchrun, a finished trial that is not one of this study, or a worker
+            died and left trials unfinished.
         RunInterrupted: stopped from the keyboard or by a signal; launching again goes on.
     """
     require_known("cluster", cluster, ("local", "slurm"))
@@ -71,6 +72,7 @@ def launch(
     if parameters and cluster != "slurm":
         raise EspalierError(f"{', '.join(parameters)}: options of Slurm's jobs: add --cluster slurm")
     refuse_torchrun()
+    study.outcomes()  # which refuses what is no trial of this study, before hours are spent beside it
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
     meter = _Meter(study, sys.stderr.isatty() if progress is None else progress)

@@ -76,32 +76,39 @@ class Trial:
         return (*told, self._from_folder(study)) if self.has_folder else told
 
     def _from_folder(self, study: str) -> Record:
+        where = self.path if isinstance(self.recipe, Recipe) else self.path / RECORD
         if isinstance(self.recipe, Recipe):
-            return record_run(load_run(self.path), study, self.arm)
-        try:
-            record = replace(record_from_line(read_regular(self.path / RECORD).decode()), study=study)
-        except (OSError, ValueError) as error:
-            raise EspalierError(
-                f"{self.path / RECORD} is damaged ({error}): delete it and run the trial again"
-            ) from error
-        self.refuse_another(record, self.path / RECORD)
+            record = record_run(load_run(where), study, self.arm)
+        else:
+            try:
+                record = replace(record_from_line(read_regular(where).decode()), study=study)
+            except (OSError, ValueError) as error:
+                raise EspalierError(f"{where} is damaged ({error}): delete it and run the trial again") from error
+        self.refuse_another(record, where)
         return record
 
+    @property
+    def digest(self) -> str:
+        """What a record of this trial says that it is of."""
+        own = self.recipe
+        return recipe_digest(own) if isinstance(own, Recipe) else own.digest(self.lr, self.seed)
+
     def refuse_another(self, record: Record, where: Path) -> None:
-        """Refuse a record that is not one of this trial, whatever its digest says.
+        """Refuse a record that is not one of this trial: a run that was copied here would count as one more seed.
 
         Args:
             record: the record.
             where: it comes from, for the message.
 
         Raises:
-            EspalierError: its arm, rate, seed or metric is not the trial's.
+            EspalierError: its arm, rate, seed, metric or recipe is not the trial's.
         """
         # The data say which split a recipe is scored on, by its share of right answers; or it is one of its extras.
         metric = record.metric if is_share(record.metric) or record.metric in record.extra else "an accuracy"
         if isinstance(self.recipe, OwnTraining):
             metric = self.recipe.metric
-        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": metric}
+        # Last, as it says least of what differs: the epochs, say, or the code of a training function.
+        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": metric, "digest": self.digest}
         for name, value in wanted.items():
             if (found := getattr(record, name)) != value:
                 raise EspalierError(
@@ -162,14 +169,12 @@ class Study:
         recipe = self.recipe
         if isinstance(recipe, Recipe):
             recipe = from_values(Recipe, {**recipe_to_dict(recipe), **self.arms[arm], "lr": lr, "seed": seed})
-        record = None
-        if self.records:
-            digest = recipe_digest(recipe) if isinstance(recipe, Recipe) else recipe.digest(lr, seed)
-            record = self.records.get((arm, digest))
-        trial = Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}", record)
-        if record is not None:
-            trial.refuse_another(record, self.path / RECORDS)
-        return trial
+        trial = Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}")
+        record = self.records.get((arm, trial.digest)) if self.records else None
+        if record is None:
+            return trial
+        trial.refuse_another(record, self.path / RECORDS)
+        return replace(trial, record=record)
 
     def outcomes(self) -> dict[Path, Record]:
         """Return what every finished trial left behind, by its folder.
