@@ -23,7 +23,8 @@ class Source(Protocol):
     Targets are class indices ``(B,)``, class probabilities ``(B, C)`` (after mixup or cutmix), or token indices
     ``(B, L)`` in which −100 marks positions that carry no loss. Batches are a pure function of the arguments, so a
     resumed run sees what an unbroken one would have seen. A source whose files may change between a stop and a resume
-    has a text ``digest``, too, of what they hold (see ``contents_digest``).
+    has a text ``digest``, too, of what they hold (see ``contents_digest``); one whose digest says where they lie, too,
+    has a text ``contents``, or None, that does not.
     """
 
     @property
@@ -70,6 +71,13 @@ def epoch_order(size: int, seed: int, epoch: int, name: str = "order") -> Tensor
     The last ones are kept, so that a step does not cost a pass over the indices: nobody may write to them.
     """
     return torch.randperm(size, generator=derive_generator(seed, name, epoch))
+
+
+def data_digest(source: Source) -> str:
+    """Return 16 hexadecimal digits of what a source's data hold, wherever they lie; empty where it does not say."""
+    named = hasattr(type(source), "contents")  # to ask the source itself would compute it
+    found = getattr(source, "contents" if named else "digest", None)
+    return "" if found is None else hashlib.sha256(str(found).encode()).hexdigest()[:16]
 
 
 def contents_digest(*contents: Tensor | str) -> str:

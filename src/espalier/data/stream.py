@@ -122,6 +122,11 @@ class StreamSource(ImageBatches):
         # Counts and not the numbers made of them, whose last bits depend on the machine.
         return contents_digest(*self.class_names, *whole, *(split.labels_N for split in splits), self._counts_CV)
 
+    @property
+    def contents(self) -> str | None:
+        """The digest of decoded images, which is that of their pixels; that of others holds their place and times."""
+        return self.digest if all(isinstance(split, MappedPixels) for split in self._splits.values()) else None
+
     def to(self, device: torch.device | str) -> Self:
         """Choose the device that batches are moved to and augmented on, and return the source."""
         self._device = torch.device(device)

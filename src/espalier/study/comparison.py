@@ -18,15 +18,14 @@ from espalier.recipes.validation import recipe_to_dict
 from espalier.study.launcher import launch, refuse_torchrun, run_recipe
 from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
+from espalier.study.same_data import data_key, refuse_other_data
 from espalier.study.summary import Summary, summarise
 from espalier.study.training_parts import leave_behind
-from espalier.study.trial import FILES, RECORD, STUDY, Arms, Study, Trial, draft_study, load_study, save_study
+from espalier.study.trial import FILES, RECORD, RECORDS, STUDY, Arms, Study, Trial, draft_study, load_study, save_study
 from espalier.study.worker import RunTrial
 from espalier.train.build import build_run_model, build_run_source
 from espalier.train.loggers import check_logger
-from espalier.train.manifest import MANIFEST, read_manifest
 from espalier.train.requests import Requests
-from espalier.train.run import check_data
 
 
 def compare(
@@ -132,10 +131,11 @@ def _check_arms(study: Study) -> None:
     """Build the data and the model of every arm that has trials to run, before any worker starts.
 
     Raises:
-        EspalierError: an arm that cannot be trained; the message names it. Or the data are no longer those of a trial
-            that has begun: the trials of a study would differ by them, too.
+        EspalierError: an arm that cannot be trained; the message names it. Or the data are not those of a trial that
+            has begun, here or elsewhere: the trials of a study would differ by them, too.
     """
     sources: dict[str, Source] = {}
+    here: dict[str, Source] = {}
     checked: set[str] = set()
     for trial in study.trials():
         recipe = trial.recipe
@@ -143,25 +143,20 @@ def _check_arms(study: Study) -> None:
             continue
         checked.add(trial.arm)
         try:
-            key = _data_key(recipe)
+            key = _source_key(recipe)
             if key not in sources:
                 sources[key] = build_run_source(recipe)
+                here.setdefault(data_key(recipe), sources[key])
             check_logger(recipe)
             build_run_model(recipe, sources[key])
         except EspalierError as error:
             raise EspalierError(f"arm {trial.arm!r}: {error}") from error
-    seen: set[tuple[str, Any]] = set()
-    for trial in study.trials():
-        if not isinstance(trial.recipe, Recipe) or not (trial.path / MANIFEST).exists():
-            continue
-        key, data = _data_key(trial.recipe), read_manifest(trial.path)[1].get("data")
-        if key in sources and (key, data) not in seen:  # a digest takes a pass over all images
-            seen.add((key, data))
-            check_data(trial.path, sources[key])
+    if here:
+        refuse_other_data(study.trials(), here, study.path / RECORDS)
 
 
-def _data_key(recipe: Recipe) -> str:
-    """Return a text that is the same for recipes of the same data."""
+def _source_key(recipe: Recipe) -> str:
+    """Return a text that is the same for recipes that read their data alike."""
     shared = {"lr", "seed", "init", "init_args", "freeze"}  # what shapes no data
     return repr([value for name, value in recipe_to_dict(recipe).items() if name not in shared])
 

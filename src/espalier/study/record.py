@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -17,7 +18,8 @@ from espalier.recipes.validation import from_values, recipe_to_dict, refuse_repe
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import is_share, score_limits, spread
 from espalier.train import Run, environment
-from espalier.train.run import ENVIRONMENT, RESULT, is_number, read_part
+from espalier.train.manifest import read_manifest
+from espalier.train.run import CONTENTS, ENVIRONMENT, RESULT, is_number, read_part
 
 MAX_BYTES = 1500
 """Largest line, newline included."""
@@ -69,6 +71,8 @@ class Record:
     processor: str = ""
     date: str = ""
     """Day on which the trial ended, UTC."""
+    data: str = ""
+    """Digest of what the data hold, wherever they lie; empty where nothing says it, as in the oldest records."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -94,6 +98,8 @@ class Record:
     def _json(self) -> str:
         # ASCII, so that bytes and characters are the same number and no editor's encoding matters.
         values = {name.name: getattr(self, name.name) for name in fields(self)}
+        if not self.data:  # a line that does not say it stays the line that it was
+            del values["data"]
         text = json.dumps(values, allow_nan=False, separators=(",", ":"))
         return f'{text[:-1]}{_CHECK}{_check(text)}"}}'
 
@@ -154,6 +160,7 @@ def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None
         curve=_thinned(curve, _MOST_POINTS),
         extra={key: round(value, SCORE_DIGITS) for key, value in extra.items()},
         date=datetime.fromtimestamp((run.path / RESULT).stat().st_mtime, UTC).date().isoformat(),
+        data=read_manifest(run.path)[1].get(CONTENTS, ""),
         **_origin(read_part(run.path, ENVIRONMENT) if path.exists() else {}),
     )
     try:  # what could not be read again would keep the whole file of records from being read
@@ -236,6 +243,8 @@ def _check(text: str) -> str:
 
 def contradiction(records: Sequence[Record]) -> str | None:
     """Return in what the records of one trial contradict each other beyond rounding, None where they agree."""
+    if len(data := {record.data for record in records} - {""}) > 1:
+        return f"data {' and '.join(sorted(data))}"
     if len({record.diverged for record in records}) > 1:
         return "diverged and not"
     figures: dict[str, list[float]] = {}
@@ -298,4 +307,5 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "step_seconds": lambda value: value is None or value > 0,
     "curve": lambda rows: all(all(map(is_number, row)) and min(row[:3]) >= 0 for row in rows),
     "extra": lambda figures: all(map(is_number, figures.values())),
+    "data": lambda digest: not digest or re.fullmatch("[0-9a-f]{16}", digest) is not None,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from espalier.errors import EspalierError
@@ -13,7 +14,8 @@ _WAIT_SECONDS = 60.0
 
 # Note [Merging]
 # Records with the same key are the same trial. If they agree, one stays: the one with the most extra figures, then the
-# oldest, then the first in the order of its text: an order that does not depend on which file was read first. If they
+# oldest, then the first in the order of its text: an order that does not depend on which file was read first. It says
+# what data the trial had if any of them does, or a third record of other data would find nothing to contradict. If they
 # do not agree (two processors may round a chaotic training apart, or the code has changed), neither is right by itself,
 # so nothing is written and the user decides.
 
@@ -71,7 +73,11 @@ def combine(records: Iterable[Record], key: Callable[[Record], Hashable] = lambd
             "processors)"
         )
     kept = [
-        min(group, key=lambda record: (-len(record.extra), record.date, record.line())) for group in groups.values()
+        replace(
+            min(group, key=lambda record: (-len(record.extra), record.date, record.line())),
+            data=max(record.data for record in group),
+        )
+        for group in groups.values()
     ]
     return sorted(kept, key=lambda record: (record.study, record.arm, record.lr, record.seed, record.digest))
 

@@ -16,6 +16,7 @@ from espalier.study.grid import Rates, learning_rates, listed, seed_numbers
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.record import Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
+from espalier.study.same_data import refuse_two_data
 from espalier.study.statistics import is_share
 from espalier.train import load_run
 from espalier.train.run import RESULT
@@ -180,10 +181,12 @@ class Study:
         """Return what every finished trial left behind, by its folder.
 
         Raises:
-            EspalierError: a damaged run folder, a run folder and a record of one trial that contradict each other, or
-                scores of two metrics.
+            EspalierError: a damaged run folder, a run folder and a record of one trial that contradict each other,
+                scores of two metrics, or trials on other data than those that they would be compared with.
         """
-        every = {trial.path: records for trial in self.trials() if (records := trial.records(self.name))}
+        trials = self.trials()
+        every = {trial.path: records for trial in trials if (records := trial.records(self.name))}
+        refuse_two_data(self.path, [(trial, record) for trial in trials for record in every.get(trial.path, ())])
         by_trial(record for records in every.values() if len(records) > 1 for record in records)
         found = {path: records[0] for path, records in every.items()}
         metrics = {record.metric: f"{record.arm} lr={record.lr:g} seed={record.seed}" for record in found.values()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from espalier import data
-from espalier.data.source import Source
+from espalier.data.source import Source, data_digest
 from espalier.errors import EspalierError, require_known, told
 from espalier.files import load_weights, read_object, read_regular, write_bytes, write_json, write_tensors
 from espalier.recipes.base import Recipe
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 RECIPE, ENVIRONMENT, MODEL, STRUCTURE = "recipe.json", "environment.json", "model.json", "structure.json"
 METRICS, RESULT = "metrics.jsonl", "result.json"
+CONTENTS = "contents"
+"""The note of a run's manifest that says what data it has, wherever they lie."""
 START, FINAL = "start.safetensors", "final.safetensors"
 _LOOKS = 5
 
@@ -195,7 +197,7 @@ def create_folder(out: Path, recipe: Recipe, source: Source, model: nn.Module, r
             write_json(partial / STRUCTURE, finite(dataclasses.asdict(report)))
         write_tensors(partial / START, model.state_dict())
         write_bytes(partial / METRICS, b"")
-        seal(partial, {"data": getattr(source, "digest", None)})
+        seal(partial, {"data": getattr(source, "digest", None), CONTENTS: data_digest(source)})
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
