@@ -9,9 +9,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +22,8 @@ from espalier.own_code import DIGITS, code_digest
 # What a name means changes when its file is edited. A recipe that is saved beside a run therefore says
 # ``/home/me/nets.py:Net#7c0f2ad19e35``: the first digits of the SHA-256 of the file, or of it and the files of the
 # user's own that it imports. Workers, Slurm jobs, resumed runs and readers of the run get that very code or an error,
-# and a digest of the recipe tells two versions apart.
+# and a digest of the recipe tells two versions apart. A file that an argument names, such as measured statistics, is
+# pinned to its content in the same way: ``/home/me/s.safetensors#7c0f2ad19e35``.
 _PIN = re.compile(f"#[0-9a-f]{{{DIGITS}}}$")
 
 # Note [Trust]
@@ -72,6 +73,71 @@ def pin(kind: str, reference: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / mark).touch()
     return pinned
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return arguments with every text in them changed, however deep it stands."""
+    if isinstance(value, Mapping):
+        return {key: with_texts(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(with_texts(part, change) for part in value)
+    return change(value) if isinstance(value, str) else value
+
+
+def pin_file(text: str) -> str:
+    """Return a text with a pin of what the file holds that it names (Note [Pins]); any other as it is."""
+    # A bare word is the name of something else, even where a file of that name lies in the present folder.
+    return f"{text}#{_content_pin(text)}" if _is_path(text) and os.path.isfile(text) else text
+
+
+def is_pinned_file(text: str) -> bool:
+    """Return whether a text is one to which ``pin_file`` gave a pin."""
+    return is_pinned(text) and _is_path(without_pin(text))
+
+
+def without_file_pin(text: str) -> str:
+    """Return a text as it was before ``pin_file``."""
+    return without_pin(text) if is_pinned_file(text) else text
+
+
+def held_files(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without pins of files, each file held to its own.
+
+    Args:
+        kind: what the arguments are, for messages: "init_args".
+        arguments: by name.
+
+    Raises:
+        EspalierError: a file that is gone, or holds something else than when it was pinned.
+    """
+
+    def held(text: str) -> str:
+        if not is_pinned_file(text):
+            return text
+        path = without_pin(text)
+        if not os.path.isfile(path) or text != f"{path}#{_content_pin(path)}":
+            raise EspalierError(
+                f"{kind}: {path} is not the file that this was planned or trained with ({text[len(path) + 1 :]}): put "
+                "it back, or start in another folder"
+            )
+        return path
+
+    return {name: with_texts(value, held) for name, value in arguments.items()}
+
+
+def _is_path(text: str) -> bool:
+    path = PurePath(text)
+    return bool(path.suffix) or len(path.parts) > 1
+
+
+def _content_pin(path: str) -> str:
+    from espalier.files import open_regular  # brings torch
+
+    try:
+        with open_regular(Path(path)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]  # type: ignore[arg-type]  # as for manifests
+    except OSError as error:
+        raise EspalierError(f"file {path} cannot be read ({error.strerror}): name one that can") from error
 
 
 def load(kind: str, reference: str) -> Callable[..., Any]:

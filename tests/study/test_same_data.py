@@ -130,5 +130,5 @@ def test_what_is_unknown_contradicts_nothing_and_forgets_nothing() -> None:
     kept = combine([unknown, one])
     assert kept == combine([one, unknown]) == combine([*kept, unknown, one]) == [replace(unknown, data="0" * 16)]
     for records in ([*kept, other], [other, unknown, one]):
-        with pytest.raises(EspalierError, match="data 0{16} and 1{16}"):
+        with pytest.raises(EspalierError, match=r"data 0{16} and 1{16}"):
             by_trial(records)

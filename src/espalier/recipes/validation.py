@@ -13,11 +13,13 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from espalier.errors import EspalierError, path_of, require, unknown_name
 from espalier.files import read_regular, write_json
-from espalier.lookup import is_pinned, is_reference, pin
+from espalier.lookup import is_pinned, is_reference, pin, pin_file, with_texts
 from espalier.recipes.base import Recipe
 
 Kind = TypeVar("Kind")
 
+FILE_FIELDS = ("model_args", "init_args")
+"""Fields whose texts may name files that shape a run."""
 _MOST = " is too large: give at most"
 _DEEPEST = 10_000
 """Blocks of the deepest nets that anybody trained (arXiv 1806.05393)."""
@@ -32,7 +34,8 @@ _SIZES = (
 def resolve_recipe(recipe: Recipe) -> Recipe:
     """Return ``recipe`` as it comes back from its file, every field checked: what a run is made from.
 
-    Code of the user's own is pinned to its present version (``espalier.lookup``).
+    Code of the user's own is pinned to its present version, and so is a file that an argument of the model or of the
+    initialisation names (``espalier.lookup``).
 
     Raises:
         EspalierError: a field of the wrong type, a value that no run can have, or code that is not there.
@@ -44,7 +47,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
             raise EspalierError("data_path is empty: name a file or folder")
         # A run folder must find its data from anywhere.
         resolved = replace(resolved, data_path=str(path_of("data_path", resolved.data_path).absolute()))
-    pinned: dict[str, Any] = {}
+    pinned = {name: with_texts(getattr(resolved, name), pin_file) for name in FILE_FIELDS}
     for name, value in _own_code(resolved).items():
         try:
             value.encode()

@@ -15,6 +15,7 @@ import torch
 
 from espalier.errors import EspalierError, require_known
 from espalier.recipes import Recipe
+from espalier.recipes.validation import FILE_FIELDS, resolve_recipe
 from espalier.study.slurm import run_jobs
 from espalier.study.trial import FAILURE, Study, Trial
 from espalier.study.worker import RunTrial, Worker, claim, drain
@@ -72,6 +73,7 @@ def launch(
     if parameters and cluster != "slurm":
         raise EspalierError(f"{', '.join(parameters)}: options of Slurm's jobs: add --cluster slurm")
     refuse_torchrun()
+    _refuse_unpinned_files(study)
     study.outcomes()  # which refuses what is no trial of this study, before hours are spent beside it
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
@@ -115,6 +117,19 @@ def refuse_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise EspalierError("a comparison starts its own workers: run it without torchrun, with as many --workers")
+
+
+def _refuse_unpinned_files(study: Study) -> None:
+    """Refuse a plan that names files and not what they held: its trials could not be told from those of other files."""
+    for trial in {trial.arm: trial for trial in study.trials() if not trial.finished}.values():
+        if isinstance(trial.recipe, Recipe):
+            now = resolve_recipe(trial.recipe)
+            for name in FILE_FIELDS:
+                if getattr(now, name) != getattr(trial.recipe, name):
+                    raise EspalierError(
+                        f"{study.path}: {name} of arm {trial.arm!r} name a file that the plan does not pin to what it "
+                        "holds, as an earlier version wrote it: plan the study again in another folder"
+                    )
 
 
 def _forget_failures(study: Study, trials: Sequence[Trial]) -> None:

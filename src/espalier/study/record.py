@@ -13,8 +13,9 @@ from pathlib import PurePath
 from typing import Any
 
 from espalier.errors import EspalierError
+from espalier.lookup import with_texts, without_file_pin
 from espalier.recipes import Recipe
-from espalier.recipes.validation import from_values, recipe_to_dict, refuse_repeated
+from espalier.recipes.validation import FILE_FIELDS, from_values, recipe_to_dict, refuse_repeated
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import is_share, score_limits, spread
 from espalier.train import Run, environment
@@ -107,8 +108,8 @@ class Record:
 def recipe_digest(recipe: Recipe) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of what a trial is: its recipe without ``MACHINE_FIELDS``.
 
-    Fields at their default do not count, so that a field that a later version adds changes no digest. A file that the
-    recipe names counts by its name without its folder.
+    Fields at their default do not count, so that a field that a later version adds changes no digest. A file that an
+    argument of the model or the initialisation names counts by its content, any other by its name without its folder.
     """
     default = recipe_to_dict(Recipe(name=""))
     values = {
@@ -116,7 +117,18 @@ def recipe_digest(recipe: Recipe) -> str:
         for name, value in recipe_to_dict(recipe).items()
         if name not in MACHINE_FIELDS and value != default[name]
     }
+    values |= {name: with_texts(values[name], _content) for name in FILE_FIELDS if name in values}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def known_digests(recipe: Recipe) -> tuple[str, ...]:
+    """Return the digest of a recipe, and the one that earlier versions gave it where it names files.
+
+    They looked at the name alone: what those records were made with is unknown, and they stay records of the trial.
+    """
+    unpinned = {name: with_texts(getattr(recipe, name), without_file_pin) for name in FILE_FIELDS}
+    earlier = replace(recipe, **unpinned)
+    return (recipe_digest(recipe), *([] if earlier == recipe else [recipe_digest(earlier)]))
 
 
 def record_run(run: Run, study: str, arm: str, extra: Mapping[str, float] | None = None) -> Record:
@@ -279,6 +291,10 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
     return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def _content(text: str) -> str:
+    return text.removeprefix(without_file_pin(text)) or text
 
 
 def _refuse_constant(name: str) -> Any:

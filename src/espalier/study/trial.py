@@ -14,7 +14,7 @@ from espalier.recipes import Recipe, apply_arm
 from espalier.recipes.validation import from_values, recipe_to_dict, refuse_unpinned, resolve_recipe
 from espalier.study.grid import Rates, learning_rates, listed, seed_numbers
 from espalier.study.own_training import OwnTraining, shortened
-from espalier.study.record import Record, recipe_digest, record_from_line, record_run
+from espalier.study.record import Record, known_digests, record_from_line, record_run
 from espalier.study.records import by_trial, read_records
 from espalier.study.same_data import refuse_two_data
 from espalier.study.statistics import is_share
@@ -89,10 +89,10 @@ class Trial:
         return record
 
     @property
-    def digest(self) -> str:
-        """What a record of this trial says that it is of."""
+    def digests(self) -> tuple[str, ...]:
+        """What a record of this trial may say that it is of, the present version's first."""
         own = self.recipe
-        return recipe_digest(own) if isinstance(own, Recipe) else own.digest(self.lr, self.seed)
+        return known_digests(own) if isinstance(own, Recipe) else (own.digest(self.lr, self.seed),)
 
     def refuse_another(self, record: Record, where: Path) -> None:
         """Refuse a record that is not one of this trial: a run that was copied here would count as one more seed.
@@ -109,7 +109,8 @@ class Trial:
         if isinstance(self.recipe, OwnTraining):
             metric = self.recipe.metric
         # Last, as it says least of what differs: the epochs, say, or the code of a training function.
-        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": metric, "digest": self.digest}
+        digest = record.digest if record.digest in self.digests else self.digests[0]
+        wanted = {"arm": self.arm, "lr": self.lr, "seed": self.seed, "metric": metric, "digest": digest}
         for name, value in wanted.items():
             if (found := getattr(record, name)) != value:
                 raise EspalierError(
@@ -171,11 +172,12 @@ class Study:
         if isinstance(recipe, Recipe):
             recipe = from_values(Recipe, {**recipe_to_dict(recipe), **self.arms[arm], "lr": lr, "seed": seed})
         trial = Trial(recipe, arm, lr, seed, self.path / TRIALS / arm / f"lr={lr:g}" / f"seed={seed}")
-        record = self.records.get((arm, trial.digest)) if self.records else None
-        if record is None:
+        if not self.records:
             return trial
-        trial.refuse_another(record, self.path / RECORDS)
-        return replace(trial, record=record)
+        for record in (self.records[arm, digest] for digest in trial.digests if (arm, digest) in self.records):
+            trial.refuse_another(record, self.path / RECORDS)
+            return replace(trial, record=record)
+        return trial
 
     def outcomes(self) -> dict[Path, Record]:
         """Return what every finished trial left behind, by its folder.

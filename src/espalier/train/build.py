@@ -20,7 +20,7 @@ from espalier import data, models, recipes
 from espalier.annotations import refuse_misfits
 from espalier.data.source import Source
 from espalier.errors import EspalierError
-from espalier.lookup import errors_of, is_reference, without_pin
+from espalier.lookup import errors_of, held_files, is_reference, without_pin
 from espalier.memory import free_memory
 from espalier.randomness import derive_generator, seeded_globally
 from espalier.recipes.base import Recipe
@@ -60,20 +60,21 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
 
     Raises:
         EspalierError: unknown model, initialisation or argument; a model that does not fit its data, tried on one
-            example; or one that has nothing to freeze, or that the optimiser refuses.
+            example; or one that has nothing to freeze, or that the optimiser refuses. Or a file that is not the one
+            that it was planned with.
     """
-    initialise = recipes.get_init(recipe.init)
+    initialise, arguments = recipes.get_init(recipe.init), held_files("init_args", recipe.init_args)
     model = build_bare_model(recipe, resolved_model_args(recipe, source))
     structure = derive_generator(recipe.seed, "structure")
     try:
-        inspect.signature(initialise).bind(model, generator=structure, **recipe.init_args)
+        inspect.signature(initialise).bind(model, generator=structure, **arguments)
     except TypeError as error:
-        raise EspalierError(f"init_args {dict(recipe.init_args)} do not fit init {recipe.init!r}: {error}") from error
-    refuse_misfits(f"init {without_pin(recipe.init)!r}", initialise, recipe.init_args)
-    given, before = f" with {dict(recipe.init_args)}" if recipe.init_args else "", _shapes(model)
+        raise EspalierError(f"init_args {arguments} do not fit init {recipe.init!r}: {error}") from error
+    refuse_misfits(f"init {without_pin(recipe.init)!r}", initialise, arguments)
+    given, before = f" with {arguments}" if arguments else "", _shapes(model)
     with seeded_globally(structure):  # code of the user's own may draw from the global stream
         with errors_of("init", f"{recipe.init}{given}"):
-            report = initialise(model, generator=structure, **recipe.init_args)
+            report = initialise(model, generator=structure, **arguments)
         # A run is read back by the model's own function, which knows nothing of parts that came later.
         if changed := sorted(name for name, _ in before.items() ^ _shapes(model).items() if before.get(name) != ""):
             raise EspalierError(
@@ -132,7 +133,7 @@ def resolved_model_args(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 def build_bare_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
     """Build the recipe's model with weights from the stream (seed, "weights") and no structure."""
-    generator = derive_generator(recipe.seed, "weights")
+    generator, model_args = derive_generator(recipe.seed, "weights"), held_files("model_args", model_args)
     if recipe.model in models.MODELS:
         _check_memory(recipe, model_args)
     # Constructors and foreign init methods draw from the global stream: they get one of their own for a while.
