@@ -33,16 +33,18 @@ def demo(out: Path = Path("runs/demo"), workers: int = 2, smallest: bool = False
         smallest: one seed, one learning rate, one epoch: a smoke test; its numbers mean nothing.
     """
     from espalier.report import write_report
-    from espalier.study import launch, plan_study, summarise, text_table
+    from espalier.study import compare as compare_arms
+    from espalier.study import text_table
     from espalier.study.demo import demo_plans
     from espalier.train.certify_runs import demo_certificate
 
     folders = []
     for plan in demo_plans(smallest=smallest):
-        study = plan_study(plan.recipe, plan.arms, plan.lrs, plan.seeds, out / plan.name)
-        launch(study, workers=workers)
-        folders.append(study.path)
-        print(f"\n{plan.title}\n{text_table(summarise(study.path))}", flush=True)
+        folders.append(out / plan.name)
+        summary = compare_arms(
+            plan.recipe, arms=plan.arms, out=folders[-1], lrs=plan.lrs, seeds=plan.seeds, workers=workers
+        )
+        print(f"\n{plan.title}\n{text_table(summary)}", flush=True)
     run, table = demo_certificate(out, smallest=smallest)
     folders.append(run)
     print(f"\nA net of orthogonal layers on digits: what is proved about it\n{table}", flush=True)

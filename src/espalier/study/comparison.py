@@ -15,7 +15,7 @@ from espalier.errors import EspalierError
 from espalier.files import write_bytes
 from espalier.recipes import ARMS, Recipe, apply_arm
 from espalier.recipes.validation import recipe_to_dict
-from espalier.study.launcher import launch, refuse_torchrun, run_recipe
+from espalier.study.launcher import check_launch, launch, refuse_torchrun, run_recipe
 from espalier.study.own_training import OwnTraining, TrainFunction, read_scores
 from espalier.study.record import record_scores
 from espalier.study.same_data import data_key, refuse_other_data
@@ -71,14 +71,12 @@ def compare(
         RunInterrupted: stopped from the keyboard.
     """
     refuse_torchrun()
-    if isinstance(workers, bool) or not isinstance(workers, int):
-        raise EspalierError(f"workers {workers!r}: give a whole number from 0")
     training, run = _described(train, out, metric, lr, keep_trials)
     # Absolute, as a training may change the working directory.
     study = draft_study(training, arms, lrs, seeds, Path(out).absolute())
-    study.outcomes()  # refuses what is no trial of this study
+    check_launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run)
     _check_arms(study)
-    study = save_study(study)
+    study = save_study(study)  # last: what is refused leaves no plan behind, and extends none
     try:
         launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run, progress=progress)
     finally:

@@ -16,7 +16,7 @@ import torch
 from espalier.errors import EspalierError, require_known
 from espalier.recipes import Recipe
 from espalier.recipes.validation import FILE_FIELDS, resolve_recipe
-from espalier.study.slurm import run_jobs
+from espalier.study.slurm import require_slurm, run_jobs
 from espalier.study.trial import FAILURE, Study, Trial
 from espalier.study.worker import RunTrial, Worker, claim, drain
 from espalier.train import RunInterrupted, train
@@ -67,14 +67,7 @@ def launch(
             died and left trials unfinished.
         RunInterrupted: stopped from the keyboard or by a signal; launching again goes on.
     """
-    require_known("cluster", cluster, ("local", "slurm"))
-    if workers < 0:
-        raise EspalierError(f"workers {workers}: give a number from 0")
-    if parameters and cluster != "slurm":
-        raise EspalierError(f"{', '.join(parameters)}: options of Slurm's jobs: add --cluster slurm")
-    refuse_torchrun()
-    _refuse_unpinned_files(study)
-    study.outcomes()  # which refuses what is no trial of this study, before hours are spent beside it
+    check_launch(study, workers=workers, cluster=cluster, parameters=parameters, run=run)
     waiting = [trial for trial in study.trials() if not trial.finished]
     _forget_failures(study, waiting)
     meter = _Meter(study, sys.stderr.isatty() if progress is None else progress)
@@ -100,6 +93,30 @@ def launch(
             f"them or was killed (logs: {study.path / 'logs'}); run the same command again to resume"
         )
     return tuple(trial for trial in study.trials() if trial.failure is not None)
+
+
+def check_launch(
+    study: Study, *, workers: int, cluster: str, parameters: Mapping[str, Any] | None, run: RunTrial
+) -> None:
+    """Refuse whatever ``launch`` would refuse before its first trial, touching nothing; arguments are those of it.
+
+    Raises:
+        EspalierError: as ``launch`` does.
+    """
+    require_known("cluster", cluster, ("local", "slurm"))
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise EspalierError(f"workers {workers!r}: give a whole number from 0")
+    if parameters and cluster != "slurm":
+        raise EspalierError(f"{', '.join(parameters)}: options of Slurm's jobs: add --cluster slurm")
+    refuse_torchrun()
+    _refuse_unpinned_files(study)
+    study.outcomes()  # which refuses what is no trial of this study, before hours are spent beside it
+    waiting = sum(not trial.finished for trial in study.trials())
+    if cluster == "slurm" and min(workers, waiting):
+        require_slurm()
+        Worker.of(study, run)
+    elif min(workers, waiting) > 1:
+        Worker.of(study, run)
 
 
 def _interruption(stop: KeyboardInterrupt, requests: Requests, message: str) -> RunInterrupted:

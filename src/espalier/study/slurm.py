@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,21 @@ def run_jobs(
         raise
 
 
+def require_slurm() -> None:
+    """Refuse to go on where Slurm's commands are not.
+
+    Raises:
+        EspalierError: one of them is missing.
+    """
+    for command in ("sbatch", "squeue"):
+        if shutil.which(command) is None:
+            raise _missing(command)
+
+
+def _missing(command: str) -> EspalierError:
+    return EspalierError(f"cluster 'slurm' cannot be used here (no {command}): choose 'local'")
+
+
 def _submit(name: str, task: Path, options: Mapping[str, Any]) -> None:
     command = [sys.executable, "-c", "from espalier.study.slurm import main; main()", str(task.resolve())]
     # The shell becomes the program: what Slurm sends to "the batch shell" (B:) reaches the trial itself.
@@ -99,7 +115,7 @@ def _slurm(*command: str, script: str = "", **environment: str) -> subprocess.Co
     try:
         return subprocess.run(command, input=script, env=env, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise EspalierError(f"cluster 'slurm' cannot be used here (no {command[0]}): choose 'local'") from error
+        raise _missing(command[0]) from error
 
 
 def main() -> None:
