@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from espalier.cli.main import main
+from espalier.cli.outputs import spare_inputs
 from espalier.recipes import get_recipe
 from espalier.study import launch, plan_study
 from fabricated_runs import fabricate_trial
@@ -52,6 +53,9 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "statistics run --out run/recipe.json",
         "certify run --out run/manifest.json",
         "attack run --out run/new.json",
+        "records export study --to study/trials/default/lr=0.001/seed=0/records.jsonl",
+        "records export study --to study/trials/default/lr=0.001/seed=0/metrics.jsonl",
+        "records export study --to study/study.json",
     ],
 )
 def test_an_output_over_an_input_is_refused(words: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +68,19 @@ def test_an_output_over_an_input_is_refused(words: str, place: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    "words", ["report run --out page.html", "report study --out study/page.html", "fit run --out fit.json"]
+    "words",
+    [
+        "report run --out page.html",
+        "report study --out study/page.html",
+        "fit run --out fit.json",
+        "records export study --to study/records.jsonl",
+        "records merge r.jsonl --to r.jsonl",
+    ],
 )
 def test_an_output_beside_them_is_written_again_and_again(words: str, place: Path) -> None:
+    assert main(["records", "export", "study", "--to", "r.jsonl"]) == 0
     assert main(words.split()) == main(words.split()) == 0
+
+
+def test_words_that_are_no_paths_guard_nothing() -> None:
+    spare_inputs({"arms": ("default", "mimetic"), "out": Path("mimetic")})

@@ -9,8 +9,10 @@ from typing import Any
 
 from espalier.errors import EspalierError
 
-_WRITTEN = ("out", "picture")
-_READ = ("against", "checkpoint", "data", "folders", "like", "model", "models", "run")
+# Lists of paths are read, too. Every other path is written: a new output is guarded under any name.
+_READ = ("against", "checkpoint", "data", "like", "model", "models", "run")
+_RENEWED = (".html", ".jsonl")
+"""Endings of pages, which are made again, and of files of records, which are added to."""
 
 
 def spare_inputs(arguments: Mapping[str, Any]) -> None:
@@ -24,17 +26,20 @@ def spare_inputs(arguments: Mapping[str, Any]) -> None:
     Raises:
         EspalierError: an output that is an input, or lies where it would damage one.
     """
-    values = [arguments.get(name) for name in _READ]
-    several = [value if isinstance(value, list | tuple) else [value] for value in values]
-    read = [Path(os.path.realpath(each)) for value in several for each in value if isinstance(each, str | Path)]
-    for name, out in [(name, arguments.get(name)) for name in _WRITTEN]:
-        if not isinstance(out, Path):
+    several = {name: value if isinstance(value, list | tuple) else [value] for name, value in arguments.items()}
+    named = [each for name in _READ for each in several.get(name, ()) if isinstance(each, str | Path)]
+    listed = [each for name, value in several.items() if value is arguments[name] for each in value]
+    read = [Path(os.path.realpath(each)) for each in (*named, *(each for each in listed if isinstance(each, Path)))]
+    for name, out in arguments.items():
+        if name in _READ or not isinstance(out, Path):
             continue
         target = Path(os.path.realpath(out))
         for place in read:
-            if target == place:
+            if target == place and target.suffix != ".jsonl":
                 raise EspalierError(f"{name} {out} is read here, too: name another file to write")
-            if place in target.parents and (_in_run(target, place) or (target.exists() and target.suffix != ".html")):
+            if place in target.parents and (
+                _in_run(target, place) or (target.exists() and target.suffix not in _RENEWED)
+            ):
                 raise EspalierError(f"{name} {out} lies in {place}, which is read here: name a file outside of it")
 
 
