@@ -94,6 +94,9 @@ def test_batches_are_those_of_a_source_in_memory(
     assert isinstance(held, ImageSource)
     assert there.model_args == held.model_args == {"num_classes": 3, "in_chans": 3, "img_size": 6}
     same_batches(there, held)
+    for limit in (None, 1, 7):
+        for mine, theirs in zip(there.images("test", limit), held.images("test", limit), strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_crops_do_not_depend_on_workers_or_on_what_was_asked_before(images: Path) -> None:

@@ -122,3 +122,18 @@ def test_an_unknown_option_is_named_as_it_was_typed(capsys: pytest.CaptureFixtur
     assert error == "espalier: unknown option of audit '--data': choose one of --heads, --help, --picture\n"
     assert main(["recipes", "--all"]) == 2
     assert capsys.readouterr().err == "espalier: unknown option of recipes '--all': did you mean '--help'?\n"
+
+
+def test_a_streamed_run_is_certified_as_one_in_memory(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 5)
+    certificates = []
+    for storage in ("memory", "stream"):
+        recipe = replace(
+            get_recipe("digits_robust"), dataset="folder", data_path=str(tmp_path / "photos"), epochs=1, threads=1,
+            batch_size=4, data_args={"size": 16, "storage": storage}, model_args={"width": 4, "hidden": 16},
+        )  # fmt: skip
+        train(recipe, tmp_path / storage, progress=False)
+        certificates.append(runs.certify_run(load_run(tmp_path / storage)))
+    held, streamed = certificates
+    assert held.radii == pytest.approx(streamed.radii, rel=1e-4)
+    assert held.labels == streamed.labels

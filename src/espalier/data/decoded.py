@@ -28,6 +28,7 @@ from espalier.memory import free_memory
 
 _BLOCK = 256
 _Result = TypeVar("_Result")
+_STORAGES = "use --data-args.storage mapped (decoded on disk) or stream (as they are), or a smaller --data-args.size"
 
 # Note [Seal]
 # The cache outlives the files that it was made from, and a disk may damage it: it is not believed unread. Its seal
@@ -129,17 +130,16 @@ class MappedPixels:
         return _digest_of(map_images(self.path)[1]["pixels"][indices_M.numpy()].tobytes()).hex()
 
 
-def check_memory(needed: int) -> None:
+def check_memory(needed: int, remedy: str = _STORAGES) -> None:
     """Refuse to begin what cannot end: compare the bytes ``needed`` with the memory that is free.
 
     Raises:
-        EspalierError: there is less; the message names the other storages.
+        EspalierError: there is less; the message ends with the remedy, by default the other storages.
     """
     free = free_memory()
     if needed > free:
         raise EspalierError(
-            f"the decoded images take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: use "
-            "--data-args.storage mapped (decoded on disk) or stream (as they are), or a smaller --data-args.size"
+            f"the decoded images take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: {remedy}"
         )
 
 

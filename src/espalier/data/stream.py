@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from espalier.data.augment import to_unit
 from espalier.data.augmentation import Augmentation
 from espalier.data.decode import central_square, random_area
-from espalier.data.decoded import MappedPixels, progress
+from espalier.data.decoded import MappedPixels, check_memory, progress
 from espalier.data.encoded import EncodedImages
 from espalier.data.images import ImageBatches
 from espalier.data.normalizer import build_normalizer, value_counts
@@ -27,6 +27,7 @@ from espalier.data.source import contents_digest, epoch_order, require_step
 from espalier.errors import EspalierError, require_known
 from espalier.files import cache_folder, read_sealed, write_sealed
 from espalier.randomness import derive_generator
+from espalier.sizes import whole_number
 
 # Note [Position]
 # Where a run stands in its data is (seed, epoch, step), which the run's checkpoint holds anyway: the order of an epoch
@@ -166,6 +167,20 @@ class StreamSource(ImageBatches):
         whole = torch.arange(len(self._splits[split].labels_N)).split(batch_size)
         for pixels_BCHW, labels_B in self._read(split, ((indices_B, ()) for indices_B in whole)):
             yield self.normalizer(to_unit(pixels_BCHW)), labels_B
+
+    def images(self, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first ``limit`` images of ``train`` or ``test`` (None: all) in [0, 1], and their labels.
+
+        Raises:
+            EspalierError: unknown split, a limit below 1, more than memory holds, or an image that cannot be decoded.
+        """
+        require_known("split", split, self._splits)
+        pixels = self._splits[split]
+        count = len(pixels.labels_N) if limit is None else whole_number("limit", limit)
+        chosen_M = torch.arange(len(pixels.labels_N))[:count]
+        check_memory(3 * 4 * len(chosen_M) * pixels.size**2, "take fewer, by a smaller limit")
+        read = self._read(split, ((part_M, ()) for part_M in chosen_M.split(_CHUNK)))
+        return torch.cat([to_unit(batch) for batch, _ in read]), pixels.labels_N[:count].to(self._device)
 
     def _read(self, split: str, batches: Iterable[_Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         # The generators know nothing of this object: without a circle, workers end as soon as nobody wants their work.

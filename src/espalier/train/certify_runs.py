@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from espalier.certify.attack_report import AttackReport, challenge
 from espalier.certify.certificate import EPSILONS, Certificate
 from espalier.certify.radius import certify
-from espalier.data import ImageSource
+from espalier.data import ImageSource, StreamSource
 from espalier.errors import EspalierError
 from espalier.randomness import derive_generator
 from espalier.recipes import get_recipe
@@ -109,7 +109,7 @@ def pixel_net(run: Run, limit: int | None = None) -> tuple[nn.Module, Tensor, Te
         EspalierError: an unfinished or diverged run, or one whose data are no images.
     """
     source = run.source()
-    if not isinstance(source, ImageSource):
+    if not isinstance(source, ImageSource | StreamSource):
         raise EspalierError(f"run {run.path} was trained on {run.recipe.dataset!r}: only runs on images are certified")
     images, labels = source.images("test", limit)
     return nn.Sequential(source.normalizer, run.model()).eval(), images, labels
