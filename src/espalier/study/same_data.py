@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from espalier.data.source import Source, data_digest
 from espalier.errors import EspalierError
@@ -13,8 +13,21 @@ from espalier.study.record import Record
 from espalier.train.manifest import MANIFEST, read_manifest
 from espalier.train.run import check_data
 
-if TYPE_CHECKING:
-    from espalier.study.trial import Trial
+
+class Begun(Protocol):
+    """What is asked of a trial here."""
+
+    @property
+    def recipe(self) -> Any:
+        """A ``Recipe``, or what stands for a training of the user's own."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the trial's run, whether or not it is there."""
+
+    @property
+    def record(self) -> Record | None:
+        """The record that was merged from elsewhere, if any."""
 
 
 def data_key(recipe: Recipe) -> str:
@@ -22,7 +35,7 @@ def data_key(recipe: Recipe) -> str:
     return repr((recipe.dataset, recipe.data_path, sorted(recipe.data_args.items()), recipe.normalize))
 
 
-def refuse_two_data(where: Path, outcomes: Iterable[tuple[Trial, Record]]) -> None:
+def refuse_two_data(where: Path, outcomes: Iterable[tuple[Begun, Record]]) -> None:
     """Refuse records of data that differ where the recipes of their trials name the same; those that say none pass.
 
     Args:
@@ -32,7 +45,7 @@ def refuse_two_data(where: Path, outcomes: Iterable[tuple[Trial, Record]]) -> No
     Raises:
         EspalierError: the first two of them.
     """
-    seen: dict[str, tuple[Trial, str]] = {}
+    seen: dict[str, tuple[Begun, str]] = {}
     for trial, record in outcomes:
         if isinstance(trial.recipe, Recipe) and record.data:
             first, data = seen.setdefault(data_key(trial.recipe), (trial, record.data))
@@ -43,7 +56,7 @@ def refuse_two_data(where: Path, outcomes: Iterable[tuple[Trial, Record]]) -> No
                 )
 
 
-def refuse_other_data(trials: Iterable[Trial], here: Mapping[str, Source], where: Path) -> None:
+def refuse_other_data(trials: Iterable[Begun], here: Mapping[str, Source], where: Path) -> None:
     """Hold trials that have begun, and records of such that are elsewhere, to the data that are here.
 
     Args:
