@@ -209,6 +209,30 @@ def test_filters_inside_attention_that_is_written_are_layers_of_their_own() -> N
     assert [layer.name for layer in statistics.layers] == [row.layer for row in fit(model).rows["depthwise"]]
 
 
+class Residual(Positions):
+    """Attention with a convolution of its values over the tokens beside it, as a kernel of one column."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads)
+        self.get_v = nn.Conv2d(heads, heads, (9, 1), padding=(4, 0), groups=heads, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v) + self.get_v(v)
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+def test_filters_over_time_inside_attention_that_is_written_are_its_own() -> None:
+    model = nn.Sequential(Residual(64, 4), filters(64))
+    before = model[0].get_v.weight.detach().clone()
+    written = structure_(model, generator=seeded())
+    assert [(row.layer, row.kind, row.status) for row in written.layers] == [
+        ("0", "attention", "written"), ("1", "depthwise", "written"),
+    ]  # fmt: skip
+    assert torch.equal(model[0].get_v.weight, before)
+
+
 def test_all_filters_that_have_a_row_are_frozen_and_nothing_else() -> None:
     model = generated([(7, "times 2"), (5, ""), (7, "2 taps"), (5, "computed")], 0)
     freeze_(model, replace(get_recipe("convmixer_filters"), freeze="depthwise"))

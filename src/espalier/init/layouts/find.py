@@ -127,8 +127,9 @@ def _located(model: nn.Module) -> list[Layer]:
     inside, refused, attending, apart = list[str](), list[str](), list[str](), set[str]()
     located = []
     for name, module in names.items():
-        around = attending if isinstance(module, nn.Conv2d | nn.Conv3d) else refused
-        filters = name.startswith(tuple(around)) and isinstance(module, Convolution)
+        # Images have two axes or more; a kernel of one column runs over time, whatever its class.
+        images = isinstance(module, nn.Conv2d | nn.Conv3d) and sum(taps > 1 for taps in module.kernel_size) > 1
+        filters = name.startswith(tuple(attending if images else refused)) and isinstance(module, Convolution)
         if name.startswith(tuple(inside)) and not filters and name not in apart:
             continue
         host = type(module).__name__
