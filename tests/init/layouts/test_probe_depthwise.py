@@ -184,6 +184,24 @@ def test_what_moves_all_positions_a_little_hides_no_tap(norm: str, front: int, p
     assert found.centre == (front,)
 
 
+class Drowned(nn.Module):
+    """A filter beside a much stronger mean over all positions, and a residual."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.conv = share, nn.Conv2d(DIM, DIM, 5, padding=2, groups=DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean((2, 3), keepdim=True) + self.share * self.conv(x)[:, :DIM]
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-4])
+def test_taps_that_are_hidden_by_what_mixes_all_positions_are_those_of_the_padding(share: float) -> None:
+    found = found_in(nn.ModuleList([Drowned(share)]))
+    assert isinstance(found, DepthwiseWeights)
+    assert found.centre == (2, 2)
+
+
 def test_several_filters_a_channel_are_left_alone() -> None:
     [found] = [found for _, _, found in find_layers(nn.Sequential(nn.Conv2d(DIM, 2 * DIM, 5, padding=2, groups=DIM)))]
     assert isinstance(found, Skipped)

@@ -237,7 +237,7 @@ def _centre(owner: nn.Module, path: str, module: Convolution, own_code: bool) ->
         look = functools.partial(_offsets, twin, call, axes, filters, module.stride)
         try:
             # The offset 0, which all else shares, is not told.
-            (still, keeps), zero = look(None), (0,) * len(steps)
+            (still, keeps, mixed), zero = look(None), (0,) * len(steps)
             still |= {zero}
             first, last = look(0)[0] - still, look(-1)[0] - still
         except _MixedError:
@@ -250,6 +250,8 @@ def _centre(owner: nn.Module, path: str, module: Convolution, own_code: bool) ->
             raise CannotRunError(f"{who} mixes positions in other ways too")
         if not keeps:
             raise _ResizedError(f"{who} gives more positions than it takes, or fewer")
+        if not first | last and mixed:
+            raise _MixedError("what else mixes its positions hides what its taps do")
         if not first | last:
             raise _NoTapError("all of them look past the input's ends")
         # Tap c looks (c − c*)·dilation far. Here c*·dilation, as either end has it.
@@ -285,10 +287,10 @@ def _inputs(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple
 
 def _offsets(
     twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor, strides: tuple[int, ...], tap: int | None
-) -> tuple[set[Offset], bool]:
+) -> tuple[set[Offset], bool, bool]:
     """Return input minus output position of all outputs that move when one input does, with weight on one tap.
 
-    And whether there is one output for every ``strides`` inputs.
+    And whether there is one output for every ``strides`` inputs, and whether most others move a little, too.
     """
     filters.zero_()
     if tap is not None:
@@ -323,4 +325,4 @@ def _offsets(
             found.add(tuple(p - stride * o for p, stride, o in zip(place, strides, hit, strict=True)))
     if mixed and not found and tap is not None:
         raise _MixedError("what else mixes its positions is as strong as its taps")
-    return found, keeps
+    return found, keeps, mixed
