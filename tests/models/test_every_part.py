@@ -188,9 +188,8 @@ def test_a_net_made_on_meta_is_the_one_whose_weights_it_loads(name: str, assign:
 
 @pytest.mark.slow
 @every_part
-@both_modes
-def test_an_exported_net_can_be_saved_and_loaded(name: str, training: bool) -> None:
-    part, x, file = make(name, training), example(name), io.BytesIO()
+def test_a_net_exported_in_training_can_be_saved_and_loaded(name: str) -> None:
+    part, x, file = make(name, True), example(name), io.BytesIO()
     torch.export.save(torch.export.export(part, (x,)), file)
     file.seek(0)
     torch.testing.assert_close(torch.export.load(file).module()(x), part(x))
