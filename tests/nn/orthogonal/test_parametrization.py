@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 from espalier.errors import EspalierError
@@ -53,6 +54,14 @@ def test_a_parametrized_matrix_stays_orthogonal_through_other_dtypes(
     loaded.load_state_dict(moved.state_dict())
     for layer in (moved.to(wide), loaded):
         assert ((torch.linalg.svdvals(layer.weight.double()) - 1).abs() < 20 * torch.finfo(wide).eps).all()
+
+
+def test_fake_tensors_change_their_dtype() -> None:
+    [part] = parametrize_cayley(nn.Linear(6, 4)).parametrizations.weight
+    with FakeTensorMode() as mode:
+        part.base = mode.from_tensor(part.base)
+        part.double()
+    assert part.base.dtype == torch.float64
 
 
 def test_a_parametrized_layer_that_leaves_meta_has_a_rotation() -> None:

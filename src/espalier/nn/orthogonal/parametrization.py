@@ -96,9 +96,9 @@ def _straighten(module: nn.Module, *_: Any) -> None:
     """Make the base orthogonal again where half precision has rounded it: no step of training would."""
     assert isinstance(module, _Cayley)
     base = module.base
-    if base.is_meta or not base.isfinite().all():
+    if type(base) is not Tensor or base.is_meta or not base.isfinite().all():  # fake tensors have no numbers
         return
-    wide = base.double()
-    excess = (wide.mT @ wide - torch.eye(len(base), dtype=torch.float64, device=base.device)).abs().max()
+    wide = base.cpu().double()  # not every device has float64
+    excess = (wide.mT @ wide - torch.eye(len(base), dtype=torch.float64, device="cpu")).abs().max()
     if excess > (8 + len(base)) * torch.finfo(base.dtype).eps:  # as good as its dtype is, it stays as it was saved
-        base.copy_(_nearest_rotation(base))
+        base.copy_(_nearest_rotation(wide))
