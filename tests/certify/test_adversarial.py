@@ -46,6 +46,7 @@ def test_no_certified_image_falls(rng: random.Random, arithmetic: str) -> None:
     assert attack(net, x, labels, certificate.radii, dtype, 0).violations == 0
 
 
+@pytest.mark.slow
 @QUICK
 @given(rng=st.randoms(use_true_random=False))
 def test_no_slope_exceeds_the_bound(rng: random.Random) -> None:
@@ -77,6 +78,7 @@ def test_the_generator_draws_what_can_be_certified_and_the_attack_comes_close() 
     assert taken > 0.5
 
 
+@pytest.mark.slow
 def test_the_generator_draws_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     reached, call = set(), Analysis.call
 

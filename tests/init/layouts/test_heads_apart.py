@@ -138,6 +138,7 @@ def shown(layer: Heads) -> tuple[float, float]:
     return float(qk), float(vo)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=kinds, wrapped=st.booleans())
 def test_heads_of_their_own_are_right_by_a_forward_pass_or_left_alone(kind: dict[str, Any], wrapped: bool) -> None:

@@ -69,6 +69,7 @@ forms = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(form=forms, wrapped=st.booleans())
 def test_what_a_run_finds_is_right_by_a_forward_pass(form: Form, wrapped: bool) -> None:

@@ -66,6 +66,7 @@ def is_plain(form: Form) -> bool:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(form=forms)
 @example(form=Form(storage="by_head", heads=2, groups=2, causal=True, gate=True))  # looks at its own token alone
