@@ -69,6 +69,7 @@ class _Reader:
         self.left_out, self.signs = _MODULE_FIELDS | but, signs
         # The objects themselves are kept, so that no number is given twice.
         self.met: dict[int, tuple[int, Any]] = {}
+        self.classes: dict[type, Hashable] = {}
 
     def read(self, value: Any) -> Hashable:
         if value is None or isinstance(value, _VALUES):
@@ -162,6 +163,8 @@ class _Reader:
 
     def _class(self, cls: type) -> Hashable:
         """Return a class with what it and its parents outside of torch define: another function is another key."""
+        if cls in self.classes:  # models repeat theirs, and reading one takes longer than the rest of a module
+            return self.classes[cls]
         parts: list[Hashable] = [_Same(cls)]
         for parent in cls.__mro__:
             if parent is object or parent.__module__.partition(".")[0] in ("torch", "builtins"):
@@ -170,7 +173,7 @@ class _Reader:
                 function = getattr(value, "__func__", getattr(value, "fget", value))
                 library = isinstance(function, FunctionType) and _is_installed(function)
                 parts.append((name, _Same(value), self._code(function) if library else self._named(function)))
-        return tuple(parts)
+        return self.classes.setdefault(cls, tuple(parts))
 
 
 def _names(code: CodeType) -> set[str]:

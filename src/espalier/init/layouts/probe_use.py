@@ -35,6 +35,10 @@ from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, 
 from espalier.init.layouts.trial import Softmaxes, Unproven
 
 
+class _Enough(BaseException):  # owners may catch every Exception and go on in another way
+    """All that a run shows of the part has been seen: what its owner does afterwards takes time and says nothing."""
+
+
 class _Seen(NamedTuple):
     """One run: what reached the softmaxes of the part's first call, and all that its calls returned."""
 
@@ -141,6 +145,7 @@ class _Watch:
         self.made: list[Tensor] = []
         self.scores: list[Tensor] | None = None
         self.taken = False
+        self.calls, self.most = 0, 0  # calls of the part in a run, and after how many it is stopped: never, if 0
         watch(self.part, self._enter, self._leave)
         held = {view.untyped_storage()._cdata for view in (views.q, views.k, views.v)}
         for holder in [*self.part.modules()][1:]:
@@ -164,6 +169,9 @@ class _Watch:
         self.outs += [part.flatten().double() for part in made]
         # What a second call sees may follow from the first.
         self.scores = self.softmaxes.inputs[self.begun :] if self.scores is None else self.scores
+        self.calls += out is not None and not self.inside
+        if out is not None and self.calls == self.most:
+            raise _Enough
 
     def _take(self, *_: Any) -> None:
         self.taken |= not self.inside
@@ -181,6 +189,7 @@ class _Watch:
                     self.call = call
                     seen = self.look()
                 if not seen.scores or any(scores.shape[-1] > 1 for scores in seen.scores):
+                    self.most = self.calls
                     return seen
                 why = why or "it attends over one token"
             except CannotRunError as error:
@@ -192,7 +201,7 @@ class _Watch:
         """Run with pushes added to some of q, k and v."""
         assert self.call is not None
         self.tokens, self.outs, self.scores, self.inside, self.softmaxes = [], [], None, 0, Softmaxes()
-        self.made = []
+        self.made, self.calls = [], 0
         self.given.clear()
         kept = {name: getattr(self.views, name).clone() for name in pushes}
         try:
@@ -200,6 +209,8 @@ class _Watch:
                 getattr(self.views, name).add_(push)
             with self.softmaxes:
                 run(self.twin, self.call)
+        except _Enough:
+            pass
         except CannotRunError:
             if not self.outs:  # what fails after the part does not matter
                 raise
@@ -214,7 +225,7 @@ class _Watch:
 
     def examples_meet(self) -> bool:
         """Return whether what the part makes of an example depends on others of its batch."""
-        call = self.call
+        call, self.most = self.call, 0  # a batch may be taken one by one
 
         def look(other: Call) -> list[Tensor]:
             self.call = other

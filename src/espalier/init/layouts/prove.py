@@ -239,12 +239,12 @@ def _meets_others(names: Mapping[str, nn.Module], name: str, found: AttentionWei
     why: CannotRunError | None = CannotRunError("nothing in the model calls it")
     for alias in same:
         for place, owner in reversed(_owners(names, alias)):
-            path, ran = alias[len(place) :].lstrip("."), False
+            path, ran, key = alias[len(place) :].lstrip("."), False, module_key(owner)
             any_name = tuple(sequences(owner, any_name=True))
             for given in dict.fromkeys((any_name, *((each,) for each in any_name), ())):
                 made = partial(meets_others, owner, path, reading, [width, *token_widths(owner)], heads, given)
                 try:
-                    if cached((module_key(owner), path, reading, width, heads, given, "others"), made):
+                    if cached((key, path, reading, width, heads, given, "others"), made):
                         return True
                     ran, why = True, None
                 except CannotRunError as error:
@@ -324,10 +324,11 @@ def calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: i
     why, found = "nothing in the model calls it", list[Call]()
     for place, owner in reversed(_owners(names, name)):
         path, any_name, read = name[len(place) :].lstrip("."), sequences(owner, any_name=True), sequences(owner)
+        key = module_key(owner)
         for given in dict.fromkeys((tuple(any_name), tuple(read), ())):
             made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:
-                found += cached((module_key(owner), path, width, heads, given, "calls"), made)
+                found += cached((key, path, width, heads, given, "calls"), made)
                 break
             except CannotRunError as error:
                 why = str(error)
