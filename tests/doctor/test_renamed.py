@@ -109,8 +109,8 @@ def findings(model: nn.Module, place: str, fault: str) -> list[tuple[str, str, s
     return [(found.severity, found.check, found.layer) for found in espalier.diagnose(model).findings]
 
 
-# A part cannot be called what every module has (``cpu``), nor what says of it what it is not: ``ctx`` that its keys come
-# from another sequence, ``wq`` that it makes queries.
+# A part cannot be called what every module has (``cpu``), nor what says of it what it is not: ``ctx`` that its keys are
+# another sequence's, ``wq`` that it makes queries.
 name = st.text(LETTERS, min_size=2, max_size=5).filter(lambda text: not hasattr(nn.Module, text))
 name = name.filter(lambda text: text not in ("ctx", "wq"))
 names = st.lists(name, min_size=18, max_size=18, unique=True)
