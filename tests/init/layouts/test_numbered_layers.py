@@ -39,3 +39,44 @@ def test_layers_that_do_something_else_by_their_number_are_not_taken_for_the_oth
     )
     for number, row in zip(numbers, report.layers, strict=True):
         assert (row.status == "written" and "stands before" not in row.note) == (number % 2 == 0), (number, row.note)
+
+
+class Taking(nn.Module):
+    """Attention that attends to whatever tokens it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, others: Tensor | None = None) -> Tensor:
+        tokens = (x, x if others is None else others, x if others is None else others)
+        maps = zip((self.q_proj, self.k_proj, self.v_proj), tokens, strict=True)
+        q, k, v = (part(each).unflatten(-1, (2, 16)).transpose(1, 2) for part, each in maps)
+        return self.o_proj(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Giving(nn.Module):
+    """Whoever calls attention, and hands it other tokens than its own where its number is odd."""
+
+    def __init__(self, number: int, kind: str) -> None:
+        super().__init__()
+        self.layer_idx, self.kind, self.inner = number, kind, Taking()
+        self.kept = nn.Parameter(torch.randn(1, 5, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = {"its own": x, "turned": -x, "in another order": x.flip(1), "kept": self.kept.expand(len(x), -1, -1)}
+        return x + self.inner(x, others[self.kind] if self.layer_idx % 2 else None)
+
+
+@pytest.mark.parametrize("kind", ["turned", "in another order", "kept"])
+@pytest.mark.parametrize("odd_first", [False, True])
+def test_layers_that_are_given_other_tokens_by_their_number_are_not_taken_for_the_others(
+    kind: str, odd_first: bool
+) -> None:
+    numbers = [1, 0, 3, 2] if odd_first else [0, 1, 2, 3]
+    report = espalier.structure_(
+        nn.ModuleList([Giving(number, kind) for number in numbers]), generator=torch.Generator().manual_seed(0)
+    )
+    for number, row in zip(numbers, report.layers, strict=True):
+        assert (row.status == "written") == (number % 2 == 0), (number, row.note)

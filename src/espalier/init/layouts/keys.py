@@ -27,6 +27,8 @@ _MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NAMED = (type, ModuleType, BuiltinFunctionType, enum.Enum, CodeType, torch.jit.ScriptFunction)
 _COLLECTIONS = (dict, list, tuple, set, frozenset, SimpleNamespace)
+# Attributes that number a layer, and seldom change what it computes: where they do not, one proof is that of all.
+NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
 # Contents of tensors up to this many numbers are compared.
 _LARGEST = 2**24
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from espalier.init.layouts.arguments import sequences, takes_more
 from espalier.init.layouts.examples import MEET, examples_meet, owner_mixes_examples
 from espalier.init.layouts.heads_apart import groups_of, put_together
-from espalier.init.layouts.keys import module_key
+from espalier.init.layouts.keys import NUMBERS, module_key
 from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.owners import calls_of_part
@@ -42,8 +42,6 @@ from espalier.init.layouts.whole_model import (
 PROVEN = "proven by a run"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
 _SUPPOSED = "what its arguments are is not known"
-# Attributes that number a layer, and seldom change what it computes: where they do not, one proof is that of all.
-_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "idx"})
 
 
 def prove(
@@ -143,7 +141,7 @@ def prove_use(names: Mapping[str, nn.Module], name: str, found: AttentionWeights
 @untraced()
 def _prove_alone(module: nn.Module, reading: Layout) -> str:
     """Prove a layer on inputs made from its own signature."""
-    group = ("alike", module_key(module, _NUMBERS, signs=True), reading)
+    group = ("alike", module_key(module, NUMBERS, signs=True), reading)
     twin, views = _copied(module, reading)
     if sequences(twin, needed=True):
         raise CannotRunError("it takes two sequences")
