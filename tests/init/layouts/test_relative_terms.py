@@ -27,7 +27,7 @@ class Relative(nn.Module):
         torch.manual_seed(seed)
         self.num_heads, self.way, self.fault, size = HEADS, way, fault, DIM // HEADS
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(DIM, DIM) for _ in range(4))
-        self.distances = nn.Embedding(2 * DIM, size)
+        self.distances, self.added = nn.Embedding(2 * DIM, size), nn.Parameter(torch.randn(DIM, DIM) / DIM**0.5)
         self.content_bias, self.position_bias = (
             nn.Parameter(torch.randn(HEADS, 1, size)),
             nn.Parameter(torch.randn(size)),
@@ -35,6 +35,10 @@ class Relative(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.maps())
+        more = (x @ self.added.mT).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # as an adapter adds it
+        q, k, v = (
+            part + more * (self.fault == f"added to {name}") for name, part in zip("qkv", (q, k, v), strict=True)
+        )
         if self.fault == "squares":  # half of a head's queries meet queries
             half = q.shape[-1] // 2
             k = torch.cat([q[..., half:].roll(1, -1), k[..., half:]], -1)
@@ -72,6 +76,7 @@ class Relative(nn.Module):
 
 
 WAYS = ("keys", "both", "xl", "axes", "values")
+FAULTS = ("squares", "shifted", "turned", "gate", "mirrored", "added to q", "added to k", "added to v")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -92,7 +97,7 @@ def test_what_is_written_is_the_product_of_content(way: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     way=st.sampled_from(WAYS),
-    fault=st.sampled_from(("squares", "shifted", "turned", "gate", "mirrored")),
+    fault=st.sampled_from(FAULTS),
     seed=st.integers(0, 99),
 )
 def test_no_term_hides_a_fault(way: str, fault: str, seed: int) -> None:
@@ -102,6 +107,32 @@ def test_no_term_hides_a_fault(way: str, fault: str, seed: int) -> None:
         assert not found
     # Names that mislead may be found out by what the maps move, and then the right rows are read.
     assert all(part.k.data_ptr() == module.v_proj.weight.data_ptr() for part in found)
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a product of low rank beside its own, under names that no library gives it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.down, self.up = nn.Parameter(torch.randn(2, width)), nn.Parameter(torch.randn(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.mT @ self.up.mT
+
+
+class Plain(Relative):
+    def terms(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("adapted", ["q_proj", "k_proj", "v_proj", "out_proj", "q_proj v_proj", "q_proj k_proj"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_rows_are_not_written_beside_an_adapter_of_any_name(adapted: str, relative: bool) -> None:
+    module = Relative("xl") if relative else Plain("none")
+    assert [part for _, _, part in find_layers(module) if isinstance(part, AttentionWeights)]
+    for name in adapted.split():
+        setattr(module, name, Adapted(DIM))
+    assert not [part for _, _, part in find_layers(module) if isinstance(part, AttentionWeights)]
 
 
 class Stabilised(Relative):

@@ -19,7 +19,9 @@ rows, and only those, show the following, which is tested on random weights and 
 
 Where a score has terms of its query or of its key alone, too (relative positions: q·r, u·k), the same is tested on
 S(q, k) − S(q, 0) − S(0, k) + S(0, 0), which is their product; S(i, i) must then be that of the rows exactly. Where
-values have such terms (v + r), the output is taken less that with values of zero, and must be theirs exactly, too.
+values have such terms (v + r), the output is taken less that with values of zero, and must be theirs exactly, too. A
+term of the keys alone follows their own tokens, one of the queries theirs, and one beside the values none: what is left
+without the rows and follows others is a product of weights that no row holds (an adapter's).
 
 Scores are what reaches the softmax; fused kernels are told to take the products one by one, so that it is called.
 """
@@ -27,6 +29,8 @@ Scores are what reaches the softmax; fused kernels are told to take the products
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +87,7 @@ def prove_attention(module: nn.Module, weights: AttentionWeights, call: Call) ->
     except Unproven:
         if not (found := trial.terms()):
             raise
+        _prove_terms(trial)
         trial.alone = found
         return "; ".join(filter(None, [_prove(trial), *(TERMS[name] for name in sorted(found))]))
 
@@ -96,6 +101,33 @@ def _prove(trial: Trial) -> str:
         raise Unproven(f"the scores of head {int(least_H.argmin())} follow its QK product with the other sign")
     notes.append(_prove_values(trial, base, generator))
     return "; ".join(dict.fromkeys(filter(None, notes)))
+
+
+def _prove_terms(trial: Trial) -> None:
+    """See the note: every second token is another, and what does not follow it must stay where its rows are zero."""
+    call, moved = trial.call, _every_second_moved(trial.call, trial.q.shape[-1])
+    if moved is None:
+        raise Unproven("its scores or values have terms of their own, and no tokens to tell of what")
+    still = torch.arange(call.length) % 2 == 1
+    no_q, no_k, no_v = ({name: torch.zeros_like(getattr(trial, name))} for name in ("q", "k", "v"))
+    base = trial.look()
+
+    def steps(**changed: Tensor) -> tuple[Tensor, Tensor]:
+        trial.call = moved
+        try:
+            after = trial.look(**changed)
+        finally:
+            trial.call = call
+        before = trial.look(**changed)
+        scores = torch.where(is_open(base.scores_HLL), after.scores_HLL - before.scores_HLL, 0.0)
+        return scores + base.scores_HLL, after.out - before.out + base.out
+
+    of_k, of_q = steps(**no_q)[0], steps(**no_k)[0]
+    kept = is_close(of_k[:, :, still], *2 * [base.scores_HLL[:, :, still]])
+    if not kept or not is_close(of_q[:, still], *2 * [base.scores_HLL[:, still]]):
+        raise Unproven("its scores have products of tokens beside that of its rows: of an adapter, or of other weights")
+    if not is_near(steps(**no_q, **no_k, **no_v)[1], base.out):
+        raise Unproven("what it returns follows its tokens in other ways than through its rows, too")
 
 
 def behaviour(module: nn.Module, weights: AttentionWeights, call: Call) -> list[Tensor]:
@@ -286,13 +318,39 @@ def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Gene
     return BESIDE if unlike and float(wanted.norm()) > PUSHED * float(evenly.norm()) else remark
 
 
-def _tokens(call: Call, width: int) -> Tensor | None:
-    """Return the tokens (L, d) that a layer is given, if its first input is those."""
+def _first_tokens(call: Call, width: int) -> tuple[Tensor, int] | None:
+    """Return the first input of a layer and the axis of its channels, if it holds the tokens."""
     first = next((value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)), None)
     if first is None or first.numel() != call.length * width or not first.is_floating_point():
         return None
     axis = next((i for i in (first.ndim - 1, 1) if first.ndim > i >= 0 and first.shape[i] == width), None)
-    return None if axis is None else first.movedim(axis, -1).reshape(call.length, width).double()
+    return None if axis is None else (first, axis)
+
+
+def _tokens(call: Call, width: int) -> Tensor | None:
+    """Return the tokens (L, d) that a layer is given, if its first input is those."""
+    if (found := _first_tokens(call, width)) is None:
+        return None
+    first, axis = found
+    return first.movedim(axis, -1).reshape(call.length, width).double()
+
+
+def _every_second_moved(call: Call, width: int) -> Call | None:
+    """Return a call with tokens 0, 2, … drawn anew wherever they stand, if its first input holds tokens."""
+    if (found := _first_tokens(call, width)) is None:
+        return None
+    first, axis = found
+    rows = first.movedim(axis, -1)
+    tokens_LD = rows.reshape(call.length, width).clone()
+    drawn = torch.randn(tokens_LD[::2].shape, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    tokens_LD[::2] = drawn.to(first.dtype)
+    other = tokens_LD.reshape(rows.shape).movedim(-1, axis)
+
+    def exchanged(value: Any) -> Any:
+        return other if isinstance(value, Tensor) and torch.equal(value, first) else value
+
+    kwargs = {name: exchanged(value) for name, value in call.kwargs.items()}
+    return replace(call, args=tuple(map(exchanged, call.args)), kwargs=kwargs)
 
 
 def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
