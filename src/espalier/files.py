@@ -178,10 +178,13 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is no file of weights, or would run code"
+        elif isinstance(error, OSError) and error.errno == errno.EINVAL:  # what it says it holds lies past its end
+            reason = "it is cut short or damaged"
         raise EspalierError(f"checkpoint {path} cannot be read safely: {reason}") from None
     if not isinstance(content, Mapping):
         content = {}
-    nested = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), content)
+    below = (content[name] for name in _NESTED if isinstance(content.get(name), Mapping))
+    nested = next((held for held in below if any(isinstance(value, Tensor) for value in held.values())), content)
     found = {
         name: tensor.resolve_conj().resolve_neg()  # which not all of torch can read as they are
         for name, tensor in nested.items()

@@ -77,6 +77,27 @@ def test_files_of_every_origin(tmp_path: Path, wrapped: str, nested: str | None)
     torch.testing.assert_close(load_model(path)(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["torch's average", "no averages yet"])
+def test_averages_of_torchs_class_and_empty_ones_are_no_hindrance(tmp_path: Path, kind: str) -> None:
+    net = trained_original()
+    content: object = {"state_dict": net.state_dict(), "model_ema": {}}
+    if kind == "torch's average":
+        content = torch.optim.swa_utils.AveragedModel(net).state_dict()
+    torch.save(content, tmp_path / "w.pt")
+    assert equal(load_checkpoint_file(tmp_path / "w.pt"), convert_state(net.state_dict(), "espalier"))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.99])
+def test_a_file_that_is_cut_short_is_said_to_be(tmp_path: Path, share: float) -> None:
+    torch.save(trained_original().state_dict(), tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    (tmp_path / "w.pt").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(EspalierError) as caught:
+        load_checkpoint_file(tmp_path / "w.pt")
+    assert "Errno" not in str(caught.value)
+    assert "cannot be read safely" in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.complex128])
 def test_weights_that_are_no_real_numbers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     state = trained_original().state_dict()

@@ -81,6 +81,8 @@ def test_what_is_no_mamba_checkpoint_is_refused() -> None:
     weight = torch.zeros(VOCABULARY, WIDTH)
     with pytest.raises(EspalierError, match=r"names 'transformer.wte.weight'"):
         convert_mamba_state_dict({"transformer.wte.weight": weight})
+    with pytest.raises(EspalierError, match="names 1"):
+        convert_mamba_state_dict({1: weight})  # type: ignore[dict-item]
     with pytest.raises(EspalierError, match="no embedding"):
         convert_mamba_state_dict({"backbone.norm_f.weight": weight[0]})
     with pytest.raises(EspalierError, match="twice"):

@@ -51,6 +51,9 @@ def load_checkpoint_file(path: str | Path) -> State:
     """
     path = Path(path)
     state = read_tensors(path)
+    counter = state.get("n_averaged")
+    if counter is not None and counter.ndim == 0:  # of torch's AveragedModel
+        del state["n_averaged"]
     plain = {plain_name(name): tensor for name, tensor in state.items()}
     state = plain if len(plain) == len(state) else state
     bare = state

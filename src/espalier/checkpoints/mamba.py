@@ -41,7 +41,7 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        new = re.sub(r"^embeddings\.", "embedding.", name.removeprefix("backbone."))
+        new = re.sub(r"^embeddings\.", "embedding.", str(name).removeprefix("backbone."))
         if not _KNOWN.fullmatch(new):
             raise EspalierError(f"checkpoint names {name!r}: give a mamba_ssm or transformers Mamba model's")
         if new in converted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from espalier.doctor.patient import Patient, Record
 from espalier.doctor.registry import Finding, Severity, Verdict, judges, register_check
 from espalier.doctor.stats import HUGE, TensorStats
+from espalier.init.layouts.scratch import leaves
 
 _FREQUENCIES = re.compile(r"(^|[._])inv_freq$")
 _WAVES = re.compile(r"(^|[._])(cos|sin)(_cached|_cache)?$|freqs_(cos|sin)$")
@@ -77,6 +79,33 @@ def empty(patient: Patient) -> Iterator[Finding]:
         else:
             continue
         yield Finding(severity, record.name, "empty", measured, "numbers", remedy)
+
+
+@register_check("unread")
+def unread(patient: Patient) -> Iterator[Finding]:
+    """Weights that no check could read: a note if they are no real numbers, a warning if they are packed away.
+
+    An error where nothing else could be read either.
+    """
+    nothing = not any(True for _ in patient.measured())
+    for record in patient.records:
+        if record.stats is None and not (record.buffer or record.meta or 0 in record.shape):
+            measured, remedy = f"{record.dtype} is not read", "look at them yourself, or diagnose them as real numbers"
+            yield Finding("error" if nothing else "note", record.name, "unread", measured, "real numbers", remedy)
+    packed: list[str] = []
+    for name, module in patient.model.named_modules() if patient.model is not None else ():
+        # Modules that keep weights elsewhere than among parameters and buffers have to save them by themselves.
+        own = type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+        if not own or name.startswith(tuple(packed)):
+            continue
+        saved: dict[str, object] = {}
+        with suppress(Exception):  # anyone's code
+            module._save_to_state_dict(saved, "", False)
+        elsewhere = saved.keys() - module._parameters.keys() - module._buffers.keys()
+        if any(next(leaves(saved[key]), None) is not None for key in elsewhere):
+            packed.append(f"{name}.".lstrip("."))
+            measured, remedy = "packed weights are not read", "diagnose the model as it was before it was quantised"
+            yield Finding("error" if nothing else "warning", name, "unread", measured, "parameters", remedy)
 
 
 @register_check("positions", scope="tensor")

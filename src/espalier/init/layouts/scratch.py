@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import io
 import logging
 import random
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,11 +194,13 @@ class _ProductByProduct(TorchFunctionMode):
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Run on the CPU without gradients, autocast, fused or compiled code, warnings, logs or a trace in a generator."""
+    """Run on the CPU without gradients, autocast, fused or compiled code, words or a trace in a generator."""
     fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     silenced = logging.root.manager.disable
     with (
         warnings.catch_warnings(action="ignore"),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),  # where torch.fx prints a traceback of every error before it is raised
         generators_kept(),
         torch.inference_mode(False),
         torch.no_grad(),
