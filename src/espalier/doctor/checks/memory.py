@@ -85,13 +85,14 @@ def empty(patient: Patient) -> Iterator[Finding]:
 def unread(patient: Patient) -> Iterator[Finding]:
     """Weights that no check could read: a note if they are no real numbers, a warning if they are packed away.
 
-    An error where nothing else could be read either.
+    An error where nothing else could be read either, complex numbers apart: those are trained as they are.
     """
     nothing = not any(True for _ in patient.measured())
     for record in patient.records:
         if record.stats is None and not (record.buffer or record.meta or 0 in record.shape):
             measured, remedy = f"{record.dtype} is not read", "look at them yourself, or diagnose them as real numbers"
-            yield Finding("error" if nothing else "note", record.name, "unread", measured, "real numbers", remedy)
+            severity: Severity = "error" if nothing and not record.dtype.is_complex else "note"
+            yield Finding(severity, record.name, "unread", measured, "real numbers", remedy)
     packed: list[str] = []
     for name, module in patient.model.named_modules() if patient.model is not None else ():
         # Modules that keep weights elsewhere than among parameters and buffers have to save them by themselves.
