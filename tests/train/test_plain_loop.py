@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from standins import BlobSource, TinyNet, recipe
+from torch import Tensor
 
 from espalier.train import train
 from espalier.train.schedule import learning_rate
@@ -53,6 +54,11 @@ LOSSES: list[dict[str, Any]] = [
     ),
 )
 @example(LOSSES[0], ("piecewise", 0.0), {"clip_norm": 0.5, "ema_decay": 0.6, "weight_decay": 0.3})
+@example(
+    LOSSES[0],
+    ("constant", 1.0),
+    {"optimizer": "nadam", "seed": 0, "batch_size": 4, "clip_norm": 0.5, "betas": (0.5, 0.9)},  # rounding grows
+)
 def test_the_loop_agrees_with_the_plain_one(
     tmp_path_factory: pytest.TempPathFactory,
     loss: dict[str, Any],
@@ -63,15 +69,27 @@ def test_the_loop_agrees_with_the_plain_one(
     asked = recipe(**loss, **changes, epochs=3, eps=1e-3, model_args={"dropout": 0.0, "norm": norm})
     asked = replace(asked, schedule=schedule[0], warmup_epochs=schedule[1])
     run = train(asked, tmp_path_factory.mktemp("loop") / "run")
-    model = TinyNet(standins.CLASSES, dropout=0.0, norm=norm)
-    model.load_state_dict(load_file(run.path / "start.safetensors"))
     source = BlobSource(**asked.data_args)
     steps = source.steps_per_epoch(asked.batch_size)
     rates = [learning_rate(run.recipe, t, steps) for t in range(steps * asked.epochs)]
-    weights, averages, losses = plain_training(model, source, run.recipe, rates)
+
+    def plain(noise: float) -> tuple[dict[str, Tensor], list[float]]:
+        model, generator = TinyNet(standins.CLASSES, dropout=0.0, norm=norm), torch.Generator().manual_seed(0)
+        model.load_state_dict(load_file(run.path / "start.safetensors"))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + noise * torch.randn(weight.shape, generator=generator))
+        weights, averages, losses = plain_training(model, source, run.recipe, rates)
+        return averages if asked.ema_decay else weights, losses
+
+    wanted, losses = plain(0.0)
+    # Training carries rounding on, by much where a unit comes to lie near its kink: a start that is off in the fifth
+    # digit shows by how much.
+    aside, _ = plain(1e-5)
     final = load_file(run.path / "final.safetensors")
-    for name, wanted in (averages if asked.ema_decay else weights).items():
-        torch.testing.assert_close(final[name], wanted, rtol=1e-3, atol=1e-5)
+    for name, value in wanted.items():
+        spread = 10 * float((aside[name] - value).abs().max())
+        torch.testing.assert_close(final[name], value, rtol=1e-3, atol=1e-5 + spread)
     for epoch, row in enumerate(run.rows[1:]):
         assert row["train_loss"] == pytest.approx(sum(losses[steps * epoch : steps * (epoch + 1)]) / steps, rel=1e-3)
         assert row["lr"] == rates[steps * (epoch + 1) - 1]
