@@ -244,7 +244,7 @@ class _Watch:
 
     def examples_meet(self) -> bool:
         """Return whether what the part makes of an example depends on others of its batch."""
-        call, self.most = self.call, 0  # a batch may be taken one by one
+        call, most, self.most = self.call, self.most, 0  # a batch may be taken one by one
 
         def look(other: Call) -> list[Tensor]:
             self.call = other
@@ -254,7 +254,7 @@ class _Watch:
         try:
             return call is not None and examples_meet(look, call)
         finally:
-            self.call = call
+            self.call, self.most = call, most
 
     def unseen(self, generator: torch.Generator) -> Tensor | None:
         """Return a unit vector that no token has that the part was given first, if there is one."""
