@@ -1,4 +1,4 @@
-"""The bytes of a tensor, read without a lasting hold on its memory."""
+"""What a tensor holds: whether it has numbers, and their bytes, read without a lasting hold on its memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 _PIECE = 2**22
+
+
+def without_numbers(tensor: Tensor) -> str:
+    """Return why a tensor has a shape and no numbers that could be read or written; empty where it has them."""
+    if tensor.is_meta:
+        return "on the meta device"
+    # A fake tensor (torch's FakeTensorMode) names the device that it stands for.
+    return "made of fake tensors" if getattr(tensor, "fake_mode", None) is not None else ""
 
 
 def bytes_in(tensor: Tensor) -> Iterator[memoryview]:

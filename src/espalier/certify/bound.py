@@ -32,6 +32,7 @@ from espalier.certify.surroundings import interference, odd_settings
 from espalier.certify.trail import digest_of
 from espalier.certify.value import Bound, Term
 from espalier.certify.wrappers import unwrapped
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError, told
 from espalier.nn.lipschitz.activations import Abs, GroupSort
 from espalier.nn.lipschitz.constant import Lipschitz, LipschitzComposite
@@ -89,8 +90,8 @@ def prepared(net: nn.Module, dtype: torch.dtype | None, analysis: Analysis) -> I
         raise EspalierError("net has weights without a shape before its first call: run a batch first")
     if any(hasattr(tensor, "to_local") for tensor in tensors):
         raise EspalierError("net is in shards (FSDP2, DTensor): load its whole weights into a copy that is not sharded")
-    if any(tensor.is_meta for tensor in tensors):
-        raise EspalierError("net is on the meta device, without numbers: load its weights first")
+    if any(map(without_numbers, tensors)):
+        raise EspalierError("net has no numbers (its tensors are meta or fake ones): load its weights first")
     before = digest_of(net, functions=False)
     twin = prepare(net, dtype, analysis)
     with torch.no_grad(), plain_arithmetic(twin):
@@ -147,7 +148,7 @@ def check_numbers(what: str, item: Any) -> None:
     """
     if not isinstance(item, Tensor):
         raise EspalierError(f"{what} of type {type(item).__name__}: give a torch.Tensor")
-    strange = item.layout != torch.strided or item.is_meta or item.is_quantized or item.is_complex()
+    strange = item.layout != torch.strided or without_numbers(item) or item.is_quantized or item.is_complex()
     strange = strange or (item.is_floating_point() and item.element_size() == 1)
     if strange or item.ndim == 0 or item.numel() == 0:
         form = (

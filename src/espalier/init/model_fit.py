@@ -14,7 +14,7 @@ from espalier.errors import EspalierError
 from espalier.init.attention.mimetic import as_tuples
 from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, LayerFit, Specs, family_of
-from espalier.init.families.base import on_meta
+from espalier.init.families.base import nowhere
 from espalier.init.layouts import Skipped, locate_layers
 from espalier.init.layouts.outside import leaves_outside_alone
 
@@ -81,8 +81,8 @@ def fit(model: nn.Module) -> StructureFit:
         model: a trained model, or what ``skeleton`` makes of a checkpoint.
 
     Raises:
-        EspalierError: the model has no layer that a layout recognises, or a layer's weights are damaged (NaN) or on the
-            meta device.
+        EspalierError: the model has no layer that a layout recognises, or a layer's weights are damaged (NaN), or
+            have no numbers (on the meta device, fake tensors).
     """
     rows: dict[str, list[LayerFit]] = {kind: [] for kind in FAMILIES}
     why = "register a layout for its layers"
@@ -91,8 +91,8 @@ def fit(model: nn.Module) -> StructureFit:
             if isinstance(weights, Skipped):
                 why = f"{layer.name or 'it'}: {weights.reason}"
                 continue
-            if on_meta(weights):
-                raise EspalierError(f"layer {layer.name!r} is on the meta device: load its weights, then fit")
+            if place := nowhere(weights):
+                raise EspalierError(f"layer {layer.name!r} is {place}: load its weights, then fit")
             family = family_of(weights)
             damage = family.damage(weights, family.sums(weights)) or family.excess(family.measure(weights))
             if damage:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.filters.spec import FilterCovariance
 from espalier.randomness import cpu_generator
@@ -178,7 +179,7 @@ def mimetic_ssm_(
     _check_shapes(w_b, w_c, groups)
     if spec.convolution and conv_weight is not None and conv_weight.numel():  # first: it may refuse, on meta too
         _write_taps(conv_weight, conv_bias, spec.convolution, generator)
-    if w_b.is_meta or w_b.numel() == 0:
+    if without_numbers(w_b) or w_b.numel() == 0:
         return
     if spec.decay is not None:
         _write_rates(a_log, spec.decay, spec.decay_rule, generator)
@@ -288,7 +289,12 @@ def measure_ssm(
         entries would scatter), ``diagonal`` (the mean diagonal of W_Cᵀ W_B, over the groups), ``memory_16`` and
         ``memory_64`` (how much of a token is left after as many steps), and ``convolution`` (the distance of the taps
         from a delta over the delta's own norm: 0 is the identity, and torch's default with 4 taps is near 1.15).
+
+    Raises:
+        EspalierError: the weights have no numbers (meta, fake tensors).
     """
+    if why := next(filter(None, map(without_numbers, (w_b, w_c, a_log, delta_bias))), ""):
+        raise EspalierError(f"the weights are {why}: load their numbers, then measure")
     b, c = w_b.double(), w_c.double()
     tiny = torch.finfo(torch.float64).tiny
     inner = float((b * c).sum())

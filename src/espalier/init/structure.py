@@ -10,11 +10,12 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.adapters import ADAPTED, without_adapters
 from espalier.init.attention.near_identity import full_precision
 from espalier.init.families import FAMILIES, Family, Specs, family_of
-from espalier.init.families.base import on_meta, tensors
+from espalier.init.families.base import nowhere, tensors
 from espalier.init.layouts import Layer, Skipped, locate_layers
 from espalier.init.layouts.hooks import refuse_hooked
 from espalier.init.layouts.outside import leaves_outside_alone
@@ -97,13 +98,16 @@ def structure_(
         or ``failed`` with the reason, and the others go on.
 
     Raises:
-        EspalierError: the model holds nothing that was asked for, no layer could be written, or a spec does not fit.
+        EspalierError: the model holds nothing that was asked for, no layer could be written, a spec does not fit, or
+            torch's FakeTensorMode is on.
         VerificationError: a layer does not show what was written into it. It has its own weights again; the layers
             before it keep what they were given.
     """
     for name in specs.keys() - FAMILIES.keys():
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked = _asked(specs)
+    if without_numbers(torch.empty(0, device="cpu")):
+        raise EspalierError("structure_ draws nothing inside of torch's FakeTensorMode: call it outside")
     reshard(model)
     sites = _leave_tied([_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None])
     if all(isinstance(site.layer.found, Skipped) for site in sites):
@@ -278,8 +282,8 @@ def _write(
     with site.layer.open() as weights:
         if isinstance(weights, Skipped):
             return site.row("skipped", weights.reason)
-        if on_meta(weights):
-            return site.row("skipped", "on the meta device: run again later")
+        if place := nowhere(weights):
+            return site.row("skipped", f"{place}: run again later")
         with _kept_on_error(weights):
             text = family.write(weights, spec, site.layer.place, stream)
             sums.update(family.sums(weights))
@@ -330,8 +334,8 @@ def _measure(site: _Site, earlier: LayerReport | None) -> LayerReport:
 def _judge(site: _Site, weights: Any, earlier: LayerReport | None, *, adapted: bool) -> LayerReport:
     """Measure a layer's open weights and hold them against an earlier row."""
     family = site.family
-    if isinstance(weights, Skipped) or on_meta(weights):
-        return site.row("skipped", weights.reason if isinstance(weights, Skipped) else "on the meta device")
+    if place := weights.reason if isinstance(weights, Skipped) else nowhere(weights):
+        return site.row("skipped", place)
     earlier = earlier or site.row("absent")
     below = "measured below its adapter" if adapted or "base_layer" in site.layer.name.split(".") else ""
     note = "; ".join(filter(None, (family.note(weights, site.layer.part), below)))
@@ -366,4 +370,4 @@ def _loss(part: str, before: float, now: float) -> str:
 def _bits(site: _Site) -> str:
     """Return the digest of a layer's weights, below adapters where it has some; empty where it cannot be read."""
     with without_adapters(site.layer.module), site.layer.open() as weights:
-        return "" if isinstance(weights, Skipped) or on_meta(weights) else site.family.bits(weights)
+        return "" if isinstance(weights, Skipped) or nowhere(weights) else site.family.bits(weights)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from espalier.init.families.base import on_meta, tensors
+from espalier.contents import without_numbers
+from espalier.init.families.base import nowhere, tensors
 from espalier.init.layouts import Layer, Skipped
 
 # A device, and the addresses of the first and the last number of a view there.
@@ -17,18 +18,20 @@ Span = tuple[str, int, int]
 def memory_of(layer: Layer) -> frozenset[Span]:
     """Return where a layer's views lie; of one that is left alone, or in pieces, where its parameters do."""
     found = layer.found
-    if isinstance(found, Skipped) or on_meta(found):
+    if isinstance(found, Skipped) or nowhere(found):
         return spans_of(layer.part.parameters())
     return spans_of(view for _, view in tensors(found))
 
 
 def spans_of(values: Iterable[Tensor]) -> frozenset[Span]:
-    """Return where tensors lie; one that is nowhere (on the meta device) has no place."""
+    """Return where tensors lie; one without numbers has no place."""
     spans = set[Span]()
     for value in values:
         if hasattr(value, "to_local"):  # not where a shard lies: some ranks may have none of it
             spans.add(("shard", id(value), id(value)))
-        elif not (is_lazy(value) or value.is_meta or value.is_sparse or value.numel() == 0) and value.data_ptr():
+            continue
+        bare = is_lazy(value) or value.is_sparse or value.numel() == 0 or without_numbers(value)
+        if not bare and value.data_ptr():
             reach = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
             start = value.data_ptr()
             spans.add((str(value.device), start, start + int(reach) * value.element_size()))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from espalier.contents import without_numbers
+
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Torch's own layers of normalisation; a class that is made on one may be called anything."""
 _NORM = re.compile(r"norm|^ln", re.IGNORECASE)
@@ -44,7 +46,7 @@ def warn_if_trained(model: nn.Module) -> None:
         if not (is_norm and isinstance(gain, Tensor)):
             continue
         gain = gain.to_local() if hasattr(gain, "to_local") else gain
-        if gain.ndim != 1 or gain.numel() < _FEWEST or gain.is_meta or not gain.is_floating_point():
+        if gain.ndim != 1 or gain.numel() < _FEWEST or without_numbers(gain) or not gain.is_floating_point():
             continue
         count += 1
         gain = gain.detach().double()

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError, require
 from espalier.files import write_bytes
 from espalier.report.filters import depthwise_filters
@@ -76,11 +77,11 @@ def write_weight_pictures(net: nn.Module, out: Path) -> Path:
         ``out``.
 
     Raises:
-        EspalierError: the network has no such layer, or its weights have no values (meta device).
+        EspalierError: the network has no such layer, or its weights have no values (meta or fake tensors).
     """
     name = type(net).__name__
-    if any(parameter.is_meta for parameter in net.parameters()):
-        raise EspalierError(f"model {name} is on the meta device: give its weights values before drawing them")
+    if any(map(without_numbers, net.parameters())):
+        raise EspalierError(f"model {name} has no numbers (meta or fake tensors): give its weights values, then draw")
     sections = _made(PICTURES, [View(net)])
     if not sections:
         raise EspalierError(f"model {name} has no layer to draw: register a layout for its classes")

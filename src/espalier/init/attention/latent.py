@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.contents import without_numbers
 from espalier.init.attention.mimetic import Strength, check_choices, spread_factors, write_rows
 from espalier.init.attention.near_identity import (
     compute_device,
@@ -62,7 +63,7 @@ def mimetic_latent_attention_(
     Source: arXiv 2305.09828, section 3, for the products; the treatment of latents (arXiv 2405.04434) is ours.
     """
     check_choices(qk, vo, noise, "auto")
-    if weights.q.is_meta or (qk is None and vo is None):
+    if without_numbers(weights.q) or (qk is None and vo is None):
         return
     dim, device = len(weights.out), weights.out.device
     options: dict[str, Any] = {"noise": noise, "generator": cpu_generator(generator), "device": device}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError, unknown_name
 from espalier.init.attention.near_identity import (
     METHODS,
@@ -167,7 +168,7 @@ def mimetic_attention_(
     check_choices(qk, vo, noise, method)
     groups = num_heads if num_kv_heads is None else num_kv_heads
     _check_shapes(q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), out, num_heads, groups)
-    if q.is_meta or q.numel() == 0:
+    if without_numbers(q) or q.numel() == 0:
         return
     q_HKD, k_GKD, v_GKD = (
         part if part.ndim == 3 else part.unflatten(0, (count, -1))
@@ -257,8 +258,10 @@ def measure_attention(
         diagonal mean, so these are also the fitted β, and ``off · √d`` the fitted α.
 
     Raises:
-        EspalierError: as ``mimetic_attention_`` does of the weights.
+        EspalierError: as ``mimetic_attention_`` does of the weights, or they have no numbers (meta, fake tensors).
     """
+    if why := next(filter(None, map(without_numbers, (q, k, v, out))), ""):
+        raise EspalierError(f"the weights are {why}: load their numbers, then measure")
     groups, dim = num_heads if num_kv_heads is None else num_kv_heads, q.shape[-1]
     _check_shapes(q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), out, num_heads, groups)
     v_GKD = v.float().reshape(groups, -1, dim)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from espalier.contents import bytes_in
+from espalier.contents import bytes_in, without_numbers
 from espalier.init.layouts.find import Place
 
 # No weight or product of a layer that works is anywhere near this.
@@ -131,6 +131,6 @@ def tensors(weights: Any) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}[{index}]", part) for index, part in enumerate(value) if isinstance(part, Tensor))
 
 
-def on_meta(weights: Any) -> bool:
-    """Return whether some of the weights have no storage yet."""
-    return any(part.is_meta for _, part in tensors(weights))
+def nowhere(weights: Any) -> str:
+    """Return why some of the weights have no numbers yet, or the empty string."""
+    return next(filter(None, (without_numbers(part) for _, part in tensors(weights))), "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError
 from espalier.init.families.base import LARGEST, Family, Place
 from espalier.init.filters.fit import FilterFit, covariance_fit
@@ -73,7 +74,7 @@ class DepthwiseFamily(Family):
     def set_by_hand(self, weights: DepthwiseWeights) -> str:
         """Say so of one pattern that all channels have, such as a blur."""
         filters = weights.weight.flatten(1)
-        if filters.is_meta or len(filters) < 2 or not filters.isfinite().all():
+        if without_numbers(filters) or len(filters) < 2 or not filters.isfinite().all():
             return ""
         same = bool((filters == filters[:1]).all()) and bool((filters[0] != filters[0, 0]).any())
         return "all its filters are the same: they were set by hand (a blur)" if same else ""

@@ -11,6 +11,7 @@ from typing import Any, TypedDict, TypeGuard, Unpack
 import torch
 from torch import Tensor, nn
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError, unknown_name
 from espalier.randomness import cpu_generator
 from espalier.sizes import whole_number
@@ -241,7 +242,8 @@ def covariance_spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(covariance, Tensor):
         raise EspalierError(f"covariance is a {type(covariance).__name__}: give a tensor (K, K)")
     size = covariance.shape[-1] if covariance.ndim else 0
-    if not covariance.is_floating_point() or covariance.is_meta or covariance.shape != (size, size) or size == 0:
+    bare = not covariance.is_floating_point() or without_numbers(covariance)
+    if bare or covariance.shape != (size, size) or size == 0:
         raise EspalierError(f"covariance of shape {tuple(covariance.shape)} must be a finite square matrix")
     sigma_KK = covariance.detach().cpu().double()
     if not sigma_KK.isfinite().all():
@@ -280,7 +282,7 @@ def depthwise_covariance_(
 
 def fill_filters_(weight: Tensor, covariance: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Fill depthwise filters (h, 1, *k) in place with draws from a (K, K) covariance; only checks if meta or empty."""
-    if weight.is_meta or weight.numel() == 0:
+    if without_numbers(weight) or weight.numel() == 0:
         covariance_spectrum(covariance)
         return weight
     filters_HK = sample_filters(covariance, weight.shape[0], generator=generator, dtype=torch.float64)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from espalier.contents import without_numbers
 from espalier.errors import EspalierError
 from espalier.init.filters.closed_form import (
     Switches,
@@ -83,7 +84,7 @@ def pooled_covariance(groups: Sequence[Tensor]) -> tuple[Tensor, float]:
     """
     centred = []
     for filters_NK in groups:
-        if filters_NK.is_meta or len(filters_NK) < 2:
+        if without_numbers(filters_NK) or len(filters_NK) < 2:
             raise EspalierError(
                 f"filters of shape {tuple(filters_NK.shape)} have no covariance: 2 with values are needed"
             )
