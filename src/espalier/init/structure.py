@@ -106,16 +106,12 @@ def structure_(
     for name in specs.keys() - FAMILIES.keys():
         raise unknown_name("argument of structure_", name, [*FAMILIES, "generator", "guard"])
     asked = _asked(specs)
-    if without_numbers(torch.empty(0, device="cpu")):
-        raise EspalierError("structure_ draws nothing inside of torch's FakeTensorMode: call it outside")
     reshard(model)
     sites = _leave_tied([_unless_refused(site, model) for site in _sites(model) if asked[site.family.kind] is not None])
     if all(isinstance(site.layer.found, Skipped) for site in sites):
         raise _nothing_written(model, asked, [site.row("skipped", site.layer.found.reason) for site in sites])  # type: ignore[union-attr]
     warn_if_trained(model)
-    # One stream a layer, so that a layer's weights do not depend on how many numbers the one before it drew.
-    generator = cpu_generator(generator)
-    draws = [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in sites]
+    draws = _seeds(len(sites), cpu_generator(generator))
     for site in sites:  # what a spec refuses, it refuses before anything is written
         _attempt(_rehearse, site, asked[site.family.kind], fatal=_FATAL)
     rows, sums, remarks = list[LayerReport](), [dict[str, float]() for _ in sites], dict[str, None]()
@@ -251,6 +247,13 @@ def _nothing_written(model: nn.Module, asked: Mapping[str, object], rows: Sequen
         f"model {type(model).__name__} has no {wanted} layer to structure{reasons}: "
         "register a layout for its classes (espalier.init.register_layout)"
     )
+
+
+def _seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """Draw one seed a layer, whose weights then do not depend on how many numbers the one before it drew."""
+    if without_numbers(torch.empty(0, device="cpu")):
+        raise EspalierError("structure_ draws nothing inside of torch's FakeTensorMode: call it outside")
+    return [int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu")) for _ in range(count)]
 
 
 def _rehearse(site: _Site, spec: object) -> LayerReport:
