@@ -185,10 +185,12 @@ def test_inductor_compiles_layers_of_many_shapes(dynamic: bool | None) -> None:
 
 
 @pytest.mark.slow
-def test_exported_program_is_the_same_function_and_follows_its_weights() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_program_is_the_same_function_and_follows_its_weights(strict: bool) -> None:
     net, x = small_net().eval(), images()
-    program = torch.export.export(net, (x,))
-    torch.testing.assert_close(program.module()(x), net(x), atol=1e-5, rtol=0)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
+    for batch in (x, torch.cat([x, x])):
+        torch.testing.assert_close(program.module()(batch), net(batch), atol=1e-5, rtol=0)
     held = io.BytesIO()
     torch.export.save(program, held)
     held.seek(0)

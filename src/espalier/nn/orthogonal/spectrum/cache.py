@@ -66,7 +66,8 @@ class OperatorCache:
             build: the differentiable function that makes it.
             dtype: of the result.
         """
-        if _constant.get() and (key, dtype) in self._entries:
+        # Dynamo, which strict export runs, reads no context variable; ``espalier export`` is not strict.
+        if not torch.compiler.is_dynamo_compiling() and _constant.get() and (key, dtype) in self._entries:
             return self._entries[key, dtype]
         # The tracing ONNX exporter has no inverse: what it writes is a trained net, with its operators.
         onnx = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()

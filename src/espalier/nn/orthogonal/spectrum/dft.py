@@ -34,11 +34,19 @@ from espalier.nn.precision import is_tracing, takes_batches, without_autocast
 _HOST = torch.device("cpu")
 
 
-@functools.lru_cache(maxsize=64)
 def counts(size: tuple[int, ...]) -> tuple[int, ...]:
     """Return how many of its frequencies each one of the half spectrum stands for: 0 if left out, 1, or 2 in one.
 
-    See Note [Half the frequencies]. Numbers here and in the tables come from choices, not sums of conditions, which
+    See Note [Half the frequencies].
+    """
+    found: tuple[int, ...] = _kept(_count, size)
+    return found
+
+
+def _count(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Make what ``counts`` keeps.
+
+    Numbers here and in the tables come from choices, not sums of conditions, which
     ``torch.compile`` cannot trace where a size is a symbol.
     """
     *lead, width = size
