@@ -361,7 +361,10 @@ def test_every_check_has_its_heading_in_the_guide() -> None:
         ({"model": "/nowhere.safetensors"}, "is neither a module nor a path"),
         ({"model": nn.Linear(2, 2), "example": "some"}, "example 'some': pass a batch, or 'synthetic'"),
         ({"model": nn.Linear(2, 2), "example": 3}, "example int: pass a tensor"),
-        ({"model": nn.Module(), "example": "synthetic"}, "Module does not say what it takes: pass a batch"),
+        (
+            {"model": nn.ParameterList([nn.Parameter(torch.randn(3))]), "example": "synthetic"},
+            "does not say what it takes: pass a batch",
+        ),
         ({"model": nn.Linear(2, 2), "example": torch.ones(0, 2)}, "pass a batch that is not empty"),
         ({"model": skeleton({"a.weight": torch.ones(2, 2)}), "example": "synthetic"}, "a bare checkpoint has no code"),
         ({"model": nn.Linear(2, 2), "against": 3}, "against int: pass a StructureReport"),

@@ -55,9 +55,16 @@ def test_numbers_of_other_kinds_are_named() -> None:
         nn.LSTM(4, 4),
         nn.MultiheadAttention(8, 2),
         nn.BatchNorm2d(4),
-        nn.ReLU(),
         nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
     ],
 )
 def test_what_is_read_is_not_named(layer: nn.Module) -> None:
     assert not unread(layer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+def test_a_model_whose_weights_are_constants_of_its_code_is_not_healthy() -> None:
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()))
+    for example in (None, torch.randn(2, 3)):
+        found = espalier.diagnose(frozen, example)
+        assert [(f.severity, f.layer, f.check) for f in found.findings] == [("error", "(model)", "unread")]

@@ -44,8 +44,8 @@ def probe(patient: Patient, example: Any, static: list[Finding]) -> list[Finding
         EspalierError: no batch can be made of ``example``.
     """
     assert patient.model is not None
-    # Nothing can run without storage, which the findings say.
-    if any(record.meta for record in patient.records):
+    # Nothing can run without storage, and nothing learns without a tensor, which the findings say.
+    if not patient.records or any(record.meta for record in patient.records):
         return static
     if any(tensor.is_inference() for tensor in (*patient.model.parameters(), *patient.model.buffers())):
         raise EspalierError("example: weights made under inference_mode cannot be trained: load them outside of it")

@@ -85,7 +85,8 @@ def empty(patient: Patient) -> Iterator[Finding]:
 def unread(patient: Patient) -> Iterator[Finding]:
     """Weights that no check could read: a note if they are no real numbers, a warning if they are packed away.
 
-    An error where nothing else could be read either, complex numbers apart: those are trained as they are.
+    An error where nothing else could be read either, complex numbers apart: those are trained as they are. And an error
+    where there is nothing: of what was not read, nobody knows that it is healthy.
     """
     nothing = not any(True for _ in patient.measured())
     for record in patient.records:
@@ -107,6 +108,9 @@ def unread(patient: Patient) -> Iterator[Finding]:
             packed.append(f"{name}.".lstrip("."))
             measured, remedy = "packed weights are not read", "diagnose the model as it was before it was quantised"
             yield Finding("error" if nothing else "warning", name, "unread", measured, "parameters", remedy)
+    if not (patient.records or packed):  # ``torch.jit.freeze`` makes constants of them
+        remedy = "diagnose it with its weights, as it was before they became a part of its code"
+        yield Finding("error", "(model)", "unread", "no tensor", "parameters", remedy)
 
 
 @register_check("positions", scope="tensor")
