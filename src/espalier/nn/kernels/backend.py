@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from espalier.errors import EspalierError, unknown_name
+from espalier.nn.precision import is_exporting, is_transformed
 
 BACKENDS = ("auto", "compiled", "mamba_ssm", "triton", "torch")
 _OPERATIONS = {
@@ -79,9 +80,16 @@ def use_backend(name: str) -> Iterator[Backend]:
 
 
 def choose(operation: str, kind: str) -> str:
-    """Return the name of what runs ``operation``, a name of ``_OPERATIONS``, on a kind of device."""
+    """Return the name of what runs ``operation``, a name of ``_OPERATIONS``, on a kind of device.
+
+    ``"formula"`` stands for torch's own operations without any backward pass by hand: transforms have no rules for
+    anything else, and the sizes of pieces and segments would become a part of an exported program.
+    """
+    if is_transformed():
+        return "formula"
     found = backend(kind).name
-    return found if operation in _OPERATIONS.get(found, ()) else "torch"
+    name = found if operation in _OPERATIONS.get(found, ()) else "torch"
+    return "formula" if is_exporting() and name != "compiled" else name
 
 
 # ``torch.compile`` asks once, while it traces, instead of tracing into the choice. The public way to set this mark,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import is_transformed, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import check_devices
 
 
@@ -36,9 +36,9 @@ def causal_conv_silu(
     x, weight, bias, history = upcast(x_BLC, weight_CK, bias_C, history)
     if history is not None:
         x = torch.cat([history, x], dim=1)
-    if is_transformed():
+    if (name := choose("causal_conv", x.device.type)) == "formula":
         y = formulas.causal_conv_silu(x, weight, bias)
-    elif choose("causal_conv", x.device.type) == "compiled":
+    elif name == "compiled":
         from espalier.nn.kernels.cpu import causal_conv_silu_cpu
 
         y = causal_conv_silu_cpu(x, weight, bias)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import is_transformed, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import outside_graphs, upcast, without_autocast
 from espalier.sizes import whole_numbers
 
 
@@ -57,9 +57,9 @@ class GatedRMSNorm(nn.Module):
                 y, z = torch.broadcast_tensors(y, z)
             except RuntimeError as error:
                 raise EspalierError(f"y is {tuple(y.shape)} and z {tuple(z.shape)}: they do not broadcast") from error
-        if is_transformed():
+        if (name := choose("gated_norm", y.device.type)) == "formula":
             return formulas.gated_norm(y, z, weight, self.groups, self.eps).to(dtype)
-        if choose("gated_norm", y.device.type) == "compiled" and y.ndim > 1:
+        if name == "compiled" and y.ndim > 1:
             from espalier.nn.kernels.gated_norm import gated_norm_cpu
 
             return gated_norm_cpu(y, z, weight, self.groups, self.eps).to(dtype)

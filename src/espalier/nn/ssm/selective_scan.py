@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from espalier.errors import EspalierError
 from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
-from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, without_autocast
+from espalier.nn.precision import is_tracing, outside_graphs, upcast, without_autocast
 from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check_shapes
 
 # Note [Pieces of time in torch]
@@ -72,7 +72,7 @@ def selective_scan(
     check_devices(x, delta, bias, a, b, c, d, gate, start)
     if mask is not None:
         x, delta, b, c, gate = at_real_tokens(mask, x, delta, b, c, gate)
-    name = "formula" if is_transformed() else choose("selective_scan", x.device.type)
+    name = choose("selective_scan", x.device.type)
     in_kernel = name == "compiled" and mask is None and delta_softplus
     if not in_kernel:
         delta, bias = delta if bias is None else delta + bias, None

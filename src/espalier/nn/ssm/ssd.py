@@ -15,6 +15,7 @@ from espalier.nn.kernels import formulas
 from espalier.nn.kernels.backend import choose
 from espalier.nn.precision import is_tracing, is_transformed, outside_graphs, upcast, widened, without_autocast
 from espalier.nn.ssm.optional_inputs import at_real_tokens, check_devices, check_shapes
+from espalier.nn.ssm.ssd_exported import ssd_of_any_length
 from espalier.sizes import whole_number
 
 # Note [Segments]
@@ -93,7 +94,7 @@ def ssd(
 
         y, final = ssd_mamba_ssm(*tensors, chunk_size=chunk_size)
     else:
-        y, final = _grouped(tensors, chunk_size, return_state, name == "triton")
+        y, final = _grouped(tensors, chunk_size, return_state, name)
     y = (y if mask is None else at_real_tokens(mask, y)[0]).to(dtype)
     return (y, final) if return_state else y
 
@@ -148,7 +149,7 @@ def _compiled(tensors: tuple[Any, ...], chunk_size: int, need_state: bool) -> tu
     return y.view(x.shape), final
 
 
-def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, in_triton: bool) -> tuple[Tensor, Tensor]:
+def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, name: str) -> tuple[Tensor, Tensor]:
     """Fold groups into the batch, so that the core sees one B and one C for all its heads."""
     x, delta, a, b, c, d, state = tensors
     (batch, length, heads, width), (groups, size) = x.shape, b.shape[2:]
@@ -161,8 +162,11 @@ def _grouped(tensors: tuple[Any, ...], chunk_size: int, need_state: bool, in_tri
     x, delta, alpha = (fold(t.unflatten(2, (groups, -1))) for t in (x, delta, alpha))
     d = None if d is None else d.reshape(groups, -1).repeat(batch, 1)
     state = None if state is None else state.reshape(batch * groups, -1, size, width).transpose(1, 2).contiguous()
-    chunk = min(chunk_size, length)
-    y, final = _apply_chunked(x, delta, alpha, fold(b), fold(c), d, state, chunk, need_state, in_triton)
+    folded = (x, delta, alpha, fold(b), fold(c), d, state)
+    if name == "formula":
+        y, final = ssd_of_any_length(*folded, chunk_size)
+    else:
+        y, final = _apply_chunked(*folded, min(chunk_size, length), need_state, name == "triton")
     y = y.unflatten(0, (batch, groups)).transpose(1, 2).reshape(batch, length, heads, width)
     return y, final.transpose(1, 2).reshape(batch, heads, size, width)
 
