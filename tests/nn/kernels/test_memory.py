@@ -104,7 +104,8 @@ def test_counts_are_those_of_the_tensors_that_operators_hand_over(name: str, mon
                 continue
             rows_apart = f"{key[0]}_row" in values or key in ("x", "z", "gate", "b", "c")
             if dense(tensor) and not rows_apart:
-                assert counts[key] == tensor.numel(), (kind.kernel, key)
+                spare = 2 if (kind.kernel[:4], key) == ("ssd_", "kept") else 0  # so that there is always something
+                assert counts[key] == tensor.numel() - spare, (kind.kernel, key)
             else:
                 extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
                 assert 0 < counts[key] <= extent, (kind.kernel, key)
