@@ -207,7 +207,7 @@ def _between(module: nn.Module, said: str) -> Iterator[str]:
     if any(n in before or not _OUTPUT_NORM.fullmatch(n) for n in norms):
         yield "a norm stands before the projections: both products hold for its output"
     own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim <= 1]
-    scales = [name for name in own if not is_bias(name) and "sink" not in name]
+    scales = [name for name in own if not is_bias(module, name) and "sink" not in name]
     if scales and "scale" not in said:
         yield f"learned numbers of its own ({', '.join(scales)}): its products hold up to scale"
     if any(map(_OUTPUT_NORM.fullmatch, after)) and "before the output projection" not in said:

@@ -106,7 +106,7 @@ def reading_by_run(names: Mapping[str, nn.Module], name: str, least: int) -> Lay
 def _reading(names: Mapping[str, nn.Module], name: str, maps: Mapping[Name, _Map]) -> Layout | None:
     """Return the reading that a run of a module on tokens proves, or of whoever calls it."""
     module = names[name]
-    key, widths = module_key(module), [*dict.fromkeys(each.takes for each in maps.values())][:_MOST_WIDTHS]
+    key, widths = module_key(module, signs=True), [*dict.fromkeys(each.takes for each in maps.values())][:_MOST_WIDTHS]
     found: Layout | None = None
     with suppress(CannotRunError):
         try:
@@ -114,7 +114,7 @@ def _reading(names: Mapping[str, nn.Module], name: str, maps: Mapping[Name, _Map
             alone = (call for width in widths for call in calls(module, width) if not sequences(module, needed=True))
             found = cached(("reading", key, *maps), partial(_proven, module, maps, alone))
         except CannotRunError:
-            root = module_key(names[""])
+            root = module_key(names[""], signs=True)
             given = _calls_given(names, name, widths, root)
             found = cached(("reading", key, *maps, root, name), partial(_proven, module, maps, given))
     return found
@@ -166,7 +166,7 @@ def _maps(module: nn.Module) -> dict[str, _Map]:
         with suppress(Exception):  # a layer of anybody's, that cannot be read as a map
             [matrix] = matrices(module, [name])
             found[name] = _Map(len(matrix), matrix.shape[-1], len(matrix), matrix.shape[-1])
-    matrices_of_its_own = ((n, p) for n, p in module.named_parameters(recurse=False) if not is_bias(n))
+    matrices_of_its_own = ((n, p) for n, p in module.named_parameters(recurse=False) if not is_bias(module, n))
     for name, parameter in matrices_of_its_own:
         if parameter.ndim == 2:
             found[name] = _Map(parameter.shape[1], len(parameter), parameter.shape[1], len(parameter))

@@ -44,10 +44,14 @@ def head_maps(module: nn.Module) -> tuple[list[Group], list[nn.Module]]:
 
 def _maps(part: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of a part's matrices by name; nothing where one is neither a linear layer's nor its own."""
-    found = {leaf: p for leaf, p in part.named_parameters() if p.ndim > 1 and not is_bias(leaf.rpartition(".")[2])}
-    owners = [part.get_submodule(leaf.rpartition(".")[0]) for leaf in found]
+    found, owners = dict[str, torch.Size](), list[nn.Module]()
+    for name, holder in part.named_modules():
+        for own, parameter in holder.named_parameters(recurse=False):
+            if parameter.ndim > 1 and not is_bias(holder, own):
+                found[f"{name}.{own}".lstrip(".")] = parameter.shape
+                owners.append(holder)
     readable = all(owner is part or is_linear(owner) for owner in owners)
-    return {leaf: p.shape for leaf, p in found.items()} if readable and not any(map(is_adapted, owners)) else {}
+    return found if readable and not any(map(is_adapted, owners)) else {}
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from espalier.init.adapters import ADAPTED, is_adapted
 from espalier.init.layouts.heads_apart import Group, is_its_own, stacked
 from espalier.init.layouts.registry import AttentionWeights, Refused
+from espalier.init.layouts.scratch import is_bias
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 # Names that a configuration may mean otherwise, and a module that states a head's width: h is a height, too.
@@ -93,7 +94,8 @@ def assemble(
     maps = [name for name in names if isinstance(name, str) and name not in module._parameters]
     maps += [name.rpartition(".")[0] for group in apart for name in group]
     biases = [getattr(module.get_submodule(name), "bias", None) for name in maps]
-    biases += [own for name, own in {**module._parameters, **module._buffers}.items() if _OWN_BIAS.fullmatch(name)]
+    of_its_own = {**module._parameters, **module._buffers}.items()
+    biases += [own for name, own in of_its_own if _OWN_BIAS.fullmatch(name) and is_bias(module, name)]
     found = tuple(bias.detach() for bias in biases if isinstance(bias, Tensor))
     return AttentionWeights(q, k, v, out, heads, groups, found, note, apart=apart)
 

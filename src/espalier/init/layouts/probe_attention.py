@@ -300,6 +300,13 @@ def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Gene
     by_head, evenly = (seen.reached_HLL.softmax(-1) @ values_HLK @ trial.o for seen in looks)
     pushed = (trial.look(v=trial.v + push).tokens_LX, trial.look(v=trial.v + push, q=0 * trial.q).tokens_LX)
     moves, even = (after - each for after, each in zip(pushed, before, strict=True) if after is not None)
+    # What is mean over all tokens does not tell in which order they are; what is not, does.
+    apart, wanted = moves - even, (by_head - evenly).sum(0)
+    told = float(wanted.norm()) > PUSHED * float(evenly.norm())
+    alike = _cosine(apart, wanted) if told else 1.0
+    # The sign still shows where what stands in between, a norm say, leaves too little of the product to follow.
+    if min(alike, _cosine(moves, by_head.sum(0)), _cosine(even, evenly.sum(0))) < -_LIKE:
+        raise Unproven("its output follows the value-output product with the other sign")
     if trial.heads <= width:
         # The factor of every head, where that is all that stands between: over all heads, signs would cancel.
         parts, whole = by_head.flatten(1).mT, moves.flatten()[:, None]
@@ -312,10 +319,7 @@ def _follow_values(trial: Trial, looks: tuple[Seen, Seen], generator: torch.Gene
     if "values" in trial.alone and not is_near(moves, by_head.sum(0)):
         raise Unproven("its output is not the product of values and output projection, and terms beside it")
     remark = _followed(moves, by_head.sum(0), "its output", "the value-output product")
-    # What is mean over all tokens does not tell in which order they are; what is not, does.
-    apart, wanted = moves - even, (by_head - evenly).sum(0)
-    unlike = float((apart * wanted).sum()) < _LIKE * float(apart.norm() * wanted.norm())
-    return BESIDE if unlike and float(wanted.norm()) > PUSHED * float(evenly.norm()) else remark
+    return BESIDE if alike < _LIKE else remark
 
 
 def _first_tokens(call: Call, width: int) -> tuple[Tensor, int] | None:
@@ -364,6 +368,11 @@ def _followed(found: Tensor, product: Tensor, what: str, name: str) -> str:
     # What follows it roughly has a rough factor.
     low, high = (1 / _OFF, _OFF) if dot > (1 - _EXACT) * size else _FACTORS
     return "" if low <= factor <= high else f"{what}: {factor:.2g} times {name}"
+
+
+def _cosine(found: Tensor, wanted: Tensor) -> float:
+    size = float(found.norm() * wanted.norm())
+    return float((found * wanted).sum()) / size if size else 1.0
 
 
 def _signs(generator: torch.Generator, *shape: int) -> Tensor:

@@ -8,6 +8,7 @@ move what the layer returns; and a score at (i, i) follows another token through
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -31,10 +32,12 @@ from espalier.init.layouts.heads_apart import groups_of, put_together
 from espalier.init.layouts.keys import NUMBERS, module_key
 from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.positions import differing, moved, tokens_alike, without_positions
+from espalier.init.layouts.probe_attention import prove_attention
 from espalier.init.layouts.registry import AttentionWeights, Layout
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, fresh, leaves, run, untraced, watch
-from espalier.init.layouts.trial import Softmaxes, Unproven
+from espalier.init.layouts.trial import Misfit, Softmaxes, Unproven
 from espalier.init.layouts.verdicts import KNOWN
+from espalier.init.layouts.whole_model import one_sequence
 
 
 class _Enough(BaseException):  # owners may catch every Exception and go on in another way
@@ -69,10 +72,12 @@ def meets_others(
     watch = _Watch(copy_for_probe(owner), path, reading)
     base = watch.start(calls_of_owner(owner, widths, heads, given, pairs=True))
     # A layer that makes of the same inputs what one of another number made, by the same code, has that one's verdict.
-    group = ("others alike", module_key(owner, NUMBERS), path, reading, *widths, heads, *given)
+    group = ("others alike", module_key(owner, NUMBERS, signs=True), path, reading, *widths, heads, *given)
     before, verdict = KNOWN.get(group, (None, False))
     if before is None or not _alike(base, before):
         KNOWN[group] = base, (verdict := _takes_others(watch, base))
+        if not verdict:
+            watch.prove_as_called()
     return verdict
 
 
@@ -223,11 +228,12 @@ class _Watch:
         self.made, self.calls = [], 0
         self.given.clear()
         kept = {name: getattr(self.views, name).clone() for name in pushes}
+        made = list[Tensor]()
         try:
             for name, push in pushes.items():
                 getattr(self.views, name).add_(push)
             with self.softmaxes:
-                run(self.twin, self.call)
+                made = run(self.twin, self.call)
         except _Enough:
             pass
         except CannotRunError:
@@ -239,8 +245,35 @@ class _Watch:
         if self.taken:
             raise Unproven(f"{type(self.twin).__name__} takes parts of it without calling it")
         if not self.outs:
+            if self._moves(made):
+                raise Unproven(f"{type(self.twin).__name__} takes its weights without calling it")
             raise CannotRunError("it does not call it")
         return _Seen(list(map(by_query, self.scores or [])), torch.cat(self.outs))
+
+    def prove_as_called(self) -> None:
+        """Prove the part on what it was handed first, options and all, where it runs on that alone.
+
+        Raises:
+            Unproven: it computes something else there than on inputs of its own signature.
+        """
+        self.most, self.positions = 0, []
+        with suppress(Misfit, CannotRunError):
+            call = one_sequence(self.part, self.given[0], self.views.q.shape[-1])
+            prove_attention(self.part, self.views, call)
+
+    def _moves(self, made: list[Tensor]) -> bool:
+        """Return whether what the owner makes without calling the part follows the part's weights all the same."""
+        assert self.call is not None
+        for view in (self.views.q, self.views.k, self.views.v):
+            kept = view.clone()
+            view.mul_(-2.0)
+            try:
+                again = run(self.twin, self.call)
+            finally:
+                view.copy_(kept)
+            if not all(now.shape == then.shape and is_near(now, then) for now, then in zip(again, made, strict=False)):
+                return True
+        return False
 
     def examples_meet(self) -> bool:
         """Return whether what the part makes of an example depends on others of its batch."""

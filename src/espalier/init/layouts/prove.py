@@ -29,7 +29,16 @@ from espalier.init.layouts.registry import (
     SSMWeights,
     attribute,
 )
-from espalier.init.layouts.scratch import Call, CannotRunError, bound, copy_for_probe, owner_of, run, untraced
+from espalier.init.layouts.scratch import (
+    Call,
+    CannotRunError,
+    bound,
+    copy_for_probe,
+    has_numbers,
+    owner_of,
+    run,
+    untraced,
+)
 from espalier.init.layouts.trial import Misfit, Unproven
 from espalier.init.layouts.verdicts import KNOWN, cached
 from espalier.init.layouts.whole_model import (
@@ -41,6 +50,8 @@ from espalier.init.layouts.whole_model import (
 
 PROVEN = "proven by a run"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
+# Below a half, so that µ − (1 − µ) has the other sign.
+_OTHER_NUMBERS = 0.3
 _SUPPOSED = "what its arguments are is not known"
 
 
@@ -78,11 +89,11 @@ def prove(
             remarks = cached((key := module_key(module, signs=True), reading), partial(_prove_alone, module, reading))
         except CannotRunError as alone:
             why = str(alone)
-            above = tuple((module_key(part), name[len(place) :]) for place, part in _owners(names, name))
+            above = tuple((module_key(part, signs=True), name[len(place) :]) for place, part in _owners(names, name))
             try:
                 remarks = cached((key, reading, above), partial(_prove_in_use, names, name, reading))
             except CannotRunError:
-                root = module_key(names[""])
+                root = module_key(names[""], signs=True)
                 remarks = cached((key, reading, root, name), partial(_prove_in_model, names, name, reading, root))
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
@@ -151,7 +162,7 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
             known = KNOWN.get(group)
             if known is not None and acts_alike(twin, views, call, known[1]):
                 return str(known[0])
-            remarks = prove_attention(twin, views, call)
+            remarks = _proven(module, reading, twin, views, call)
             if examples_meet(partial(run, twin), call):
                 raise Unproven(MEET)
             KNOWN[group] = remarks, behaviour(twin, views, call)
@@ -171,17 +182,18 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
 @untraced()
 def _prove_in_use(names: Mapping[str, nn.Module], name: str, reading: Layout) -> str:
     """Prove a layer on the inputs that its owner gives it."""
-    twin, views = _copied(names[name], reading)
+    module = names[name]
+    twin, views = _copied(module, reading)
     made = calls_in_use(names, name, views.q.shape[-1], views.num_heads)
     try:
-        return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
+        return [_proven(module, reading, twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
     except Unproven as error:
         if any(call.supposed for call in made):
             raise CannotRunError(_SUPPOSED) from error
         if not isinstance(error, Misfit):
             raise
         # An owner of sequences first takes others, too, and sees a batch where there are tokens.
-        return [prove_attention(twin, views, sequence_first(call)) for call in made][0]  # noqa: RUF015
+        return [_proven(module, reading, twin, views, sequence_first(call)) for call in made][0]  # noqa: RUF015
 
 
 @untraced()
@@ -194,11 +206,19 @@ def _prove_in_model(names: Mapping[str, nn.Module], name: str, reading: Layout, 
         raise CannotRunError(f"nothing in {type(names['']).__name__} calls it")
     twin, views = _copied(module, reading)
     made = [one_sequence(module, call, views.q.shape[-1]) for call in seen[name]]
-    return [prove_attention(twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
+    return [_proven(module, reading, twin, views, call) for call in made][0]  # noqa: RUF015 (every call must hold)
 
 
-def _copied(module: nn.Module, reading: Layout) -> tuple[nn.Module, AttentionWeights]:
-    twin = copy_for_probe(module)
+def _proven(module: nn.Module, reading: Layout, twin: nn.Module, views: AttentionWeights, call: Call) -> str:
+    """Prove a layer's copy, and one with other numbers: where those are 1, a mix x·µ + other·(1 − µ) is x alone."""
+    remarks = prove_attention(twin, views, call)
+    if has_numbers(module):
+        prove_attention(*_copied(module, reading, _OTHER_NUMBERS), call)
+    return remarks
+
+
+def _copied(module: nn.Module, reading: Layout, vectors: float = 1.0) -> tuple[nn.Module, AttentionWeights]:
+    twin = copy_for_probe(module, vectors)
     put_together(twin, groups_of(reading))
     views = reading(twin)
     assert isinstance(views, AttentionWeights)
@@ -210,7 +230,7 @@ def refuse_other_keys(
 ) -> Skipped | None:
     """Return why a layer that is handed another sequence's keys, or may be, must be taken to be, or ``None``."""
     module = names[name]
-    if denies_cross(module) or owner_of(names, name) is None:
+    if owner_of(names, name) is None:
         return None
     try:
         return Skipped("attention", _OTHERS) if _meets_others(names, name, found, reading) else None
@@ -219,9 +239,9 @@ def refuse_other_keys(
     except CannotRunError as error:
         others = sequences(module)
         if unread := [each for each in sequences(module, any_name=True) if each not in others]:
-            key = ("keys", module_key(module), reading)
+            key = ("keys", module_key(module, signs=True), reading)
             others += cached(key, partial(_key_arguments, module, reading, unread))
-        if not others or reads_self(name):
+        if not others or reads_self(name) or denies_cross(module):
             return None
         return Skipped("attention", f"it may be given other keys ({', '.join(others)}), and {error}")
 
@@ -237,7 +257,7 @@ def _meets_others(names: Mapping[str, nn.Module], name: str, found: AttentionWei
     why: CannotRunError | None = CannotRunError("nothing in the model calls it")
     for alias in same:
         for place, owner in reversed(_owners(names, alias)):
-            path, ran, key = alias[len(place) :].lstrip("."), False, module_key(owner)
+            path, ran, key = alias[len(place) :].lstrip("."), False, module_key(owner, signs=True)
             any_name = tuple(sequences(owner, any_name=True))
             for given in dict.fromkeys((any_name, *((each,) for each in any_name), ())):
                 made = partial(meets_others, owner, path, reading, [width, *token_widths(owner)], heads, given)
@@ -291,7 +311,7 @@ def _mixes_examples(names: Mapping[str, nn.Module], name: str, found: AttentionW
         path = name[len(place) :].lstrip(".")
         made = partial(owner_mixes_examples, owner, path, [width, *token_widths(owner)], heads)
         with suppress(CannotRunError):
-            if cached((module_key(owner), path, width, heads, "examples"), made):
+            if cached((module_key(owner, signs=True), path, width, heads, "examples"), made):
                 return True
     return False
 
@@ -322,7 +342,7 @@ def calls_in_use(names: Mapping[str, nn.Module], name: str, width: int, heads: i
     why, found = "nothing in the model calls it", list[Call]()
     for place, owner in reversed(_owners(names, name)):
         path, any_name, read = name[len(place) :].lstrip("."), sequences(owner, any_name=True), sequences(owner)
-        key = module_key(owner)
+        key = module_key(owner, signs=True)
         for given in dict.fromkeys((tuple(any_name), tuple(read), ())):
             made = partial(calls_of_part, owner, path, [width, *token_widths(owner)], heads, given)
             try:

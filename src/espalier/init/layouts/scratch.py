@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from espalier.init.layouts.arguments import VARIADIC, arguments
@@ -48,12 +49,16 @@ class Call:
     supposed: bool = False
 
 
-def copy_for_probe(module: nn.Module) -> nn.Module:
+def copy_for_probe(module: nn.Module, vectors: float = 1.0) -> nn.Module:
     """Return a float64 copy on the CPU, in evaluation mode, without hooks, its weights drawn anew.
 
     Matrices are uniform with deviation ~ 1/√fan-in, biases 0, other vectors ±1 and numbers ±½, with the signs that they
     have (``signs_of``): so a gate that starts closed is open, a norm acts alike on all its channels, and a factor of −1
     turns what it turns. The original is not touched and not kept alive.
+
+    Args:
+        module: the module.
+        vectors: the size of the entries of vectors that are no biases.
 
     Raises:
         CannotRunError: the copy would be too large, or something in the module cannot be copied.
@@ -70,15 +75,16 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         place, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(place)
         table = "bias" in leaf and not is_vector(leaf, parameter)  # of positions
-        if is_bias(leaf) and not table:
+        if is_bias(owner, leaf) and not table:
             value.zero_()
         elif not is_vector(leaf, parameter) and parameter.numel():
             bound = (3 / parameter[0].numel()) ** 0.5
             value.uniform_(-bound, bound, generator=generator)
         else:
-            value.fill_(0.5 if parameter.ndim == 0 else 1.0)
-            if (signs := signs_of(module.get_submodule(place), leaf, parameter)) is not None:
+            value.fill_(0.5 if parameter.ndim == 0 else vectors)
+            if (signs := signs_of(owner, leaf, parameter)) is not None:
                 value.mul_(signs)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for name, buffer in module.named_buffers():
@@ -150,7 +156,7 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         name: of the parameter in there.
         parameter: the parameter; there is nothing to keep of one that is nowhere, or in pieces.
     """
-    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or is_bias(name):
+    if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta or is_bias(owner, name):
         return None
     if not is_vector(name, parameter) or not parameter.is_floating_point() or parameter.element_size() < 2:
         return None
@@ -160,9 +166,27 @@ def signs_of(owner: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     return signs
 
 
-def is_bias(name: str) -> bool:
-    """Return whether a parameter's name is a bias's."""
-    return bool(_BIAS.search(name))
+def has_numbers(module: nn.Module) -> bool:
+    """Return whether a module or a part of it, a norm apart, has a vector that is no bias: a factor, a gate, a mix."""
+    return any(
+        parameter.ndim and is_vector(name, parameter) and not is_bias(part, name)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if not (is_lazy(parameter) or "norm" in type(part).__name__.lower())
+    )
+
+
+def is_bias(owner: nn.Module, name: str) -> bool:
+    """Return whether a module's parameter or buffer of this name is a bias: what is called b may be a factor.
+
+    A bias of every head, (H, K), has two axes as a factor has, and stands beside the matrices of every head.
+    """
+    own = {**owner._buffers, **owner._parameters}
+    if not _BIAS.search(name) or "bias" in name or (value := own.get(name)) is None or is_lazy(value):
+        return bool(_BIAS.search(name))
+    wide = [size for size in value.shape if size > 1]
+    matrices = [part.shape for part in own.values() if part is not None and not is_lazy(part) and part.ndim == 3]
+    return len(wide) < 2 or (len(wide) == 2 and any(m[0] == wide[0] and wide[1] in m[1:] for m in matrices))
 
 
 def is_vector(name: str, parameter: Tensor) -> bool:

@@ -97,8 +97,8 @@ class Trial:
     def _leave_sinks_out(self, base: Tensor) -> None:
         """Keep the columns of tokens alone, where more keys than those are attended to, and shut these off.
 
-        What no token's key makes is a sink, or a parameter: matrices of the module's own, which the proof can do
-        without, as their values meet the output projection and not that of the values.
+        What no token's key makes is a sink, or a parameter, which the proof can do without, as their values meet the
+        output projection and not that of the values.
         """
         kept = self.k.clone()
         self.k.add_(PUSH * torch.randn(self.k.shape, generator=torch.Generator().manual_seed(6)))
@@ -110,11 +110,29 @@ class Trial:
         held = {part.untyped_storage()._cdata for part in (self.q, self.k, self.v, self.o)}
         for part in self.module.modules():
             for name, parameter in part.named_parameters(recurse=False):
-                free = parameter.untyped_storage()._cdata not in held and not is_linear(part) and not is_bias(name)
-                if free and not is_vector(name, parameter):
-                    parameter.zero_()
-                elif free and "sink" in name:
+                if parameter.untyped_storage()._cdata in held or is_linear(part) or is_bias(part, name):
+                    continue
+                if not is_vector(name, parameter):
+                    self._leave_out(parameter)
+                elif "sink" in name:
                     parameter.fill_(_NO_SINK)
+
+    def _leave_out(self, memory: Tensor) -> None:
+        """Make a parameter zero if all that follows it is attended to beside the tokens: keys and values of its own."""
+        push = PUSH * torch.randn(self.v.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        kept = memory.clone()
+
+        def by_tokens() -> tuple[Tensor, Tensor]:
+            """Return their scores, and what a push of the values does where attention is even."""
+            scores = self._look({}).scores_HLL
+            still, pushed = (self._look({"q": 0 * self.q, "v": self.v + more}).out for more in (0 * push, push))
+            return scores, pushed - still
+
+        scores, moved = by_tokens()
+        memory.zero_()
+        now, then = by_tokens()
+        if not (is_close(now, scores, scores) and is_near(then, moved)):
+            memory.copy_(kept)
 
     def to_heads(self, of_groups: Tensor) -> Tensor:
         """Return for each head what its group has."""
