@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import types
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -108,3 +110,74 @@ def test_torch_s_own_function_is_run_product_by_product(need_weights: bool) -> N
 
     [row] = espalier.structure_(Functional()).layers
     assert row.status == "written"
+
+
+class Chosen:
+    order = "qkv"
+
+
+class Held:
+    def __init__(self) -> None:
+        self.order = "qkv"
+
+
+ARGUMENTS, HELD = Namespace(order="qkv"), Held()
+
+
+class Read(Attention):
+    """Its order of rows stands where a program keeps settings."""
+
+    chosen: Any = Chosen
+
+    def order(self) -> str:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = dict(zip(self.order(), self.qkv(x).chunk(3, -1), strict=True))
+        q, k, v = (parts[name].unflatten(-1, (HEADS, -1)).transpose(1, 2) for name in "qkv")
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class OfClass(Read):
+    def order(self) -> str:
+        return Chosen.order
+
+
+class OfItsOwnClass(Read):
+    def order(self) -> str:
+        return self.chosen.order
+
+
+class OfArguments(Read):
+    def order(self) -> str:
+        return ARGUMENTS.order
+
+
+class OfObject(Read):
+    def order(self) -> str:
+        return HELD.order
+
+
+class OfEnvironment(Read):
+    def order(self) -> str:
+        return os.environ.get("ROW_ORDER", "qkv")
+
+
+@pytest.mark.parametrize(
+    ("layer", "change"),
+    [
+        (OfClass, lambda patch: patch.setattr(Chosen, "order", "vkq")),
+        (OfItsOwnClass, lambda patch: patch.setattr(Chosen, "order", "vkq")),
+        (OfArguments, lambda patch: patch.setattr(ARGUMENTS, "order", "vkq")),
+        (OfObject, lambda patch: patch.setattr(HELD, "order", "vkq")),
+        (OfEnvironment, lambda patch: patch.setenv("ROW_ORDER", "vkq")),
+    ],
+)
+def test_settings_count_wherever_a_program_keeps_them(
+    layer: type[Read], change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module_key(layer()) == module_key(layer())
+    espalier.structure_(layer())
+    change(monkeypatch)
+    with pytest.raises(EspalierError, match="not proven by a run"):
+        espalier.structure_(layer())

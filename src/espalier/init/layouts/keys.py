@@ -10,6 +10,9 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import sys
+import sysconfig
+from argparse import Namespace
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
@@ -23,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from espalier.contents import bytes_in
 from espalier.init.layouts.scratch import signs_of
 
+_PYTHON = sysconfig.get_paths()["stdlib"]
 _MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NAMED = (type, ModuleType, BuiltinFunctionType, enum.Enum, CodeType, torch.jit.ScriptFunction)
@@ -76,7 +80,7 @@ class _Reader:
     def read(self, value: Any) -> Hashable:
         if value is None or isinstance(value, _VALUES):
             return type(value), value
-        if isinstance(value, _NAMED) or type(value) is object:
+        if type(value) is object or (isinstance(value, _NAMED) and not _is_users(value)):
             return _Same(value)
         if id(value) in self.met:
             return "met", self.met[id(value)][0]
@@ -86,6 +90,8 @@ class _Reader:
     def _contents(self, value: Any) -> Hashable:
         if isinstance(value, nn.Module):
             return self._module(value)
+        if isinstance(value, type):
+            return self._class(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, FunctionType):
@@ -156,10 +162,15 @@ class _Reader:
         return _Same(code), _Same(known), tuple(told)
 
     def _named(self, value: Any) -> Hashable:
-        """Return what a name of a module stands for: what is no function, setting or collection is itself."""
+        """Return what a name of a module stands for, with what it holds now: a setting, a class of them, a function.
+
+        What a library defines stays as it is, but for what holds settings; so does a network, which has a key itself.
+        """
         followed = isinstance(value, FunctionType) and not _is_installed(value)
-        if followed or isinstance(value, _VALUES) or type(value) in _COLLECTIONS or is_dataclass(type(value)):
-            with suppress(_UnknownError):
+        settings = isinstance(value, (*_VALUES, Mapping, *_COLLECTIONS)) or is_dataclass(type(value))
+        cls = value if isinstance(value, type) else type(value)
+        if followed or settings or (_is_users(cls) and not isinstance(value, nn.Module | Tensor)):
+            with suppress(Exception):  # of anybody's classes, or too deep
                 return self.read(value)
         return _Same(value)
 
@@ -167,6 +178,7 @@ class _Reader:
         """Return a class with what it and its parents outside of torch define: another function is another key."""
         if cls in self.classes:  # models repeat theirs, and reading one takes longer than the rest of a module
             return self.classes[cls]
+        self.classes[cls] = "class", len(self.classes)  # what its own code says of it
         parts: list[Hashable] = [_Same(cls)]
         for parent in cls.__mro__:
             if parent is object or parent.__module__.partition(".")[0] in ("torch", "builtins"):
@@ -175,7 +187,8 @@ class _Reader:
                 function = getattr(value, "__func__", getattr(value, "fget", value))
                 library = isinstance(function, FunctionType) and _is_installed(function)
                 parts.append((name, _Same(value), self._code(function) if library else self._named(function)))
-        return self.classes.setdefault(cls, tuple(parts))
+        self.classes[cls] = tuple(parts)
+        return self.classes[cls]
 
 
 def _names(code: CodeType) -> set[str]:
@@ -186,4 +199,15 @@ def _names(code: CodeType) -> set[str]:
 
 def _is_installed(function: FunctionType) -> bool:
     """Return whether a function is an installed library's, which stays as it is while a program runs."""
-    return "site-packages" in function.__code__.co_filename or "dist-packages" in function.__code__.co_filename
+    return _is_library(function.__code__.co_filename)
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file or file.startswith((_PYTHON, "<frozen"))
+
+
+def _is_users(cls: Any) -> bool:
+    """Return whether something is a class whose contents a program may change: its own, or one that holds settings."""
+    if not isinstance(cls, type) or cls.__module__ in ("builtins", "torch", "numpy"):
+        return False
+    return cls is Namespace or not _is_library(getattr(sys.modules.get(cls.__module__), "__file__", None) or _PYTHON)
