@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.at_home import foreign_beside, foreign_part, is_at_home, is_ours
 from espalier.init.layouts.by_name import NO_OUTPUT
 from espalier.init.layouts.by_run import reading_by_run
 from espalier.init.layouts.heads_apart import groups_of, together
@@ -21,7 +22,7 @@ from espalier.init.layouts.names import looks_like_attention, reads_cross, says_
 from espalier.init.layouts.outside import outside_kept
 from espalier.init.layouts.probe_attention import BESIDE
 from espalier.init.layouts.probe_depthwise import align
-from espalier.init.layouts.prove import PROVEN, prove, prove_use, refuse_other_keys
+from espalier.init.layouts.prove import NOT_RUN, PROVEN, prove, prove_use, refuse_other_keys
 from espalier.init.layouts.registry import (
     COMPUTED,
     CROSS,
@@ -182,55 +183,24 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
         found = align(names, name, found, own_code=own_code)
     elif own_code:
         found = prove(names, name, found, layout)
-    elif isinstance(found, SSMWeights) and _is_ours(layout) and (more := beside_the_scan(module)):
+    elif isinstance(found, SSMWeights) and is_ours(layout) and (more := beside_the_scan(module)):
         found = prove(names, name, found, layout)
         if isinstance(found, Skipped):
             found = replace(found, reason=f"its class is not known to have {', '.join(more)}, and {found.reason}")
-    elif foreign := _foreign_part(module, host, layout, found):
+    elif foreign := foreign_part(module, host, layout, found):
         found = prove(names, name, found, layout) if isinstance(found, AttentionWeights | SSMWeights) else foreign
     elif isinstance(found, AttentionWeights):
+        if beside := foreign_beside(module, host, layout):
+            proven = prove(names, name, found, layout)
+            # What cannot run here, such as a norm in a GPU's kernel, is noted.
+            refused = isinstance(proven, Skipped) and not proven.reason.startswith(NOT_RUN)
+            found = proven if refused else replace(found, note="; ".join(filter(None, (found.note, beside))))
+            return {"": found}
         if host is nn.MultiheadAttention:
             found = prove_use(names, name, found)
-        elif (owner := owner_of(names, name)) is not None and not _is_at_home(owner[1], host):
+        elif (owner := owner_of(names, name)) is not None and not is_at_home(owner[1], host):
             found = refuse_other_keys(names, name, found, layout) or found
     return {"": found}
-
-
-def _foreign_part(module: nn.Module, host: type, layout: Layout, found: Found) -> Skipped | None:
-    """Return why a class's own layout does not hold for a module in which code of another's stands, or ``None``.
-
-    What is registered here vouches for a library's code: not for a linear layer that was put in its place or a forward
-    that was patched into a class. What a user registers is taken at its word.
-    """
-    if isinstance(found, Skipped) or not _is_ours(layout):
-        return None
-    held = {view.untyped_storage()._cdata for view in vars(found).values() if isinstance(view, Tensor)}
-    for name, part in module.named_modules():
-        # torch's own layer takes its output projection's weight and never calls it.
-        if name and host is nn.MultiheadAttention:
-            continue
-        holds = any(parameter.untyped_storage()._cdata in held for parameter in part.parameters())
-        if holds and not _is_at_home(part, host):
-            words = f"{name or 'it'} ({type(part).__name__}) runs code that is not its library's"
-            return Skipped(found.kind, f"{words}: write before it is replaced, or register a layout for its class")
-    return None
-
-
-def _is_ours(layout: Layout) -> bool:
-    return str(getattr(layout, "func", layout).__module__).startswith("espalier.")
-
-
-def _is_at_home(module: nn.Module, host: type) -> bool:
-    """Return whether calling a module runs code of torch's or of the library of ``host``."""
-    homes = {"torch", host.__module__.partition(".")[0]}
-    for name in ("forward", "__call__"):
-        code = getattr(type(module), name, None)
-        while code is not None:  # a function that wraps another takes over its module's name, but not its globals
-            place = getattr(code, "__globals__", {}).get("__name__") or getattr(code, "__module__", "")
-            if str(place).partition(".")[0] not in homes:
-                return False
-            code = getattr(code, "__wrapped__", None)
-    return True
 
 
 def _guess(names: Mapping[str, nn.Module], name: str) -> Found | None:

@@ -49,6 +49,7 @@ from espalier.init.layouts.whole_model import (
 )
 
 PROVEN = "proven by a run"
+NOT_RUN = "it cannot be run to prove its rows"
 _OTHERS = "its keys or values come, or may come, from other tokens than its queries: cross-attention"
 # Below a half, so that µ − (1 − µ) has the other sign.
 _OTHER_NUMBERS = 0.3
@@ -98,7 +99,7 @@ def prove(
     except Unproven as error:
         return Skipped("attention", f"not proven by a run of it: {error}")
     except CannotRunError as error:
-        return Skipped("attention", f"it cannot be run to prove its rows: {why}; {error}")
+        return Skipped("attention", f"{NOT_RUN}: {why}; {error}")
     if refused := refuse_other_keys(names, name, found, reading):
         return refused
     parts = [part for part in f"{guessed}; {PROVEN}; {remarks}".split("; ") if part]
@@ -130,7 +131,7 @@ def _proven_mixer(module: nn.Module, found: SSMWeights, reading: Layout) -> Foun
     except Unproven as error:
         return Skipped("ssm", f"not proven by a run of it: {error}")
     except CannotRunError as error:
-        return Skipped("ssm", f"it cannot be run to prove its rows: {error}")
+        return Skipped("ssm", f"{NOT_RUN}: {error}")
     return found
 
 

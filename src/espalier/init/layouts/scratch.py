@@ -104,10 +104,19 @@ def copy_for_probe(module: nn.Module, vectors: float = 1.0) -> nn.Module:
         raise CannotRunError(f"it cannot be copied ({first_line(error)})") from error
     for part in twin.modules():
         config: Any = getattr(part, "config", None)
-        if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
+        if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa") and not own_function(part):
             config._attn_implementation_internal = "eager"  # the copy's own: kernels of other kinds need a GPU
     twin.eval()  # some classes override train() and return nothing
     return twin
+
+
+def own_function(module: nn.Module) -> str:
+    """Return the name under which a user registered the attention function that a transformers module calls, or ""."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    known = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    function = known.get(name) if isinstance(name, str) else None
+    place = str(getattr(function, "__globals__", {}).get("__name__", "transformers"))
+    return str(name) if function is not None and place.partition(".")[0] != "transformers" else ""
 
 
 def has_own_forward(module: nn.Module) -> bool:
