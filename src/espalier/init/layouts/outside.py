@@ -8,9 +8,11 @@ model then meets. Not seen: files, other processes, and what is kept deeper than
 from __future__ import annotations
 
 import functools
+import os
+import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import FunctionType, ModuleType
@@ -37,6 +39,8 @@ R = TypeVar("R")
 def outside_kept(model: nn.Module) -> Iterator[None]:
     """Put back, on leaving, what stood outside of a model's modules in their code's modules, classes and objects."""
     undo = [step for place in _places(model) for step in _kept_table(*place)]
+    exact, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    undo.append(partial(_put_back_settings, dict(os.environ), torch.get_num_threads(), exact, warns))
     try:
         yield
     finally:
@@ -53,6 +57,17 @@ def leaves_outside_alone(function: Callable[Concatenate[nn.Module, P], R]) -> Ca
             return function(model, *args, **kwargs)
 
     return kept
+
+
+def _put_back_settings(environment: Mapping[str, str], threads: int, exact: bool, warns: bool) -> None:
+    """Put back what a process and torch were set to, where it was changed."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if torch.are_deterministic_algorithms_enabled() != exact:
+        torch.use_deterministic_algorithms(exact, warn_only=warns)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Any, MutableMapping[str, Any]]]:
@@ -108,6 +123,10 @@ def _kept(value: Any) -> Undo | None:
         return None if value is sys.modules or len(value) > _LARGEST else _kept_container(value)
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random) and type(value) is not random.SystemRandom:
+        return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, _Cache):

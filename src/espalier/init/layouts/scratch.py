@@ -100,7 +100,7 @@ def copy_for_probe(module: nn.Module, vectors: float = 1.0) -> nn.Module:
                 (key, copy.deepcopy(value, memo)) for key, value in vars(part).items() if "composable_api" not in key
             )
         twin = copy.deepcopy(module, memo)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CannotRunError(f"it cannot be copied ({first_line(error)})") from error
     for part in twin.modules():
         config: Any = getattr(part, "config", None)
@@ -265,7 +265,7 @@ def run(module: nn.Module, call: Call) -> list[Tensor]:
     np.random.seed(0)  # noqa: NPY002
     try:
         out = module(*fresh(call.args), **fresh(call.kwargs))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CannotRunError(first_line(error)) from error
     tensors = [part for part in leaves(out) if part.is_floating_point()]
     if not tensors:
@@ -356,7 +356,7 @@ def _below_fsdp(cls: type) -> type[nn.Module] | None:
     return cls.__bases__[-1] if "__deepcopy__" in vars(cls) and cls.__bases__[0].__name__ == "FSDPModule" else None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error is and says, in a line."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}"[:120] if text else type(error).__name__
