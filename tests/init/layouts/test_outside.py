@@ -113,5 +113,5 @@ def test_a_forward_pass_that_ends_the_program_ends_its_own_run_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise SystemExit(3)
 
-    with pytest.raises(EspalierError, match="cannot be run to prove its rows.*SystemExit: 3"):
+    with pytest.raises(EspalierError, match=r"cannot be run to prove its rows.*SystemExit: 3"):
         espalier.structure_(Ending())
