@@ -70,6 +70,19 @@ class Complement(Plain):
         return self.lam * out - (1 - self.lam) * out
 
 
+class Trained(Plain):
+    """Its keys are other tokens' in training, the mode that a new model is in; with dropout, or without."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift, self.attn_dropout, self.dropout = shift, 0.1, nn.Dropout(0.1)
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys = earlier(x) if self.training and self.shift else x
+        p = self.attn_dropout if self.training else 0.0
+        return self.q_proj(x), self.dropout(self.k_proj(keys)), F.dropout(self.v_proj(x), p) if p else self.v_proj(x)
+
+
 class Scaled(Plain):
     def forward(self, x: Tensor, *given: Any) -> Tensor:
         return self.gamma * super().forward(x, *given)
@@ -143,6 +156,7 @@ HIDDEN: dict[str, Callable[[], nn.Module]] = {
         for names, beside in ((("a_q", "b_q"), 0), (("a", "b"), 1), (("b_a", "b_b"), 2), (("bq", "bk"), 0))
     },
     "memory beside a map of values": lambda: memory(mix=2 * torch.eye(DIM)),
+    "other keys in training": lambda: Trained(1),
     "away": Away,
     "less itself": LessItself,
     "owner's sign": lambda: Owner(lambda attn, x: attn(x, -1.0)),
@@ -151,6 +165,7 @@ HIDDEN: dict[str, Callable[[], nn.Module]] = {
 }
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "alone": Plain,
+    "dropout": lambda: Trained(0),
     "in an owner": lambda: Owner(lambda attn, x: attn(x)),
     "memory": memory,
     "factors of the output": lambda: Owner(lambda attn, x: attn(x), Scaled(gamma=torch.full((DIM,), 0.1))),
@@ -174,6 +189,9 @@ class Watched(TorchFunctionMode):
 def signs(model: nn.Module) -> tuple[Tensor, float]:
     """Return what stands for W_Q W_Kᵀ of each head and for W_V W_out: the traces of their effects on other tokens."""
     model = model.double()
+    for part in model.modules():
+        if isinstance(part, Trained):
+            part.dropout.p, part.attn_dropout = 0.0, 0.0
     x = torch.randn(1, LENGTH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     i, j = LENGTH - 1, 1
 

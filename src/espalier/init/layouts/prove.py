@@ -19,6 +19,7 @@ from espalier.init.layouts.names import denies_cross, reads_self
 from espalier.init.layouts.owners import calls_of_part
 from espalier.init.layouts.probe_attention import acts_alike, behaviour, meets_own_tokens, prove_attention
 from espalier.init.layouts.probe_ssm import prove_ssm
+from espalier.init.layouts.probe_training import refuse_other_training
 from espalier.init.layouts.probe_use import meets_others
 from espalier.init.layouts.registry import (
     AttentionWeights,
@@ -121,6 +122,9 @@ def _proven_mixer(module: nn.Module, found: SSMWeights, reading: Layout) -> Foun
         for call in calls(twin, weight.shape[-1], lengths=(64, 256)):
             try:
                 prove_ssm(twin, views, call)
+                if examples_meet(partial(run, twin), call):
+                    raise Unproven("what it makes of an example depends on others of its batch")
+                refuse_other_training(twin, call)
                 return ""
             except CannotRunError as error:
                 why = why or error  # of the most usual input
@@ -166,6 +170,7 @@ def _prove_alone(module: nn.Module, reading: Layout) -> str:
             remarks = _proven(module, reading, twin, views, call)
             if examples_meet(partial(run, twin), call):
                 raise Unproven(MEET)
+            refuse_other_training(twin, call)
             KNOWN[group] = remarks, behaviour(twin, views, call)
             return remarks
         except Unproven as error:
