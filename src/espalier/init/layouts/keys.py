@@ -155,7 +155,7 @@ class _Reader:
                 (name, (type(value), value) if isinstance(value, _VALUES) else _Same(value)) for name, value in named
             ]
         else:
-            names = sorted(_names(code))
+            names = sorted(names_in(code))
             told = [(name, self._named(known[name])) for name in names if name in known]
             within = [vars(known[name]) for name in names if isinstance(known.get(name), ModuleType)]
             told += [(name, self._named(held[name])) for held in within for name in names if name in held]
@@ -191,9 +191,9 @@ class _Reader:
         return self.classes[cls]
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """Return the names that a function's code looks up, also those in functions and comprehensions within it."""
-    inner = (_names(each) for each in code.co_consts if isinstance(each, CodeType))
+    inner = (names_in(each) for each in code.co_consts if isinstance(each, CodeType))
     return set(code.co_names).union(*inner)
 
 

@@ -7,18 +7,19 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import CodeType, FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.arguments import arguments
+from espalier.init.layouts.kernel_use import OtherUseError, prove_kernel
 from espalier.init.layouts.keys import module_key
-from espalier.init.layouts.prove import cached, token_widths
+from espalier.init.layouts.maps import maps
+from espalier.init.layouts.prove import cached
 from espalier.init.layouts.registry import BareCheckpoint, DepthwiseWeights, Found, Skipped
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced
 
@@ -64,6 +65,8 @@ def align(names: Mapping[str, nn.Module], name: str, found: DepthwiseWeights, *,
     assert isinstance(module, Convolution)
     try:
         tap = _present(names, name, module, own_code)
+    except OtherUseError as error:
+        return Skipped("depthwise", f"its weight is not the kernel: {error}")
     except CannotRunError as error:
         return Skipped("depthwise", f"{_UNKNOWN}: {error}")
     return replace(found, centre=tap, note=_note(module, tap))
@@ -88,14 +91,19 @@ def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own
     Raises:
         CannotRunError: it cannot be known, or no tap meets the present.
     """
-    padded, over_time = _by_padding(module), len(module.kernel_size) == 1
     if isinstance(names[""], BareCheckpoint):
         return _middle(module)  # nothing else is known of it
     within, outward = _callers(names, name)
-    if own_code:
-        within, outward = [], [(name, module), *within, *outward]
+    # What others convolve with its weight, they pad as they like.
+    own = [(name, module)] if own_code else []
+    if not (by_itself := prove_kernel([*own, *outward], name, module)):
+        within = []
+    elif own_code:
+        within, outward = [], [*own, *within, *outward]
+    padded = _by_padding(module) if by_itself and not own_code else None
+    over_time = len(module.kernel_size) == 1
     # Images are seldom shifted: code that neither pads nor crops need not be run, which takes long for large blocks.
-    believed = padded is not None and not own_code and not over_time and not any(_may_move(c) for _, c in outward[:1])
+    believed = padded is not None and not over_time and not any(_may_move(c) for _, c in outward[:1])
     within = [each for each in within if _may_move(each[1]) or (outward and padded is None)]
     why: CannotRunError | None = None
     stuck = False
@@ -104,14 +112,14 @@ def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own
         if stuck and (place, caller) in outward:
             continue
         try:
-            return _by_run(caller, name[len(place) :].lstrip("."), module, own_code)
+            return _by_run(caller, name[len(place) :].lstrip("."), module)
         except _NoTapError:
             raise
         except CannotRunError as error:
             why = why if isinstance(why, _ResizedError) else error
             stuck = stuck or not isinstance(error, _ResizedError)
     streams = over_time and any(_CACHE.search(each.name) for _, caller in outward[:1] for each in arguments(caller))
-    if not own_code and not isinstance(why, _ResizedError):
+    if by_itself and not own_code and not isinstance(why, _ResizedError):
         if padded is not None and not (streams and why):
             return padded
         # Code that keeps a past sees no future: of a full padding it drops what lies behind.
@@ -211,19 +219,16 @@ def _tap(module: Convolution, far: tuple[int, ...]) -> Tap:
     return tuple(found)
 
 
-def _by_run(caller: nn.Module, path: str, module: Convolution, own_code: bool) -> Tap:
+def _by_run(caller: nn.Module, path: str, module: Convolution) -> Tap:
     """Return the tap that meets the present in a run of a caller; once for all that are alike."""
-    key = (module_key(caller), path, own_code, "centre")
-    found: Tap = cached(key, lambda: _centre(caller, path, module, own_code))
+    key = (module_key(caller), path, "centre")
+    found: Tap = cached(key, lambda: _centre(caller, path, module))
     return found
 
 
 @untraced()
-def _centre(owner: nn.Module, path: str, module: Convolution, own_code: bool) -> Tap:
+def _centre(owner: nn.Module, path: str, module: Convolution) -> Tap:
     """Return the tap that meets the present, from runs of a copy of the owner with weight on one tap alone.
-
-    Of a convolution with code of its own every tap is tried: a mask, for one, lets some do nothing, and what is written
-    there would not be used.
 
     Raises:
         CannotRunError: it runs on no made-up input, gives another number of positions, or mixes them in other ways too.
@@ -233,7 +238,7 @@ def _centre(owner: nn.Module, path: str, module: Convolution, own_code: bool) ->
     why = CannotRunError("nothing is known of its inputs")
     twin = copy_for_probe(owner)
     filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
-    for call, axes in _inputs(owner, module):
+    for call, axes in maps(owner, module):
         look = functools.partial(_offsets, twin, call, axes, filters, module.stride)
         try:
             # The offset 0, which all else shares, is not told.
@@ -259,30 +264,8 @@ def _centre(owner: nn.Module, path: str, module: Convolution, own_code: bool) ->
         reach = [tuple(c * step - o for c, step, o in zip(tap, steps, seen, strict=True)) for tap, seen in ends]
         if len(set(reach)) > 1:
             raise _NoTapError("they are not as far apart as its dilation says")
-        for place, tap in enumerate(taps if own_code else ()):
-            # What stands around it may tell the offset 0 at any tap.
-            shared = {zero} if path else set[Offset]()
-            wanted = {tuple(c * step - f for c, step, f in zip(tap, steps, reach[0], strict=True))}
-            if look(place)[0] - shared != wanted - shared:
-                raise CannotRunError(f"{type(module).__name__} does not use its weights as they are (tap {tap})")
         return _tap(module, reach[0])
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
-
-
-def _inputs(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple[int, ...]]]:
-    """Yield inputs for the owner, larger than the kernel and of different sizes, and their axes of position."""
-    reach = [step * (taps - 1) + 1 for taps, step in zip(module.kernel_size, module.dilation, strict=True)]
-    # Multiples of the stride, so that padding that depends on the size is the same on both sides of it.
-    sizes = [stride * (2 * (n + axis) + 9) for axis, (n, stride) in enumerate(zip(reach, module.stride, strict=True))]
-    needs = [p for p in arguments(owner)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    others: dict[str, Any] = {p.name: None for p in needs}
-    generator = torch.Generator().manual_seed(3)
-    for width in dict.fromkeys([*token_widths(owner), module.in_channels]):
-        # Channels first, channels last, without a batch, time first.
-        forms = (((1, width, *sizes), 2), ((1, *sizes, width), 1), ((width, *sizes), 1), ((*sizes, 1, width), 0))
-        for shape, start in forms:
-            x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            yield Call((x,), dict(others), sizes[0]), tuple(range(start, start + len(sizes)))
 
 
 def _offsets(
@@ -300,7 +283,7 @@ def _offsets(
     if base.ndim != x.ndim or any(base.shape[axis] < 2 for axis in axes):
         raise CannotRunError("its output has no such axis of positions")
     sizes = [(x.shape[axis], base.shape[axis]) for axis in axes]
-    # A kernel without padding leaves more than half of what ``_inputs`` makes.
+    # A kernel without padding leaves more than half of what ``maps`` makes.
     bounds = [
         (taken // (2 * stride) + 1, 2 * taken // stride) for (taken, _), stride in zip(sizes, strides, strict=True)
     ]
