@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from standins import BlobSource, TinyNet, recipe
 from torch import nn
 
@@ -15,8 +17,9 @@ from espalier import data, models
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.recipes.base import Recipe
-from espalier.train import train
+from espalier.train import RunInterrupted, load_run, train
 from espalier.train.build import build_optimizer
+from espalier.train.losses import build_loss
 from espalier.train.nonfinite import LossGuard, find_nonfinite
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -76,6 +79,72 @@ def test_the_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lay
     # Weights that a gradient has spoilt are seen by the next step.
     assert where.startswith(f"step {14 if gradient else 13}:")
     assert ("'weight' of" in where) == gradient
+
+
+class Numbing(Explodes):
+    """A net that makes numbers of what is none."""
+
+    gradient = True
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).nan_to_num(0.0)
+
+
+class Overwritten(TinyNet):
+    """A net whose buffer, which nobody reads, is no number from the 13th training pass on; a mask of −∞ beside it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("mask", torch.full((3,), -torch.inf))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes += torch.nan if self.training and self.passes >= 12 else float(self.training)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("net", "changes", "where"),
+    [
+        (Explodes, {"loss": "multi_margin"}, "step 13: the output of layer 'depthwise' "),
+        (Numbing, {}, "the evaluation: 'weight' of layer "),
+        (Numbing, {"ema_decay": 0.9}, "the evaluation: 'weight' of layer "),
+        (Overwritten, {"ema_decay": 0.9}, "the evaluation: 'passes' of the model"),
+    ],
+)
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_loss_that_hides_it_ends_no_run_as_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net: Any, changes: dict[str, Any], where: str, stop: bool
+) -> None:
+    """max(0, NaN) is 0, and so the loss of a margin; and a net may have a number in place of what is none."""
+    monkeypatch.setattr(models, "build_model", lambda name, **_: net(4))
+    if stop:  # as a signal asks for a checkpoint of it
+        monkeypatch.setattr(data, "build_source", lambda _: BlobSource(signal_at=(2, 2, signal.SIGTERM)))
+    if stop:
+        with pytest.raises(RunInterrupted, match="is finished"):
+            train(recipe(**changes), tmp_path / "run")
+        run = load_run(tmp_path / "run")
+    else:
+        run = train(recipe(**changes), tmp_path / "run")
+    assert run.result is not None
+    assert run.result["diverged"] is True
+    assert run.result["score"] is None
+    assert run.result["diverged_at"].startswith(where)
+    assert not (run.path / "final.safetensors").exists()
+    *healthy, last = run.rows
+    assert all(row["test/accuracy"] > 0 for row in healthy)
+    assert {value for name, value in last.items() if "/" in name} == {None} or net is Explodes
+    for file in run.path.glob("checkpoint*/*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert tensor.isfinite().all() or name.endswith("/mask"), name
+
+
+def test_scores_of_masked_classes_and_places_without_a_target_do_not_end_a_run() -> None:
+    scores = torch.tensor([[-torch.inf, 2.0, 1.0], [torch.nan] * 3])
+    targets = torch.tensor([1, -100])
+    for loss in ("cross_entropy", "multi_margin"):
+        assert build_loss(recipe(loss=loss))(scores, targets).isfinite()
+        assert build_loss(recipe(loss=loss))(scores, targets.flip(0)).isnan()
 
 
 @pytest.mark.parametrize("name", get_args(get_type_hints(Recipe)["optimizer"]))

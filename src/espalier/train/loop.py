@@ -65,7 +65,7 @@ def train(
     """Train as ``recipe`` says, into the run folder ``out``, and return the finished run.
 
     A run that is already finished is returned as it is; an unfinished one goes on from its last checkpoint to the
-    same numbers as one that was never stopped. A loss that stops being finite ends the run: its result says
+    same numbers as one that was never stopped. A loss or weights that stop being finite end the run: its result says
     ``"diverged": true`` and where, its score is None, and its last checkpoint stays. Under torchrun or srun the same
     call trains on all processes; each takes its share of every batch. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint
     after the present step, or the present batch of an evaluation.
@@ -180,21 +180,32 @@ def _train_epoch(s: Session, advance: Advance) -> bool:
         advance(1, "")
         if counters.step % every == 0 and not math.isfinite(s.loss_sum.item()):
             break
-        _obey(s)
+        if not _obey(s):
+            break
     counters.seconds += s.clock.stop()
-    return math.isfinite(s.loss_sum.item())
+    return _healthy(s)
 
 
-def _obey(s: Session) -> None:
-    """Save if it is time to, save and stop if a signal asks for it: all processes after the same step."""
+def _healthy(s: Session) -> bool:
+    """Return whether the losses since the last row and the weights are finite."""
+    return math.isfinite(s.loss_sum.item()) and s.spoilt() is None
+
+
+def _obey(s: Session) -> bool:
+    """Save if it is time to, save and stop if a signal asks for it: all processes after the same step.
+
+    Returns:
+        False where the run has diverged: there is nothing to save any more.
+    """
     request = s.agreed_request()
     if request == NOTHING:
-        return
+        return True
     s.counters.seconds += s.clock.stop()
     saved = _save(s)
     s.clock.mark()
     if request == STOP and saved:
         raise s.stopped()
+    return saved
 
 
 def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -224,12 +235,12 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _add_row(s: Session, advance: Advance) -> bool:
-    """Evaluate, write a row, and return whether its losses are finite."""
+    """Evaluate, write a row (without scores that mean nothing), and return whether losses and weights are finite."""
     recipe, counters, fabric = s.recipe, s.counters, s.fabric
 
     def stop_if_asked() -> None:
         # What is no longer finite is not worth a checkpoint: the run ends by itself.
-        if s.agreed_request() == STOP and math.isfinite(s.loss_sum.item()):
+        if s.agreed_request() == STOP and _healthy(s):
             raise _StopEvaluation
 
     try:
@@ -244,6 +255,10 @@ def _add_row(s: Session, advance: Advance) -> bool:
         _save(s)
         raise s.stopped() from None
     train_loss = s.loss_sum.item() / counters.loss_steps if counters.loss_steps else None
+    losses = [scores[f"{split}/loss"] for split in s.source.eval_splits]
+    sound = s.spoilt() is None and math.isfinite(losses[0]) and not any(map(math.isnan, losses))
+    if not sound:
+        scores = dict.fromkeys(scores, math.nan)
     row = {
         "epoch": counters.epoch,
         "step": counters.step,
@@ -262,14 +277,14 @@ def _add_row(s: Session, advance: Advance) -> bool:
         s.logger.log(s.rows[-1])
     split = s.source.eval_splits[0]
     advance(0, f"{split} accuracy {scores[f'{split}/accuracy']:.4f}")
-    return math.isfinite(scores[f"{split}/loss"]) and (train_loss is None or math.isfinite(train_loss))
+    return sound and (train_loss is None or math.isfinite(train_loss))
 
 
 def _save(s: Session) -> bool:
-    """Write a checkpoint, unless the loss is no longer finite: the last good one is worth more."""
-    s.counters.loss_sum = s.loss_sum.item()
-    if not math.isfinite(s.counters.loss_sum):
+    """Write a checkpoint, unless loss or weights are no longer finite: the last good one is worth more."""
+    if not _healthy(s):
         return False
+    s.counters.loss_sum = s.loss_sum.item()
     save_checkpoint(s.out, s.model, s.optimizer, s.averages.tensors, s.counters, s.rows)
     s.requests.saved()
     s.request = torch.zeros_like(s.request)
@@ -325,4 +340,4 @@ def _locate(s: Session) -> str:
             first = min((each for each in gather_objects(found) if each is not None), default=None)
             if first is not None:
                 return f"{place}: {first[1]}"
-    return f"{place}: the loss itself"
+    return f"{place}: {s.spoilt() or 'the loss itself'}"

@@ -162,7 +162,12 @@ def _flat(function: Loss, logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = logits.flatten(0, -2), targets.flatten()
     if targets.device.type == "cpu":  # a GPU would have to be waited for
         _check_targets(logits, targets)
-    return function(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets)
+    total = function(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets)
+    # max(0, NaN) is 0: a margin loss takes what is no number for the best of scores. −∞ is a score, of a masked class.
+    largest = logits.detach().amax(-1)
+    if not targets.is_floating_point():
+        largest = largest.masked_fill(targets == IGNORED, 0.0)
+    return torch.where((largest < math.inf).all(), total, math.nan)
 
 
 def _check_targets(logits: Tensor, targets: Tensor) -> None:

@@ -56,7 +56,7 @@ def find_nonfinite(model: nn.Module, inputs: Tensor) -> tuple[int, str] | None:
         How many layers ended before, and the tensor in words. A layer's weights come before its output, inner layers
         before those around them.
     """
-    if inputs.is_floating_point() and not _finite(inputs):
+    if not is_finite(inputs):
         return 0, "the inputs of the batch"
     found: list[tuple[int, str]] = []
     ended = 0
@@ -69,10 +69,10 @@ def find_nonfinite(model: nn.Module, inputs: Tensor) -> tuple[int, str] | None:
             return
         layer = f"layer {names[id(module)]!r} ({type(module).__name__})" if names[id(module)] else "the model"
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        bad = next((name for name, tensor in own if not _finite(tensor)), None)
+        bad = next((name for name, tensor in own if not is_finite(tensor)), None)
         if bad is not None:
             found.append((ended, f"{bad!r} of {layer}, which the step before had made so"))
-        elif not all(map(_finite, _tensors(output))):
+        elif not all(map(is_finite, _tensors(output))):
             found.append((ended, f"the output of {layer}"))
 
     hooks = [module.register_forward_hook(look) for module in model.modules()]
@@ -85,8 +85,10 @@ def find_nonfinite(model: nn.Module, inputs: Tensor) -> tuple[int, str] | None:
     return found[0] if found else None
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(local_part(tensor)).all())
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether this process's part of a tensor holds only finite numbers; waits for the device."""
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return not numbers or bool(torch.isfinite(local_part(tensor.detach())).all())
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.data.source import Source
 from espalier.recipes.base import Recipe
@@ -15,7 +15,8 @@ from espalier.train.checkpoint import Counters
 from espalier.train.ema import AveragedWeights
 from espalier.train.loggers import RowLogger
 from espalier.train.losses import Loss
-from espalier.train.nonfinite import LossGuard
+from espalier.train.nonfinite import LossGuard, is_finite
+from espalier.train.parallel import first_of_any
 from espalier.train.progress import StepClock
 from espalier.train.requests import Requests, RunInterrupted
 
@@ -59,6 +60,21 @@ class Session:
         # Float64 holds a sum of float32 losses exactly enough that a resumed run reports the same mean to the bit.
         wide = torch.float32 if self.fabric.device.type == "mps" else torch.float64
         self.loss_sum = torch.tensor(self.counters.loss_sum, dtype=wide, device=self.fabric.device)
+        # What is not finite from the start, such as a mask of −∞, may stay so; what is trained may not.
+        state = self._state()
+        self._watched = {name for name, tensor in state.items() if tensor.requires_grad or is_finite(tensor)}
+
+    def _state(self) -> dict[str, Tensor]:
+        averages = {f"averaged {name}": tensor for name, tensor in self.averages.tensors.items()}
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **averages}
+
+    def spoilt(self) -> str | None:
+        """Return the name of a weight that has stopped being finite, None if all are: the same on all processes.
+
+        The losses need not tell: a net or a loss may make a number of what is none.
+        """
+        watched = ((name, tensor) for name, tensor in self._state().items() if name in self._watched)
+        return first_of_any(next((name for name, tensor in watched if not is_finite(tensor)), None))
 
     def agreed_request(self) -> int:
         """Return the largest request of any process, to all of them after the same step or batch."""
