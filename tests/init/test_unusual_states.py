@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -115,6 +116,54 @@ def test_a_scripted_part_is_no_layer_and_changes_no_other(part: str) -> None:
         assert [row.layer for row in report.layers] == ["0.self_attn", "1.self_attn"]
         drawn.append(model[1].self_attn.in_proj_weight.detach())
     assert torch.equal(*drawn)
+
+
+class Filters(nn.Module):
+    """A depthwise convolution with an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(DIM, DIM, 5, padding=2, groups=DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+
+class Scores(nn.Module):
+    """Attention of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-1, -2)
+        return self.out(scores.softmax(-1) @ self.v(x))
+
+
+COMPILED = {
+    "convolution": (lambda: nn.Conv2d(DIM, DIM, 5, padding=2, groups=DIM), ""),
+    "filters": (Filters, ".conv"),
+    "traced": (lambda: torch.jit.trace(Filters(), torch.randn(1, DIM, 9, 9)), ".conv"),
+    "attention": (Scores, ""),
+    "torch's": (lambda: nn.MultiheadAttention(DIM, 2), ""),
+    "deep": (lambda: nn.Sequential(nn.Sequential(Scores())), ".0.0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", COMPILED)
+def test_a_scripted_layer_is_left_alone_and_says_why(kind: str) -> None:
+    make, place = COMPILED[kind]
+    scripted = torch.jit.script(make())
+    for look in (espalier.audit, partial(espalier.structure_, generator=seeded())):
+        rows = look(nn.ModuleList([Filters(), scripted])).layers
+        assert [row.layer for row in rows] == ["0.conv", f"1{place}"]
+        assert rows[1].status == "skipped"
+        assert "compiled by torch.jit" in rows[1].note
+    espalier.diagnose(nn.ModuleList([Filters(), scripted]))
+    with pytest.raises(EspalierError, match=r"compiled by torch\.jit"):
+        espalier.structure_(scripted)
 
 
 class Crossed(nn.Module):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -48,6 +49,7 @@ _EMPTY = "its weights hold no values here (ZeRO-3 keeps them elsewhere): gather 
 _EXPANDED = "its weights are fewer numbers seen many times (expanded, overlapping): clone them, then write"
 _OVERLAPPING = "two of its projections are tied, or share memory: their products cannot both be set"
 _QUANTISED = "its weights are quantised: write the full-precision model, then quantise it"
+_SCRIPTED = "it is compiled by torch.jit, so that no run can prove it: write the plain model, then compile it"
 # What a class has besides what it redefines.
 _BOOKKEEPING = {
     "__module__", "__doc__", "__annotations__", "__constants__", "__parameters__", "__orig_bases__",
@@ -140,7 +142,7 @@ def _located(model: nn.Module) -> list[Layer]:
                 within = (part for part in attention if part.startswith(f"{name}.".lstrip(".")))
                 apart |= {part for part in within if _stands_alone(names[part])}
         if found is None:
-            if name in attention:
+            if name in attention or _has_scripted_filters(module):
                 located.append(Layer(name, host, module, "", names, _not_understood(module)))
             continue
         prefix = f"{name}." if name else ""
@@ -167,6 +169,8 @@ def _read(names: Mapping[str, nn.Module], name: str) -> Mapping[str, Found] | No
     By the names of the parts: "" is the module itself.
     """
     module = names[name]
+    if isinstance(module, torch.jit.ScriptModule):  # its code can neither be looked at nor run in float64
+        return None
     host = next((cls for cls in type(module).__mro__ if class_path(cls) in LAYOUTS), None)
     if host is None:
         return {"": guessed} if (guessed := _guess(names, name)) else None
@@ -333,8 +337,18 @@ def _has_own_code(cls: type, host: type) -> bool:
     return any(theirs & set(vars(base)) for base in between if base is not nn.Module)
 
 
+def _has_scripted_filters(module: nn.Module) -> bool:
+    """Return whether a module is a depthwise convolution, by its weight, that ``torch.jit`` compiled."""
+    weight = attribute(module, "weight") if isinstance(module, torch.jit.ScriptModule) else None
+    if not isinstance(weight, Tensor) or weight.ndim < 3 or attribute(module, "groups", len(weight)) != len(weight):
+        return False  # a traced one has no groups
+    return weight.shape[1] == 1 < len(weight) and weight[0].numel() > 2
+
+
 def _not_understood(module: nn.Module) -> Skipped:
-    """Return why a module that looks like attention is left alone."""
+    """Return why a module that looks like attention, or is a scripted convolution, is left alone."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return Skipped("depthwise" if _has_scripted_filters(module) else "attention", _SCRIPTED)
     children = {name for name, _ in module.named_children()}
     reason = "it looks like attention, in a form that no layout knows: register one for its class"
     if any(name.startswith(("kv_down", "kv_a")) for name in children):

@@ -26,9 +26,10 @@ def head_maps(module: nn.Module) -> tuple[list[Group], list[nn.Module]]:
     shapes. Those that another module calls are its heads, not this one's.
     """
     groups, heads = list[Group](), list[nn.Module]()
-    for place, holder in module.named_modules():
+    names = dict(module.named_modules())
+    for place, holder in names.items():
         owners = (place[:end] for end, letter in enumerate(f"{place}.") if letter == "." and place[:end])
-        if not all(isinstance(module.get_submodule(owner), CONTAINERS) for owner in owners):
+        if not all(isinstance(names.get(owner), CONTAINERS) for owner in owners):
             continue
         alike: dict[type, list[tuple[str, nn.Module]]] = {}
         for name, part in holder.named_children():

@@ -67,6 +67,8 @@ def copy_for_probe(module: nn.Module, vectors: float = 1.0) -> nn.Module:
         raise CannotRunError("its forward was replaced on the instance")
     if holds_lazy(module):
         raise CannotRunError(LAZY)
+    if any(isinstance(part, torch.jit.ScriptModule) and [*part.parameters()] for part in module.modules()):
+        raise CannotRunError("a part of it with weights is compiled by torch.jit")
     parameters = dict(module.named_parameters())
     if sum(parameter.numel() for parameter in parameters.values()) > _LARGEST:
         raise CannotRunError("it is too large to be copied")
