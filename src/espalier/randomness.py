@@ -64,10 +64,26 @@ def generators_kept(devices: Sequence[int | torch.device] = ()) -> Iterator[None
 
 @contextmanager
 def seeded_globally(generator: torch.Generator) -> Iterator[None]:
-    """Start torch's global CPU generator from another's seed for the length of a ``with`` block, and put it back.
+    """Start torch's CPU, Python's and numpy's global generators from another's seed in a ``with`` block, and put them
+    back after it.
 
-    Constructors and code of a user's own draw from the global one alone.
+    Constructors and code of a user's own draw from the global ones alone.
     """
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         torch.default_generator.manual_seed(generator.initial_seed())
+        _seed_the_others(generator)
         yield
+
+
+def seed_globally(generator: torch.Generator) -> None:
+    """Start torch's (on every device), Python's and numpy's global generators from another's seed.
+
+    For use within ``generators_kept``, which puts them back.
+    """
+    torch.manual_seed(generator.initial_seed())
+    _seed_the_others(generator)
+
+
+def _seed_the_others(generator: torch.Generator) -> None:
+    random.seed(generator.initial_seed())
+    np.random.seed(generator.initial_seed() % 2**32)  # noqa: NPY002 (what others draw from)

@@ -24,7 +24,7 @@ from espalier.data.classes import count_classes, refuse_two_numbers
 from espalier.data.source import Source, epoch_order, image_args
 from espalier.errors import EspalierError, require_known
 from espalier.lookup import errors_of, load, without_pin
-from espalier.randomness import derive_generator
+from espalier.randomness import derive_generator, seeded_globally
 
 if TYPE_CHECKING:
     from espalier.recipes.base import Recipe
@@ -312,7 +312,8 @@ def own_source(recipe: Recipe) -> Source:
     except TypeError as error:
         raise EspalierError(f"dataset {name} does not take {arguments or 'no arguments'}: {error}") from error
     refuse_misfits(f"dataset {name!r}", factory, arguments)
-    with errors_of("dataset", name):
+    # What it draws, such as which examples are held out, is the same in every run, whatever its seed.
+    with errors_of("dataset", name), seeded_globally(derive_generator(0, "source")):
         made = factory(**arguments)
     if isinstance(made, Source):
         return made

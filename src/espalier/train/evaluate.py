@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ def evaluate(
     *,
     mine: slice = slice(None),
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    before_batch: Callable[[str, int], object] = lambda split, index: None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return ``{split}/loss`` and ``{split}/accuracy`` for every split, in evaluation mode; the mode is put back.
@@ -36,6 +38,7 @@ def evaluate(
         batch_size: examples per forward pass.
         mine: this process's share of a batch.
         reduce: adds a tensor up over the processes.
+        before_batch: called with split and number before a batch is read.
         after_batch: called after every batch; it may raise to stop.
 
     Raises:
@@ -47,7 +50,12 @@ def evaluate(
     for split in source.eval_splits:
         sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
         tokens = False
-        for inputs, targets in source.eval_batches(split, batch_size):
+        batches = iter(source.eval_batches(split, batch_size))
+        for index in itertools.count():
+            before_batch(split, index)
+            if (batch := next(batches, None)) is None:
+                break
+            inputs, targets = batch
             tokens = targets.dim() == 2 and not targets.is_floating_point()
             share = targets[mine]
             # Every process runs the model, or those that share its weights would wait for the one that does not.
@@ -55,11 +63,11 @@ def evaluate(
             if len(share):
                 sums += _batch_sums(logits, share, loss)
             after_batch()
-        loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
-        if not count:
+        loss_sum, asked, right, strings_right, strings = reduce(sums).tolist()
+        if not asked:
             raise EspalierError(f"split {split!r} of the data is empty: give it some examples")
-        scores[f"{split}/loss"] = loss_sum / count
-        scores[f"{split}/accuracy"] = right / count
+        scores[f"{split}/loss"] = loss_sum / asked
+        scores[f"{split}/accuracy"] = right / asked
         if tokens:
             scores[f"{split}/string_accuracy"] = strings_right / strings
     model.train(was_training)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from espalier.errors import EspalierError
 from espalier.files import load_weights, named, write_tensors
-from espalier.randomness import derive_generator
+from espalier.randomness import derive_generator, generators_kept, seed_globally
 from espalier.recipes.base import Recipe
 from espalier.recipes.validation import resolve_recipe
 from espalier.train.build import build_optimizer, build_run_model, build_run_source
@@ -96,7 +96,7 @@ def train(
     with own_threads(recipe.threads), one_line_errors(recipe, out, requests), requests:
         fabric = make_fabric(recipe, strategy)
         devices = [fabric.device] if fabric.device.type == "cuda" else []
-        with held(out, fabric), torch.random.fork_rng(devices=devices):
+        with held(out, fabric), generators_kept(devices):
             # Whoever held the folder until now may have finished the run.
             if check_folder(out, recipe, resume) != "finished":
                 _fit(_open(recipe, out, fabric, strategy, requests), progress)
@@ -165,14 +165,11 @@ def _train_epoch(s: Session, advance: Advance) -> bool:
     s.module.train()
     s.clock.mark()
     for step in range(counters.step - counters.epoch * s.steps_per_epoch, s.steps_per_epoch):
-        inputs, targets = s.source.train_batch(recipe.seed, counters.epoch, step, recipe.batch_size)
+        inputs, targets = _batch(s, counters.epoch, step)
         rate = learning_rate(recipe, counters.step, s.steps_per_epoch)
         for group in s.optimizer.param_groups:
             group["lr"] = rate
-        # Layers that draw (dropout) read the global stream, which is this run's own here: see fork_rng in train. It
-        # starts anew at every step, so that a run may be resumed at any.
-        key = derive_generator(recipe.seed, "layers", counters.epoch, step, s.fabric.global_rank)
-        torch.manual_seed(key.initial_seed())
+        _seed(s, "layers", counters.epoch, step, s.fabric.global_rank)
         s.loss_sum += _step(s, inputs, targets)
         counters.step += 1
         counters.loss_steps += 1
@@ -184,6 +181,18 @@ def _train_epoch(s: Session, advance: Advance) -> bool:
             break
     counters.seconds += s.clock.stop()
     return _healthy(s)
+
+
+def _seed(s: Session, *keys: int | str) -> None:
+    """Start the global generators anew, so that a run may be resumed at any step: layers (dropout) and code of the
+    user's own draw from them, and here they are this run's own (``generators_kept`` in ``train``)."""
+    seed_globally(derive_generator(s.recipe.seed, *keys))
+
+
+def _batch(s: Session, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    """Return the batch of a step, the same on all processes."""
+    _seed(s, "batch", epoch, step)
+    return s.source.train_batch(s.recipe.seed, epoch, step, s.recipe.batch_size)
 
 
 def _healthy(s: Session) -> bool:
@@ -248,6 +257,7 @@ def _add_row(s: Session, advance: Advance) -> bool:
             scores = evaluate(
                 s.module, s.source, build_loss(recipe, smoothing=False), recipe.eval_batch_size, mine=s.mine,
                 reduce=lambda sums: fabric.all_reduce(sums, reduce_op="sum"), after_batch=stop_if_asked,
+                before_batch=lambda split, index: _seed(s, "evaluation", split, index),
             )  # fmt: skip
     except _StopEvaluation:
         # The row is still to come: the resumed run begins at the end of this epoch, with the evaluation.
@@ -331,7 +341,8 @@ def _locate(s: Session) -> str:
     else:
         place, parts = f"step {s.resumed_at + healthy + 1}", recipe.accumulate
         epoch, index = divmod(s.resumed_at + healthy, s.steps_per_epoch)
-        batches = iter([s.source.train_batch(recipe.seed, epoch, index, recipe.batch_size)])
+        batches = iter([_batch(s, epoch, index)])
+        _seed(s, "layers", epoch, index, s.fabric.global_rank)
     for inputs, _ in batches:
         for part in inputs.chunk(parts):
             share = part[s.mine]
