@@ -202,6 +202,38 @@ def test_taps_that_are_hidden_by_what_mixes_all_positions_are_those_of_the_paddi
     assert found.centre == (2, 2)
 
 
+class Two(nn.Module):
+    """Two filters, one beside the other or behind it, of what is moved on by some positions."""
+
+    def __init__(self, by: int, *, beside: bool) -> None:
+        super().__init__()
+        self.by, self.beside = by, beside
+        self.first, self.second = (nn.Conv1d(DIM, DIM, 5, padding=2, groups=DIM) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.roll(self.by, -1)
+        return self.first(y) + self.second(y) if self.beside else self.second(F.gelu(self.first(y)))
+
+
+@pytest.mark.parametrize("by", [-2, 0, 1, 2])
+def test_a_filter_beside_another_hides_no_tap(by: int) -> None:
+    for _, _, found in find_layers(Two(by, beside=True)):
+        assert isinstance(found, DepthwiseWeights), found
+        assert found.centre == (2 + by,)
+
+
+def test_padding_is_not_believed_against_a_run() -> None:
+    # A filter that others blur may be where its padding says, unless nothing moves there.
+    for _, _, found in find_layers(Two(0, beside=False)):
+        assert isinstance(found, DepthwiseWeights), found
+        assert found.centre == (2,)
+    for by in (-8, 9):
+        for beside in (True, False):
+            for _, _, found in find_layers(Two(by, beside=beside)):
+                assert isinstance(found, Skipped), found
+                assert beside or "not where its padding says" in found.reason
+
+
 def test_several_filters_a_channel_are_left_alone() -> None:
     [found] = [found for _, _, found in find_layers(nn.Sequential(nn.Conv2d(DIM, 2 * DIM, 5, padding=2, groups=DIM)))]
     assert isinstance(found, Skipped)

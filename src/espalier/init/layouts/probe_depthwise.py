@@ -5,40 +5,35 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import CodeType, FunctionType
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.kernel_use import OtherUseError, prove_kernel
 from espalier.init.layouts.keys import module_key
 from espalier.init.layouts.maps import maps
+from espalier.init.layouts.moves import Offset, moves
 from espalier.init.layouts.prove import cached
 from espalier.init.layouts.registry import BareCheckpoint, DepthwiseWeights, Found, Skipped
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, owner_of, run, untraced
+from espalier.init.layouts.scratch import CannotRunError, copy_for_probe, owner_of, untraced
 
 _UNKNOWN = "which of its taps meets the present is unknown"
 _CACHE = re.compile(r"cache|past|state|stream|inference_params")
 # Names in code that may put positions in front or take some away.
 _MOVES = re.compile(r"pad|crop|chomp|trim|narrow|roll|shift|unfold|slice|^(cat|concat|split|chunk|index_select)$", re.I)
-# Input position minus output position that a tap connects, axis by axis.
-Offset = tuple[int, ...]
 # A tap, by its number on every axis.
 Tap = tuple[int, ...]
 # Modules that call one inside them, by name.
 Callers = list[tuple[str, nn.Module]]
-# How far above the median move of all outputs one must stand that the moved input reaches through a tap.
-_ABOVE_MIXING = 5.0
 
 
 class _MixedError(CannotRunError):
-    """A module runs, and moves all positions with each as much as by any tap."""
+    """A module runs, and mixes positions in more ways than by the taps, so that none is told."""
 
 
 class _ResizedError(CannotRunError):
@@ -86,7 +81,8 @@ def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own
     """Return the tap that meets the present.
 
     The nearest code around it that keeps positions is run. A caller that gives more positions than it takes, or fewer,
-    leaves the rest to its own caller. Where code cannot be run, padding that keeps positions is taken at its word.
+    leaves the rest to its own caller. Where code cannot be run, or hides its taps, padding that keeps positions is
+    taken at its word, but never against what a run shows.
 
     Raises:
         CannotRunError: it cannot be known, or no tap meets the present.
@@ -100,11 +96,11 @@ def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own
         within = []
     elif own_code:
         within, outward = [], [*own, *within, *outward]
-    padded = _by_padding(module) if by_itself and not own_code else None
+    front = _by_padding(module) if by_itself and not own_code else None
     over_time = len(module.kernel_size) == 1
     # Images are seldom shifted: code that neither pads nor crops need not be run, which takes long for large blocks.
-    believed = padded is not None and not over_time and not any(_may_move(c) for _, c in outward[:1])
-    within = [each for each in within if _may_move(each[1]) or (outward and padded is None)]
+    believed = front is not None and not over_time and not any(_may_move(c) for _, c in outward[:1])
+    within = [each for each in within if _may_move(each[1]) or (outward and front is None)]
     why: CannotRunError | None = None
     stuck = False
     for place, caller in [*([] if believed else outward), *within]:
@@ -112,16 +108,16 @@ def _present(names: Mapping[str, nn.Module], name: str, module: Convolution, own
         if stuck and (place, caller) in outward:
             continue
         try:
-            return _by_run(caller, name[len(place) :].lstrip("."), module)
+            return _by_run(caller, name[len(place) :].lstrip("."), module, front)
         except _NoTapError:
             raise
         except CannotRunError as error:
             why = why if isinstance(why, _ResizedError) else error
             stuck = stuck or not isinstance(error, _ResizedError)
     streams = over_time and any(_CACHE.search(each.name) for _, caller in outward[:1] for each in arguments(caller))
-    if by_itself and not own_code and not isinstance(why, _ResizedError):
-        if padded is not None and not (streams and why):
-            return padded
+    if by_itself and not own_code and not isinstance(why, _ResizedError | _MixedError):
+        if front is not None and not (streams and why):
+            return _tap(module, front)
         # Code that keeps a past sees no future: of a full padding it drops what lies behind.
         if streams and why and module.padding == (module.dilation[0] * (module.kernel_size[0] - 1),):
             return (module.kernel_size[0] - 1,)
@@ -179,8 +175,8 @@ def _code_slices(code: CodeType) -> bool:
     return named or any(isinstance(each, slice) or _code_slices(each) for each in held)
 
 
-def _by_padding(module: Convolution) -> Tap | None:
-    """Return the tap that meets the present if the convolution's own padding keeps positions, else ``None``."""
+def _by_padding(module: Convolution) -> Offset | None:
+    """Return how far before the output the filter starts if its own padding keeps positions, else ``None``."""
     steps, strides = module.dilation, module.stride
     reach = [step * (taps - 1) for step, taps in zip(steps, module.kernel_size, strict=True)]
     if module.padding == "same":
@@ -191,9 +187,10 @@ def _by_padding(module: Convolution) -> Tap | None:
         if not all(1 - stride <= 2 * f - far <= 0 for f, far, stride in zip(front, reach, strides, strict=True)):
             return None
     try:
-        return _tap(module, front)
+        _tap(module, front)
     except _NoTapError:
         return None
+    return front
 
 
 def _unpadded(module: Convolution) -> bool:
@@ -205,7 +202,7 @@ def _middle(module: Convolution) -> Tap:
     return tuple((taps - 1) // 2 for taps in module.kernel_size)
 
 
-def _tap(module: Convolution, far: tuple[int, ...]) -> Tap:
+def _tap(module: Convolution, far: Offset) -> Tap:
     """Return the tap that meets the present, given how far before the output's position the filter starts.
 
     A strided output covers several positions: of the taps that meet one of them it is the one nearest to the middle.
@@ -219,93 +216,58 @@ def _tap(module: Convolution, far: tuple[int, ...]) -> Tap:
     return tuple(found)
 
 
-def _by_run(caller: nn.Module, path: str, module: Convolution) -> Tap:
+def _by_run(caller: nn.Module, path: str, module: Convolution, front: Offset | None) -> Tap:
     """Return the tap that meets the present in a run of a caller; once for all that are alike."""
-    key = (module_key(caller), path, "centre")
-    found: Tap = cached(key, lambda: _centre(caller, path, module))
+    key = (module_key(caller), path, front, "centre")
+    found: Tap = cached(key, lambda: _centre(caller, path, module, front))
     return found
 
 
 @untraced()
-def _centre(owner: nn.Module, path: str, module: Convolution) -> Tap:
+def _centre(owner: nn.Module, path: str, module: Convolution, front: Offset | None) -> Tap:
     """Return the tap that meets the present, from runs of a copy of the owner with weight on one tap alone.
+
+    Where other mixing hides it, it is that of the padding, given as ``front``, if outputs move where that has them.
 
     Raises:
         CannotRunError: it runs on no made-up input, gives another number of positions, or mixes them in other ways too.
     """
-    steps = module.dilation
-    taps = list(itertools.product(*map(range, module.kernel_size)))
+    steps, zero = module.dilation, (0,) * len(module.dilation)
+    corners = (zero, tuple(taps - 1 for taps in module.kernel_size))
     why = CannotRunError("nothing is known of its inputs")
     twin = copy_for_probe(owner)
     filters = (twin.get_submodule(path) if path else twin).get_parameter("weight")
     for call, axes in maps(owner, module):
-        look = functools.partial(_offsets, twin, call, axes, filters, module.stride)
         try:
-            # The offset 0, which all else shares, is not told.
-            (still, keeps, mixed), zero = look(None), (0,) * len(steps)
-            still |= {zero}
-            first, last = look(0)[0] - still, look(-1)[0] - still
-        except _MixedError:
-            raise
+            still, *ends = (moves(twin, call, axes, filters, module.stride, tap) for tap in (None, 0, -1))
         except CannotRunError as error:
             why = error
             continue
         who = f"{type(owner).__name__}, which calls it,"
-        if len(first) > 1 or len(last) > 1 or not (first | last or len(still) == 1):
-            raise CannotRunError(f"{who} mixes positions in other ways too")
-        if not keeps:
+        if not still.keeps:
             raise _ResizedError(f"{who} gives more positions than it takes, or fewer")
-        if not first | last and mixed:
-            raise _MixedError("what else mixes its positions hides what its taps do")
-        if not first | last:
+        # The offset 0, which all else shares, is not told.
+        shared, alone = still.offsets() | {zero}, [each.less(still) for each in ends]
+        told = [each.offsets() - shared for each in ends]
+        if not any(told):  # a path beside it may have the same
+            told = [each.offsets() - {zero} for each in alone]
+        mixed = len(shared) > 1 or any(each.mixed for each in (still, *ends))
+        if max(map(len, told)) > 1 or (mixed and not any(told)):
+            if front is None:
+                raise _MixedError(f"{who} mixes positions in other ways too")
+            ways = [tuple(c * step - f for c, step, f in zip(tap, steps, front, strict=True)) for tap in corners]
+            if all(way in each.offsets(0.0) for way, each in zip(ways, alone, strict=True)):
+                return _tap(module, front)
+            raise _NoTapError(f"{who} mixes positions in other ways too, and not where its padding says")
+        if not any(told):
             raise _NoTapError("all of them look past the input's ends")
         # Tap c looks (c − c*)·dilation far. Here c*·dilation, as either end has it.
-        ends = [(taps[0], offset) for offset in first] + [(taps[-1], offset) for offset in last]
-        reach = [tuple(c * step - o for c, step, o in zip(tap, steps, seen, strict=True)) for tap, seen in ends]
-        if len(set(reach)) > 1:
+        reach = {
+            tuple(c * step - o for c, step, o in zip(tap, steps, offset, strict=True))
+            for tap, offsets in zip(corners, told, strict=True)
+            for offset in offsets
+        }
+        if len(reach) > 1:
             raise _NoTapError("they are not as far apart as its dilation says")
-        return _tap(module, reach[0])
+        return _tap(module, reach.pop())
     raise CannotRunError(f"{type(owner).__name__}, which calls it, does not run on made-up inputs ({why})")
-
-
-def _offsets(
-    twin: nn.Module, call: Call, axes: tuple[int, ...], filters: Tensor, strides: tuple[int, ...], tap: int | None
-) -> tuple[set[Offset], bool, bool]:
-    """Return input minus output position of all outputs that move when one input does, with weight on one tap.
-
-    And whether there is one output for every ``strides`` inputs, and whether most others move a little, too.
-    """
-    filters.zero_()
-    if tap is not None:
-        filters.flatten(1)[:, tap] = 1.0
-    x, front = call.args[0], tuple(range(len(axes)))
-    base = run(twin, call)[0]
-    if base.ndim != x.ndim or any(base.shape[axis] < 2 for axis in axes):
-        raise CannotRunError("its output has no such axis of positions")
-    sizes = [(x.shape[axis], base.shape[axis]) for axis in axes]
-    # A kernel without padding leaves more than half of what ``maps`` makes.
-    bounds = [
-        (taken // (2 * stride) + 1, 2 * taken // stride) for (taken, _), stride in zip(sizes, strides, strict=True)
-    ]
-    if not all(least < given < most for (_, given), (least, most) in zip(sizes, bounds, strict=True)):
-        raise CannotRunError("its output has positions of another resolution")
-    keeps = all(taken == given * stride for (taken, given), stride in zip(sizes, strides, strict=True))
-    at = [x.shape[axis] // 2 // stride * stride for axis, stride in zip(axes, strides, strict=True)]
-    found, mixed, noise = set[Offset](), False, 1e-9 * float(base.abs().max())
-    # With a stride, only some inputs are met by this tap: all of one cell are tried.
-    for inside in itertools.product(*(range(stride) for stride in strides)):
-        place = [start + step for start, step in zip(at, inside, strict=True)]
-        moved = x.clone()
-        # Every channel by another amount: a norm before the convolution takes away what all have in common.
-        features = moved.movedim(axes, front)[tuple(place)]
-        features += torch.randn(features.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
-        change = (run(twin, replace(call, args=(moved,)))[0] - base).abs()
-        seen = change.movedim(axes, front).flatten(len(axes)).amax(-1)
-        # What mixes all positions (a norm over them, a pooled gate) moves each a little.
-        median = float(seen.median())
-        mixed, least = mixed or median > noise, max(noise, _ABOVE_MIXING * median)
-        for hit in (seen > least).nonzero().tolist():
-            found.add(tuple(p - stride * o for p, stride, o in zip(place, strides, hit, strict=True)))
-    if mixed and not found and tap is not None:
-        raise _MixedError("what else mixes its positions is as strong as its taps")
-    return found, keeps, mixed
