@@ -78,8 +78,7 @@ def copy_for_probe(module: nn.Module, vectors: float = 1.0) -> nn.Module:
         value = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         place, _, leaf = name.rpartition(".")
         owner = module.get_submodule(place)
-        table = "bias" in leaf and not is_vector(leaf, parameter)  # of positions
-        if is_bias(owner, leaf) and not table:
+        if is_bias(owner, leaf) and ("bias" not in leaf or is_vector(leaf, parameter)):  # and no table of positions
             value.zero_()
         elif not is_vector(leaf, parameter) and parameter.numel():
             bound = (3 / parameter[0].numel()) ** 0.5
