@@ -81,6 +81,7 @@ def build_run_model(recipe: Recipe, source: Source) -> tuple[nn.Module, Structur
                 f"init {without_pin(recipe.init)} adds, removes or replaces {changed[0]}: let it write into what "
                 "is there, and change the model's parts in a function for --model"
             )
+        _refuse_unsavable(model, recipe)
         _try_on_one_example(model, source, recipe)
     freeze_(model, recipe)
     build_optimizer(model, recipe)  # it may refuse the model, and nothing is written or trained yet
@@ -91,6 +92,26 @@ def _shapes(model: nn.Module) -> dict[str, str]:
     """Return type and shape of every tensor of a model's state that has one, by name."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return {name: "" if is_lazy(tensor) else f"{tensor.dtype} {tensor.shape}" for name, tensor in state.items()}
+
+
+def _refuse_unsavable(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse a model with parts that no file of the run would hold: a resumed run would go on without them."""
+    from safetensors.torch import save
+
+    named = f"model {without_pin(recipe.model)}"
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            where = f"layer {name!r}" if name else "it"
+            raise EspalierError(
+                f"{named}: {where} has a get_extra_state, which no run keeps: keep its state in buffers"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        try:
+            save({name: torch.empty(0, dtype=tensor.dtype)})
+        except KeyError:
+            raise EspalierError(
+                f"{named}: {name} is of {tensor.dtype}, which no file of weights holds: use another"
+            ) from None
 
 
 @torch.no_grad()

@@ -227,8 +227,9 @@ def _load(
             optimizer.state[like] = {key: number.clone() if key in _NUMBERS else torch.zeros_like(like) for key in keys}
         if content["averages"] != bool(averages):
             raise ValueError("averaged weights are in one of the two")
-        tensors = _tensors(model, optimizer, averages)
         entries: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        _shape_buffers(model, entries)
+        tensors = _tensors(model, optimizer, averages)
         stored = {name: tuple(entry.size) for name, entry in entries.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if differing := stored.items() ^ wanted.items():
@@ -243,11 +244,21 @@ def _load(
         ) from error
 
 
+def _shape_buffers(model: nn.Module, entries: Mapping[str, Any]) -> None:
+    """Make room for the buffers that are no part of the model's state: training may have put others in their places."""
+    device = next(model.parameters()).device
+    for place, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            entry, buffer = entries.get(f"model/{place}.{key}" if place else f"model/{key}"), module._buffers[key]
+            if entry is not None and (
+                buffer is None or (buffer.shape, buffer.dtype) != (entry.size, entry.properties.dtype)
+            ):
+                module._buffers[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+
+
 def _tensors(model: nn.Module, optimizer: Optimizer, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return every tensor of a checkpoint by name; a tied weight stands once, under its first name."""
-    stored = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    parameters = dict(model.named_parameters())
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     found = {f"model/{name}": tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
