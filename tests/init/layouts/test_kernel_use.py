@@ -256,3 +256,42 @@ def test_code_that_cannot_be_run_is_believed_where_it_does_not_touch_weights() -
         found = found_in(cls())
         assert isinstance(found, Skipped), found
         assert "may change its weight" in found.reason
+
+
+class Stopped(Calling):
+    """Wants what is not here behind the convolution, and another use of the weight elsewhere."""
+
+    def __init__(self, *, less: bool) -> None:
+        super().__init__()
+        self.less = less
+
+    def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        if step is not None:
+            return (step * self.conv.weight[:, 0]).sum((-1, -2))
+        y = self.conv(x)
+        y = y - F.conv2d(x, self.conv.weight.sum((2, 3), keepdim=True), groups=DIM) if self.less else y
+        raise RuntimeError(f"no GPU for {y.shape}")
+
+
+class Remembering(Calling):
+    """Adds what it gave before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.before = y if self.before is None or self.before.shape != y.shape else self.before + y
+        return self.before * x.to(self.conv.weight.dtype)
+
+
+def test_a_run_that_ends_behind_the_convolution_tells_what_was_done_before() -> None:
+    assert isinstance(found_in(Stopped(less=False)), DepthwiseWeights)
+    found = found_in(Stopped(less=True))
+    assert isinstance(found, Skipped)
+    assert "may change its weight" in found.reason
+
+
+def test_what_a_module_keeps_of_earlier_runs_is_no_other_use() -> None:
+    assert isinstance(found_in(nn.Sequential(Remembering())), DepthwiseWeights)

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from espalier.init.adapters import is_adapted
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.keys import module_key, names_in
+from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.maps import maps
-from espalier.init.layouts.prove import cached
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, run, untraced, watch
+from espalier.init.layouts.prove import cached, token_widths
+from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, leaves, run, untraced, watch
 
 # Vectors and numbers of a copy: a factor of 1 would leave a kernel as it is.
 _FACTORS = 0.3
@@ -34,7 +35,7 @@ class OtherUseError(CannotRunError):
 
 
 def prove_kernel(callers: Sequence[tuple[str, nn.Module]], name: str, module: Convolution) -> bool:
-    """Return whether every run leaves the convolution to the module's own call, with its weight as the kernel.
+    """Return whether every run convolves as the module's own call does, with its weight as the kernel.
 
     The nearest caller is run always; one farther out only where its code gets at weights, as it may be a whole model.
     One that cannot be run is believed where its code does not.
@@ -68,67 +69,78 @@ def prove_kernel(callers: Sequence[tuple[str, nn.Module]], name: str, module: Co
 
 @untraced()
 def _convolves(caller: nn.Module, path: str, module: Convolution) -> bool:
-    """Return whether a caller's copy leaves the convolution to the module's own call, or raise what else it does."""
-    twin = copy_for_probe(caller, _FACTORS)
-    part = twin.get_submodule(path) if path else twin
-    why = CannotRunError("nothing is known of its inputs")
-    for call, _ in maps(caller, module):
+    """Return whether a caller's copy convolves as the module's own call does, or raise what else it does."""
+    twins = [copy_for_probe(caller, _FACTORS) for _ in range(2)]  # each keeps what it keeps of earlier runs
+    why, begun = CannotRunError("nothing is known of its inputs"), list[bool]()
+    over_time = token_widths(caller) if len(module.kernel_size) == 1 else []
+    for call in chain((call for call, _ in maps(caller, module)), *(calls(caller, width) for width in over_time)):
+        seen = [_Convolutions(twin, path, module, seed) for seed, twin in enumerate(twins)]
         try:
-            (first, met, alone), (second, again, _) = (_with_another_kernel(twin, part, call, seed) for seed in (8, 9))
+            first, second = (each.outputs(twin, call) for each, twin in zip(seen, twins, strict=True))
         except CannotRunError as error:
             why = error
+            # What stands behind the convolution may want a GPU.
+            begun += [seen[0].alike] * (seen[0].met and not seen[0].read)
             continue
         same = len(first) == len(second) and all(
             a.shape == b.shape and torch.allclose(a, b, 1e-9, 1e-9, equal_nan=True)
             for a, b in zip(first, second, strict=True)
         )
-        if same and met and again:
-            return alone
+        met = all(each.met for each in seen)
+        if same and met:
+            return seen[0].alike
         if not same:
-            how = "also for something else" if met and again else "changed"
+            how = "also for something else" if met else "changed"
             raise OtherUseError(f"{type(caller).__name__} uses it {how}, so that it is not the kernel")
         why = CannotRunError("it calls no convolution with it")
+    if begun:
+        return all(begun)
     raise CannotRunError(f"{type(caller).__name__} does not run on made-up inputs ({why})")
 
 
-def _with_another_kernel(twin: nn.Module, part: nn.Module, call: Call, seed: int) -> tuple[list[Tensor], int, bool]:
-    """Return outputs of a run in which every convolution with the weight takes another kernel, always the same.
-
-    What still depends on the weight uses it otherwise. And how many those are, and whether the module made all of them.
-    """
-    weight = part.get_parameter("weight")
-    # Sixteenths up to six, which half precision has, too.
-    weight.copy_(torch.randint(-99, 100, weight.shape, generator=torch.Generator().manual_seed(seed)) / 16)
-    with _Convolutions(weight) as seen:
-        watch(part, partial(_enter, seen), partial(_leave, seen))
-        try:
-            outputs = run(twin, call)
-        finally:
-            del part.forward  # of the instance, which ``watch`` gave it
-    return outputs, seen.inside + seen.outside, not seen.outside
-
-
-def _enter(seen: _Convolutions, *_: Any) -> None:
-    seen.depth += 1
-
-
-def _leave(seen: _Convolutions, _: Any) -> None:
-    seen.depth -= 1
-
-
 class _Convolutions(TorchDispatchMode):
-    """Takes another kernel in the place of one of these values, and counts within calls of the module and without."""
+    """Draws a weight, and in every convolution that takes it as it is puts another kernel, always the same.
 
-    def __init__(self, kernel: Tensor) -> None:
+    What still depends on the weight uses it otherwise.
+
+    Attributes:
+        met: whether there is such a convolution.
+        alike: whether all have the module's stride, padding and dilation, or are its own.
+        read: whether anything else outside of the module takes the weight's values.
+    """
+
+    def __init__(self, twin: nn.Module, path: str, module: Convolution, seed: int) -> None:
         super().__init__()
-        self.kernel, self.depth, self.inside, self.outside = kernel.clone(), 0, 0, 0
-        self.other = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(7), dtype=kernel.dtype)
+        self.part = twin.get_submodule(path) if path else twin
+        self.options = [list(each) for each in (module.stride, module.padding, module.dilation)]
+        self.weight, generator = self.part.get_parameter("weight"), torch.Generator().manual_seed(seed)
+        # Sixteenths up to six, which half precision has, too.
+        self.weight.copy_(torch.randint(-99, 100, self.weight.shape, generator=generator) / 16)
+        self.kernel = self.weight.clone()
+        self.other = torch.randn(self.kernel.shape, generator=torch.Generator().manual_seed(7))
+        self.depth, self.met, self.alike, self.read = 0, False, True, False
+
+    def outputs(self, twin: nn.Module, call: Call) -> list[Tensor]:
+        """Return what a run gives."""
+        watch(self.part, lambda *_: self._go(1), lambda _: self._go(-1))
+        try:
+            with self:
+                return run(twin, call)
+        finally:
+            del self.part.forward  # of the instance, which ``watch`` gave it
+
+    def _go(self, deeper: int) -> None:
+        self.depth += deeper
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default and self._is_it(args[1]) and not args[6]:  # transposed
-            self.inside += self.depth > 0
-            self.outside += self.depth == 0
-            args = (args[0], self.other.to(args[1].dtype).view_as(args[1]), *args[2:])
+            out = func(args[0], self.other.to(args[1].dtype).view_as(args[1]), *args[2:])
+            self.met = True  # by inputs that it takes
+            self.alike &= self.depth > 0 or [list(each) for each in args[3:6]] == self.options
+            return out
+        if not self.depth and not func.is_view:
+            held = self.weight.untyped_storage()._cdata
+            self.read |= any(each.untyped_storage()._cdata == held for each in leaves(args))
         return func(*args, **(kwargs or {}))
 
     def _is_it(self, given: Tensor) -> bool:
