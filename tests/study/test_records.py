@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
+from espalier.recipes.validation import MACHINE_FIELDS
 from espalier.study import Trial, launch, load_study, plan_study, summarise, text_table
-from espalier.study.record import MACHINE_FIELDS, MAX_BYTES, Record, recipe_digest, record_from_line, record_run
+from espalier.study.record import MAX_BYTES, Record, recipe_digest, record_from_line, record_run
 from espalier.study.records import add_records, by_trial, combine, read_records
 from espalier.train import load_run
 from fabricated_runs import fabricate, fabricate_trial, fabricate_usual

@@ -49,6 +49,19 @@ def test_extension_keeps_what_is_there_and_takes_the_new_baseline(tmp_path: Path
     assert load_study(tmp_path) == wider
 
 
+def test_a_study_goes_on_as_its_machine_s_owner_likes(tmp_path: Path) -> None:
+    plan_study(RECIPE, ["default"], [1e-3], [0], tmp_path / "a")
+    moved = plan_study(
+        replace(RECIPE, threads=3, eval_batch_size=7, logger="csv"), ["default"], [1e-3], [1], tmp_path / "a"
+    )
+    assert {(trial.seed, trial.recipe.threads) for trial in moved.trials()} == {(0, 3), (1, 3)}
+    (tmp_path / "mine.py").write_text("def mine(data_path): ...\n")
+    own = replace(RECIPE, dataset=f"{tmp_path / 'mine.py'}:mine", data_path="/a")
+    plan_study(own, ["default"], [1e-3], [0], tmp_path / "b")
+    with pytest.raises(EspalierError, match="data_path is '/a' there and '/b' here"):
+        plan_study(replace(own, data_path="/b"), ["default"], [1e-3], [0], tmp_path / "b")
+
+
 def test_a_study_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> None:
     plan_study(RECIPE, ["default"], [1e-3], [0], tmp_path)
     before = (tmp_path / "study.json").read_bytes()

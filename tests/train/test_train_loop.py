@@ -18,6 +18,7 @@ from torch import nn
 
 from espalier import data, recipes
 from espalier.errors import EspalierError
+from espalier.recipes.validation import MACHINE_FIELDS
 from espalier.train import RunInterrupted, load_run, train
 from espalier.train.build import build_bare_model, build_optimizer, freeze_
 
@@ -272,6 +273,33 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
         train(recipe(), tmp_path / "cut", resume="never")
     train(recipe(), tmp_path / "cut")
     assert (tmp_path / "cut/final.safetensors").read_bytes() == (whole.path / "final.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_as_its_machine_s_owner_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(recipe(**PLAIN), tmp_path / "whole")
+    changes = {"name": "b", "data_path": "/b", "logger": "csv", "threads": 2, "channels_last": True, "compile": False}
+    changes |= {"eval_batch_size": 7, "checkpoint_every": 3}
+    assert changes.keys() == MACHINE_FIELDS
+
+    def source(digest: str | None, stop: tuple[int, int] | None = None) -> Any:
+        made = BlobSource(interrupt_at=stop)
+        made.digest = digest  # type: ignore[attr-defined]
+        return made
+
+    for digest in (None, "of what they hold"):
+        monkeypatch.setattr(data, "build_source", lambda _, digest=digest: source(digest, (2, 3)))
+        with pytest.raises(RunInterrupted):
+            train(recipe(**PLAIN, data_path="/a"), tmp_path / str(digest))
+    monkeypatch.setattr(data, "build_source", lambda _: source("of what they hold"))
+    for folder, other in (("None", {"data_path": "/b"}), ("of what they hold", {**changes, "epochs": 5})):
+        with pytest.raises(EspalierError, match=f"another recipe: {'epochs' if 'epochs' in other else 'data_path'} is"):
+            train(recipe(**PLAIN, **other), tmp_path / folder)
+    run = train(recipe(**PLAIN, **changes), tmp_path / "of what they hold")
+    assert load_run(run.path).recipe == recipe(**PLAIN, **changes)
+    assert (run.path / "logs/csv/metrics.csv").exists()
+    assert run.rows[-1]["test/loss"] == pytest.approx(whole.rows[-1]["test/loss"], rel=1e-3)
+    monkeypatch.setattr(data, "build_source", lambda _: source("of something else"))
+    assert train(recipe(**PLAIN), tmp_path / "of what they hold").result == run.result
 
 
 @pytest.mark.parametrize("writes", [2, 9, 12, 14])

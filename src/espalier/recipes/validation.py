@@ -20,6 +20,14 @@ Kind = TypeVar("Kind")
 
 FILE_FIELDS = ("model_args", "init_args")
 """Fields whose texts may name files that shape a run."""
+
+# What a machine or its owner chooses: it changes where, how fast and in which order of rounding a run goes, not what it
+# is. The rate and the seed stay in: they are part of what it is.
+MACHINE_FIELDS = frozenset(
+    {"name", "data_path", "logger", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
+)
+"""Recipe fields that a digest leaves out, and in which a run that goes on may differ from how it began."""
+
 _MOST = " is too large: give at most"
 _DEEPEST = 10_000
 """Blocks of the deepest nets that anybody trained (arXiv 1806.05393)."""
@@ -145,8 +153,9 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def first_difference(mine: Recipe, other: Recipe) -> str | None:
-    """Return the name of the first field in which two recipes differ, None if they are equal."""
-    return next((f.name for f in fields(Recipe) if getattr(mine, f.name) != getattr(other, f.name)), None)
+    """Return the name of the first field in which two recipes say different runs, None if they say the same."""
+    names = (f.name for f in fields(Recipe) if f.name not in MACHINE_FIELDS)
+    return next((name for name in names if getattr(mine, name) != getattr(other, name)), None)
 
 
 def read_json(text: str | bytes, where: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from espalier.errors import EspalierError
 from espalier.lookup import with_texts, without_file_pin
 from espalier.recipes import Recipe
-from espalier.recipes.validation import FILE_FIELDS, from_values, recipe_to_dict, refuse_repeated
+from espalier.recipes.validation import FILE_FIELDS, MACHINE_FIELDS, from_values, recipe_to_dict, refuse_repeated
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.statistics import is_share, score_limits, spread
 from espalier.train import Run, environment
@@ -33,13 +33,6 @@ _CURVE_DIGITS, _MOST_POINTS = 4, 24
 _CHECK = ',"check":"'
 """Before the last thing on a line: a digest of the line without it, which the oldest records do not have."""
 _PACKAGES = ("espalier", "torch", "transformers")
-
-# What a machine or its owner chooses: it changes where, how fast and in which order of rounding a trial runs, not what
-# the trial is. The rate and the seed stay in: they are part of what a trial is.
-MACHINE_FIELDS = frozenset(
-    {"name", "data_path", "logger", "threads", "compile", "channels_last", "eval_batch_size", "checkpoint_every"}
-)
-"""Recipe fields that a digest leaves out."""
 
 CurveRow = tuple[float, int, float, float]
 """Epoch, step, seconds of training, score."""

@@ -11,7 +11,13 @@ from espalier.errors import EspalierError
 from espalier.files import lock_at, lock_of, read_regular, read_sealed, write_sealed
 from espalier.lookup import is_reference, without_pin
 from espalier.recipes import Recipe, apply_arm
-from espalier.recipes.validation import from_values, recipe_to_dict, refuse_unpinned, resolve_recipe
+from espalier.recipes.validation import (
+    MACHINE_FIELDS,
+    from_values,
+    recipe_to_dict,
+    refuse_unpinned,
+    resolve_recipe,
+)
 from espalier.study.grid import Rates, learning_rates, listed, seed_numbers
 from espalier.study.own_training import OwnTraining, shortened
 from espalier.study.record import Record, known_digests, record_from_line, record_run
@@ -351,7 +357,10 @@ def _refuse_another(there: Study, recipe: Recipe | OwnTraining, changes: Mapping
         difference = f"{kinds[isinstance(old, Recipe)]} there, {kinds[isinstance(recipe, Recipe)]} here"
     else:
         # The rate, which is the centre of a grid, and the seed belong to the trials.
-        for name in [each.name for each in fields(old) if each.compare and each.name not in ("lr", "seed")]:
+        free = {"lr", "seed"}
+        if isinstance(recipe, Recipe):  # data of one's own do not say what they hold: the path tells which they are
+            free |= MACHINE_FIELDS - ({"data_path"} if is_reference(recipe.dataset) else set())
+        for name in [each.name for each in fields(old) if each.compare and each.name not in free]:
             if (before := getattr(old, name)) != (now := getattr(recipe, name)):
                 difference = f"{name} is {before!r} there and {now!r} here"
                 if isinstance(old, OwnTraining) and isinstance(recipe, OwnTraining) and name == "code":

@@ -38,6 +38,7 @@ from espalier.train.run import (
     lasting_files,
     load_run,
     refuse_damage,
+    write_recipe,
     write_result,
     write_rows,
 )
@@ -127,6 +128,7 @@ def _open(recipe: Recipe, out: Path, fabric: Any, strategy: Strategy, requests: 
     counters, rows = load_checkpoint(out, model, optimizer, averages.tensors, steps)
     averages.updates = counters.step
     if fabric.is_global_zero:
+        write_recipe(out, recipe)
         write_rows(out, rows)
     fabric.barrier()
     source = source.to(fabric.device)

@@ -157,6 +157,8 @@ def check_folder(out: Path, recipe: Recipe, resume: str) -> Literal["new", "unfi
     refuse_damage(out, [RECIPE])
     existing = load_recipe(out / RECIPE)
     name = first_difference(existing, recipe)
+    if existing.data_path != recipe.data_path and read_manifest(out)[1].get("data") is None:
+        name = "data_path"  # the data do not say what they hold, so the path alone tells which they are
     if name is not None:
         raise EspalierError(
             f"{out} holds a run of another recipe: {name} is {getattr(existing, name)!r} there and "
@@ -239,6 +241,16 @@ def _are_figures(values: Mapping[str, Any], *needed: str) -> bool:
     if not all(is_number(values.get(name)) and values[name] >= 0 for name in needed):
         return False
     return all(value is None or is_number(value) for value in values.values())
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    """Make ``recipe`` that of a run which goes on: its data may lie elsewhere now (Note [Manifest first])."""
+    if load_recipe(path / RECIPE) == recipe:
+        return
+    content = (json.dumps(recipe_to_dict(recipe), indent=2, allow_nan=False) + "\n").encode()
+    files, notes = read_manifest(path)
+    write_manifest(path, {**files, RECIPE: [file_digest(path / RECIPE), digest(content)]}, notes)
+    write_bytes(path / RECIPE, content)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], keep: int = 0) -> None:
