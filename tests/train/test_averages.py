@@ -40,9 +40,9 @@ class Keeper(TinyNet):
         return scores + self.mask.softmax(0)[0] + self.count
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize(("stopped", "optimizer"), [(False, "adamw"), (True, "adam"), (True, "nadam")])
 def test_averages_are_those_of_all_that_was_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool, optimizer: str
 ) -> None:
     nets: list[Keeper] = []
     seen: list[dict[str, Tensor]] = []
@@ -51,13 +51,13 @@ def test_averages_are_those_of_all_that_was_seen(
         nets.append(Keeper(num_classes))
         return nets[-1]
 
-    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def note(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        trained = {id(p) for group in stepped.param_groups for p in group["params"]}
         net = next(net for net in nets if id(net.phase) in trained)
         seen.append({name: tensor.detach().clone() for name, tensor in net.state_dict().items()})
 
     monkeypatch.setattr(models, "build_model", build)
-    asked: dict[str, Any] = {"ema_decay": 0.6, "optimizer": "nadam", "eval_batch_size": 30}
+    asked: dict[str, Any] = {"ema_decay": 0.6, "optimizer": optimizer, "eval_batch_size": 30}
     hook = register_optimizer_step_post_hook(note)
     try:
         if stopped:

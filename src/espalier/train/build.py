@@ -226,9 +226,10 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for name, p in trained.items() if name in exempt], "weight_decay": 0.0},
         {"params": [p for name, p in trained.items() if name in matrices], "muon": True},
     ]
+    fused = not any(p.is_complex() for p in trained.values())  # which the fused kernels do not take
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adamw": partial(torch.optim.AdamW, fused=True),
-        "adam": partial(torch.optim.Adam, fused=True),
+        "adamw": partial(torch.optim.AdamW, fused=fused),
+        "adam": partial(torch.optim.Adam, fused=fused),
         "nadam": torch.optim.NAdam,  # has no fused kernel
         "muon": MuonAdamW,
     }

@@ -52,7 +52,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if matrices := [group for group in self.param_groups if group["muon"]]:
             self._parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
         if others := [group for group in self.param_groups if not group["muon"]]:
-            self._parts.append(torch.optim.AdamW(others, fused=True))
+            fused = not any(p.is_complex() for group in others for p in group["params"])
+            self._parts.append(torch.optim.AdamW(others, fused=fused))
         for part in self._parts:
             part.state = self.state
 
