@@ -332,7 +332,7 @@ def test_filters_of_which_a_part_is_masked_are_left_alone(last: bool) -> None:
             (mask[3:] if last else mask[:2]).zero_()
             return F.conv2d(x, self.weight * mask.to(self.weight), self.bias, 1, 2, 1, self.groups)
 
-    with pytest.raises(EspalierError, match="does not use its weights as they are"):
+    with pytest.raises(EspalierError, match="its weight is not the kernel"):
         espalier.structure_(nn.Sequential(Masked(8, 8, 5, groups=8)))
 
 
