@@ -2,7 +2,8 @@
 
 ``FOLDER STRATEGY RUN:WHAT …`` is one process of those that a launcher started, or alone. ``FOLDER N:STRATEGY RUN:WHAT …
 -- N:STRATEGY …`` starts groups of N processes one after the other, by forks, so that torch is imported once. WHAT is
-``whole``, ``stop=E.S`` (rank 0 alone gets SIGTERM at step S of epoch E) or ``end`` (go on to the last epoch). Runs are
+``whole``, ``stop=E.S`` (rank 0 alone gets SIGTERM at step S of epoch E), ``end`` (go on to the last epoch) or
+``refused``. Runs are
 called after their kind: one of ``RECIPES``, ``observed``, or ``streamN``, whose N workers read ``FOLDER/images``.
 """
 
@@ -23,7 +24,7 @@ import streamed
 
 from espalier import data, models
 from espalier.cli.main import leave_process_group
-from espalier.errors import require
+from espalier.errors import EspalierError, require
 from espalier.recipes import Recipe
 from espalier.train import RunInterrupted, train
 
@@ -39,6 +40,7 @@ RECIPES = {
     "blocks": standins.recipe(eps=1e-3, model="blocks", precision="bf16"),
     # Parameters of one number, of which all but one process hold nothing.
     "orthogonal": standins.recipe(eps=1e-3, model="orthogonal", ema_decay=0.9),
+    "idle": standins.recipe(eps=1e-3, model="idle"),
     "matrices": standins.recipe(eps=1e-3, model="blocks", optimizer="muon"),
 }
 
@@ -76,6 +78,9 @@ def one_process(folder: Path, strategy: str, *runs: str) -> None:
             train(recipe, folder / name, strategy=strategy)
         except RunInterrupted as interruption:
             stopped = interruption.status
+        except EspalierError as error:
+            assert what == "refused"
+            print(error)
         assert stopped == (75 if what.startswith("stop=") else None)
     leave_process_group()
 

@@ -156,6 +156,14 @@ class BlockNet(nn.Module):
         return self.head(features)
 
 
+class IdleNet(BlockNet):
+    """A net with a layer that nobody calls."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.idle = nn.Linear(3, 3)
+
+
 def orthogonal_net(num_classes: int) -> LipschitzNet:
     """Return a net with every part that has a parameter of one number."""
     features = [
@@ -170,6 +178,7 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         "tiny": TinyNet,
         "tied": TiedNet,
         "blocks": BlockNet,
+        "idle": IdleNet,
         "vit": VisionTransformer,
         "orthogonal": orthogonal_net,
     }

@@ -21,12 +21,13 @@ SCRIPT = str(Path(__file__).parent / "distributed_runs.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def launch(*words: object, by: tuple[str, ...] = ()) -> None:
-    """Run the script of distributed runs."""
+def launch(*words: object, by: tuple[str, ...] = ()) -> str:
+    """Run the script of distributed runs, and return what it says."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *by, SCRIPT, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def assert_same_run(found: Run, expected: Run) -> None:
@@ -69,6 +70,15 @@ def test_every_strategy_and_number_of_processes_gives_the_same_run(tmp_path: Pat
     for path in paths:
         assert_same_run(load_run(path), load_run(tmp_path / path.name.partition("-")[0]))
         assert not list(path.glob("checkpoint*"))
+
+
+def test_a_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
+    said = launch(tmp_path, "2:ddp", "idle:refused", "--", "2:fsdp2", "idle-f:whole")
+    assert said.splitlines() == 2 * [
+        "model idle: parameter 'idle.weight' takes no part in its output, and copies of a model on several processes "
+        "need a gradient of all: call requires_grad_(False) on it, or choose strategy 'fsdp2'"
+    ]
+    assert (load_run(tmp_path / "idle-f").result or {})["steps"] == 20
 
 
 def test_torchrun_starts_one_run(tmp_path: Path) -> None:

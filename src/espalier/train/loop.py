@@ -23,7 +23,14 @@ from espalier.train.evaluate import evaluate
 from espalier.train.loggers import RowLogger, check_logger
 from espalier.train.losses import build_loss, target_count
 from espalier.train.nonfinite import find_nonfinite
-from espalier.train.parallel import Strategy, full_state, gather_objects, make_fabric, synchronise_batch_norms
+from espalier.train.parallel import (
+    Strategy,
+    first_of_any,
+    full_state,
+    gather_objects,
+    make_fabric,
+    synchronise_batch_norms,
+)
 from espalier.train.progress import Advance, progress_bar
 from espalier.train.requests import NOTHING, STOP, Requests
 from espalier.train.run import (
@@ -235,6 +242,8 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
             loss = s.loss(s.module(part[s.mine]), wanted[s.mine]) * scale
             s.fabric.backward(loss)
         total += loss.detach()
+    if world > 1 and s.counters.step == s.resumed_at:
+        _refuse_unused(s)
     total = s.fabric.all_reduce(total, reduce_op="mean")
     s.guard.note(total)
     if recipe.clip_norm:
@@ -243,6 +252,19 @@ def _step(s: Session, inputs: Tensor, targets: Tensor) -> Tensor:
     s.optimizer.zero_grad(set_to_none=True)
     s.averages.update()
     return total
+
+
+def _refuse_unused(s: Session) -> None:
+    """Refuse a trained parameter without a gradient, of which DDP would tell a page at the next step."""
+    unused = (name for name, p in s.model.named_parameters() if p.requires_grad and p.grad is None)
+    name = first_of_any(
+        next((name for name in unused if not hasattr(s.model.get_parameter(name), "full_tensor")), None)
+    )
+    if name is not None:
+        raise EspalierError(
+            f"model {s.recipe.model}: parameter {name!r} takes no part in its output, and copies of a model on several "
+            "processes need a gradient of all: call requires_grad_(False) on it, or choose strategy 'fsdp2'"
+        )
 
 
 def _add_row(s: Session, advance: Advance) -> bool:
