@@ -152,6 +152,16 @@ def test_an_empty_study_has_a_table_of_dashes(tmp_path: Path) -> None:
     assert "no paired runs to compare yet" in text_table(summary)
 
 
+@pytest.mark.parametrize("lost", ["default", "mimetic"])
+def test_an_arm_that_always_diverged_is_not_waited_for(tmp_path: Path, lost: str) -> None:
+    study = plan_study(RECIPE, ["default", "mimetic"], LRS, [0], tmp_path)
+    for trial in study.trials():
+        assert isinstance(trial.recipe, Recipe)
+        fabricate(trial.recipe, trial.path, None if trial.arm == lost else 0.5)
+    said = text_table(summarise(tmp_path))
+    assert f"mimetic against default: nothing to compare, all runs of {lost} diverged" in said
+
+
 def test_words_of_the_table(usual: Summary) -> None:
     text = text_table(usual)
     assert "mimetic is +3.0 points over default, [+3.0, +3.0], 3 paired seeds" in text

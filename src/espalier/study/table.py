@@ -54,6 +54,9 @@ def sentences(summary: Summary) -> list[str]:
 def _sentence(arm: ArmSummary, summary: Summary) -> str:
     base = summary.arms[0].arm
     if arm.difference is None:
+        for each in (arm, summary.arms[0]):
+            if each.diverged == each.planned:
+                return f"{arm.arm} against {base}: nothing to compare, all runs of {each.arm} diverged"
         return f"{arm.arm} against {base}: no paired runs to compare yet"
     t, points = arm.difference.t, summary.is_share
     size = number(t.mean, points, sign=True) + (" points" if points else "")
