@@ -13,7 +13,7 @@ import espalier
 from espalier.cli.main import main
 from espalier.errors import EspalierError
 from espalier.recipes import get_recipe
-from espalier.study import plan_study
+from espalier.study import launch, plan_study
 
 WORDS = ["compare", "digits_vit", "--arms", "default", "--epochs", "1", "--lrs", "1e-3"]
 
@@ -39,6 +39,23 @@ def test_a_refused_command_writes_no_plan_and_extends_none(
     for out in ("new", "there"):
         assert main([*WORDS, "--seeds", "20", "--out", str(tmp_path / out), *words]) == 2
         assert capsys.readouterr().err == f"espalier: {said}\n"
+    assert _all(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        ("s", {"job-name": "mine"}, "job-name mine: a study finds its jobs by a name of its own: leave it out"),
+        ("s\\1", {}, "Slurm misreads a path with a backslash: choose another folder"),
+    ],
+)
+def test_jobs_that_slurm_would_lose_are_refused(
+    tmp_path: Path, name: str, parameters: dict[str, str], said: str
+) -> None:
+    study = plan_study(get_recipe("digits_vit"), ["default"], [1e-3], [0], tmp_path / name)
+    before = _all(tmp_path)
+    with pytest.raises(EspalierError, match=said):
+        launch(study, cluster="slurm", parameters=parameters)
     assert _all(tmp_path) == before
 
 

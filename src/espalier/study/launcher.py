@@ -113,7 +113,7 @@ def check_launch(
     study.outcomes()  # which refuses what is no trial of this study, before hours are spent beside it
     waiting = sum(not trial.finished for trial in study.trials())
     if cluster == "slurm" and min(workers, waiting):
-        require_slurm()
+        require_slurm(study.path, parameters or {})
         Worker.of(study, run)
     elif min(workers, waiting) > 1:
         Worker.of(study, run)

@@ -71,12 +71,18 @@ def run_jobs(
         raise
 
 
-def require_slurm() -> None:
-    """Refuse to go on where Slurm's commands are not.
+def require_slurm(folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuse to go on where Slurm's commands are not, or would lose the jobs of a study.
 
     Raises:
-        EspalierError: one of them is missing.
+        EspalierError: one of the commands is missing, or the jobs are given another name or a path that Slurm misreads.
     """
+    if "job-name" in options:
+        raise EspalierError(
+            f"job-name {options['job-name']}: a study finds its jobs by a name of its own: leave it out"
+        )
+    if "\\" in str(folder.resolve()):  # after one Slurm replaces no symbols, and all jobs would write one file
+        raise EspalierError(f"{folder}: Slurm misreads a path with a backslash: choose another folder")
     for command in ("sbatch", "squeue"):
         if shutil.which(command) is None:
             raise _missing(command)
@@ -91,17 +97,17 @@ def _submit(name: str, task: Path, options: Mapping[str, Any]) -> None:
     # The shell becomes the program: what Slurm sends to "the batch shell" (B:) reaches the trial itself.
     script = f"#!/bin/sh\nexec {shlex.join(command)}\n"
     fixed = {
-        "job-name": name,
         "output": f"{task.parent.resolve()}/".replace("%", "%%") + "slurm-%j.log",  # to Slurm a % begins a symbol
         "open-mode": "append",
         "signal": f"B:USR1@{_WARNING_SECONDS}",
     }
     given = [f"--{key}={value}" for key, value in {**fixed, **options}.items() if value is not None]
+    given.append(f"--job-name={name}")  # last, and so whatever abbreviation of it was given
     folders = os.pathsep.join(map(os.path.abspath, sys.path))
     done = _slurm("sbatch", "--parsable", "--requeue", *given, script=script, PYTHONPATH=folders)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
-        raise EspalierError(f"Slurm refuses the job ({reason}): change {', '.join(given[4:]) or 'its configuration'}")
+        raise EspalierError(f"Slurm refuses the job ({reason}): change {', '.join(given[3:-1]) or 'its configuration'}")
 
 
 def _queued(name: str) -> set[str] | None:
