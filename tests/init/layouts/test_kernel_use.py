@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.init.layouts import DepthwiseWeights, Skipped, find_layers
+from espalier.init.layouts.maps import maps
 
 DIM, TAPS = 6, 5
 Change = Callable[[Tensor], Tensor]
@@ -223,15 +224,19 @@ def test_who_convolves_with_a_layer_s_weight_pads_as_it_likes() -> None:
     assert found.centre == (TAPS - 1,)
 
 
+def on_gpu(x: Tensor) -> Tensor:
+    raise RuntimeError("no GPU")
+
+
 class Unrunnable(nn.Module):
-    """Takes what cannot be made up."""
+    """Wants what is not here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(DIM, DIM, TAPS, padding=TAPS // 2, groups=DIM)
 
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        return self.conv(x["image"].to(self.conv.weight.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(on_gpu(x).to(self.conv.weight.dtype))
 
 
 class UnrunnableStandardised(Unrunnable):
@@ -239,15 +244,15 @@ class UnrunnableStandardised(Unrunnable):
     def kernel(self) -> Tensor:
         return standardised(self.conv.weight)
 
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        return self.conv._conv_forward(x["image"], self.kernel, None)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv._conv_forward(on_gpu(x), self.kernel, None)
 
 
 class UnrunnableByName(UnrunnableStandardised):
     """The same, where the weight is named in a string."""
 
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        return F.conv2d(x["image"], standardised(getattr(self.conv, "weight")), groups=DIM)  # noqa: B009
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(on_gpu(x), standardised(getattr(self.conv, "weight")), groups=DIM)  # noqa: B009
 
 
 def test_code_that_cannot_be_run_is_believed_where_it_does_not_touch_weights() -> None:
@@ -295,3 +300,48 @@ def test_a_run_that_ends_behind_the_convolution_tells_what_was_done_before() -> 
 
 def test_what_a_module_keeps_of_earlier_runs_is_no_other_use() -> None:
     assert isinstance(found_in(nn.Sequential(Remembering())), DepthwiseWeights)
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self, *, runs: bool) -> None:
+        super().__init__()
+        self.runs, self.embedding, self.mixer = runs, nn.Embedding(17, DIM), Past()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.mixed(self.embedding(ids))
+        return F.linear(x if self.runs else on_gpu(x), self.embedding.weight)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.mixer(x)
+
+
+class TiedToAll(Tied):
+    """The same, where the convolution's weight is used, too."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.mixer(x) + self.mixer.conv.weight.std()
+
+
+class Past(nn.Module):
+    """A causal convolution over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(DIM, DIM, 4, padding=3, groups=DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.mT)[..., : x.shape[1]].mT
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_the_weight_of_an_embedding_is_no_convolution_s(runs: bool) -> None:
+    assert isinstance(found_in(Tied(runs=runs)), DepthwiseWeights)
+    assert isinstance(found_in(TiedToAll(runs=runs)), Skipped)
+
+
+def test_code_that_takes_channels_for_examples_needs_little_room() -> None:
+    owner = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8), nn.Flatten(), nn.Linear(10_240, 8))
+    for call, _ in maps(owner, owner[0]):  # type: ignore[arg-type]
+        assert len(call.args[0]) <= 100  # of which each may become a map of all channels

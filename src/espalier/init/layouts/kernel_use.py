@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from espalier.init.adapters import is_adapted
 from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.keys import module_key, names_in
-from espalier.init.layouts.made_up import calls
 from espalier.init.layouts.maps import maps
+from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.prove import cached, token_widths
 from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, leaves, run, untraced, watch
 
@@ -54,7 +54,7 @@ def prove_kernel(callers: Sequence[tuple[str, nn.Module]], name: str, module: Co
     plain, nearest = True, next((caller for _, caller in callers if caller is not module), None)
     for outer, caller in callers:
         itself = caller is module
-        if not (itself or caller is nearest or _takes_weights(caller)):
+        if not (itself or caller is nearest or _takes_weights(caller, module)):
             continue
         path = name[len(outer) :].lstrip(".")
         try:
@@ -62,7 +62,7 @@ def prove_kernel(callers: Sequence[tuple[str, nn.Module]], name: str, module: Co
         except OtherUseError:
             raise
         except CannotRunError as error:
-            if itself or _takes_weights(caller):
+            if itself or _takes_weights(caller, module):
                 raise CannotRunError(f"{type(caller).__name__} may change its weight, and {error}") from error
     return plain
 
@@ -73,7 +73,8 @@ def _convolves(caller: nn.Module, path: str, module: Convolution) -> bool:
     twins = [copy_for_probe(caller, _FACTORS) for _ in range(2)]  # each keeps what it keeps of earlier runs
     why, begun = CannotRunError("nothing is known of its inputs"), list[bool]()
     over_time = token_widths(caller) if len(module.kernel_size) == 1 else []
-    for call in chain((call for call, _ in maps(caller, module)), *(calls(caller, width) for width in over_time)):
+    made = chain((call for call, _ in maps(caller, module)), calls_of_owner(caller, over_time, 1, ()))
+    for call in made:
         seen = [_Convolutions(twin, path, module, seed) for seed, twin in enumerate(twins)]
         try:
             first, second = (each.outputs(twin, call) for each, twin in zip(seen, twins, strict=True))
@@ -148,15 +149,22 @@ class _Convolutions(TorchDispatchMode):
         return alike and torch.equal(given.flatten().to(self.kernel.dtype), self.kernel.flatten())
 
 
-def _takes_weights(caller: nn.Module) -> bool:
-    """Return whether code that a forward may run gets at values of weights that are not its module's own."""
-    return any(_gets_at_weights(function.__code__) for function in _reached(caller))
+def _takes_weights(caller: nn.Module, module: nn.Module) -> bool:
+    """Return whether code that a forward may run gets at values of weights that may be a module's within it."""
+    others = {name for name, part in caller.named_children() if all(each is not module for each in part.modules())}
+    return any(_gets_at_weights(function.__code__, others) for function in _reached(caller))
 
 
-def _gets_at_weights(code: CodeType) -> bool:
-    found = [(each.argval, after.argval) for each, after in pairwise(dis.get_instructions(code))]
-    named = any(isinstance(name, str) and _WEIGHTS.search(name) and after not in _NO_VALUES for name, after in found)
-    return named or any(_gets_at_weights(each) for each in code.co_consts if isinstance(each, CodeType))
+def _gets_at_weights(code: CodeType, others: set[str]) -> bool:
+    """Return whether code names weights, but for those of parts of its own by these names."""
+    names = [None, None, *(each.argval for each in dis.get_instructions(code))]
+    found = zip(names, names[1:], names[2:], [*names[3:], None], strict=False)
+    named = any(
+        isinstance(name, str) and _WEIGHTS.search(name) and after not in _NO_VALUES
+        and not (owner == "self" and part in others)
+        for owner, part, name, after in found
+    )  # fmt: skip
+    return named or any(_gets_at_weights(each, others) for each in code.co_consts if isinstance(each, CodeType))
 
 
 def _reached(module: nn.Module) -> Iterator[FunctionType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from espalier.init.filters.closed_form import Convolution
 from espalier.init.layouts.arguments import arguments
 from espalier.init.layouts.prove import token_widths
 from espalier.init.layouts.scratch import Call
+
+# Numbers of a map without a batch: code that takes channels for examples needs room for a map of each.
+_LARGEST_ALONE = 300_000
 
 
 def maps(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple[int, ...]]]:
@@ -26,5 +30,7 @@ def maps(owner: nn.Module, module: Convolution) -> Iterator[tuple[Call, tuple[in
         # Channels first, channels last, without a batch, time first.
         forms = (((1, width, *sizes), 2), ((1, *sizes, width), 1), ((width, *sizes), 1), ((*sizes, 1, width), 0))
         for shape, start in forms:
+            if shape[0] == width and math.prod(shape) > _LARGEST_ALONE:
+                continue
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
             yield Call((x,), dict(others), sizes[0]), tuple(range(start, start + len(sizes)))
