@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from espalier.init.layouts import DepthwiseWeights, Skipped, find_layers
 from espalier.init.layouts.maps import maps
+from espalier.models import ConvMixer
 
 DIM, TAPS = 6, 5
 Change = Callable[[Tensor], Tensor]
@@ -339,6 +340,15 @@ class Past(nn.Module):
 def test_the_weight_of_an_embedding_is_no_convolution_s(runs: bool) -> None:
     assert isinstance(found_in(Tied(runs=runs)), DepthwiseWeights)
     assert isinstance(found_in(TiedToAll(runs=runs)), Skipped)
+
+
+def test_a_block_of_ours_is_believed_unless_its_code_was_replaced() -> None:
+    net = ConvMixer(DIM, 1, kernel_size=TAPS, patch_size=2)
+    assert isinstance(found_in(net), DepthwiseWeights)
+    block: Any = net.blocks[0]
+    conv = block[0].fn[0]
+    block.forward = lambda x: x + F.conv2d(x, standardised(conv.weight), padding="same", groups=DIM)
+    assert isinstance(found_in(net), Skipped)
 
 
 def test_code_that_takes_channels_for_examples_needs_little_room() -> None:

@@ -21,7 +21,16 @@ from espalier.init.layouts.keys import module_key, names_in
 from espalier.init.layouts.maps import maps
 from espalier.init.layouts.owners import calls_of_owner
 from espalier.init.layouts.prove import cached, token_widths
-from espalier.init.layouts.scratch import Call, CannotRunError, copy_for_probe, leaves, run, untraced, watch
+from espalier.init.layouts.scratch import (
+    Call,
+    CannotRunError,
+    copy_for_probe,
+    has_own_forward,
+    leaves,
+    run,
+    untraced,
+    watch,
+)
 
 # Vectors and numbers of a copy: a factor of 1 would leave a kernel as it is.
 _FACTORS = 0.3
@@ -54,7 +63,8 @@ def prove_kernel(callers: Sequence[tuple[str, nn.Module]], name: str, module: Co
     plain, nearest = True, next((caller for _, caller in callers if caller is not module), None)
     for outer, caller in callers:
         itself = caller is module
-        ours = type(caller).__module__.startswith("espalier.")  # a whole block of it may be too large for a copy
+        # What is ours is tested as such, and a block of it may be too large for a copy.
+        ours = type(caller).__module__.startswith("espalier.") and not has_own_forward(caller)
         if not itself and (ours or not (caller is nearest or _takes_weights(caller, module))):
             continue
         path = name[len(outer) :].lstrip(".")
