@@ -63,11 +63,11 @@ def evaluate(
             if len(share):
                 sums += _batch_sums(logits, share, loss)
             after_batch()
-        loss_sum, asked, right, strings_right, strings = reduce(sums).tolist()
-        if not asked:
+        loss_sum, count, right, strings_right, strings = reduce(sums).tolist()
+        if not count:
             raise EspalierError(f"split {split!r} of the data is empty: give it some examples")
-        scores[f"{split}/loss"] = loss_sum / asked
-        scores[f"{split}/accuracy"] = right / asked
+        scores[f"{split}/loss"] = loss_sum / count
+        scores[f"{split}/accuracy"] = right / count
         if tokens:
             scores[f"{split}/string_accuracy"] = strings_right / strings
     model.train(was_training)

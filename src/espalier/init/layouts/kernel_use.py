@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.init.adapters import is_adapted
 from espalier.init.filters.closed_form import Convolution
+from espalier.init.layouts.at_home import is_at_home
 from espalier.init.layouts.keys import module_key, names_in
 from espalier.init.layouts.maps import maps
 from espalier.init.layouts.owners import calls_of_owner
@@ -64,7 +65,8 @@ def prove_kernel(callers: Sequence[tuple[str, nn.Module]], name: str, module: Co
     for outer, caller in callers:
         itself = caller is module
         # What is ours is tested as such, and a block of it may be too large for a copy.
-        ours = type(caller).__module__.startswith("espalier.") and not has_own_forward(caller)
+        ours = type(caller).__module__.startswith("espalier.") and is_at_home(caller, type(caller))
+        ours = ours and not has_own_forward(caller)
         if not itself and (ours or not (caller is nearest or _takes_weights(caller, module))):
             continue
         path = name[len(outer) :].lstrip(".")
